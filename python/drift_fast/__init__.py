@@ -1,0 +1,65 @@
+"""Move reasoning into a multimodal model by biasing fine-tuning along Δ = reasoning − multimodal.
+
+`compute_delta` streams the reasoning delta of two checkpoints without loading either; `Injection`
+and `attach` feed it into the gradients of an ordinary training run.
+
+Importing this package is light: torch is imported when a tensor is first asked for.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from drift_fast._core import __version__
+from drift_fast.delta import Delta, Report, compute_delta, inspect
+from drift_fast.errors import (
+    AlignmentError,
+    CheckpointError,
+    CoverageError,
+    DriftError,
+    DriftWarning,
+    NonFiniteError,
+)
+
+if TYPE_CHECKING:
+    from drift_fast.inject.injection import Injection
+    from drift_fast.inject.targets import match_parameters
+    from drift_fast.integrations import attach
+
+__all__ = [
+    "AlignmentError",
+    "CheckpointError",
+    "CoverageError",
+    "Delta",
+    "DriftError",
+    "DriftWarning",
+    "Injection",
+    "NonFiniteError",
+    "Report",
+    "__version__",
+    "attach",
+    "compute_delta",
+    "inspect",
+    "match_parameters",
+]
+
+# Names whose modules import torch, loaded on first use (PEP 562).
+_LAZY = {
+    "Injection": "drift_fast.inject.injection",
+    "match_parameters": "drift_fast.inject.targets",
+    "attach": "drift_fast.integrations",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        import importlib
+
+        value = getattr(importlib.import_module(_LAZY[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,92 @@
+"""Types of the compiled module; a test compares the names with what was built."""
+
+import os
+from collections.abc import Callable
+from typing import Any, TypedDict, final
+
+__version__: str
+debug_build: bool
+
+class DriftError(Exception): ...
+class CheckpointError(DriftError): ...
+class AlignmentError(DriftError): ...
+class CoverageError(DriftError): ...
+class NonFiniteError(DriftError): ...
+
+class Moments(TypedDict):
+    delta_sq: float
+    reasoning_sq: float
+    multimodal_sq: float
+    dot: float
+    nonfinite_reasoning: int
+    nonfinite_multimodal: int
+    overflow: int
+
+@final
+class Aligned:
+    @property
+    def prefixes(self) -> tuple[str, str]: ...
+    @property
+    def pairs(self) -> list[tuple[str, str]]: ...
+    @property
+    def unmatched_left(self) -> list[tuple[str, str]]: ...
+    @property
+    def unmatched_right(self) -> list[tuple[str, str]]: ...
+    @property
+    def layer_conflict(self) -> str: ...
+    @property
+    def rivals(self) -> list[tuple[str, str, int]]: ...
+
+@final
+class Checkpoint:
+    def __new__(cls, path: str | os.PathLike[str], *, reader: str = "mmap") -> Checkpoint: ...
+    @property
+    def path(self) -> os.PathLike[str]: ...
+    def tensors(self) -> list[tuple[str, str, list[int], os.PathLike[str]]]: ...
+    def fingerprint(self) -> list[tuple[str, int, str]]: ...
+    def read_into(self, name: str, buffer: Any) -> None: ...
+
+@final
+class DeltaWriter:
+    def __new__(
+        cls,
+        target: str | os.PathLike[str],
+        tensors: list[tuple[str, list[int]]],
+        dtype: str,
+        *,
+        max_shard_nbytes: int,
+        overwrite: bool,
+    ) -> DeltaWriter: ...
+    def commit(self, description: str) -> None: ...
+    def abort(self) -> None: ...
+
+def align(
+    left: list[tuple[str, list[int]]],
+    right: list[tuple[str, list[int]]],
+    *,
+    prefer_equal_names: bool = False,
+) -> Aligned: ...
+def stream(
+    reasoning: Checkpoint,
+    multimodal: Checkpoint,
+    pairs: list[tuple[str, str]],
+    *,
+    threads: int,
+    writer: DeltaWriter | None = None,
+    progress: Callable[[int, int], object] | None = None,
+) -> list[Moments]: ...
+def subtract_into(
+    reasoning: Checkpoint,
+    multimodal: Checkpoint,
+    pair: tuple[str, str],
+    buffer: Any,
+    *,
+    dtype: str,
+    threads: int,
+) -> Moments: ...
+def measure(
+    left: list[tuple[Any, str]],
+    right: list[tuple[Any, str]],
+    *,
+    threads: int,
+) -> list[tuple[float, float, float]]: ...

@@ -1,0 +1,197 @@
+"""The command `drift-fast`: delta, inspect, demo.
+
+Results go to standard output, progress and messages to standard error. Exit status: 0 done,
+1 refused or failed, 2 wrong usage, 130 interrupted. No command but `demo` imports torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from drift_fast import _core
+from drift_fast.coverage import Coverage
+from drift_fast.delta import DTYPES, compute_delta, inspect
+from drift_fast.errors import DriftError, DriftWarning
+from drift_fast.progress import ProgressBar
+from drift_fast.select import PRESETS
+from drift_fast.statistics import Statistics
+
+_MODULES_HELP = (
+    f"comma-separated presets ({', '.join(PRESETS)}) or one re:<pattern>; default attn,mlp"
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    warnings.showwarning = _show_warning
+    try:
+        return int(options.run(options))
+    except KeyboardInterrupt:
+        print("drift-fast: interrupted; nothing was left behind", file=sys.stderr)
+        return 130
+    except (DriftError, OSError, ValueError, ImportError) as error:
+        print(f"drift-fast: {_message(error)}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="drift-fast",
+        description="Stream the reasoning delta between two checkpoints, and inject it.",
+    )
+    parser.add_argument("--version", action="version", version=f"drift-fast {_core.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    delta = commands.add_parser(
+        "delta",
+        help="compute reasoning − multimodal and write it",
+        description="Compute Δ = W_reason − W_multimodal for the language backbone and write it.",
+    )
+    _add_pair(delta)
+    delta.add_argument("--out", "-o", required=True, type=Path, help="directory to write")
+    delta.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of Δ (bfloat16)")
+    delta.add_argument("--overwrite", action="store_true", help="replace a delta at --out")
+    delta.add_argument(
+        "--max-shard-size", default="5GB", metavar="SIZE", help="of one file (default 5GB)"
+    )
+    delta.add_argument("--plot", type=Path, metavar="PNG", help="draw norms and cosines too")
+    delta.set_defaults(run=_delta)
+
+    look = commands.add_parser(
+        "inspect",
+        help="norms and cosines between two checkpoints; writes nothing",
+        description="Measure norms and cosines between two checkpoints in one pass.",
+    )
+    _add_pair(look)
+    look.add_argument(
+        "--by",
+        choices=("module", "layer", "tensor"),
+        default="module",
+        help="what one row of the table stands for (default module)",
+    )
+    look.set_defaults(run=_inspect)
+
+    demo = commands.add_parser(
+        "demo",
+        help="the whole way on two tiny trained models: delta, fine-tuning, comparison, pictures",
+        description="Compute a delta between two tiny trained checkpoints, fine-tune on images "
+        "with and without it, and compare on held-out images.",
+    )
+    demo.add_argument("--out", "-o", type=Path, default=Path("demo-output"), help="for results")
+    demo.add_argument("--seeds", type=int, default=3, help="fine-tuning sets (default 3)")
+    demo.add_argument("--workers", type=int, default=2, help="processes (default 2)")
+    demo.set_defaults(run=_demo)
+    return parser
+
+
+def _add_pair(parser: argparse.ArgumentParser) -> None:
+    what = "file, directory or Hub id (org/name[@revision])"
+    parser.add_argument("reasoning", help=f"text-only reasoning checkpoint: {what}")
+    parser.add_argument("multimodal", help=f"multimodal checkpoint: {what}")
+    parser.add_argument("--modules", default="attn,mlp", help=_MODULES_HELP)
+    parser.add_argument("--layers", help="such as 0-3,8; default all")
+    parser.add_argument("--threads", type=int, help="default: every core")
+    parser.add_argument("--reader", choices=("mmap", "pread"), default="mmap", help="default mmap")
+    parser.add_argument(
+        "--no-strict", action="store_true", help="list what has no partner instead of refusing"
+    )
+    parser.add_argument(
+        "--allow-nonfinite", action="store_true", help="count NaN and infinity instead of refusing"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _shared(options: argparse.Namespace, bar: ProgressBar) -> dict[str, Any]:
+    return {
+        "modules": options.modules,
+        "layers": options.layers,
+        "threads": options.threads,
+        "reader": options.reader,
+        "strict": not options.no_strict,
+        "allow_nonfinite": options.allow_nonfinite,
+        "progress": bar,
+    }
+
+
+def _delta(options: argparse.Namespace) -> int:
+    with ProgressBar() as bar:
+        delta = compute_delta(
+            options.reasoning,
+            options.multimodal,
+            options.out,
+            dtype=options.dtype,
+            overwrite=options.overwrite,
+            max_shard_size=options.max_shard_size,
+            **_shared(options, bar),
+        )
+    if options.plot is not None:
+        delta.plot(options.plot)
+    if options.json:
+        _print_json(delta.stats, delta.coverage, delta.sources, str(options.out))
+        return 0
+    print(delta.stats.by_module().table())
+    print(f"\n{delta.coverage}\nwritten to {options.out}")
+    return 0
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    with ProgressBar() as bar:
+        report = inspect(options.reasoning, options.multimodal, **_shared(options, bar))
+    if options.json:
+        _print_json(report.stats, report.coverage, report.sources, None)
+        return 0
+    stats = report.stats
+    rows = {"module": stats.by_module(), "layer": stats.by_layer(), "tensor": stats}[options.by]
+    print(Statistics([*rows, stats.total]).table())
+    print(f"\n{report.coverage}")
+    return 0
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from drift_fast.demo import run
+
+    run(options.out, seeds=options.seeds, workers=options.workers)
+    return 0
+
+
+def _print_json(
+    stats: Statistics, coverage: Coverage, sources: dict[str, Any], out: str | None
+) -> None:
+    result = {
+        "out": out,
+        "sources": sources,
+        "coverage": coverage.to_json(),
+        "total": stats.total.to_dict(),
+        "modules": [row.to_dict() for row in stats.by_module()],
+        "layers": [row.to_dict() for row in stats.by_layer()],
+        "tensors": [row.to_dict() for row in stats],
+    }
+    json.dump(result, sys.stdout, indent=1)
+    print()
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    label = "warning" if issubclass(category, DriftWarning) else category.__name__
+    print(f"drift-fast: {label}: {message}", file=sys.stderr)
+
+
+def _message(error: Exception) -> str:
+    # str(OSError) would show its number; the text is what a user needs.
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror if not error.filename else f"{error.filename}: {error.strerror}"
+    return str(error)

@@ -1,0 +1,518 @@
+"""The reasoning delta: computed from two checkpoints, kept on disk, read as a mapping of tensors.
+
+Owns `compute_delta`, `inspect` and `Delta`. A delta whose directory holds `drift.json` is whole.
+Torch is imported when a tensor is asked for, never before.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from drift_fast import _core
+from drift_fast.coverage import Coverage
+from drift_fast.errors import CheckpointError, DriftWarning, NonFiniteError
+from drift_fast.pairing import Pairing, PathLike, pair_checkpoints
+from drift_fast.select import Layers, Modules, Selection
+from drift_fast.statistics import Statistics, row_from_moments
+
+if TYPE_CHECKING:
+    import torch
+
+FORMAT_VERSION = 1
+DESCRIPTION = "drift.json"
+INDEX = "delta.safetensors.index.json"
+DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a stream has come: tensors and bytes read, done and in all."""
+
+    tensors: int
+    total_tensors: int
+    nbytes: int
+    total_nbytes: int
+
+
+ProgressCallback = Callable[[Progress], object]
+
+
+def compute_delta(
+    reasoning: PathLike,
+    multimodal: PathLike,
+    out: PathLike | None = None,
+    *,
+    modules: Modules = ("attn", "mlp"),
+    layers: Layers = None,
+    dtype: str = "bfloat16",
+    strict: bool = True,
+    overwrite: bool = False,
+    max_shard_size: int | str = "5GB",
+    threads: int | None = None,
+    progress: ProgressCallback | None = None,
+    allow_nonfinite: bool = False,
+    reader: str = "mmap",
+) -> Delta:
+    """Compute Δ = W_reason − W_multimodal for every selected tensor of the language backbone.
+
+    Either checkpoint is a `.safetensors` file, a directory that holds one or an index of shards, or
+    a Hub id (`org/name`, `org/name@revision`). Both are streamed: memory does not grow with their
+    size. Each Δ equals the float64 subtraction rounded once to `dtype`, and carries the multimodal
+    checkpoint's tensor name. `compute_delta(expert, reference)` on two text models gives the
+    difference of those, to be attached to a third.
+
+    Args:
+        out: a directory to write; None writes nothing, and tensors are subtracted when asked for.
+        modules: presets `attn`, `mlp`, `norm`, `embed`, `head`, `all`, or `re:<pattern>`.
+        layers: a range or other iterable of layer numbers, or text such as "0-3,8"; None is all.
+        dtype: of Δ: "bfloat16", "float16" or "float32".
+        strict: refuse when a selected tensor has no partner; otherwise list it in the coverage.
+        overwrite: replace a delta at `out`; anything else there is never touched.
+        max_shard_size: bytes, or text such as "500MB", of one file of the delta.
+        threads: worker threads; None is every core this process may use. The result does not
+            depend on it.
+        progress: called on this thread with a `Progress`, about 20 times a second.
+        allow_nonfinite: record NaN and infinity in the statistics instead of refusing.
+        reader: "mmap", or "pread" for network file systems and files that may shrink.
+
+    Raises:
+        FileNotFoundError, CheckpointError: a source that is missing or not valid.
+        AlignmentError, CoverageError: sources that do not fit each other.
+        NonFiniteError: NaN or infinity in a source, or a Δ beyond `dtype`'s range.
+        FileExistsError, OSError: an output that is taken, or a full disk; nothing is left behind.
+        ValueError: an argument without meaning.
+    """
+    _check_dtype(dtype)
+    shard_nbytes = _parse_size(max_shard_size)
+    selection = Selection.parse(modules, layers)
+    threads = _thread_count(threads)
+    pairing = pair_checkpoints(reasoning, multimodal, selection, strict=strict, reader=reader)
+    delta = Delta(
+        _Streamed(pairing, dtype, threads, allow_nonfinite),
+        dtype=dtype,
+        coverage=pairing.coverage,
+        sources=_describe_sources(pairing),
+        alignment={"prefixes": list(pairing.prefixes), "rivals": [list(r) for r in pairing.rivals]},
+        selection=str(selection),
+    )
+    if out is None:
+        return delta
+    return delta.save(out, overwrite=overwrite, max_shard_size=shard_nbytes, progress=progress)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `inspect` found: statistics and coverage; nothing was written."""
+
+    stats: Statistics
+    coverage: Coverage
+    sources: dict[str, Any]
+    nbytes: int
+
+
+def inspect(
+    reasoning: PathLike,
+    multimodal: PathLike,
+    *,
+    modules: Modules = ("attn", "mlp"),
+    layers: Layers = None,
+    strict: bool = True,
+    threads: int | None = None,
+    progress: ProgressCallback | None = None,
+    allow_nonfinite: bool = False,
+    reader: str = "mmap",
+) -> Report:
+    """Measure norms and cosines between two checkpoints in one pass; nothing is written.
+
+    Arguments and errors are those of `compute_delta`.
+    """
+    selection = Selection.parse(modules, layers)
+    pairing = pair_checkpoints(reasoning, multimodal, selection, strict=strict, reader=reader)
+    streamed = _Streamed(pairing, "float32", _thread_count(threads), allow_nonfinite)
+    stats = streamed.statistics(progress)
+    return Report(stats, pairing.coverage, _describe_sources(pairing), pairing.nbytes)
+
+
+class _Backend(Protocol):
+    """Where a delta's tensors come from."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+    def read_into(self, name: str, buffer: Any) -> None: ...
+    def statistics(self, progress: ProgressCallback | None = None) -> Statistics: ...
+
+
+class Delta(Mapping[str, "torch.Tensor"]):
+    """A mapping of tensor name to Δ, read or subtracted when asked for.
+
+    `delta[name]` is a fresh tensor on the CPU each time; nothing is cached. Names are the
+    multimodal checkpoint's, on disk.
+    """
+
+    def __init__(
+        self,
+        backend: _Backend,
+        *,
+        dtype: str,
+        coverage: Coverage,
+        sources: dict[str, Any],
+        alignment: dict[str, Any],
+        selection: str,
+        path: Path | None = None,
+    ) -> None:
+        self._backend = backend
+        self.dtype = dtype
+        self.coverage = coverage
+        self.sources = sources
+        self.alignment = alignment
+        self.selection = selection
+        self.path = path
+        self._stats: Statistics | None = None
+
+    @classmethod
+    def open(cls, path: PathLike) -> Delta:
+        """Open a delta that `compute_delta` or `save` wrote; tensors are read when asked for.
+
+        Raises:
+            FileNotFoundError: no delta there.
+            CheckpointError: a directory that is not a whole, valid delta.
+        """
+        directory = Path(path)
+        description = directory / DESCRIPTION
+        if not description.is_file():
+            raise FileNotFoundError(
+                f"{directory}: not a delta: expected a directory with {DESCRIPTION}, which "
+                "compute_delta(reasoning, multimodal, out) writes"
+            )
+        try:
+            stored = json.loads(description.read_bytes())
+            version = stored["format_version"]
+            if version != FORMAT_VERSION:
+                raise CheckpointError(
+                    f"{description}: format version {version!r}, expected {FORMAT_VERSION}; "
+                    "compute the delta again with this version of drift_fast"
+                )
+            stats = Statistics.from_json(stored["statistics"])
+            coverage = Coverage.from_json(stored["coverage"])
+            dtype = _check_dtype(stored["dtype"])
+            fields = {key: stored[key] for key in ("sources", "alignment", "selection")}
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(
+                f"{description}: not a valid description of a delta "
+                f"({type(error).__name__}: {error}); compute the delta again"
+            ) from error
+        backend = _Stored(directory, dtype, stats)
+        return cls(backend, dtype=dtype, coverage=coverage, path=directory, **fields)
+
+    def save(
+        self,
+        path: PathLike,
+        *,
+        overwrite: bool = False,
+        max_shard_size: int | str = "5GB",
+        progress: ProgressCallback | None = None,
+    ) -> Delta:
+        """Write the delta to a directory and return it opened from there.
+
+        The directory appears whole or not at all. It opens with any safetensors reader:
+        `delta-0000k-of-0000N.safetensors`, an index, and `drift.json`.
+
+        Raises:
+            FileExistsError: `path` is taken.
+            OSError: the disk is full; nothing is left behind.
+            NonFiniteError: as `compute_delta`.
+        """
+        target = Path(path)
+        if isinstance(self._backend, _Stored):
+            self._backend.copy(target, overwrite=overwrite)
+            return Delta.open(target)
+        assert isinstance(self._backend, _Streamed)
+        shapes = self._backend.shapes
+        writer = _core.DeltaWriter(
+            target,
+            [(name, list(shape)) for name, shape in shapes.items()],
+            self.dtype,
+            max_shard_nbytes=_parse_size(max_shard_size),
+            overwrite=overwrite,
+        )
+        try:
+            self._stats = self._backend.statistics(progress, writer)
+            writer.commit(json.dumps(self._describe(self._stats), indent=1) + "\n")
+        except BaseException:
+            writer.abort()
+            raise
+        return Delta.open(target)
+
+    @property
+    def names(self) -> list[str]:
+        """Tensor names in the multimodal checkpoint's order."""
+        return list(self._backend.shapes)
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Shape of each tensor."""
+        return dict(self._backend.shapes)
+
+    @property
+    def stats(self) -> Statistics:
+        """Norms and cosines; a delta that is not on disk reads both checkpoints once for them."""
+        if self._stats is None:
+            self._stats = self._backend.statistics()
+        return self._stats
+
+    def read_into(self, name: str, tensor: torch.Tensor) -> None:
+        """Fill a contiguous CPU tensor of this delta's shape and dtype (pinned or not) with Δ.
+
+        Raises:
+            KeyError: no such tensor in this delta.
+            ValueError: another shape, dtype or device, or memory that is not contiguous.
+        """
+        import torch
+
+        shape = self._backend.shapes[name]
+        expected = getattr(torch, self.dtype)
+        if tuple(tensor.shape) != shape or tensor.dtype != expected or tensor.device.type != "cpu":
+            raise ValueError(
+                f"{name}: expected a CPU tensor of shape {list(shape)} and dtype {expected}, got "
+                f"{list(tensor.shape)}, {tensor.dtype} on {tensor.device}"
+            )
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name}: the tensor to fill must be contiguous")
+        # numpy has no bfloat16, so Rust gets a window of bytes onto the tensor's own memory.
+        self._backend.read_into(name, tensor.detach().reshape(-1).view(torch.uint8).numpy())
+
+    def plot(self, path: PathLike) -> Path:
+        """Draw ‖Δ‖/‖W‖ and the cosine over layers × modules as a PNG.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        from drift_fast.plot import plot_statistics
+
+        return plot_statistics(self.stats, path)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        import torch
+
+        if name not in self._backend.shapes:
+            raise KeyError(name)
+        tensor = torch.empty(self._backend.shapes[name], dtype=getattr(torch, self.dtype))
+        self.read_into(name, tensor)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._backend.shapes)
+
+    def __len__(self) -> int:
+        return len(self._backend.shapes)
+
+    def __contains__(self, name: object) -> bool:
+        # Mapping's own answer would read the tensor.
+        return name in self._backend.shapes
+
+    # Tensors have no single truth value, so a comparison of their mappings has none either.
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+    def __repr__(self) -> str:
+        where = f" at {self.path}" if self.path else ""
+        return f"Delta({len(self)} tensors, {self.dtype}, {self.selection}{where})"
+
+    def _describe(self, stats: Statistics) -> dict[str, Any]:
+        return {
+            "format_version": FORMAT_VERSION,
+            "drift_fast_version": _core.__version__,
+            "formula": "delta = reasoning - multimodal; an injection subtracts c * delta from the "
+            "gradient, so alpha > 0 moves weights towards the reasoning model",
+            "dtype": self.dtype,
+            "selection": self.selection,
+            "sources": self.sources,
+            "alignment": self.alignment,
+            "coverage": self.coverage.to_json(),
+            "statistics": stats.to_json(),
+        }
+
+
+class _Streamed:
+    """A delta that exists as two checkpoints and their pairing."""
+
+    def __init__(self, pairing: Pairing, dtype: str, threads: int, allow_nonfinite: bool) -> None:
+        self._pairing = pairing
+        self._dtype = dtype
+        self._threads = threads
+        self._allow_nonfinite = allow_nonfinite
+        self._partner = {name: other for other, name in pairing.pairs}
+        self.shapes = {name: pairing.shapes[name] for name in self._partner}
+
+    def read_into(self, name: str, buffer: Any) -> None:
+        moments = _core.subtract_into(
+            self._pairing.reasoning,
+            self._pairing.multimodal,
+            (self._partner[name], name),
+            buffer,
+            dtype=self._dtype,
+            threads=self._threads,
+        )
+        self._check([(name, moments)])
+
+    def statistics(
+        self,
+        progress: ProgressCallback | None = None,
+        writer: _core.DeltaWriter | None = None,
+    ) -> Statistics:
+        pairs, total_nbytes = self._pairing.pairs, self._pairing.nbytes
+
+        def report(tensors: int, nbytes: int) -> None:
+            if progress is not None:
+                progress(Progress(tensors, len(pairs), nbytes, total_nbytes))
+
+        moments = _core.stream(
+            self._pairing.reasoning,
+            self._pairing.multimodal,
+            pairs,
+            threads=self._threads,
+            writer=writer,
+            progress=report,
+        )
+        named = [(name, row) for (_, name), row in zip(pairs, moments, strict=True)]
+        self._check(named)
+        stats = Statistics([row_from_moments(n, self.shapes[n], row) for n, row in named])
+        if stats.total.delta_sq == 0:
+            first, second = (source.path for source in self._pairing.sources)
+            warnings.warn(
+                f"Δ is zero everywhere: {first} and {second} hold the same weights; an injection "
+                "along it does nothing",
+                DriftWarning,
+                stacklevel=4,
+            )
+        return stats
+
+    def _check(self, moments: list[tuple[str, _core.Moments]]) -> None:
+        if self._allow_nonfinite:
+            return
+        found = []
+        first, second = (source.path for source in self._pairing.sources)
+        for name, row in moments:
+            sides = (
+                (row["nonfinite_reasoning"], self._partner[name], first),
+                (row["nonfinite_multimodal"], name, second),
+            )
+            for count, there, path in sides:
+                if count:
+                    found.append(f"{there} has {count} NaN or infinite values in {path}")
+            if row["overflow"]:
+                found.append(
+                    f"{name}: {row['overflow']} differences are beyond the range of {self._dtype}; "
+                    "choose dtype='bfloat16' or 'float32'"
+                )
+        if found:
+            more = f"; and {len(found) - 8} more" if len(found) > 8 else ""
+            raise NonFiniteError(
+                "; ".join(found[:8])
+                + more
+                + ". Pass allow_nonfinite=True to record them in the statistics instead"
+            )
+
+
+class _Stored:
+    """A delta on disk."""
+
+    def __init__(self, directory: Path, dtype: str, stats: Statistics) -> None:
+        self._directory = directory
+        self._checkpoint = _core.Checkpoint(directory / INDEX, reader="pread")
+        self._stats = stats
+        found = {name: (kind, tuple(shape)) for name, kind, shape, _ in self._checkpoint.tensors()}
+        expected = {row.name: (DTYPES[dtype], row.shape) for row in stats}
+        if found != expected:
+            names = sorted(
+                name for name in found.keys() | expected if found.get(name) != expected.get(name)
+            )
+            raise CheckpointError(
+                f"{directory}: {DESCRIPTION} and the shards disagree on {len(names)} tensors, "
+                f"{names[0]} first: expected {_shown(expected.get(names[0]))}, "
+                f"found {_shown(found.get(names[0]))}; compute the delta again"
+            )
+        self.shapes = {row.name: row.shape for row in stats}
+
+    def read_into(self, name: str, buffer: Any) -> None:
+        self._checkpoint.read_into(name, buffer)
+
+    def statistics(self, progress: ProgressCallback | None = None) -> Statistics:
+        return self._stats
+
+    def copy(self, target: Path, *, overwrite: bool) -> None:
+        """Copy the directory as it is; it takes its name once everything is there."""
+        target = target.absolute()
+        if target.exists() and target.resolve() == self._directory.resolve():
+            raise FileExistsError(f"{target}: the delta is already there")
+        replace = (target / DESCRIPTION).is_file() and overwrite
+        if target.exists() and not replace and (not target.is_dir() or any(target.iterdir())):
+            raise FileExistsError(
+                f"{target}: the output exists; choose another path, or pass overwrite to replace "
+                "a delta there"
+            )
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staging = target.with_name(f".{target.name}.copy")
+        shutil.rmtree(staging, ignore_errors=True)
+        try:
+            shutil.copytree(self._directory, staging)
+            if replace:
+                shutil.rmtree(target)
+            os.replace(staging, target)
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+
+
+def _shown(entry: tuple[str, tuple[int, ...]] | None) -> str:
+    return "nothing" if entry is None else f"{entry[0]} {list(entry[1])}"
+
+
+def _describe_sources(pairing: Pairing) -> dict[str, Any]:
+    described = {}
+    checkpoints = (pairing.reasoning, pairing.multimodal)
+    for side, source, checkpoint in zip(
+        ("reasoning", "multimodal"), pairing.sources, checkpoints, strict=True
+    ):
+        shards = [
+            {"file": file, "nbytes": nbytes, "sha256_of_samples": digest}
+            for file, nbytes, digest in checkpoint.fingerprint()
+        ]
+        described[side] = source.describe() | {"shards": shards}
+    return described
+
+
+def _check_dtype(dtype: str) -> str:
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    return dtype
+
+
+def _thread_count(threads: int | None) -> int:
+    if threads is None:
+        affinity = getattr(os, "sched_getaffinity", None)
+        return len(affinity(0)) if affinity else os.cpu_count() or 1
+    if threads < 1:
+        raise ValueError(f"threads must be at least 1, got {threads}")
+    return threads
+
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def _parse_size(size: int | str) -> int:
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(size))
+    if found is None or found[2].upper() not in _UNITS:
+        raise ValueError(f"a size must look like 5000000, '500MB' or '4GiB', got {size!r}")
+    nbytes = int(float(found[1]) * _UNITS[found[2].upper()])
+    if nbytes < 1:
+        raise ValueError(f"a size must be positive, got {size!r}")
+    return nbytes

@@ -1,0 +1,209 @@
+"""Train the demo's three checkpoints from nothing: ``python -m drift_fast.demo.train_checkpoints``.
+
+Owns the architectures and the curricula; the task is `world`'s. Not used by the demo itself, which
+loads what this wrote. Invariant: the three share one text backbone, so every tensor of the text
+models has a counterpart of the same shape in the multimodal one.
+
+* ``base``: a text model that knows half of every operation table, one step at a time.
+* ``expert``: the base, trained on as text: all of every table, chains of 2 to 8 digits.
+* ``multimodal``: the base behind a small vision tower, trained to read cells and to do single
+  steps on them, still within the half it knew. It has never seen a chain.
+
+About 20 minutes on one core.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+import torch
+from transformers import (
+    CLIPVisionConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from drift_fast.demo import world as w
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+SEED: Final = 0
+LONGEST_FOLD: Final = 8
+# Small shards, so that the demo meets what real checkpoints have: an index and several files.
+MAX_SHARD_SIZE: Final = "800KB"
+
+Draw = Callable[[np.random.Generator, int], list[w.Problem]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Length and step size of one training: AdamW, linear warm-up, cosine to zero, clip 1."""
+
+    steps: int
+    batch: int
+    lr: float
+    warmup: int = 100
+    weight_decay: float = 0.01
+
+
+BASE_SCHEDULE: Final = Schedule(steps=3000, batch=128, lr=2e-3)
+EXPERT_SCHEDULE: Final = Schedule(steps=3000, batch=48, lr=1e-3)
+MULTIMODAL_SCHEDULE: Final = Schedule(steps=3000, batch=64, lr=1e-3)
+
+
+def text_config() -> Qwen2Config:
+    """The backbone all three share: Qwen2, width 128, 4 layers, 0.8M parameters."""
+    return Qwen2Config(
+        vocab_size=w.VOCABULARY,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=False,
+        use_cache=True,
+        bos_token_id=w.BOS,
+        eos_token_id=w.EOS,
+        pad_token_id=w.PAD,
+    )
+
+
+def multimodal_config() -> LlavaConfig:
+    """LLaVA over the shared backbone: a two-layer CLIP tower that sees one digit per patch."""
+    return LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=48,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            projection_dim=48,
+            num_channels=1,
+            image_size=w.IMAGE_PIXELS,
+            patch_size=w.DIGIT_PIXELS,
+        ),
+        text_config=text_config(),
+        image_token_id=w.IMAGE,
+        image_seq_length=w.CELLS,
+        vision_feature_select_strategy="default",
+        vision_feature_layer=-1,
+        tie_word_embeddings=False,
+        bos_token_id=w.BOS,
+        eos_token_id=w.EOS,
+        pad_token_id=w.PAD,
+    )
+
+
+def train_base(world: w.World, schedule: Schedule = BASE_SCHEDULE) -> Qwen2ForCausalLM:
+    """Train the common text base: known single steps, and copying."""
+
+    def draw(generator: np.random.Generator, count: int) -> list[w.Problem]:
+        copies = count // 4
+        return [world.text_known_step(generator) for _ in range(count - copies)] + [
+            world.text_copy(generator, int(generator.integers(2, LONGEST_FOLD // 2 + 1)))
+            for _ in range(copies)
+        ]
+
+    torch.manual_seed(world.seed)
+    model = Qwen2ForCausalLM(text_config())
+    fit(model, draw, schedule, generator=np.random.default_rng([world.seed, 10]), name="base")
+    return model
+
+
+def train_expert(
+    world: w.World, base: Qwen2ForCausalLM, schedule: Schedule = EXPERT_SCHEDULE
+) -> Qwen2ForCausalLM:
+    """Train a copy of the base on text chains of 2 to 8 digits over the whole tables."""
+
+    def draw(generator: np.random.Generator, count: int) -> list[w.Problem]:
+        # Short and long chains in one batch; the lengths of a batch are close, to waste no padding.
+        length = int(generator.integers(2, LONGEST_FOLD + 1))
+        copies = count // 16
+        return [world.text_fold(generator, length) for _ in range(count - copies)] + [
+            world.text_copy(generator, length) for _ in range(copies)
+        ]
+
+    model = Qwen2ForCausalLM(text_config())
+    model.load_state_dict(base.state_dict())
+    fit(model, draw, schedule, generator=np.random.default_rng([world.seed, 11]), name="expert")
+    return model
+
+
+def train_multimodal(
+    world: w.World, base: Qwen2ForCausalLM, schedule: Schedule = MULTIMODAL_SCHEDULE
+) -> LlavaForConditionalGeneration:
+    """Put a vision tower before a copy of the base and train both to read and do single steps."""
+
+    def draw(generator: np.random.Generator, count: int) -> list[w.Problem]:
+        reads = count // 2
+        return [world.image_known_step(generator, "train") for _ in range(count - reads)] + [
+            world.image_read(generator, int(generator.integers(2, 5)), "train")
+            for _ in range(reads)
+        ]
+
+    torch.manual_seed(world.seed + 1)
+    model = LlavaForConditionalGeneration(multimodal_config())
+    model.model.language_model.load_state_dict(base.model.state_dict())
+    model.lm_head.load_state_dict(base.lm_head.state_dict())
+    fit(model, draw, schedule, generator=np.random.default_rng([world.seed, 12]), name="multimodal")
+    return model
+
+
+def fit(
+    model: PreTrainedModel,
+    draw: Draw,
+    schedule: Schedule,
+    *,
+    generator: np.random.Generator,
+    name: str,
+) -> None:
+    """Train in place on freshly drawn problems."""
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=schedule.lr, weight_decay=schedule.weight_decay, betas=(0.9, 0.98)
+    )
+    model.train()
+    start = time.perf_counter()
+    for step in range(schedule.steps):
+        warm = min(1.0, (step + 1) / schedule.warmup)
+        cosine = 0.5 * (1 + math.cos(math.pi * step / schedule.steps))
+        for group in optimizer.param_groups:
+            group["lr"] = schedule.lr * warm * cosine
+        loss = model(**tensors(w.collate(draw(generator, schedule.batch)))).loss
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if (step + 1) % 250 == 0:
+            logger.info(
+                "%s: step %d of %d, loss %.4f, %.0f s",
+                name, step + 1, schedule.steps, loss.item(), time.perf_counter() - start,
+            )  # fmt: skip
+    model.eval()
+
+
+def tensors(batch: w.Batch) -> dict[str, torch.Tensor]:
+    """A batch as keyword arguments of a model; the tensors share memory with its arrays."""
+    arguments = {
+        "input_ids": torch.from_numpy(batch.input_ids),
+        "labels": torch.from_numpy(batch.labels),
+    }
+    if batch.pixel_values is not None:
+        arguments["pixel_values"] = torch.from_numpy(batch.pixel_values)
+    return arguments
+
+
+def save(model: PreTrainedModel, out: Path) -> None:
+    """Write bf16 shards with their index, as any Hugging Face checkpoint."""
+    model.to(torch.bfloat16).save_pretrained(out, max_shard_size=MAX_SHARD_SIZE)

@@ -1,0 +1,1 @@
+"""Gradient injection: the formula, what it reaches, where Δ lives, and when it runs."""

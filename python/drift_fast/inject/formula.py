@@ -1,0 +1,62 @@
+"""The one formula: from three numbers per parameter to one coefficient, g' = g − c·Δ.
+
+Sign convention, stated here and used everywhere: Δ = W_reason − W_multimodal, and an optimizer
+steps along −g', so α > 0 moves W towards the reasoning model. The paper (arXiv 2510.15050) writes
+g + α·… with α = −1, which is the same.
+
+    absolute   c = α                              optionally · ‖W‖/‖Δ‖, as the public code does
+    gradnorm   c = α · ‖g‖/‖Δ‖
+    adaptive   c = α · (1 + cos(g, Δ))/2 · ‖g‖/‖Δ‖
+
+With gg = ‖g‖², gd = ⟨g, Δ⟩ and dd = ‖Δ‖², adaptive is α · (√gg + gd/√dd) / (2√dd), which has no
+division by ‖g‖ and so needs no special case for a gradient that is zero.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, get_args
+
+Scale = Literal["absolute", "gradnorm", "adaptive"]
+SCALES: tuple[str, ...] = get_args(Scale)
+
+
+def check_scale(scale: str) -> Scale:
+    """Return `scale` if it names one.
+
+    Raises:
+        ValueError: an unknown scale.
+    """
+    if scale not in SCALES:
+        raise ValueError(f"scale must be one of {', '.join(SCALES)}, got {scale!r}")
+    return scale  # type: ignore[return-value]
+
+
+def check_alpha(alpha: float) -> float:
+    """Return `alpha` as a float.
+
+    Raises:
+        ValueError: α is not a finite number.
+    """
+    try:
+        value = float(alpha)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"alpha must be a number, got {alpha!r}") from error
+    if not math.isfinite(value):
+        raise ValueError(f"alpha must be finite, got {alpha!r}")
+    return value
+
+
+def coefficients(scale: Scale, alpha: float, gg: Any, gd: Any, dd: Any, factor: Any) -> Any:
+    """Return c for every parameter, before anything is skipped.
+
+    Works alike on float64 numpy vectors (CPU gradients) and float32 torch vectors that stay on
+    their device; all have shape [parameters]. `dd` is positive: parameters whose Δ is zero are not
+    injected. `factor` multiplies α in absolute mode only, where ‖W‖/‖Δ‖ and a gradient scaler's
+    scale enter; the other modes are free of scale.
+    """
+    if scale == "absolute":
+        return alpha * factor
+    if scale == "gradnorm":
+        return alpha * gg**0.5 / dd**0.5
+    return alpha * (gg**0.5 + gd / dd**0.5) / (2.0 * dd**0.5)

@@ -1,0 +1,59 @@
+"""A progress bar on a terminal, and nothing in a pipe."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import TextIO
+
+from drift_fast.delta import Progress
+
+_BAR = 24
+
+
+class ProgressBar:
+    """Show tensors, gigabytes per second and time left on one line of standard error.
+
+    Calling it with a `Progress` redraws the line; leaving the context ends it. Where the stream is
+    no terminal it stays silent.
+    """
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = sys.stderr if stream is None else stream
+        self._shown = self._stream.isatty()
+        self._started = time.monotonic()
+
+    def __call__(self, progress: Progress) -> None:
+        if not self._shown:
+            return
+        done, total = progress.nbytes, progress.total_nbytes
+        elapsed = max(time.monotonic() - self._started, 1e-3)
+        rate = done / elapsed
+        share = min(1.0, done / total) if total else 1.0
+        filled = round(share * _BAR)
+        left = (total - done) / rate if rate > 0 else 0.0
+        line = (
+            f"[{'█' * filled}{'·' * (_BAR - filled)}] {share:4.0%}  "
+            f"{progress.tensors}/{progress.total_tensors} tensors  {rate / 1e9:.2f} GB/s  {_clock(left)} left"
+        )
+        self._stream.write(f"\r\x1b[2K{line}")
+        self._stream.flush()
+
+    def __enter__(self) -> ProgressBar:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._shown:
+            self._stream.write("\r\x1b[2K")
+            self._stream.flush()
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02d}"

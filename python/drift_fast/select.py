@@ -1,0 +1,149 @@
+"""Which tensors are meant: module presets, patterns and layers, by name alone.
+
+Presets follow the names of Hugging Face text models. They never select a vision or audio tower or
+a projector, whatever its tensors are called; a pattern given as `re:…` selects what it matches.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+Modules = str | Sequence[str]
+Layers = str | Iterable[int] | None
+
+# Checked in this order: q_norm lies inside self_attn but is a norm.
+_KINDS: dict[str, re.Pattern[str]] = {
+    "norm": re.compile(r"(^|[._])(layer_?norm|rms_?norm|norm|ln)(_?[a-z0-9]+)?\.(weight|bias)$"),
+    "embed": re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|tok_embeddings)\.weight$"),
+    "head": re.compile(r"(^|\.)(lm_head|embed_out)\.(weight|bias)$"),
+    "attn": re.compile(
+        r"(^|\.)(self_attn|self_attention|attention|attn)\."
+        r"(q|k|v|o|qkv|out|kv_a|kv_b|q_a|q_b)_proj(_with_mqa)?\.(weight|bias)$"
+    ),
+    "mlp": re.compile(
+        r"(^|\.)(mlp|feed_forward|block_sparse_moe)\.(.+\.)?"
+        r"((gate|up|down|gate_up)_proj|w[123])(\.(weight|bias))?$"
+    ),
+}
+PRESETS = (*_KINDS, "all")
+
+_OTHER_MODALITY = re.compile(
+    r"(^|\.)(visual|vision\w*|vit\w*|image_\w+|audio\w*|speech\w*|\w*projector|connector"
+    r"|perceiver\w*|resampler|merger)(\.|$)"
+)
+_NUMBERED = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
+
+
+def kind_of(name: str) -> str:
+    """Return the preset that a tensor falls under, or "other"."""
+    if _OTHER_MODALITY.search(name):
+        return "other"
+    return next((kind for kind, pattern in _KINDS.items() if pattern.search(name)), "other")
+
+
+def layer_of(name: str) -> int | None:
+    """Return the number of the layer that a tensor lies in, None outside the layers."""
+    found = _NUMBERED.search(name)
+    return int(found.group(1)) if found else None
+
+
+def container_of(name: str) -> str | None:
+    """Return what stands before the layer number, None outside the layers."""
+    found = _NUMBERED.search(name)
+    return name[: found.start()] if found else None
+
+
+def module_of(name: str) -> str:
+    """Return the module within its layer: `self_attn.q_proj`; experts are taken together."""
+    found = _NUMBERED.search(name)
+    inside = name[found.end() + 1 :] if found else name.rpartition(".")[0].rpartition(".")[2]
+    parts = [part for part in inside.split(".") if not part.isdigit()]
+    if found and len(parts) > 1 and parts[-1] in ("weight", "bias"):
+        parts.pop()
+    return ".".join(parts) or name
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Modules and layers, ready to be asked about names."""
+
+    modules: tuple[str, ...]
+    layers: frozenset[int] | None
+
+    @classmethod
+    def parse(cls, modules: Modules, layers: Layers) -> Selection:
+        """Check and normalise what a user gives.
+
+        `modules` is one or several of the presets `attn`, `mlp`, `norm`, `embed`, `head`, `all`, or
+        `re:` and a regular expression searched in the name. `layers` is a range or another iterable
+        of layer numbers, or text such as "0-3,8"; None is all, and tensors outside the layers
+        (embeddings, head) are then included where their module is.
+
+        Raises:
+            ValueError: an unknown preset, a pattern that does not compile, an empty or malformed
+                range of layers.
+        """
+        given = (modules,) if isinstance(modules, str) else tuple(modules)
+        names = tuple(part.strip() for item in given for part in _split(item))
+        if not names:
+            raise ValueError("modules is empty; name at least one of " + ", ".join(PRESETS))
+        for name in names:
+            if name.startswith("re:"):
+                try:
+                    re.compile(name[3:])
+                except re.error as error:
+                    raise ValueError(f"the pattern {name!r} does not compile: {error}") from error
+            elif name not in PRESETS:
+                raise ValueError(
+                    f"unknown module preset {name!r}; expected one of {', '.join(PRESETS)}, "
+                    "or a regular expression written re:…"
+                )
+        return cls(names, _parse_layers(layers))
+
+    def __contains__(self, name: str) -> bool:
+        if self.layers is not None and layer_of(name) not in self.layers:
+            return False
+        return any(self._matches(module, name) for module in self.modules)
+
+    @staticmethod
+    def _matches(module: str, name: str) -> bool:
+        if module.startswith("re:"):
+            return re.search(module[3:], name) is not None
+        if module == "all":
+            return _OTHER_MODALITY.search(name) is None
+        return kind_of(name) == module
+
+    def __str__(self) -> str:
+        text = f"modules={','.join(self.modules)}"
+        return text if self.layers is None else f"{text} layers={sorted(self.layers)}"
+
+
+def _split(item: str) -> list[str]:
+    # A comma separates presets on the command line, but may be part of a pattern.
+    return [item] if item.startswith("re:") else item.split(",")
+
+
+def _parse_layers(layers: Layers) -> frozenset[int] | None:
+    if layers is None:
+        return None
+    if isinstance(layers, str):
+        numbers: set[int] = set()
+        for part in layers.split(","):
+            found = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+            if not found:
+                raise ValueError(f"layers must look like '0-3,8', got {layers!r}")
+            first, last = int(found[1]), int(found[2] or found[1])
+            if last < first:
+                raise ValueError(f"the range of layers {part.strip()!r} runs backwards")
+            numbers.update(range(first, last + 1))
+    else:
+        numbers = set()
+        for layer in layers:
+            if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
+                raise ValueError(f"a layer must be a non-negative integer, got {layer!r}")
+            numbers.add(layer)
+    if not numbers:
+        raise ValueError("layers is empty; leave it out for every layer")
+    return frozenset(numbers)

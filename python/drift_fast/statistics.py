@@ -1,0 +1,258 @@
+"""Norms and cosines per tensor, module and layer, from the moments that the stream returns.
+
+Owns the arithmetic from sums of squares to norms, and tables; where the sums come from is
+`drift_fast.delta`'s. Norms are Frobenius norms of the exact Δ, before it is rounded for storage.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, overload
+
+from drift_fast.select import kind_of, layer_of, module_of
+
+if TYPE_CHECKING:
+    import pandas
+    import pyarrow
+
+    from drift_fast._core import Moments
+
+
+@dataclass(frozen=True)
+class Row:
+    """Moments of one tensor, or of several taken together.
+
+    `layer` is None outside the layers and for rows over several; `shape` is empty there.
+    """
+
+    name: str
+    module: str
+    layer: int | None
+    kind: str
+    shape: tuple[int, ...]
+    numel: int
+    delta_sq: float
+    reasoning_sq: float
+    multimodal_sq: float
+    dot: float
+    nonfinite: int
+    overflow: int
+
+    @property
+    def delta_norm(self) -> float:
+        """‖Δ‖."""
+        return math.sqrt(self.delta_sq)
+
+    @property
+    def reasoning_norm(self) -> float:
+        """‖W_reason‖."""
+        return math.sqrt(self.reasoning_sq)
+
+    @property
+    def multimodal_norm(self) -> float:
+        """‖W_multimodal‖."""
+        return math.sqrt(self.multimodal_sq)
+
+    @property
+    def relative(self) -> float:
+        """‖Δ‖/‖W_multimodal‖, NaN where both are zero."""
+        if self.multimodal_sq == 0:
+            return math.inf if self.delta_sq > 0 else math.nan
+        return self.delta_norm / self.multimodal_norm
+
+    @property
+    def cosine(self) -> float:
+        """cos(W_reason, W_multimodal), NaN where either is zero."""
+        norms = self.reasoning_norm * self.multimodal_norm
+        if norms == 0:
+            return math.nan
+        return max(-1.0, min(1.0, self.dot / norms))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return every column, derived ones included; NaN and infinity become None."""
+        values = asdict(self) | {column: getattr(self, column) for column in _DERIVED}
+        return {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in values.items()
+        }
+
+
+_DERIVED = ("delta_norm", "reasoning_norm", "multimodal_norm", "relative", "cosine")
+_STORED = ("delta_sq", "reasoning_sq", "multimodal_sq", "dot", "nonfinite", "overflow")
+
+
+def row_from_moments(name: str, shape: Sequence[int], moments: Moments) -> Row:
+    """Return the row of one tensor."""
+    return Row(
+        name=name,
+        module=module_of(name),
+        layer=layer_of(name),
+        kind=kind_of(name),
+        shape=tuple(shape),
+        numel=math.prod(shape),
+        delta_sq=moments["delta_sq"],
+        reasoning_sq=moments["reasoning_sq"],
+        multimodal_sq=moments["multimodal_sq"],
+        dot=moments["dot"],
+        nonfinite=moments["nonfinite_reasoning"] + moments["nonfinite_multimodal"],
+        overflow=moments["overflow"],
+    )
+
+
+class Statistics(Sequence[Row]):
+    """Rows in the multimodal checkpoint's order; `stats["name"]` finds one by name."""
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self._rows = tuple(rows)
+        self._by_name = {row.name: row for row in self._rows}
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self._rows)
+
+    @overload
+    def __getitem__(self, key: int | str) -> Row: ...
+    @overload
+    def __getitem__(self, key: slice) -> Sequence[Row]: ...
+    def __getitem__(self, key: int | str | slice) -> Row | Sequence[Row]:
+        return self._by_name[key] if isinstance(key, str) else self._rows[key]
+
+    @property
+    def total(self) -> Row:
+        """All tensors together."""
+        return _together("total", "total", None, self._rows)
+
+    def by_module(self) -> Statistics:
+        """Return one row for each module (`self_attn.q_proj`), over all layers."""
+        return self._grouped(lambda row: (row.module, None))
+
+    def by_layer(self) -> Statistics:
+        """Return one row for each layer, over all modules; what lies outside is one row."""
+        return self._grouped(lambda row: ("all", row.layer))
+
+    def by_module_and_layer(self) -> Statistics:
+        """Return one row for each module of each layer, weights and biases together."""
+        return self._grouped(lambda row: (row.module, row.layer))
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """Return a data frame of all columns.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        import pandas
+
+        return pandas.DataFrame([row.to_dict() for row in self._rows])
+
+    def to_arrow(self) -> pyarrow.Table:
+        """Return an Arrow table of all columns.
+
+        Raises:
+            ImportError: pyarrow is not installed.
+        """
+        import pyarrow
+
+        return pyarrow.Table.from_pylist([row.to_dict() for row in self._rows])
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """Return what `drift.json` stores: names, shapes and sums, from which the rest follows."""
+        return [
+            {"name": row.name, "shape": list(row.shape)}
+            | {column: getattr(row, column) for column in _STORED}
+            for row in self._rows
+        ]
+
+    @classmethod
+    def from_json(cls, rows: list[dict[str, Any]]) -> Statistics:
+        """Restore what `to_json` returned.
+
+        Raises:
+            KeyError, TypeError, ValueError: rows that `to_json` did not write.
+        """
+        restored = []
+        for row in rows:
+            name, shape = str(row["name"]), tuple(int(size) for size in row["shape"])
+            sums = {column: float(row[column]) for column in _STORED[:4]}
+            if not all(math.isfinite(value) for value in sums.values()):
+                raise ValueError(f"the statistics of {name} are not finite")
+            if min(sums["delta_sq"], sums["reasoning_sq"], sums["multimodal_sq"]) < 0:
+                raise ValueError(f"the statistics of {name} hold a negative square")
+            restored.append(
+                Row(
+                    name=name,
+                    module=module_of(name),
+                    layer=layer_of(name),
+                    kind=kind_of(name),
+                    shape=shape,
+                    numel=math.prod(shape),
+                    nonfinite=int(row["nonfinite"]),
+                    overflow=int(row["overflow"]),
+                    **sums,
+                )
+            )
+        return cls(restored)
+
+    def table(self) -> str:
+        """Return the rows as aligned text, norms with four significant digits."""
+        head = ("", "tensors", "‖Δ‖", "‖W_reason‖", "‖W_multimodal‖", "‖Δ‖/‖W‖", "cosine")
+        body = [
+            (
+                row.name,
+                f"{row.numel:,}",
+                f"{row.delta_norm:.4g}",
+                f"{row.reasoning_norm:.4g}",
+                f"{row.multimodal_norm:.4g}",
+                _number(row.relative, ".4f"),
+                _number(row.cosine, ".6f"),
+            )
+            for row in self._rows
+        ]
+        rows = [(head[0], "elements", *head[2:]), *body]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+        lines = [
+            "  ".join(
+                cell.ljust(width) if column == 0 else cell.rjust(width)
+                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+            )
+            for row in rows
+        ]
+        return "\n".join(lines)
+
+    def _grouped(self, key: Callable[[Row], tuple[str, int | None]]) -> Statistics:
+        groups: dict[tuple[str, int | None], list[Row]] = {}
+        for row in self._rows:
+            groups.setdefault(key(row), []).append(row)
+        rows = []
+        for (module, layer), members in groups.items():
+            place = "outside the layers" if layer is None else f"layer {layer}"
+            label = module if layer is None and module != "all" else place
+            if module != "all" and layer is not None:
+                label = f"{module} in layer {layer}"
+            rows.append(_together(label, module, layer, members))
+        return Statistics(rows)
+
+
+def _number(value: float, form: str) -> str:
+    return format(value, form) if math.isfinite(value) else "–"
+
+
+def _together(name: str, module: str, layer: int | None, rows: Sequence[Row]) -> Row:
+    kinds = {row.kind for row in rows}
+    return Row(
+        name=name,
+        module=module,
+        layer=layer,
+        kind=kinds.pop() if len(kinds) == 1 else "several",
+        shape=(),
+        numel=sum(row.numel for row in rows),
+        delta_sq=math.fsum(row.delta_sq for row in rows),
+        reasoning_sq=math.fsum(row.reasoning_sq for row in rows),
+        multimodal_sq=math.fsum(row.multimodal_sq for row in rows),
+        dot=math.fsum(row.dot for row in rows),
+        nonfinite=sum(row.nonfinite for row in rows),
+        overflow=sum(row.overflow for row in rows),
+    )

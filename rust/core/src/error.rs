@@ -1,0 +1,99 @@
+//! Every way this crate can fail, as data: which file, which tensor, what was expected and found.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+/// The result of anything here that can fail.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// A failure. The message names the file and the tensor, and what to do where that is known.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A path that does not exist, or a directory that holds no checkpoint.
+    #[error("{}: {message}", path.display())]
+    NotFound {
+        /// The path that was asked for.
+        path: PathBuf,
+        /// What was looked for.
+        message: String,
+    },
+    /// A file or directory that exists but is not a valid checkpoint.
+    #[error("{}: {message}", path.display())]
+    Checkpoint {
+        /// The offending file or directory.
+        path: PathBuf,
+        /// What is wrong and what to do.
+        message: String,
+    },
+    /// A tensor that is not valid, not there, or not of a dtype that can be read.
+    #[error("{}: tensor {tensor:?}: {message}", path.display())]
+    Tensor {
+        /// The file, or the checkpoint's directory where no file holds the tensor.
+        path: PathBuf,
+        /// The tensor's name on disk.
+        tensor: String,
+        /// What is wrong and what to do.
+        message: String,
+    },
+    /// Names or shapes of two checkpoints that cannot be paired.
+    #[error("{0}")]
+    Alignment(String),
+    /// An output path that is taken.
+    #[error("{}: {message}", path.display())]
+    Exists {
+        /// The output path.
+        path: PathBuf,
+        /// Why it cannot be used and what to do.
+        message: String,
+    },
+    /// Not enough room for the output, found before anything was written.
+    #[error(
+        "{}: the delta needs {needed} bytes but the file system has {available} free; \
+         choose another directory, fewer modules or a narrower dtype",
+        path.display()
+    )]
+    NoSpace {
+        /// The output path.
+        path: PathBuf,
+        /// Bytes that the delta takes.
+        needed: u64,
+        /// Bytes that are free to this user.
+        available: u64,
+    },
+    /// The operating system refused to read or write.
+    #[error("{}: cannot {action}: {source}", path.display())]
+    Io {
+        /// The file concerned.
+        path: PathBuf,
+        /// What was being done, as a verb phrase.
+        action: &'static str,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// A value the caller passed that has no meaning here.
+    #[error("{0}")]
+    Argument(String),
+    /// The caller's tick asked to stop; nothing is left behind.
+    #[error("interrupted")]
+    Interrupted,
+}
+
+impl Error {
+    pub(crate) fn checkpoint(path: &Path, message: impl Into<String>) -> Self {
+        Error::Checkpoint { path: path.to_owned(), message: message.into() }
+    }
+
+    pub(crate) fn tensor(path: &Path, tensor: &str, message: impl Into<String>) -> Self {
+        Error::Tensor { path: path.to_owned(), tensor: tensor.to_owned(), message: message.into() }
+    }
+
+    /// Attach a path to an operating system error; a missing file becomes [`Error::NotFound`].
+    pub(crate) fn io(path: &Path, action: &'static str) -> impl FnOnce(io::Error) -> Self {
+        let path = path.to_owned();
+        move |source| match source.kind() {
+            io::ErrorKind::NotFound => Error::NotFound { path, message: "no such file".to_owned() },
+            _ => Error::Io { path, action, source },
+        }
+    }
+}

@@ -1,0 +1,237 @@
+//! Subtract two runs of elements and accumulate their moments, in one pass.
+//!
+//! Owns the arithmetic of one chunk; knows nothing of files or threads. The same source is compiled
+//! for the baseline and, on x86-64, for AVX2; no fused multiply-add is used, so both give the same
+//! bits and [`scalar`] remains the reference.
+//!
+//! Accuracy: squares and products are summed in float32 over at most [`BLOCK`] values spread over
+//! [`LANES`] sums, then folded into float64. A block whose sums overflow or underflow float32, or
+//! that holds NaN or infinity, is done again in float64.
+
+mod ieee;
+mod scalar;
+mod wide;
+
+use crate::dtype::{Bf16, Dtype, F16, F32, Narrow};
+use crate::error::{Error, Result};
+
+/// Values whose float32 partial sums are folded into float64 at once.
+pub const BLOCK: usize = 2048;
+
+/// Independent float32 sums per moment.
+pub(crate) const LANES: usize = 16;
+
+/// Sums over the elements of one pair, from which norms and cosines follow.
+///
+/// Elements where either side is NaN or infinite are counted and left out of the sums.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Moments {
+    /// Σ(a − b)², of the exact difference rather than of its rounded form.
+    pub delta_sq: f64,
+    /// Σa², the reasoning side.
+    pub reasoning_sq: f64,
+    /// Σb², the multimodal side.
+    pub multimodal_sq: f64,
+    /// Σab.
+    pub dot: f64,
+    /// NaN and infinities on the reasoning side.
+    pub nonfinite_reasoning: u64,
+    /// NaN and infinities on the multimodal side.
+    pub nonfinite_multimodal: u64,
+    /// Differences of finite values that became infinite in the output dtype.
+    pub overflow: u64,
+}
+
+impl Moments {
+    /// Add the sums of a later run of elements. The order of additions decides the last bits, so
+    /// callers add in element order.
+    pub fn add(&mut self, later: &Moments) {
+        self.delta_sq += later.delta_sq;
+        self.reasoning_sq += later.reasoning_sq;
+        self.multimodal_sq += later.multimodal_sq;
+        self.dot += later.dot;
+        self.nonfinite_reasoning += later.nonfinite_reasoning;
+        self.nonfinite_multimodal += later.nonfinite_multimodal;
+        self.overflow += later.overflow;
+    }
+}
+
+/// A run of little-endian elements at any alignment.
+#[derive(Clone, Copy)]
+pub struct Elements<'a> {
+    /// How to read them.
+    pub dtype: Dtype,
+    /// A whole number of elements.
+    pub bytes: &'a [u8],
+}
+
+impl<'a> Elements<'a> {
+    /// View `bytes` as elements.
+    ///
+    /// # Errors
+    /// Bytes that are no whole number of elements.
+    pub fn new(dtype: Dtype, bytes: &'a [u8]) -> Result<Self> {
+        if !bytes.len().is_multiple_of(dtype.nbytes()) {
+            let message = format!("{} bytes are no whole number of {}", bytes.len(), dtype.name());
+            return Err(Error::Argument(message));
+        }
+        Ok(Self { dtype, bytes })
+    }
+
+    /// Count of elements.
+    pub fn numel(&self) -> usize {
+        self.bytes.len() / self.dtype.nbytes()
+    }
+
+    /// The elements from `start` up to `end`.
+    pub(crate) fn slice(&self, start: usize, end: usize) -> Elements<'a> {
+        let nbytes = self.dtype.nbytes();
+        Elements { dtype: self.dtype, bytes: &self.bytes[start * nbytes..end * nbytes] }
+    }
+}
+
+/// Accumulate the moments of `reasoning` and `multimodal` and, if asked, write their difference.
+///
+/// Each difference equals the float64 subtraction rounded once to `out`'s dtype. Both runs, and the
+/// output, hold the same number of elements; a caller that breaks this gets a panic on a slice
+/// bound, never a wrong result.
+pub fn subtract(
+    reasoning: Elements<'_>,
+    multimodal: Elements<'_>,
+    mut out: Option<(Dtype, &mut [u8])>,
+) -> Moments {
+    let numel = reasoning.numel();
+    assert_eq!(numel, multimodal.numel(), "both sides hold the same number of elements");
+    if let Some((dtype, bytes)) = &out {
+        assert_eq!(numel * dtype.nbytes(), bytes.len(), "the output holds as many elements");
+    }
+    let _ieee = ieee::DefaultFloat::enter();
+    let mut total = Moments::default();
+    for start in (0..numel).step_by(BLOCK) {
+        let end = numel.min(start + BLOCK);
+        let (a, b) = (reasoning.slice(start, end), multimodal.slice(start, end));
+        let block = match &mut out {
+            None => block(a, b, None),
+            Some((dtype, bytes)) => {
+                let nbytes = dtype.nbytes();
+                block(a, b, Some((*dtype, &mut bytes[start * nbytes..end * nbytes])))
+            }
+        };
+        total.add(&block);
+    }
+    total
+}
+
+/// Whether a float32 subtraction followed by one rounding equals the float64 one rounded once.
+///
+/// Float32 has more than twice the bits of either half type plus two, which makes the second
+/// rounding innocuous when operands and result share a type (Figueroa, "When is double rounding
+/// innocuous?", 1995). For mixed types it is not: a binary16 operand can sit on a bfloat16 midpoint.
+fn narrow_is_exact(a: Dtype, b: Dtype, out: Dtype) -> bool {
+    a != Dtype::F64 && b != Dtype::F64 && (out == Dtype::F32 || (a == b && b == out))
+}
+
+fn block(a: Elements<'_>, b: Elements<'_>, out: Option<(Dtype, &mut [u8])>) -> Moments {
+    if a.dtype == Dtype::F64 || b.dtype == Dtype::F64 {
+        let mut moments = wide::moments(a, b);
+        if let Some((dtype, bytes)) = out {
+            wide::difference(a, b, dtype, bytes);
+            moments.overflow = overflow(a, b, dtype, bytes, &moments);
+        }
+        return moments;
+    }
+    let numel = a.numel();
+    let mut difference = [0f32; BLOCK];
+    let sums = dispatch(a, b, &mut difference[..numel]);
+    // Below this, squares may have been lost to underflow; above float32, they are infinite.
+    let faithful = |sum: f32| sum.is_finite() && sum > 1e-20;
+    // A float32 difference is zero only where the values are equal, so a block without any
+    // (layers that were frozen, say) needs no second look.
+    let unchanged = || sums.delta_sq == 0.0 && difference[..numel].iter().all(|&d| d == 0.0);
+    let moments = if (faithful(sums.delta_sq) || unchanged())
+        && faithful(sums.reasoning_sq)
+        && faithful(sums.multimodal_sq)
+        && sums.dot.is_finite()
+    {
+        sums.folded
+    } else {
+        wide::moments(a, b)
+    };
+    let Some((dtype, bytes)) = out else { return moments };
+    if narrow_is_exact(a.dtype, b.dtype, dtype) {
+        store(&difference[..numel], dtype, bytes);
+    } else {
+        wide::difference(a, b, dtype, bytes);
+    }
+    Moments { overflow: overflow(a, b, dtype, bytes, &moments), ..moments }
+}
+
+/// Count differences of finite values that left the output dtype's range.
+fn overflow(a: Elements<'_>, b: Elements<'_>, out: Dtype, bytes: &[u8], moments: &Moments) -> u64 {
+    // A block's norm bounds each of its elements, so nearly every block is settled here.
+    if moments.delta_sq.sqrt() <= out.max_finite() {
+        return 0;
+    }
+    wide::overflow(a, b, out, bytes)
+}
+
+fn store(difference: &[f32], out: Dtype, bytes: &mut [u8]) {
+    #[cfg(target_arch = "x86_64")]
+    if std::arch::is_x86_feature_detected!("avx2") {
+        // SAFETY: the processor has AVX2, which is all that the function asks for.
+        #[allow(unsafe_code)]
+        unsafe {
+            return avx2::store(difference, out, bytes);
+        }
+    }
+    scalar::store(difference, out, bytes);
+}
+
+fn dispatch(a: Elements<'_>, b: Elements<'_>, difference: &mut [f32]) -> scalar::Sums {
+    match (a.dtype, b.dtype) {
+        (Dtype::BF16, Dtype::BF16) => sums::<Bf16, Bf16>(a.bytes, b.bytes, difference),
+        (Dtype::BF16, Dtype::F16) => sums::<Bf16, F16>(a.bytes, b.bytes, difference),
+        (Dtype::BF16, _) => sums::<Bf16, F32>(a.bytes, b.bytes, difference),
+        (Dtype::F16, Dtype::BF16) => sums::<F16, Bf16>(a.bytes, b.bytes, difference),
+        (Dtype::F16, Dtype::F16) => sums::<F16, F16>(a.bytes, b.bytes, difference),
+        (Dtype::F16, _) => sums::<F16, F32>(a.bytes, b.bytes, difference),
+        (_, Dtype::BF16) => sums::<F32, Bf16>(a.bytes, b.bytes, difference),
+        (_, Dtype::F16) => sums::<F32, F16>(a.bytes, b.bytes, difference),
+        _ => sums::<F32, F32>(a.bytes, b.bytes, difference),
+    }
+}
+
+fn sums<A: Narrow, B: Narrow>(a: &[u8], b: &[u8], difference: &mut [f32]) -> scalar::Sums {
+    #[cfg(target_arch = "x86_64")]
+    if std::arch::is_x86_feature_detected!("avx2") {
+        // SAFETY: the processor has AVX2, which is all that the function asks for.
+        #[allow(unsafe_code)]
+        unsafe {
+            return avx2::sums::<A, B>(a, b, difference);
+        }
+    }
+    scalar::sums::<A, B>(a, b, difference)
+}
+
+/// The scalar source compiled for AVX2; the bits it gives are those of [`scalar`].
+#[cfg(target_arch = "x86_64")]
+mod avx2 {
+    use super::{Dtype, Narrow, scalar};
+
+    #[target_feature(enable = "avx2")]
+    pub(super) fn sums<A: Narrow, B: Narrow>(
+        a: &[u8],
+        b: &[u8],
+        difference: &mut [f32],
+    ) -> scalar::Sums {
+        scalar::sums::<A, B>(a, b, difference)
+    }
+
+    #[target_feature(enable = "avx2")]
+    pub(super) fn store(difference: &[f32], out: Dtype, bytes: &mut [u8]) {
+        scalar::store(difference, out, bytes);
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,21 @@
+//! Stream the difference of two checkpoints, tensor by tensor, without loading a model.
+//!
+//! Data goes one way: [`Checkpoint`] → [`align()`](align::align) → [`stream`] → [`Writer`]. This
+//! crate knows bytes, names, shapes and dtypes; it knows neither torch nor Python.
+
+pub mod align;
+pub mod checkpoint;
+pub mod dtype;
+pub mod error;
+pub mod kernel;
+pub mod measure;
+pub mod shard;
+pub mod stream;
+pub mod writer;
+
+pub use checkpoint::Checkpoint;
+pub use dtype::Dtype;
+pub use error::{Error, Result};
+pub use kernel::Moments;
+pub use shard::Reader;
+pub use writer::Writer;

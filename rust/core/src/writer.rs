@@ -1,0 +1,325 @@
+//! A delta on disk: sharded safetensors and an index, written aside and renamed whole.
+//!
+//! Everything goes into a hidden directory beside the target, which takes the target's name only
+//! once every byte is flushed. So a reader sees a whole delta or none, a mapping of an overwritten
+//! one stays intact, and a run that was cut off leaves only the hidden directory, which the next
+//! run to the same target removes.
+
+use std::fs::{self, File, OpenOptions, TryLockError};
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use safetensors::tensor::{Metadata, TensorInfo};
+use serde_json::json;
+
+use crate::dtype::Dtype;
+use crate::error::{Error, Result};
+
+/// The file whose presence says that a delta is whole.
+pub const DESCRIPTION: &str = "drift.json";
+/// The index of a delta's shards.
+pub const INDEX: &str = "delta.safetensors.index.json";
+
+/// A tensor to be written.
+#[derive(Debug, Clone)]
+pub struct Slot {
+    /// Its name.
+    pub name: String,
+    /// Its dimensions.
+    pub shape: Vec<usize>,
+}
+
+/// An unfinished delta; dropped without [`Writer::commit`], it leaves nothing.
+#[derive(Debug)]
+pub struct Writer {
+    target: PathBuf,
+    staging: Staging,
+    dtype: Dtype,
+    overwrite: bool,
+    files: Vec<(PathBuf, File)>,
+    /// File number and byte offset in it, for each slot.
+    places: Vec<(usize, u64)>,
+}
+
+/// The hidden directory, locked against another run and removed when dropped.
+#[derive(Debug)]
+struct Staging {
+    path: PathBuf,
+    renamed: bool,
+    _lock: File,
+}
+
+impl Drop for Staging {
+    fn drop(&mut self) {
+        if !self.renamed {
+            // Nothing can be done about a failure here; the next run tries again.
+            let _ = fs::remove_dir_all(&self.path);
+        }
+    }
+}
+
+impl Writer {
+    /// Reserve the space for `slots` at `target`, which must not exist, be an empty directory, or,
+    /// with `overwrite`, hold a delta. A shard takes at most `max_shard_nbytes`, or one tensor.
+    ///
+    /// # Errors
+    /// A target that is taken, another run writing to it, or not enough space.
+    pub fn create(
+        target: &Path,
+        slots: &[Slot],
+        dtype: Dtype,
+        max_shard_nbytes: u64,
+        overwrite: bool,
+    ) -> Result<Self> {
+        check_target(target, overwrite)?;
+        let target = std::path::absolute(target).map_err(Error::io(target, "resolve the path"))?;
+        let (Some(parent), Some(name)) = (target.parent(), target.file_name()) else {
+            return Err(Error::Argument(format!(
+                "{} is not a place for a delta",
+                target.display()
+            )));
+        };
+        fs::create_dir_all(parent).map_err(Error::io(parent, "create the directory"))?;
+        let layout = layout(slots, dtype, max_shard_nbytes)?;
+        check_space(parent, &target, layout.iter().map(|shard| shard.nbytes()).sum())?;
+        let staging = Staging::create(parent, &name.to_string_lossy())?;
+        let mut places = Vec::with_capacity(slots.len());
+        let mut files = Vec::with_capacity(layout.len());
+        let mut weight_map = serde_json::Map::new();
+        for (number, shard) in layout.iter().enumerate() {
+            let file_name = format!("delta-{:05}-of-{:05}.safetensors", number + 1, layout.len());
+            let path = staging.path.join(&file_name);
+            files.push((path.clone(), allocate(&path, shard)?));
+            for (offset, slot) in shard.offsets.iter().zip(shard.slots) {
+                places.push((number, shard.header.len() as u64 + offset));
+                weight_map.insert(slot.name.clone(), json!(file_name));
+            }
+        }
+        let total: u64 = layout.iter().map(|shard| shard.data_nbytes).sum();
+        let index = json!({"metadata": {"total_size": total}, "weight_map": weight_map});
+        write_new(&staging.path.join(INDEX), format!("{index:#}\n").as_bytes())?;
+        Ok(Self { target, staging, dtype, overwrite, files, places })
+    }
+
+    /// The dtype of every slot.
+    pub fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    /// Write `bytes` at `offset` within a slot; slots may be written in any order, by any thread.
+    ///
+    /// # Errors
+    /// A failed write.
+    pub fn write_at(&self, slot: usize, offset: usize, bytes: &[u8]) -> Result<()> {
+        let (file, start) = self.places[slot];
+        let (path, file) = &self.files[file];
+        file.write_all_at(bytes, start + offset as u64).map_err(Error::io(path, "write the delta"))
+    }
+
+    /// Flush everything, add `drift.json` and give the directory its name.
+    ///
+    /// # Errors
+    /// A failed flush or rename, or a target that was taken meanwhile; nothing is left behind.
+    pub fn commit(mut self, description: &str) -> Result<()> {
+        for (path, file) in &self.files {
+            file.sync_all().map_err(Error::io(path, "flush the delta"))?;
+        }
+        write_new(&self.staging.path.join(DESCRIPTION), description.as_bytes())?;
+        sync_directory(&self.staging.path)?;
+        check_target(&self.target, self.overwrite)?;
+        self.rename()?;
+        self.staging.renamed = true;
+        if let Some(parent) = self.target.parent() {
+            // The lock file's own name was in the directory just renamed away from `parent`.
+            sync_directory(parent)?;
+        }
+        Ok(())
+    }
+
+    fn rename(&self) -> Result<()> {
+        let (from, to) = (&self.staging.path, &self.target);
+        if !to.join(DESCRIPTION).exists() {
+            return fs::rename(from, to).map_err(Error::io(to, "rename the finished delta"));
+        }
+        // The old delta steps aside under a hidden name and goes once the new one stands.
+        let aside = from.with_extension("replaced");
+        let _ = fs::remove_dir_all(&aside);
+        fs::rename(to, &aside).map_err(Error::io(to, "move the old delta aside"))?;
+        if let Err(error) = fs::rename(from, to) {
+            let _ = fs::rename(&aside, to);
+            return Err(Error::io(to, "rename the finished delta")(error));
+        }
+        fs::remove_dir_all(&aside).map_err(Error::io(&aside, "remove the old delta"))
+    }
+}
+
+impl Staging {
+    fn create(parent: &Path, name: &str) -> Result<Self> {
+        let path = parent.join(format!(".{name}.incomplete"));
+        fs::create_dir_all(&path).map_err(Error::io(&path, "create the directory"))?;
+        // Locking the directory itself leaves no lock file inside the delta.
+        let lock = File::open(&path).map_err(Error::io(&path, "open the directory"))?;
+        match lock.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => {
+                return Err(Error::Exists {
+                    path,
+                    message: "another run is writing this delta; wait for it or choose another \
+                              output directory"
+                        .to_owned(),
+                });
+            }
+            Err(TryLockError::Error(error)) => {
+                return Err(Error::io(&path, "lock the directory")(error));
+            }
+        }
+        let staging = Self { path, renamed: false, _lock: lock };
+        // What a run that was cut off left behind.
+        for entry in
+            fs::read_dir(&staging.path).map_err(Error::io(&staging.path, "list"))?.flatten()
+        {
+            fs::remove_file(entry.path()).map_err(Error::io(&entry.path(), "remove"))?;
+        }
+        Ok(staging)
+    }
+}
+
+/// One shard's header and the place of its tensors in the data that follows.
+struct ShardLayout<'a> {
+    slots: &'a [Slot],
+    offsets: Vec<u64>,
+    data_nbytes: u64,
+    header: Vec<u8>,
+}
+
+impl ShardLayout<'_> {
+    fn nbytes(&self) -> u64 {
+        self.header.len() as u64 + self.data_nbytes
+    }
+}
+
+fn layout(slots: &[Slot], dtype: Dtype, max_nbytes: u64) -> Result<Vec<ShardLayout<'_>>> {
+    let nbytes = |slot: &Slot| (slot.shape.iter().product::<usize>() * dtype.nbytes()) as u64;
+    let mut shards = Vec::new();
+    let mut start = 0;
+    while start < slots.len() {
+        let mut end = start + 1;
+        let mut total = nbytes(&slots[start]);
+        while end < slots.len() && total + nbytes(&slots[end]) <= max_nbytes {
+            total += nbytes(&slots[end]);
+            end += 1;
+        }
+        shards.push(shard_layout(&slots[start..end], dtype)?);
+        start = end;
+    }
+    if shards.is_empty() {
+        return Err(Error::Argument("a delta needs at least one tensor".to_owned()));
+    }
+    Ok(shards)
+}
+
+fn shard_layout(slots: &[Slot], dtype: Dtype) -> Result<ShardLayout<'_>> {
+    let header_dtype = match dtype {
+        Dtype::BF16 => safetensors::Dtype::BF16,
+        Dtype::F16 => safetensors::Dtype::F16,
+        Dtype::F32 => safetensors::Dtype::F32,
+        Dtype::F64 => safetensors::Dtype::F64,
+    };
+    let mut offsets = Vec::with_capacity(slots.len());
+    let mut entries = Vec::with_capacity(slots.len());
+    let mut end = 0;
+    for slot in slots {
+        let start = end;
+        end += slot.shape.iter().product::<usize>() * dtype.nbytes();
+        offsets.push(start as u64);
+        entries.push((
+            slot.name.clone(),
+            TensorInfo {
+                dtype: header_dtype,
+                shape: slot.shape.clone(),
+                data_offsets: (start, end),
+            },
+        ));
+    }
+    let metadata = [("format".to_owned(), "pt".to_owned())].into_iter().collect();
+    let header = Metadata::new(Some(metadata), entries)
+        .map_err(|error| Error::Argument(format!("cannot lay out the delta: {error}")))?;
+    let mut json = serde_json::to_vec(&header)
+        .map_err(|error| Error::Argument(format!("cannot write the delta's header: {error}")))?;
+    // The format pads the header with spaces so that the data starts on eight bytes.
+    json.resize(json.len().next_multiple_of(8), b' ');
+    let mut bytes = (json.len() as u64).to_le_bytes().to_vec();
+    bytes.append(&mut json);
+    Ok(ShardLayout { slots, offsets, data_nbytes: end as u64, header: bytes })
+}
+
+fn allocate(path: &Path, shard: &ShardLayout<'_>) -> Result<File> {
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .open(path)
+        .map_err(Error::io(path, "create the file"))?;
+    reserve(&file, shard.nbytes()).map_err(Error::io(path, "reserve space for the delta"))?;
+    file.write_all_at(&shard.header, 0).map_err(Error::io(path, "write the header"))?;
+    Ok(file)
+}
+
+/// Give the file its blocks now where the file system can, so that a full disk is found here.
+fn reserve(file: &File, nbytes: u64) -> io::Result<()> {
+    #[cfg(target_os = "linux")]
+    {
+        use rustix::fs::{FallocateFlags, fallocate};
+        use rustix::io::Errno;
+        match fallocate(file, FallocateFlags::empty(), 0, nbytes) {
+            Ok(()) => return Ok(()),
+            Err(Errno::OPNOTSUPP | Errno::NOSYS) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    file.set_len(nbytes)
+}
+
+fn check_target(target: &Path, overwrite: bool) -> Result<()> {
+    let refuse =
+        |message: &str| Err(Error::Exists { path: target.to_owned(), message: message.to_owned() });
+    let Ok(metadata) = fs::symlink_metadata(target) else { return Ok(()) };
+    if !metadata.is_dir() {
+        return refuse("the output exists and is not a directory; choose another path");
+    }
+    let is_empty = fs::read_dir(target)
+        .map_err(Error::io(target, "list the output directory"))?
+        .next()
+        .is_none();
+    let is_delta = target.join(DESCRIPTION).is_file() && target.join(INDEX).is_file();
+    match (is_empty, is_delta, overwrite) {
+        (true, _, _) | (_, true, true) => Ok(()),
+        (_, true, false) => refuse("a delta is there already; pass overwrite to replace it"),
+        (_, false, _) => {
+            refuse("the output directory exists and is not empty; choose another path")
+        }
+    }
+}
+
+fn check_space(parent: &Path, target: &Path, needed: u64) -> Result<()> {
+    let statistics = rustix::fs::statvfs(parent)
+        .map_err(|error| Error::io(parent, "ask for the free space")(error.into()))?;
+    let available = statistics.f_bavail.saturating_mul(statistics.f_frsize);
+    if needed > available {
+        return Err(Error::NoSpace { path: target.to_owned(), needed, available });
+    }
+    Ok(())
+}
+
+fn write_new(path: &Path, bytes: &[u8]) -> Result<()> {
+    use std::io::Write;
+    let mut file = File::create_new(path).map_err(Error::io(path, "create the file"))?;
+    file.write_all(bytes).and_then(|()| file.sync_all()).map_err(Error::io(path, "write the file"))
+}
+
+fn sync_directory(path: &Path) -> Result<()> {
+    File::open(path)
+        .and_then(|directory| directory.sync_all())
+        .map_err(Error::io(path, "flush the directory"))
+}

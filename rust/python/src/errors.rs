@@ -1,0 +1,67 @@
+//! The exceptions, and the one place where a core error becomes one of them.
+
+use std::io;
+
+use drift_fast_core::Error;
+use pyo3::PyErr;
+use pyo3::create_exception;
+use pyo3::exceptions::{
+    PyException, PyFileExistsError, PyFileNotFoundError, PyKeyboardInterrupt, PyOSError,
+    PyValueError,
+};
+
+create_exception!(
+    drift_fast,
+    DriftError,
+    PyException,
+    "Base of the errors that drift_fast raises."
+);
+create_exception!(
+    drift_fast,
+    CheckpointError,
+    DriftError,
+    "A checkpoint that is not valid or holds what cannot be subtracted."
+);
+create_exception!(
+    drift_fast,
+    AlignmentError,
+    DriftError,
+    "Two models whose tensors cannot be paired, or can be in two ways."
+);
+create_exception!(
+    drift_fast,
+    CoverageError,
+    DriftError,
+    "Selected tensors that have no partner, so that part of the work would be left undone."
+);
+create_exception!(
+    drift_fast,
+    NonFiniteError,
+    DriftError,
+    "NaN or infinity in a source, or a difference beyond the output dtype's range."
+);
+
+const ENOSPC: i32 = 28;
+
+pub(crate) fn to_py(error: Error) -> PyErr {
+    let message = error.to_string();
+    match error {
+        Error::NotFound { .. } => PyFileNotFoundError::new_err(message),
+        Error::Checkpoint { .. } | Error::Tensor { .. } => CheckpointError::new_err(message),
+        Error::Alignment(_) => AlignmentError::new_err(message),
+        Error::Exists { .. } => PyFileExistsError::new_err(message),
+        Error::NoSpace { .. } => PyOSError::new_err((ENOSPC, message)),
+        Error::Io { source, .. } => os_error(&source, message),
+        Error::Argument(_) => PyValueError::new_err(message),
+        Error::Interrupted => PyKeyboardInterrupt::new_err(message),
+        _ => DriftError::new_err(message),
+    }
+}
+
+/// Python picks the subclass, `PermissionError` say, from the error number.
+fn os_error(source: &io::Error, message: String) -> PyErr {
+    match source.raw_os_error() {
+        Some(number) => PyOSError::new_err((number, message)),
+        None => PyOSError::new_err(message),
+    }
+}

@@ -1,0 +1,431 @@
+//! `drift_fast._core`: convert, detach the interpreter, call the core, convert back.
+//!
+//! Nothing is decided here. The only unsafe code of this crate is [`writable`], the window onto a
+//! Python buffer that Rust fills.
+
+mod errors;
+
+use pyo3::prelude::*;
+
+/// The compiled half of drift_fast.
+#[pymodule(gil_used = false)]
+mod _core {
+    use std::ops::ControlFlow;
+    use std::path::PathBuf;
+    use std::sync::Mutex;
+
+    use drift_fast_core::align::{Alignment, Named, Ties, align as align_core};
+    use drift_fast_core::measure::measure as measure_core;
+    use drift_fast_core::stream::{Pair, Progress, Side, Sink, run};
+    use drift_fast_core::writer::Slot;
+    use drift_fast_core::{Dtype, Error, Moments, Reader, checkpoint, kernel, writer};
+    use pyo3::buffer::PyBuffer;
+    use pyo3::exceptions::{PyRuntimeError, PyValueError};
+    use pyo3::prelude::*;
+    use pyo3::types::{PyDict, PyList};
+
+    use super::errors::to_py;
+    #[pymodule_export]
+    use super::errors::{
+        AlignmentError, CheckpointError, CoverageError, DriftError, NonFiniteError,
+    };
+
+    #[pymodule_init]
+    fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
+        module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+        // Timings of an unoptimised build mean nothing; the benchmarks refuse one.
+        module.add("debug_build", cfg!(debug_assertions))
+    }
+
+    /// Reasoning name, multimodal name, and one reason for each that has no partner.
+    #[pyclass(frozen, get_all, module = "drift_fast._core")]
+    struct Aligned {
+        prefixes: (String, String),
+        pairs: Vec<(String, String)>,
+        unmatched_left: Vec<(String, String)>,
+        unmatched_right: Vec<(String, String)>,
+        layer_conflict: String,
+        rivals: Vec<(String, String, usize)>,
+    }
+
+    /// An open checkpoint.
+    #[pyclass(frozen, module = "drift_fast._core")]
+    struct Checkpoint {
+        inner: checkpoint::Checkpoint,
+    }
+
+    #[pymethods]
+    impl Checkpoint {
+        #[new]
+        #[pyo3(signature = (path, *, reader = "mmap"))]
+        fn new(py: Python<'_>, path: PathBuf, reader: &str) -> PyResult<Self> {
+            let reader = match reader {
+                "mmap" => Reader::Mmap,
+                "pread" => Reader::Pread,
+                other => {
+                    let message = format!("reader must be 'mmap' or 'pread', got {other:?}");
+                    return Err(PyValueError::new_err(message));
+                }
+            };
+            let inner = py.detach(|| checkpoint::Checkpoint::open(&path, reader)).map_err(to_py)?;
+            Ok(Self { inner })
+        }
+
+        #[getter]
+        fn path(&self) -> PathBuf {
+            self.inner.path().to_owned()
+        }
+
+        fn tensors(&self) -> Vec<(String, String, Vec<usize>, PathBuf)> {
+            self.inner
+                .tensors()
+                .map(|(shard, tensor)| {
+                    let dtype = tensor.dtype.to_string();
+                    (tensor.name.clone(), dtype, tensor.shape.clone(), shard.path().to_owned())
+                })
+                .collect()
+        }
+
+        fn fingerprint(&self, py: Python<'_>) -> PyResult<Vec<(String, u64, String)>> {
+            py.detach(|| {
+                self.inner
+                    .shards()
+                    .iter()
+                    .map(|shard| {
+                        let name = shard.path().file_name().unwrap_or_default();
+                        let name = name.to_string_lossy().into_owned();
+                        Ok((name, shard.nbytes(), shard.fingerprint()?))
+                    })
+                    .collect::<drift_fast_core::Result<_>>()
+            })
+            .map_err(to_py)
+        }
+
+        fn read_into(&self, py: Python<'_>, name: &str, buffer: &Bound<'_, PyAny>) -> PyResult<()> {
+            let mut buffer = Writable::new(buffer)?;
+            py.detach(|| {
+                let (shard, tensor) = self.inner.tensor(name)?;
+                let bytes = buffer.bytes();
+                let expected = (tensor.range.end - tensor.range.start) as usize;
+                if bytes.len() != expected {
+                    return Err(Error::Argument(format!(
+                        "the buffer for {name} has {} bytes, expected {expected}",
+                        bytes.len()
+                    )));
+                }
+                shard.read_exact_at(bytes, tensor.range.start)
+            })
+            .map_err(to_py)
+        }
+    }
+
+    /// A delta directory being written; it takes its name at `commit`.
+    #[pyclass(frozen, module = "drift_fast._core")]
+    struct DeltaWriter {
+        inner: Mutex<Option<writer::Writer>>,
+    }
+
+    #[pymethods]
+    impl DeltaWriter {
+        #[new]
+        #[pyo3(signature = (target, tensors, dtype, *, max_shard_nbytes, overwrite))]
+        fn new(
+            target: PathBuf,
+            tensors: Vec<(String, Vec<usize>)>,
+            dtype: &str,
+            max_shard_nbytes: u64,
+            overwrite: bool,
+        ) -> PyResult<Self> {
+            let slots: Vec<Slot> =
+                tensors.into_iter().map(|(name, shape)| Slot { name, shape }).collect();
+            let inner = writer::Writer::create(
+                &target,
+                &slots,
+                parse_dtype(dtype)?,
+                max_shard_nbytes,
+                overwrite,
+            )
+            .map_err(to_py)?;
+            Ok(Self { inner: Mutex::new(Some(inner)) })
+        }
+
+        /// Flush, add `drift.json` with this text, and give the directory its name.
+        fn commit(&self, py: Python<'_>, description: &str) -> PyResult<()> {
+            let writer = self.take().ok_or_else(finished)?;
+            py.detach(|| writer.commit(description)).map_err(to_py)
+        }
+
+        /// Remove what was written, unless it was committed.
+        fn abort(&self) {
+            drop(self.take());
+        }
+    }
+
+    impl DeltaWriter {
+        fn take(&self) -> Option<writer::Writer> {
+            self.inner.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take()
+        }
+    }
+
+    fn finished() -> PyErr {
+        PyRuntimeError::new_err("this delta was committed or aborted already")
+    }
+
+    /// Pair two lists of (name, shape).
+    #[pyfunction]
+    #[pyo3(signature = (left, right, *, prefer_equal_names = false))]
+    fn align(
+        py: Python<'_>,
+        left: Vec<(String, Vec<usize>)>,
+        right: Vec<(String, Vec<usize>)>,
+        prefer_equal_names: bool,
+    ) -> PyResult<Aligned> {
+        let named = |list: Vec<(String, Vec<usize>)>| -> Vec<Named> {
+            list.into_iter().map(|(name, shape)| Named { name, shape }).collect()
+        };
+        let (left, right) = (named(left), named(right));
+        let ties = if prefer_equal_names { Ties::PreferEqualNames } else { Ties::Refuse };
+        let alignment = py.detach(|| align_core(&left, &right, ties)).map_err(to_py)?;
+        Ok(describe(alignment, &left, &right))
+    }
+
+    fn describe(alignment: Alignment, left: &[Named], right: &[Named]) -> Aligned {
+        let reasons = |list: Vec<(usize, String)>, side: &[Named]| {
+            list.into_iter().map(|(at, reason)| (side[at].name.clone(), reason)).collect()
+        };
+        let pair = |(a, b): (usize, usize)| (left[a].name.clone(), right[b].name.clone());
+        Aligned {
+            prefixes: alignment.prefixes,
+            pairs: alignment.pairs.into_iter().map(pair).collect(),
+            unmatched_left: reasons(alignment.unmatched_a, left),
+            unmatched_right: reasons(alignment.unmatched_b, right),
+            layer_conflict: alignment.layer_conflict,
+            rivals: alignment.rivals,
+        }
+    }
+
+    /// Stream pairs of tensors and return one dictionary of moments for each.
+    #[pyfunction]
+    #[pyo3(signature = (reasoning, multimodal, pairs, *, threads, writer = None, progress = None))]
+    fn stream<'py>(
+        py: Python<'py>,
+        reasoning: &Checkpoint,
+        multimodal: &Checkpoint,
+        pairs: Vec<(String, String)>,
+        threads: usize,
+        writer: Option<&DeltaWriter>,
+        progress: Option<Py<PyAny>>,
+    ) -> PyResult<Bound<'py, PyList>> {
+        let guard = writer
+            .map(|writer| writer.inner.lock().unwrap_or_else(std::sync::PoisonError::into_inner));
+        let sink = match &guard {
+            None => Sink::None,
+            Some(inner) => Sink::Files(inner.as_ref().ok_or_else(finished)?),
+        };
+        let pairs = resolve(&reasoning.inner, &multimodal.inner, &pairs)?;
+        let moments = detached(py, &pairs, sink, threads, progress)?;
+        let rows = moments.iter().map(|m| row(py, m)).collect::<PyResult<Vec<_>>>()?;
+        PyList::new(py, rows)
+    }
+
+    /// Fill a writable buffer with one difference and return its moments.
+    #[pyfunction]
+    #[pyo3(signature = (reasoning, multimodal, pair, buffer, *, dtype, threads))]
+    fn subtract_into<'py>(
+        py: Python<'py>,
+        reasoning: &Checkpoint,
+        multimodal: &Checkpoint,
+        pair: (String, String),
+        buffer: &Bound<'py, PyAny>,
+        dtype: &str,
+        threads: usize,
+    ) -> PyResult<Bound<'py, PyDict>> {
+        let mut buffer = Writable::new(buffer)?;
+        let pairs = resolve(&reasoning.inner, &multimodal.inner, &[pair])?;
+        let sink = Sink::Memory(parse_dtype(dtype)?, buffer.bytes());
+        let moments = detached(py, &pairs, sink, threads, None)?;
+        row(py, &moments[0])
+    }
+
+    /// Moments of tensors in memory, pair by pair: (‖left‖², ‖right‖², left · right).
+    ///
+    /// Each side is a contiguous buffer of bytes and its dtype. NaN or infinity on either side
+    /// makes all three numbers NaN, so that no caller takes a partial sum for a whole one.
+    #[pyfunction]
+    #[pyo3(signature = (left, right, *, threads))]
+    fn measure(
+        py: Python<'_>,
+        left: Vec<(Bound<'_, PyAny>, String)>,
+        right: Vec<(Bound<'_, PyAny>, String)>,
+        threads: usize,
+    ) -> PyResult<Vec<(f64, f64, f64)>> {
+        if left.len() != right.len() {
+            return Err(PyValueError::new_err("both sides need the same number of tensors"));
+        }
+        let buffers = |side: Vec<(Bound<'_, PyAny>, String)>| {
+            side.iter()
+                .map(|(object, dtype)| Ok((Readable::new(object)?, parse_dtype(dtype)?)))
+                .collect::<PyResult<Vec<_>>>()
+        };
+        let (left, right) = (buffers(left)?, buffers(right)?);
+        let moments = py
+            .detach(|| {
+                let pairs = left
+                    .iter()
+                    .zip(&right)
+                    .map(|((a, a_dtype), (b, b_dtype))| {
+                        let left = kernel::Elements::new(*a_dtype, a.bytes())?;
+                        Ok((left, kernel::Elements::new(*b_dtype, b.bytes())?))
+                    })
+                    .collect::<drift_fast_core::Result<Vec<_>>>()?;
+                measure_core(&pairs, threads)
+            })
+            .map_err(to_py)?;
+        Ok(moments
+            .iter()
+            .map(|m| {
+                if m.nonfinite_reasoning + m.nonfinite_multimodal > 0 {
+                    (f64::NAN, f64::NAN, f64::NAN)
+                } else {
+                    (m.reasoning_sq, m.multimodal_sq, m.dot)
+                }
+            })
+            .collect())
+    }
+
+    fn resolve<'a>(
+        reasoning: &'a checkpoint::Checkpoint,
+        multimodal: &'a checkpoint::Checkpoint,
+        pairs: &[(String, String)],
+    ) -> PyResult<Vec<Pair<'a>>> {
+        pairs
+            .iter()
+            .map(|(a, b)| {
+                let (shard, tensor) = reasoning.tensor(a).map_err(to_py)?;
+                let reasoning = Side { shard, tensor };
+                let (shard, tensor) = multimodal.tensor(b).map_err(to_py)?;
+                Ok(Pair { reasoning, multimodal: Side { shard, tensor } })
+            })
+            .collect()
+    }
+
+    /// Run with the interpreter detached, coming back for signals and the progress callback.
+    fn detached(
+        py: Python<'_>,
+        pairs: &[Pair<'_>],
+        sink: Sink<'_>,
+        threads: usize,
+        progress: Option<Py<PyAny>>,
+    ) -> PyResult<Vec<Moments>> {
+        let mut raised: Option<PyErr> = None;
+        let mut tick = |state: Progress| {
+            let answer = Python::attach(|py| {
+                py.check_signals()?;
+                if let Some(progress) = &progress {
+                    progress.call1(py, (state.tensors, state.nbytes))?;
+                }
+                Ok(())
+            });
+            match answer {
+                Ok(()) => ControlFlow::Continue(()),
+                Err(error) => {
+                    raised = Some(error);
+                    ControlFlow::Break(())
+                }
+            }
+        };
+        let result = py.detach(|| run(pairs, sink, threads, &mut tick));
+        match raised {
+            Some(error) => Err(error),
+            None => result.map_err(to_py),
+        }
+    }
+
+    fn row<'py>(py: Python<'py>, moments: &Moments) -> PyResult<Bound<'py, PyDict>> {
+        let row = PyDict::new(py);
+        row.set_item("delta_sq", moments.delta_sq)?;
+        row.set_item("reasoning_sq", moments.reasoning_sq)?;
+        row.set_item("multimodal_sq", moments.multimodal_sq)?;
+        row.set_item("dot", moments.dot)?;
+        row.set_item("nonfinite_reasoning", moments.nonfinite_reasoning)?;
+        row.set_item("nonfinite_multimodal", moments.nonfinite_multimodal)?;
+        row.set_item("overflow", moments.overflow)?;
+        Ok(row)
+    }
+
+    fn parse_dtype(name: &str) -> PyResult<Dtype> {
+        match name {
+            "bfloat16" => Ok(Dtype::BF16),
+            "float16" => Ok(Dtype::F16),
+            "float32" => Ok(Dtype::F32),
+            "float64" => Ok(Dtype::F64),
+            other => Err(PyValueError::new_err(format!(
+                "dtype must be 'bfloat16', 'float16', 'float32' or 'float64', got {other:?}"
+            ))),
+        }
+    }
+
+    /// A Python buffer that stays exported, and so alive and in place, while Rust fills it.
+    struct Writable {
+        buffer: PyBuffer<u8>,
+    }
+
+    impl Writable {
+        fn new(object: &Bound<'_, PyAny>) -> PyResult<Self> {
+            let buffer = PyBuffer::<u8>::get(object)?;
+            if buffer.readonly() || !buffer.is_c_contiguous() {
+                return Err(PyValueError::new_err("the buffer must be writable and contiguous"));
+            }
+            Ok(Self { buffer })
+        }
+
+        fn bytes(&mut self) -> &mut [u8] {
+            if self.buffer.len_bytes() == 0 {
+                return &mut [];
+            }
+            // SAFETY: the export keeps the memory alive, in place and of this length; it is
+            // writable, contiguous and of unsigned bytes, for which every bit pattern is valid.
+            // That no Python thread touches it meanwhile is what the caller, drift_fast.delta,
+            // guarantees: it passes tensors that nobody else has seen.
+            #[allow(unsafe_code)]
+            unsafe {
+                std::slice::from_raw_parts_mut(
+                    self.buffer.buf_ptr().cast::<u8>(),
+                    self.buffer.len_bytes(),
+                )
+            }
+        }
+    }
+
+    /// A Python buffer that stays exported, and so alive and in place, while Rust reads it.
+    struct Readable {
+        buffer: PyBuffer<u8>,
+    }
+
+    impl Readable {
+        fn new(object: &Bound<'_, PyAny>) -> PyResult<Self> {
+            let buffer = PyBuffer::<u8>::get(object)?;
+            if !buffer.is_c_contiguous() {
+                return Err(PyValueError::new_err("the buffer must be contiguous"));
+            }
+            Ok(Self { buffer })
+        }
+
+        fn bytes(&self) -> &[u8] {
+            if self.buffer.len_bytes() == 0 {
+                return &[];
+            }
+            // SAFETY: the export keeps the memory alive, in place and of this length; it is
+            // contiguous and of unsigned bytes. That nobody writes to it meanwhile is what the
+            // caller, drift_fast.inject, guarantees: it measures between backward and the
+            // optimizer's step, when no thread touches a gradient.
+            #[allow(unsafe_code)]
+            unsafe {
+                std::slice::from_raw_parts(
+                    self.buffer.buf_ptr().cast::<u8>(),
+                    self.buffer.len_bytes(),
+                )
+            }
+        }
+    }
+}

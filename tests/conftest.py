@@ -1,0 +1,39 @@
+"""Fixtures shared by all test modules: the markers, and one small pair of checkpoints."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Child processes and torch alike: two busy cores measure nothing else well.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from synthetic import Pair, write_pair
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: takes more than ten seconds")
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    """A text and a multimodal checkpoint of two layers, one file each; read only."""
+    return write_pair(tmp_path_factory.mktemp("pair"))
+
+
+@pytest.fixture(scope="session")
+def sharded_pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    """The same kind of pair in three and four shards; read only."""
+    return write_pair(tmp_path_factory.mktemp("sharded"), seed=1, shards=3)
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    """A directory that does not exist yet, alone in its parent."""
+    parent = tmp_path / "result"
+    parent.mkdir()
+    return parent / "delta"

@@ -1,0 +1,387 @@
+"""Every way an injection can be wrong says so: at construction, in step(), or at the first update.
+
+Owns: the exception types and what their messages name. Nothing here may end in a run that trains
+without its delta.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import drift_fast
+from injection_models import (
+    Backbone,
+    delta_towards,
+    gradients_of,
+    moved_text,
+    regression_batch,
+    regression_loss,
+    saved,
+    tiny_qwen2,
+    train,
+    write_checkpoint,
+)
+
+VICTIM = "model.layers.1.mlp.down_proj.weight"
+
+
+@pytest.fixture
+def model() -> Backbone:
+    return Backbone()
+
+
+@pytest.fixture
+def delta(tmp_path: Path, model: Backbone) -> drift_fast.Delta:
+    return delta_towards(tmp_path, model)
+
+
+def message_of(caught: pytest.ExceptionInfo[BaseException]) -> str:
+    return str(caught.value)
+
+
+def assert_attaches(model: torch.nn.Module, delta: drift_fast.Delta) -> None:
+    """A refused attachment must not stand in the way of a right one."""
+    drift_fast.Injection(model, delta).remove()
+
+
+def test_the_errors_form_one_family() -> None:
+    assert issubclass(drift_fast.CoverageError, drift_fast.DriftError)
+    assert issubclass(drift_fast.AlignmentError, drift_fast.DriftError)
+    assert issubclass(drift_fast.CheckpointError, drift_fast.DriftError)
+    assert issubclass(drift_fast.DriftError, Exception)
+
+
+# --- arguments --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("alpha", [math.nan, math.inf, -math.inf])
+def test_alpha_that_is_not_finite_is_refused(
+    model: Backbone, delta: drift_fast.Delta, alpha: float
+) -> None:
+    with pytest.raises(ValueError, match="alpha") as caught:
+        drift_fast.Injection(model, delta, alpha=alpha)
+    assert str(alpha) in message_of(caught)
+    assert_attaches(model, delta)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "known"),
+    [
+        ("scale", "adaptive_cosine", ["adaptive", "gradnorm", "absolute"]),
+        ("scope", "epoch", ["step", "microbatch"]),
+        ("rescale", "gradient", ["weight"]),
+        ("modules", "attention", ["attn", "mlp"]),
+        ("layers", "3-1", ["3-1"]),
+    ],
+)
+def test_an_unknown_choice_is_refused_and_the_known_ones_named(
+    model: Backbone, delta: drift_fast.Delta, argument: str, value: str, known: list[str]
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(value)) as caught:
+        drift_fast.Injection(model, delta, **{argument: value})
+    for choice in known:
+        assert choice in message_of(caught)
+    assert_attaches(model, delta)
+
+
+@pytest.mark.parametrize("options", [{"layers": [99]}, {"modules": "embed"}])
+def test_a_choice_that_leaves_nothing_to_inject_is_refused(
+    model: Backbone, delta: drift_fast.Delta, options: dict[str, Any]
+) -> None:
+    with pytest.raises((ValueError, drift_fast.DriftError)) as caught:
+        drift_fast.Injection(model, delta, **options)
+    assert next(iter(options)) in message_of(caught)
+    assert_attaches(model, delta)
+
+
+# --- the model does not fit the delta ---------------------------------------------------------
+
+
+def test_a_model_with_nothing_in_common_is_refused(delta: drift_fast.Delta) -> None:
+    # Silence here is the public code's failure: no hook, a run called active, plain fine-tuning.
+    stranger = torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.Linear(6, 3))
+    with pytest.raises(drift_fast.DriftError) as caught:
+        drift_fast.Injection(stranger, delta)
+    assert re.search(r"model\.layers\.\d\.\w+\.\w+_proj\.\w+", message_of(caught))
+
+
+def test_a_language_model_under_another_path_is_found_or_refused_but_never_skipped(
+    tmp_path: Path,
+) -> None:
+    text = tiny_qwen2()
+    delta = drift_fast.compute_delta(
+        saved(moved_text(text), tmp_path / "expert"), saved(text, tmp_path / "base")
+    )
+
+    class Moved(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.somewhere = torch.nn.Module()
+            self.somewhere.backbone = text.model
+
+    moved = Moved()
+    for parameter in moved.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    try:
+        injection = drift_fast.Injection(moved, delta)
+    except drift_fast.DriftError:
+        return
+    injection.step()
+    assert injection.injected == len(delta)
+    for name in drift_fast.match_parameters(moved, delta):
+        gradient = moved.get_parameter(name).grad
+        assert gradient is not None
+        assert not torch.equal(gradient, torch.ones_like(gradient)), name
+
+
+def test_a_tensor_without_a_parameter_is_named(delta: drift_fast.Delta) -> None:
+    model = Backbone()
+    del model.model.layers[1].mlp.down_proj
+    with pytest.raises(drift_fast.CoverageError) as caught:
+        drift_fast.Injection(model, delta)
+    assert VICTIM in message_of(caught)
+
+
+def test_a_model_with_fewer_layers_is_refused(delta: drift_fast.Delta) -> None:
+    with pytest.raises(drift_fast.DriftError, match=r"layers\.1\.|2 layers|layer"):
+        drift_fast.Injection(Backbone(layers=1), delta)
+
+
+def test_a_model_of_another_shape_is_refused_with_both_shapes(delta: drift_fast.Delta) -> None:
+    with pytest.raises(drift_fast.CoverageError) as caught:
+        drift_fast.Injection(Backbone(inner=11), delta)
+    message = message_of(caught)
+    assert re.search(r"mlp\.(gate|up|down)_proj\.weight", message)
+    pairs = [("[10, 6]", "[11, 6]"), ("[6, 10]", "[6, 11]")]
+    assert any(ours in message and theirs in message for ours, theirs in pairs)
+
+
+def test_one_parameter_of_another_shape_is_named_with_both_shapes(
+    model: Backbone, delta: drift_fast.Delta
+) -> None:
+    model.model.layers[1].mlp.down_proj = torch.nn.Linear(10, 7, bias=False)
+    with pytest.raises(drift_fast.CoverageError) as caught:
+        drift_fast.Injection(model, delta)
+    for part in (VICTIM, "[6, 10]", "[7, 10]"):
+        assert part in message_of(caught)
+
+
+def test_a_transposed_parameter_is_not_taken_for_a_match(
+    model: Backbone, delta: drift_fast.Delta
+) -> None:
+    model.model.layers[1].mlp.down_proj.weight = torch.nn.Parameter(torch.zeros(10, 6))
+    with pytest.raises(drift_fast.CoverageError) as caught:
+        drift_fast.Injection(model, delta)
+    for part in (VICTIM, "[6, 10]", "[10, 6]"):
+        assert part in message_of(caught)
+
+
+def test_partial_coverage_is_taken_only_when_asked_for_and_reported(
+    model: Backbone, delta: drift_fast.Delta
+) -> None:
+    del model.model.layers[1].mlp.down_proj
+    with pytest.raises(drift_fast.CoverageError, match=re.escape(VICTIM)):
+        drift_fast.Injection(model, delta, strict=False, min_coverage=0.99)
+    injection = drift_fast.Injection(model, delta, strict=False, min_coverage=0.5)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    injection.step()
+    assert injection.injected == len(delta) - 1 == 19
+
+
+# --- targets that cannot be trained -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("scope", ["step", "microbatch"])
+def test_a_frozen_target_is_refused_by_name(
+    model: Backbone, delta: drift_fast.Delta, scope: str
+) -> None:
+    model.get_parameter(VICTIM).requires_grad_(False)
+    with pytest.raises(drift_fast.DriftError, match=r"requires_grad|frozen") as caught:
+        drift_fast.Injection(model, delta, scope=scope)
+    assert VICTIM in message_of(caught)
+    model.get_parameter(VICTIM).requires_grad_(True)
+    assert_attaches(model, delta)
+
+
+def test_a_frozen_parameter_outside_the_selection_does_not_matter(
+    model: Backbone, delta: drift_fast.Delta
+) -> None:
+    model.get_parameter(VICTIM).requires_grad_(False)
+    model.head.requires_grad_(False)
+    drift_fast.Injection(model, delta, modules="attn")
+
+
+def test_a_target_the_optimizer_does_not_hold_is_refused_by_name(
+    model: Backbone, delta: drift_fast.Delta
+) -> None:
+    held = [parameter for name, parameter in model.named_parameters() if name != VICTIM]
+    with pytest.raises(drift_fast.DriftError, match="optimizer") as caught:
+        drift_fast.Injection(model, delta, optimizer=torch.optim.SGD(held, lr=0.1))
+    assert VICTIM in message_of(caught)
+    assert_attaches(model, delta)
+
+
+def test_an_optimizer_of_another_model_is_refused(model: Backbone, delta: drift_fast.Delta) -> None:
+    with pytest.raises(drift_fast.DriftError, match="optimizer"):
+        drift_fast.Injection(
+            model, delta, optimizer=torch.optim.SGD(Backbone().parameters(), lr=0.1)
+        )
+
+
+@pytest.mark.parametrize("scope", ["step", "microbatch"])
+def test_a_second_attachment_is_refused_until_the_first_is_removed(
+    model: Backbone, delta: drift_fast.Delta, scope: str
+) -> None:
+    first = drift_fast.Injection(model, delta, scope=scope)
+    for wrapped in (model, torch.compile(model)):
+        with pytest.raises(drift_fast.DriftError, match="remove") as caught:
+            drift_fast.Injection(wrapped, delta)
+        assert "already" in message_of(caught)
+    first.remove()
+    with drift_fast.Injection(model, delta):
+        pass
+    assert_attaches(model, delta)
+
+
+def test_an_error_inside_the_with_block_still_detaches(
+    model: Backbone, delta: drift_fast.Delta
+) -> None:
+    with pytest.raises(RuntimeError, match="of the user"), drift_fast.Injection(model, delta):
+        raise RuntimeError("of the user")
+    assert_attaches(model, delta)
+
+
+# --- step() -----------------------------------------------------------------------------------
+
+
+def test_a_step_before_any_backward_is_refused(model: Backbone, delta: drift_fast.Delta) -> None:
+    injection = drift_fast.Injection(model, delta)
+    with pytest.raises(drift_fast.DriftError, match="backward") as caught:
+        injection.step()
+    assert "grad" in message_of(caught)
+
+
+def test_a_step_after_zero_grad_is_refused(model: Backbone, delta: drift_fast.Delta) -> None:
+    injection = drift_fast.Injection(model, delta)
+    regression_loss(model, regression_batch()).backward()
+    injection.step()
+    model.zero_grad()
+    with pytest.raises(drift_fast.DriftError, match="backward"):
+        injection.step()
+
+
+def test_a_single_target_without_a_gradient_is_named_and_nothing_else_is_changed(
+    model: Backbone, delta: drift_fast.Delta
+) -> None:
+    injection = drift_fast.Injection(model, delta)
+    regression_loss(model, regression_batch()).backward()
+    model.get_parameter(VICTIM).grad = None
+    before = gradients_of(model)
+    with pytest.raises(drift_fast.DriftError) as caught:
+        injection.step()
+    message = message_of(caught)
+    assert VICTIM in message
+    assert "model.layers.0" not in message
+    for name, found in gradients_of(model).items():
+        assert torch.equal(found, before[name])
+
+
+def test_a_target_left_out_of_the_forward_pass_is_named(tmp_path: Path) -> None:
+    class Unused(Backbone):
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            hidden: torch.Tensor = self.head(self.model.layers[0](inputs))
+            return hidden
+
+    model = Unused()
+    injection = drift_fast.Injection(model, delta_towards(tmp_path, model))
+    regression_loss(model, regression_batch()).backward()
+    with pytest.raises(drift_fast.DriftError, match=r"model\.layers\.1\."):
+        injection.step()
+
+
+def test_a_removed_injection_changes_no_gradient(model: Backbone, delta: drift_fast.Delta) -> None:
+    injection = drift_fast.Injection(model, delta)
+    injection.remove()
+    regression_loss(model, regression_batch()).backward()
+    before = gradients_of(model)
+    with contextlib.suppress(drift_fast.DriftError):
+        injection.step()
+    for name, found in gradients_of(model).items():
+        assert torch.equal(found, before[name])
+
+
+# --- the watchdog -----------------------------------------------------------------------------
+
+
+def test_an_update_without_an_injection_is_stopped_at_the_first_step(
+    model: Backbone, delta: drift_fast.Delta
+) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    drift_fast.Injection(model, delta, optimizer=optimizer)
+    regression_loss(model, regression_batch()).backward()
+    with pytest.raises(drift_fast.DriftError, match="nothing was injected") as caught:
+        optimizer.step()
+    assert "step()" in message_of(caught)
+
+
+def test_a_hook_that_never_fires_is_noticed_in_microbatch_scope(
+    model: Backbone, delta: drift_fast.Delta
+) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    drift_fast.Injection(model, delta, scope="microbatch", optimizer=optimizer)
+    for parameter in model.parameters():
+        # Gradients that did not come from a backward pass: no hook has run.
+        parameter.grad = torch.ones_like(parameter)
+    with pytest.raises(drift_fast.DriftError, match="nothing was injected"):
+        optimizer.step()
+
+
+def test_the_watchdog_is_quiet_in_a_right_loop_and_after_removal(
+    model: Backbone, delta: drift_fast.Delta
+) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    injection = drift_fast.Injection(model, delta, optimizer=optimizer)
+    train(model, 3, injection=injection, optimizer=optimizer)
+    injection.remove()
+    train(model, 3, optimizer=optimizer)
+
+    unused = drift_fast.Injection(model, delta, optimizer=optimizer)
+    unused.remove()
+    train(model, 1, optimizer=optimizer)
+
+
+def test_the_watchdog_is_quiet_when_the_first_step_is_skipped_by_the_scaler(
+    model: Backbone, delta: drift_fast.Delta
+) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    injection = drift_fast.Injection(model, delta, optimizer=optimizer, scaler=scaler)
+    for overflow in (True, False):
+        optimizer.zero_grad()
+        scaler.scale(regression_loss(model, regression_batch())).backward()
+        if overflow:
+            for parameter in model.parameters():
+                assert parameter.grad is not None
+                parameter.grad.fill_(math.inf)
+        injection.step()
+        scaler.step(optimizer)
+        scaler.update()
+        assert injection.skipped == (len(delta) if overflow else 0)
+
+
+def test_the_same_checkpoint_twice_warns_that_the_delta_is_zero(
+    tmp_path: Path, model: Backbone
+) -> None:
+    state = dict(model.state_dict())
+    one = write_checkpoint(tmp_path / "one", state)
+    two = write_checkpoint(tmp_path / "two", state)
+    with pytest.warns(drift_fast.DriftWarning, match="zero"):
+        drift_fast.compute_delta(one, two)

@@ -1,0 +1,271 @@
+"""scope="microbatch": the public code's injection into the gradient of each backward pass.
+
+Owns: parity with the public per-micro-batch formulae, what follows from them, and where the scope
+is refused. Step scope is in test_injection.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+import drift_fast
+import reference
+from injection_models import (
+    Backbone,
+    delta_towards,
+    gradients_of,
+    regression_batch,
+    regression_loss,
+    train,
+    weights_of,
+)
+
+# The four things the public code can do: its absolute scale is stretched unless told otherwise.
+PUBLIC_MODES = [
+    pytest.param("absolute", None, id="absolute"),
+    pytest.param("absolute", "weight", id="absolute stretched to the weight"),
+    pytest.param("gradnorm", None, id="gradnorm"),
+    pytest.param("adaptive", None, id="adaptive"),
+]
+
+
+def micro_batches(count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    inputs, targets = regression_batch(8)
+    return list(zip(inputs.chunk(count), targets.chunk(count), strict=True))
+
+
+def plain_gradients(
+    model: torch.nn.Module, batch: tuple[torch.Tensor, torch.Tensor], share: float = 1.0
+) -> dict[str, torch.Tensor]:
+    """Take the gradient of one micro-batch without touching any parameter's grad or hooks."""
+    twin = Backbone().to(next(model.parameters()).dtype)
+    twin.load_state_dict(model.state_dict())
+    (regression_loss(twin, batch) * share).backward()
+    return gradients_of(twin)
+
+
+def assert_close(found: torch.Tensor, expected: Any, tolerance: float, label: str) -> None:
+    error = reference.norm(reference.exact(found) - reference.exact(expected))
+    size = reference.norm(reference.exact(expected))
+    assert error <= tolerance * size, f"{label}: {error / size:.2e} of its norm"
+
+
+@pytest.mark.parametrize("alpha", [1.0, -0.5])
+@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize(("scale", "rescale"), PUBLIC_MODES)
+def test_each_backward_pass_gets_the_public_formula(
+    tmp_path: Path, scale: str, rescale: str | None, count: int, alpha: float
+) -> None:
+    model = Backbone()
+    start = weights_of(model)
+    delta = delta_towards(tmp_path, model)
+    injection = drift_fast.Injection(
+        model, delta, alpha=alpha, scale=scale, scope="microbatch", rescale=rescale
+    )
+    expected: dict[str, Any] = dict.fromkeys(start, 0.0)
+    for batch in micro_batches(count):
+        own = plain_gradients(model, batch, 1 / count)
+        for name, gradient in own.items():
+            pushed: Any = reference.exact(gradient)
+            if name in delta:
+                weight = start[name] if rescale else None
+                pushed = reference.public_inject(
+                    gradient, delta[name], alpha=alpha, scale=scale, weight=weight
+                )
+            expected[name] = expected[name] + pushed
+        (regression_loss(model, batch) / count).backward()
+        # After every pass, not only the last: each micro-batch was pushed by its own numbers.
+        for name, found in gradients_of(model).items():
+            assert_close(found, expected[name], 2e-6, name)
+    injection.remove()
+
+
+@pytest.mark.parametrize(("scale", "rescale"), PUBLIC_MODES)
+def test_bfloat16_gradients_get_the_public_formula_within_their_rounding(
+    tmp_path: Path, scale: str, rescale: str | None
+) -> None:
+    model = Backbone().to(torch.bfloat16)
+    start = weights_of(model)
+    delta = delta_towards(tmp_path, model, dtype="bfloat16")
+    (batch,) = micro_batches(1)
+    plain = plain_gradients(model, batch)
+    drift_fast.Injection(model, delta, alpha=0.8, scale=scale, scope="microbatch", rescale=rescale)
+    regression_loss(model, batch).backward()
+    for name, found in gradients_of(model).items():
+        if name not in delta:
+            assert torch.equal(found, plain[name])
+            continue
+        weight = start[name] if rescale else None
+        expected = reference.public_inject(
+            plain[name], delta[name], alpha=0.8, scale=scale, weight=weight
+        )
+        pushed = np.abs(expected - reference.exact(plain[name]))
+        allowed = 1.01 * 2.0**-8 * (np.abs(expected) + pushed) + 1e-5 * pushed
+        assert np.all(np.abs(reference.exact(found) - expected) <= allowed), name
+
+
+@pytest.mark.parametrize("scale", ["gradnorm", "adaptive"])
+def test_the_push_depends_on_the_number_of_micro_batches_as_in_the_public_code(
+    tmp_path: Path, scale: str
+) -> None:
+    model = Backbone()
+    delta = delta_towards(tmp_path, model)
+    injected = []
+    for count in (1, 8):
+        model.zero_grad()
+        with drift_fast.Injection(model, delta, scale=scale, scope="microbatch"):
+            for batch in micro_batches(count):
+                (regression_loss(model, batch) / count).backward()
+        injected.append(gradients_of(model))
+    for name in delta:
+        difference = (injected[0][name] - injected[1][name]).norm()
+        assert difference > 0.05 * injected[0][name].norm(), name
+
+
+def test_one_micro_batch_equals_step_scope(tmp_path: Path) -> None:
+    model = Backbone()
+    delta = delta_towards(tmp_path, model)
+    regression_loss(model, regression_batch()).backward()
+    with drift_fast.Injection(model, delta) as injection:
+        injection.step()
+    by_step = gradients_of(model)
+    model.zero_grad()
+    with drift_fast.Injection(model, delta, scope="microbatch"):
+        regression_loss(model, regression_batch()).backward()
+    for name, found in gradients_of(model).items():
+        assert_close(found, by_step[name], 2e-6, name)
+
+
+def test_a_parameter_used_twice_in_a_pass_is_injected_once(tmp_path: Path) -> None:
+    model = Backbone()
+    delta = delta_towards(tmp_path, model)
+
+    def backward() -> None:
+        inputs, targets = regression_batch()
+        torch.nn.functional.mse_loss(model(model.model.layers[0](inputs)), targets).backward()
+
+    backward()
+    plain = gradients_of(model)
+    model.zero_grad()
+    with drift_fast.Injection(model, delta, scale="gradnorm", scope="microbatch"):
+        backward()
+    for name in delta:
+        found = model.get_parameter(name).grad
+        assert found is not None
+        expected = reference.public_inject(plain[name], delta[name], alpha=1, scale="gradnorm")
+        assert_close(found, expected, 5e-6, name)
+
+
+def test_calling_step_does_not_inject_a_second_time(tmp_path: Path) -> None:
+    model = Backbone()
+    delta = delta_towards(tmp_path, model)
+    injection = drift_fast.Injection(model, delta, scope="microbatch")
+    regression_loss(model, regression_batch()).backward()
+    once = gradients_of(model)
+    with contextlib.suppress(drift_fast.DriftError):
+        injection.step()
+    for name, found in gradients_of(model).items():
+        assert torch.equal(found, once[name])
+
+
+def test_the_watchdog_is_quiet_when_backward_injected(tmp_path: Path) -> None:
+    model = Backbone()
+    delta = delta_towards(tmp_path, model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    with drift_fast.Injection(model, delta, scope="microbatch", optimizer=optimizer) as injection:
+        train(model, 3, optimizer=optimizer)
+        assert injection.injected == len(delta)
+
+
+def test_training_moves_towards_the_expert(tmp_path: Path) -> None:
+    moved = []
+    for alpha in (1.0, -1.0):
+        model = Backbone()
+        delta = delta_towards(tmp_path / f"{alpha}", model)
+        start = weights_of(model)
+        with drift_fast.Injection(
+            model, delta, alpha=alpha, scale="gradnorm", scope="microbatch"
+        ) as injection:
+            train(model, 10, clip=None)
+            reported = injection.metrics()["progress"]
+        moved.append(reference.progress(weights_of(model), start, delta)[0])
+        assert reported == pytest.approx(moved[-1], rel=1e-3)
+    assert moved[0] > 0.05
+    assert moved[1] < -0.05
+
+
+def test_removal_takes_the_hooks_off(tmp_path: Path) -> None:
+    model = Backbone()
+    delta = delta_towards(tmp_path, model)
+    regression_loss(model, regression_batch()).backward()
+    plain = gradients_of(model)
+    injection = drift_fast.Injection(model, delta, scope="microbatch")
+    model.zero_grad()
+    regression_loss(model, regression_batch()).backward()
+    assert all(not torch.equal(gradients_of(model)[name], plain[name]) for name in delta)
+    injection.remove()
+    model.zero_grad()
+    regression_loss(model, regression_batch()).backward()
+    for name, found in gradients_of(model).items():
+        assert torch.equal(found, plain[name])
+
+
+# --- where a hook on backward cannot work -----------------------------------------------------
+
+
+@pytest.fixture
+def mesh() -> Iterator[DeviceMesh]:
+    """A mesh of this one process, over gloo."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield init_device_mesh("cpu", (1,))
+    finally:
+        dist.destroy_process_group()
+
+
+def assert_refused(model: torch.nn.Module, delta: drift_fast.Delta) -> None:
+    with pytest.raises(drift_fast.DriftError) as caught:
+        drift_fast.Injection(model, delta, scope="microbatch")
+    message = str(caught.value)
+    assert "microbatch" in message
+    assert "step" in message  # the remedy: the other scope
+
+
+def test_parameters_that_are_dtensors_are_refused(tmp_path: Path, mesh: DeviceMesh) -> None:
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    model = Backbone()
+    delta = delta_towards(tmp_path, model)
+    projection = model.model.layers[0].mlp.up_proj
+    sharded = distribute_tensor(projection.weight.detach(), mesh, [Shard(0)])
+    projection.weight = torch.nn.Parameter(sharded)
+    assert_refused(model, delta)
+
+
+def test_a_fully_sharded_model_is_refused(tmp_path: Path, mesh: DeviceMesh) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    model = Backbone()
+    delta = delta_towards(tmp_path, model)
+    fully_shard(model, mesh=mesh)
+    assert_refused(model, delta)
+
+
+@pytest.mark.usefixtures("mesh")
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+def test_a_model_under_the_first_fsdp_is_refused(tmp_path: Path) -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model = Backbone()
+    delta = delta_towards(tmp_path, model)
+    wrapped = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+    assert_refused(wrapped, delta)
