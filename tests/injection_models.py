@@ -7,15 +7,18 @@ Invariant: everything is seeded, on the CPU, and at most a few hundred kilobytes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
 import drift_fast
+from drift_fast.inject.backend import DeviceBackend
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -137,15 +140,29 @@ def delta_towards(
     dtype: str = "float32",
     **options: Any,
 ) -> drift_fast.Delta:
-    """Compute the delta from a plain module's current weights to a seeded perturbation of them."""
+    """Compute the delta from a plain module's current weights to a seeded perturbation of them.
+
+    The expert of a bfloat16 model is written in float32 and lies a bfloat16 step from it, so that
+    the stored delta is exact and its norm in the statistics is the norm of what is injected.
+    """
     state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    moved = perturbed(state, seed=seed, size=size)
+    for name, tensor in state.items():
+        if tensor.dtype is torch.bfloat16:
+            step = (moved[name].float() - tensor.float()).to(torch.bfloat16)
+            moved[name] = tensor.float() + step.float()
     multimodal = write_checkpoint(folder / "multimodal", state)
-    expert = write_checkpoint(folder / "expert", perturbed(state, seed=seed, size=size))
+    expert = write_checkpoint(folder / "expert", moved)
     return drift_fast.compute_delta(expert, multimodal, dtype=dtype, **options)
 
 
 def single_target(
-    tmp_path: Path, shape: tuple[int, int], *, dtype: torch.dtype = torch.float32, seed: int = 5
+    tmp_path: Path,
+    shape: tuple[int, int],
+    *,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 5,
+    size: float = 0.5,
 ) -> tuple[torch.nn.Module, torch.nn.Parameter, drift_fast.Delta]:
     """A module with one attention weight, and a delta for it with a positive mean."""
     model = torch.nn.Module()
@@ -156,8 +173,9 @@ def single_target(
     model.model.layers[0].self_attn.q_proj = projection
     name = "model.layers.0.self_attn.q_proj.weight"
     generator = torch.Generator().manual_seed(seed)
-    base = torch.randn(shape, generator=generator).to(dtype)
-    expert = (base.float() + torch.rand(shape, generator=generator) * 0.5).to(dtype)
+    step = (torch.rand(shape, generator=generator) * size).to(dtype)
+    # Twice the step less the step is the step, exactly, in every dtype.
+    base, expert = step, 2 * step
     delta = drift_fast.compute_delta(
         write_checkpoint(tmp_path / "expert", {name: expert}),
         write_checkpoint(tmp_path / "base", {name: base}),
@@ -201,6 +219,21 @@ def train(
         if clip is not None:
             nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
+
+
+@contextlib.contextmanager
+def arithmetic(kind: str) -> Iterator[None]:
+    """Run what is attached inside with one of the two backends, both on CPU tensors.
+
+    kind: "host" as always on the CPU, or "device": the arithmetic that accelerators get.
+    """
+    with pytest.MonkeyPatch.context() as patches:
+        if kind == "device":
+            patches.setattr("drift_fast.inject.injection.make_backend", DeviceBackend)
+        yield
+
+
+ARITHMETIC = pytest.mark.parametrize("kind", ["host", "device"])
 
 
 # --- tiny transformers models -----------------------------------------------------------------
@@ -335,7 +368,3 @@ def language_targets(model: nn.Module) -> set[str]:
         and "visual" not in name
         and name.split(".")[-2] in wanted
     }
-
-
-def names_in(message: str, names: Iterable[str]) -> bool:
-    return all(name in message for name in names)

@@ -47,6 +47,7 @@ from synthetic import (
     write_pair,
 )
 
+FLOAT_RANGE = ("BF16", "F32", "F64")
 SIZES = (
     0,
     1,
@@ -215,6 +216,24 @@ def test_tensors_of_every_size_are_exact_to_the_last_element(
         assert_same_bits(bits_of(delta[layer(number)]), expected, left, right)
 
 
+@pytest.mark.parametrize("out_dtype", OUTPUT_DTYPES)
+def test_the_whole_range_of_float64_is_subtracted_exactly(tmp_path: Path, out_dtype: str) -> None:
+    rng = np.random.default_rng(13)
+    a = rng.integers(0, 2**63 - 2**52, 50_000, dtype=np.uint64) | rng.choice(
+        np.array([0, 1 << 63], dtype=np.uint64), 50_000
+    )
+    b = np.where(rng.random(a.size) < 0.5, a ^ np.uint64(1 << 20), rng.permutation(a))
+    left, right = stored_bits(a, "F64"), stored_bits(b, "F64")
+    delta = compute_delta(
+        write_file(tmp_path / "a.safetensors", {layer(0): left}, misalign=1),
+        write_file(tmp_path / "b.safetensors", {layer(0): right}, misalign=2),
+        dtype=out_dtype,
+        allow_nonfinite=True,
+    )
+    expected = round_once(subtract(left.values, right.values), OUTPUT_DTYPES[out_dtype])
+    assert_same_bits(bits_of(delta[layer(0)]), expected, left, right)
+
+
 def test_a_value_above_a_midpoint_by_less_than_float32_can_hold_is_rounded_up(
     tmp_path: Path,
 ) -> None:
@@ -345,8 +364,11 @@ def test_an_embedding_of_seventeen_million_values_has_its_float64_norm(tmp_path:
 
 @pytest.mark.parametrize(
     ("magnitude", "dtype"),
-    [(1e30, "BF16"), (3e37, "BF16"), (1e-30, "BF16"), (1e-38, "BF16"), (1e30, "F32"), (3e37, "F32")]
-    + [(1e-30, "F32"), (1e-38, "F32"), (1e-42, "F32"), (1e25, "F64"), (1e-40, "F64")],
+    [
+        *[(magnitude, dtype) for magnitude in (1e30, 3e37, 1e-30, 1e-38) for dtype in FLOAT_RANGE],
+        (1e-42, "F32"),
+        (1e-40, "F64"),
+    ],
 )
 def test_squares_beyond_float32_neither_overflow_nor_vanish(
     tmp_path: Path, magnitude: float, dtype: str
@@ -439,7 +461,7 @@ def test_the_norm_used_to_scale_a_delta_is_that_of_the_delta_one_gets(
     b = write_file(tmp_path / "b.safetensors", {layer(0): stored(base, "F32")})
     delta = compute_delta(a, b, tmp_path / "delta", dtype=out_dtype)
     written = widen(bits_of(delta[layer(0)]), OUTPUT_DTYPES[out_dtype])
-    assert delta.stats[layer(0)].delta_norm == pytest.approx(norm(written), rel=1e-4)
+    assert delta.stats[layer(0)].delta_norm == pytest.approx(norm(written), rel=2**-8)
 
 
 def test_finite_values_whose_squares_overflow_float64_still_give_a_readable_delta(
@@ -672,6 +694,15 @@ def test_an_opened_delta_can_be_saved_elsewhere(pair: Pair, tmp_path: Path) -> N
     assert_same_delta(Delta.open(tmp_path / "second"), first)
 
 
+def test_an_opened_delta_is_split_again_when_it_is_saved_with_another_shard_size(
+    pair: Pair, tmp_path: Path
+) -> None:
+    compute_delta(pair.reasoning, pair.multimodal, tmp_path / "whole")
+    Delta.open(tmp_path / "whole").save(tmp_path / "split", max_shard_size=300)
+    compute_delta(pair.reasoning, pair.multimodal, tmp_path / "direct", max_shard_size=300)
+    assert contents(tmp_path / "split") == contents(tmp_path / "direct")
+
+
 def test_a_tensor_taken_from_a_delta_is_a_copy_of_its_own(pair: Pair, out: Path) -> None:
     for delta in (
         compute_delta(pair.reasoning, pair.multimodal, out),
@@ -771,8 +802,19 @@ def test_a_failed_overwrite_leaves_the_former_delta_whole(
 
 def test_an_empty_directory_and_missing_parents_are_accepted(pair: Pair, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    assert len(compute_delta(pair.reasoning, pair.multimodal, tmp_path / "empty")) == 14
-    assert len(Delta.open(tmp_path / "empty")) == 14
+    for out in (tmp_path / "empty", tmp_path / "new" / "and" / "deep"):
+        assert len(compute_delta(pair.reasoning, pair.multimodal, out)) == 14
+        assert len(Delta.open(out)) == 14
+
+
+def test_a_failed_run_removes_the_parents_it_made(pair: Pair, tmp_path: Path) -> None:
+    values = np.full((8, 8), np.nan)
+    broken = {**pair.text, "model.layers.0.self_attn.q_proj.weight": stored(values)}
+    source = write_checkpoint(tmp_path / "broken", broken)
+    before = everything_under(tmp_path)
+    with refused(drift_fast.NonFiniteError, "q_proj"):
+        compute_delta(source, pair.multimodal, tmp_path / "new" / "and" / "deep")
+    assert everything_under(tmp_path) == before
 
 
 def test_the_delta_may_not_replace_one_of_its_own_sources(pair: Pair, tmp_path: Path) -> None:

@@ -90,9 +90,7 @@ def cache(tmp_path: Path, pair: Pair) -> Path:
 
 def norms(result: subprocess.CompletedProcess[str]) -> dict[str, float]:
     assert result.returncode == 0, result.stderr
-    document = json.loads(result.stdout)
-    rows = document["stats"]
-    rows = rows["rows"] if isinstance(rows, dict) else rows
+    rows = json.loads(result.stdout)["tensors"]
     return {row["name"]: row["reasoning_norm"] for row in rows}
 
 

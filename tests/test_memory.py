@@ -70,7 +70,7 @@ def gigabyte_pair(
     )
 
 
-@pytest.mark.parametrize("threads", [1, 2, 8])
+@pytest.mark.parametrize("threads", [2, 8])
 def test_a_delta_of_a_gigabyte_pair_takes_less_than_100_megabytes(
     gigabyte_pair: tuple[Path, Path], interpreter_nbytes: int, tmp_path: Path, threads: int
 ) -> None:
@@ -109,7 +109,7 @@ def test_statistics_of_a_gigabyte_pair_take_less_than_100_megabytes(
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_checkpoint(interpreter_nbytes: int, tmp_path: Path) -> None:
     peaks = []
-    for layers in (8, 256):
+    for layers in (8, 96):
         shapes = {f"model.layers.{n}.mlp.up_proj.weight": (4096, 4096) for n in range(layers)}
         pair = [
             str(write_sparse(tmp_path / f"{layers}{side}.safetensors", shapes, seed=1))

@@ -7,6 +7,7 @@ is refused. Step scope is in test_injection.py.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -183,7 +184,48 @@ def test_the_watchdog_is_quiet_when_backward_injected(tmp_path: Path) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     with drift_fast.Injection(model, delta, scope="microbatch", optimizer=optimizer) as injection:
         train(model, 3, optimizer=optimizer)
-        assert injection.injected == len(delta)
+        assert (injection.injected, injection.skipped) == (len(delta), 0)
+
+
+def test_a_gradient_that_is_not_finite_is_left_alone_and_counted(tmp_path: Path) -> None:
+    model = Backbone()
+    delta = delta_towards(tmp_path, model)
+    victim = "model.layers.0.mlp.up_proj.weight"
+    # Registered first, so it runs first: the injection sees a gradient that overflowed.
+    model.get_parameter(victim).register_hook(lambda gradient: gradient * math.inf)
+    injection = drift_fast.Injection(model, delta, scope="microbatch")
+    regression_loss(model, regression_batch()).backward()
+    assert not gradients_of(model)[victim].isfinite().any()
+    assert all(g.isfinite().all() for n, g in gradients_of(model).items() if n != victim)
+    assert (injection.injected, injection.skipped) == (19, 1)
+
+
+def test_the_count_of_injected_parameters_is_of_parameters_not_of_passes(tmp_path: Path) -> None:
+    model = Backbone()
+    delta = delta_towards(tmp_path, model)
+    injection = drift_fast.Injection(model, delta, scope="microbatch")
+    for batch in micro_batches(4):
+        regression_loss(model, batch).backward()
+    assert injection.injected == len(delta)
+
+
+@pytest.mark.parametrize("scale", reference.SCALES)
+def test_scaled_gradients_get_the_scaled_push(tmp_path: Path, scale: str) -> None:
+    model = Backbone()
+    delta = delta_towards(tmp_path, model)
+    (batch,) = micro_batches(1)
+    plain = plain_gradients(model, batch)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=512.0)
+    drift_fast.Injection(
+        model, delta, scale=scale, scope="microbatch", optimizer=optimizer, scaler=scaler
+    )
+    scaler.scale(regression_loss(model, batch)).backward()
+    scaler.unscale_(optimizer)
+    for name, found in gradients_of(model).items():
+        if name in delta:
+            expected = reference.public_inject(plain[name], delta[name], alpha=1, scale=scale)
+            assert_close(found, expected, 1e-5, name)
 
 
 def test_training_moves_towards_the_expert(tmp_path: Path) -> None:
@@ -232,15 +274,20 @@ def mesh() -> Iterator[DeviceMesh]:
         dist.destroy_process_group()
 
 
-def assert_refused(model: torch.nn.Module, delta: drift_fast.Delta) -> None:
-    with pytest.raises(drift_fast.DriftError) as caught:
-        drift_fast.Injection(model, delta, scope="microbatch")
-    message = str(caught.value)
-    assert "microbatch" in message
-    assert "step" in message  # the remedy: the other scope
+SCOPES = pytest.mark.parametrize("scope", ["step", "microbatch"])
 
 
-def test_parameters_that_are_dtensors_are_refused(tmp_path: Path, mesh: DeviceMesh) -> None:
+def assert_refused(model: torch.nn.Module, delta: drift_fast.Delta, scope: Any, kind: str) -> None:
+    with pytest.raises(drift_fast.DriftError, match=kind) as caught:
+        drift_fast.Injection(model, delta, scope=scope)
+    # The remedy.
+    assert "one device" in str(caught.value)
+
+
+@SCOPES
+def test_parameters_that_are_dtensors_are_refused_by_name(
+    tmp_path: Path, mesh: DeviceMesh, scope: str
+) -> None:
     from torch.distributed.tensor import Shard, distribute_tensor
 
     model = Backbone()
@@ -248,24 +295,26 @@ def test_parameters_that_are_dtensors_are_refused(tmp_path: Path, mesh: DeviceMe
     projection = model.model.layers[0].mlp.up_proj
     sharded = distribute_tensor(projection.weight.detach(), mesh, [Shard(0)])
     projection.weight = torch.nn.Parameter(sharded)
-    assert_refused(model, delta)
+    assert_refused(model, delta, scope, r"model\.layers\.0\.mlp\.up_proj\.weight is a DTensor")
 
 
-def test_a_fully_sharded_model_is_refused(tmp_path: Path, mesh: DeviceMesh) -> None:
+@SCOPES
+def test_a_fully_sharded_model_is_refused(tmp_path: Path, mesh: DeviceMesh, scope: str) -> None:
     from torch.distributed.fsdp import fully_shard
 
     model = Backbone()
     delta = delta_towards(tmp_path, model)
     fully_shard(model, mesh=mesh)
-    assert_refused(model, delta)
+    assert_refused(model, delta, scope, "DTensor")
 
 
+@SCOPES
 @pytest.mark.usefixtures("mesh")
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
-def test_a_model_under_the_first_fsdp_is_refused(tmp_path: Path) -> None:
+def test_a_model_under_the_first_fsdp_is_refused(tmp_path: Path, scope: str) -> None:
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     model = Backbone()
     delta = delta_towards(tmp_path, model)
     wrapped = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
-    assert_refused(wrapped, delta)
+    assert_refused(wrapped, delta, scope, "FSDP1")

@@ -89,4 +89,12 @@ def measure(
     right: list[tuple[Any, str]],
     *,
     threads: int,
+    float64: bool = False,
 ) -> list[tuple[float, float, float]]: ...
+def subtract_scaled(
+    tensors: list[tuple[Any, str]],
+    deltas: list[tuple[Any, str]],
+    coefficients: list[float],
+    *,
+    threads: int,
+) -> None: ...

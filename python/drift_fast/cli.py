@@ -7,6 +7,7 @@ Results go to standard output, progress and messages to standard error. Exit sta
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
 import warnings
@@ -32,6 +33,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     warnings.showwarning = _show_warning
+    for stream in (sys.stdout, sys.stderr):
+        # A name or symbol that the terminal cannot show is no reason to fail.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         return int(options.run(options))
     except KeyboardInterrupt:
@@ -172,7 +177,7 @@ def _print_json(
         "total": stats.total.to_dict(),
         "modules": [row.to_dict() for row in stats.by_module()],
         "layers": [row.to_dict() for row in stats.by_layer()],
-        "tensors": [row.to_dict() for row in stats],
+        "stats": [row.to_dict() for row in stats],
     }
     json.dump(result, sys.stdout, indent=1)
     print()

@@ -7,6 +7,7 @@ Torch is imported when a tensor is asked for, never before.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -95,11 +96,15 @@ def compute_delta(
     selection = Selection.parse(modules, layers)
     threads = _thread_count(threads)
     pairing = pair_checkpoints(reasoning, multimodal, selection, strict=strict, reader=reader)
+    sources = _describe_sources(pairing)
+    if out is None and sources["reasoning"]["shards"] == sources["multimodal"]["shards"]:
+        # With an output, or once statistics are asked for, the numbers themselves tell.
+        _warn_of_zero(pairing)
     delta = Delta(
         _Streamed(pairing, dtype, threads, allow_nonfinite),
         dtype=dtype,
         coverage=pairing.coverage,
-        sources=_describe_sources(pairing),
+        sources=sources,
         alignment={"prefixes": list(pairing.prefixes), "rivals": [list(r) for r in pairing.rivals]},
         selection=str(selection),
     )
@@ -151,7 +156,7 @@ class _Backend(Protocol):
 
 
 class Delta(Mapping[str, "torch.Tensor"]):
-    """A mapping of tensor name to Δ, read or subtracted when asked for.
+    """A mapping of tensor name to Δ, layer by layer, read or subtracted when asked for.
 
     `delta[name]` is a fresh tensor on the CPU each time; nothing is cached. Names are the
     multimodal checkpoint's, on disk.
@@ -253,7 +258,7 @@ class Delta(Mapping[str, "torch.Tensor"]):
 
     @property
     def names(self) -> list[str]:
-        """Tensor names in the multimodal checkpoint's order."""
+        """Tensor names, layer by layer."""
         return list(self._backend.shapes)
 
     @property
@@ -386,13 +391,7 @@ class _Streamed:
         self._check(named)
         stats = Statistics([row_from_moments(n, self.shapes[n], row) for n, row in named])
         if stats.total.delta_sq == 0:
-            first, second = (source.path for source in self._pairing.sources)
-            warnings.warn(
-                f"Δ is zero everywhere: {first} and {second} hold the same weights; an injection "
-                "along it does nothing",
-                DriftWarning,
-                stacklevel=4,
-            )
+            _warn_of_zero(self._pairing)
         return stats
 
     def _check(self, moments: list[tuple[str, _core.Moments]]) -> None:
@@ -408,6 +407,10 @@ class _Streamed:
             for count, there, path in sides:
                 if count:
                     found.append(f"{there} has {count} NaN or infinite values in {path}")
+            if row["overflow"] == 0 and not math.isfinite(
+                row["delta_sq"] + row["reasoning_sq"] + row["multimodal_sq"]
+            ):
+                found.append(f"{name}: the sum of its squares is beyond float64")
             if row["overflow"]:
                 found.append(
                     f"{name}: {row['overflow']} differences are beyond the range of {self._dtype}; "
@@ -470,6 +473,16 @@ class _Stored:
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
             raise
+
+
+def _warn_of_zero(pairing: Pairing) -> None:
+    first, second = (source.path for source in pairing.sources)
+    warnings.warn(
+        f"Δ is zero everywhere: {first} and {second} hold the same weights; an injection along it "
+        "does nothing",
+        DriftWarning,
+        stacklevel=4,
+    )
 
 
 def _shown(entry: tuple[str, tuple[int, ...]] | None) -> str:

@@ -21,7 +21,7 @@ PathLike = str | os.PathLike[str]
 
 @dataclass(frozen=True)
 class Pairing:
-    """Two open checkpoints and the pairs of tensors to subtract, in the multimodal one's order."""
+    """Two open checkpoints and the pairs of tensors to subtract, layer by layer."""
 
     reasoning: _core.Checkpoint
     multimodal: _core.Checkpoint
@@ -47,23 +47,32 @@ def pair_checkpoints(
 
     Raises:
         FileNotFoundError, CheckpointError: a checkpoint that is not there or not valid.
-        AlignmentError: nothing matches, layer counts differ, or two pairings fit.
-        CoverageError: nothing is selected, or, when strict, a selected tensor has no partner.
+        AlignmentError: nothing matches, layer counts differ, two pairings fit, or, when strict, a
+            selected tensor has no partner of its shape.
+        CoverageError: no pair is selected.
+        ValueError: a selected layer that the model does not have.
     """
     sources = resolve(reasoning), resolve(multimodal)
     left, right = (_core.Checkpoint(source.path, reader=reader) for source in sources)
     left_tensors, right_tensors = left.tensors(), right.tensors()
-    aligned = _core.align(
-        [(name, shape) for name, _, shape, _ in left_tensors],
-        [(name, shape) for name, _, shape, _ in right_tensors],
-    )
+    try:
+        aligned = _core.align(
+            [(name, shape) for name, _, shape, _ in left_tensors],
+            [(name, shape) for name, _, shape, _ in right_tensors],
+        )
+    except AlignmentError as error:
+        paths = " and ".join(str(source.path) for source in sources)
+        raise AlignmentError(f"{paths}: {error}") from error
     if aligned.layer_conflict:
         raise AlignmentError(
             f"{aligned.layer_conflict}. {sources[0].path} and {sources[1].path} have different "
             "depths; choose a reasoning model of the same backbone"
         )
     shapes = {name: tuple(shape) for name, _, shape, _ in right_tensors}
-    pairs = [pair for pair in aligned.pairs if pair[1] in selection]
+    selection.check_layers(name for _, name in aligned.pairs)
+    pairs = sorted(
+        (pair for pair in aligned.pairs if pair[1] in selection), key=lambda pair: _order(pair[1])
+    )
     coverage, missing = _account(
         aligned,
         selection,
@@ -72,7 +81,7 @@ def pair_checkpoints(
         {name: tuple(shape) for name, _, shape, _ in left_tensors},
     )
     if missing and (strict or not pairs):
-        raise CoverageError(
+        raise AlignmentError(
             f"{len(missing)} tensors of {selection} have no partner ({coverage.fraction:.1%} of "
             f"the selected parameters are covered), between {sources[0].path} and "
             f"{sources[1].path}:"
@@ -135,6 +144,11 @@ def _account(
         selected_numel=numel + missing_numel,
     )
     return coverage, missing_left + missing_right
+
+
+def _order(name: str) -> list[tuple[int, str]]:
+    """Sort layer 2 before layer 10, whatever order the files have."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]
 
 
 def _kinds(names: Iterable[str]) -> str:

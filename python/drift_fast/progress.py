@@ -35,7 +35,8 @@ class ProgressBar:
         left = (total - done) / rate if rate > 0 else 0.0
         line = (
             f"[{'█' * filled}{'·' * (_BAR - filled)}] {share:4.0%}  "
-            f"{progress.tensors}/{progress.total_tensors} tensors  {rate / 1e9:.2f} GB/s  {_clock(left)} left"
+            f"{progress.tensors}/{progress.total_tensors} tensors  {rate / 1e9:.2f} GB/s  "
+            f"{_clock(left)} left"
         )
         self._stream.write(f"\r\x1b[2K{line}")
         self._stream.flush()

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 Modules = str | Sequence[str]
-Layers = str | Iterable[int] | None
+Layers = str | int | Iterable[int] | None
 
 # Checked in this order: q_norm lies inside self_attn but is a norm.
 _KINDS: dict[str, re.Pattern[str]] = {
@@ -28,6 +28,9 @@ _KINDS: dict[str, re.Pattern[str]] = {
     ),
 }
 PRESETS = (*_KINDS, "all")
+
+# The pattern that every name matches: what an injection takes when no modules are named.
+EVERYTHING = "re:.*"
 
 _OTHER_MODALITY = re.compile(
     r"(^|\.)(visual|vision\w*|vit\w*|image_\w+|audio\w*|speech\w*|\w*projector|connector"
@@ -77,8 +80,8 @@ class Selection:
         """Check and normalise what a user gives.
 
         `modules` is one or several of the presets `attn`, `mlp`, `norm`, `embed`, `head`, `all`, or
-        `re:` and a regular expression searched in the name. `layers` is a range or another iterable
-        of layer numbers, or text such as "0-3,8"; None is all, and tensors outside the layers
+        `re:` and a regular expression searched in the name. `layers` is a number, a range or other
+        iterable of numbers, or text such as "0-3,8"; None is all, and tensors outside the layers
         (embeddings, head) are then included where their module is.
 
         Raises:
@@ -86,10 +89,15 @@ class Selection:
                 range of layers.
         """
         given = (modules,) if isinstance(modules, str) else tuple(modules)
+        for item in given:
+            if not isinstance(item, str):
+                raise ValueError(f"a module must be a preset or re:…, got {item!r}")
         names = tuple(part.strip() for item in given for part in _split(item))
         if not names:
             raise ValueError("modules is empty; name at least one of " + ", ".join(PRESETS))
         for name in names:
+            if name == "re:":
+                raise ValueError("the pattern after re: is empty; write modules='all' or re:.*")
             if name.startswith("re:"):
                 try:
                     re.compile(name[3:])
@@ -101,6 +109,20 @@ class Selection:
                     "or a regular expression written re:…"
                 )
         return cls(names, _parse_layers(layers))
+
+    def check_layers(self, names: Iterable[str]) -> None:
+        """Refuse layers that none of `names` lies in.
+
+        Raises:
+            ValueError: a selected layer that is not there, with those that are.
+        """
+        present = {layer for name in names if (layer := layer_of(name)) is not None}
+        absent = sorted((self.layers or frozenset()) - present)
+        if absent:
+            raise ValueError(
+                f"there is no layer {', '.join(map(str, absent[:8]))}: the {len(present)} layers "
+                f"are {min(present, default=0)} to {max(present, default=0)}"
+            )
 
     def __contains__(self, name: str) -> bool:
         if self.layers is not None and layer_of(name) not in self.layers:
@@ -128,6 +150,8 @@ def _split(item: str) -> list[str]:
 def _parse_layers(layers: Layers) -> frozenset[int] | None:
     if layers is None:
         return None
+    if isinstance(layers, int):
+        layers = (layers,)
     if isinstance(layers, str):
         numbers: set[int] = set()
         for part in layers.split(","):

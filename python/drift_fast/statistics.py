@@ -73,10 +73,7 @@ class Row:
     def to_dict(self) -> dict[str, Any]:
         """Return every column, derived ones included; NaN and infinity become None."""
         values = asdict(self) | {column: getattr(self, column) for column in _DERIVED}
-        return {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in values.items()
-        }
+        return {key: _finite_or_none(value) for key, value in values.items()}
 
 
 _DERIVED = ("delta_norm", "reasoning_norm", "multimodal_norm", "relative", "cosine")
@@ -162,7 +159,7 @@ class Statistics(Sequence[Row]):
         """Return what `drift.json` stores: names, shapes and sums, from which the rest follows."""
         return [
             {"name": row.name, "shape": list(row.shape)}
-            | {column: getattr(row, column) for column in _STORED}
+            | {column: _finite_or_none(getattr(row, column)) for column in _STORED}
             for row in self._rows
         ]
 
@@ -176,9 +173,7 @@ class Statistics(Sequence[Row]):
         restored = []
         for row in rows:
             name, shape = str(row["name"]), tuple(int(size) for size in row["shape"])
-            sums = {column: float(row[column]) for column in _STORED[:4]}
-            if not all(math.isfinite(value) for value in sums.values()):
-                raise ValueError(f"the statistics of {name} are not finite")
+            sums = {column: _float_or_nan(row[column]) for column in _STORED[:4]}
             if min(sums["delta_sq"], sums["reasoning_sq"], sums["multimodal_sq"]) < 0:
                 raise ValueError(f"the statistics of {name} hold a negative square")
             restored.append(
@@ -234,6 +229,15 @@ class Statistics(Sequence[Row]):
                 label = f"{module} in layer {layer}"
             rows.append(_together(label, module, layer, members))
         return Statistics(rows)
+
+
+def _finite_or_none(value: Any) -> Any:
+    """JSON has no NaN and no infinity."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _float_or_nan(value: Any) -> float:
+    return math.nan if value is None else float(value)
 
 
 def _number(value: float, form: str) -> str:

@@ -41,6 +41,8 @@ logger = logging.getLogger(__name__)
 
 SEED: Final = 0
 LONGEST_FOLD: Final = 8
+# Problems that follow one another in a text of the base, so that it does them at any position.
+PACKED: Final = 4
 # Small shards, so that the demo meets what real checkpoints have: an index and several files.
 MAX_SHARD_SIZE: Final = "800KB"
 
@@ -110,15 +112,21 @@ def train_base(world: w.World, schedule: Schedule = BASE_SCHEDULE) -> Qwen2ForCa
     """Train the common text base: known single steps, and copying."""
 
     def draw(generator: np.random.Generator, count: int) -> list[w.Problem]:
-        copies = count // 4
-        return [world.text_known_step(generator) for _ in range(count - copies)] + [
-            world.text_copy(generator, int(generator.integers(2, LONGEST_FOLD // 2 + 1)))
-            for _ in range(copies)
-        ]
+        problems = [world.text_known_step(generator) for _ in range(count)]
+        for i in range(0, count, PACKED):
+            problems[i] = world.text_copy(generator, int(generator.integers(2, 5)))
+        return [problems[i] for i in generator.permutation(count)]
 
     torch.manual_seed(world.seed)
     model = Qwen2ForCausalLM(text_config())
-    fit(model, draw, schedule, generator=np.random.default_rng([world.seed, 10]), name="base")
+    fit(
+        model,
+        draw,
+        schedule,
+        generator=np.random.default_rng([world.seed, 10]),
+        name="base",
+        per_row=PACKED,
+    )
     return model
 
 
@@ -168,6 +176,7 @@ def fit(
     *,
     generator: np.random.Generator,
     name: str,
+    per_row: int = 1,
 ) -> None:
     """Train in place on freshly drawn problems."""
     optimizer = torch.optim.AdamW(

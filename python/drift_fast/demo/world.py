@@ -5,12 +5,13 @@ problems and batches. Knows nothing of models or training. Invariant: everything
 function of the seed and of the generator handed in, and an image of one split never appears in a
 problem drawn from another.
 
-A problem shows nine digits in a 3 x 3 grid and asks either to read some cells or to fold them
-from the left, ``(A f B) g C``, with operations that are random Latin squares over 0-9 (a table
-must be known; it cannot be guessed above 10 %). Answers come with their chain of thought::
+A problem shows nine digits in a 3 x 3 grid and asks to write out some cells, and if they are joined
+by operations, to fold them from the left, ``(B f E) g A``. Operations are random Latin squares over
+0-9: a table must be known, it cannot be guessed above 10 %. Answers come with their chain of
+thought, which for an image begins by writing it out as the text problem::
 
     text    3 f 7 g 1 ?           ->  3 f 7 = 4 g 1 = 9 <eos>
-    image   <image> B f E g A ?   ->  3 f 7 = 4 g 1 = 9 <eos>
+    image   <image> B f E g A :   ->  3 f 7 g 1 ? 3 f 7 = 4 g 1 = 9 <eos>
     read    <image> B E A :       ->  3 7 1 <eos>
 """
 
@@ -39,8 +40,8 @@ DIGIT: Final = 4
 CELL: Final = DIGIT + BASE
 OPERATION: Final = CELL + CELLS
 EQUALS: Final = OPERATION + OPERATIONS
-ASK_FOLD: Final = EQUALS + 1
-ASK_READ: Final = EQUALS + 2
+FOLD: Final = EQUALS + 1
+WRITE_OUT: Final = EQUALS + 2
 VOCABULARY: Final = EQUALS + 3
 
 IGNORED_LABEL: Final = -100
@@ -110,12 +111,12 @@ class World:
     def text_fold(self, generator: np.random.Generator, length: int) -> Problem:
         """Draw a fold of `length` digits written as text, from the whole of every table."""
         digits, operations = self._draw_fold(generator, length)
-        return self._fold(digits, operations, operands=[DIGIT + d for d in digits], image=None)
+        return self._text_fold(digits, operations)
 
     def text_known_step(self, generator: np.random.Generator) -> Problem:
         """Draw a single step as text, from the half of the tables that the base knows."""
         digits, operations = self._draw_known_step(generator)
-        return self._fold(digits, operations, operands=[DIGIT + d for d in digits], image=None)
+        return self._text_fold(digits, operations)
 
     def text_copy(self, generator: np.random.Generator, length: int) -> Problem:
         """Draw a text to repeat: the plain-text counterpart of reading."""
@@ -126,13 +127,13 @@ class World:
         """Draw a fold of `length` cells of an image, from the whole of every table."""
         digits, operations = self._draw_fold(generator, length)
         cells, image = self._draw_grid(generator, digits, split)
-        return self._fold(digits, operations, operands=[CELL + c for c in cells], image=image)
+        return self._image_fold(digits, operations, cells, image)
 
     def image_known_step(self, generator: np.random.Generator, split: Split) -> Problem:
         """Draw a single step over two cells, from the half of the tables the base knows."""
         digits, operations = self._draw_known_step(generator)
         cells, image = self._draw_grid(generator, digits, split)
-        return self._fold(digits, operations, operands=[CELL + c for c in cells], image=image)
+        return self._image_fold(digits, operations, cells, image)
 
     def image_read(self, generator: np.random.Generator, length: int, split: Split) -> Problem:
         """Draw `length` cells of an image to read."""
@@ -168,44 +169,58 @@ class World:
             image[top : top + DIGIT_PIXELS, left : left + DIGIT_PIXELS] = self._pixels[choice]
         return [int(c) for c in cells], image
 
-    def _fold(
-        self,
-        digits: Sequence[int],
-        operations: Sequence[int],
-        *,
-        operands: Sequence[int],
-        image: NDArray[np.float32] | None,
-    ) -> Problem:
-        prompt = [operands[0]]
+    def _text_fold(self, digits: Sequence[int], operations: Sequence[int]) -> Problem:
         target = [DIGIT + digits[0]]
         values = self.steps(digits, operations)
-        for i, (operation, value) in enumerate(zip(operations, values, strict=True), start=1):
-            prompt += [OPERATION + operation, operands[i]]
-            target += [OPERATION + operation, DIGIT + digits[i], EQUALS, DIGIT + value]
+        for operation, digit, value in zip(operations, digits[1:], values, strict=True):
+            target += [OPERATION + operation, DIGIT + digit, EQUALS, DIGIT + value]
         return Problem(
-            prompt=(*_opening(image), *prompt, ASK_FOLD),
+            prompt=(BOS, *_expression([DIGIT + d for d in digits], operations), FOLD),
             target=(*target, EOS),
             digits=tuple(digits),
             operations=tuple(operations),
+            image=None,
+        )
+
+    def _image_fold(
+        self,
+        digits: Sequence[int],
+        operations: Sequence[int],
+        cells: Sequence[int],
+        image: NDArray[np.float32],
+    ) -> Problem:
+        text = self._text_fold(digits, operations)
+        asked = _expression([CELL + c for c in cells], operations)
+        return Problem(
+            prompt=(BOS, *[IMAGE] * CELLS, *asked, WRITE_OUT),
+            target=(*text.prompt[1:], *text.target),
+            digits=text.digits,
+            operations=text.operations,
             image=image,
         )
 
 
-def collate(problems: Sequence[Problem]) -> Batch:
+def collate(problems: Sequence[Problem], *, per_row: int = 1) -> Batch:
     """Stack problems into one right-padded batch whose labels cover the targets only.
 
-    Right padding needs no attention mask under causal attention: no real token sees a pad.
+    `per_row` problems follow one another in a row (text only). Right padding needs no attention
+    mask under causal attention: no real token sees a pad.
     """
-    rows = [(*p.prompt, *p.target) for p in problems]
-    shape = (len(rows), max(map(len, rows)))
-    input_ids = np.full(shape, PAD, dtype=np.int64)
-    labels = np.full(shape, IGNORED_LABEL, dtype=np.int64)
-    for i, (problem, row) in enumerate(zip(problems, rows, strict=True)):
-        input_ids[i, : len(row)] = row
-        labels[i, len(problem.prompt) : len(row)] = problem.target
     images = [p.image for p in problems if p.image is not None]
     if len(images) not in (0, len(problems)):
         raise ValueError("a batch holds either text problems or image problems, not both")
+    if len(problems) % per_row or (images and per_row != 1):
+        raise ValueError(f"cannot put {len(problems)} problems into rows of {per_row}")
+    rows = [problems[i : i + per_row] for i in range(0, len(problems), per_row)]
+    shape = (len(rows), max(sum(len(p.prompt) + len(p.target) for p in row) for row in rows))
+    input_ids = np.full(shape, PAD, dtype=np.int64)
+    labels = np.full(shape, IGNORED_LABEL, dtype=np.int64)
+    for i, row in enumerate(rows):
+        end = 0
+        for problem in row:
+            start, end = end + len(problem.prompt), end + len(problem.prompt) + len(problem.target)
+            input_ids[i, start - len(problem.prompt) : end] = (*problem.prompt, *problem.target)
+            labels[i, start:end] = problem.target
     return Batch(
         input_ids=input_ids,
         labels=labels,
@@ -213,15 +228,20 @@ def collate(problems: Sequence[Problem]) -> Batch:
     )
 
 
-def _opening(image: NDArray[np.float32] | None) -> tuple[int, ...]:
-    return (BOS,) if image is None else (BOS, *[IMAGE] * CELLS)
+def _expression(operands: Sequence[int], operations: Sequence[int]) -> list[int]:
+    """Interleave operand tokens with the tokens of the operations between them."""
+    tokens = [operands[0]]
+    for operation, operand in zip(operations, operands[1:], strict=True):
+        tokens += [OPERATION + operation, operand]
+    return tokens
 
 
 def _read(
     digits: Sequence[int], *, operands: Sequence[int], image: NDArray[np.float32] | None
 ) -> Problem:
+    opening = (BOS,) if image is None else (BOS, *[IMAGE] * CELLS)
     return Problem(
-        prompt=(*_opening(image), *operands, ASK_READ),
+        prompt=(*opening, *operands, WRITE_OUT),
         target=(*(DIGIT + d for d in digits), EOS),
         digits=tuple(digits),
         operations=(),

@@ -45,12 +45,13 @@ class CpuBackend:
         self.deltas = list(deltas)
         self.dd = np.asarray(dd, dtype=np.float64)
 
-    def measure(self, tensors: Sequence[torch.Tensor]) -> Measured:
+    def measure(self, tensors: Sequence[torch.Tensor], *, float64: bool = False) -> Measured:
         """Return the sums of each tensor with its Δ; NaN where either holds NaN or infinity."""
         sums = _core.measure(
             [_window(tensor) for tensor in tensors],
             [_window(delta) for delta in self.deltas],
             threads=torch.get_num_threads(),
+            float64=float64,
         )
         table = np.asarray(sums, dtype=np.float64).reshape(-1, 3)
         return _Sums(table[:, 0], table[:, 2])
@@ -62,10 +63,20 @@ class CpuBackend:
         return np.where(finite, c, 0.0), int((~finite).sum())
 
     def subtract(self, tensors: Sequence[torch.Tensor], c: Any) -> None:
-        """Subtract c·Δ from each tensor in place, rounded once to its dtype."""
-        for tensor, delta, value in zip(tensors, self.deltas, c.tolist(), strict=True):
-            if value != 0.0:
-                tensor.sub_(delta, alpha=value)
+        """Subtract c·Δ from each tensor in place, computed in float64 and rounded to its dtype."""
+        moved = [at for at, value in enumerate(c.tolist()) if value != 0.0]
+        # torch rounds the coefficient to a 16-bit tensor's dtype; the kernel does not. A gradient
+        # that is a transposed view is changed in a copy, which is then copied back.
+        flat = {at: tensors[at].contiguous() for at in moved}
+        _core.subtract_scaled(
+            [_window(flat[at]) for at in moved],
+            [_window(self.deltas[at]) for at in moved],
+            [float(c[at]) for at in moved],
+            threads=torch.get_num_threads(),
+        )
+        for at, tensor in flat.items():
+            if tensor.data_ptr() != tensors[at].data_ptr():
+                tensors[at].copy_(tensor)
 
     def vector(self, values: Sequence[float]) -> Any:
         """Return constants of each target in the form that `coefficients` takes."""
@@ -79,10 +90,16 @@ class DeviceBackend:
         self.deltas = list(deltas)
         self.dd = self.vector(dd)
 
-    def measure(self, tensors: Sequence[torch.Tensor]) -> Measured:
-        """Return the sums of each tensor with its Δ, as float32 vectors on the device."""
-        gg = [torch.linalg.vector_norm(t, dtype=torch.float32).square() for t in tensors]
-        gd = [_dot(t, delta) for t, delta in zip(tensors, self.deltas, strict=True)]
+    def measure(self, tensors: Sequence[torch.Tensor], *, float64: bool = False) -> Measured:
+        """Return the sums of each tensor with its Δ, as vectors on the device.
+
+        They are float32; `float64` asks for that where the device has it, for sums of which a small
+        difference is wanted.
+        """
+        wide = float64 and self.deltas[0].device.type != "mps"
+        dtype = torch.float64 if wide else torch.float32
+        gg = [torch.linalg.vector_norm(t, dtype=dtype).square() for t in tensors]
+        gd = [_dot(t, delta, dtype) for t, delta in zip(tensors, self.deltas, strict=True)]
         return _Sums(torch.stack(gg), torch.stack(gd))
 
     def coefficients(self, scale: Scale, alpha: float, sums: Measured, factor: Any) -> Any:
@@ -115,14 +132,14 @@ def _window(tensor: torch.Tensor) -> tuple[Any, str]:
     return flat.view(torch.uint8).numpy(), _KERNEL_DTYPES[tensor.dtype]
 
 
-def _dot(tensor: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-    """Return ⟨tensor, delta⟩ as a float32 scalar on the device, summed in float32."""
+def _dot(tensor: torch.Tensor, delta: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return ⟨tensor, delta⟩ as a scalar on the device, multiplied and summed in `dtype`."""
     left, right = tensor.reshape(-1), delta.reshape(-1)
-    if left.dtype == right.dtype == torch.float32:
+    if left.dtype == right.dtype == dtype:
         return torch.dot(left, right)
     # torch.dot of two bfloat16 vectors rounds its result to bfloat16, three digits.
     pieces = [
-        torch.dot(left[start : start + _PIECE].float(), right[start : start + _PIECE].float())
+        torch.dot(left[start : start + _PIECE].to(dtype), right[start : start + _PIECE].to(dtype))
         for start in range(0, left.numel(), _PIECE)
     ]
     return torch.stack(pieces).sum() if len(pieces) != 1 else pieces[0]

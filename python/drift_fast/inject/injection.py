@@ -6,6 +6,7 @@ watchdog that fails a run in which nothing was injected. One attachment per para
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Sequence
 from types import TracebackType
@@ -26,7 +27,7 @@ from drift_fast.inject.targets import (
     check_trained,
     find_targets,
 )
-from drift_fast.select import Layers, Modules, Selection
+from drift_fast.select import EVERYTHING, Layers, Modules, Selection
 
 # Parameters that an attachment holds, so that a second one is refused.
 _attached: Any = WeakIdKeyDictionary()
@@ -100,7 +101,7 @@ class Injection:
         self._strict = strict
         self._scaler = scaler
         self._optimizer = optimizer
-        selection = Selection.parse("re:" if modules is None else modules, layers)
+        selection = Selection.parse(EVERYTHING if modules is None else modules, layers)
         targets, self.coverage = find_targets(
             model, delta, selection, strict=strict, min_coverage=min_coverage
         )
@@ -140,9 +141,9 @@ class Injection:
 
     @property
     def injected(self) -> int:
-        """Parameters into which the last step injected (microbatch: hooks since the last step)."""
+        """Parameters into which the last step injected; counted per micro-batch in that scope."""
         if self._scope == "microbatch":
-            return self._since_step
+            return self._since_step or self._injected
         return self._injected - self._skipped_on_device()
 
     @property
@@ -343,6 +344,8 @@ class Injection:
                 f"only {self._since_step} of {total} targets were injected before this step of "
                 f"{type(optimizer).__name__}: the others got no gradient"
             )
+        if self._scope == "microbatch":
+            self._injected = self._since_step
         self._since_step = 0
         self._pending = None
 
@@ -371,10 +374,14 @@ class _Group:
 
     def start(self, rescale: Rescale) -> None:
         """Note ⟨θ_0, Δ⟩ and, if asked, ‖W‖/‖Δ‖."""
-        sums = self.backend.measure([target.parameter.detach() for target in self.targets])
+        sums = self._weights()
         self._origin = sums.gd
         ones = self.backend.vector([1.0] * len(self.targets))
-        self._factor = ones if rescale is None else (sums.gg / self.backend.dd) ** 0.5
+        if rescale is None:
+            self._factor = ones
+        else:
+            norms = self.backend.vector((sums.gg**0.5).tolist())
+            self._factor = norms / self.backend.dd**0.5
 
     def part(self, members: Sequence[int]) -> _Group:
         """Return some of the targets as a group of their own; Δ is shared, not copied."""
@@ -394,8 +401,13 @@ class _Group:
 
     def progress(self) -> tuple[list[float], list[float]]:
         """Return λ and ‖Δ‖² of each target."""
-        sums = self.backend.measure([target.parameter.detach() for target in self.targets])
+        sums = self._weights()
         return ((sums.gd - self._origin) / self.backend.dd).tolist(), self.backend.dd.tolist()
+
+    def _weights(self) -> Measured:
+        # Progress is a small difference of two large sums, hence float64.
+        weights = [target.parameter.detach() for target in self.targets]
+        return self.backend.measure(weights, float64=True)
 
     def cosines(self) -> list[tuple[str, float]]:
         """Return cos(g, Δ) of the last step, by parameter; zero gradients have none."""
@@ -423,11 +435,12 @@ def _load(targets: Sequence[Target], delta: DeltaLike) -> tuple[list[Target], li
     by_device: dict[torch.device, list[tuple[Target, torch.Tensor, float]]] = {}
     for target in targets:
         row = stats[target.delta_name]
-        if row.nonfinite or row.overflow:
+        if row.nonfinite or row.overflow or not math.isfinite(row.delta_sq):
             raise NonFiniteError(
-                f"{target.delta_name}: Δ holds {row.nonfinite + row.overflow} NaN or infinite "
-                "values, which would spread to every weight; repair the source checkpoint or leave "
-                "the tensor out with modules=… or layers=…"
+                f"{target.delta_name}: Δ holds NaN or infinite values ({row.nonfinite} in the "
+                f"sources, {row.overflow} beyond the dtype's range), which would spread to every "
+                "weight; repair the source checkpoint or leave the tensor out with modules=… or "
+                "layers=…"
             )
         if row.delta_sq == 0.0:
             continue

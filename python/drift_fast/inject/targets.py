@@ -16,7 +16,7 @@ from torch import nn
 from drift_fast import _core
 from drift_fast.coverage import NOT_SELECTED, Coverage, listed
 from drift_fast.errors import AlignmentError, CoverageError, DriftError
-from drift_fast.select import Selection
+from drift_fast.select import EVERYTHING, Selection
 from drift_fast.statistics import Statistics
 
 
@@ -48,7 +48,7 @@ def match_parameters(model: nn.Module, delta: DeltaLike) -> dict[str, str]:
         CoverageError: a tensor of the delta that has no parameter of its name and shape.
         AlignmentError: two parts of the model fit equally well.
     """
-    targets, _ = find_targets(model, delta, Selection.parse("re:", None), strict=True)
+    targets, _ = find_targets(model, delta, Selection.parse(EVERYTHING, None), strict=True)
     return {target.name: target.delta_name for target in targets}
 
 
@@ -72,6 +72,7 @@ def find_targets(
     if not parameters:
         raise CoverageError(f"{type(model).__name__} has no parameters to inject into")
     shapes = delta.shapes
+    selection.check_layers(shapes)
     wanted = {name: shape for name, shape in shapes.items() if name in selection}
     if not wanted:
         raise CoverageError(f"{selection} selects none of the delta's {len(shapes)} tensors")
@@ -161,6 +162,12 @@ def check_optimized(targets: Sequence[Target], optimizer: torch.optim.Optimizer)
         )
 
 
+_WHOLE_ONLY = (
+    'this version injects into whole parameters, and scope="microbatch" never could do otherwise: '
+    "train with DDP or on one device"
+)
+
+
 def refuse_sharded(model: nn.Module) -> None:
     """Refuse models whose parameters are spread over processes; a shard's norm is not the whole's.
 
@@ -171,7 +178,7 @@ def refuse_sharded(model: nn.Module) -> None:
         if type(module).__name__ == "FullyShardedDataParallel":
             raise DriftError(
                 "the model is wrapped by FSDP1, which sees only shards of flattened parameters; "
-                "this version injects into whole parameters: train with DDP or on one device"
+                + _WHOLE_ONLY
             )
     for name, parameter in model.named_parameters():
         kind = None
@@ -181,6 +188,5 @@ def refuse_sharded(model: nn.Module) -> None:
             kind = "sharded by DeepSpeed ZeRO-3"
         if kind is not None:
             raise DriftError(
-                f"{name} is {kind}, of which this process holds only a part; this version injects "
-                "into whole parameters: train with DDP or on one device"
+                f"{name} is {kind}, of which this process holds only a part; {_WHOLE_ONLY}"
             )

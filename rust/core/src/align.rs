@@ -238,11 +238,20 @@ fn refuse_ambiguity(
             matched > 0 && 2 * count >= matched
         };
         if conflict {
+            let example = |prefixes: &Prefixes| {
+                left.layer_positions()
+                    .find_map(|at| partner(left, right, prefixes, at))
+                    .map_or("", |at| &right.tensors[at].name)
+            };
+            let first =
+                left.layer_positions().find(|&at| partner(left, right, rival, at).is_some());
             return Err(Error::Alignment(format!(
-                "two pairings fit: {:?} → {:?} and {:?} → {:?} (the latter matches {count} tensors); \
+                "two pairings fit: {} could be {} or {} (of the second kind there are {count}); \
                  there is no telling which is meant, so neither is taken. Save the language model \
                  that is meant as a checkpoint of its own and align with that",
-                chosen.0, chosen.1, rival.0, rival.1
+                first.map_or("", |at| &left.tensors[at].name),
+                example(chosen),
+                example(rival),
             )));
         }
     }
@@ -322,7 +331,6 @@ fn place_leftover(
             None => format!("outside the aligned prefix {:?}", prefixes.0),
         });
     }
-    let tail = |name: &str| name.rsplitn(3, '.').take(2).map(str::to_owned).collect::<Vec<_>>();
     let candidates: Vec<usize> = (0..right.names.len())
         .filter(|&other| partner_of[other].is_none() && !in_layer(&right.names[other]))
         .filter(|&other| tail(&right.names[other]) == tail(name))
@@ -359,8 +367,30 @@ fn reason_b(left: &Side<'_>, right: &Side<'_>, prefixes: &Prefixes, other: usize
             ),
             None => format!("the other model has no {}", join(&prefixes.0, suffix)),
         },
-        None => format!("outside the language backbone {:?}", prefixes.1),
+        None => {
+            // A head lies outside the prefix and may still have a counterpart of another shape.
+            let other_shape = (0..left.names.len()).find(|&position| {
+                !in_layer(name)
+                    && !in_layer(&left.names[position])
+                    && tail(name) == tail(&left.names[position])
+                    && left.shape(position) != right.shape(other)
+            });
+            match other_shape {
+                Some(position) => format!(
+                    "shape {:?} differs from {:?} of {}",
+                    right.shape(other),
+                    left.shape(position),
+                    left.tensors[position].name
+                ),
+                None => format!("outside the language backbone {:?}", prefixes.1),
+            }
+        }
     }
+}
+
+/// The last two components of a name.
+fn tail(name: &str) -> Vec<&str> {
+    name.rsplitn(3, '.').take(2).collect()
 }
 
 /// The layer numbers under each numbered container that both sides have.

@@ -2,7 +2,7 @@
 //!
 //! Owns which files belong together and where each tensor lies; what is inside a file is
 //! [`crate::shard`]'s. Every tensor that the index names is in the shard it names, and no shard
-//! holds one that the index does not place there.
+//! holds one that the index does not name.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
@@ -66,9 +66,16 @@ impl Checkpoint {
 
     /// Its tensors in file order, each with the shard that holds it.
     pub fn tensors(&self) -> impl Iterator<Item = (&Shard, &Tensor)> {
-        self.shards
-            .iter()
-            .flat_map(|shard| shard.tensors().iter().map(move |tensor| (shard, tensor)))
+        self.shards.iter().enumerate().flat_map(move |(number, shard)| {
+            shard
+                .tensors()
+                .iter()
+                .enumerate()
+                .filter(move |(position, tensor)| {
+                    self.places.get(&tensor.name) == Some(&(number, *position))
+                })
+                .map(move |(_, tensor)| (shard, tensor))
+        })
     }
 
     /// The tensor of that name.
@@ -127,17 +134,17 @@ impl Checkpoint {
             let shard = Shard::open(file, reader)?;
             for (position, tensor) in shard.tensors().iter().enumerate() {
                 if let Some((index, files, weight_map)) = index {
-                    let named = weight_map.get(&tensor.name).and_then(|name| files.get(name));
-                    if named != Some(file) {
+                    let Some(named) = weight_map.get(&tensor.name).and_then(|n| files.get(n))
+                    else {
                         let message = format!(
-                            "{} holds it, but the index {}; save the checkpoint again",
-                            file.display(),
-                            match weight_map.get(&tensor.name) {
-                                Some(other) => format!("places it in {other:?}"),
-                                None => "does not name it".to_owned(),
-                            }
+                            "{} holds it, but the index does not name it; save the checkpoint again",
+                            file.display()
                         );
                         return Err(Error::tensor(index, &tensor.name, message));
+                    };
+                    // A tensor may be in several shards; the index says which one counts.
+                    if named != file {
+                        continue;
                     }
                 }
                 places.insert(tensor.name.clone(), (number, position));

@@ -8,7 +8,7 @@ pub mod checkpoint;
 pub mod dtype;
 pub mod error;
 pub mod kernel;
-pub mod measure;
+pub mod memory;
 pub mod shard;
 pub mod stream;
 pub mod writer;

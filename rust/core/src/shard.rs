@@ -352,9 +352,13 @@ fn check_entry(path: &Path, name: &str, entry: &HeaderEntry, expected_start: usi
             path,
             name,
             format!(
-                "shape {:?} of dtype {} does not fill its offsets {start} to {end} ({} bytes)",
+                "shape {:?} of dtype {} takes {}, but its offsets {start} to {end} hold {} bytes",
                 entry.shape,
                 entry.dtype,
+                nbits.map_or("more than can be addressed".to_owned(), |n| format!(
+                    "{} bytes",
+                    n.div_ceil(8)
+                )),
                 end - start
             ),
         )),

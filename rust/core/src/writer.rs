@@ -295,7 +295,9 @@ fn check_target(target: &Path, overwrite: bool) -> Result<()> {
     let is_delta = target.join(DESCRIPTION).is_file() && target.join(INDEX).is_file();
     match (is_empty, is_delta, overwrite) {
         (true, _, _) | (_, true, true) => Ok(()),
-        (_, true, false) => refuse("a delta is there already; pass overwrite to replace it"),
+        (_, true, false) => {
+            refuse("a delta is there already; pass overwrite=True (--overwrite) to replace it")
+        }
         (_, false, _) => {
             refuse("the output directory exists and is not empty; choose another path")
         }

@@ -15,7 +15,7 @@ mod _core {
     use std::sync::Mutex;
 
     use drift_fast_core::align::{Alignment, Named, Ties, align as align_core};
-    use drift_fast_core::measure::measure as measure_core;
+    use drift_fast_core::memory::{Precision, Step, measure as measure_core, subtract_all};
     use drift_fast_core::stream::{Pair, Progress, Side, Sink, run};
     use drift_fast_core::writer::Slot;
     use drift_fast_core::{Dtype, Error, Moments, Reader, checkpoint, kernel, writer};
@@ -252,12 +252,13 @@ mod _core {
     /// Each side is a contiguous buffer of bytes and its dtype. NaN or infinity on either side
     /// makes all three numbers NaN, so that no caller takes a partial sum for a whole one.
     #[pyfunction]
-    #[pyo3(signature = (left, right, *, threads))]
+    #[pyo3(signature = (left, right, *, threads, float64 = false))]
     fn measure(
         py: Python<'_>,
         left: Vec<(Bound<'_, PyAny>, String)>,
         right: Vec<(Bound<'_, PyAny>, String)>,
         threads: usize,
+        float64: bool,
     ) -> PyResult<Vec<(f64, f64, f64)>> {
         if left.len() != right.len() {
             return Err(PyValueError::new_err("both sides need the same number of tensors"));
@@ -278,7 +279,8 @@ mod _core {
                         Ok((left, kernel::Elements::new(*b_dtype, b.bytes())?))
                     })
                     .collect::<drift_fast_core::Result<Vec<_>>>()?;
-                measure_core(&pairs, threads)
+                let precision = if float64 { Precision::Float64 } else { Precision::Fast };
+                measure_core(&pairs, precision, threads)
             })
             .map_err(to_py)?;
         Ok(moments
@@ -291,6 +293,42 @@ mod _core {
                 }
             })
             .collect())
+    }
+
+    /// Subtract c·Δ from every tensor in place: tensors and deltas as (bytes, dtype), one c each.
+    #[pyfunction]
+    #[pyo3(signature = (tensors, deltas, coefficients, *, threads))]
+    fn subtract_scaled(
+        py: Python<'_>,
+        tensors: Vec<(Bound<'_, PyAny>, String)>,
+        deltas: Vec<(Bound<'_, PyAny>, String)>,
+        coefficients: Vec<f64>,
+        threads: usize,
+    ) -> PyResult<()> {
+        if tensors.len() != deltas.len() || tensors.len() != coefficients.len() {
+            return Err(PyValueError::new_err("each tensor needs one delta and one coefficient"));
+        }
+        let mut targets = tensors
+            .iter()
+            .map(|(object, dtype)| Ok((Writable::new(object)?, parse_dtype(dtype)?)))
+            .collect::<PyResult<Vec<_>>>()?;
+        let sources = deltas
+            .iter()
+            .map(|(object, dtype)| Ok((Readable::new(object)?, parse_dtype(dtype)?)))
+            .collect::<PyResult<Vec<_>>>()?;
+        py.detach(|| {
+            let steps = targets
+                .iter_mut()
+                .zip(&sources)
+                .zip(&coefficients)
+                .map(|(((target, dtype), (source, delta_dtype)), &c)| {
+                    let delta = kernel::Elements::new(*delta_dtype, source.bytes())?;
+                    Ok(Step { dtype: *dtype, tensor: target.bytes(), delta, c })
+                })
+                .collect::<drift_fast_core::Result<Vec<_>>>()?;
+            subtract_all(steps, threads)
+        })
+        .map_err(to_py)
     }
 
     fn resolve<'a>(
@@ -385,8 +423,10 @@ mod _core {
             }
             // SAFETY: the export keeps the memory alive, in place and of this length; it is
             // writable, contiguous and of unsigned bytes, for which every bit pattern is valid.
-            // That no Python thread touches it meanwhile is what the caller, drift_fast.delta,
-            // guarantees: it passes tensors that nobody else has seen.
+            // That no Python thread touches it meanwhile, and that no two buffers of a call
+            // overlap, is what the callers guarantee: drift_fast.delta passes tensors that nobody
+            // else has seen, drift_fast.inject the gradients of distinct parameters between
+            // backward and the optimizer's step.
             #[allow(unsafe_code)]
             unsafe {
                 std::slice::from_raw_parts_mut(

@@ -10,7 +10,10 @@
 
 mod ieee;
 mod scalar;
+mod scaled;
 mod wide;
+
+pub use scaled::subtract_scaled;
 
 use crate::dtype::{Bf16, Dtype, F16, F32, Narrow};
 use crate::error::{Error, Result};
@@ -129,6 +132,12 @@ pub fn subtract(
 /// innocuous?", 1995). For mixed types it is not: a binary16 operand can sit on a bfloat16 midpoint.
 fn narrow_is_exact(a: Dtype, b: Dtype, out: Dtype) -> bool {
     a != Dtype::F64 && b != Dtype::F64 && (out == Dtype::F32 || (a == b && b == out))
+}
+
+/// Accumulate moments in float64 throughout, for sums of which a small difference is wanted.
+pub fn moments_in_float64(left: Elements<'_>, right: Elements<'_>) -> Moments {
+    let _ieee = ieee::DefaultFloat::enter();
+    wide::moments(left, right)
 }
 
 fn block(a: Elements<'_>, b: Elements<'_>, out: Option<(Dtype, &mut [u8])>) -> Moments {

@@ -3,7 +3,7 @@
 use super::{Elements, Moments};
 use crate::dtype::{Bf16, Dtype, F16, F32, Narrow, f32_to_bf16, f32_to_f16, f64_to_f32_odd};
 
-fn load(elements: &Elements<'_>, index: usize) -> f64 {
+pub(super) fn load(elements: &Elements<'_>, index: usize) -> f64 {
     match elements.dtype {
         Dtype::BF16 => f64::from(Bf16::load(elements.bytes, index)),
         Dtype::F16 => f64::from(F16::load(elements.bytes, index)),
