@@ -450,31 +450,53 @@ def test_inspect_reports_what_compute_delta_reports_and_writes_nothing(
     assert everything_under(pair.reasoning.parent) == before
 
 
-@pytest.mark.parametrize("out_dtype", OUTPUT_DTYPES)
-def test_the_norm_used_to_scale_a_delta_is_that_of_the_delta_one_gets(
+def write_a_difference_of(step: float, directory: Path) -> tuple[Path, Path]:
+    base = np.random.default_rng(12).normal(0, 1e-4, 20_000)
+    return (
+        write_file(directory / "a.safetensors", {layer(0): stored(base + step, "F32")}),
+        write_file(directory / "b.safetensors", {layer(0): stored(base, "F32")}),
+    )
+
+
+@pytest.mark.parametrize("out_dtype", ["bfloat16", "float32"])
+def test_the_norm_that_scales_a_delta_is_that_of_the_delta_one_gets(
     tmp_path: Path, out_dtype: str
 ) -> None:
-    # An injection divides the stored Δ by this norm; differences of 1e-8 vanish in float16.
-    rng = np.random.default_rng(12)
-    base = rng.normal(0, 1e-4, 20_000)
-    a = write_file(tmp_path / "a.safetensors", {layer(0): stored(base + 1e-8, "F32")})
-    b = write_file(tmp_path / "b.safetensors", {layer(0): stored(base, "F32")})
-    delta = compute_delta(a, b, tmp_path / "delta", dtype=out_dtype)
+    sources = write_a_difference_of(1e-8, tmp_path)
+    delta = compute_delta(*sources, tmp_path / "delta", dtype=out_dtype)
     written = widen(bits_of(delta[layer(0)]), OUTPUT_DTYPES[out_dtype])
     assert delta.stats[layer(0)].delta_norm == pytest.approx(norm(written), rel=2**-8)
 
 
-def test_finite_values_whose_squares_overflow_float64_still_give_a_readable_delta(
+def test_a_delta_that_vanishes_in_float16_is_refused(tmp_path: Path, out: Path) -> None:
+    # Its norm would say that there is a direction, and an injection along it would do nothing.
+    sources = write_a_difference_of(1e-8, tmp_path)
+    with refused(drift_fast.DriftError, layer(0), "float16", "bfloat16"):
+        compute_delta(*sources, out, dtype="float16")
+    assert everything_under(out.parent) == set()
+    with refused(drift_fast.DriftError, layer(0), "float16"):
+        list(compute_delta(*sources, dtype="float16").values())
+
+
+def test_values_whose_squares_overflow_float64_have_no_norm_and_are_refused_unless_allowed(
     tmp_path: Path, out: Path
 ) -> None:
     a = {layer(0): stored([1e200, 1.0], "F64"), layer(1): stored([1.0, 2.0], "F64")}
     b = {layer(0): stored([1e200, 2.0], "F64"), layer(1): stored([1.0, 1.0], "F64")}
-    delta = compute_delta(
-        write_file(tmp_path / "a.safetensors", a), write_file(tmp_path / "b.safetensors", b), out
+    sources = (
+        write_file(tmp_path / "a.safetensors", a),
+        write_file(tmp_path / "b.safetensors", b),
     )
+    with refused(drift_fast.NonFiniteError, layer(0), "float64"):
+        compute_delta(*sources, out)
+    assert everything_under(out.parent) == set()
+    delta = compute_delta(*sources, out, allow_nonfinite=True)
     strictly_json((out / "drift.json").read_text())
     assert delta[layer(0)].tolist() == [0.0, -1.0]
-    assert Delta.open(out).stats[layer(1)].delta_norm == 1.0
+    assert delta.stats[layer(1)].delta_norm == 1.0
+    for row in (delta.stats[layer(0)], inspect(*sources, allow_nonfinite=True).stats[layer(0)]):
+        assert not math.isfinite(row.multimodal_norm)
+        assert math.isnan(row.cosine), "a direction was made up"
 
 
 # ------------------------------------------------------------------ the same bytes every time

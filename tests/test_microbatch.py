@@ -200,13 +200,17 @@ def test_a_gradient_that_is_not_finite_is_left_alone_and_counted(tmp_path: Path)
     assert (injection.injected, injection.skipped) == (19, 1)
 
 
-def test_the_count_of_injected_parameters_is_of_parameters_not_of_passes(tmp_path: Path) -> None:
+def test_injections_are_counted_in_each_micro_batch(tmp_path: Path) -> None:
     model = Backbone()
     delta = delta_towards(tmp_path, model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     injection = drift_fast.Injection(model, delta, scope="microbatch")
-    for batch in micro_batches(4):
-        regression_loss(model, batch).backward()
-    assert injection.injected == len(delta)
+    for _ in range(2):
+        for batch in micro_batches(4):
+            regression_loss(model, batch).backward()
+        assert injection.injected == 4 * len(delta)
+        optimizer.step()
+        assert injection.injected == 4 * len(delta)
 
 
 @pytest.mark.parametrize("scale", reference.SCALES)

@@ -177,7 +177,7 @@ def _print_json(
         "total": stats.total.to_dict(),
         "modules": [row.to_dict() for row in stats.by_module()],
         "layers": [row.to_dict() for row in stats.by_layer()],
-        "stats": [row.to_dict() for row in stats],
+        "tensors": [row.to_dict() for row in stats],
     }
     json.dump(result, sys.stdout, indent=1)
     print()

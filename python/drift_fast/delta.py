@@ -10,7 +10,6 @@ import json
 import math
 import os
 import re
-import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -113,6 +112,10 @@ def compute_delta(
     return delta.save(out, overwrite=overwrite, max_shard_size=shard_nbytes, progress=progress)
 
 
+# Rounding to 8 bits changes ‖Δ‖² by far less; a larger loss is underflow.
+_LOST = 2**-7
+
+
 @dataclass(frozen=True)
 class Report:
     """What `inspect` found: statistics and coverage; nothing was written."""
@@ -153,6 +156,7 @@ class _Backend(Protocol):
     def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
     def read_into(self, name: str, buffer: Any) -> None: ...
     def statistics(self, progress: ProgressCallback | None = None) -> Statistics: ...
+    def write(self, writer: _core.DeltaWriter, progress: ProgressCallback | None) -> Statistics: ...
 
 
 class Delta(Mapping[str, "torch.Tensor"]):
@@ -235,21 +239,18 @@ class Delta(Mapping[str, "torch.Tensor"]):
             OSError: the disk is full; nothing is left behind.
             NonFiniteError: as `compute_delta`.
         """
-        target = Path(path)
-        if isinstance(self._backend, _Stored):
-            self._backend.copy(target, overwrite=overwrite)
-            return Delta.open(target)
-        assert isinstance(self._backend, _Streamed)
-        shapes = self._backend.shapes
+        target = Path(path).absolute()
+        if self.path is not None and target.exists() and target.samefile(self.path):
+            raise FileExistsError(f"{target}: the delta is there already; choose another path")
         writer = _core.DeltaWriter(
             target,
-            [(name, list(shape)) for name, shape in shapes.items()],
+            [(name, list(shape)) for name, shape in self._backend.shapes.items()],
             self.dtype,
             max_shard_nbytes=_parse_size(max_shard_size),
             overwrite=overwrite,
         )
         try:
-            self._stats = self._backend.statistics(progress, writer)
+            self._stats = self._backend.write(writer, progress)
             writer.commit(json.dumps(self._describe(self._stats), indent=1) + "\n")
         except BaseException:
             writer.abort()
@@ -368,6 +369,9 @@ class _Streamed:
         )
         self._check([(name, moments)])
 
+    def write(self, writer: _core.DeltaWriter, progress: ProgressCallback | None) -> Statistics:
+        return self.statistics(progress, writer)
+
     def statistics(
         self,
         progress: ProgressCallback | None = None,
@@ -407,10 +411,14 @@ class _Streamed:
             for count, there, path in sides:
                 if count:
                     found.append(f"{there} has {count} NaN or infinite values in {path}")
-            if row["overflow"] == 0 and not math.isfinite(
-                row["delta_sq"] + row["reasoning_sq"] + row["multimodal_sq"]
-            ):
-                found.append(f"{name}: the sum of its squares is beyond float64")
+            if row["overflow"] == 0 and not math.isfinite(row["delta_sq"]):
+                found.append(f"{name}: the sum of the squares of Δ is beyond float64")
+            if row["written_sq"] < (1 - _LOST) * row["delta_sq"]:
+                share = 1 - math.sqrt(row["written_sq"] / row["delta_sq"])
+                found.append(
+                    f"{name}: {share:.1%} of ‖Δ‖ is below the range of {self._dtype}; "
+                    "choose dtype='bfloat16' or 'float32'"
+                )
             if row["overflow"]:
                 found.append(
                     f"{name}: {row['overflow']} differences are beyond the range of {self._dtype}; "
@@ -429,7 +437,7 @@ class _Stored:
     """A delta on disk."""
 
     def __init__(self, directory: Path, dtype: str, stats: Statistics) -> None:
-        self._directory = directory
+        self._dtype = dtype
         self._checkpoint = _core.Checkpoint(directory / INDEX, reader="pread")
         self._stats = stats
         found = {name: (kind, tuple(shape)) for name, kind, shape, _ in self._checkpoint.tensors()}
@@ -451,28 +459,18 @@ class _Stored:
     def statistics(self, progress: ProgressCallback | None = None) -> Statistics:
         return self._stats
 
-    def copy(self, target: Path, *, overwrite: bool) -> None:
-        """Copy the directory as it is; it takes its name once everything is there."""
-        target = target.absolute()
-        if target.exists() and target.resolve() == self._directory.resolve():
-            raise FileExistsError(f"{target}: the delta is already there")
-        replace = (target / DESCRIPTION).is_file() and overwrite
-        if target.exists() and not replace and (not target.is_dir() or any(target.iterdir())):
-            raise FileExistsError(
-                f"{target}: the output exists; choose another path, or pass overwrite to replace "
-                "a delta there"
-            )
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staging = target.with_name(f".{target.name}.copy")
-        shutil.rmtree(staging, ignore_errors=True)
-        try:
-            shutil.copytree(self._directory, staging)
-            if replace:
-                shutil.rmtree(target)
-            os.replace(staging, target)
-        except BaseException:
-            shutil.rmtree(staging, ignore_errors=True)
-            raise
+    def write(self, writer: _core.DeltaWriter, progress: ProgressCallback | None) -> Statistics:
+        itemsize = 4 if self._dtype == "float32" else 2
+        total = sum(row.numel for row in self._stats) * itemsize
+        done = 0
+        for slot, row in enumerate(self._stats):
+            buffer = bytearray(row.numel * itemsize)
+            self._checkpoint.read_into(row.name, buffer)
+            writer.write(slot, buffer)
+            done += len(buffer)
+            if progress is not None:
+                progress(Progress(slot + 1, len(self._stats), done, total))
+        return self._stats
 
 
 def _warn_of_zero(pairing: Pairing) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 Modules = str | Sequence[str]
 Layers = str | int | Iterable[int] | None
@@ -73,7 +74,7 @@ class Selection:
     """Modules and layers, ready to be asked about names."""
 
     modules: tuple[str, ...]
-    layers: frozenset[int] | None
+    layers: tuple[range, ...] | None
 
     @classmethod
     def parse(cls, modules: Modules, layers: Layers) -> Selection:
@@ -117,7 +118,12 @@ class Selection:
             ValueError: a selected layer that is not there, with those that are.
         """
         present = {layer for name in names if (layer := layer_of(name)) is not None}
-        absent = sorted((self.layers or frozenset()) - present)
+        # A range may be far longer than any model is deep, so it is not spelled out.
+        absent = [
+            layer
+            for layers in self.layers or ()
+            for layer in islice((layer for layer in layers if layer not in present), 8)
+        ]
         if absent:
             raise ValueError(
                 f"there is no layer {', '.join(map(str, absent[:8]))}: the {len(present)} layers "
@@ -125,8 +131,10 @@ class Selection:
             )
 
     def __contains__(self, name: str) -> bool:
-        if self.layers is not None and layer_of(name) not in self.layers:
-            return False
+        if self.layers is not None:
+            layer = layer_of(name)
+            if layer is None or not any(layer in layers for layers in self.layers):
+                return False
         return any(self._matches(module, name) for module in self.modules)
 
     @staticmethod
@@ -139,7 +147,10 @@ class Selection:
 
     def __str__(self) -> str:
         text = f"modules={','.join(self.modules)}"
-        return text if self.layers is None else f"{text} layers={sorted(self.layers)}"
+        if self.layers is None:
+            return text
+        spans = (f"{r[0]}-{r[-1]}" if len(r) > 1 else str(r[0]) for r in self.layers)
+        return f"{text} layers={','.join(spans)}"
 
 
 def _split(item: str) -> list[str]:
@@ -147,27 +158,30 @@ def _split(item: str) -> list[str]:
     return [item] if item.startswith("re:") else item.split(",")
 
 
-def _parse_layers(layers: Layers) -> frozenset[int] | None:
+def _parse_layers(layers: Layers) -> tuple[range, ...] | None:
     if layers is None:
         return None
     if isinstance(layers, int):
         layers = (layers,)
+    spans = []
     if isinstance(layers, str):
-        numbers: set[int] = set()
         for part in layers.split(","):
-            found = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+            found = re.fullmatch(r"\s*(\d{1,18})\s*(?:-\s*(\d{1,18})\s*)?", part)
             if not found:
                 raise ValueError(f"layers must look like '0-3,8', got {layers!r}")
             first, last = int(found[1]), int(found[2] or found[1])
             if last < first:
                 raise ValueError(f"the range of layers {part.strip()!r} runs backwards")
-            numbers.update(range(first, last + 1))
+            spans.append(range(first, last + 1))
+    elif isinstance(layers, range):
+        spans = [layers] if len(layers) else []
+        if spans and min(layers[0], layers[-1]) < 0:
+            raise ValueError(f"a layer must be a non-negative integer, got {layers!r}")
     else:
-        numbers = set()
         for layer in layers:
             if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
                 raise ValueError(f"a layer must be a non-negative integer, got {layer!r}")
-            numbers.add(layer)
-    if not numbers:
+            spans.append(range(layer, layer + 1))
+    if not spans:
         raise ValueError("layers is empty; leave it out for every layer")
-    return frozenset(numbers)
+    return tuple(spans)

@@ -149,7 +149,7 @@ class _Curve(TrainerCallback):
     ) -> None:
         if logs is None or "loss" not in logs:
             return
-        along = {f"progress_{name}": read() for name, read in self._progress.items()}
+        along = {f"progress_{prior}": read() for prior, read in self._progress.items()}
         self.rows.append({"step": state.global_step, "loss": float(logs["loss"]), **along})
 
 
@@ -296,8 +296,8 @@ def _fine_tune(
         if method.prior is not None and method.alpha:
             injection = drift_fast.attach(trainer, deltas[method.prior], alpha=method.alpha)
             progress[method.prior] = lambda: injection.metrics()["progress"]
-            trainer.train()
-            injection.remove()
+            with injection:
+                trainer.train()
         else:
             trainer.train()
     return curve.rows

@@ -112,9 +112,10 @@ def train_base(world: w.World, schedule: Schedule = BASE_SCHEDULE) -> Qwen2ForCa
     """Train the common text base: known single steps, and copying."""
 
     def draw(generator: np.random.Generator, count: int) -> list[w.Problem]:
-        problems = [world.text_known_step(generator) for _ in range(count)]
+        problems = [world.text_known_fact(generator) for _ in range(count)]
         for i in range(0, count, PACKED):
-            problems[i] = world.text_copy(generator, int(generator.integers(2, 5)))
+            length = int(generator.integers(2, 7))
+            problems[i] = world.text_copy(generator, length, expression=bool(i % (2 * PACKED)))
         return [problems[i] for i in generator.permutation(count)]
 
     torch.manual_seed(world.seed)
@@ -157,8 +158,10 @@ def train_multimodal(
     def draw(generator: np.random.Generator, count: int) -> list[w.Problem]:
         reads = count // 2
         return [world.image_known_step(generator, "train") for _ in range(count - reads)] + [
-            world.image_read(generator, int(generator.integers(2, 5)), "train")
-            for _ in range(reads)
+            world.image_read(
+                generator, int(generator.integers(2, 5)), "train", expression=bool(i % 2)
+            )
+            for i in range(reads)
         ]
 
     torch.manual_seed(world.seed + 1)

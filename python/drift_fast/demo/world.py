@@ -5,13 +5,13 @@ problems and batches. Knows nothing of models or training. Invariant: everything
 function of the seed and of the generator handed in, and an image of one split never appears in a
 problem drawn from another.
 
-A problem shows nine digits in a 3 x 3 grid and asks to write out some cells, and if they are joined
-by operations, to fold them from the left, ``(B f E) g A``. Operations are random Latin squares over
-0-9: a table must be known, it cannot be guessed above 10 %. Answers come with their chain of
-thought, which for an image begins by writing it out as the text problem::
+A problem shows nine digits in a 3 x 3 grid and asks either to write out some cells, or to fold them
+from the left, ``(B f E) g A``. Operations are random Latin squares over 0-9: a table must be known,
+it cannot be guessed above 10 %. A fold is answered with its chain of thought::
 
+    fact    3 f 7 =               ->  4 <eos>
     text    3 f 7 g 1 ?           ->  3 f 7 = 4 g 1 = 9 <eos>
-    image   <image> B f E g A :   ->  3 f 7 g 1 ? 3 f 7 = 4 g 1 = 9 <eos>
+    image   <image> B f E g A ?   ->  3 f 7 = 4 g 1 = 9 <eos>
     read    <image> B E A :       ->  3 7 1 <eos>
 """
 
@@ -111,35 +111,53 @@ class World:
     def text_fold(self, generator: np.random.Generator, length: int) -> Problem:
         """Draw a fold of `length` digits written as text, from the whole of every table."""
         digits, operations = self._draw_fold(generator, length)
-        return self._text_fold(digits, operations)
+        return self._fold(digits, operations, [DIGIT + d for d in digits], image=None)
 
-    def text_known_step(self, generator: np.random.Generator) -> Problem:
-        """Draw a single step as text, from the half of the tables that the base knows."""
+    def text_known_fact(self, generator: np.random.Generator) -> Problem:
+        """Draw one entry of the half of the tables that the base knows, to be completed."""
         digits, operations = self._draw_known_step(generator)
-        return self._text_fold(digits, operations)
+        statement = _expression([DIGIT + d for d in digits], operations)
+        return Problem(
+            prompt=(BOS, *statement, EQUALS),
+            target=(DIGIT + self.steps(digits, operations)[0], EOS),
+            digits=tuple(digits),
+            operations=tuple(operations),
+            image=None,
+        )
 
-    def text_copy(self, generator: np.random.Generator, length: int) -> Problem:
-        """Draw a text to repeat: the plain-text counterpart of reading."""
-        digits = _integers(generator, BASE, length)
-        return _read(digits, operands=[DIGIT + d for d in digits], image=None)
+    def text_copy(
+        self, generator: np.random.Generator, length: int, *, expression: bool = False
+    ) -> Problem:
+        """Draw digits, or an expression, to repeat: the plain-text counterpart of reading."""
+        digits, operations = self._draw_fold(generator, length)
+        operands = [DIGIT + d for d in digits]
+        return _write_out(digits, operations if expression else [], operands, image=None)
 
     def image_fold(self, generator: np.random.Generator, length: int, split: Split) -> Problem:
         """Draw a fold of `length` cells of an image, from the whole of every table."""
         digits, operations = self._draw_fold(generator, length)
         cells, image = self._draw_grid(generator, digits, split)
-        return self._image_fold(digits, operations, cells, image)
+        return self._fold(digits, operations, [CELL + c for c in cells], image=image)
 
     def image_known_step(self, generator: np.random.Generator, split: Split) -> Problem:
         """Draw a single step over two cells, from the half of the tables the base knows."""
         digits, operations = self._draw_known_step(generator)
         cells, image = self._draw_grid(generator, digits, split)
-        return self._image_fold(digits, operations, cells, image)
+        return self._fold(digits, operations, [CELL + c for c in cells], image=image)
 
-    def image_read(self, generator: np.random.Generator, length: int, split: Split) -> Problem:
-        """Draw `length` cells of an image to read."""
-        digits = _integers(generator, BASE, length)
+    def image_read(
+        self,
+        generator: np.random.Generator,
+        length: int,
+        split: Split,
+        *,
+        expression: bool = False,
+    ) -> Problem:
+        """Draw `length` cells of an image to read, or an expression over them."""
+        digits, operations = self._draw_fold(generator, length)
         cells, image = self._draw_grid(generator, digits, split)
-        return _read(digits, operands=[CELL + c for c in cells], image=image)
+        operands = [CELL + c for c in cells]
+        return _write_out(digits, operations if expression else [], operands, image=image)
 
     def image_indices(self, split: Split) -> NDArray[np.int64]:
         """Indices into scikit-learn's digits that problems of this split may show."""
@@ -169,33 +187,23 @@ class World:
             image[top : top + DIGIT_PIXELS, left : left + DIGIT_PIXELS] = self._pixels[choice]
         return [int(c) for c in cells], image
 
-    def _text_fold(self, digits: Sequence[int], operations: Sequence[int]) -> Problem:
+    def _fold(
+        self,
+        digits: Sequence[int],
+        operations: Sequence[int],
+        operands: Sequence[int],
+        *,
+        image: NDArray[np.float32] | None,
+    ) -> Problem:
         target = [DIGIT + digits[0]]
         values = self.steps(digits, operations)
         for operation, digit, value in zip(operations, digits[1:], values, strict=True):
             target += [OPERATION + operation, DIGIT + digit, EQUALS, DIGIT + value]
         return Problem(
-            prompt=(BOS, *_expression([DIGIT + d for d in digits], operations), FOLD),
+            prompt=(*_opening(image), *_expression(operands, operations), FOLD),
             target=(*target, EOS),
             digits=tuple(digits),
             operations=tuple(operations),
-            image=None,
-        )
-
-    def _image_fold(
-        self,
-        digits: Sequence[int],
-        operations: Sequence[int],
-        cells: Sequence[int],
-        image: NDArray[np.float32],
-    ) -> Problem:
-        text = self._text_fold(digits, operations)
-        asked = _expression([CELL + c for c in cells], operations)
-        return Problem(
-            prompt=(BOS, *[IMAGE] * CELLS, *asked, WRITE_OUT),
-            target=(*text.prompt[1:], *text.target),
-            digits=text.digits,
-            operations=text.operations,
             image=image,
         )
 
@@ -228,23 +236,32 @@ def collate(problems: Sequence[Problem], *, per_row: int = 1) -> Batch:
     )
 
 
+def _opening(image: NDArray[np.float32] | None) -> tuple[int, ...]:
+    return (BOS,) if image is None else (BOS, *[IMAGE] * CELLS)
+
+
 def _expression(operands: Sequence[int], operations: Sequence[int]) -> list[int]:
-    """Interleave operand tokens with the tokens of the operations between them."""
+    """Put the tokens of the operations between operand tokens; without operations, a list."""
+    if not operations:
+        return list(operands)
     tokens = [operands[0]]
     for operation, operand in zip(operations, operands[1:], strict=True):
         tokens += [OPERATION + operation, operand]
     return tokens
 
 
-def _read(
-    digits: Sequence[int], *, operands: Sequence[int], image: NDArray[np.float32] | None
+def _write_out(
+    digits: Sequence[int],
+    operations: Sequence[int],
+    operands: Sequence[int],
+    *,
+    image: NDArray[np.float32] | None,
 ) -> Problem:
-    opening = (BOS,) if image is None else (BOS, *[IMAGE] * CELLS)
     return Problem(
-        prompt=(*opening, *operands, WRITE_OUT),
-        target=(*(DIGIT + d for d in digits), EOS),
+        prompt=(*_opening(image), *_expression(operands, operations), WRITE_OUT),
+        target=(*_expression([DIGIT + d for d in digits], operations), EOS),
         digits=tuple(digits),
-        operations=(),
+        operations=tuple(operations),
         image=image,
     )
 

@@ -7,7 +7,8 @@ exact in the delta's dtype. Sums are taken in float32 or better whatever the dty
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,25 +26,20 @@ _KERNEL_DTYPES = {
 }
 
 
-class Measured(Protocol):
-    """gg = ‖x‖² and gd = ⟨x, Δ⟩ of each target, numpy float64 or device float32, shape [P]."""
+@dataclass(frozen=True)
+class Measured:
+    """‖x‖ and ⟨x, Δ⟩ of each target, numpy float64 or torch on the device, shape [targets]."""
 
-    gg: Any
-    gd: Any
-
-
-class _Sums:
-    def __init__(self, gg: Any, gd: Any) -> None:
-        self.gg = gg
-        self.gd = gd
+    norm: Any
+    dot: Any
 
 
 class CpuBackend:
     """Δ in host memory; measured by the kernel that measured the delta, applied by torch."""
 
-    def __init__(self, deltas: Sequence[torch.Tensor], dd: Sequence[float]) -> None:
+    def __init__(self, deltas: Sequence[torch.Tensor], norms: Sequence[float]) -> None:
         self.deltas = list(deltas)
-        self.dd = np.asarray(dd, dtype=np.float64)
+        self.norms = np.asarray(norms, dtype=np.float64)
 
     def measure(self, tensors: Sequence[torch.Tensor], *, float64: bool = False) -> Measured:
         """Return the sums of each tensor with its Δ; NaN where either holds NaN or infinity."""
@@ -54,12 +50,12 @@ class CpuBackend:
             float64=float64,
         )
         table = np.asarray(sums, dtype=np.float64).reshape(-1, 3)
-        return _Sums(table[:, 0], table[:, 2])
+        return Measured(np.sqrt(table[:, 0]), table[:, 2])
 
     def coefficients(self, scale: Scale, alpha: float, sums: Measured, factor: Any) -> Any:
         """Return each target's c, zero where the gradient is not finite, and their count."""
-        finite = np.isfinite(sums.gg)
-        c = coefficients(scale, alpha, sums.gg, sums.gd, self.dd, factor)
+        c = coefficients(scale, alpha, sums.norm, sums.dot, self.norms, factor)
+        finite = np.isfinite(sums.norm) & np.isfinite(c)
         return np.where(finite, c, 0.0), int((~finite).sum())
 
     def subtract(self, tensors: Sequence[torch.Tensor], c: Any) -> None:
@@ -86,9 +82,9 @@ class CpuBackend:
 class DeviceBackend:
     """Δ resident on an accelerator; coefficients never leave it, so a step waits for nothing."""
 
-    def __init__(self, deltas: Sequence[torch.Tensor], dd: Sequence[float]) -> None:
+    def __init__(self, deltas: Sequence[torch.Tensor], norms: Sequence[float]) -> None:
         self.deltas = list(deltas)
-        self.dd = self.vector(dd)
+        self.norms = self.vector(norms)
 
     def measure(self, tensors: Sequence[torch.Tensor], *, float64: bool = False) -> Measured:
         """Return the sums of each tensor with its Δ, as vectors on the device.
@@ -98,15 +94,15 @@ class DeviceBackend:
         """
         wide = float64 and self.deltas[0].device.type != "mps"
         dtype = torch.float64 if wide else torch.float32
-        gg = [torch.linalg.vector_norm(t, dtype=dtype).square() for t in tensors]
-        gd = [_dot(t, delta, dtype) for t, delta in zip(tensors, self.deltas, strict=True)]
-        return _Sums(torch.stack(gg), torch.stack(gd))
+        norm = [torch.linalg.vector_norm(t, dtype=dtype) for t in tensors]
+        dot = [_dot(t, delta, dtype) for t, delta in zip(tensors, self.deltas, strict=True)]
+        return Measured(torch.stack(norm), torch.stack(dot))
 
     def coefficients(self, scale: Scale, alpha: float, sums: Measured, factor: Any) -> Any:
         """Return each target's c, zero where the gradient is not finite, and their count."""
-        finite = torch.isfinite(sums.gg) & torch.isfinite(sums.gd)
-        c = coefficients(scale, alpha, sums.gg, sums.gd, self.dd, factor)
-        return torch.where(finite, c, torch.zeros_like(sums.gg)), (~finite).sum()
+        c = coefficients(scale, alpha, sums.norm, sums.dot, self.norms, factor)
+        finite = torch.isfinite(sums.norm) & torch.isfinite(c)
+        return torch.where(finite, c, torch.zeros_like(c)), (~finite).sum()
 
     def subtract(self, tensors: Sequence[torch.Tensor], c: Any) -> None:
         """Subtract c·Δ from each tensor in place; c is a float32 vector on the device."""
@@ -118,10 +114,12 @@ class DeviceBackend:
         return torch.tensor(values, dtype=torch.float32, device=self.deltas[0].device)
 
 
-def make_backend(deltas: Sequence[torch.Tensor], dd: Sequence[float]) -> CpuBackend | DeviceBackend:
+def make_backend(
+    deltas: Sequence[torch.Tensor], norms: Sequence[float]
+) -> CpuBackend | DeviceBackend:
     """Return the backend for where the deltas lie."""
     on_cpu = deltas[0].device.type == "cpu"
-    return CpuBackend(deltas, dd) if on_cpu else DeviceBackend(deltas, dd)
+    return CpuBackend(deltas, norms) if on_cpu else DeviceBackend(deltas, norms)
 
 
 def _window(tensor: torch.Tensor) -> tuple[Any, str]:

@@ -8,8 +8,9 @@ g + α·… with α = −1, which is the same.
     gradnorm   c = α · ‖g‖/‖Δ‖
     adaptive   c = α · (1 + cos(g, Δ))/2 · ‖g‖/‖Δ‖
 
-With gg = ‖g‖², gd = ⟨g, Δ⟩ and dd = ‖Δ‖², adaptive is α · (√gg + gd/√dd) / (2√dd), which has no
-division by ‖g‖ and so needs no special case for a gradient that is zero.
+With gd = ⟨g, Δ⟩, adaptive is α · (‖g‖ + gd/‖Δ‖) / (2‖Δ‖), which has no division by ‖g‖ and so
+needs no special case for a gradient that is zero. Norms rather than their squares are passed
+around, since a square leaves float32 where its root does not.
 """
 
 from __future__ import annotations
@@ -47,16 +48,17 @@ def check_alpha(alpha: float) -> float:
     return value
 
 
-def coefficients(scale: Scale, alpha: float, gg: Any, gd: Any, dd: Any, factor: Any) -> Any:
+def coefficients(scale: Scale, alpha: float, norm: Any, dot: Any, delta: Any, factor: Any) -> Any:
     """Return c for every parameter, before anything is skipped.
 
     Works alike on float64 numpy vectors (CPU gradients) and float32 torch vectors that stay on
-    their device; all have shape [parameters]. `dd` is positive: parameters whose Δ is zero are not
-    injected. `factor` multiplies α in absolute mode only, where ‖W‖/‖Δ‖ and a gradient scaler's
-    scale enter; the other modes are free of scale.
+    their device, all of shape [parameters]: `norm` is ‖g‖, `dot` is ⟨g, Δ⟩, and `delta` is ‖Δ‖,
+    which is positive, since parameters whose Δ is zero are not injected. `factor` multiplies α in
+    absolute mode only, where ‖W‖/‖Δ‖ and a gradient scaler's scale enter; the other modes are free
+    of scale.
     """
     if scale == "absolute":
         return alpha * factor
     if scale == "gradnorm":
-        return alpha * gg**0.5 / dd**0.5
-    return alpha * (gg**0.5 + gd / dd**0.5) / (2.0 * dd**0.5)
+        return alpha * (norm / delta)
+    return alpha * ((norm + dot / delta) / (2.0 * delta))

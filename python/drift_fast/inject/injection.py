@@ -6,7 +6,6 @@ watchdog that fails a run in which nothing was injected. One attachment per para
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Sequence
 from types import TracebackType
@@ -17,9 +16,9 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
-from drift_fast.errors import DriftError, NonFiniteError
-from drift_fast.inject.backend import CpuBackend, DeviceBackend, Measured, make_backend
+from drift_fast.errors import DriftError
 from drift_fast.inject.formula import SCALES, Scale, check_alpha, check_scale
+from drift_fast.inject.group import Group, load_groups
 from drift_fast.inject.targets import (
     DeltaLike,
     Target,
@@ -100,25 +99,21 @@ class Injection:
         self._scope = scope
         self._strict = strict
         self._scaler = scaler
-        self._optimizer = optimizer
+        self._optimizer = None if optimizer is None else unwrap_optimizer(optimizer)
         selection = Selection.parse(EVERYTHING if modules is None else modules, layers)
         targets, self.coverage = find_targets(
             model, delta, selection, strict=strict, min_coverage=min_coverage
         )
         check_trained(targets)
-        if optimizer is not None:
-            check_optimized(targets, optimizer)
+        if self._optimizer is not None:
+            check_optimized(targets, self._optimizer)
         _refuse_second(targets)
-        self._targets, self._groups = _load(targets, delta)
-        self._rescale = rescale
+        self._groups = load_groups(targets, delta)
+        self._targets = [target for group in self._groups for target in group.targets]
         for group in self._groups:
-            group.start(rescale)
-        self._injected = 0
-        self._missing = 0
-        self._device_skipped: list[Any] = []
+            group.start(rescale=rescale is not None)
+        self._record = _Record([target.parameter for target in self._targets])
         self._pending: weakref.ref[torch.Tensor] | None = None
-        self._since_step = 0
-        self._watched: dict[int, bool] = {}
         self._handles: list[Any] = [register_optimizer_step_pre_hook(self._watch)]
         for target in self._targets:
             _attached[target.parameter] = weakref.ref(self)
@@ -141,10 +136,11 @@ class Injection:
 
     @property
     def injected(self) -> int:
-        """Parameters into which the last step injected; counted per micro-batch in that scope."""
-        if self._scope == "microbatch":
-            return self._since_step or self._injected
-        return self._injected - self._skipped_on_device()
+        """Parameters into which the last step, or the last backward pass of each, injected.
+
+        Reading it on an accelerator waits for the device.
+        """
+        return self._record.injected()
 
     @property
     def skipped(self) -> int:
@@ -152,7 +148,7 @@ class Injection:
 
         Reading it on an accelerator waits for the device.
         """
-        return self._missing + self._skipped_on_device()
+        return self._record.skipped()
 
     @torch.no_grad()
     def step(self) -> None:
@@ -169,13 +165,11 @@ class Injection:
             )
         self._require_attached()
         self._refuse_twice()
-        self._check_gradients()
-        self._injected = 0
-        self._device_skipped = []
+        missing = self._check_gradients()
+        self._record.begin(missing)
         with torch.autocast(device_type=self._groups[0].device.type, enabled=False):
             for group in self._groups:
                 self._inject(group)
-        self._since_step = self._injected
         self._pending = weakref.ref(_gradient(self._targets[0].parameter))
 
     @torch.no_grad()
@@ -191,8 +185,8 @@ class Injection:
         result = {"alpha": self._alpha}
         moved = total = push = gradient = 0.0
         for group in self._groups:
-            progress, squares = group.progress()
-            for target, value, square in zip(group.targets, progress, squares, strict=True):
+            rows = zip(group.targets, group.progress(), group.squares(), strict=True)
+            for target, value, square in rows:
                 result[f"progress/{target.name}"] = value
                 moved, total = moved + value * square, total + square
             for name, cosine in group.cosines():
@@ -235,12 +229,12 @@ class Injection:
 
     # The step scope.
 
-    def _inject(self, group: _Group) -> None:
+    def _inject(self, group: Group) -> None:
         held = [at for at, target in enumerate(group.targets) if target.parameter.grad is not None]
         if not held:
             return
         part = group if len(held) == len(group.targets) else group.part(held)
-        self._injected += len(held)
+        self._record.inject([target.parameter for target in part.targets])
         if self._alpha == 0.0:
             # Exactly no injection: not even the sign of a zero changes.
             return
@@ -250,7 +244,7 @@ class Injection:
         c, skipped = part.backend.coefficients(self._scale, self._alpha, sums, factor)
         part.backend.subtract(gradients, c)
         group.last = (part, sums, c)
-        self._device_skipped.append(skipped)
+        self._record.skip(skipped)
 
     def _loss_scale(self, device: torch.device) -> torch.Tensor | None:
         """Return the factor that the gradients carry, None where it is one or does not matter."""
@@ -260,9 +254,9 @@ class Injection:
             return None
         return self._scaler.scale(torch.ones((), device=device))
 
-    def _check_gradients(self) -> None:
+    def _check_gradients(self) -> int:
+        """Refuse gradients that cannot be injected into; return how many targets have none."""
         missing = [t.name for t in self._targets if t.parameter.grad is None]
-        self._missing = len(missing)
         if len(missing) == len(self._targets):
             raise DriftError(
                 "no target has a gradient, so nothing can be injected: call step() after backward "
@@ -278,23 +272,19 @@ class Injection:
             gradient = target.parameter.grad
             if gradient is not None and gradient.layout != torch.strided:
                 raise DriftError(f"the gradient of {target.name} is sparse, which is not supported")
+        return len(missing)
 
     def _refuse_twice(self) -> None:
         pending = self._pending() if self._pending is not None else None
-        if pending is None or self._skipped_on_device_if_known():
+        # A scaler leaves out the optimizer's step when it finds infinity, which is no mistake; and
+        # gradients that zero_grad did not keep are not the ones that were injected.
+        if pending is None or self._scaler is not None or self._record.skipped_if_known():
             return
         if pending is self._targets[0].parameter.grad:
             raise DriftError(
                 "step() was called twice without an optimizer step between: call it once, when the "
                 "gradient is fully accumulated, just before clipping"
             )
-
-    def _skipped_on_device(self) -> int:
-        return sum(int(count) for count in self._device_skipped)
-
-    def _skipped_on_device_if_known(self) -> int:
-        # A count on a device is not asked for here, since that would wait for it.
-        return sum(count for count in self._device_skipped if isinstance(count, int))
 
     # The microbatch scope.
 
@@ -304,19 +294,22 @@ class Injection:
                 hook = self._backward_hook(group.part([at]))
                 self._handles.append(torch.Tensor.register_hook(target.parameter, hook))  # type: ignore[no-untyped-call]
 
-    def _backward_hook(self, one: _Group) -> Any:
+    def _backward_hook(self, one: Group) -> Any:
+        parameter = one.targets[0].parameter
+
         @torch.no_grad()
         def hook(gradient: torch.Tensor) -> torch.Tensor | None:
-            self._since_step += 1
             if self._alpha == 0.0:
+                self._record.inject([parameter])
                 return None
             with torch.autocast(device_type=one.device.type, enabled=False):
                 # Autograd may share this tensor with other consumers, so it is not changed.
                 injected = gradient.clone(memory_format=torch.contiguous_format)
                 sums = one.backend.measure([injected])
                 factor = one.factor(self._loss_scale(one.device))
-                c, _ = one.backend.coefficients(self._scale, self._alpha, sums, factor)
+                c, skipped = one.backend.coefficients(self._scale, self._alpha, sums, factor)
                 one.backend.subtract([injected], c)
+            self._record.inject([parameter], skipped)
             return injected
 
         return hook
@@ -324,10 +317,11 @@ class Injection:
     # The watchdog.
 
     def _watch(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        """Fail the first optimizer step that would use gradients without the injection."""
-        if not self._steps_targets(optimizer):
+        """Fail an optimizer step that would use gradients without the injection."""
+        held, fresh = self._record.consume(optimizer)
+        if held == 0:
             return
-        if self._since_step == 0:
+        if fresh == 0:
             call = (
                 "call injection.step() between backward and optimizer.step()"
                 if self._scope == "step"
@@ -338,125 +332,88 @@ class Injection:
                 f"nothing was injected before this step of {type(optimizer).__name__}: {call}; or "
                 "call injection.remove() to train without it"
             )
-        total = len(self._targets)
-        if self._scope == "microbatch" and self._strict and self._since_step < total:
+        if self._scope == "microbatch" and self._strict and fresh < held:
             raise DriftError(
-                f"only {self._since_step} of {total} targets were injected before this step of "
+                f"only {fresh} of {held} targets were injected before this step of "
                 f"{type(optimizer).__name__}: the others got no gradient"
             )
-        if self._scope == "microbatch":
-            self._injected = self._since_step
-        self._since_step = 0
         self._pending = None
-
-    def _steps_targets(self, optimizer: torch.optim.Optimizer) -> bool:
-        if id(optimizer) not in self._watched:
-            mine = {id(target.parameter) for target in self._targets}
-            held = any(id(p) in mine for g in optimizer.param_groups for p in g["params"])
-            self._watched[id(optimizer)] = held
-        return self._watched[id(optimizer)]
 
     def _require_attached(self) -> None:
         if not self._groups:
             raise DriftError("this injection was removed; attach a new one")
 
 
-class _Group:
-    """The targets on one device: their Δ, and where their weights stood at attachment."""
+class _Record:
+    """Which parameters were injected when, for the watchdog and the counts.
 
-    def __init__(self, targets: Sequence[Target], backend: CpuBackend | DeviceBackend) -> None:
-        self.targets = list(targets)
-        self.backend = backend
-        self.device = backend.deltas[0].device
-        self.last: tuple[_Group, Measured, Any] | None = None
-        self._origin: Any = None
-        self._factor: Any = None
+    An optimizer may hold some of the targets only, and several optimizers may step after one
+    injection, so each keeps its own account of what it has used.
+    """
 
-    def start(self, rescale: Rescale) -> None:
-        """Note ⟨θ_0, Δ⟩ and, if asked, ‖W‖/‖Δ‖."""
-        sums = self._weights()
-        self._origin = sums.gd
-        ones = self.backend.vector([1.0] * len(self.targets))
-        if rescale is None:
-            self._factor = ones
-        else:
-            norms = self.backend.vector((sums.gg**0.5).tolist())
-            self._factor = norms / self.backend.dd**0.5
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self._place = {id(parameter): at for at, parameter in enumerate(parameters)}
+        self._times = [0] * len(parameters)
+        self._used: Any = weakref.WeakKeyDictionary()
+        self._current: set[int] = set()
+        self._consumed = False
+        self._missing = 0
+        # Counts stay where they were computed; adding them up is what waits for a device.
+        self._skips: list[Any] = []
+        self._skip_of: dict[int, Any] = {}
 
-    def part(self, members: Sequence[int]) -> _Group:
-        """Return some of the targets as a group of their own; Δ is shared, not copied."""
-        deltas = [self.backend.deltas[at] for at in members]
-        index = list(members)
-        backend = type(self.backend)(deltas, self.backend.dd[index].tolist())
-        part = _Group([self.targets[at] for at in members], backend)
-        part._origin, part._factor = self._origin[index], self._factor[index]
-        return part
+    def begin(self, missing: int) -> None:
+        """Start the account of a new step."""
+        self._current, self._missing, self._skips, self._skip_of = set(), missing, [], {}
 
-    def factor(self, loss_scale: torch.Tensor | None) -> Any:
-        """Return what multiplies α in absolute mode."""
-        if loss_scale is None:
-            return self._factor
-        on_cpu = isinstance(self.backend, CpuBackend)
-        return self._factor * (loss_scale.item() if on_cpu else loss_scale)
+    def inject(self, parameters: Sequence[nn.Parameter], skipped: Any = None) -> None:
+        """Note that these were injected; a hook says at once whether its one was skipped."""
+        if self._consumed:
+            self.begin(0)
+            self._consumed = False
+        for parameter in parameters:
+            at = self._place[id(parameter)]
+            self._times[at] += 1
+            self._current.add(at)
+            if skipped is not None:
+                self._skip_of[at] = skipped
 
-    def progress(self) -> tuple[list[float], list[float]]:
-        """Return λ and ‖Δ‖² of each target."""
-        sums = self._weights()
-        return ((sums.gd - self._origin) / self.backend.dd).tolist(), self.backend.dd.tolist()
+    def skip(self, count: Any) -> None:
+        """Add a number of parameters that were skipped, an int or a device tensor."""
+        self._skips.append(count)
 
-    def _weights(self) -> Measured:
-        # Progress is a small difference of two large sums, hence float64.
-        weights = [target.parameter.detach() for target in self.targets]
-        return self.backend.measure(weights, float64=True)
+    def consume(self, optimizer: torch.optim.Optimizer) -> tuple[int, int]:
+        """Return how many targets the optimizer holds, and how many were injected for this step."""
+        held = [
+            self._place[id(parameter)]
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+            if id(parameter) in self._place
+        ]
+        if not held:
+            return 0, 0
+        used = self._used.get(optimizer, {})
+        fresh = sum(self._times[at] > used.get(at, 0) for at in held)
+        self._used[optimizer] = {at: self._times[at] for at in held}
+        self._consumed = True
+        return len(held), fresh
 
-    def cosines(self) -> list[tuple[str, float]]:
-        """Return cos(g, Δ) of the last step, by parameter; zero gradients have none."""
-        if self.last is None:
-            return []
-        part, sums, _ = self.last
-        rows = zip(
-            part.targets, sums.gg.tolist(), sums.gd.tolist(), part.backend.dd.tolist(), strict=True
-        )
-        return [(t.name, gd / (gg * dd) ** 0.5) for t, gg, gd, dd in rows if gg > 0]
+    def has_fresh(self) -> bool:
+        """Whether an injection has happened that no optimizer has used."""
+        return bool(self._current) and not self._consumed
 
-    def push(self) -> tuple[float, float]:
-        """Return Σ‖c·Δ‖² and Σ‖g‖² of the last step."""
-        if self.last is None:
-            return 0.0, 0.0
-        part, sums, c = self.last
-        rows = list(zip(sums.gg.tolist(), c.tolist(), part.backend.dd.tolist(), strict=True))
-        finite = [(gg, c, dd) for gg, c, dd in rows if gg == gg and gg != float("inf")]
-        return sum(c * c * dd for _, c, dd in finite), sum(gg for gg, _, _ in finite)
+    def injected(self) -> int:
+        return len(self._current) - self._counted()
 
+    def skipped(self) -> int:
+        return self._missing + self._counted()
 
-def _load(targets: Sequence[Target], delta: DeltaLike) -> tuple[list[Target], list[_Group]]:
-    """Read Δ beside each parameter, one tensor at a time; a Δ that is zero needs no injection."""
-    stats = delta.stats
-    by_device: dict[torch.device, list[tuple[Target, torch.Tensor, float]]] = {}
-    for target in targets:
-        row = stats[target.delta_name]
-        if row.nonfinite or row.overflow or not math.isfinite(row.delta_sq):
-            raise NonFiniteError(
-                f"{target.delta_name}: Δ holds NaN or infinite values ({row.nonfinite} in the "
-                f"sources, {row.overflow} beyond the dtype's range), which would spread to every "
-                "weight; repair the source checkpoint or leave the tensor out with modules=… or "
-                "layers=…"
-            )
-        if row.delta_sq == 0.0:
-            continue
-        device = target.parameter.device
-        tensor = delta[target.delta_name].to(device)
-        by_device.setdefault(device, []).append((target, tensor, row.delta_sq))
-    if not by_device:
-        raise DriftError(
-            "Δ is zero in every target, so an injection would do nothing; was the delta computed "
-            "from the same checkpoint twice?"
-        )
-    groups = []
-    for members in by_device.values():
-        backend = make_backend([d for _, d, _ in members], [dd for _, _, dd in members])
-        groups.append(_Group([target for target, _, _ in members], backend))
-    return [target for group in groups for target in group.targets], groups
+    def skipped_if_known(self) -> int:
+        """The count as far as it is on the host, without waiting for a device."""
+        return sum(count for count in self._skips if isinstance(count, int))
+
+    def _counted(self) -> int:
+        return sum(int(count) for count in [*self._skips, *self._skip_of.values()])
 
 
 def _check_options(
@@ -493,6 +450,15 @@ def _refuse_second(targets: Sequence[Target]) -> None:
                 f"{target.name} has an injection attached already; call remove() on that one "
                 "first, or both would push"
             )
+
+
+def unwrap_optimizer(optimizer: Any) -> torch.optim.Optimizer:
+    """Return the torch optimizer inside Accelerate's wrapper, which is the one that steps."""
+    while type(optimizer).__name__ == "AcceleratedOptimizer":
+        optimizer = optimizer.optimizer
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ValueError(f"expected a torch optimizer, got {type(optimizer).__name__}")
+    return optimizer
 
 
 def _is_unscaled(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> bool:

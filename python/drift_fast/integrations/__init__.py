@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from drift_fast.errors import DriftError
-from drift_fast.inject.injection import Injection
+from drift_fast.inject.injection import Injection, unwrap_optimizer
 from drift_fast.inject.targets import DeltaLike
 
 
@@ -39,7 +39,7 @@ def attach(
     if isinstance(trainer_or_optimizer, torch.optim.Optimizer):
         if model is None:
             raise ValueError("attach(optimizer, delta) needs the model it trains: pass model=…")
-        return _attach_optimizer(trainer_or_optimizer, delta, model, options)
+        return _attach_optimizer(unwrap_optimizer(trainer_or_optimizer), delta, model, options)
     if hasattr(trainer_or_optimizer, "training_step") and hasattr(
         trainer_or_optimizer, "accelerator"
     ):
@@ -69,7 +69,7 @@ class _OptimizerInjection(Injection):
     def _watch(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         # torch runs hooks of all optimizers before those of one, so the injection happens here,
         # in the same hook as the check that it did.
-        if optimizer is self._optimizer and self._scope == "step" and self._since_step == 0:
+        if optimizer is self._optimizer and self._scope == "step" and not self._record.has_fresh():
             self.step()
         super()._watch(optimizer, args, kwargs)
 

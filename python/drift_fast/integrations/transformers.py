@@ -88,7 +88,7 @@ class TrainerInjection(Injection):
         }
         moved: dict[str, list[float]] = {}
         for group in self._groups:
-            for target, square in zip(group.targets, group.backend.dd.tolist(), strict=True):
+            for target, square in zip(group.targets, group.squares(), strict=True):
                 sums = moved.setdefault(kind_of(target.delta_name), [0.0, 0.0])
                 sums[0] += metrics[f"progress/{target.name}"] * square
                 sums[1] += square

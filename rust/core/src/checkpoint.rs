@@ -2,7 +2,7 @@
 //!
 //! Owns which files belong together and where each tensor lies; what is inside a file is
 //! [`crate::shard`]'s. Every tensor that the index names is in the shard it names, and no shard
-//! holds one that the index does not name.
+//! holds one that the index does not place there.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
@@ -66,16 +66,9 @@ impl Checkpoint {
 
     /// Its tensors in file order, each with the shard that holds it.
     pub fn tensors(&self) -> impl Iterator<Item = (&Shard, &Tensor)> {
-        self.shards.iter().enumerate().flat_map(move |(number, shard)| {
-            shard
-                .tensors()
-                .iter()
-                .enumerate()
-                .filter(move |(position, tensor)| {
-                    self.places.get(&tensor.name) == Some(&(number, *position))
-                })
-                .map(move |(_, tensor)| (shard, tensor))
-        })
+        self.shards
+            .iter()
+            .flat_map(|shard| shard.tensors().iter().map(move |tensor| (shard, tensor)))
     }
 
     /// The tensor of that name.
@@ -91,6 +84,10 @@ impl Checkpoint {
     }
 
     fn from_index(directory: &Path, index: &Path, reader: Reader) -> Result<Self> {
+        let metadata = std::fs::metadata(index).map_err(Error::io(index, "open the index"))?;
+        if !metadata.is_file() {
+            return Err(Error::checkpoint(index, "expected a regular file, found something else"));
+        }
         let text = std::fs::read(index).map_err(Error::io(index, "read the index"))?;
         let index_file: Index = serde_json::from_slice(&text).map_err(|error| {
             Error::checkpoint(index, format!("the index is not valid: {error}"))
@@ -142,9 +139,14 @@ impl Checkpoint {
                         );
                         return Err(Error::tensor(index, &tensor.name, message));
                     };
-                    // A tensor may be in several shards; the index says which one counts.
                     if named != file {
-                        continue;
+                        let message = format!(
+                            "{} holds it too, although the index places it in {}; one of the two \
+                             is stale: save the checkpoint again",
+                            file.display(),
+                            named.display()
+                        );
+                        return Err(Error::tensor(index, &tensor.name, message));
                     }
                 }
                 places.insert(tensor.name.clone(), (number, position));
@@ -187,7 +189,12 @@ fn nothing_to_open(directory: &Path) -> Error {
         .unwrap_or_default();
     names.sort();
     if names.iter().any(|name| is_pickle(name)) {
-        return Error::checkpoint(directory, format!("found no safetensors: {PICKLE}"));
+        names.truncate(8);
+        let found = names.join(", ");
+        return Error::checkpoint(
+            directory,
+            format!("found no safetensors among {found}: {PICKLE}"),
+        );
     }
     names.truncate(8);
     let found = if names.is_empty() { "nothing".to_owned() } else { names.join(", ") };

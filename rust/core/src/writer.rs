@@ -3,13 +3,15 @@
 //! Everything goes into a hidden directory beside the target, which takes the target's name only
 //! once every byte is flushed. So a reader sees a whole delta or none, a mapping of an overwritten
 //! one stays intact, and a run that was cut off leaves only the hidden directory, which the next
-//! run to the same target removes.
+//! run to the same target removes. Into an empty directory that exists already (where one stands,
+//! or a mount point) the files are moved one by one instead, `drift.json` last.
 
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use rustix::fs::{Mode, OFlags};
 use safetensors::tensor::{Metadata, TensorInfo};
 use serde_json::json;
 
@@ -37,6 +39,7 @@ pub struct Writer {
     staging: Staging,
     dtype: Dtype,
     overwrite: bool,
+    parents: Parents,
     files: Vec<(PathBuf, File)>,
     /// File number and byte offset in it, for each slot.
     places: Vec<(usize, u64)>,
@@ -80,10 +83,15 @@ impl Writer {
                 target.display()
             )));
         };
-        fs::create_dir_all(parent).map_err(Error::io(parent, "create the directory"))?;
         let layout = layout(slots, dtype, max_shard_nbytes)?;
-        check_space(parent, &target, layout.iter().map(|shard| shard.nbytes()).sum())?;
-        let staging = Staging::create(parent, &name.to_string_lossy())?;
+        let parents = Parents::create(parent)?;
+        let home = if target.is_dir() && !target.join(DESCRIPTION).exists() {
+            target.clone()
+        } else {
+            parent.to_owned()
+        };
+        check_space(&home, &target, layout.iter().map(|shard| shard.nbytes()).sum())?;
+        let staging = Staging::create(&home, &name.to_string_lossy())?;
         let mut places = Vec::with_capacity(slots.len());
         let mut files = Vec::with_capacity(layout.len());
         let mut weight_map = serde_json::Map::new();
@@ -99,7 +107,7 @@ impl Writer {
         let total: u64 = layout.iter().map(|shard| shard.data_nbytes).sum();
         let index = json!({"metadata": {"total_size": total}, "weight_map": weight_map});
         write_new(&staging.path.join(INDEX), format!("{index:#}\n").as_bytes())?;
-        Ok(Self { target, staging, dtype, overwrite, files, places })
+        Ok(Self { target, staging, dtype, overwrite, parents, files, places })
     }
 
     /// The dtype of every slot.
@@ -112,7 +120,9 @@ impl Writer {
     /// # Errors
     /// A failed write.
     pub fn write_at(&self, slot: usize, offset: usize, bytes: &[u8]) -> Result<()> {
-        let (file, start) = self.places[slot];
+        let &(file, start) = self.places.get(slot).ok_or_else(|| {
+            Error::Argument(format!("there is no slot {slot} among {}", self.places.len()))
+        })?;
         let (path, file) = &self.files[file];
         file.write_all_at(bytes, start + offset as u64).map_err(Error::io(path, "write the delta"))
     }
@@ -127,14 +137,37 @@ impl Writer {
         }
         write_new(&self.staging.path.join(DESCRIPTION), description.as_bytes())?;
         sync_directory(&self.staging.path)?;
-        check_target(&self.target, self.overwrite)?;
-        self.rename()?;
-        self.staging.renamed = true;
-        if let Some(parent) = self.target.parent() {
-            // The lock file's own name was in the directory just renamed away from `parent`.
-            sync_directory(parent)?;
+        if self.staging.path.parent() == Some(&self.target) {
+            self.move_files()?;
+        } else {
+            check_target(&self.target, self.overwrite)?;
+            self.rename()?;
         }
-        Ok(())
+        self.staging.renamed = true;
+        self.parents.keep();
+        self.target.parent().map_or(Ok(()), sync_directory)
+    }
+
+    /// Move the finished files up into the target, an empty directory that existed before.
+    fn move_files(&self) -> Result<()> {
+        let staging = &self.staging.path;
+        let shards = self.files.iter().filter_map(|(path, _)| path.file_name());
+        let names = shards.chain([INDEX.as_ref(), DESCRIPTION.as_ref()]);
+        let mut moved = Vec::new();
+        for name in names {
+            let to = self.target.join(name);
+            // A hard link, unlike a rename, never replaces a file that came in meanwhile.
+            let result = fs::hard_link(staging.join(name), &to);
+            if let Err(error) = result {
+                for path in moved {
+                    let _ = fs::remove_file(path);
+                }
+                return Err(Error::io(&to, "move the finished delta")(error));
+            }
+            moved.push(to);
+        }
+        sync_directory(&self.target)?;
+        fs::remove_dir_all(staging).map_err(Error::io(staging, "remove the directory"))
     }
 
     fn rename(&self) -> Result<()> {
@@ -157,9 +190,18 @@ impl Writer {
 impl Staging {
     fn create(parent: &Path, name: &str) -> Result<Self> {
         let path = parent.join(format!(".{name}.incomplete"));
-        fs::create_dir_all(&path).map_err(Error::io(&path, "create the directory"))?;
-        // Locking the directory itself leaves no lock file inside the delta.
-        let lock = File::open(&path).map_err(Error::io(&path, "open the directory"))?;
+        match fs::create_dir(&path) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+                return Err(Error::io(&path, "create the directory")(error));
+            }
+            _ => {}
+        }
+        // Locking the directory itself leaves no lock file inside the delta. A link in its place,
+        // which someone else could have put there, is not followed.
+        let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::RDONLY | OFlags::CLOEXEC;
+        let lock = rustix::fs::open(&path, flags, Mode::empty())
+            .map(File::from)
+            .map_err(|error| Error::io(&path, "open the directory")(error.into()))?;
         match lock.try_lock() {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => {
@@ -176,12 +218,39 @@ impl Staging {
         }
         let staging = Self { path, renamed: false, _lock: lock };
         // What a run that was cut off left behind.
-        for entry in
-            fs::read_dir(&staging.path).map_err(Error::io(&staging.path, "list"))?.flatten()
-        {
-            fs::remove_file(entry.path()).map_err(Error::io(&entry.path(), "remove"))?;
+        for entry in fs::read_dir(&staging.path).map_err(Error::io(&staging.path, "list"))? {
+            let entry = entry.map_err(Error::io(&staging.path, "list"))?.path();
+            fs::remove_file(&entry).map_err(Error::io(&entry, "remove"))?;
         }
         Ok(staging)
+    }
+}
+
+/// The directories above the target that had to be made, removed again unless kept.
+#[derive(Debug)]
+struct Parents {
+    made: Vec<PathBuf>,
+}
+
+impl Parents {
+    fn create(directory: &Path) -> Result<Self> {
+        let missing: Vec<PathBuf> =
+            directory.ancestors().take_while(|path| !path.exists()).map(Path::to_owned).collect();
+        fs::create_dir_all(directory).map_err(Error::io(directory, "create the directory"))?;
+        Ok(Self { made: missing })
+    }
+
+    fn keep(&mut self) {
+        self.made.clear();
+    }
+}
+
+impl Drop for Parents {
+    fn drop(&mut self) {
+        for path in &self.made {
+            // Not empty any more, or gone: either way not ours to remove.
+            let _ = fs::remove_dir(path);
+        }
     }
 }
 
@@ -288,11 +357,22 @@ fn check_target(target: &Path, overwrite: bool) -> Result<()> {
     if !metadata.is_dir() {
         return refuse("the output exists and is not a directory; choose another path");
     }
-    let is_empty = fs::read_dir(target)
-        .map_err(Error::io(target, "list the output directory"))?
-        .next()
-        .is_none();
+    let mut names = Vec::new();
+    for entry in fs::read_dir(target).map_err(Error::io(target, "list the output directory"))? {
+        let entry = entry.map_err(Error::io(target, "list the output directory"))?;
+        names.push(entry.file_name().to_string_lossy().into_owned());
+    }
+    let staging = format!(".{}.incomplete", target.file_name().unwrap_or_default().display());
+    names.retain(|name| *name != staging);
+    let is_empty = names.is_empty();
     let is_delta = target.join(DESCRIPTION).is_file() && target.join(INDEX).is_file();
+    let stranger = names.iter().find(|name| !is_ours(name));
+    if let (true, true, Some(stranger)) = (is_delta, overwrite, stranger) {
+        return refuse(&format!(
+            "the delta's directory also holds {stranger}, which overwriting would remove; move it \
+             away or choose another path"
+        ));
+    }
     match (is_empty, is_delta, overwrite) {
         (true, _, _) | (_, true, true) => Ok(()),
         (_, true, false) => {
@@ -302,6 +382,12 @@ fn check_target(target: &Path, overwrite: bool) -> Result<()> {
             refuse("the output directory exists and is not empty; choose another path")
         }
     }
+}
+
+/// Whether a file of that name belongs to a delta.
+fn is_ours(name: &str) -> bool {
+    [DESCRIPTION, INDEX].contains(&name)
+        || (name.starts_with("delta-") && name.ends_with(".safetensors"))
 }
 
 fn check_space(parent: &Path, target: &Path, needed: u64) -> Result<()> {

@@ -149,6 +149,14 @@ mod _core {
             Ok(Self { inner: Mutex::new(Some(inner)) })
         }
 
+        /// Write the whole of one tensor, given by its place in the list.
+        fn write(&self, py: Python<'_>, slot: usize, buffer: &Bound<'_, PyAny>) -> PyResult<()> {
+            let buffer = Readable::new(buffer)?;
+            let guard = self.inner.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            let writer = guard.as_ref().ok_or_else(finished)?;
+            py.detach(|| writer.write_at(slot, 0, buffer.bytes())).map_err(to_py)
+        }
+
         /// Flush, add `drift.json` with this text, and give the directory its name.
         fn commit(&self, py: Python<'_>, description: &str) -> PyResult<()> {
             let writer = self.take().ok_or_else(finished)?;
@@ -382,6 +390,7 @@ mod _core {
     fn row<'py>(py: Python<'py>, moments: &Moments) -> PyResult<Bound<'py, PyDict>> {
         let row = PyDict::new(py);
         row.set_item("delta_sq", moments.delta_sq)?;
+        row.set_item("written_sq", moments.written_sq)?;
         row.set_item("reasoning_sq", moments.reasoning_sq)?;
         row.set_item("multimodal_sq", moments.multimodal_sq)?;
         row.set_item("dot", moments.dot)?;

@@ -31,6 +31,9 @@ pub(crate) const LANES: usize = 16;
 pub struct Moments {
     /// Σ(a − b)², of the exact difference rather than of its rounded form.
     pub delta_sq: f64,
+    /// Σ of the squares as written, where the output's range is narrower than the inputs'; else the
+    /// same as `delta_sq`. A difference says that values were lost to underflow.
+    pub written_sq: f64,
     /// Σa², the reasoning side.
     pub reasoning_sq: f64,
     /// Σb², the multimodal side.
@@ -50,6 +53,7 @@ impl Moments {
     /// callers add in element order.
     pub fn add(&mut self, later: &Moments) {
         self.delta_sq += later.delta_sq;
+        self.written_sq += later.written_sq;
         self.reasoning_sq += later.reasoning_sq;
         self.multimodal_sq += later.multimodal_sq;
         self.dot += later.dot;
@@ -143,9 +147,11 @@ pub fn moments_in_float64(left: Elements<'_>, right: Elements<'_>) -> Moments {
 fn block(a: Elements<'_>, b: Elements<'_>, out: Option<(Dtype, &mut [u8])>) -> Moments {
     if a.dtype == Dtype::F64 || b.dtype == Dtype::F64 {
         let mut moments = wide::moments(a, b);
+        moments.written_sq = moments.delta_sq;
         if let Some((dtype, bytes)) = out {
             wide::difference(a, b, dtype, bytes);
             moments.overflow = overflow(a, b, dtype, bytes, &moments);
+            moments.written_sq = wide::square(dtype, bytes);
         }
         return moments;
     }
@@ -157,7 +163,7 @@ fn block(a: Elements<'_>, b: Elements<'_>, out: Option<(Dtype, &mut [u8])>) -> M
     // A float32 difference is zero only where the values are equal, so a block without any
     // (layers that were frozen, say) needs no second look.
     let unchanged = || sums.delta_sq == 0.0 && difference[..numel].iter().all(|&d| d == 0.0);
-    let moments = if (faithful(sums.delta_sq) || unchanged())
+    let mut moments = if (faithful(sums.delta_sq) || unchanged())
         && faithful(sums.reasoning_sq)
         && faithful(sums.multimodal_sq)
         && sums.dot.is_finite()
@@ -166,11 +172,15 @@ fn block(a: Elements<'_>, b: Elements<'_>, out: Option<(Dtype, &mut [u8])>) -> M
     } else {
         wide::moments(a, b)
     };
+    moments.written_sq = moments.delta_sq;
     let Some((dtype, bytes)) = out else { return moments };
     if narrow_is_exact(a.dtype, b.dtype, dtype) {
         store(&difference[..numel], dtype, bytes);
     } else {
         wide::difference(a, b, dtype, bytes);
+    }
+    if dtype == Dtype::F16 {
+        moments.written_sq = wide::square(dtype, bytes);
     }
     Moments { overflow: overflow(a, b, dtype, bytes, &moments), ..moments }
 }

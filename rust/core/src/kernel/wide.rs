@@ -60,3 +60,13 @@ pub(super) fn overflow(a: Elements<'_>, b: Elements<'_>, out: Dtype, bytes: &[u8
         })
         .count() as u64
 }
+
+/// Σ of the squares of what was written, leaving out what is not finite.
+pub(super) fn square(dtype: Dtype, bytes: &[u8]) -> f64 {
+    let written = Elements { dtype, bytes };
+    (0..written.numel())
+        .map(|i| load(&written, i))
+        .filter(|value| value.is_finite())
+        .map(|value| value * value)
+        .sum()
+}

@@ -1,0 +1,85 @@
+"""The demo's picture of its runs: loss, and progress along each delta, by optimizer step.
+
+Owns the drawing only; what is drawn is handed in. Each line is the mean over seeds and its band
+spans the seeds. The colours are Okabe and Ito's, told apart with any colour vision, and the line
+styles differ as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Curve = Sequence[Mapping[str, float]]
+
+_STYLES: Final = (
+    ("#000000", "-"),
+    ("#D55E00", "-"),
+    ("#0072B2", "--"),
+    ("#009E73", "-."),
+    ("#CC79A7", ":"),
+)
+_PANELS: Final = (
+    ("loss", "training loss (log scale)"),
+    ("progress_multimodal", "progress λ along expert − multimodal"),
+    ("progress_base", "progress λ along expert − text base"),
+)
+
+
+def plot_curves(curves: Mapping[str, Sequence[Curve]], path: Path) -> Path:
+    """Draw three panels as a PNG: loss, and progress along either delta.
+
+    `curves` maps a method's label to one curve for each seed; the points of a method's curves are
+    at the same steps.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: nothing to draw, or seeds whose points are at different steps.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "the demo draws with matplotlib: pip install 'drift-fast[demo]'"
+        ) from error
+
+    if not curves:
+        raise ValueError("no curves to draw")
+    figure: Any = Figure(figsize=(12.0, 4.4), dpi=150, layout="constrained")
+    panels = figure.subplots(1, len(_PANELS))
+    for axes, (column, title) in zip(panels, _PANELS, strict=True):
+        for (label, runs), (colour, style) in zip(curves.items(), _STYLES, strict=False):
+            _draw(axes, runs, column, label=label, colour=colour, style=style)
+        axes.set_title(title, fontsize=10, loc="left")
+        axes.set_xlabel("optimizer step")
+        axes.set_xlim(left=0)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_yscale("log")
+    panels[0].set_ylabel("loss")
+    for axes in panels[1:]:
+        axes.set_ylabel("λ (1 = all of Δ)")
+        axes.axhline(0.0, color="0.8", linewidth=0.8, zorder=0)
+        axes.axhline(1.0, color="0.8", linewidth=0.8, zorder=0)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    figure.savefig(path)
+    return path
+
+
+def _draw(
+    axes: Axes, runs: Sequence[Curve], column: str, *, label: str, colour: str, style: str
+) -> None:
+    steps = [[point["step"] for point in run] for run in runs]
+    if any(other != steps[0] for other in steps):
+        raise ValueError(f"{label}: the seeds were logged at different steps")
+    values = np.array([[point[column] for point in run] for run in runs])
+    axes.fill_between(
+        steps[0], values.min(axis=0), values.max(axis=0), color=colour, alpha=0.18, linewidth=0
+    )
+    axes.plot(steps[0], values.mean(axis=0), style, color=colour, linewidth=1.6, label=label)
