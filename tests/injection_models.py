@@ -229,7 +229,7 @@ def arithmetic(kind: str) -> Iterator[None]:
     """
     with pytest.MonkeyPatch.context() as patches:
         if kind == "device":
-            patches.setattr("drift_fast.inject.injection.make_backend", DeviceBackend)
+            patches.setattr("drift_fast.inject.group.make_backend", DeviceBackend)
         yield
 
 

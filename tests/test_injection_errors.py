@@ -345,10 +345,7 @@ def test_a_delta_of_the_same_checkpoint_twice_warns_and_cannot_be_attached(
         drift_fast.Injection(model, delta)
     with pytest.warns(drift_fast.DriftWarning, match="zero"):
         lazy = drift_fast.compute_delta(one, two)
-    with (
-        pytest.warns(drift_fast.DriftWarning, match="zero"),
-        pytest.raises(drift_fast.DriftError, match="same checkpoint"),
-    ):
+    with pytest.raises(drift_fast.DriftError, match="same checkpoint"):
         drift_fast.Injection(model, lazy)
 
 

@@ -411,8 +411,9 @@ class _Streamed:
             for count, there, path in sides:
                 if count:
                     found.append(f"{there} has {count} NaN or infinite values in {path}")
-            if row["overflow"] == 0 and not math.isfinite(row["delta_sq"]):
-                found.append(f"{name}: the sum of the squares of Δ is beyond float64")
+            squares = row["delta_sq"] + row["reasoning_sq"] + row["multimodal_sq"]
+            if row["overflow"] == 0 and not math.isfinite(squares):
+                found.append(f"{name}: the sum of its squares is beyond float64")
             if row["written_sq"] < (1 - _LOST) * row["delta_sq"]:
                 share = 1 - math.sqrt(row["written_sq"] / row["delta_sq"])
                 found.append(
@@ -421,8 +422,8 @@ class _Streamed:
                 )
             if row["overflow"]:
                 found.append(
-                    f"{name}: {row['overflow']} differences are beyond the range of {self._dtype}; "
-                    "choose dtype='bfloat16' or 'float32'"
+                    f"{name}: {row['overflow']} differences are beyond the range of {self._dtype}"
+                    + ("; choose dtype='bfloat16' or 'float32'" if self._dtype == "float16" else "")
                 )
         if found:
             more = f"; and {len(found) - 8} more" if len(found) > 8 else ""

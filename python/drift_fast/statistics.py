@@ -57,7 +57,9 @@ class Row:
 
     @property
     def relative(self) -> float:
-        """‖Δ‖/‖W_multimodal‖, NaN where both are zero."""
+        """‖Δ‖/‖W_multimodal‖, NaN where both are zero or either is beyond float64."""
+        if not math.isfinite(self.delta_sq + self.multimodal_sq):
+            return math.nan
         if self.multimodal_sq == 0:
             return math.inf if self.delta_sq > 0 else math.nan
         return self.delta_norm / self.multimodal_norm
@@ -66,7 +68,8 @@ class Row:
     def cosine(self) -> float:
         """cos(W_reason, W_multimodal), NaN where either is zero."""
         norms = self.reasoning_norm * self.multimodal_norm
-        if norms == 0:
+        # min and max below would turn NaN into a direction.
+        if norms == 0 or not math.isfinite(norms + self.dot):
             return math.nan
         return max(-1.0, min(1.0, self.dot / norms))
 

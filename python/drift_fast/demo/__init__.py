@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import multiprocessing
 import platform
 import statistics
@@ -50,7 +49,7 @@ def run(
     Args:
         out: created if missing.
         seeds: fine-tuning sets; each method runs once on each.
-        workers: processes of one thread each.
+        workers: how many runs at a time, each in a process of one thread; 1 is this process.
         checkpoints: a directory with `base`, `expert` and `multimodal`; default the shipped ones.
         protocol: lengths of training and evaluation; default the demo's.
 
@@ -226,44 +225,46 @@ def _run_jobs(
     delta: Path,
     protocol: Protocol,
 ) -> list[Outcome]:
-    """Run (method, seed) jobs in processes of one thread each; outcomes in the jobs' order."""
-    from drift_fast.demo.experiment import METHODS
+    """Run (method, seed) jobs, each on one thread; outcomes in the jobs' order.
 
+    One worker is this process; more are processes of their own.
+    """
     done: dict[tuple[str, int], Outcome] = {}
-    # Spawned, not forked: a process that has used torch's thread pool must not fork.
+    if workers == 1:
+        for method, seed in jobs:
+            done[method, seed] = _job(method, seed, source, delta, protocol)
+            _report(done[method, seed], len(done), len(jobs))
+        return [done[job] for job in jobs]
     pool = ProcessPoolExecutor(
         max_workers=min(workers, len(jobs)),
+        # Spawned, not forked: a process that has used torch's thread pool must not fork.
         mp_context=multiprocessing.get_context("spawn"),
-        initializer=_start_worker,
     )
     try:
-        waiting = {pool.submit(_job, method, seed, source, delta, protocol): (method, seed)
-                   for method, seed in jobs}  # fmt: skip
+        waiting = {pool.submit(_job, *job, source, delta, protocol): job for job in jobs}
         for future in as_completed(waiting):
-            outcome = future.result()
-            done[waiting[future]] = outcome
-            print(
-                f"[{len(done):2d}/{len(jobs)}] seed {outcome.seed}, "
-                f"{METHODS[outcome.method].label}: answers right {outcome.answers_right:.3f}, "
-                f"digits read right {outcome.digits_read:.3f}",
-                file=sys.stderr,
-                flush=True,
-            )
+            done[waiting[future]] = future.result()
+            _report(future.result(), len(done), len(jobs))
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
     return [done[job] for job in jobs]
 
 
-def _start_worker() -> None:
-    import torch
+def _report(outcome: Outcome, done: int, total: int) -> None:
+    from drift_fast.demo.experiment import METHODS
 
-    torch.set_num_threads(1)
+    print(
+        f"[{done:2d}/{total}] seed {outcome.seed}, {METHODS[outcome.method].label}: "
+        f"answers right {outcome.answers_right:.3f}, digits read right {outcome.digits_read:.3f}",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def _job(method: str, seed: int, source: Path, delta: Path, protocol: Protocol) -> Outcome:
     from drift_fast.demo.experiment import train_and_evaluate
 
-    with _quiet_transformers():
+    with _one_thread(), _quiet_transformers():
         return train_and_evaluate(
             method,
             seed,
@@ -277,18 +278,31 @@ def _job(method: str, seed: int, source: Path, delta: Path, protocol: Protocol) 
 
 
 @contextmanager
+def _one_thread() -> Iterator[None]:
+    """Two threads of two processes each would fight over two cores; one also rounds alike."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
 def _quiet_transformers() -> Iterator[None]:
     """Keep loading bars of fifteen tiny models out of the demo's output."""
     from transformers.utils import logging as transformers_logging
 
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity(logging.ERROR)
-    transformers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
         transformers_logging.set_verbosity(level)
-        transformers_logging.enable_progress_bar()
+        transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _require_packages() -> None:

@@ -61,17 +61,56 @@ class Method:
     merge_mlp: float = 0.0
 
 
+# How the settings below were chosen: eight trials for each method, by the
+# mean of answers right over two fine-tuning sets (seeds 100 and 101, which the demo does not use)
+# measured on the validation split's images. Every trial, best first: answers, digits read right.
+# SFT
+#   lr 5e-5                                0.238    0.922
+#   lr 1e-4                                0.225    0.912
+#   lr 5e-4                                0.215    0.875
+#   lr 1.4e-4                              0.213    0.900
+#   lr 3e-4                                0.212    0.891
+#   lr 2e-4                                0.212    0.893
+#   lr 1e-3                                0.180    0.888
+#   lr 2e-3                                0.153    0.869
+# DRIFT, expert - multimodal
+#   alpha 0.5, lr 1e-3                     0.439    0.762
+#   alpha 0.35, lr 1e-3                    0.419    0.791
+#   alpha 0.7, lr 5e-4                     0.368    0.720
+#   alpha 1.0, lr 5e-4                     0.319    0.603
+#   alpha 0.2, lr 1e-3                     0.259    0.843
+#   alpha 1.0, lr 3e-4                     0.256    0.681
+#   alpha 0.35, lr 5e-4                    0.254    0.798
+#   alpha 0.5, lr 3e-4                     0.233    0.795
+# DRIFT, expert - text base
+#   alpha 1.0, lr 5e-4                     0.504    0.831
+#   alpha 0.5, lr 1e-3                     0.464    0.857
+#   alpha 0.7, lr 5e-4                     0.446    0.849
+#   alpha 0.35, lr 1e-3                    0.424    0.845
+#   alpha 1.0, lr 3e-4                     0.355    0.850
+#   alpha 0.35, lr 5e-4                    0.285    0.861
+#   alpha 0.5, lr 3e-4                     0.258    0.870
+#   alpha 0.2, lr 1e-3                     0.255    0.856
+# merge (expert - text base), then SFT
+#   attention 1.0, MLP 1.0, lr 3e-4        0.636    0.865
+#   attention 0.8, MLP 1.25, lr 5e-4       0.633    0.863
+#   attention 1.0, MLP 1.25, lr 3e-4       0.610    0.832
+#   attention 0.8, MLP 1.25, lr 3e-4       0.603    0.867
+#   attention 0.8, MLP 1.0, lr 5e-4        0.595    0.872
+#   attention 1.0, MLP 1.25, lr 1e-3       0.520    0.843
+#   attention 0.6, MLP 1.0, lr 5e-4        0.460    0.881
+#   attention 1.0, MLP 1.0, lr 2e-4        0.419    0.829
 METHODS: Final[dict[str, Method]] = {
     "as_is": Method(label="multimodal model as is", lr=None),
-    "sft": Method(label="SFT", lr=1e-3),
-    "drift": Method(label="DRIFT, expert - multimodal", lr=1e-3, prior="multimodal", alpha=1.0),
-    "drift_prior2": Method(label="DRIFT, expert - text base", lr=1e-3, prior="base", alpha=1.0),
+    "sft": Method(label="SFT", lr=5e-5),
+    "drift": Method(label="DRIFT, expert − multimodal", lr=1e-3, prior="multimodal", alpha=0.5),
+    "drift_prior2": Method(label="DRIFT, expert − text base", lr=5e-4, prior="base", alpha=1.0),
     "merge_sft": Method(
-        label="merge (expert - text base), then SFT",
-        lr=1e-3,
+        label="merge (expert − text base), then SFT",
+        lr=3e-4,
         prior="base",
-        merge_attention=0.7,
-        merge_mlp=1.25,
+        merge_attention=1.0,
+        merge_mlp=1.0,
     ),
 }
 
@@ -172,10 +211,9 @@ def train_and_evaluate(
     model = LlavaForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32)
     curve: list[dict[str, float]] = []
     if settings.lr is not None:
-        curve = _fine_tune(
-            model, settings, fine_tuning_set(world, seed, protocol), deltas, protocol, seed
-        )
-    model.eval()
+        samples = fine_tuning_set(world, seed, protocol)
+        curve = _fine_tune(model, samples, settings.lr, settings, deltas, protocol, seed)
+    model.train(False)
     answers, digits = evaluate(model, world, seed, protocol)
     return Outcome(method=method, seed=seed, answers_right=answers, digits_read=digits, curve=curve)
 
@@ -254,8 +292,9 @@ def decode(model: PreTrainedModel, problems: Sequence[w.Problem]) -> list[list[i
 
 def _fine_tune(
     model: PreTrainedModel,
-    method: Method,
     samples: list[w.Problem],
+    lr: float,
+    method: Method,
     deltas: dict[Prior, Delta],
     protocol: Protocol,
     seed: int,
@@ -275,7 +314,7 @@ def _fine_tune(
                 output_dir=scratch,
                 max_steps=protocol.steps,
                 per_device_train_batch_size=protocol.batch,
-                learning_rate=method.lr,
+                learning_rate=lr,
                 lr_scheduler_type="cosine",
                 warmup_steps=protocol.steps // 20,
                 max_grad_norm=1.0,
@@ -304,7 +343,7 @@ def _fine_tune(
 
 
 def tensors(problems: Sequence[w.Problem]) -> dict[str, torch.Tensor]:
-    """Collate problems into a model's keyword arguments."""
+    """Collate problems into a model's keyword arguments, sharing memory with the batch."""
     batch = w.collate(problems)
     arguments = {
         "input_ids": torch.from_numpy(batch.input_ids),

@@ -208,27 +208,21 @@ class World:
         )
 
 
-def collate(problems: Sequence[Problem], *, per_row: int = 1) -> Batch:
+def collate(problems: Sequence[Problem]) -> Batch:
     """Stack problems into one right-padded batch whose labels cover the targets only.
 
-    `per_row` problems follow one another in a row (text only). Right padding needs no attention
-    mask under causal attention: no real token sees a pad.
+    Right padding needs no attention mask under causal attention: no real token sees a pad.
     """
     images = [p.image for p in problems if p.image is not None]
     if len(images) not in (0, len(problems)):
         raise ValueError("a batch holds either text problems or image problems, not both")
-    if len(problems) % per_row or (images and per_row != 1):
-        raise ValueError(f"cannot put {len(problems)} problems into rows of {per_row}")
-    rows = [problems[i : i + per_row] for i in range(0, len(problems), per_row)]
-    shape = (len(rows), max(sum(len(p.prompt) + len(p.target) for p in row) for row in rows))
+    rows = [(*p.prompt, *p.target) for p in problems]
+    shape = (len(rows), max(map(len, rows)))
     input_ids = np.full(shape, PAD, dtype=np.int64)
     labels = np.full(shape, IGNORED_LABEL, dtype=np.int64)
-    for i, row in enumerate(rows):
-        end = 0
-        for problem in row:
-            start, end = end + len(problem.prompt), end + len(problem.prompt) + len(problem.target)
-            input_ids[i, start - len(problem.prompt) : end] = (*problem.prompt, *problem.target)
-            labels[i, start:end] = problem.target
+    for i, (problem, row) in enumerate(zip(problems, rows, strict=True)):
+        input_ids[i, : len(row)] = row
+        labels[i, len(problem.prompt) : len(row)] = problem.target
     return Batch(
         input_ids=input_ids,
         labels=labels,
@@ -273,7 +267,8 @@ def _integers(generator: np.random.Generator, high: int, count: int) -> list[int
 def _latin_square(generator: np.random.Generator) -> NDArray[np.int64]:
     """A Latin square of order 10: addition modulo 10 with rows, columns and symbols shuffled."""
     rows, columns, symbols = (generator.permutation(BASE) for _ in range(3))
-    return symbols[(rows[:, None] + columns[None, :]) % BASE]
+    square: NDArray[np.int64] = symbols[(rows[:, None] + columns[None, :]) % BASE]
+    return square
 
 
 def _half_of_each_row(generator: np.random.Generator) -> NDArray[np.bool_]:

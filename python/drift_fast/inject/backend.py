@@ -6,6 +6,8 @@ exact in the delta's dtype. Sums are taken in float32 or better whatever the dty
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -41,8 +43,13 @@ class CpuBackend:
         self.deltas = list(deltas)
         self.norms = np.asarray(norms, dtype=np.float64)
 
-    def measure(self, tensors: Sequence[torch.Tensor], *, float64: bool = False) -> Measured:
-        """Return the sums of each tensor with its Δ; NaN where either holds NaN or infinity."""
+    def measure(
+        self, tensors: Sequence[torch.Tensor], *, float64: bool = False, dot: bool = True
+    ) -> Measured:
+        """Return the sums of each tensor with its Δ; NaN where either holds NaN or infinity.
+
+        One pass gives both sums, so `dot` makes no difference here.
+        """
         sums = _core.measure(
             [_window(tensor) for tensor in tensors],
             [_window(delta) for delta in self.deltas],
@@ -78,25 +85,43 @@ class CpuBackend:
         """Return constants of each target in the form that `coefficients` takes."""
         return np.asarray(values, dtype=np.float64)
 
+    def pick(self, vector: Any, members: Sequence[int]) -> Any:
+        """Return some entries of a vector."""
+        return vector[list(members)]
+
+    def part(self, members: Sequence[int]) -> CpuBackend:
+        """Return a backend for some of the targets, which shares their Δ."""
+        return CpuBackend([self.deltas[at] for at in members], self.pick(self.norms, members))
+
 
 class DeviceBackend:
     """Δ resident on an accelerator; coefficients never leave it, so a step waits for nothing."""
 
     def __init__(self, deltas: Sequence[torch.Tensor], norms: Sequence[float]) -> None:
         self.deltas = list(deltas)
+        for delta in self.deltas:
+            # Both try themselves out once, which waits for the device.
+            _has_fused_step(delta)
+            _has_wide_product(delta)
         self.norms = self.vector(norms)
 
-    def measure(self, tensors: Sequence[torch.Tensor], *, float64: bool = False) -> Measured:
+    def measure(
+        self, tensors: Sequence[torch.Tensor], *, float64: bool = False, dot: bool = True
+    ) -> Measured:
         """Return the sums of each tensor with its Δ, as vectors on the device.
 
         They are float32; `float64` asks for that where the device has it, for sums of which a small
-        difference is wanted.
+        difference is wanted. Without `dot` the product with Δ, two more passes over memory, is
+        left out and NaN.
         """
         wide = float64 and self.deltas[0].device.type != "mps"
         dtype = torch.float64 if wide else torch.float32
         norm = [torch.linalg.vector_norm(t, dtype=dtype) for t in tensors]
-        dot = [_dot(t, delta, dtype) for t, delta in zip(tensors, self.deltas, strict=True)]
-        return Measured(torch.stack(norm), torch.stack(dot))
+        norms = torch.stack(norm)
+        if not dot:
+            return Measured(norms, torch.full_like(norms, math.nan))
+        dots = [_dot(t, delta, dtype) for t, delta in zip(tensors, self.deltas, strict=True)]
+        return Measured(norms, torch.stack(dots))
 
     def coefficients(self, scale: Scale, alpha: float, sums: Measured, factor: Any) -> Any:
         """Return each target's c, zero where the gradient is not finite, and their count."""
@@ -112,6 +137,24 @@ class DeviceBackend:
     def vector(self, values: Sequence[float]) -> Any:
         """Return constants of each target in the form that `coefficients` takes."""
         return torch.tensor(values, dtype=torch.float32, device=self.deltas[0].device)
+
+    def pick(self, vector: Any, members: Sequence[int]) -> Any:
+        """Return some entries of a vector; a list as index would be copied to the device."""
+        return torch.stack([vector[at] for at in members])
+
+    def part(self, members: Sequence[int]) -> DeviceBackend:
+        """Return a backend for some of the targets, which shares their Δ."""
+        part = DeviceBackend.__new__(DeviceBackend)
+        part.deltas = [self.deltas[at] for at in members]
+        part.norms = self.pick(self.norms, members)
+        return part
+
+
+def norm_of(tensor: torch.Tensor) -> float:
+    """Return ‖tensor‖ of a CPU tensor to a millionth, NaN where it holds NaN or infinity."""
+    window = _window(tensor)
+    ((square, _, _),) = _core.measure([window], [window], threads=torch.get_num_threads())
+    return float(square**0.5)
 
 
 def make_backend(
@@ -135,7 +178,10 @@ def _dot(tensor: torch.Tensor, delta: torch.Tensor, dtype: torch.dtype) -> torch
     left, right = tensor.reshape(-1), delta.reshape(-1)
     if left.dtype == right.dtype == dtype:
         return torch.dot(left, right)
-    # torch.dot of two bfloat16 vectors rounds its result to bfloat16, three digits.
+    # torch.dot of two bfloat16 vectors rounds its result to bfloat16, three digits; a product of
+    # matrices can leave it in float32, at a third of the cost of widening both.
+    if left.dtype == right.dtype and dtype == torch.float32 and _has_wide_product(left):
+        return torch.mm(left[None, :], right[:, None], out_dtype=dtype).reshape(())
     pieces = [
         torch.dot(left[start : start + _PIECE].to(dtype), right[start : start + _PIECE].to(dtype))
         for start in range(0, left.numel(), _PIECE)
@@ -145,16 +191,74 @@ def _dot(tensor: torch.Tensor, delta: torch.Tensor, dtype: torch.dtype) -> torch
 
 def _axpy(tensor: torch.Tensor, delta: torch.Tensor, c: torch.Tensor) -> None:
     """Compute tensor −= c·delta in place with c a float32 scalar on the device."""
+    if tensor.dtype == delta.dtype and tensor.is_contiguous() and _has_fused_step(tensor):
+        _fused_step(tensor, delta, c)
+        return
     if tensor.dtype == torch.float32:
         tensor.addcmul_(delta.to(torch.float32), c, value=-1.0)
         return
     # In 16 bits torch would round c itself to the tensor's dtype; in float32 only the result is.
-    flat, other = tensor.view(-1) if tensor.is_contiguous() else None, delta.reshape(-1)
-    if flat is None:
+    if not tensor.is_contiguous():
         tensor.copy_(torch.addcmul(tensor.float(), delta.float(), c, value=-1.0))
         return
+    flat, other = tensor.view(-1), delta.reshape(-1)
     for start in range(0, flat.numel(), _PIECE):
         piece = flat[start : start + _PIECE]
         piece.copy_(
             torch.addcmul(piece.float(), other[start : start + _PIECE].float(), c, value=-1.0)
         )
+
+
+def _fused_step(tensor: torch.Tensor, delta: torch.Tensor, c: torch.Tensor) -> None:
+    """Subtract c·delta through torch's fused SGD, whose learning rate may stay on the device.
+
+    It computes in float32 and rounds once, in the fewest passes over memory that torch offers.
+    """
+    torch._fused_sgd_(
+        [tensor],
+        [delta],
+        [],
+        weight_decay=0.0,
+        momentum=0.0,
+        lr=c,
+        dampening=0.0,
+        nesterov=False,
+        maximize=False,
+        is_first_step=False,
+    )
+
+
+# Both shortcuts are newer or less public than the rest of torch, so each is tried once for a device
+# and dtype against a known result, at attachment, and left out where it is missing or wrong.
+
+
+def _has_fused_step(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "cuda" and _fused_step_works(tensor.device, tensor.dtype)
+
+
+def _has_wide_product(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "cuda" and _wide_product_works(tensor.device, tensor.dtype)
+
+
+@functools.cache
+def _fused_step_works(device: torch.device, dtype: torch.dtype) -> bool:
+    try:
+        tensor = torch.full((8,), 3.0, dtype=dtype, device=device)
+        delta = torch.full((8,), 2.0, dtype=dtype, device=device)
+        _fused_step(tensor, delta, torch.full((), 0.251953125, device=device))
+        # 3 − 2 · 0.251953125: a coefficient rounded to 8 bits would give 2.5.
+        expected = torch.tensor(2.49609375).to(dtype)
+        return tensor.tolist() == [expected.item()] * 8
+    except (AttributeError, RuntimeError, TypeError, NotImplementedError):
+        return False
+
+
+@functools.cache
+def _wide_product_works(device: torch.device, dtype: torch.dtype) -> bool:
+    try:
+        left = torch.ones(1, 1025, dtype=dtype, device=device)
+        product = torch.mm(left, left.mT.contiguous(), out_dtype=torch.float32)
+        # 1025 has more bits than a bfloat16.
+        return product.dtype == torch.float32 and product.item() == 1025.0
+    except (AttributeError, RuntimeError, TypeError, NotImplementedError):
+        return False

@@ -12,7 +12,13 @@ from typing import Any
 import torch
 
 from drift_fast.errors import DriftError, NonFiniteError
-from drift_fast.inject.backend import CpuBackend, DeviceBackend, Measured, make_backend
+from drift_fast.inject.backend import (
+    CpuBackend,
+    DeviceBackend,
+    Measured,
+    make_backend,
+    norm_of,
+)
 from drift_fast.inject.targets import DeltaLike, Target
 
 
@@ -38,11 +44,9 @@ class Group:
 
     def part(self, members: Sequence[int]) -> Group:
         """Return some of the targets as a group of their own; Δ is shared, not copied."""
-        index = list(members)
-        deltas = [self.backend.deltas[at] for at in index]
-        backend = type(self.backend)(deltas, self.backend.norms[index].tolist())
-        part = Group([self.targets[at] for at in index], backend)
-        part._origin, part._factor = self._origin[index], self._factor[index]
+        part = Group([self.targets[at] for at in members], self.backend.part(members))
+        part._origin = self.backend.pick(self._origin, members)
+        part._factor = self.backend.pick(self._factor, members)
         return part
 
     def factor(self, loss_scale: torch.Tensor | None) -> Any:
@@ -69,7 +73,11 @@ class Group:
         part, sums, _ = self.last
         norms = part.backend.norms.tolist()
         rows = zip(part.targets, sums.norm.tolist(), sums.dot.tolist(), norms, strict=True)
-        return [(t.name, dot / norm / delta) for t, norm, dot, delta in rows if norm > 0]
+        return [
+            (t.name, dot / norm / delta)
+            for t, norm, dot, delta in rows
+            if norm > 0 and math.isfinite(norm + dot)
+        ]
 
     def push(self) -> tuple[float, float]:
         """Return Σ‖c·Δ‖² and Σ‖g‖² of the last injection, over finite gradients."""
@@ -90,26 +98,28 @@ class Group:
 def load_groups(targets: Sequence[Target], delta: DeltaLike) -> list[Group]:
     """Read Δ beside each parameter, one tensor at a time; a Δ that is zero needs no injection.
 
+    Its norm is taken once, here, of the values that will be injected. The delta's statistics know
+    the norm before rounding, which for a bias of a few elements differs in the third digit; and a
+    delta that streams would have to read both checkpoints once more for them.
+
     Raises:
         NonFiniteError: Δ holds NaN or infinity.
         DriftError: Δ is zero in every target.
     """
-    stats = delta.stats
     by_device: dict[torch.device, list[tuple[Target, torch.Tensor, float]]] = {}
     for target in targets:
-        row = stats[target.delta_name]
-        if row.nonfinite or row.overflow or not math.isfinite(row.delta_sq):
+        tensor = delta[target.delta_name]
+        norm = norm_of(tensor)
+        if not math.isfinite(norm):
             raise NonFiniteError(
-                f"{target.delta_name}: Δ holds NaN or infinite values ({row.nonfinite} in the "
-                f"sources, {row.overflow} beyond the dtype's range), which would spread to every "
+                f"{target.delta_name}: Δ holds NaN or infinite values, which would spread to every "
                 "weight; repair the source checkpoint or leave the tensor out with modules=… or "
                 "layers=…"
             )
-        if row.delta_sq == 0.0:
+        if norm == 0.0:
             continue
         device = target.parameter.device
-        tensor = delta[target.delta_name].to(device)
-        by_device.setdefault(device, []).append((target, tensor, row.delta_norm))
+        by_device.setdefault(device, []).append((target, tensor.to(device), norm))
     if not by_device:
         raise DriftError(
             "Δ is zero in every target, so an injection would do nothing; was the delta computed "

@@ -179,7 +179,7 @@ class Injection:
         `progress` is λ = ⟨θ_t − θ_0, Δ⟩/‖Δ‖² over all targets, θ_0 being the weights at attachment:
         0 at the start, 1 where the weights have moved by all of Δ. `progress/<parameter>` is the
         same for one. `relative_push` is ‖c·Δ‖/‖g‖ over all targets, and `cosine/<parameter>` is
-        cos(g, Δ), both of the last step's gradient before injection.
+        cos(g, Δ) where the scale asked for it, both of the last step's gradient before injection.
         """
         self._require_attached()
         result = {"alpha": self._alpha}
@@ -240,7 +240,8 @@ class Injection:
             return
         gradients = [_gradient(target.parameter) for target in part.targets]
         factor = part.factor(self._loss_scale(part.device))
-        sums = part.backend.measure(gradients)
+        # Only the adaptive scale asks for the angle.
+        sums = part.backend.measure(gradients, dot=self._scale == "adaptive")
         c, skipped = part.backend.coefficients(self._scale, self._alpha, sums, factor)
         part.backend.subtract(gradients, c)
         group.last = (part, sums, c)
@@ -305,7 +306,7 @@ class Injection:
             with torch.autocast(device_type=one.device.type, enabled=False):
                 # Autograd may share this tensor with other consumers, so it is not changed.
                 injected = gradient.clone(memory_format=torch.contiguous_format)
-                sums = one.backend.measure([injected])
+                sums = one.backend.measure([injected], dot=self._scale == "adaptive")
                 factor = one.factor(self._loss_scale(one.device))
                 c, skipped = one.backend.coefficients(self._scale, self._alpha, sums, factor)
                 one.backend.subtract([injected], c)
@@ -390,12 +391,11 @@ class _Record:
             for parameter in group["params"]
             if id(parameter) in self._place
         ]
-        if not held:
-            return 0, 0
-        used = self._used.get(optimizer, {})
-        fresh = sum(self._times[at] > used.get(at, 0) for at in held)
-        self._used[optimizer] = {at: self._times[at] for at in held}
-        self._consumed = True
+        used = self._used.get(optimizer) or [0] * len(self._times)
+        fresh = sum(self._times[at] > used[at] for at in held)
+        # Of all targets, so that one which joins the optimizer later brings no old injection along.
+        self._used[optimizer] = list(self._times)
+        self._consumed = self._consumed or bool(held)
         return len(held), fresh
 
     def has_fresh(self) -> bool:

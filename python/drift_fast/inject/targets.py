@@ -17,7 +17,6 @@ from drift_fast import _core
 from drift_fast.coverage import NOT_SELECTED, Coverage, listed
 from drift_fast.errors import AlignmentError, CoverageError, DriftError
 from drift_fast.select import EVERYTHING, Selection
-from drift_fast.statistics import Statistics
 
 
 class DeltaLike(Protocol):
@@ -25,8 +24,6 @@ class DeltaLike(Protocol):
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
-    @property
-    def stats(self) -> Statistics: ...
     def __getitem__(self, name: str, /) -> torch.Tensor: ...
 
 

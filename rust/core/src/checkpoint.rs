@@ -216,6 +216,13 @@ fn shard_path(directory: &Path, index: &Path, tensor: &str, file: &str) -> Resul
             format!("the index places it in {file:?}, {why}; entries must stay in the directory"),
         ))
     };
+    if is_pickle(file) {
+        return Err(Error::tensor(
+            index,
+            tensor,
+            format!("the index places it in {file:?}: {PICKLE}"),
+        ));
+    }
     let relative = Path::new(file);
     if file.is_empty() || !relative.components().all(|part| matches!(part, Component::Normal(_))) {
         return refuse("which leaves the checkpoint's directory");

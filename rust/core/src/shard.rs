@@ -23,6 +23,8 @@ use crate::error::{Error, Result};
 /// The limit that the safetensors format sets for a header.
 const MAX_HEADER_NBYTES: u64 = 100_000_000;
 const LENGTH_NBYTES: u64 = 8;
+/// The largest unit in which Linux keeps a file's pages together on x86-64 and AArch64.
+const FOLIO_NBYTES: usize = 2 << 20;
 
 /// How a shard's bytes reach the kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -162,7 +164,10 @@ impl Shard {
         if let (Reader::Mmap, Some(map)) = (self.reader, self.map.get())
             && range.end > range.start
         {
-            let (start, nbytes) = (range.start as usize, (range.end - range.start) as usize);
+            // Bringing pages in maps the whole of a large page-cache folio, and so earlier pages
+            // that were released already; starting at its boundary takes those along.
+            let start = range.start as usize / FOLIO_NBYTES * FOLIO_NBYTES;
+            let nbytes = range.end as usize - start;
             // SAFETY: the mapping is shared, read-only and backed by a file, so a page that is
             // dropped is read again when touched; no byte that anyone sees can change.
             #[allow(unsafe_code)]

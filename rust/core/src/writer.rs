@@ -175,7 +175,15 @@ impl Writer {
         if !to.join(DESCRIPTION).exists() {
             return fs::rename(from, to).map_err(Error::io(to, "rename the finished delta"));
         }
-        // The old delta steps aside under a hidden name and goes once the new one stands.
+        // Where the system can, both change names at once, and the old one then goes.
+        #[cfg(target_os = "linux")]
+        {
+            use rustix::fs::{CWD, RenameFlags, renameat_with};
+            if renameat_with(CWD, from, CWD, to, RenameFlags::EXCHANGE).is_ok() {
+                return fs::remove_dir_all(from).map_err(Error::io(from, "remove the old delta"));
+            }
+        }
+        // Elsewhere the old delta steps aside under a hidden name and goes once the new one stands.
         let aside = from.with_extension("replaced");
         let _ = fs::remove_dir_all(&aside);
         fs::rename(to, &aside).map_err(Error::io(to, "move the old delta aside"))?;
