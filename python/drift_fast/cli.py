@@ -104,7 +104,9 @@ def _add_pair(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--modules", default="attn,mlp", help=_MODULES_HELP)
     parser.add_argument("--layers", help="such as 0-3,8; default all")
     parser.add_argument("--threads", type=int, help="default: every core")
-    parser.add_argument("--reader", choices=("mmap", "pread"), default="mmap", help="default mmap")
+    parser.add_argument(
+        "--reader", choices=("auto", "mmap", "pread"), default="auto", help="default auto: pread"
+    )
     parser.add_argument(
         "--no-strict", action="store_true", help="list what has no partner instead of refusing"
     )

@@ -49,6 +49,11 @@ class Group:
         part._factor = self.backend.pick(self._factor, members)
         return part
 
+    def release(self) -> None:
+        """Let go of Δ now; `last` may refer back to this group, which would keep it for a while."""
+        self.last = None
+        self.backend.deltas.clear()
+
     def factor(self, loss_scale: torch.Tensor | None) -> Any:
         """Return what multiplies α in absolute mode."""
         if loss_scale is None:

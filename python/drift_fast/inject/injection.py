@@ -208,6 +208,8 @@ class Injection:
             holder = _attached.get(target.parameter)
             if holder is not None and holder() is self:
                 del _attached[target.parameter]
+        for group in self._groups:
+            group.release()
         self._groups = []
 
     def __enter__(self) -> Injection:

@@ -29,11 +29,13 @@ const FOLIO_NBYTES: usize = 2 << 20;
 /// How a shard's bytes reach the kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Reader {
-    /// Map the file and release its pages behind the reader; for local disks.
+    /// Read into a buffer that stays in a core's cache. The default: where both were measured it
+    /// was at least as fast as mapping, warm and cold, holds fewer pages, and cannot be killed by a
+    /// file that shrinks.
     #[default]
-    Mmap,
-    /// Read into a buffer; for network file systems, and for files that may shrink.
     Pread,
+    /// Map the file and release its pages behind the reader.
+    Mmap,
 }
 
 /// One tensor as its header describes it.

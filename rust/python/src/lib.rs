@@ -57,13 +57,15 @@ mod _core {
     #[pymethods]
     impl Checkpoint {
         #[new]
-        #[pyo3(signature = (path, *, reader = "mmap"))]
+        #[pyo3(signature = (path, *, reader = "auto"))]
         fn new(py: Python<'_>, path: PathBuf, reader: &str) -> PyResult<Self> {
             let reader = match reader {
+                "auto" => Reader::default(),
                 "mmap" => Reader::Mmap,
                 "pread" => Reader::Pread,
                 other => {
-                    let message = format!("reader must be 'mmap' or 'pread', got {other:?}");
+                    let message =
+                        format!("reader must be 'auto', 'mmap' or 'pread', got {other:?}");
                     return Err(PyValueError::new_err(message));
                 }
             };
