@@ -31,6 +31,7 @@ lint: .venv/built
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/python -m mypy.stubtest drift_fast._core
 
 bench: .venv/built
 	$(BIN)/python benches/delta.py

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import re
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -304,6 +305,19 @@ def test_a_target_left_out_of_the_forward_pass_is_named(tmp_path: Path) -> None:
     regression_loss(model, regression_batch()).backward()
     with pytest.raises(drift_fast.DriftError, match=r"model\.layers\.1\."):
         injection.step()
+
+
+def test_removing_an_injection_frees_its_delta_at_once(
+    model: Backbone, delta: drift_fast.Delta
+) -> None:
+    injection = drift_fast.Injection(model, delta)
+    regression_loss(model, regression_batch()).backward()
+    injection.step()
+    held = [weakref.ref(tensor) for group in injection._groups for tensor in group.backend.deltas]
+    assert held
+    assert all(reference() is not None for reference in held)
+    injection.remove()
+    assert all(reference() is None for reference in held), "kept until the next garbage collection"
 
 
 def test_a_removed_injection_changes_no_gradient(model: Backbone, delta: drift_fast.Delta) -> None:

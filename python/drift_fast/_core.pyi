@@ -1,8 +1,24 @@
-"""Types of the compiled module; a test compares the names with what was built."""
+"""Types of the compiled module; `make lint` compares them with what was built."""
 
 import os
 from collections.abc import Callable
-from typing import Any, TypedDict, final
+from typing import Any, TypedDict, final, type_check_only
+
+__all__ = [
+    "Aligned",
+    "AlignmentError",
+    "Checkpoint",
+    "CheckpointError",
+    "CoverageError",
+    "DeltaWriter",
+    "DriftError",
+    "NonFiniteError",
+    "align",
+    "measure",
+    "stream",
+    "subtract_into",
+    "subtract_scaled",
+]
 
 __version__: str
 debug_build: bool
@@ -13,6 +29,7 @@ class AlignmentError(DriftError): ...
 class CoverageError(DriftError): ...
 class NonFiniteError(DriftError): ...
 
+@type_check_only
 class Moments(TypedDict):
     delta_sq: float
     written_sq: float
