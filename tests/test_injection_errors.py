@@ -307,6 +307,22 @@ def test_a_target_left_out_of_the_forward_pass_is_named(tmp_path: Path) -> None:
         injection.step()
 
 
+def test_not_strict_skips_and_counts_targets_without_a_gradient(
+    model: Backbone, delta: drift_fast.Delta
+) -> None:
+    injection = drift_fast.Injection(model, delta, strict=False)
+    regression_loss(model, regression_batch()).backward()
+    first, last = injection.targets[0], injection.targets[-1]
+    before = gradients_of(model)
+    for name in (first, last):
+        model.get_parameter(name).grad = None
+    injection.step()
+    assert (injection.injected, injection.skipped) == (len(delta) - 2, 2)
+    for name in injection.targets[1:-1]:
+        assert not torch.equal(model.get_parameter(name).grad, before[name])
+    assert model.get_parameter(first).grad is None
+
+
 def test_removing_an_injection_frees_its_delta_at_once(
     model: Backbone, delta: drift_fast.Delta
 ) -> None:

@@ -67,7 +67,8 @@ class Injection:
             `scaler.unscale_(optimizer)`. The other scales do not need it.
         strict: refuse when a selected tensor of the delta has no parameter, or a target no
             gradient; otherwise these are listed in `coverage` and counted in `skipped`.
-        min_coverage: the share of the selected elements that must have a parameter.
+        min_coverage: the share of the selected elements that must have a parameter; None is all of
+            them when strict, and any otherwise.
 
     Raises:
         CoverageError: the delta does not fit the model; names and shapes are listed.
@@ -91,10 +92,12 @@ class Injection:
         optimizer: torch.optim.Optimizer | None = None,
         scaler: torch.amp.GradScaler | None = None,
         strict: bool = True,
-        min_coverage: float = 1.0,
+        min_coverage: float | None = None,
     ) -> None:
         self._alpha = check_alpha(alpha)
         self._scale: Scale = check_scale(scale)
+        if min_coverage is None:
+            min_coverage = 1.0 if strict else 0.0
         _check_options(scope, scale, rescale, scaler, optimizer, min_coverage)
         self._scope = scope
         self._strict = strict
@@ -170,7 +173,9 @@ class Injection:
         with torch.autocast(device_type=self._groups[0].device.type, enabled=False):
             for group in self._groups:
                 self._inject(group)
-        self._pending = weakref.ref(_gradient(self._targets[0].parameter))
+        # One gradient stands for all: the next backward after zero_grad makes another tensor.
+        first = next(t.parameter for t in self._targets if t.parameter.grad is not None)
+        self._pending = weakref.ref(_gradient(first))
 
     @torch.no_grad()
     def metrics(self) -> dict[str, float]:
@@ -283,7 +288,7 @@ class Injection:
         # gradients that zero_grad did not keep are not the ones that were injected.
         if pending is None or self._scaler is not None or self._record.skipped_if_known():
             return
-        if pending is self._targets[0].parameter.grad:
+        if any(pending is target.parameter.grad for target in self._targets):
             raise DriftError(
                 "step() was called twice without an optimizer step between: call it once, when the "
                 "gradient is fully accumulated, just before clipping"
@@ -440,8 +445,8 @@ def _check_options(
             "scale='absolute' with a scaler needs the optimizer too, to know whether its gradients "
             "are still scaled: pass optimizer=…"
         )
-    if not 0.0 < min_coverage <= 1.0:
-        raise ValueError(f"min_coverage must be above 0 and at most 1, got {min_coverage!r}")
+    if not 0.0 <= min_coverage <= 1.0:
+        raise ValueError(f"min_coverage must be between 0 and 1, got {min_coverage!r}")
 
 
 def _refuse_second(targets: Sequence[Target]) -> None:

@@ -105,7 +105,7 @@ def find_targets(
             f"{len(missing)} of the delta's {len(wanted)} selected tensors have no parameter in "
             f"{type(model).__name__} ({coverage.fraction:.1%} covered):{listed(missing)}\n"
             "Compute the delta from the checkpoint that this model was loaded from, or pass "
-            "strict=False and a lower min_coverage to inject only what fits"
+            "strict=False (and no higher min_coverage) to inject only what fits"
         )
     _refuse_tied(pairs, parameters)
     return [Target(right, left, parameters[right]) for left, right in pairs], coverage
