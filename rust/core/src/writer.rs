@@ -156,8 +156,11 @@ impl Writer {
         let mut moved = Vec::new();
         for name in names {
             let to = self.target.join(name);
-            // A hard link, unlike a rename, never replaces a file that came in meanwhile.
-            let result = fs::hard_link(staging.join(name), &to);
+            // A hard link, unlike a rename, never replaces a file that came in meanwhile; not every
+            // file system has them.
+            let from = staging.join(name);
+            let result = fs::hard_link(&from, &to)
+                .or_else(|error| if to.exists() { Err(error) } else { fs::rename(&from, &to) });
             if let Err(error) = result {
                 for path in moved {
                     let _ = fs::remove_file(path);
