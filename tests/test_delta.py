@@ -804,6 +804,27 @@ def test_a_delta_with_a_strangers_file_in_it_is_not_thrown_away(pair: Pair, out:
     assert len(Delta.open(out)) == 14
 
 
+@pytest.mark.parametrize("name", ["delta-mine.safetensors", "delta-00001-of-mine.safetensors"])
+def test_a_file_named_much_like_a_shard_is_a_strangers(pair: Pair, out: Path, name: str) -> None:
+    compute_delta(pair.reasoning, pair.multimodal, out)
+    (out / name).write_text("mine")
+    with refused((OSError, drift_fast.DriftError), name):
+        compute_delta(pair.reasoning, pair.multimodal, out, overwrite=True)
+    assert (out / name).read_text() == "mine"
+
+
+@pytest.mark.parametrize("what", ["notes.txt", "notes/deep.txt"])
+def test_a_hidden_directory_with_someones_files_is_left_alone(
+    pair: Pair, out: Path, what: str
+) -> None:
+    theirs = out.parent / f".{out.name}.incomplete" / what
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("mine")
+    with refused((OSError, drift_fast.DriftError), "notes"):
+        compute_delta(pair.reasoning, pair.multimodal, out)
+    assert theirs.read_text() == "mine"
+
+
 def test_a_failed_overwrite_leaves_the_former_delta_whole(
     pair: Pair, tmp_path: Path, out: Path
 ) -> None:

@@ -316,11 +316,32 @@ def test_not_strict_skips_and_counts_targets_without_a_gradient(
     before = gradients_of(model)
     for name in (first, last):
         model.get_parameter(name).grad = None
-    injection.step()
-    assert (injection.injected, injection.skipped) == (len(delta) - 2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    for _ in range(3):
+        injection.step()
+        assert (injection.injected, injection.skipped) == (len(delta) - 2, 2)
+        assert injection.metrics()["skipped"] == 2
+        optimizer.step()
     for name in injection.targets[1:-1]:
         assert not torch.equal(model.get_parameter(name).grad, before[name])
     assert model.get_parameter(first).grad is None
+
+
+def test_a_push_is_reported_only_where_it_was_measured(
+    model: Backbone, delta: drift_fast.Delta
+) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with drift_fast.Injection(model, delta, scale="gradnorm") as injection:
+        for alpha, reported in ((1.0, True), (0.0, False)):
+            injection.alpha = alpha
+            regression_loss(model, regression_batch()).backward()
+            injection.step()
+            assert ("relative_push" in injection.metrics()) is reported
+            optimizer.step()
+            optimizer.zero_grad()
+    with drift_fast.Injection(model, delta, scope="microbatch") as injection:
+        regression_loss(model, regression_batch()).backward()
+        assert "relative_push" not in injection.metrics()
 
 
 def test_removing_an_injection_frees_its_delta_at_once(

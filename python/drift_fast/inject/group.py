@@ -109,7 +109,7 @@ def load_groups(targets: Sequence[Target], delta: DeltaLike) -> list[Group]:
 
     Raises:
         NonFiniteError: Δ holds NaN or infinity.
-        DriftError: Δ is zero in every target.
+        DriftError: Δ is zero in every target, or a float64 parameter on an accelerator.
     """
     by_device: dict[torch.device, list[tuple[Target, torch.Tensor, float]]] = {}
     for target in targets:
@@ -124,6 +124,11 @@ def load_groups(targets: Sequence[Target], delta: DeltaLike) -> list[Group]:
         if norm == 0.0:
             continue
         device = target.parameter.device
+        if device.type != "cpu" and target.parameter.dtype == torch.float64:
+            raise DriftError(
+                f"{target.name} is float64 on {device}, where norms are taken in float32; train in "
+                "float32 or bfloat16, or on the CPU"
+            )
         by_device.setdefault(device, []).append((target, tensor.to(device), norm))
     if not by_device:
         raise DriftError(

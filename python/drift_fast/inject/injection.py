@@ -184,7 +184,8 @@ class Injection:
         `progress` is λ = ⟨θ_t − θ_0, Δ⟩/‖Δ‖² over all targets, θ_0 being the weights at attachment:
         0 at the start, 1 where the weights have moved by all of Δ. `progress/<parameter>` is the
         same for one. `relative_push` is ‖c·Δ‖/‖g‖ over all targets, and `cosine/<parameter>` is
-        cos(g, Δ) where the scale asked for it, both of the last step's gradient before injection.
+        cos(g, Δ) where the scale asked for it, both of the last step's gradient before injection;
+        they are left out where no step has measured them, as in the microbatch scope.
         """
         self._require_attached()
         result = {"alpha": self._alpha}
@@ -199,7 +200,8 @@ class Injection:
             pushed, raw = group.push()
             push, gradient = push + pushed, gradient + raw
         result["progress"] = moved / total
-        result["relative_push"] = (push / gradient) ** 0.5 if gradient > 0 else 0.0
+        if gradient > 0:
+            result["relative_push"] = (push / gradient) ** 0.5
         result["injected"] = float(self.injected)
         result["skipped"] = float(self.skipped)
         return result
@@ -237,6 +239,7 @@ class Injection:
     # The step scope.
 
     def _inject(self, group: Group) -> None:
+        group.last = None
         held = [at for at, target in enumerate(group.targets) if target.parameter.grad is not None]
         if not held:
             return
@@ -373,12 +376,12 @@ class _Record:
     def begin(self, missing: int) -> None:
         """Start the account of a new step."""
         self._current, self._missing, self._skips, self._skip_of = set(), missing, [], {}
+        self._consumed = False
 
     def inject(self, parameters: Sequence[nn.Parameter], skipped: Any = None) -> None:
         """Note that these were injected; a hook says at once whether its one was skipped."""
         if self._consumed:
             self.begin(0)
-            self._consumed = False
         for parameter in parameters:
             at = self._place[id(parameter)]
             self._times[at] += 1

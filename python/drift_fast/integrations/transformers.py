@@ -85,6 +85,7 @@ class TrainerInjection(Injection):
         summary = {
             f"drift/{key}": metrics[key]
             for key in ("progress", "alpha", "relative_push", "skipped")
+            if key in metrics
         }
         moved: dict[str, list[float]] = {}
         for group in self._groups:

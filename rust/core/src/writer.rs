@@ -173,7 +173,7 @@ impl Writer {
         fs::remove_dir_all(staging).map_err(Error::io(staging, "remove the directory"))
     }
 
-    fn rename(&self) -> Result<()> {
+    fn rename(&mut self) -> Result<()> {
         let (from, to) = (&self.staging.path, &self.target);
         if !to.join(DESCRIPTION).exists() {
             return fs::rename(from, to).map_err(Error::io(to, "rename the finished delta"));
@@ -182,8 +182,14 @@ impl Writer {
         #[cfg(target_os = "linux")]
         {
             use rustix::fs::{CWD, RenameFlags, renameat_with};
-            if renameat_with(CWD, from, CWD, to, RenameFlags::EXCHANGE).is_ok() {
-                return fs::remove_dir_all(from).map_err(Error::io(from, "remove the old delta"));
+            // Locked while it goes, since another run would take it for its own hidden directory.
+            let old = File::open(to).map_err(Error::io(to, "open the old delta"))?;
+            let locked = old.try_lock().is_ok();
+            if locked && renameat_with(CWD, from, CWD, to, RenameFlags::EXCHANGE).is_ok() {
+                self.staging.renamed = true;
+                // The new delta stands; what cannot be removed now, the next run removes.
+                let _ = fs::remove_dir_all(from);
+                return Ok(());
             }
         }
         // Elsewhere the old delta steps aside under a hidden name and goes once the new one stands.
@@ -227,11 +233,24 @@ impl Staging {
                 return Err(Error::io(&path, "lock the directory")(error));
             }
         }
+        // What a run that was cut off left behind; anything else is somebody's and stays.
+        let entries = fs::read_dir(&path)
+            .and_then(Iterator::collect::<io::Result<Vec<_>>>)
+            .map_err(Error::io(&path, "list the directory"))?;
+        for entry in &entries {
+            let is_file = entry.file_type().is_ok_and(|kind| kind.is_file());
+            if !is_file || !is_ours(&entry.file_name().to_string_lossy()) {
+                let message = format!(
+                    "holds {}, which no run of drift_fast left there; move it away or choose \
+                     another output directory",
+                    entry.file_name().display()
+                );
+                return Err(Error::Exists { path, message });
+            }
+        }
         let staging = Self { path, renamed: false, _lock: lock };
-        // What a run that was cut off left behind.
-        for entry in fs::read_dir(&staging.path).map_err(Error::io(&staging.path, "list"))? {
-            let entry = entry.map_err(Error::io(&staging.path, "list"))?.path();
-            fs::remove_file(&entry).map_err(Error::io(&entry, "remove"))?;
+        for entry in entries {
+            fs::remove_file(entry.path()).map_err(Error::io(&entry.path(), "remove"))?;
         }
         Ok(staging)
     }
@@ -397,8 +416,12 @@ fn check_target(target: &Path, overwrite: bool) -> Result<()> {
 
 /// Whether a file of that name belongs to a delta.
 fn is_ours(name: &str) -> bool {
+    let is_count = |text: &str| text.len() >= 5 && text.bytes().all(|byte| byte.is_ascii_digit());
+    let shard = name.strip_prefix("delta-").and_then(|rest| rest.strip_suffix(".safetensors"));
     [DESCRIPTION, INDEX].contains(&name)
-        || (name.starts_with("delta-") && name.ends_with(".safetensors"))
+        || shard
+            .and_then(|middle| middle.split_once("-of-"))
+            .is_some_and(|(number, total)| is_count(number) && is_count(total))
 }
 
 fn check_space(parent: &Path, target: &Path, needed: u64) -> Result<()> {

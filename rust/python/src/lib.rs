@@ -12,7 +12,7 @@ use pyo3::prelude::*;
 mod _core {
     use std::ops::ControlFlow;
     use std::path::PathBuf;
-    use std::sync::Mutex;
+    use std::sync::{Mutex, MutexGuard, TryLockError};
 
     use drift_fast_core::align::{Alignment, Named, Ties, align as align_core};
     use drift_fast_core::memory::{Precision, Step, measure as measure_core, subtract_all};
@@ -154,26 +154,34 @@ mod _core {
         /// Write the whole of one tensor, given by its place in the list.
         fn write(&self, py: Python<'_>, slot: usize, buffer: &Bound<'_, PyAny>) -> PyResult<()> {
             let buffer = Readable::new(buffer)?;
-            let guard = self.inner.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            let guard = self.hold()?;
             let writer = guard.as_ref().ok_or_else(finished)?;
             py.detach(|| writer.write_at(slot, 0, buffer.bytes())).map_err(to_py)
         }
 
         /// Flush, add `drift.json` with this text, and give the directory its name.
         fn commit(&self, py: Python<'_>, description: &str) -> PyResult<()> {
-            let writer = self.take().ok_or_else(finished)?;
+            let writer = self.hold()?.take().ok_or_else(finished)?;
             py.detach(|| writer.commit(description)).map_err(to_py)
         }
 
         /// Remove what was written, unless it was committed.
-        fn abort(&self) {
-            drop(self.take());
+        fn abort(&self) -> PyResult<()> {
+            drop(self.hold()?.take());
+            Ok(())
         }
     }
 
     impl DeltaWriter {
-        fn take(&self) -> Option<writer::Writer> {
-            self.inner.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take()
+        /// Waiting here could deadlock: whoever holds the writer may be waiting for the interpreter.
+        fn hold(&self) -> PyResult<MutexGuard<'_, Option<writer::Writer>>> {
+            match self.inner.try_lock() {
+                Ok(guard) => Ok(guard),
+                Err(TryLockError::Poisoned(poisoned)) => Ok(poisoned.into_inner()),
+                Err(TryLockError::WouldBlock) => {
+                    Err(PyRuntimeError::new_err("this delta is being written by another call"))
+                }
+            }
         }
     }
 
@@ -226,8 +234,7 @@ mod _core {
         writer: Option<&DeltaWriter>,
         progress: Option<Py<PyAny>>,
     ) -> PyResult<Bound<'py, PyList>> {
-        let guard = writer
-            .map(|writer| writer.inner.lock().unwrap_or_else(std::sync::PoisonError::into_inner));
+        let guard = writer.map(DeltaWriter::hold).transpose()?;
         let sink = match &guard {
             None => Sink::None,
             Some(inner) => Sink::Files(inner.as_ref().ok_or_else(finished)?),
