@@ -7,6 +7,7 @@ exact in the delta's dtype. Sums are taken in float32 or better whatever the dty
 from __future__ import annotations
 
 import functools
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ import torch
 
 from drift_fast import _core
 from drift_fast.inject.formula import Scale, coefficients
+
+logger = logging.getLogger(__name__)
 
 # Elements converted to float32 at a time where a dtype has no exact dot product of its own.
 _PIECE = 1 << 24
@@ -243,22 +246,22 @@ def _has_wide_product(tensor: torch.Tensor) -> bool:
 @functools.cache
 def _fused_step_works(device: torch.device, dtype: torch.dtype) -> bool:
     try:
-        tensor = torch.full((8,), 3.0, dtype=dtype, device=device)
-        delta = torch.full((8,), 2.0, dtype=dtype, device=device)
-        _fused_step(tensor, delta, torch.full((), 0.251953125, device=device))
-        # 3 − 2 · 0.251953125: a coefficient rounded to 8 bits would give 2.5.
-        expected = torch.tensor(2.49609375).to(dtype)
-        return tensor.tolist() == [expected.item()] * 8
-    except (AttributeError, RuntimeError, TypeError, NotImplementedError):
+        tensor = torch.ones(8, dtype=dtype, device=device)
+        # 1 − (1 + 2⁻¹²): a coefficient rounded to either 16-bit type would leave zero.
+        _fused_step(tensor, tensor.clone(), torch.full((), 1 + 2**-12, device=device))
+        return tensor.tolist() == [-(2.0**-12)] * 8
+    except (AttributeError, RuntimeError, TypeError) as error:
+        logger.info("no fused step for %s on %s, taking the slower one: %s", dtype, device, error)
         return False
 
 
 @functools.cache
 def _wide_product_works(device: torch.device, dtype: torch.dtype) -> bool:
     try:
-        left = torch.ones(1, 1025, dtype=dtype, device=device)
+        left = torch.ones(1, 2049, dtype=dtype, device=device)
         product = torch.mm(left, left.mT.contiguous(), out_dtype=torch.float32)
-        # 1025 has more bits than a bfloat16.
-        return product.dtype == torch.float32 and product.item() == 1025.0
-    except (AttributeError, RuntimeError, TypeError, NotImplementedError):
+        # 2049 has one bit more than either 16-bit type.
+        return product.dtype == torch.float32 and product.item() == 2049.0
+    except (AttributeError, RuntimeError, TypeError) as error:
+        logger.info("no wide product for %s on %s, widening instead: %s", dtype, device, error)
         return False
