@@ -251,12 +251,14 @@ def test_each_backbone_tensor_is_paired_with_its_counterpart(
 def test_a_preset_selects_its_modules_in_each_family(
     planted: Planted, modules: str, pattern: str
 ) -> None:
-    delta = compute_delta(planted.reasoning, planted.multimodal, modules=modules, dtype="float32")
+    delta = compute_delta(
+        planted.reasoning, planted.multimodal, modules=modules, rows="index", dtype="float32"
+    )
     assert_pairs(planted, delta, planted.expected(pattern))
 
 
 def test_the_coverage_accounts_for_every_tensor_of_both_sides(planted: Planted) -> None:
-    coverage = inspect(planted.reasoning, planted.multimodal, modules="all").coverage
+    coverage = inspect(planted.reasoning, planted.multimodal, modules="all", rows="index").coverage
     text, multimodal = names_on_disk(planted.reasoning), names_on_disk(planted.multimodal)
     assert {a for a, _ in coverage.matched} | {
         name for name, _ in coverage.unmatched_reasoning
@@ -484,7 +486,7 @@ def test_a_head_kept_under_another_prefix_than_the_layers_is_still_found(
         vlm[head] = vlm.pop("lm_head.weight")
         directory = tmp_path / head
         a, b = write_checkpoint(directory / "text", text), write_checkpoint(directory / "vlm", vlm)
-        assert list(compute_delta(a, b, modules="head")) == [head]
+        assert list(compute_delta(a, b, modules="head", rows="index")) == [head]
 
 
 def test_two_complete_language_models_in_one_checkpoint_are_refused_naming_both(
@@ -584,6 +586,6 @@ def test_a_checkpoint_of_ten_thousand_tensors_is_aligned_in_seconds(tmp_path: Pa
     vlm = {name.replace("model.", "model.language_model."): stored([2.0, 3.0]) for name in text}
     a, b = write_checkpoint(tmp_path / "text", text), write_checkpoint(tmp_path / "vlm", vlm)
     begin = time.perf_counter()
-    report = inspect(a, b, modules="all")
+    report = inspect(a, b, modules="all", rows="index")
     assert len(report.coverage.matched) == 10_000
     assert time.perf_counter() - begin < 10

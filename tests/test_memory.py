@@ -85,6 +85,8 @@ def test_a_delta_of_a_gigabyte_pair_takes_less_than_100_megabytes(
         out,
         "--modules",
         "all",
+        "--rows",
+        "index",
         "--threads",
         "8",
     )
@@ -99,7 +101,7 @@ def test_statistics_of_a_gigabyte_pair_take_less_than_100_megabytes(
     gigabyte_pair: tuple[Path, Path], interpreter_nbytes: int
 ) -> None:
     a, b = map(str, gigabyte_pair)
-    peak, _ = peak_of("-m", "drift_fast", "inspect", a, b, "--modules", "all")
+    peak, _ = peak_of("-m", "drift_fast", "inspect", a, b, "--modules", "all", "--rows", "index")
     assert peak - interpreter_nbytes < LIMIT_NBYTES, (
         f"{(peak - interpreter_nbytes) / MEGABYTE:.0f} MB"
     )
@@ -124,7 +126,7 @@ def test_resident_pages_of_the_files_are_given_back(gigabyte_pair: tuple[Path, P
     """The whole resident set stays below a quarter of what is read, mapped pages included."""
     a, b = map(str, gigabyte_pair)
     process = subprocess.Popen(
-        [sys.executable, "-m", "drift_fast", "inspect", a, b, "--modules", "all"],
+        [sys.executable, "-m", "drift_fast", "inspect", a, b, "--modules", "all", "--rows", "index"],
         stdout=subprocess.DEVNULL,
     )
     peak = 0

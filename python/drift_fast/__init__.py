@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from drift_fast._core import __version__
+from drift_fast.alignment import Alignment, align
 from drift_fast.delta import Delta, Report, compute_delta, inspect
 from drift_fast.errors import (
     AlignmentError,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from drift_fast.integrations import attach
 
 __all__ = [
+    "Alignment",
     "AlignmentError",
     "CheckpointError",
     "CoverageError",
@@ -37,6 +39,7 @@ __all__ = [
     "NonFiniteError",
     "Report",
     "__version__",
+    "align",
     "attach",
     "compute_delta",
     "inspect",

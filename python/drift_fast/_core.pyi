@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from typing import Any, TypedDict, final, type_check_only
+from typing import Any, TypeAlias, TypedDict, final, type_check_only
 
 __all__ = [
     "Aligned",
@@ -16,6 +16,7 @@ __all__ = [
     "__version__",
     "align",
     "debug_build",
+    "likeness",
     "measure",
     "stream",
     "subtract_into",
@@ -30,6 +31,10 @@ class CheckpointError(DriftError): ...
 class AlignmentError(DriftError): ...
 class CoverageError(DriftError): ...
 class NonFiniteError(DriftError): ...
+
+# Name, first and end row, first and end column, offset, row stride, column stride; see `layout.Part`.
+Part: TypeAlias = tuple[str, int, int, int, int, int, int, int]
+Source: TypeAlias = str | list[Part]
 
 @type_check_only
 class Moments(TypedDict):
@@ -63,6 +68,7 @@ class Checkpoint:
     @property
     def path(self) -> os.PathLike[str]: ...
     def tensors(self) -> list[tuple[str, str, list[int], os.PathLike[str]]]: ...
+    def place(self, name: str) -> tuple[os.PathLike[str], int, int]: ...
     def fingerprint(self) -> list[tuple[str, int, str]]: ...
     def read_into(self, name: str, buffer: Any) -> None: ...
 
@@ -90,7 +96,7 @@ def align(
 def stream(
     reasoning: Checkpoint,
     multimodal: Checkpoint,
-    pairs: list[tuple[str, str]],
+    pairs: list[tuple[Source, str]],
     *,
     threads: int,
     writer: DeltaWriter | None = None,
@@ -99,12 +105,15 @@ def stream(
 def subtract_into(
     reasoning: Checkpoint,
     multimodal: Checkpoint,
-    pair: tuple[str, str],
+    pair: tuple[Source, str],
     buffer: Any,
     *,
     dtype: str,
     threads: int,
 ) -> Moments: ...
+def likeness(
+    reasoning: Checkpoint, multimodal: Checkpoint, pairs: list[tuple[Source, str]]
+) -> tuple[list[float], int]: ...
 def measure(
     left: list[tuple[Any, str]],
     right: list[tuple[Any, str]],

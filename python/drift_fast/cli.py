@@ -1,4 +1,4 @@
-"""The command `drift-fast`: delta, inspect, demo.
+"""The command `drift-fast`: delta, inspect, align, demo.
 
 Results go to standard output, progress and messages to standard error. Exit status: 0 done,
 1 refused or failed, 2 wrong usage, 130 interrupted. No command but `demo` imports torch.
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from drift_fast import _core
+from drift_fast.alignment import align
 from drift_fast.coverage import Coverage
 from drift_fast.delta import DTYPES, compute_delta, inspect
 from drift_fast.errors import DriftError, DriftWarning
@@ -84,6 +85,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     look.set_defaults(run=_inspect)
 
+    pairs = commands.add_parser(
+        "align",
+        help="which tensor of one checkpoint is which of the other, and how surely",
+        description="Pair the tensors of two checkpoints; exit status 1 where delta would refuse.",
+    )
+    _add_sources(pairs)
+    pairs.add_argument("--out", "-o", type=Path, metavar="JSON", help="write a map file to edit")
+    pairs.add_argument("--all", action="store_true", help="list every pair and leftover")
+    pairs.add_argument("--json", action="store_true", help="print JSON")
+    pairs.set_defaults(run=_align)
+
     demo = commands.add_parser(
         "demo",
         help="the whole way on two tiny trained models: delta, fine-tuning, comparison, pictures",
@@ -97,12 +109,31 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_pair(parser: argparse.ArgumentParser) -> None:
-    what = "file, directory or Hub id (org/name[@revision])"
+def _add_sources(parser: argparse.ArgumentParser) -> None:
+    what = "file, directory, Hub id (org/name[@revision]) or URL"
     parser.add_argument("reasoning", help=f"text-only reasoning checkpoint: {what}")
     parser.add_argument("multimodal", help=f"multimodal checkpoint: {what}")
+    parser.add_argument(
+        "--mapping",
+        metavar="MAP",
+        help="a map file that `align --out` wrote, or prefix pairs such as model:model.language_model",
+    )
+    parser.add_argument(
+        "--no-check-weights",
+        action="store_true",
+        help="do not compare samples of the weights (a shift of layers goes unseen)",
+    )
+
+
+def _add_pair(parser: argparse.ArgumentParser) -> None:
+    _add_sources(parser)
     parser.add_argument("--modules", default="attn,mlp", help=_MODULES_HELP)
     parser.add_argument("--layers", help="such as 0-3,8; default all")
+    parser.add_argument(
+        "--rows",
+        choices=("token", "index"),
+        help="how rows of embeddings and heads are matched (default token)",
+    )
     parser.add_argument("--threads", type=int, help="default: every core")
     parser.add_argument(
         "--reader", choices=("auto", "mmap", "pread"), default="auto", help="default auto: pread"
@@ -111,15 +142,33 @@ def _add_pair(parser: argparse.ArgumentParser) -> None:
         "--no-strict", action="store_true", help="list what has no partner instead of refusing"
     )
     parser.add_argument(
+        "--min-coverage",
+        type=float,
+        metavar="SHARE",
+        help="refuse when less of the selected parameters is covered, such as 0.95",
+    )
+    parser.add_argument(
         "--allow-nonfinite", action="store_true", help="count NaN and infinity instead of refusing"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _mapping(text: str | None) -> str | list[tuple[str, str]] | None:
+    """Return prefix pairs, written first:second and parted by commas, or the path of a map file."""
+    if text is None or ":" not in text:
+        return text
+    pairs = [pair.partition(":") for pair in text.split(",")]
+    return [(first, second) for first, _, second in pairs]
 
 
 def _shared(options: argparse.Namespace, bar: ProgressBar) -> dict[str, Any]:
     return {
         "modules": options.modules,
         "layers": options.layers,
+        "mapping": _mapping(options.mapping),
+        "rows": options.rows,
+        "min_coverage": options.min_coverage,
+        "check_weights": not options.no_check_weights,
         "threads": options.threads,
         "reader": options.reader,
         "strict": not options.no_strict,
@@ -160,6 +209,24 @@ def _inspect(options: argparse.Namespace) -> int:
     print(Statistics([*rows, stats.total]).table())
     print(f"\n{report.coverage}")
     return 0
+
+
+def _align(options: argparse.Namespace) -> int:
+    found = align(
+        options.reasoning,
+        options.multimodal,
+        mapping=_mapping(options.mapping),
+        check_weights=not options.no_check_weights,
+    )
+    if options.json:
+        json.dump(found.to_dict(), sys.stdout, indent=1)
+        print()
+    else:
+        print(found.table(every=options.all))
+    if options.out is not None:
+        found.save(options.out)
+        print(f"drift-fast: map written to {options.out}", file=sys.stderr)
+    return 0 if found.ok else 1
 
 
 def _demo(options: argparse.Namespace) -> int:

@@ -6,8 +6,12 @@ Each tensor of either side is listed once: matched, or unmatched with a reason, 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from drift_fast.select import container_of, kind_of, layer_of
 
 NOT_SELECTED = "not selected"
 
@@ -21,6 +25,12 @@ class Coverage:
     unmatched_multimodal: list[tuple[str, str]] = field(default_factory=list)
     matched_numel: int = 0
     selected_numel: int = 0
+    backbone_numel: int = 0
+
+    @property
+    def backbone_fraction(self) -> float:
+        """Share of the language backbone's parameters, selected or not, that has a partner."""
+        return self.matched_numel / self.backbone_numel if self.backbone_numel else 0.0
 
     @property
     def fraction(self) -> float:
@@ -36,6 +46,8 @@ class Coverage:
             "matched_numel": self.matched_numel,
             "selected_numel": self.selected_numel,
             "fraction": self.fraction,
+            "backbone_numel": self.backbone_numel,
+            "backbone_fraction": self.backbone_fraction,
         }
 
     @classmethod
@@ -55,15 +67,34 @@ class Coverage:
             pairs("unmatched_multimodal"),
             int(stored["matched_numel"]),
             int(stored["selected_numel"]),
+            # Deltas written before this was counted have none.
+            int(stored.get("backbone_numel", 0)),
         )
 
     def __str__(self) -> str:
         left = sum(reason != NOT_SELECTED for _, reason in self.unmatched_reasoning)
         right = sum(reason != NOT_SELECTED for _, reason in self.unmatched_multimodal)
-        return (
-            f"{len(self.matched)} tensors matched, {self.fraction:.1%} of the selected parameters; "
-            f"without a partner: {left} in the reasoning checkpoint, {right} in the multimodal one"
+        backbone = (
+            f" ({self.backbone_fraction:.1%} of the backbone's)" if self.backbone_numel else ""
         )
+        return (
+            f"{len(self.matched)} tensors matched, {self.fraction:.1%} of the selected parameters"
+            f"{backbone}; without a partner: {left} in the reasoning checkpoint, {right} in the "
+            "multimodal one"
+        )
+
+
+def backbone_numel(shapes: Mapping[str, tuple[int, ...]], containers: Iterable[str | None]) -> int:
+    """Return the parameters of a language backbone: its layers, and norm, embedding and head.
+
+    `containers` hold the layers, as `select.container_of` names them.
+    """
+    held = set(containers)
+    return sum(
+        math.prod(shape)
+        for name, shape in shapes.items()
+        if (container_of(name) in held if layer_of(name) is not None else kind_of(name) != "other")
+    )
 
 
 def listed(items: list[tuple[str, str]], limit: int = 8) -> str:

@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 from drift_fast import _core
 from drift_fast.coverage import Coverage
 from drift_fast.errors import CheckpointError, DriftWarning, NonFiniteError
-from drift_fast.pairing import Pairing, PathLike, pair_checkpoints
+from drift_fast.mapping import MappingLike
+from drift_fast.pairing import Pairing, PathLike, fetch, pair_checkpoints, verify
+from drift_fast.rows import Rows
 from drift_fast.select import Layers, Modules, Selection
 from drift_fast.statistics import Statistics, row_from_moments
 
@@ -34,12 +36,13 @@ DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a stream has come: tensors and bytes read, done and in all."""
+    """How far a stream or a download has come: tensors and bytes, done and in all."""
 
     tensors: int
     total_tensors: int
     nbytes: int
     total_nbytes: int
+    stage: str = "reading"
 
 
 ProgressCallback = Callable[[Progress], object]
@@ -53,7 +56,11 @@ def compute_delta(
     modules: Modules = ("attn", "mlp"),
     layers: Layers = None,
     dtype: str = "bfloat16",
+    mapping: MappingLike | None = None,
+    rows: Rows = None,
     strict: bool = True,
+    min_coverage: float | None = None,
+    check_weights: bool = True,
     overwrite: bool = False,
     max_shard_size: int | str = "5GB",
     threads: int | None = None,
@@ -63,8 +70,9 @@ def compute_delta(
 ) -> Delta:
     """Compute Δ = W_reason − W_multimodal for every selected tensor of the language backbone.
 
-    Either checkpoint is a `.safetensors` file, a directory that holds one or an index of shards, or
-    a Hub id (`org/name`, `org/name@revision`). Both are streamed: memory does not grow with their
+    Either checkpoint is a `.safetensors` file, a directory that holds one or an index of shards, a
+    Hub id (`org/name`, `org/name@revision`) or an http(s) URL; of the last two, only headers and the
+    bytes of the selected tensors are downloaded. Both are streamed: memory does not grow with their
     size. Each Δ equals the float64 subtraction rounded once to `dtype`, and carries the multimodal
     checkpoint's tensor name. `compute_delta(expert, reference)` on two text models gives the
     difference of those, to be attached to a third.
@@ -74,7 +82,18 @@ def compute_delta(
         modules: presets `attn`, `mlp`, `norm`, `embed`, `head`, `all`, or `re:<pattern>`.
         layers: a range or other iterable of layer numbers, or text such as "0-3,8"; None is all.
         dtype: of Δ: "bfloat16", "float16" or "float32".
+        mapping: which tensor belongs to which, where names do not tell: pairs of prefixes, a
+            dictionary of reasoning name → multimodal name (None leaves one out), a function that
+            does the same, or the path of a map file that `drift-fast align` wrote. It is checked
+            like what is found.
+        rows: how rows of selected embeddings and heads are matched: None or "token", by the token
+            strings of both tokenizers; "index", row i with row i. Rows without a counterpart
+            get a Δ of zero.
         strict: refuse when a selected tensor has no partner; otherwise list it in the coverage.
+        min_coverage: the share of the selected parameters that must have a partner; None is all of
+            them when strict, and any otherwise.
+        check_weights: compare samples of the weights, and refuse layers that are shifted or
+            permuted.
         overwrite: replace a delta at `out`; anything else there is never touched.
         max_shard_size: bytes, or text such as "500MB", of one file of the delta.
         threads: worker threads; None is every core this process may use. The result does not
@@ -86,7 +105,7 @@ def compute_delta(
 
     Raises:
         FileNotFoundError, CheckpointError: a source that is missing or not valid.
-        AlignmentError, CoverageError: sources that do not fit each other.
+        AlignmentError, CoverageError: sources, or a mapping, that do not fit each other.
         NonFiniteError: NaN or infinity in a source, or a Δ beyond `dtype`'s range.
         FileExistsError, OSError: an output that is taken, or a full disk; nothing is left behind.
         ValueError: an argument without meaning.
@@ -95,7 +114,17 @@ def compute_delta(
     shard_nbytes = _parse_size(max_shard_size)
     selection = Selection.parse(modules, layers)
     threads = _thread_count(threads)
-    pairing = pair_checkpoints(reasoning, multimodal, selection, strict=strict, reader=reader)
+    pairing = pair_checkpoints(
+        reasoning,
+        multimodal,
+        selection,
+        strict=strict,
+        reader=reader,
+        mapping=mapping,
+        rows=rows,
+        min_coverage=min_coverage,
+    )
+    pairing = _ready(pairing, reader, check_weights, progress)
     sources = _describe_sources(pairing)
     if out is None and sources["reasoning"]["shards"] == sources["multimodal"]["shards"]:
         # With an output, or once statistics are asked for, the numbers themselves tell.
@@ -105,7 +134,7 @@ def compute_delta(
         dtype=dtype,
         coverage=pairing.coverage,
         sources=sources,
-        alignment={"prefixes": list(pairing.prefixes), "rivals": [list(r) for r in pairing.rivals]},
+        alignment=pairing.describe(),
         selection=str(selection),
     )
     if out is None:
@@ -125,6 +154,7 @@ class Report:
     coverage: Coverage
     sources: dict[str, Any]
     nbytes: int
+    alignment: dict[str, Any]
 
 
 def inspect(
@@ -133,7 +163,11 @@ def inspect(
     *,
     modules: Modules = ("attn", "mlp"),
     layers: Layers = None,
+    mapping: MappingLike | None = None,
+    rows: Rows = None,
     strict: bool = True,
+    min_coverage: float | None = None,
+    check_weights: bool = True,
     threads: int | None = None,
     progress: ProgressCallback | None = None,
     allow_nonfinite: bool = False,
@@ -144,10 +178,39 @@ def inspect(
     Arguments and errors are those of `compute_delta`.
     """
     selection = Selection.parse(modules, layers)
-    pairing = pair_checkpoints(reasoning, multimodal, selection, strict=strict, reader=reader)
-    streamed = _Streamed(pairing, "float32", _thread_count(threads), allow_nonfinite)
-    stats = streamed.statistics(progress)
-    return Report(stats, pairing.coverage, _describe_sources(pairing), pairing.nbytes)
+    threads = _thread_count(threads)
+    pairing = pair_checkpoints(
+        reasoning,
+        multimodal,
+        selection,
+        strict=strict,
+        reader=reader,
+        mapping=mapping,
+        rows=rows,
+        min_coverage=min_coverage,
+    )
+    pairing = _ready(pairing, reader, check_weights, progress)
+    stats = _Streamed(pairing, "float32", threads, allow_nonfinite).statistics(progress)
+    return Report(
+        stats,
+        pairing.coverage,
+        _describe_sources(pairing),
+        pairing.nbytes,
+        pairing.describe(),
+    )
+
+
+def _ready(
+    pairing: Pairing, reader: str, check_weights: bool, progress: ProgressCallback | None
+) -> Pairing:
+    """Bring what is needed to this machine and look whether the weights belong together."""
+
+    def report(done: int, total: int) -> None:
+        if progress is not None:
+            progress(Progress(0, len(pairing.pairs), done, total, "downloading"))
+
+    pairing = fetch(pairing, reader, report)
+    return verify(pairing) if check_weights else pairing
 
 
 class _Backend(Protocol):
@@ -356,14 +419,14 @@ class _Streamed:
         self._dtype = dtype
         self._threads = threads
         self._allow_nonfinite = allow_nonfinite
-        self._partner = {name: other for other, name in pairing.pairs}
-        self.shapes = {name: pairing.shapes[name] for name in self._partner}
+        self._pairs = {pair.name: pair for pair in pairing.pairs}
+        self.shapes = {name: pairing.shapes[name] for name in self._pairs}
 
     def read_into(self, name: str, buffer: Any) -> None:
         moments = _core.subtract_into(
             self._pairing.reasoning,
             self._pairing.multimodal,
-            (self._partner[name], name),
+            (self._pairs[name].source, name),
             buffer,
             dtype=self._dtype,
             threads=self._threads,
@@ -387,12 +450,12 @@ class _Streamed:
         moments = _core.stream(
             self._pairing.reasoning,
             self._pairing.multimodal,
-            pairs,
+            [(pair.source, pair.name) for pair in pairs],
             threads=self._threads,
             writer=writer,
             progress=report,
         )
-        named = [(name, row) for (_, name), row in zip(pairs, moments, strict=True)]
+        named = [(pair.name, row) for pair, row in zip(pairs, moments, strict=True)]
         self._check(named)
         stats = Statistics([row_from_moments(n, self.shapes[n], row) for n, row in named])
         if stats.total.delta_sq == 0:
@@ -406,7 +469,7 @@ class _Streamed:
         first, second = (source.path for source in self._pairing.sources)
         for name, row in moments:
             sides = (
-                (row["nonfinite_reasoning"], self._partner[name], first),
+                (row["nonfinite_reasoning"], " and ".join(self._pairs[name].sources[:3]), first),
                 (row["nonfinite_multimodal"], name, second),
             )
             for count, there, path in sides:
@@ -495,8 +558,10 @@ def _describe_sources(pairing: Pairing) -> dict[str, Any]:
     for side, source, checkpoint in zip(
         ("reasoning", "multimodal"), pairing.sources, checkpoints, strict=True
     ):
+        # A file that was downloaded in part has no samples, but the server's mark of its content.
+        digest_of = "sha256_of_samples" if source.remote is None else "sha256_of_header"
         shards = [
-            {"file": file, "nbytes": nbytes, "sha256_of_samples": digest}
+            {"file": file, "nbytes": nbytes, digest_of: digest} | source.mark(file)
             for file, nbytes, digest in checkpoint.fingerprint()
         ]
         described[side] = source.describe() | {"shards": shards}

@@ -1,22 +1,55 @@
-"""Open two checkpoints and pair their tensors by name and shape; no weight is read.
+"""Open two checkpoints and pair what is selected; of the weights only samples are read.
 
-Owns what is selected, what is refused and the account of it. The search for prefixes is Rust's.
+Owns what is selected, what is refused and the account of it. Which tensor belongs to which is
+`matching`'s, rows of embeddings are `rows`', and whether the weights agree is `likeness`'.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from drift_fast import _core
-from drift_fast.coverage import NOT_SELECTED, Coverage, listed
+from drift_fast.conversion import convert_checkpoint
+from drift_fast.coverage import NOT_SELECTED, Coverage, backbone_numel, listed
 from drift_fast.errors import AlignmentError, CoverageError
+from drift_fast.layout import Shape
+from drift_fast.likeness import Likeness, compare, warn_if_unrelated
+from drift_fast.mapping import MappingLike
+from drift_fast.matching import Match, Pair, Side, match, skipping_inserted
+from drift_fast.rows import Rows, VocabularySide, is_tied, pair_rows
 from drift_fast.select import Selection, container_of, kind_of
 from drift_fast.source import Source, resolve
 
 PathLike = str | os.PathLike[str]
+FetchProgress = Callable[[int, int], object]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint whose headers were read."""
+
+    source: Source
+    checkpoint: _core.Checkpoint
+    shapes: dict[str, Shape]
+    dtypes: dict[str, str]
+
+    @property
+    def directory(self) -> Path:
+        """Where the configuration and the tokenizer lie."""
+        path = self.source.path
+        return path if path.is_dir() else path.parent
+
+    def side(self) -> Side:
+        """Return the tensors as `matching` takes them."""
+        return Side(self.shapes, lambda: convert_checkpoint(self.directory, self.shapes))
+
+    def nbytes(self, name: str) -> int:
+        """Return the size of a stored tensor."""
+        return math.prod(self.shapes[name]) * _ITEMSIZE.get(self.dtypes[name], 1)
 
 
 @dataclass(frozen=True)
@@ -27,12 +60,73 @@ class Pairing:
     multimodal: _core.Checkpoint
     sources: tuple[Source, Source]
     selection: Selection
-    pairs: list[tuple[str, str]]
-    shapes: dict[str, tuple[int, ...]]
+    pairs: list[Pair]
+    shapes: dict[str, Shape]
     nbytes: int
     coverage: Coverage
     prefixes: tuple[str, str]
     rivals: list[tuple[str, str, int]]
+    how: str
+    likeness: Likeness | None = None
+    rows: dict[str, str] = field(default_factory=dict)
+
+    def describe(self) -> dict[str, object]:
+        """Return how the pairing came about, for `drift.json`."""
+        return {
+            "prefixes": list(self.prefixes),
+            "rivals": [list(rival) for rival in self.rivals],
+            "by": self.how,
+            "composed": {pair.name: pair.sources for pair in self.pairs if pair.parts},
+            "rows": self.rows,
+            "likeness": None if self.likeness is None else self.likeness.to_json(),
+        }
+
+
+def open_checkpoint(source: PathLike, reader: str = "auto") -> Opened:
+    """Find a checkpoint and read its headers.
+
+    Raises:
+        FileNotFoundError, CheckpointError: a checkpoint that is not there or not valid.
+    """
+    found = resolve(source)
+    checkpoint = _core.Checkpoint(found.path, reader=reader)
+    tensors = checkpoint.tensors()
+    return Opened(
+        found,
+        checkpoint,
+        {name: tuple(shape) for name, _, shape, _ in tensors},
+        {name: dtype for name, dtype, _, _ in tensors},
+    )
+
+
+def match_checkpoints(left: Opened, right: Opened, mapping: MappingLike | None) -> Match:
+    """Pair all tensors of two checkpoints.
+
+    Raises:
+        AlignmentError: nothing matches, layer counts differ, two pairings fit, or a mapping that
+            does not hold.
+    """
+    try:
+        found = match(left.side(), right.side(), mapping=mapping)
+    except AlignmentError as error:
+        paths = f"{left.source.path} and {right.source.path}"
+        raise AlignmentError(f"{paths}: {error}") from error
+    if found.layer_conflict:
+        inserted = skipping_inserted(left.shapes, right.shapes, found)
+        names = f"{left.source.path} {right.source.path}"
+        remedy = (
+            "choose a reasoning model of the same backbone"
+            if inserted is None
+            else f"the multimodal model has inserted layers {', '.join(map(str, inserted.layers))}, "
+            "which the other has no counterpart for, so all later ones have other numbers. "
+            f"`drift-fast align {names} --out map.json` writes a map that leaves them out; look it "
+            "over and pass mapping='map.json'"
+        )
+        raise AlignmentError(
+            f"{found.layer_conflict}. {left.source.path} and {right.source.path} have different "
+            f"depths; {remedy}"
+        )
+    return found
 
 
 def pair_checkpoints(
@@ -41,107 +135,162 @@ def pair_checkpoints(
     selection: Selection,
     *,
     strict: bool,
-    reader: str,
+    reader: str = "auto",
+    mapping: MappingLike | None = None,
+    rows: Rows = None,
+    min_coverage: float | None = None,
 ) -> Pairing:
-    """Open both checkpoints and pair what is selected.
+    """Open both checkpoints and pair what is selected, by names and shapes; no weight is read.
 
     Raises:
         FileNotFoundError, CheckpointError: a checkpoint that is not there or not valid.
         AlignmentError: nothing matches, layer counts differ, two pairings fit, or, when strict, a
             selected tensor has no partner of its shape.
-        CoverageError: no pair is selected.
-        ValueError: a selected layer that the model does not have.
+        CoverageError: no pair is selected, fewer than `min_coverage` of the selected parameters are
+            covered, or embeddings whose rows cannot be matched.
+        ValueError: a selected layer that the model does not have, or an argument without meaning.
     """
-    sources = resolve(reasoning), resolve(multimodal)
-    left, right = (_core.Checkpoint(source.path, reader=reader) for source in sources)
-    left_tensors, right_tensors = left.tensors(), right.tensors()
-    try:
-        aligned = _core.align(
-            [(name, shape) for name, _, shape, _ in left_tensors],
-            [(name, shape) for name, _, shape, _ in right_tensors],
-        )
-    except AlignmentError as error:
-        paths = " and ".join(str(source.path) for source in sources)
-        raise AlignmentError(f"{paths}: {error}") from error
-    if aligned.layer_conflict:
-        raise AlignmentError(
-            f"{aligned.layer_conflict}. {sources[0].path} and {sources[1].path} have different "
-            "depths; choose a reasoning model of the same backbone"
-        )
-    shapes = {name: tuple(shape) for name, _, shape, _ in right_tensors}
-    selection.check_layers(name for _, name in aligned.pairs)
-    pairs = sorted(
-        (pair for pair in aligned.pairs if pair[1] in selection), key=lambda pair: _order(pair[1])
-    )
-    coverage, missing = _account(
-        aligned,
+    if min_coverage is not None and not 0.0 <= min_coverage <= 1.0:
+        raise ValueError(f"min_coverage must be between 0 and 1, got {min_coverage!r}")
+    left, right = open_checkpoint(reasoning, reader), open_checkpoint(multimodal, reader)
+    found = match_checkpoints(left, right, mapping)
+    selection.check_layers(pair.name for pair in found.pairs)
+    by_row = pair_rows(
+        found,
         selection,
-        pairs,
-        shapes,
-        {name: tuple(shape) for name, _, shape, _ in left_tensors},
+        VocabularySide(left.shapes, _tokenizer(left, selection), is_tied(left.directory)),
+        VocabularySide(right.shapes, _tokenizer(right, selection), is_tied(right.directory)),
+        rows=rows,
+        strict=strict,
     )
+    found = by_row.match
+    pairs = sorted(
+        (pair for pair in found.pairs if pair.name in selection), key=lambda pair: _order(pair.name)
+    )
+    coverage, missing = _account(found, selection, pairs, left.shapes, right.shapes)
+    between = f"between {left.source.path} and {right.source.path}"
     if missing and (strict or not pairs):
         raise AlignmentError(
             f"{len(missing)} tensors of {selection} have no partner ({coverage.fraction:.1%} of "
-            f"the selected parameters are covered), between {sources[0].path} and "
-            f"{sources[1].path}:"
+            f"the selected parameters are covered), {between}:"
             f"{listed(missing)}\nSelect other modules or layers, or pass strict=False to go on "
             "without them"
         )
     if not pairs:
+        kinds = ", ".join(sorted({kind_of(pair.name) for pair in found.pairs}))
         raise CoverageError(
-            f"{selection} selects none of the {len(aligned.pairs)} paired tensors of "
-            f"{sources[1].path}, which are of {_kinds(name for _, name in aligned.pairs)}"
+            f"{selection} selects none of the {len(found.pairs)} paired tensors of "
+            f"{right.source.path}, which are of {kinds}"
         )
-    itemsize = _itemsizes(left_tensors), _itemsizes(right_tensors)
-    nbytes = sum(
-        math.prod(shapes[name]) * (itemsize[0][other] + itemsize[1][name]) for other, name in pairs
-    )
+    if min_coverage is not None and coverage.fraction < min_coverage:
+        raise CoverageError(
+            f"{coverage.fraction:.1%} of the selected parameters are covered {between}, less than "
+            f"min_coverage={min_coverage:.1%}:{listed(missing)}"
+        )
+    nbytes = sum(right.nbytes(pair.name) for pair in pairs)
+    nbytes += sum(left.nbytes(name) for name in {s for pair in pairs for s in pair.sources})
     return Pairing(
-        left,
-        right,
-        sources,
+        left.checkpoint,
+        right.checkpoint,
+        (left.source, right.source),
         selection,
         pairs,
-        shapes,
+        right.shapes,
         nbytes,
         coverage,
-        aligned.prefixes,
-        aligned.rivals,
+        found.prefixes,
+        found.rivals,
+        found.how,
+        rows={name: str(rows_of) for name, rows_of in by_row.maps.items()},
     )
+
+
+def fetch(pairing: Pairing, reader: str, progress: FetchProgress | None = None) -> Pairing:
+    """Download what the pairs need of checkpoints that are not on this machine.
+
+    Raises:
+        CheckpointError: a server that fails, or a file that changed there.
+        OSError: the disk is full.
+    """
+    needed = (
+        {source for pair in pairing.pairs for source in pair.sources},
+        {pair.name for pair in pairing.pairs},
+    )
+    opened = []
+    for source, checkpoint, names in zip(
+        pairing.sources, (pairing.reasoning, pairing.multimodal), needed, strict=True
+    ):
+        if source.remote is None:
+            opened.append(checkpoint)
+            continue
+        ranges: dict[str, list[tuple[int, int]]] = {}
+        for name in sorted(names):
+            path, start, end = checkpoint.place(name)
+            ranges.setdefault(Path(path).name, []).append((start, end))
+        source.transfers.append(source.remote.fetch(ranges, progress=progress))
+        opened.append(_core.Checkpoint(source.path, reader=reader))
+    return replace(pairing, reasoning=opened[0], multimodal=opened[1])
+
+
+def verify(pairing: Pairing) -> Pairing:
+    """Compare samples of the paired weights and return the pairing with what was found.
+
+    Raises:
+        AlignmentError: weights that do not belong together, as `likeness.compare` finds them.
+    """
+    likeness = compare(pairing.reasoning, pairing.multimodal, pairing.pairs, pairing.shapes)
+    warn_if_unrelated(likeness, *(source.path for source in pairing.sources))
+    return replace(pairing, likeness=likeness)
+
+
+def _tokenizer(opened: Opened, selection: Selection) -> Path:
+    """Return where a checkpoint's tokenizer lies, downloaded if it is needed and remote."""
+    remote = opened.source.remote
+    wanted = any(kind_of(n) in ("embed", "head") and n in selection for n in opened.shapes)
+    if remote is not None and wanted:
+        for name in ("tokenizer.json", "vocab.json", "added_tokens.json", "tokenizer_config.json"):
+            remote.optional_file(name)
+    return opened.directory
 
 
 def _account(
-    aligned: _core.Aligned,
+    found: Match,
     selection: Selection,
-    pairs: list[tuple[str, str]],
-    right_shapes: dict[str, tuple[int, ...]],
-    left_shapes: dict[str, tuple[int, ...]],
+    pairs: list[Pair],
+    left_shapes: Mapping[str, Shape],
+    right_shapes: Mapping[str, Shape],
 ) -> tuple[Coverage, list[tuple[str, str]]]:
     """Return the coverage and what is selected without a partner."""
-    chosen = {name for _, name in pairs}
-    dropped = [pair for pair in aligned.pairs if pair[1] not in chosen]
-    missing_left = [item for item in aligned.unmatched_left if item[0] in selection]
+    chosen = {pair.name for pair in pairs}
+    dropped = [pair for pair in found.pairs if pair.name not in chosen]
+    missing_left = [item for item in found.unmatched_left if item[0] in selection]
     # Other towers have attention too; only the containers of paired layers are the backbone.
-    backbone = {container_of(name) for _, name in aligned.pairs} - {None}
+    backbone = {container_of(pair.name) for pair in found.pairs} - {None}
     missing_right = [
         item
-        for item in aligned.unmatched_right
+        for item in found.unmatched_right
         if item[0] in selection and container_of(item[0]) in backbone
     ]
-    numel = sum(math.prod(right_shapes[name]) for _, name in pairs)
+    numel = sum(pair.numel(right_shapes) for pair in pairs)
     # A pair whose shapes differ is missing on both sides but is one parameter of the model.
     missing_numel = max(
         sum(math.prod(left_shapes[name]) for name, _ in missing_left),
         sum(math.prod(right_shapes[name]) for name, _ in missing_right),
     )
+    used = {source for pair in pairs for source in pair.sources}
     coverage = Coverage(
-        matched=pairs,
-        unmatched_reasoning=[(name, NOT_SELECTED) for name, _ in dropped] + aligned.unmatched_left,
-        unmatched_multimodal=[(name, NOT_SELECTED) for _, name in dropped]
-        + aligned.unmatched_right,
+        matched=[(source, pair.name) for pair in pairs for source in pair.sources],
+        unmatched_reasoning=[
+            (name, NOT_SELECTED)
+            for name in dict.fromkeys(source for pair in dropped for source in pair.sources)
+            if name not in used
+        ]
+        + found.unmatched_left,
+        unmatched_multimodal=[(pair.name, NOT_SELECTED) for pair in dropped]
+        + found.unmatched_right,
         matched_numel=numel,
         selected_numel=numel + missing_numel,
+        backbone_numel=backbone_numel(right_shapes, backbone),
     )
     return coverage, missing_left + missing_right
 
@@ -151,12 +300,4 @@ def _order(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]
 
 
-def _kinds(names: Iterable[str]) -> str:
-    return ", ".join(sorted({kind_of(name) for name in names}))
-
-
 _ITEMSIZE = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8}
-
-
-def _itemsizes(tensors: list[tuple[str, str, list[int], os.PathLike[str]]]) -> dict[str, int]:
-    return {name: _ITEMSIZE.get(dtype, 1) for name, dtype, _, _ in tensors}

@@ -1,77 +1,134 @@
-"""Where a checkpoint comes from: a path on disk, or a Hub id resolved to its local snapshot.
+"""Where a checkpoint comes from: a path on disk, a Hub id, or an http(s) URL.
 
-Owns no reading of weights. A source is a directory or file that exists when `resolve` returns.
+Owns no reading of weights. A source is a directory or file that exists when `resolve` returns; of
+one that is not on this machine it holds the headers, and `remote` fetches the rest.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from drift_fast import _core
 from drift_fast.errors import CheckpointError, DriftError
 
+if TYPE_CHECKING:
+    from drift_fast.remote import RemoteCheckpoint, Transfer
+
+logger = logging.getLogger(__name__)
+
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
-_WANTED = ["*.safetensors", "*.safetensors.index.json", "config.json"]
+_URL = re.compile(r"https?://", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint on disk, and the Hub id and commit it stands for if it has one."""
+    """A checkpoint on disk, the Hub id and commit it stands for, and how to fetch more of it."""
 
     path: Path
     repo: str | None = None
     revision: str | None = None
+    remote: RemoteCheckpoint | None = None
+    transfers: list[Transfer] = field(default_factory=list, compare=False)
 
     def describe(self) -> dict[str, Any]:
         """Return what identifies the source in `drift.json`."""
-        return {"path": str(self.path), "repo": self.repo, "revision": self.revision}
+        described = {"path": str(self.path), "repo": self.repo, "revision": self.revision}
+        return described if self.remote is None else described | {"url": self.remote.url}
+
+    def mark(self, file: str) -> dict[str, str | None]:
+        """Return the server's mark of a shard's content."""
+        return {} if self.remote is None else {"etag": self.remote.etags.get(file)}
 
 
 def resolve(source: str | os.PathLike[str]) -> Source:
-    """Find a checkpoint on disk, or the snapshot of a Hub id, `org/name` or `org/name@revision`.
+    """Find a checkpoint on disk, of a Hub id (`org/name`, `org/name@revision`) or of a URL.
 
-    A path that exists wins. Weights are taken from the Hub cache where they are, and downloaded
-    otherwise unless `HF_HUB_OFFLINE` is set; only safetensors, their index and the configuration
-    are asked for.
+    A path that exists wins. Of a Hub id, a snapshot in the Hub's cache that is whole is taken;
+    otherwise only headers are read, and `Source.remote` fetches ranges of the files. With
+    `HF_HUB_OFFLINE` nothing is asked of the network.
 
     Raises:
-        FileNotFoundError: neither a path nor something that reads as a Hub id.
-        DriftError: a Hub id without `huggingface_hub` installed.
-        CheckpointError: a Hub id that cannot be resolved.
+        FileNotFoundError: neither a path nor something that reads as a Hub id, or a URL that leads
+            nowhere.
+        DriftError: a Hub id or URL without the packages that `drift-fast[hub]` installs.
+        CheckpointError: a Hub id that cannot be resolved, or a server's answer that is not valid.
     """
     text = os.fspath(source)
+    if _URL.match(text):
+        from drift_fast.remote import open_url
+
+        remote = open_url(text)
+        return Source(remote.directory, remote=remote)
     path = Path(text).expanduser()
     if path.exists():
         return Source(path.absolute())
     found = _HUB_ID.fullmatch(text)
     if found is None or text.startswith((".", "/", "~")) or text.endswith((".safetensors", ".bin")):
         raise FileNotFoundError(
-            f"{text}: no such file or directory, and not a Hub id of the form org/name"
+            f"{text}: no such file or directory, and not a Hub id of the form org/name or a URL"
         )
-    repo, revision = found["repo"], found["revision"]
-    snapshot = _snapshot(repo, revision)
-    return Source(snapshot, repo, snapshot.name)
+    return _from_hub(found["repo"], found["revision"])
 
 
-def _snapshot(repo: str, revision: str | None) -> Path:
+def _from_hub(repo: str, revision: str | None) -> Source:
     try:
-        from huggingface_hub import snapshot_download
+        from huggingface_hub import constants
     except ImportError as error:
         raise DriftError(
             f"{repo} is no path on this machine, and resolving it as a Hub id needs "
             "huggingface_hub: pip install 'drift-fast[hub]'"
         ) from error
+    if constants.HF_HUB_OFFLINE:
+        snapshot = _snapshot(repo, revision)
+        return Source(snapshot, repo, snapshot.name)
+    from drift_fast.remote import open_hub
+
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=_WANTED))
+        remote = open_hub(repo, revision)
+    except CheckpointError as error:
+        # As huggingface_hub does: a Hub that does not answer is no reason not to use what is here.
+        cached = _whole_snapshot(repo, revision)
+        if cached is None:
+            raise
+        logger.warning("%s; using the snapshot in the Hub's cache, %s", error, cached)
+        return Source(cached, repo, cached.name)
+    cached = _whole_snapshot(repo, remote.revision)
+    if cached is not None:
+        return Source(cached, repo, cached.name)
+    return Source(remote.directory, repo, remote.revision, remote)
+
+
+def _whole_snapshot(repo: str, revision: str | None) -> Path | None:
+    """Return the snapshot in the Hub's cache if every shard of it is there."""
+    try:
+        snapshot = _snapshot(repo, revision)
+        _core.Checkpoint(snapshot)
+    except (CheckpointError, FileNotFoundError):
+        return None
+    return snapshot
+
+
+def _snapshot(repo: str, revision: str | None) -> Path:
+    """Return the snapshot of a Hub id in the Hub's cache, without asking the network.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repo, revision=revision, local_files_only=True))
     except (OSError, ValueError) as error:
         at = f" at revision {revision}" if revision else ""
         raise CheckpointError(
-            f"{repo}{at}: no such path, and the Hub cannot resolve it ({type(error).__name__}: "
-            f"{_first_line(error)}). Check the id, log in for a gated model, or download it first "
-            "if HF_HUB_OFFLINE is set"
+            f"{repo}{at}: no such path, and not in the Hub's cache although HF_HUB_OFFLINE forbids "
+            f"asking the Hub ({type(error).__name__}: {_first_line(error)}). Check the id, or "
+            "download it first"
         ) from error
 
 

@@ -19,7 +19,7 @@ from drift_fast.inject.backend import (
     make_backend,
     norm_of,
 )
-from drift_fast.inject.targets import DeltaLike, Target
+from drift_fast.inject.targets import DeltaLike, Recent, Target
 
 
 class Group:
@@ -112,8 +112,9 @@ def load_groups(targets: Sequence[Target], delta: DeltaLike) -> list[Group]:
         DriftError: Δ is zero in every target, or a float64 parameter on an accelerator.
     """
     by_device: dict[torch.device, list[tuple[Target, torch.Tensor, float]]] = {}
+    recent = Recent(delta)
     for target in targets:
-        tensor = delta[target.delta_name]
+        tensor = target.read(recent)
         norm = norm_of(tensor)
         if not math.isfinite(norm):
             raise NonFiniteError(

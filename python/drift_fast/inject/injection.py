@@ -26,6 +26,7 @@ from drift_fast.inject.targets import (
     check_trained,
     find_targets,
 )
+from drift_fast.mapping import MappingLike
 from drift_fast.select import EVERYTHING, Layers, Modules, Selection
 
 # Parameters that an attachment holds, so that a second one is refused.
@@ -58,6 +59,8 @@ class Injection:
         alpha: strength; positive moves weights towards the reasoning model.
         scale: "absolute", "gradnorm" or "adaptive".
         modules, layers: inject only these of the delta's tensors; None is all of them.
+        mapping: which tensor of the delta belongs to which parameter, where names do not tell; in
+            the forms that `compute_delta` takes.
         scope: "step" or "microbatch".
         rescale: "weight" multiplies c by ‖W‖/‖Δ‖ in absolute mode, as the public code does, with
             the norm of the weights as they are now.
@@ -87,6 +90,7 @@ class Injection:
         scale: str = "adaptive",
         modules: Modules | None = None,
         layers: Layers = None,
+        mapping: MappingLike | None = None,
         scope: Literal["step", "microbatch"] = "step",
         rescale: Rescale = None,
         optimizer: torch.optim.Optimizer | None = None,
@@ -105,7 +109,7 @@ class Injection:
         self._optimizer = None if optimizer is None else unwrap_optimizer(optimizer)
         selection = Selection.parse(EVERYTHING if modules is None else modules, layers)
         targets, self.coverage = find_targets(
-            model, delta, selection, strict=strict, min_coverage=min_coverage
+            model, delta, selection, strict=strict, min_coverage=min_coverage, mapping=mapping
         )
         check_trained(targets)
         if self._optimizer is not None:

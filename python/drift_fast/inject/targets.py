@@ -1,11 +1,13 @@
 """Which parameter of a running model each tensor of a delta belongs to.
 
-Names in memory differ from names on disk and change with wrappers, so they are aligned like two
-checkpoints are. A target exists, has the delta's shape, is trained, and is targeted once.
+Names in memory differ from names on disk and change with wrappers, and experts or projections that
+lie apart on disk are one parameter in memory, so they are matched like two checkpoints are. A target
+exists, has the delta's shape, is trained, and is targeted once.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -13,10 +15,13 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from drift_fast import _core
-from drift_fast.coverage import NOT_SELECTED, Coverage, listed
+from drift_fast.conversion import convert
+from drift_fast.coverage import NOT_SELECTED, Coverage, backbone_numel, listed
 from drift_fast.errors import AlignmentError, CoverageError, DriftError
-from drift_fast.select import EVERYTHING, Selection
+from drift_fast.layout import Layout, Part, matrix
+from drift_fast.mapping import MappingLike
+from drift_fast.matching import Pair, Side, match
+from drift_fast.select import EVERYTHING, Selection, container_of
 
 
 class DeltaLike(Protocol):
@@ -27,25 +32,81 @@ class DeltaLike(Protocol):
     def __getitem__(self, name: str, /) -> torch.Tensor: ...
 
 
+class Recent:
+    """A delta that keeps the last two tensors that were read in parts.
+
+    Experts that are fused on disk and apart in memory ask for the same two over and over.
+    """
+
+    def __init__(self, delta: DeltaLike) -> None:
+        self._delta = delta
+        self._kept: dict[str, torch.Tensor] = {}
+
+    def whole(self, name: str) -> torch.Tensor:
+        """Return a tensor for the caller to keep."""
+        return self._delta[name]
+
+    def part(self, name: str) -> torch.Tensor:
+        """Return a tensor to copy from."""
+        if name not in self._kept:
+            while len(self._kept) >= 2:
+                del self._kept[next(iter(self._kept))]
+            self._kept[name] = self._delta[name]
+        return self._kept[name]
+
+
 @dataclass(frozen=True)
 class Target:
-    """One parameter and the tensor of the delta that is injected into it."""
+    """One parameter, and the tensors of the delta that are injected into it, whole or in parts."""
 
     name: str
-    delta_name: str
+    sources: tuple[str, ...]
+    parts: tuple[Part, ...]
     parameter: nn.Parameter
 
+    @property
+    def delta_name(self) -> str:
+        """The delta's name, of several the first."""
+        return self.sources[0]
 
-def match_parameters(model: nn.Module, delta: DeltaLike) -> dict[str, str]:
+    def read(self, delta: Recent) -> torch.Tensor:
+        """Return Δ in the parameter's shape and the delta's dtype, on the CPU.
+
+        Where it lies in parts, two of its sources at most are held beside the result.
+        """
+        if not self.parts:
+            return delta.whole(self.delta_name)
+        result: torch.Tensor | None = None
+        for source in self.sources:
+            stored = delta.part(source).reshape(-1)
+            if result is None:
+                result = torch.empty(self.parameter.shape, dtype=stored.dtype)
+            rows = result.view(matrix(self.parameter.shape))
+            for name, top, bottom, left, right, offset, down, across in self.parts:
+                if name == source:
+                    box = (bottom - top, right - left)
+                    piece = torch.as_strided(stored, box, (down, across), offset)
+                    rows[top:bottom, left:right].copy_(piece)
+        if result is None:
+            raise DriftError(f"{self.name} has no tensor of the delta")
+        return result
+
+
+def match_parameters(
+    model: nn.Module, delta: DeltaLike, *, mapping: MappingLike | None = None
+) -> dict[str, str]:
     """Return runtime parameter name → delta tensor name for every tensor of the delta.
 
-    Nothing is attached. Names are those of `model.named_parameters()`, wrappers included.
+    Nothing is attached. Names are those of `model.named_parameters()`, wrappers included; a parameter
+    that several tensors make up is given with the first of them.
 
     Raises:
         CoverageError: a tensor of the delta that has no parameter of its name and shape.
-        AlignmentError: two parts of the model fit equally well.
+        AlignmentError: two parts of the model fit equally well, or a mapping that does not hold.
     """
-    targets, _ = find_targets(model, delta, Selection.parse(EVERYTHING, None), strict=True)
+    targets, _ = find_targets(
+        model, delta, Selection.parse(EVERYTHING, None), strict=True, mapping=mapping
+    )
     return {target.name: target.delta_name for target in targets}
 
 
@@ -56,13 +117,14 @@ def find_targets(
     *,
     strict: bool,
     min_coverage: float = 1.0,
+    mapping: MappingLike | None = None,
 ) -> tuple[list[Target], Coverage]:
     """Return the targets and an account of the delta's tensors and the model's parameters.
 
     Raises:
         CoverageError: what is selected is not there, in full or up to `min_coverage`.
-        AlignmentError: two parts of the model fit equally well.
-        DriftError: two tensors of the delta meet in one parameter (tied weights).
+        AlignmentError: two parts of the model fit equally well, or a mapping that does not hold.
+        DriftError: two different tensors of the delta meet in one parameter (tied weights).
     """
     refuse_sharded(model)
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -73,53 +135,81 @@ def find_targets(
     wanted = {name: shape for name, shape in shapes.items() if name in selection}
     if not wanted:
         raise CoverageError(f"{selection} selects none of the delta's {len(shapes)} tensors")
+    held = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     try:
-        aligned = _core.align(
-            [(name, list(shape)) for name, shape in shapes.items()],
-            [(name, list(parameter.shape)) for name, parameter in parameters.items()],
+        found = match(
+            Side(shapes, lambda: convert(model, shapes)),
+            Side(held, lambda: {name: Layout.stored(name, held[name]) for name in held}),
+            mapping=mapping,
             prefer_equal_names=True,
         )
     except AlignmentError as error:
-        if "two pairings fit" in str(error):
+        if mapping is not None or "two pairings fit" in str(error):
             raise
         raise CoverageError(
             f"none of the delta's {len(wanted)} tensors has a parameter in {type(model).__name__}: "
             f"{error}"
         ) from error
-    pairs = [(left, right) for left, right in aligned.pairs if left in wanted]
-    missing = [item for item in aligned.unmatched_left if item[0] in wanted]
-    matched_numel = sum(parameters[right].numel() for _, right in pairs)
-    missing_numel = sum(torch.Size(wanted[name]).numel() for name, _ in missing)
+    chosen = [pair for pair in found.pairs if all(source in wanted for source in pair.sources)]
+    pairs, tied = _without_tied(chosen, parameters, delta)
+    used = {source for pair in pairs for source in pair.sources}
+    reasons = dict(found.unmatched_left) | tied
+    missing = [
+        (name, reasons.get(name, "only a part of its parameter is selected"))
+        for name in wanted
+        if name not in used and name not in tied
+    ]
+    matched_numel = sum(parameters[pair.name].numel() for pair in pairs)
+    missing_numel = sum(math.prod(wanted[name]) for name, _ in missing)
+    names = {pair.name for pair in pairs}
+    right_reasons = dict(found.unmatched_right)
     coverage = Coverage(
-        matched=pairs,
+        matched=[(source, pair.name) for pair in pairs for source in pair.sources],
         unmatched_reasoning=missing
+        + list(tied.items())
         + [(name, NOT_SELECTED) for name in shapes if name not in wanted],
         unmatched_multimodal=[
-            (name, reason) for name, reason in aligned.unmatched_right if name in parameters
+            (name, right_reasons.get(name, NOT_SELECTED))
+            for name in parameters
+            if name not in names
         ],
         matched_numel=matched_numel,
         selected_numel=matched_numel + missing_numel,
+        backbone_numel=backbone_numel(held, {container_of(pair.name) for pair in found.pairs}),
     )
     if not pairs or (missing and strict) or coverage.fraction < min_coverage:
         raise CoverageError(
             f"{len(missing)} of the delta's {len(wanted)} selected tensors have no parameter in "
             f"{type(model).__name__} ({coverage.fraction:.1%} covered):{listed(missing)}\n"
-            "Compute the delta from the checkpoint that this model was loaded from, or pass "
-            "strict=False (and no higher min_coverage) to inject only what fits"
+            "Compute the delta from the checkpoint that this model was loaded from, state the "
+            "pairs with mapping=…, or pass strict=False (and no higher min_coverage) to inject "
+            "only what fits"
         )
-    _refuse_tied(pairs, parameters)
-    return [Target(right, left, parameters[right]) for left, right in pairs], coverage
+    targets = [
+        Target(pair.name, tuple(pair.sources), tuple(pair.parts), parameters[pair.name])
+        for pair in pairs
+    ]
+    return targets, coverage
 
 
-def _refuse_tied(pairs: Sequence[tuple[str, str]], parameters: Mapping[str, nn.Parameter]) -> None:
-    seen: dict[int, str] = {}
-    for left, right in pairs:
-        other = seen.setdefault(id(parameters[right]), left)
-        if other != left:
+def _without_tied(
+    pairs: Sequence[Pair], parameters: Mapping[str, nn.Parameter], delta: DeltaLike
+) -> tuple[list[Pair], dict[str, str]]:
+    """Return one pair for each parameter, and why others of tied ones are left out."""
+    first: dict[int, Pair] = {}
+    left_out: dict[str, str] = {}
+    for pair in pairs:
+        other = first.setdefault(id(parameters[pair.name]), pair)
+        if other is pair:
+            continue
+        same = [*pair.sources, *other.sources]
+        if len(same) != 2 or not torch.equal(delta[same[0]], delta[same[1]]):
             raise DriftError(
-                f"{other} and {left} of the delta are one tied parameter of the model, {right}; "
-                "leave one of them out of the selection (modules=…)"
+                f"{same[1]} and {same[0]} of the delta are one tied parameter of the model, "
+                f"{other.name}, but differ; leave one of them out of the selection (modules=…)"
             )
+        left_out[same[0]] = f"tied to {same[1]}, and injected once with it"
+    return list(first.values()), left_out
 
 
 def check_trained(targets: Sequence[Target]) -> None:

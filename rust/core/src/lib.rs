@@ -5,10 +5,13 @@
 
 pub mod align;
 pub mod checkpoint;
+pub mod compose;
 pub mod dtype;
 pub mod error;
 pub mod kernel;
+pub mod likeness;
 pub mod memory;
+mod ranges;
 pub mod shard;
 pub mod stream;
 pub mod writer;

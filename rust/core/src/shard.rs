@@ -19,6 +19,7 @@ use sha2::{Digest, Sha256};
 
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
+use crate::ranges;
 
 /// The limit that the safetensors format sets for a header.
 const MAX_HEADER_NBYTES: u64 = 100_000_000;
@@ -66,6 +67,8 @@ pub struct Shard {
     identity: Identity,
     header_nbytes: u64,
     tensors: Vec<Tensor>,
+    /// What of a file is there, where only parts of it were downloaded.
+    present: Option<Vec<Range<u64>>>,
     reader: Reader,
     map: OnceLock<Mmap>,
 }
@@ -106,15 +109,40 @@ impl Shard {
         let header = read_header(&file, path, identity.nbytes)?;
         let header_nbytes = LENGTH_NBYTES + header.len() as u64;
         let tensors = parse_header(path, &header, header_nbytes, identity.nbytes)?;
+        let present = ranges::read(path, identity.nbytes)?;
         Ok(Self {
             path: path.to_owned(),
             file,
             identity,
             header_nbytes,
             tensors,
+            present,
             reader,
             map: OnceLock::new(),
         })
+    }
+
+    /// Whether only parts of the file were downloaded.
+    pub fn is_partial(&self) -> bool {
+        self.present.is_some()
+    }
+
+    /// Refuse a range that was not downloaded: its bytes would read as zeros.
+    fn check_present(&self, range: &Range<u64>) -> Result<()> {
+        let Some(present) = &self.present else { return Ok(()) };
+        // Ranges are sorted and merged, so one that does not hold all of it leaves a hole.
+        let at = present.partition_point(|held| held.end < range.end);
+        if range.is_empty() || present.get(at).is_some_and(|held| held.start <= range.start) {
+            return Ok(());
+        }
+        Err(Error::checkpoint(
+            &self.path,
+            format!(
+                "bytes {} to {} were not downloaded; open the checkpoint by its URL or Hub id, which \
+                 fetches what is needed",
+                range.start, range.end
+            ),
+        ))
     }
 
     /// The path it was opened at.
@@ -137,6 +165,7 @@ impl Shard {
     /// # Errors
     /// A read that fails, or a file that has become shorter.
     pub fn bytes<'a>(&'a self, range: Range<u64>, scratch: &'a mut Vec<u8>) -> Result<&'a [u8]> {
+        self.check_present(&range)?;
         let (start, nbytes) = (range.start, (range.end - range.start) as usize);
         match self.reader {
             Reader::Mmap => {
@@ -183,6 +212,7 @@ impl Shard {
     /// # Errors
     /// A read that fails, or a file that has become shorter.
     pub fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
+        self.check_present(&(offset..offset.saturating_add(buffer.len() as u64)))?;
         self.file
             .read_exact_at(buffer, offset)
             .map_err(Error::io(&self.path, "read the file (did it shrink?)"))
@@ -203,7 +233,8 @@ impl Shard {
         ))
     }
 
-    /// SHA-256 of the length, the header and 64 samples of 4 KiB spread evenly over the data.
+    /// SHA-256 of the length, the header and 64 samples of 4 KiB spread evenly over the data; of a
+    /// file that is partly there, the samples are left out.
     ///
     /// It tells checkpoints apart at a cost independent of their size; it is no proof of integrity.
     ///
@@ -222,7 +253,9 @@ impl Shard {
         };
         hash_range(0..self.header_nbytes)?;
         let data_nbytes = self.nbytes() - self.header_nbytes;
-        if data_nbytes <= SAMPLES * SAMPLE_NBYTES {
+        if self.is_partial() {
+            // What was downloaded differs from run to run, and must not alter the answer.
+        } else if data_nbytes <= SAMPLES * SAMPLE_NBYTES {
             hash_range(self.header_nbytes..self.nbytes())?;
         } else {
             let stride = (data_nbytes - SAMPLE_NBYTES) / (SAMPLES - 1);

@@ -1,8 +1,10 @@
 //! Run the kernel over many pairs of tensors: chunks, threads, read-ahead and page release.
 //!
-//! Owns the order of work, not the arithmetic. Chunks have a fixed number of elements and their
-//! moments are added in element order, so neither the thread count nor timing changes a bit.
+//! Owns the order of work, not the arithmetic. How a tensor is cut into chunks follows from its shape
+//! alone and moments are added in element order, so neither the thread count nor timing changes a
+//! bit.
 
+use std::collections::HashSet;
 use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
@@ -10,6 +12,7 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 use std::thread;
 use std::time::Duration;
 
+use crate::compose::Composed;
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::kernel::{self, Elements, Moments};
@@ -18,6 +21,10 @@ use crate::writer::Writer;
 
 /// Elements of one chunk: half a mebibyte of bfloat16 from either side, which stays in a core's cache.
 pub const CHUNK: usize = 1 << 18;
+
+/// Elements of one chunk of a composed tensor: long enough that a transposed part is read in runs of
+/// a kilobyte or more at the widths of real experts.
+const COMPOSED_CHUNK: usize = 1 << 20;
 
 /// How often the calling thread looks up from waiting.
 const TICK: Duration = Duration::from_millis(50);
@@ -31,11 +38,27 @@ pub struct Side<'a> {
     pub tensor: &'a Tensor,
 }
 
-/// Two tensors of equal shape, the minuend first.
-#[derive(Clone, Copy)]
+/// What a multimodal tensor is subtracted from.
+pub enum Minuend<'a> {
+    /// A tensor of its shape.
+    Whole(Side<'a>),
+    /// Parts of tensors that together have its shape.
+    Composed(Composed<'a>),
+}
+
+impl<'a> Minuend<'a> {
+    pub(crate) fn sides(&self) -> Box<dyn Iterator<Item = Side<'a>> + '_> {
+        match self {
+            Minuend::Whole(side) => Box::new(std::iter::once(*side)),
+            Minuend::Composed(composed) => Box::new(composed.sources()),
+        }
+    }
+}
+
+/// The minuend and the tensor that is subtracted from it, whose name and shape the result has.
 pub struct Pair<'a> {
     /// W_reason.
-    pub reasoning: Side<'a>,
+    pub reasoning: Minuend<'a>,
     /// W_multimodal.
     pub multimodal: Side<'a>,
 }
@@ -63,6 +86,17 @@ struct Chunk {
     pair: usize,
     start: usize,
     end: usize,
+    origin: Origin,
+}
+
+/// Where a chunk's minuend lies.
+#[derive(Clone, Copy)]
+enum Origin {
+    Whole,
+    /// In this band of a composed tensor.
+    Band(usize),
+    /// Nowhere: rows without a counterpart.
+    Nothing,
 }
 
 /// Stream every pair through the kernel on `threads` threads and return the moments of each.
@@ -82,19 +116,9 @@ pub fn run(
     for pair in pairs {
         check(pair)?;
     }
-    let chunks: Vec<Chunk> = pairs
-        .iter()
-        .enumerate()
-        .flat_map(|(pair, sides)| {
-            let numel = sides.multimodal.tensor.numel();
-            (0..numel).step_by(CHUNK).map(move |start| Chunk {
-                pair,
-                start,
-                end: numel.min(start + CHUNK),
-            })
-        })
-        .collect();
-    let output = Output::new(sink, pairs)?;
+    let chunks: Vec<Chunk> =
+        pairs.iter().enumerate().flat_map(|(index, pair)| cut(index, pair)).collect();
+    let output = Output::new(sink, pairs, &chunks)?;
     let work = Work {
         pairs,
         chunks: &chunks,
@@ -149,10 +173,28 @@ pub fn run(
     Ok(moments)
 }
 
+fn cut(index: usize, pair: &Pair<'_>) -> Vec<Chunk> {
+    let numel = pair.multimodal.tensor.numel();
+    let chunk = |start, end, origin| Chunk { pair: index, start, end, origin };
+    match &pair.reasoning {
+        Minuend::Whole(_) => (0..numel)
+            .step_by(CHUNK)
+            .map(|start| chunk(start, numel.min(start + CHUNK), Origin::Whole))
+            .collect(),
+        Minuend::Composed(composed) => composed
+            .runs(numel, COMPOSED_CHUNK)
+            .into_iter()
+            .map(|(run, band)| chunk(run.start, run.end, band.map_or(Origin::Nothing, Origin::Band)))
+            .collect(),
+    }
+}
+
 fn check(pair: &Pair<'_>) -> Result<()> {
-    let (a, b) = (pair.reasoning, pair.multimodal);
-    subtractable(a.shard, a.tensor)?;
+    let b = pair.multimodal;
     subtractable(b.shard, b.tensor)?;
+    // A composed tensor was checked when it was put together.
+    let Minuend::Whole(a) = pair.reasoning else { return Ok(()) };
+    subtractable(a.shard, a.tensor)?;
     if a.tensor.shape != b.tensor.shape {
         return Err(Error::Alignment(format!(
             "shapes differ: {} {:?} in {} and {} {:?} in {}",
@@ -168,11 +210,12 @@ fn check(pair: &Pair<'_>) -> Result<()> {
 }
 
 fn check_unchanged(pairs: &[Pair<'_>]) -> Result<()> {
-    let mut seen: Vec<*const Shard> = Vec::new();
-    for shard in pairs.iter().flat_map(|pair| [pair.reasoning.shard, pair.multimodal.shard]) {
-        if !seen.contains(&std::ptr::from_ref(shard)) {
-            seen.push(std::ptr::from_ref(shard));
-            shard.check_unchanged()?;
+    let mut seen: HashSet<*const Shard> = HashSet::new();
+    for pair in pairs {
+        for side in pair.reasoning.sides().chain([pair.multimodal]) {
+            if seen.insert(std::ptr::from_ref(side.shard)) {
+                side.shard.check_unchanged()?;
+            }
         }
     }
     Ok(())
@@ -194,7 +237,7 @@ enum Output<'a> {
 }
 
 impl<'a> Output<'a> {
-    fn new(sink: Sink<'a>, pairs: &[Pair<'_>]) -> Result<Self> {
+    fn new(sink: Sink<'a>, pairs: &[Pair<'_>], chunks: &[Chunk]) -> Result<Self> {
         match sink {
             Sink::None => Ok(Output::None),
             Sink::Files(writer) => Ok(Output::Files(writer)),
@@ -208,7 +251,13 @@ impl<'a> Output<'a> {
                         dtype.name()
                     )));
                 }
-                let parts = buffer.chunks_mut(CHUNK * dtype.nbytes()).map(Mutex::new).collect();
+                let mut parts = Vec::with_capacity(chunks.len());
+                let mut rest = buffer;
+                for chunk in chunks {
+                    let (part, later) = rest.split_at_mut((chunk.end - chunk.start) * dtype.nbytes());
+                    parts.push(Mutex::new(part));
+                    rest = later;
+                }
                 Ok(Output::Memory(dtype, parts))
             }
         }
@@ -233,6 +282,7 @@ struct Work<'a> {
 #[derive(Default)]
 struct Scratch {
     reasoning: Vec<u8>,
+    runs: Vec<u8>,
     multimodal: Vec<u8>,
     out: Vec<u8>,
 }
@@ -264,15 +314,35 @@ impl Work<'_> {
 
     fn chunk(&self, index: usize, chunk: &Chunk, scratch: &mut Scratch) -> Result<Moments> {
         let pair = &self.pairs[chunk.pair];
-        let (a, a_range) = part(pair.reasoning, chunk)?;
-        let (b, b_range) = part(pair.multimodal, chunk)?;
-        let reasoning = Elements {
-            dtype: a,
-            bytes: pair.reasoning.shard.bytes(a_range.clone(), &mut scratch.reasoning)?,
+        let (dtype, range) = part(pair.multimodal, chunk)?;
+        let mut nbytes = range.end - range.start;
+        let mut release = None;
+        let reasoning = match (&pair.reasoning, chunk.origin) {
+            (Minuend::Whole(side), _) => {
+                let (dtype, range) = part(*side, chunk)?;
+                nbytes += range.end - range.start;
+                release = Some((side.shard, range.clone()));
+                Elements { dtype, bytes: side.shard.bytes(range, &mut scratch.reasoning)? }
+            }
+            (Minuend::Composed(composed), Origin::Band(band)) => {
+                let elements = chunk.start..chunk.end;
+                nbytes += composed.gather(
+                    band,
+                    &elements,
+                    &mut scratch.reasoning,
+                    &mut scratch.runs,
+                )?;
+                Elements { dtype: composed.dtype(), bytes: &scratch.reasoning }
+            }
+            (Minuend::Composed(_), _) => {
+                self.nothing(index, chunk, &mut scratch.out)?;
+                self.nbytes.fetch_add(nbytes, Ordering::Relaxed);
+                return Ok(Moments::default());
+            }
         };
         let multimodal = Elements {
-            dtype: b,
-            bytes: pair.multimodal.shard.bytes(b_range.clone(), &mut scratch.multimodal)?,
+            dtype,
+            bytes: pair.multimodal.shard.bytes(range.clone(), &mut scratch.multimodal)?,
         };
         let numel = chunk.end - chunk.start;
         let moments = match self.output {
@@ -291,13 +361,29 @@ impl Work<'_> {
                 kernel::subtract(reasoning, multimodal, Some((*dtype, &mut out)))
             }
         };
-        self.nbytes.fetch_add(
-            (a_range.end - a_range.start) + (b_range.end - b_range.start),
-            Ordering::Relaxed,
-        );
-        pair.reasoning.shard.release(a_range);
-        pair.multimodal.shard.release(b_range);
+        self.nbytes.fetch_add(nbytes, Ordering::Relaxed);
+        if let Some((shard, range)) = release {
+            shard.release(range);
+        }
+        pair.multimodal.shard.release(range);
         Ok(moments)
+    }
+
+    /// Rows without a counterpart: Δ is zero there.
+    fn nothing(&self, index: usize, chunk: &Chunk, out: &mut Vec<u8>) -> Result<()> {
+        match self.output {
+            Output::None => Ok(()),
+            Output::Files(writer) => {
+                let nbytes = writer.dtype().nbytes();
+                out.clear();
+                out.resize((chunk.end - chunk.start) * nbytes, 0);
+                writer.write_at(chunk.pair, chunk.start * nbytes, out)
+            }
+            Output::Memory(_, parts) => {
+                parts[index].lock().unwrap_or_else(PoisonError::into_inner).fill(0);
+                Ok(())
+            }
+        }
     }
 
     fn progress(&self) -> Progress {

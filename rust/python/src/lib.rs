@@ -15,8 +15,10 @@ mod _core {
     use std::sync::{Mutex, MutexGuard, TryLockError};
 
     use drift_fast_core::align::{Alignment, Named, Ties, align as align_core};
+    use drift_fast_core::compose::{Composed, Part};
+    use drift_fast_core::likeness::likeness as likeness_core;
     use drift_fast_core::memory::{Precision, Step, measure as measure_core, subtract_all};
-    use drift_fast_core::stream::{Pair, Progress, Side, Sink, run};
+    use drift_fast_core::stream::{Minuend, Pair, Progress, Side, Sink, run};
     use drift_fast_core::writer::Slot;
     use drift_fast_core::{Dtype, Error, Moments, Reader, checkpoint, kernel, writer};
     use pyo3::buffer::PyBuffer;
@@ -86,6 +88,12 @@ mod _core {
                     (tensor.name.clone(), dtype, tensor.shape.clone(), shard.path().to_owned())
                 })
                 .collect()
+        }
+
+        /// The file that holds a tensor, and where its bytes begin and end there.
+        fn place(&self, name: &str) -> PyResult<(PathBuf, u64, u64)> {
+            let (shard, tensor) = self.inner.tensor(name).map_err(to_py)?;
+            Ok((shard.path().to_owned(), tensor.range.start, tensor.range.end))
         }
 
         fn fingerprint(&self, py: Python<'_>) -> PyResult<Vec<(String, u64, String)>> {
@@ -229,7 +237,7 @@ mod _core {
         py: Python<'py>,
         reasoning: &Checkpoint,
         multimodal: &Checkpoint,
-        pairs: Vec<(String, String)>,
+        pairs: Vec<(Source, String)>,
         threads: usize,
         writer: Option<&DeltaWriter>,
         progress: Option<Py<PyAny>>,
@@ -252,7 +260,7 @@ mod _core {
         py: Python<'py>,
         reasoning: &Checkpoint,
         multimodal: &Checkpoint,
-        pair: (String, String),
+        pair: (Source, String),
         buffer: &Bound<'py, PyAny>,
         dtype: &str,
         threads: usize,
@@ -348,20 +356,64 @@ mod _core {
         .map_err(to_py)
     }
 
+    /// What a multimodal tensor is subtracted from: the name of a tensor, or parts of several, each
+    /// as (name, first row, end row, first column, end column, offset, row stride, column stride).
+    #[derive(FromPyObject)]
+    enum Source {
+        Whole(String),
+        Parts(Vec<(String, usize, usize, usize, usize, usize, usize, usize)>),
+    }
+
     fn resolve<'a>(
         reasoning: &'a checkpoint::Checkpoint,
         multimodal: &'a checkpoint::Checkpoint,
-        pairs: &[(String, String)],
+        pairs: &[(Source, String)],
     ) -> PyResult<Vec<Pair<'a>>> {
+        let side = |checkpoint: &'a checkpoint::Checkpoint, name: &str| {
+            checkpoint.tensor(name).map(|(shard, tensor)| Side { shard, tensor }).map_err(to_py)
+        };
         pairs
             .iter()
-            .map(|(a, b)| {
-                let (shard, tensor) = reasoning.tensor(a).map_err(to_py)?;
-                let reasoning = Side { shard, tensor };
-                let (shard, tensor) = multimodal.tensor(b).map_err(to_py)?;
-                Ok(Pair { reasoning, multimodal: Side { shard, tensor } })
+            .map(|(source, name)| {
+                let multimodal = side(multimodal, name)?;
+                let reasoning = match source {
+                    Source::Whole(name) => Minuend::Whole(side(reasoning, name)?),
+                    Source::Parts(parts) => {
+                        let parts = parts
+                            .iter()
+                            .map(|(name, top, bottom, left, right, offset, down, across)| {
+                                Ok(Part {
+                                    source: side(reasoning, name)?,
+                                    rows: *top..*bottom,
+                                    columns: *left..*right,
+                                    offset: *offset,
+                                    row_stride: *down,
+                                    column_stride: *across,
+                                })
+                            })
+                            .collect::<PyResult<_>>()?;
+                        let shape = &multimodal.tensor.shape;
+                        Minuend::Composed(Composed::new(shape, parts).map_err(to_py)?)
+                    }
+                };
+                Ok(Pair { reasoning, multimodal })
             })
             .collect()
+    }
+
+    /// Correlate samples of each pair's reasoning tensor with those of every multimodal one.
+    ///
+    /// The pairs are one module in each layer. Returns the correlations row by row, and the number of
+    /// elements that each was taken over.
+    #[pyfunction]
+    fn likeness(
+        py: Python<'_>,
+        reasoning: &Checkpoint,
+        multimodal: &Checkpoint,
+        pairs: Vec<(Source, String)>,
+    ) -> PyResult<(Vec<f64>, usize)> {
+        let pairs = resolve(&reasoning.inner, &multimodal.inner, &pairs)?;
+        py.detach(|| likeness_core(&pairs)).map_err(to_py)
     }
 
     /// Run with the interpreter detached, coming back for signals and the progress callback.

@@ -90,6 +90,11 @@ impl<'a> Elements<'a> {
         self.bytes.len() / self.dtype.nbytes()
     }
 
+    /// One element, exactly.
+    pub(crate) fn value(&self, index: usize) -> f64 {
+        wide::load(self, index)
+    }
+
     /// The elements from `start` up to `end`.
     pub(crate) fn slice(&self, start: usize, end: usize) -> Elements<'a> {
         let nbytes = self.dtype.nbytes();

@@ -1,0 +1,106 @@
+"""Fused weights told from split ones by names and shapes, where transformers cannot be asked.
+
+The canonical form is the fused one: `experts.gate_up_proj` of shape [experts, 2·inner, hidden] and
+`experts.down_proj` of shape [experts, hidden, inner]; `qkv_proj` and `gate_up_proj` with the rows
+of their parts one after another in the order that the name gives. A fused weight that is stored
+transposed is told by its partner: of gate_up and down only one reading fits both shapes. What is
+stored otherwise, interleaved say, is caught by the comparison of the weights (`likeness`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+from drift_fast.layout import Layout
+
+_EXPERT = re.compile(
+    r"(?P<experts>.*\bexperts)\.(?P<number>\d+)\.(?P<name>(gate|up|down)_proj)(\.weight)?$"
+)
+_STACKED = re.compile(r"(?P<experts>.*\bexperts)\.(?P<name>gate_up_proj|down_proj)(\.weight)?$")
+# What stands together in one weight, and the parts' names in their order.
+_JOINED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
+
+def canonical(tensors: Mapping[str, Layout], joined: Iterable[str]) -> dict[str, Layout]:
+    """Return every tensor under its canonical name, with experts stacked and parts joined.
+
+    `joined` names the projections that the other model stores fused; others are left split.
+    """
+    rest = dict(tensors)
+    layouts = _stack_experts(rest) | _orient_experts(rest)
+    for name in joined:
+        layouts |= _join(rest, name, _JOINED[name])
+    return layouts | rest
+
+
+def joined_names(tensors: Iterable[str]) -> set[str]:
+    """Return which of the fused projections outside experts occur among the names."""
+    return {
+        part
+        for name in tensors
+        for part in name.split(".")[-2:]
+        if part in _JOINED and not _STACKED.match(name)
+    }
+
+
+def _stack_experts(rest: dict[str, Layout]) -> dict[str, Layout]:
+    found: dict[str, dict[str, dict[int, str]]] = {}
+    for name in rest:
+        match = _EXPERT.match(name)
+        if match:
+            kinds = found.setdefault(match["experts"], {})
+            kinds.setdefault(match["name"], {})[int(match["number"])] = name
+    layouts = {}
+    for experts, kinds in found.items():
+        count = len(next(iter(kinds.values())))
+        regular = set(kinds) == {"gate_proj", "up_proj", "down_proj"} and all(
+            set(names) == set(range(count)) and len({rest[n].shape for n in names.values()}) == 1
+            for names in kinds.values()
+        )
+        if not regular or rest[kinds["gate_proj"][0]].shape != rest[kinds["up_proj"][0]].shape:
+            continue
+        stacks = {
+            kind: Layout.stacked([rest.pop(names[at]) for at in range(count)], 0)
+            for kind, names in kinds.items()
+        }
+        both = [stacks["gate_proj"], stacks["up_proj"]]
+        layouts[f"{experts}.gate_up_proj"] = Layout.concatenated(both, 1)
+        layouts[f"{experts}.down_proj"] = stacks["down_proj"]
+    return layouts
+
+
+def _orient_experts(rest: dict[str, Layout]) -> dict[str, Layout]:
+    found: dict[str, dict[str, str]] = {}
+    for name, layout in rest.items():
+        match = _STACKED.match(name)
+        if match and len(layout.shape) == 3:
+            found.setdefault(match["experts"], {})[match["name"]] = name
+    layouts = {}
+    for experts, names in found.items():
+        if set(names) != {"gate_up_proj", "down_proj"}:
+            continue
+        up, down = rest[names["gate_up_proj"]].shape, rest[names["down_proj"]].shape
+        straight = (up[1], up[2]) == (2 * down[2], down[1])
+        if not straight and (up[2], up[1]) != (2 * down[1], down[2]):
+            continue
+        for kind, name in names.items():
+            layout = rest.pop(name)
+            layouts[f"{experts}.{kind}"] = layout if straight else layout.transposed(1, 2)
+    return layouts
+
+
+def _join(rest: dict[str, Layout], fused: str, parts: tuple[str, ...]) -> dict[str, Layout]:
+    layouts = {}
+    for name in list(rest):
+        before, found, after = name.rpartition(f"{parts[0]}.")
+        if not found or (before and not before.endswith(".")):
+            continue
+        names = [f"{before}{part}.{after}" for part in parts]
+        shapes = [rest[other].shape[1:] for other in names if other in rest]
+        if len(shapes) < len(parts) or len(set(shapes)) > 1:
+            continue
+        layouts[f"{before}{fused}.{after}"] = Layout.concatenated(
+            [rest.pop(other) for other in names], 0
+        )
+    return layouts

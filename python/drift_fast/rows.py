@@ -1,0 +1,151 @@
+"""Embeddings and heads, whose rows are tokens: paired row by row, since vocabularies differ.
+
+Owns which embedding or head belongs to which and what is left out of tied ones; which rows are the
+same token is `vocabulary`'s. They are never part of a delta unless they are selected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from drift_fast.errors import CoverageError
+from drift_fast.layout import Part, Shape
+from drift_fast.matching import Match, Pair
+from drift_fast.select import Selection, kind_of
+from drift_fast.vocabulary import RowMap, match_rows
+
+Rows = Literal["token", "index"] | None
+
+
+@dataclass(frozen=True)
+class VocabularySide:
+    """One model's tensors, where its tokenizer lies, and whether its configuration ties the head."""
+
+    tensors: Mapping[str, Shape]
+    directory: Path
+    tied: bool
+
+
+@dataclass
+class RowPairs:
+    """The pairing with rows in place of whole embeddings, and what was found on the way."""
+
+    match: Match
+    maps: dict[str, RowMap] = field(default_factory=dict)
+
+
+def pair_rows(
+    found: Match,
+    selection: Selection,
+    left: VocabularySide,
+    right: VocabularySide,
+    *,
+    rows: Rows,
+    strict: bool,
+) -> RowPairs:
+    """Pair the selected embeddings and heads of the right side by rows.
+
+    A head that the right side ties to its embedding is left out, since they are one parameter; one
+    that only the left side ties is paired with the left embedding, which it is.
+
+    Raises:
+        CoverageError: when strict, vocabularies that cannot be compared.
+        CheckpointError: a tokenizer that is not valid.
+        ValueError: another `rows`.
+    """
+    chosen = {
+        name: kind_of(name)
+        for name in right.tensors
+        if name in selection and kind_of(name) in ("embed", "head") and len(right.tensors[name]) > 1
+    }
+    by_name = {pair.name: pair for pair in found.pairs}
+    reasons = dict(found.unmatched_right)
+    result = RowPairs(found)
+    for name, kind in chosen.items():
+        if kind == "head" and right.tied:
+            by_name.pop(name, None)
+            reasons[name] = (
+                "tied to the embedding by the configuration: one parameter, taken with embed"
+            )
+            continue
+        source = _counterpart(name, kind, by_name.get(name), left, right)
+        by_name.pop(name, None)
+        if source is None:
+            reasons.setdefault(name, "the other model has no single tensor of its kind and width")
+            continue
+        try:
+            rows_of = match_rows(
+                left.directory,
+                right.directory,
+                left.tensors[source][0],
+                right.tensors[name][0],
+                by=rows,
+            )
+        except CoverageError as error:
+            what = f"{source} {list(left.tensors[source])}, {name} {list(right.tensors[name])}"
+            if strict:
+                raise CoverageError(f"{what}: {error}") from error
+            reasons[name] = f"{what}: {error}"
+            continue
+        result.maps[name] = rows_of
+        by_name[name] = Pair(name, _parts(source, rows_of, right.tensors[name]))
+    taken = {source for pair in by_name.values() for source in pair.sources}
+    left_reasons = dict(found.unmatched_left)
+    result.match = replace(
+        found,
+        pairs=[by_name[name] for name in right.tensors if name in by_name],
+        unmatched_left=[
+            (name, left_reasons.get(name) or "its counterpart is left out")
+            for name in left.tensors
+            if name not in taken
+        ],
+        unmatched_right=[(name, reasons[name]) for name in right.tensors if name not in by_name],
+    )
+    return result
+
+
+def _counterpart(
+    name: str,
+    kind: str,
+    pair: Pair | None,
+    left: VocabularySide,
+    right: VocabularySide,
+) -> str | None:
+    if pair is not None and isinstance(pair.source, str):
+        return pair.source
+    width = right.tensors[name][1:]
+    for wanted in (kind, "embed"):
+        fitting = [
+            other
+            for other, shape in left.tensors.items()
+            if kind_of(other) == wanted and shape[1:] == width
+        ]
+        if fitting:
+            return fitting[0] if len(fitting) == 1 else None
+    return None
+
+
+def _parts(source: str, rows: RowMap, shape: Shape) -> str | list[Part]:
+    columns = shape[1]
+    if rows.runs == [(0, 0, shape[0])] and rows.left_rows == shape[0]:
+        return source
+    return [
+        (source, right, right + count, 0, columns, left * columns, columns, 1)
+        for left, right, count in rows.runs
+    ]
+
+
+def is_tied(directory: Path) -> bool:
+    """Return whether the configuration says that head and embedding are one parameter."""
+    import json
+
+    path = directory / "config.json"
+    try:
+        stored = json.loads(path.read_bytes()) if path.is_file() else {}
+    except ValueError:
+        return False
+    sections = [stored, *(stored.get(k) for k in ("text_config", "llm_config"))]
+    return any(isinstance(s, dict) and s.get("tie_word_embeddings") is True for s in sections)

@@ -1,0 +1,124 @@
+//! How much the weights of two models resemble each other, layer against layer, from samples.
+//!
+//! Names and shapes cannot tell a model whose layers are shifted by one from a right pairing; the
+//! weights can, since fine-tuning leaves them close to where they came from and other layers of the
+//! same shape are unrelated. Owns the sampling and the correlations; what follows from them is
+//! decided by the caller.
+
+use crate::error::{Error, Result};
+use crate::kernel::Elements;
+use crate::shard::subtractable;
+use crate::stream::{Minuend, Pair, Side};
+
+/// Runs of consecutive elements that are read from each tensor, and their length: few enough that a
+/// cold disk answers at once.
+const RUNS: usize = 8;
+const RUN: usize = 128;
+
+/// Pearson's correlation of each reasoning tensor with each multimodal one, row by row, and the
+/// number of elements that each was taken over.
+///
+/// All pairs are of one shape: one module in every layer. A correlation with a tensor that does not
+/// vary is NaN; values that are not finite are left out.
+///
+/// # Errors
+/// Shapes that differ between the pairs, or a failed read.
+pub fn likeness(pairs: &[Pair<'_>]) -> Result<(Vec<f64>, usize)> {
+    let Some(first) = pairs.first() else { return Ok((Vec::new(), 0)) };
+    let shape = &first.multimodal.tensor.shape;
+    if let Some(other) = pairs.iter().find(|pair| pair.multimodal.tensor.shape != *shape) {
+        return Err(Error::Argument(format!(
+            "{} has shape {:?}, {} has {shape:?}",
+            other.multimodal.tensor.name, other.multimodal.tensor.shape, first.multimodal.tensor.name
+        )));
+    }
+    let elements = sampled(first.multimodal.tensor.numel());
+    let mut reasoning = Vec::with_capacity(pairs.len());
+    let mut multimodal = Vec::with_capacity(pairs.len());
+    for pair in pairs {
+        reasoning.push(match &pair.reasoning {
+            Minuend::Whole(side) => whole(*side, &elements)?,
+            Minuend::Composed(composed) => {
+                let mut bytes = Vec::with_capacity(elements.len());
+                composed.pick(&elements, &mut bytes)?;
+                let dtype = composed.dtype();
+                bytes
+                    .iter()
+                    .map(|bytes| {
+                        bytes.as_ref().map_or(f64::NAN, |bytes| {
+                            Elements { dtype, bytes: &bytes[..dtype.nbytes()] }.value(0)
+                        })
+                    })
+                    .collect()
+            }
+        });
+        multimodal.push(whole(pair.multimodal, &elements)?);
+    }
+    let matrix =
+        reasoning.iter().flat_map(|a| multimodal.iter().map(move |b| correlation(a, b))).collect();
+    Ok((matrix, elements.len()))
+}
+
+/// Indices of runs spread evenly over a tensor, or all of a small one.
+fn sampled(numel: usize) -> Vec<usize> {
+    if numel <= RUNS * RUN {
+        return (0..numel).collect();
+    }
+    let stride = (numel - RUN) / (RUNS - 1);
+    (0..RUNS).flat_map(|run| run * stride..run * stride + RUN).collect()
+}
+
+fn whole(side: Side<'_>, elements: &[usize]) -> Result<Vec<f64>> {
+    let dtype = subtractable(side.shard, side.tensor)?;
+    let nbytes = dtype.nbytes();
+    let mut values = Vec::with_capacity(elements.len());
+    for run in elements.chunk_by(|one, next| one + 1 == *next) {
+        let mut bytes = vec![0; run.len() * nbytes];
+        let start = side.tensor.range.start + (run[0] * nbytes) as u64;
+        side.shard.read_exact_at(&mut bytes, start)?;
+        let run = Elements { dtype, bytes: &bytes };
+        values.extend((0..run.numel()).map(|index| run.value(index)));
+    }
+    Ok(values)
+}
+
+fn correlation(a: &[f64], b: &[f64]) -> f64 {
+    let both = || a.iter().zip(b).filter(|(x, y)| x.is_finite() && y.is_finite());
+    let count = both().count().max(1) as f64;
+    let (mut mean_a, mut mean_b) = (0.0, 0.0);
+    for (x, y) in both() {
+        mean_a += x / count;
+        mean_b += y / count;
+    }
+    let (mut aa, mut bb, mut ab) = (0.0, 0.0, 0.0);
+    for (x, y) in both() {
+        aa += (x - mean_a) * (x - mean_a);
+        bb += (y - mean_b) * (y - mean_b);
+        ab += (x - mean_a) * (y - mean_b);
+    }
+    ab / (aa * bb).sqrt()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn samples_are_distinct_and_inside() {
+        for numel in [0, 1, 1023, 1024, 1025, 2000, 1 << 20] {
+            let elements = sampled(numel);
+            assert!(elements.iter().all(|&element| element < numel));
+            assert!(elements.windows(2).all(|pair| pair[0] < pair[1]), "{numel}");
+            assert_eq!(elements.len(), numel.min(RUNS * RUN));
+        }
+    }
+
+    #[test]
+    fn a_correlation_ignores_offset_and_scale_and_what_does_not_vary() {
+        let a = [1.0, 2.0, 3.0, -1.0];
+        let b: Vec<f64> = a.iter().map(|x| 5.0 - 2.0 * x).collect();
+        assert!((correlation(&a, &b) + 1.0).abs() < 1e-12);
+        assert!(correlation(&a, &[4.0; 4]).is_nan());
+        assert!(correlation(&a, &[f64::NAN; 4]).is_nan());
+    }
+}
