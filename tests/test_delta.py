@@ -351,6 +351,7 @@ def test_an_embedding_of_seventeen_million_values_has_its_float64_norm(tmp_path:
         write_file(tmp_path / "a.safetensors", {name: a, layer(0): stored([1.0, 2.0])}),
         write_file(tmp_path / "b.safetensors", {name: b, layer(0): stored([2.0, 2.0])}),
         modules="embed",
+        rows="index",
     )
     (row,) = report.stats
     left, right = a.values, b.values

@@ -40,6 +40,7 @@ EVERYTHING = in_layers(ATTENTION | MLP | LAYER_NORMS) | EMBED | HEAD | FINAL_NOR
 
 def selected(pair: Pair, **options: Any) -> set[str]:
     """Return the selected names; inspect and the lazy delta must agree on them."""
+    options["rows"] = "index"
     names = {row.name for row in inspect(pair.reasoning, pair.multimodal, **options).stats}
     assert names == set(compute_delta(pair.reasoning, pair.multimodal, **options))
     return names
@@ -75,7 +76,9 @@ def test_attention_and_mlp_are_what_is_selected_unless_asked(deep_pair: Pair) ->
 def test_the_rows_carry_the_preset_and_the_layer_of_their_tensor(deep_pair: Pair) -> None:
     rows = {
         row.name: row
-        for row in inspect(deep_pair.reasoning, deep_pair.multimodal, modules="all").stats
+        for row in inspect(
+            deep_pair.reasoning, deep_pair.multimodal, modules="all", rows="index"
+        ).stats
     }
     for name, row in rows.items():
         found = re.search(r"layers\.(\d+)\.", name)
@@ -94,7 +97,9 @@ def test_the_rows_carry_the_preset_and_the_layer_of_their_tensor(deep_pair: Pair
     "modules", ["attn", ["attn"], ("attn",), "re:self_attn", iter(["attn"])], ids=repr
 )
 def test_modules_may_be_one_name_or_any_iterable(deep_pair: Pair, modules: Any) -> None:
-    names = set(compute_delta(deep_pair.reasoning, deep_pair.multimodal, modules=modules))
+    names = set(
+        compute_delta(deep_pair.reasoning, deep_pair.multimodal, modules=modules, rows="index")
+    )
     assert names == in_layers(ATTENTION)
 
 
@@ -227,7 +232,7 @@ def test_a_head_that_neither_checkpoint_has_is_an_error_and_no_empty_delta(tmp_p
 )
 def test_any_text_for_modules_selects_something_or_is_refused(pair: Pair, modules: str) -> None:
     with contextlib.suppress(ValueError, DriftError):
-        report = inspect(pair.reasoning, pair.multimodal, modules=modules)
+        report = inspect(pair.reasoning, pair.multimodal, modules=modules, rows="index")
         names = [row.name for row in report.stats]
         assert names
         assert not [name for name in names if "vision" in name or "projector" in name]

@@ -25,8 +25,8 @@ class Alignment:
     """How the tensors of two checkpoints pair, by names, shapes and samples of the weights.
 
     `pairs` are (reasoning, multimodal) names; a fused tensor stands in as many pairs as it has
-    sources. `problem` is what `compute_delta` would refuse, None where it would not; `proposed` says
-    that the pairs are a proposal to look over, which is never applied by itself.
+    sources. `problem` is what `compute_delta` would refuse, None where it would not; `proposed`
+    says that the pairs are a proposal to look over, which is never applied by itself.
     """
 
     pairs: list[tuple[str, str]]
@@ -82,7 +82,7 @@ class Alignment:
         }
 
     def table(self, *, every: bool = False) -> str:
-        """Return the account as text; `every` lists all pairs and leftovers rather than the first."""
+        """Return the account as text; `every` lists all pairs and leftovers, not the first."""
         limit = max(len(self.unmatched_reasoning), len(self.unmatched_multimodal)) if every else 8
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(self.kinds.items()))
         lines = [
@@ -150,9 +150,9 @@ def align(
             found = match(left.side(), right.side(), mapping=dict(inserted.pairs))
             proposed = True
             problem += (
-                f". The multimodal model has inserted layers {_numbers(inserted.layers)}; the pairs "
-                "shown leave them out. Write them with --out, look them over, and pass the file as "
-                "mapping"
+                f". The multimodal model has inserted layers {_numbers(inserted.layers)}; the "
+                "pairs shown leave them out. Write them with --out, look them over, and pass the "
+                "file as mapping"
             )
     likeness = None
     local = left.source.remote is None and right.source.remote is None

@@ -88,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     pairs = commands.add_parser(
         "align",
         help="which tensor of one checkpoint is which of the other, and how surely",
-        description="Pair the tensors of two checkpoints; exit status 1 where delta would refuse.",
+        description="Pair the tensors of two checkpoints. Exit status 1 where delta would refuse the pairing and no map was asked for.",
     )
     _add_sources(pairs)
     pairs.add_argument("--out", "-o", type=Path, metavar="JSON", help="write a map file to edit")
@@ -116,7 +116,7 @@ def _add_sources(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mapping",
         metavar="MAP",
-        help="a map file that `align --out` wrote, or prefix pairs such as model:model.language_model",
+        help="a map file that `align --out` wrote, or prefix pairs such as model:model.llm",
     )
     parser.add_argument(
         "--no-check-weights",
@@ -226,7 +226,7 @@ def _align(options: argparse.Namespace) -> int:
     if options.out is not None:
         found.save(options.out)
         print(f"drift-fast: map written to {options.out}", file=sys.stderr)
-    return 0 if found.ok else 1
+    return 0 if found.ok or options.out is not None else 1
 
 
 def _demo(options: argparse.Namespace) -> int:

@@ -85,8 +85,8 @@ def convert(model: nn.Module, tensors: Mapping[str, Shape]) -> dict[str, Layout]
     """Return each of the model's parameters as blocks of the tensors of its checkpoint.
 
     Names are those of the model without any wrapper. None where transformers has no such machinery
-    (before 5.0), the model is not one of its own, or a conversion cannot be followed. Stored tensors
-    that become no parameter keep their names.
+    (before 5.0), the model is not one of its own, or a conversion cannot be followed. Stored
+    tensors that become no parameter keep their names.
     """
     try:
         from transformers import PreTrainedModel

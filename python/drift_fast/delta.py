@@ -71,11 +71,11 @@ def compute_delta(
     """Compute Δ = W_reason − W_multimodal for every selected tensor of the language backbone.
 
     Either checkpoint is a `.safetensors` file, a directory that holds one or an index of shards, a
-    Hub id (`org/name`, `org/name@revision`) or an http(s) URL; of the last two, only headers and the
-    bytes of the selected tensors are downloaded. Both are streamed: memory does not grow with their
-    size. Each Δ equals the float64 subtraction rounded once to `dtype`, and carries the multimodal
-    checkpoint's tensor name. `compute_delta(expert, reference)` on two text models gives the
-    difference of those, to be attached to a third.
+    Hub id (`org/name`, `org/name@revision`) or an http(s) URL; of the last two, only headers and
+    the bytes of the selected tensors are downloaded. Both are streamed: memory does not grow with
+    their size. Each Δ equals the float64 subtraction rounded once to `dtype`, and carries the
+    multimodal checkpoint's tensor name. `compute_delta(expert, reference)` on two text models gives
+    the difference of those, to be attached to a third.
 
     Args:
         out: a directory to write; None writes nothing, and tensors are subtracted when asked for.
@@ -85,7 +85,7 @@ def compute_delta(
         mapping: which tensor belongs to which, where names do not tell: pairs of prefixes, a
             dictionary of reasoning name → multimodal name (None leaves one out), a function that
             does the same, or the path of a map file that `drift-fast align` wrote. It is checked
-            like what is found.
+            like what is found, but may leave out tensors that only the multimodal model has.
         rows: how rows of selected embeddings and heads are matched: None or "token", by the token
             strings of both tokenizers; "index", row i with row i. Rows without a counterpart
             get a Δ of zero.

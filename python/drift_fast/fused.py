@@ -18,6 +18,7 @@ _EXPERT = re.compile(
     r"(?P<experts>.*\bexperts)\.(?P<number>\d+)\.(?P<name>(gate|up|down)_proj)(\.weight)?$"
 )
 _STACKED = re.compile(r"(?P<experts>.*\bexperts)\.(?P<name>gate_up_proj|down_proj)(\.weight)?$")
+_EXPERT_PARTS = ("gate_proj", "up_proj", "down_proj")
 # What stands together in one weight, and the parts' names in their order.
 _JOINED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
@@ -44,25 +45,48 @@ def joined_names(tensors: Iterable[str]) -> set[str]:
     }
 
 
-def _stack_experts(rest: dict[str, Layout]) -> dict[str, Layout]:
+def incomplete_experts(names: Iterable[str]) -> dict[str, str]:
+    """Return the experts that cannot be stacked because others of their layer are not there."""
+    reasons = {}
+    for experts, kinds in _experts(names).items():
+        numbers = range(1 + max(number for named in kinds.values() for number in named))
+        absent = [
+            f"{experts}.{number}.{kind}"
+            for number in numbers
+            for kind in _EXPERT_PARTS
+            if number not in kinds.get(kind, {})
+        ]
+        for name in (name for named in kinds.values() for name in named.values() if absent):
+            reasons[name] = f"the experts of its layer are not all there: no {absent[0]}"
+    return reasons
+
+
+def _experts(names: Iterable[str]) -> dict[str, dict[str, dict[int, str]]]:
+    """Return names by container, projection and number."""
     found: dict[str, dict[str, dict[int, str]]] = {}
-    for name in rest:
+    for name in names:
         match = _EXPERT.match(name)
         if match:
             kinds = found.setdefault(match["experts"], {})
             kinds.setdefault(match["name"], {})[int(match["number"])] = name
+    return found
+
+
+def _stack_experts(rest: dict[str, Layout]) -> dict[str, Layout]:
     layouts = {}
-    for experts, kinds in found.items():
-        count = len(next(iter(kinds.values())))
-        regular = set(kinds) == {"gate_proj", "up_proj", "down_proj"} and all(
-            set(names) == set(range(count)) and len({rest[n].shape for n in names.values()}) == 1
-            for names in kinds.values()
-        )
-        if not regular or rest[kinds["gate_proj"][0]].shape != rest[kinds["up_proj"][0]].shape:
+    incomplete = incomplete_experts(rest)
+    for experts, kinds in _experts(rest).items():
+        names = [name for named in kinds.values() for name in named.values()]
+        if any(name in incomplete for name in names):
+            continue
+        shapes = {kind: {rest[n].shape for n in named.values()} for kind, named in kinds.items()}
+        if any(len(found) > 1 for found in shapes.values()):
+            continue
+        if shapes["gate_proj"] != shapes["up_proj"]:
             continue
         stacks = {
-            kind: Layout.stacked([rest.pop(names[at]) for at in range(count)], 0)
-            for kind, names in kinds.items()
+            kind: Layout.stacked([rest.pop(named[at]) for at in sorted(named)], 0)
+            for kind, named in kinds.items()
         }
         both = [stacks["gate_proj"], stacks["up_proj"]]
         layouts[f"{experts}.gate_up_proj"] = Layout.concatenated(both, 1)

@@ -24,8 +24,9 @@ from drift_fast.select import kind_of, layer_of
 _MODULES = 16
 # Two unrelated tensors correlate by chance with a deviation of 1/√n; six of them is never chance.
 _DEVIATIONS = 6.0
-# Below this a correlation shows no common origin, above the other it does.
-_UNLIKE, _ALIKE = 0.05, 0.5
+# Below this a correlation shows no common origin, above the other it does; and a module whose
+# correlation is a fifth of the highest is not what its name says.
+_UNLIKE, _ALIKE, _FIFTH = 0.05, 0.5, 0.2
 # Elements below which a correlation near zero says nothing.
 _ENOUGH = 4096
 
@@ -142,20 +143,21 @@ def _refuse_shift(
         f"the layers do not belong together: {names[row][0]} resembles {names[column][1]} "
         f"(correlation {value:.2f}) and not its counterpart by name, {names[row][1]} ({here:.2f}); "
         f"so do {len({item[0] for item in shifted})} of {len(names)} layers. The layers of one "
-        "model are shifted or permuted; state the right pairs with mapping=…, or pass check_weights=False "
-        "if this is meant"
+        "model are shifted or permuted; state the right pairs with mapping=…, or pass "
+        "check_weights=False if this is meant"
     )
 
 
 def _refuse_module(own: Mapping[str, float], groups: Mapping[str, Sequence[Pair]]) -> None:
-    if max(own.values()) < _ALIKE:
+    highest = max(own.values())
+    if highest < _ALIKE:
         return
     for module, value in own.items():
-        if value < _UNLIKE:
+        if value < _FIFTH * highest:
             pair = groups[module][0]
             raise AlignmentError(
-                f"{pair.sources[0]} does not resemble {pair.name} (correlation {value:.2f}, in every "
-                f"layer) although other modules do ({max(own.values()):.2f}): the two are stored in "
+                f"{pair.sources[0]} does not resemble {pair.name} (correlation {value:.2f} over "
+                f"the layers) although other modules do ({highest:.2f}): the two are stored in "
                 "different orders, or one was trained anew. Leave the module out, or pass "
                 "check_weights=False if this is meant"
             )

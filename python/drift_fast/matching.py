@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from drift_fast import _core
 from drift_fast.errors import AlignmentError
-from drift_fast.fused import canonical, joined_names
+from drift_fast.fused import canonical, incomplete_experts, joined_names
 from drift_fast.layout import Layout, Part, Shape, compose, covered, whole
 from drift_fast.mapping import MappingLike, resolve
 from drift_fast.select import container_of, layer_of
@@ -96,7 +96,8 @@ def match(
         made = _composed(left, right, prefer_equal_names)
     except AlignmentError:
         made = None
-    if made is not None and (plain is None or _leftover(made) < _leftover(plain)):
+    # Where neither pairs more, the common form still tells better what stands in the way.
+    if made is not None and (plain is None or _leftover(made) <= _leftover(plain)):
         return made
     if plain is None:
         raise failure or AlignmentError("nothing matches")
@@ -143,7 +144,7 @@ def _layouts(left: Side, right: Side) -> tuple[dict[str, Layout], dict[str, Layo
 
 def _composed(left: Side, right: Side, prefer_equal_names: bool) -> Match | None:
     left_layouts, right_layouts, how = _layouts(left, right)
-    if all(_is_stored(side) for side in (left_layouts, right_layouts)):
+    if _is_stored(left_layouts, left.tensors) and _is_stored(right_layouts, right.tensors):
         return None
     aligned = _align(
         {name: layout.shape for name, layout in left_layouts.items()},
@@ -153,8 +154,12 @@ def _composed(left: Side, right: Side, prefer_equal_names: bool) -> Match | None
     return _assemble(left, right, left_layouts, right_layouts, aligned, how)
 
 
-def _is_stored(layouts: Mapping[str, Layout]) -> bool:
-    return all(layout.sources == [name] for name, layout in layouts.items())
+def _is_stored(layouts: Mapping[str, Layout], tensors: Mapping[str, Shape]) -> bool:
+    """Whether the common form is no other than the stored one."""
+    return layouts.keys() == tensors.keys() and all(
+        layout.blocks == Layout.stored(name, tensors[name]).blocks
+        for name, layout in layouts.items()
+    )
 
 
 def _assemble(
@@ -180,7 +185,9 @@ def _assemble(
     pairs.sort(key=lambda pair: order[pair.name])
     named = {pair.name for pair in pairs}
     left_reasons = _by_source(aligned.unmatched_left, left_layouts)
+    left_reasons |= incomplete_experts(left.tensors)
     right_reasons = _by_source(aligned.unmatched_right, right_layouts) | reasons
+    right_reasons |= incomplete_experts(right.tensors)
     missing = "its counterpart is there only in part"
     return Match(
         pairs,

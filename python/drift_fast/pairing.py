@@ -117,8 +117,9 @@ def match_checkpoints(left: Opened, right: Opened, mapping: MappingLike | None) 
         remedy = (
             "choose a reasoning model of the same backbone"
             if inserted is None
-            else f"the multimodal model has inserted layers {', '.join(map(str, inserted.layers))}, "
-            "which the other has no counterpart for, so all later ones have other numbers. "
+            else "the multimodal model has inserted layers "
+            f"{', '.join(map(str, inserted.layers))}, which the other has no counterpart for, so "
+            "all later ones have other numbers. "
             f"`drift-fast align {names} --out map.json` writes a map that leaves them out; look it "
             "over and pass mapping='map.json'"
         )
@@ -167,7 +168,12 @@ def pair_checkpoints(
     pairs = sorted(
         (pair for pair in found.pairs if pair.name in selection), key=lambda pair: _order(pair.name)
     )
-    coverage, missing = _account(found, selection, pairs, left.shapes, right.shapes)
+    coverage, missing_left, missing_right = _account(
+        found, selection, pairs, left.shapes, right.shapes
+    )
+    # A stated pairing may leave out layers that only the multimodal model has; it is for the
+    # reasoning side to be complete.
+    missing = missing_left + ([] if mapping is not None else missing_right)
     between = f"between {left.source.path} and {right.source.path}"
     if missing and (strict or not pairs):
         raise AlignmentError(
@@ -259,8 +265,8 @@ def _account(
     pairs: list[Pair],
     left_shapes: Mapping[str, Shape],
     right_shapes: Mapping[str, Shape],
-) -> tuple[Coverage, list[tuple[str, str]]]:
-    """Return the coverage and what is selected without a partner."""
+) -> tuple[Coverage, list[tuple[str, str]], list[tuple[str, str]]]:
+    """Return the coverage and what of either side is selected without a partner."""
     chosen = {pair.name for pair in pairs}
     dropped = [pair for pair in found.pairs if pair.name not in chosen]
     missing_left = [item for item in found.unmatched_left if item[0] in selection]
@@ -292,7 +298,7 @@ def _account(
         selected_numel=numel + missing_numel,
         backbone_numel=backbone_numel(right_shapes, backbone),
     )
-    return coverage, missing_left + missing_right
+    return coverage, missing_left, missing_right
 
 
 def _order(name: str) -> list[tuple[int, str]]:

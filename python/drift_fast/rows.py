@@ -22,7 +22,7 @@ Rows = Literal["token", "index"] | None
 
 @dataclass(frozen=True)
 class VocabularySide:
-    """One model's tensors, where its tokenizer lies, and whether its configuration ties the head."""
+    """One model's tensors, where its tokenizer lies, and whether the head is tied."""
 
     tensors: Mapping[str, Shape]
     directory: Path
@@ -59,8 +59,9 @@ def pair_rows(
     chosen = {
         name: kind_of(name)
         for name in right.tensors
-        if name in selection and kind_of(name) in ("embed", "head") and len(right.tensors[name]) > 1
+        if name in selection and _is_vocabulary(name, right.tensors)
     }
+    counterparts = _counterparts(found, left, right)
     by_name = {pair.name: pair for pair in found.pairs}
     reasons = dict(found.unmatched_right)
     result = RowPairs(found)
@@ -71,7 +72,7 @@ def pair_rows(
                 "tied to the embedding by the configuration: one parameter, taken with embed"
             )
             continue
-        source = _counterpart(name, kind, by_name.get(name), left, right)
+        source = counterparts.get(name)
         by_name.pop(name, None)
         if source is None:
             reasons.setdefault(name, "the other model has no single tensor of its kind and width")
@@ -85,7 +86,7 @@ def pair_rows(
                 by=rows,
             )
         except CoverageError as error:
-            what = f"{source} {list(left.tensors[source])}, {name} {list(right.tensors[name])}"
+            what = f"{source} {list(left.tensors[source])} and {name} {list(right.tensors[name])}"
             if strict:
                 raise CoverageError(f"{what}: {error}") from error
             reasons[name] = f"{what}: {error}"
@@ -107,25 +108,42 @@ def pair_rows(
     return result
 
 
-def _counterpart(
-    name: str,
-    kind: str,
-    pair: Pair | None,
-    left: VocabularySide,
-    right: VocabularySide,
-) -> str | None:
-    if pair is not None and isinstance(pair.source, str):
-        return pair.source
-    width = right.tensors[name][1:]
-    for wanted in (kind, "embed"):
-        fitting = [
-            other
-            for other, shape in left.tensors.items()
-            if kind_of(other) == wanted and shape[1:] == width
-        ]
-        if fitting:
-            return fitting[0] if len(fitting) == 1 else None
-    return None
+def _is_vocabulary(name: str, tensors: Mapping[str, Shape]) -> bool:
+    return kind_of(name) in ("embed", "head") and len(tensors[name]) == 2
+
+
+def _counterparts(found: Match, left: VocabularySide, right: VocabularySide) -> dict[str, str]:
+    """Return the left tensor of each embedding and head on the right that has one.
+
+    What was paired or has the same name below the aligned prefixes goes first, so that a second
+    language model's embedding is not taken for the backbone's; of what is left over, only one of a
+    kind on either side is placed.
+    """
+    placed = {
+        pair.name: pair.source
+        for pair in found.pairs
+        if isinstance(pair.source, str) and _is_vocabulary(pair.name, right.tensors)
+    }
+    first, second = (f"{prefix}." if prefix else "" for prefix in found.prefixes)
+    for name in left.tensors:
+        partner = second + name.removeprefix(first)
+        fits = partner in right.tensors and _is_vocabulary(name, left.tensors)
+        if fits and name.startswith(first) and partner not in placed:
+            placed[partner] = name
+    for kind, sources in (("embed", ("embed",)), ("head", ("head", "embed"))):
+        free = [n for n in right.tensors if kind_of(n) == kind and n not in placed]
+        if any(kind_of(name) == kind for name in placed):
+            continue
+        of_kind: list[str] = []
+        for wanted in sources:
+            of_kind = of_kind or [n for n in left.tensors if kind_of(n) == wanted]
+        if len(free) == len(of_kind) == 1:
+            placed[free[0]] = of_kind[0]
+    return {
+        name: source
+        for name, source in placed.items()
+        if left.tensors[source][1:] == right.tensors[name][1:]
+    }
 
 
 def _parts(source: str, rows: RowMap, shape: Shape) -> str | list[Part]:

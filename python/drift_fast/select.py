@@ -22,10 +22,11 @@ _KINDS: dict[str, re.Pattern[str]] = {
     "attn": re.compile(
         r"(^|\.)(self_attn|self_attention|attention|attn)\."
         r"(q|k|v|o|qkv|out|kv_a|kv_b|q_a|q_b)_proj(_with_mqa)?\.(weight|bias)$"
+        r"|(^|\.)linear_attn\.(in_proj\w*|out_proj)\.(weight|bias)$"
     ),
     "mlp": re.compile(
         r"(^|\.)(mlp|feed_forward|block_sparse_moe)\.(.+\.)?"
-        r"((gate|up|down|gate_up)_proj|w[123])(\.(weight|bias))?$"
+        r"((gate|up|down|gate_up)_proj|w[123]|fc[12])(\.(weight|bias))?$"
     ),
 }
 PRESETS = (*_KINDS, "all")

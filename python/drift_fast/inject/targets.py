@@ -1,8 +1,8 @@
 """Which parameter of a running model each tensor of a delta belongs to.
 
 Names in memory differ from names on disk and change with wrappers, and experts or projections that
-lie apart on disk are one parameter in memory, so they are matched like two checkpoints are. A target
-exists, has the delta's shape, is trained, and is targeted once.
+lie apart on disk are one parameter in memory, so they are matched like two checkpoints are. A
+target exists, has the delta's shape, is trained, and is targeted once.
 """
 
 from __future__ import annotations
@@ -97,8 +97,8 @@ def match_parameters(
 ) -> dict[str, str]:
     """Return runtime parameter name → delta tensor name for every tensor of the delta.
 
-    Nothing is attached. Names are those of `model.named_parameters()`, wrappers included; a parameter
-    that several tensors make up is given with the first of them.
+    Nothing is attached. Names are those of `model.named_parameters()`, wrappers included; a
+    parameter that several tensors make up is given with the first of them.
 
     Raises:
         CoverageError: a tensor of the delta that has no parameter of its name and shape.

@@ -229,13 +229,17 @@ fn refuse_ambiguity(
                 .is_some_and(|other| left.shape(position) == right.shape(other))
         })
         .count();
+    let chosen_modules = modules(left, right, chosen);
     for (rival, count) in rivals {
         // A rival that leaves layer parameters without a partner (a vision tower whose query
         // projections happen to fit) cannot be the language model, if the chosen pair leaves none.
+        // Where neither explains all of it, a tower gives itself away by what it lacks: gates, say.
         let conflict = if complete {
             explains_every_layer(left, right, rival)
         } else {
-            matched > 0 && 2 * count >= matched
+            matched > 0
+                && 2 * count >= matched
+                && 4 * modules(left, right, rival) >= 3 * chosen_modules
         };
         if conflict {
             let example = |prefixes: &Prefixes| {
@@ -256,6 +260,22 @@ fn refuse_ambiguity(
         }
     }
     Ok(())
+}
+
+/// How many modules of a layer a prefix pair gives a partner of their shape in any layer.
+fn modules(left: &Side<'_>, right: &Side<'_>, prefixes: &Prefixes) -> usize {
+    left.layer_positions()
+        .filter(|&position| {
+            partner(left, right, prefixes, position)
+                .is_some_and(|other| left.shape(position) == right.shape(other))
+        })
+        .map(|position| {
+            let parts: Vec<&str> = left.names[position].split('.').collect();
+            let layer = parts.iter().position(|part| is_number(part)).unwrap_or_default();
+            parts[layer..].iter().skip(1).copied().collect::<Vec<_>>().join(".")
+        })
+        .collect::<BTreeSet<_>>()
+        .len()
 }
 
 fn distinct_rivals(rivals: Vec<(Prefixes, usize)>) -> Vec<(String, String, usize)> {

@@ -29,7 +29,9 @@ pub fn likeness(pairs: &[Pair<'_>]) -> Result<(Vec<f64>, usize)> {
     if let Some(other) = pairs.iter().find(|pair| pair.multimodal.tensor.shape != *shape) {
         return Err(Error::Argument(format!(
             "{} has shape {:?}, {} has {shape:?}",
-            other.multimodal.tensor.name, other.multimodal.tensor.shape, first.multimodal.tensor.name
+            other.multimodal.tensor.name,
+            other.multimodal.tensor.shape,
+            first.multimodal.tensor.name
         )));
     }
     let elements = sampled(first.multimodal.tensor.numel());

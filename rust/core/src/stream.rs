@@ -184,7 +184,9 @@ fn cut(index: usize, pair: &Pair<'_>) -> Vec<Chunk> {
         Minuend::Composed(composed) => composed
             .runs(numel, COMPOSED_CHUNK)
             .into_iter()
-            .map(|(run, band)| chunk(run.start, run.end, band.map_or(Origin::Nothing, Origin::Band)))
+            .map(|(run, band)| {
+                chunk(run.start, run.end, band.map_or(Origin::Nothing, Origin::Band))
+            })
             .collect(),
     }
 }
@@ -254,7 +256,8 @@ impl<'a> Output<'a> {
                 let mut parts = Vec::with_capacity(chunks.len());
                 let mut rest = buffer;
                 for chunk in chunks {
-                    let (part, later) = rest.split_at_mut((chunk.end - chunk.start) * dtype.nbytes());
+                    let (part, later) =
+                        rest.split_at_mut((chunk.end - chunk.start) * dtype.nbytes());
                     parts.push(Mutex::new(part));
                     rest = later;
                 }
@@ -326,12 +329,8 @@ impl Work<'_> {
             }
             (Minuend::Composed(composed), Origin::Band(band)) => {
                 let elements = chunk.start..chunk.end;
-                nbytes += composed.gather(
-                    band,
-                    &elements,
-                    &mut scratch.reasoning,
-                    &mut scratch.runs,
-                )?;
+                nbytes +=
+                    composed.gather(band, &elements, &mut scratch.reasoning, &mut scratch.runs)?;
                 Elements { dtype: composed.dtype(), bytes: &scratch.reasoning }
             }
             (Minuend::Composed(_), _) => {

@@ -1,0 +1,540 @@
+"""Stated pairs are checked like found ones, and weights that do not belong together are noticed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import drift_fast
+from drift_fast import AlignmentError, CoverageError, DriftWarning, align, compute_delta, inspect
+from drift_fast.cli import main
+from drift_fast.mapping import read_map
+from synthetic import (
+    Pair,
+    Stored,
+    language_model,
+    moved,
+    refused,
+    stored,
+    vision_tower,
+    write_checkpoint,
+    write_pair,
+)
+
+TO = "model.language_model."
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(31)
+
+
+def write_two(
+    directory: Path, text: Mapping[str, Stored], vlm: Mapping[str, Stored]
+) -> tuple[Path, Path]:
+    return write_checkpoint(directory / "text", text), write_checkpoint(directory / "vlm", vlm)
+
+
+def shifted(tensors: Mapping[str, Stored], order: Mapping[int, int]) -> dict[str, Stored]:
+    """Give layer n the tensors of layer `order[n]`."""
+    result = dict(tensors)
+    for layer, other in order.items():
+        for name in tensors:
+            if f"layers.{layer}." in name:
+                result[name] = tensors[name.replace(f"layers.{layer}.", f"layers.{other}.")]
+    return result
+
+
+# ------------------------------------------------------------------ stated pairs
+
+
+def test_prefix_pairs_a_dictionary_a_function_and_a_file_pair_alike(
+    tmp_path: Path, pair: Pair
+) -> None:
+    found = align(pair.reasoning, pair.multimodal)
+    found.save(tmp_path / "map.json")
+    expected = set(compute_delta(pair.reasoning, pair.multimodal))
+    mappings: list[Any] = [
+        [("model", "model.language_model"), ("lm_head", "lm_head")],
+        [("model.", "model.language_model."), ("lm_head", "lm_head")],
+        dict(found.pairs),
+        lambda name: name.replace("model.", TO) if name.startswith("model.") else None,
+        tmp_path / "map.json",
+        str(tmp_path / "map.json"),
+    ]
+    for mapping in mappings:
+        delta = compute_delta(pair.reasoning, pair.multimodal, mapping=mapping)
+        assert set(delta) == expected
+        assert {b: a for a, b in delta.coverage.matched}.items() <= {
+            b: a for a, b in found.pairs
+        }.items()
+
+
+def test_the_longest_prefix_that_fits_decides(tmp_path: Path, rng: Any) -> None:
+    text = language_model(rng)
+    vlm = moved(rng, text, to="a.")
+    for name in [name for name in vlm if name.startswith("a.layers.1.")]:
+        vlm[name.replace("a.layers.1", "b.last.1")] = vlm.pop(name)
+    mapping = [("model", "a"), ("model.layers.1", "b.last.1")]
+    a, b = write_two(tmp_path, text, vlm)
+    names = set(compute_delta(a, b, mapping=mapping))
+    assert {name.split(".")[0] for name in names} == {"a", "b"}
+    assert len(names) == 14
+
+
+def test_one_of_two_language_models_can_be_pointed_out(tmp_path: Path, rng: Any) -> None:
+    text = language_model(rng)
+    two = {**moved(rng, text, to="thinker.model."), **moved(rng, text, to="talker.model.")}
+    a, b = write_two(tmp_path, text, two)
+    with refused(AlignmentError, "thinker", "talker"):
+        compute_delta(a, b)
+    delta = compute_delta(a, b, mapping=[("model", "thinker.model")])
+    assert {name.split(".")[0] for name in delta} == {"thinker"}
+
+
+def test_layers_can_be_paired_out_of_order(tmp_path: Path, rng: Any) -> None:
+    text = language_model(rng, layers=3)
+    vlm = shifted(moved(rng, text), {0: 1, 1: 2, 2: 0})
+
+    def place(name: str) -> str | None:
+        if ".layers." not in name:
+            return None
+        layer = int(name.split(".")[2])
+        there = {1: 0, 2: 1, 0: 2}[layer]
+        return TO + name.removeprefix("model.").replace(f"layers.{layer}", f"layers.{there}")
+
+    a, b = write_two(tmp_path, text, vlm)
+    delta = compute_delta(a, b, mapping=place)
+    assert len(delta) == 21
+    assert float(delta.stats.total.cosine) > 0.9
+
+
+@pytest.mark.parametrize(
+    ("mapping", "words"),
+    [
+        ({"model.layers.0.self_attn.q_prj.weight": "x"}, ["q_prj", "did you mean", "q_proj"]),
+        (
+            {"model.layers.0.self_attn.q_proj.weight": TO + "layers.0.self_attn.q.weight"},
+            ["multimodal", "layers.0.self_attn.q.weight", "did you mean"],
+        ),
+        ([("transformer", "model.language_model")], ["'transformer'", "begins with"]),
+        ([("model", "nowhere")], ["pairs nothing"]),
+        ({}, ["pairs nothing"]),
+        (lambda name: None, ["pairs nothing"]),
+        (
+            {"model.layers.0.self_attn.q_proj.weight": TO + "layers.0.mlp.up_proj.weight"},
+            ["[8, 8]", "[12, 8]", "do not fit"],
+        ),
+        (
+            {
+                "model.layers.0.self_attn.q_proj.weight": TO + "layers.0.self_attn.q_proj.weight",
+                "model.layers.0.self_attn.k_proj.weight": TO + "layers.0.self_attn.q_proj.weight",
+            },
+            ["q_proj.weight [8, 8], model.layers.0.self_attn.k_proj", "do not fit"],
+        ),
+    ],
+    ids=["reasoning", "multimodal", "prefix", "target", "empty", "none", "shapes", "twice"],
+)
+def test_a_mapping_that_does_not_hold_is_refused(
+    pair: Pair, mapping: Any, words: list[str]
+) -> None:
+    with refused(AlignmentError, *words):
+        compute_delta(pair.reasoning, pair.multimodal, mapping=mapping)
+
+
+@pytest.mark.parametrize("mapping", [3, [("a", "b", "c")], ["ab"]], ids=repr)
+def test_a_mapping_of_another_kind_is_a_type_error(pair: Pair, mapping: Any) -> None:
+    with pytest.raises((TypeError, AlignmentError)):
+        compute_delta(pair.reasoning, pair.multimodal, mapping=mapping)
+
+
+def test_what_a_mapping_leaves_out_is_refused_when_strict_and_listed_otherwise(pair: Pair) -> None:
+    full = dict(align(pair.reasoning, pair.multimodal).pairs)
+    left_out = "model.layers.1.mlp.up_proj.weight"
+    mapping: dict[str, str | None] = full | {left_out: None}
+    with refused(AlignmentError, left_out, "not in the mapping"):
+        compute_delta(pair.reasoning, pair.multimodal, mapping=mapping)
+    delta = compute_delta(pair.reasoning, pair.multimodal, mapping=mapping, strict=False)
+    assert dict(delta.coverage.unmatched_reasoning)[left_out] == "not in the mapping"
+    assert len(delta) == 13
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "null",
+        "{}",
+        '{"format_version": 2, "pairs": {}}',
+        '{"format_version": 1, "pairs": []}',
+        '{"format_version": 1, "pairs": {"a": 3}}',
+        '{"format_version": 1, "pairs": {"a": "b", "a": "c"}}',
+        "[" * 5000,
+    ],
+)
+def test_a_file_that_is_no_map_is_refused_by_name(tmp_path: Path, pair: Pair, text: str) -> None:
+    path = tmp_path / "map.json"
+    path.write_text(text)
+    with refused(AlignmentError, "map.json", "not a map file"):
+        compute_delta(pair.reasoning, pair.multimodal, mapping=path)
+
+
+def test_a_map_that_is_not_there_says_how_to_make_one(pair: Pair) -> None:
+    with refused(FileNotFoundError, "nowhere.json", "drift-fast align"):
+        compute_delta(pair.reasoning, pair.multimodal, mapping="nowhere.json")
+
+
+def test_a_mapping_names_the_parameters_of_a_model_too(tmp_path: Path, pair: Pair) -> None:
+    delta = compute_delta(pair.reasoning, pair.multimodal, modules="attn", dtype="float32")
+    model = torch.nn.ModuleDict(
+        {"first": torch.nn.Linear(8, 8, bias=False), "second": torch.nn.Linear(8, 8, bias=False)}
+    )
+    names = list(delta)[:2]
+    mapping = dict(zip(names, ("second.weight", "first.weight"), strict=True))
+    assert drift_fast.match_parameters(model, Only(delta, names), mapping=mapping) == {
+        "second.weight": names[0],
+        "first.weight": names[1],
+    }
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    with drift_fast.Injection(
+        model, Only(delta, names), mapping=mapping, scale="absolute"
+    ) as injection:
+        injection.step()
+    gradient = model["second"].weight.grad
+    assert gradient is not None
+    assert torch.equal(gradient, -delta[names[0]])
+    with refused(AlignmentError, "third.weight"):
+        drift_fast.Injection(model, delta, mapping={names[0]: "third.weight"})
+
+
+class Only:
+    """Some tensors of a delta."""
+
+    def __init__(self, delta: Any, names: list[str]) -> None:
+        self.shapes = {name: delta.shapes[name] for name in names}
+        self._delta = delta
+
+    def __getitem__(self, name: str, /) -> torch.Tensor:
+        tensor: torch.Tensor = self._delta[name]
+        return tensor
+
+
+@given(st.dictionaries(st.text(min_size=1), st.one_of(st.none(), st.text(min_size=1)), max_size=5))
+@settings(max_examples=30, deadline=None)
+def test_a_map_file_gives_back_what_was_written(
+    tmp_path_factory: pytest.TempPathFactory, pairs: dict[str, str | None]
+) -> None:
+    from drift_fast.mapping import write_map
+
+    path = tmp_path_factory.mktemp("map") / "map.json"
+    write_map(
+        path,
+        [(a, b) for a, b in pairs.items() if b is not None],
+        [a for a, b in pairs.items() if b is None],
+    )
+    assert read_map(path) == pairs
+    with pytest.raises(FileExistsError):
+        write_map(path, [], [])
+
+
+# ------------------------------------------------------------------ likeness
+
+
+@pytest.mark.parametrize(
+    "order",
+    [{0: 1, 1: 2, 2: 3}, {1: 0, 2: 1, 3: 2}, {1: 2, 2: 1}, {0: 3, 3: 0, 1: 2, 2: 1}],
+    ids=["one up", "one down", "two exchanged", "reversed"],
+)
+def test_layers_that_are_shifted_or_permuted_are_refused_by_their_weights(
+    tmp_path: Path, rng: Any, order: dict[int, int]
+) -> None:
+    text = language_model(rng, layers=4, hidden=16, inner=24)
+    vlm = {**vision_tower(rng, layers=4, hidden=16), **shifted(moved(rng, text), order)}
+    a, b = write_two(tmp_path, text, vlm)
+    layer, other = next(iter(order.items()))
+    words = ("shifted or permuted", "mapping=", "check_weights=False")
+    with refused(AlignmentError, *words):
+        compute_delta(a, b, tmp_path / "delta")
+    with refused(AlignmentError, *words):
+        inspect(a, b, modules="mlp")
+    assert not (tmp_path / "delta").exists()
+    found = align(a, b)
+    assert not found.ok
+    assert found.problem is not None
+    assert "shifted or permuted" in found.problem
+    assert len(compute_delta(a, b, check_weights=False)) == 28
+    assert f"layers.{layer}." in found.problem or f"layers.{other}." in found.problem
+
+
+def test_one_module_that_is_not_its_counterpart_is_refused(tmp_path: Path, rng: Any) -> None:
+    text = language_model(rng, hidden=16, inner=24)
+    vlm = moved(rng, text)
+    for layer in range(2):
+        at = f"{TO}layers.{layer}.self_attn."
+        vlm[f"{at}q_proj.weight"], vlm[f"{at}o_proj.weight"] = (
+            vlm[f"{at}o_proj.weight"],
+            vlm[f"{at}q_proj.weight"],
+        )
+    a, b = write_two(tmp_path, text, vlm)
+    with refused(AlignmentError, "does not resemble", "o_proj"):
+        compute_delta(a, b)
+    assert len(compute_delta(a, b, modules="mlp")) == 6
+
+
+def test_models_without_a_common_base_get_a_warning(tmp_path: Path, rng: Any) -> None:
+    text, other = (language_model(rng, hidden=32, inner=48) for _ in range(2))
+    a, b = write_two(tmp_path, text, moved(rng, other))
+    with pytest.warns(DriftWarning, match="do not resemble each other.*share no base"):
+        compute_delta(a, b)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.3, 2.0])
+def test_models_of_a_common_base_pass_however_far_they_have_moved(
+    tmp_path: Path, rng: Any, noise: float
+) -> None:
+    text = language_model(rng, hidden=32, inner=48, layers=3)
+    vlm = {
+        TO + name.removeprefix("model."): stored(
+            tensor.values.reshape(tensor.shape) + rng.normal(0, noise, tensor.shape)
+        )
+        for name, tensor in text.items()
+        if name.startswith("model.")
+    }
+    a, b = write_two(tmp_path, text, vlm)
+    if noise:
+        assert len(compute_delta(a, b)) == 21
+    found = align(a, b)
+    assert found.ok
+    assert found.likeness is not None
+    assert found.likeness.matched == pytest.approx(1 / (1 + noise**2) ** 0.5, abs=0.02)
+    assert abs(found.likeness.elsewhere) < 0.1
+
+
+def test_layers_that_are_all_alike_are_no_shift(tmp_path: Path, rng: Any) -> None:
+    text = language_model(rng, layers=3)
+    text = shifted(text, {1: 0, 2: 0})
+    a, b = write_two(tmp_path, text, moved(rng, text))
+    assert len(compute_delta(a, b)) == 21
+
+
+def test_weights_that_do_not_vary_are_no_evidence(tmp_path: Path, rng: Any) -> None:
+    text = {
+        name: stored(np.zeros(tensor.shape)) if "o_proj" in name else tensor
+        for name, tensor in language_model(rng).items()
+    }
+    vlm = moved(rng, text)
+    a, b = write_two(tmp_path, text, vlm)
+    assert len(compute_delta(a, b)) == 14
+
+
+# ------------------------------------------------------------------ layers that are inserted
+
+
+def with_inserted(
+    rng: Any, tensors: Mapping[str, Stored], before: set[int], layers: int
+) -> dict[str, Stored]:
+    """Insert layers with cross attention in place of self attention, as Mllama does."""
+    result: dict[str, Stored] = {}
+    there = 0
+    for layer in range(layers):
+        if layer in before:
+            at = f"{TO}layers.{there}."
+            for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+                result[f"{at}cross_attn.{name}.weight"] = stored(rng.normal(0, 1, (8, 8)))
+            for name, shape in (("gate", (12, 8)), ("up", (12, 8)), ("down", (8, 12))):
+                result[f"{at}mlp.{name}_proj.weight"] = stored(rng.normal(0, 1, shape))
+            there += 1
+        for name, tensor in tensors.items():
+            if f"layers.{layer}." in name:
+                result[name.replace(f"layers.{layer}.", f"layers.{there}.")] = tensor
+        there += 1
+    return result | {n: t for n, t in tensors.items() if "layers." not in n}
+
+
+def test_inserted_layers_are_named_and_a_map_that_leaves_them_out_is_offered(
+    tmp_path: Path, rng: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = language_model(rng, layers=4)
+    vlm = with_inserted(rng, moved(rng, text), {1, 3}, 4)
+    a, b = write_two(tmp_path, text, vlm)
+    with refused(AlignmentError, "inserted layers 1, 4", "drift-fast align", "mapping"):
+        compute_delta(a, b)
+    assert main(["align", str(a), str(b)]) == 1
+    path = tmp_path / "map.json"
+    assert main(["align", str(a), str(b), "--out", str(path)]) == 0
+    assert "inserted layers 1, 4" in capsys.readouterr().out
+    written = json.loads(path.read_text())
+    assert written["proposed"] is True
+    delta = compute_delta(a, b, mapping=path)
+    assert len(delta) == 28
+    pairs = {b: a for a, b in delta.coverage.matched}
+    assert pairs[f"{TO}layers.5.mlp.up_proj.weight"] == "model.layers.3.mlp.up_proj.weight"
+    assert not any(f"layers.{n}." in name for name in delta for n in (1, 4))
+    assert delta.stats.total.cosine > 0.9
+
+
+def test_a_model_that_is_merely_deeper_gets_no_map(tmp_path: Path, rng: Any) -> None:
+    text = language_model(rng, layers=2)
+    vlm = moved(rng, language_model(rng, layers=4))
+    a, b = write_two(tmp_path, text, vlm)
+    with refused(AlignmentError, "different depths", "same backbone"):
+        compute_delta(a, b)
+    found = align(a, b)
+    assert not found.ok
+    assert not found.proposed
+
+
+# ------------------------------------------------------------------ rows
+
+
+def write_tokenizer(directory: Path, tokens: list[str]) -> None:
+    vocab = {token: at for at, token in enumerate(tokens)}
+    model = {"type": "BPE", "vocab": vocab, "merges": []}
+    (directory / "tokenizer.json").write_text(
+        json.dumps({"model": model, "pre_tokenizer": {"type": "ByteLevel"}, "added_tokens": []})
+    )
+
+
+def letters(count: int) -> list[str]:
+    return [f"t{n}" for n in range(count)]
+
+
+def test_rows_of_embedding_and_head_are_matched_by_token(tmp_path: Path, rng: Any) -> None:
+    text = language_model(rng, vocab=6)
+    grown = language_model(rng, vocab=9)
+    names = ("model.embed_tokens.weight", "lm_head.weight")
+    tuned = moved(rng, {name: t for name, t in text.items() if name not in names})
+    vlm = {**tuned, TO + "embed_tokens.weight": grown[names[0]], names[1]: grown[names[1]]}
+    a, b = write_two(tmp_path, text, vlm)
+    # Token t3 is only in the one, <image> only in the other; the last row has no token.
+    write_tokenizer(a, ["t0", "t1", "t2", "t3", "t4", "t5"])
+    write_tokenizer(b, ["t0", "t1", "t2", "<image>", "t5", "t4", "new", "other"])
+    delta = compute_delta(a, b, tmp_path / "delta", modules=("embed", "head"), dtype="float32")
+    assert set(delta) == {TO + "embed_tokens.weight", "lm_head.weight"}
+    for name, source in ((TO + "embed_tokens.weight", names[0]), (names[1], names[1])):
+        left = text[source].values.reshape(6, 8)
+        right = vlm[name].values.reshape(9, 8)
+        expected = np.zeros((9, 8))
+        for row, other in ((0, 0), (1, 1), (2, 2), (4, 5), (5, 4)):
+            expected[row] = left[other] - right[row]
+        assert np.array_equal(delta[name].numpy(), expected.astype(np.float32))
+        row_stats = next(row for row in delta.stats if row.name == name)
+        matched = right[[0, 1, 2, 4, 5]]
+        assert row_stats.multimodal_norm == pytest.approx(np.linalg.norm(matched), rel=1e-6)
+    assert delta.coverage.matched_numel == 2 * 5 * 8
+    described = json.loads((tmp_path / "delta" / "drift.json").read_text())["alignment"]["rows"]
+    assert described["lm_head.weight"].startswith("5 of 9 rows matched by token")
+
+
+def test_rows_by_index_are_taken_only_on_request(tmp_path: Path, rng: Any) -> None:
+    text = language_model(rng, vocab=6)
+    a, b = write_two(tmp_path, text, moved(rng, text))
+    with refused(CoverageError, "embed_tokens", "[6, 8]", "no tokenizer", 'rows="index"'):
+        compute_delta(a, b, modules="embed")
+    assert len(compute_delta(a, b, modules="embed", rows="index")) == 1
+    assert "model.embed_tokens.weight" in dict(
+        compute_delta(a, b, modules="all", strict=False).coverage.unmatched_reasoning
+    )
+    with pytest.raises(ValueError, match="rows must be"):
+        compute_delta(a, b, modules="embed", rows="name")  # type: ignore[arg-type]
+
+
+def test_embeddings_are_left_out_unless_they_are_asked_for(pair: Pair) -> None:
+    names = set(compute_delta(pair.reasoning, pair.multimodal))
+    assert not any("embed" in name or "lm_head" in name for name in names)
+
+
+def test_a_tied_head_is_taken_once_with_the_embedding(tmp_path: Path, rng: Any) -> None:
+    text = language_model(rng, vocab=6)
+    vlm = moved(rng, text)
+    vlm["lm_head.weight"] = vlm[TO + "embed_tokens.weight"]
+    a, b = write_two(tmp_path, text, vlm)
+    (b / "config.json").write_text(json.dumps({"text_config": {"tie_word_embeddings": True}}))
+    delta = compute_delta(a, b, modules=("embed", "head"), rows="index", strict=False)
+    assert set(delta) == {TO + "embed_tokens.weight"}
+    assert "tied" in dict(delta.coverage.unmatched_multimodal)["lm_head.weight"]
+
+
+def test_a_head_that_only_the_reasoning_model_ties_is_its_embedding(
+    tmp_path: Path, rng: Any
+) -> None:
+    text = language_model(rng, vocab=6, head=None)
+    vlm = moved(rng, text) | {"lm_head.weight": stored(rng.normal(0, 1, (6, 8)))}
+    a, b = write_two(tmp_path, text, vlm)
+    delta = compute_delta(a, b, modules="head", rows="index", dtype="float32")
+    left = text["model.embed_tokens.weight"].values
+    exact = (left - vlm["lm_head.weight"].values).astype(np.float32)
+    assert np.array_equal(delta["lm_head.weight"].numpy().reshape(-1), exact)
+
+
+# ------------------------------------------------------------------ coverage
+
+
+def test_coverage_counts_the_share_of_the_backbone(tmp_path: Path, pair: Pair) -> None:
+    delta = compute_delta(pair.reasoning, pair.multimodal, tmp_path / "delta", modules="attn")
+    backbone = sum(t.values.size for name, t in pair.vlm.items() if TO in name or "lm_head" in name)
+    assert delta.coverage.backbone_numel == backbone
+    attention = sum(t.values.size for name, t in pair.text.items() if "self_attn" in name)
+    assert delta.coverage.backbone_fraction == pytest.approx(attention / backbone)
+    stored_coverage = json.loads((tmp_path / "delta" / "drift.json").read_text())["coverage"]
+    assert stored_coverage["backbone_fraction"] == delta.coverage.backbone_fraction
+    assert f"{attention / backbone:.1%} of the backbone" in str(delta.coverage)
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.1, float("nan")])
+def test_a_coverage_threshold_without_meaning_is_refused(pair: Pair, value: float) -> None:
+    with pytest.raises(ValueError, match="min_coverage"):
+        compute_delta(pair.reasoning, pair.multimodal, min_coverage=value)
+
+
+def test_too_little_coverage_is_refused_though_not_strict(tmp_path: Path, rng: Any) -> None:
+    text = language_model(rng)
+    vlm = moved(rng, text)
+    del vlm[TO + "layers.1.self_attn.o_proj.weight"]
+    a, b = write_two(tmp_path, text, vlm)
+    delta = compute_delta(a, b, strict=False, min_coverage=0.9)
+    assert delta.coverage.fraction == pytest.approx(16 / 17)
+    with refused(CoverageError, "94.1%", "min_coverage=95.0%", "o_proj"):
+        compute_delta(a, b, strict=False, min_coverage=0.95)
+
+
+# ------------------------------------------------------------------ the command
+
+
+def test_the_command_shows_pairs_leftovers_rivals_and_likeness(
+    tmp_path: Path, rng: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = write_pair(tmp_path, layers=3)
+    assert main(["align", str(text.reasoning), str(text.multimodal)]) == 0
+    shown = capsys.readouterr().out
+    for word in ("12 attn", "9 mlp", "model.language_model", "rival", "correlate", "vision_tower"):
+        assert word in shown
+    assert main(["align", str(text.reasoning), str(text.multimodal), "--all", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["ok"] is True
+    assert len(answer["pairs"]) == len(text.text)
+    assert answer["likeness"]["matched"] > 0.9
+
+
+def test_the_command_takes_prefix_pairs_and_map_files(
+    tmp_path: Path, pair: Pair, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a, b = str(pair.reasoning), str(pair.multimodal)
+    path = tmp_path / "map.json"
+    assert main(["align", a, b, "--out", str(path)]) == 0
+    for mapping in ("model:model.language_model", str(path)):
+        assert main(["inspect", a, b, "--json", "--mapping", mapping]) == 0
+    assert main(["inspect", a, b, "--mapping", "encoder:decoder"]) == 1
+    assert "encoder" in capsys.readouterr().err
+    assert main(["align", a, b, "--out", str(path)]) == 1
+    assert "map.json" in capsys.readouterr().err
