@@ -126,7 +126,18 @@ def test_resident_pages_of_the_files_are_given_back(gigabyte_pair: tuple[Path, P
     """The whole resident set stays below a quarter of what is read, mapped pages included."""
     a, b = map(str, gigabyte_pair)
     process = subprocess.Popen(
-        [sys.executable, "-m", "drift_fast", "inspect", a, b, "--modules", "all", "--rows", "index"],
+        [
+            sys.executable,
+            "-m",
+            "drift_fast",
+            "inspect",
+            a,
+            b,
+            "--modules",
+            "all",
+            "--rows",
+            "index",
+        ],
         stdout=subprocess.DEVNULL,
     )
     peak = 0

@@ -88,7 +88,8 @@ def _parser() -> argparse.ArgumentParser:
     pairs = commands.add_parser(
         "align",
         help="which tensor of one checkpoint is which of the other, and how surely",
-        description="Pair the tensors of two checkpoints. Exit status 1 where delta would refuse the pairing and no map was asked for.",
+        description="Pair the tensors of two checkpoints. Exit status 1 where delta would refuse "
+        "the pairing and no map was asked for.",
     )
     _add_sources(pairs)
     pairs.add_argument("--out", "-o", type=Path, metavar="JSON", help="write a map file to edit")
@@ -188,6 +189,7 @@ def _delta(options: argparse.Namespace) -> int:
             max_shard_size=options.max_shard_size,
             **_shared(options, bar),
         )
+    _report_transfers(delta.sources)
     if options.plot is not None:
         delta.plot(options.plot)
     if options.json:
@@ -201,6 +203,7 @@ def _delta(options: argparse.Namespace) -> int:
 def _inspect(options: argparse.Namespace) -> int:
     with ProgressBar() as bar:
         report = inspect(options.reasoning, options.multimodal, **_shared(options, bar))
+    _report_transfers(report.sources)
     if options.json:
         _print_json(report.stats, report.coverage, report.sources, None)
         return 0
@@ -234,6 +237,12 @@ def _demo(options: argparse.Namespace) -> int:
 
     run(options.out, seeds=options.seeds, workers=options.workers)
     return 0
+
+
+def _report_transfers(sources: dict[str, Any]) -> None:
+    for source in sources.values():
+        if source.get("transfer"):
+            print(f"drift-fast: {source['url']}: {source['transfer']['report']}", file=sys.stderr)
 
 
 def _print_json(

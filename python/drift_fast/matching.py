@@ -17,7 +17,7 @@ from drift_fast.errors import AlignmentError
 from drift_fast.fused import canonical, incomplete_experts, joined_names
 from drift_fast.layout import Layout, Part, Shape, compose, covered, whole
 from drift_fast.mapping import MappingLike, resolve
-from drift_fast.select import container_of, layer_of
+from drift_fast.select import container_of, kind_of, layer_of
 
 Convert = Callable[[], "dict[str, Layout] | None"]
 
@@ -65,6 +65,8 @@ class Match:
     rivals: list[tuple[str, str, int]] = field(default_factory=list)
     layer_conflict: str = ""
     how: str = "names"
+    # Stated pairs of embeddings and heads with other numbers of rows, right to left; see `rows`.
+    vocabularies: dict[str, str] = field(default_factory=dict)
 
 
 def match(
@@ -235,17 +237,41 @@ def _as_stated(left: Side, right: Side, stated: Mapping[str, str]) -> Match:
         for partner, names in together.items()
         if len(names) == 1 and left.tensors[names[0]] == right.tensors[partner]
     }
-    rest = {partner: names for partner, names in together.items() if partner not in pairs}
+    vocabularies = {
+        partner: names[0]
+        for partner, names in together.items()
+        if partner not in pairs and _differ_in_rows(left, right, partner, names)
+    }
+    rest = {
+        partner: names
+        for partner, names in together.items()
+        if partner not in pairs and partner not in vocabularies
+    }
     if rest:
         pairs |= _stated_parts(left, right, rest)
     ordered = [pairs[name] for name in right.tensors if name in pairs]
     taken = {source for pair in ordered for source in pair.sources}
+    rows = dict.fromkeys([*vocabularies, *vocabularies.values()], "the numbers of rows differ")
+    without = "not in the mapping"
     return Match(
         ordered,
-        [(name, "not in the mapping") for name in left.tensors if name not in taken],
-        [(name, "not in the mapping") for name in right.tensors if name not in pairs],
+        [(name, rows.get(name, without)) for name in left.tensors if name not in taken],
+        [(name, rows.get(name, without)) for name in right.tensors if name not in pairs],
         _prefixes(ordered) or ("", ""),
         how="the mapping given",
+        vocabularies=vocabularies,
+    )
+
+
+def _differ_in_rows(left: Side, right: Side, partner: str, names: Sequence[str]) -> bool:
+    """Whether one embedding or head is stated for another that differs in its rows only."""
+    kinds = {kind_of(partner), *(kind_of(name) for name in names)}
+    here, there = left.tensors[names[0]], right.tensors[partner]
+    return (
+        len(names) == 1
+        and kinds <= {"embed", "head"}
+        and len(here) == len(there) == 2
+        and here[1] == there[1]
     )
 
 

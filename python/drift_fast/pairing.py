@@ -89,6 +89,8 @@ def open_checkpoint(source: PathLike, reader: str = "auto") -> Opened:
         FileNotFoundError, CheckpointError: a checkpoint that is not there or not valid.
     """
     found = resolve(source)
+    if found.remote is not None:
+        found.remote.optional_file("config.json")
     checkpoint = _core.Checkpoint(found.path, reader=reader)
     tensors = checkpoint.tensors()
     return Opened(

@@ -119,7 +119,7 @@ def _counterparts(found: Match, left: VocabularySide, right: VocabularySide) -> 
     language model's embedding is not taken for the backbone's; of what is left over, only one of a
     kind on either side is placed.
     """
-    placed = {
+    placed = found.vocabularies | {
         pair.name: pair.source
         for pair in found.pairs
         if isinstance(pair.source, str) and _is_vocabulary(pair.name, right.tensors)

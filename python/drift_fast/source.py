@@ -37,8 +37,28 @@ class Source:
 
     def describe(self) -> dict[str, Any]:
         """Return what identifies the source in `drift.json`."""
-        described = {"path": str(self.path), "repo": self.repo, "revision": self.revision}
-        return described if self.remote is None else described | {"url": self.remote.url}
+        described: dict[str, Any] = {
+            "path": str(self.path),
+            "repo": self.repo,
+            "revision": self.revision,
+        }
+        if self.remote is not None:
+            described["url"] = self.remote.url
+            described["transfer"] = self._transfer()
+        return described
+
+    def _transfer(self) -> dict[str, Any] | None:
+        """Return the bytes of the last fetch, which is all that a delta needed."""
+        if not self.transfers:
+            return None
+        last = self.transfers[-1]
+        return {
+            "needed_nbytes": last.wanted_nbytes,
+            "downloaded_nbytes": last.fetched_nbytes,
+            "cached_nbytes": last.cached_nbytes,
+            "total_nbytes": last.total_nbytes,
+            "report": str(last),
+        }
 
     def mark(self, file: str) -> dict[str, str | None]:
         """Return the server's mark of a shard's content."""
