@@ -4,7 +4,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := pyproject.toml Cargo.toml Cargo.lock $(shell find rust -name '*.rs' -o -name Cargo.toml)
 
-.PHONY: demo test test-slow test-wheel lint bench format clean
+OLDEST_TESTS := $(addprefix tests/test_,$(addsuffix .py,families alignment trainer injection_names \
+	hub remote remote_delta))
+
+.PHONY: demo test test-slow test-oldest test-wheel families lint bench format clean
 
 demo: .venv/built
 	$(BIN)/drift-fast demo --out demo-output
@@ -12,10 +15,22 @@ demo: .venv/built
 test: .venv/built
 	cargo test --release --workspace --quiet
 	$(BIN)/python -m pytest -q -m "not slow"
-	$(MAKE) --no-print-directory test-wheel
+	$(MAKE) --no-print-directory test-oldest test-wheel
 
 test-slow: .venv/built
 	$(BIN)/python -m pytest -q -m slow
+
+# What depends on other libraries, with the oldest of them that are supported.
+test-oldest: build/oldest/installed
+	PYTHONPATH=build/oldest $(BIN)/python -c \
+		'import transformers; assert transformers.__version__.startswith("4.57."), transformers'
+	PYTHONPATH=build/oldest $(BIN)/python -m pytest -q -m "not slow" $(OLDEST_TESTS)
+
+build/oldest/installed: .venv/built
+	rm -rf build/oldest
+	$(BIN)/python -m pip install --quiet --no-deps --target build/oldest \
+		'transformers==4.57.*' 'huggingface_hub==0.34.*' 'tokenizers==0.22.*'
+	touch $@
 
 # The wheel as a user gets it: an environment of its own with its declared dependencies only.
 test-wheel: .venv/built
@@ -32,6 +47,10 @@ lint: .venv/built
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m mypy.stubtest drift_fast._core
+
+# Writes docs/families.md anew.
+families: .venv/built
+	$(BIN)/python docs/make_families.py
 
 bench: .venv/built
 	$(BIN)/python benches/delta.py
