@@ -83,7 +83,7 @@ def check(text: Path, multimodal: Path) -> float:
 
     import drift_fast
 
-    stats = drift_fast.inspect(text, multimodal, modules="all").stats
+    stats = drift_fast.inspect(text, multimodal, modules="all", rows="index").stats
     worst = 0.0
     with (
         safe_open(text / "model.safetensors", "pt") as a,
@@ -128,7 +128,7 @@ def main() -> None:
     python, out = sys.executable, options.directory / "out"
     ours = [python, "-m", "drift_fast"]
     rival = [python, str(RIVALS)]
-    pair, every = [str(text), str(multimodal)], ["--modules", "all"]
+    pair, every = [str(text), str(multimodal)], ["--modules", "all", "--rows", "index"]
     commands = {
         "control: read both files and XOR": [*rival, "xor", *pair],
         "statistics, drift-fast inspect": [*ours, "inspect", *pair, *every],

@@ -465,6 +465,34 @@ def test_a_tied_head_is_taken_once_with_the_embedding(tmp_path: Path, rng: Any) 
     assert "tied" in dict(delta.coverage.unmatched_multimodal)["lm_head.weight"]
 
 
+def test_two_tied_models_are_taken_once_and_a_lost_head_is_refused(
+    tmp_path: Path, rng: Any
+) -> None:
+    text = language_model(rng, vocab=6)
+    a, b = write_two(tmp_path, text, moved(rng, text))
+    tied = json.dumps({"tie_word_embeddings": True})
+    (b / "config.json").write_text(tied)
+    with refused(AlignmentError, "lm_head.weight", "left out"):
+        compute_delta(a, b, modules=("embed", "head"), rows="index")
+    (a / "config.json").write_text(tied)
+    delta = compute_delta(a, b, modules=("embed", "head"), rows="index")
+    assert set(delta) == {TO + "embed_tokens.weight"}
+    assert "tied" in dict(delta.coverage.unmatched_reasoning)["lm_head.weight"]
+    with refused(CoverageError, "selects none"):
+        compute_delta(a, b, modules="head", rows="index")
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"tie_word_embeddings": 3}', "[" * 5000])
+def test_a_configuration_that_is_not_valid_is_refused_by_name(
+    tmp_path: Path, rng: Any, text: str
+) -> None:
+    model = language_model(rng)
+    a, b = write_two(tmp_path, model, moved(rng, model))
+    (b / "config.json").write_text(text)
+    with refused(drift_fast.CheckpointError, "config.json"):
+        compute_delta(a, b)
+
+
 def test_a_head_that_only_the_reasoning_model_ties_is_its_embedding(
     tmp_path: Path, rng: Any
 ) -> None:

@@ -21,6 +21,7 @@ from drift_fast.errors import (
     DriftWarning,
     NonFiniteError,
 )
+from drift_fast.preflight import Preflight, check
 
 if TYPE_CHECKING:
     from drift_fast.inject.injection import Injection
@@ -37,10 +38,12 @@ __all__ = [
     "DriftWarning",
     "Injection",
     "NonFiniteError",
+    "Preflight",
     "Report",
     "__version__",
     "align",
     "attach",
+    "check",
     "compute_delta",
     "inspect",
     "match_parameters",

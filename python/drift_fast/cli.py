@@ -1,4 +1,4 @@
-"""The command `drift-fast`: delta, inspect, align, demo.
+"""The command `drift-fast`: delta, inspect, align, check, demo.
 
 Results go to standard output, progress and messages to standard error. Exit status: 0 done,
 1 refused or failed, 2 wrong usage, 130 interrupted. No command but `demo` imports torch.
@@ -20,10 +20,12 @@ from drift_fast.alignment import align
 from drift_fast.coverage import Coverage
 from drift_fast.delta import DTYPES, compute_delta, inspect
 from drift_fast.errors import DriftError, DriftWarning
+from drift_fast.preflight import check
 from drift_fast.progress import ProgressBar
 from drift_fast.select import PRESETS
 from drift_fast.statistics import Statistics
 
+_WHAT = "file, directory, Hub id (org/name[@revision]) or URL"
 _MODULES_HELP = (
     f"comma-separated presets ({', '.join(PRESETS)}) or one re:<pattern>; default attn,mlp"
 )
@@ -97,6 +99,25 @@ def _parser() -> argparse.ArgumentParser:
     pairs.add_argument("--json", action="store_true", help="print JSON")
     pairs.set_defaults(run=_align)
 
+    fit = commands.add_parser(
+        "check",
+        help="whether two models fit each other and what Δ will cost; reads no weight",
+        description="Compare two models by configuration and headers. With MODEL, the first two "
+        "are an expert and its reference, whose Δ is to be attached to it. Exit status: 0 they "
+        "fit, notes included, 1 something breaks the method, 2 wrong usage.",
+    )
+    fit.add_argument("reasoning", help=f"text-only reasoning checkpoint, or expert: {_WHAT}")
+    fit.add_argument("multimodal", help="multimodal checkpoint, or reference")
+    fit.add_argument("model", nargs="?", help="third model, for a Δ of two text models")
+    _add_selection(fit)
+    fit.add_argument("--mapping", metavar="MAP", help="as for delta")
+    fit.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of Δ (bfloat16)")
+    fit.add_argument(
+        "--read-rate", default="1GB", metavar="SIZE", help="a second, to estimate time (1GB)"
+    )
+    fit.add_argument("--json", action="store_true", help="print JSON")
+    fit.set_defaults(run=_check)
+
     demo = commands.add_parser(
         "demo",
         help="the whole way on two tiny trained models: delta, fine-tuning, comparison, pictures",
@@ -111,9 +132,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_sources(parser: argparse.ArgumentParser) -> None:
-    what = "file, directory, Hub id (org/name[@revision]) or URL"
-    parser.add_argument("reasoning", help=f"text-only reasoning checkpoint: {what}")
-    parser.add_argument("multimodal", help=f"multimodal checkpoint: {what}")
+    parser.add_argument("reasoning", help=f"text-only reasoning checkpoint: {_WHAT}")
+    parser.add_argument("multimodal", help=f"multimodal checkpoint: {_WHAT}")
     parser.add_argument(
         "--mapping",
         metavar="MAP",
@@ -126,8 +146,7 @@ def _add_sources(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_pair(parser: argparse.ArgumentParser) -> None:
-    _add_sources(parser)
+def _add_selection(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--modules", default="attn,mlp", help=_MODULES_HELP)
     parser.add_argument("--layers", help="such as 0-3,8; default all")
     parser.add_argument(
@@ -135,6 +154,11 @@ def _add_pair(parser: argparse.ArgumentParser) -> None:
         choices=("token", "index"),
         help="how rows of embeddings and heads are matched (default token)",
     )
+
+
+def _add_pair(parser: argparse.ArgumentParser) -> None:
+    _add_sources(parser)
+    _add_selection(parser)
     parser.add_argument("--threads", type=int, help="default: every core")
     parser.add_argument(
         "--reader", choices=("auto", "mmap", "pread"), default="auto", help="default auto: pread"
@@ -230,6 +254,31 @@ def _align(options: argparse.Namespace) -> int:
         found.save(options.out)
         print(f"drift-fast: map written to {options.out}", file=sys.stderr)
     return 0 if found.ok or options.out is not None else 1
+
+
+def _check(options: argparse.Namespace) -> int:
+    try:
+        report = check(
+            options.reasoning,
+            options.multimodal,
+            options.model,
+            modules=options.modules,
+            layers=options.layers,
+            mapping=_mapping(options.mapping),
+            rows=options.rows,
+            dtype=options.dtype,
+            read_rate=options.read_rate,
+        )
+    except ValueError as error:
+        # Status 1 says that the models do not fit.
+        print(f"drift-fast: {error}", file=sys.stderr)
+        return 2
+    if options.json:
+        json.dump(report.to_dict(), sys.stdout, indent=1)
+        print()
+    else:
+        print(report.table())
+    return 0 if report.ok else 1
 
 
 def _demo(options: argparse.Namespace) -> int:

@@ -147,6 +147,10 @@ _VOCABULARY_REFUSED = (
     "rows of embeddings and head cannot be matched to the other side's; give both tokenizers, "
     "or leave embed and head out of modules="
 )
+_VOCABULARY_ATTACHED = (
+    "Δ of an embedding or head has the rows of {a} and fits none but a parameter of as many; leave "
+    "embed and head out of modules="
+)
 _TIED = (
     "one side has a single tensor for embedding and head and the other has two, so Δ of one also "
     "holds what the other learnt as two; leave embed and head out of modules= if in doubt"
@@ -389,6 +393,8 @@ class _Comparison:
             return self._finding(subject, "note", values, _not_compared(silent))
         if subject == "tie_word_embeddings":
             return self._finding(subject, "note" if self.paired else "breaks", values, _TIED)
+        if self.attaches:
+            return self._finding(subject, "breaks", values, _VOCABULARY_ATTACHED)
         if self.paired:
             return self._finding(subject, "note", values, _VOCABULARY)
         return self._finding(subject, "breaks", values, _VOCABULARY_REFUSED)

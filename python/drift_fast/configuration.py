@@ -64,6 +64,15 @@ class Configuration:
                 return cls(path, entries is not None, inside[0], tuple(inside))
         return cls(path, entries is not None, top, (top,))
 
+    @property
+    def is_tied(self) -> bool:
+        """Whether head and embedding are one: transformers ties where either level says so.
+
+        Raises:
+            CheckpointError: an entry that is neither true nor false.
+        """
+        return any(part.truth("tie_word_embeddings") for part in self.around)
+
     def anywhere(self, ask: Callable[[Section], _T | None]) -> _T | None:
         """Return what the innermost section says that says anything."""
         answers = (ask(section) for section in self.around)

@@ -111,7 +111,7 @@ def compute_delta(
         ValueError: an argument without meaning.
     """
     _check_dtype(dtype)
-    shard_nbytes = _parse_size(max_shard_size)
+    shard_nbytes = parse_size(max_shard_size)
     selection = Selection.parse(modules, layers)
     threads = _thread_count(threads)
     pairing = pair_checkpoints(
@@ -310,7 +310,7 @@ class Delta(Mapping[str, "torch.Tensor"]):
             target,
             [(name, list(shape)) for name, shape in self._backend.shapes.items()],
             self.dtype,
-            max_shard_nbytes=_parse_size(max_shard_size),
+            max_shard_nbytes=parse_size(max_shard_size),
             overwrite=overwrite,
         )
         try:
@@ -586,7 +586,12 @@ def _thread_count(threads: int | None) -> int:
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
-def _parse_size(size: int | str) -> int:
+def parse_size(size: int | str) -> int:
+    """Return bytes from a number or from text such as "500MB" or "4GiB".
+
+    Raises:
+        ValueError: neither, or not positive.
+    """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(size))
     if found is None or found[2].upper() not in _UNITS:
         raise ValueError(f"a size must look like 5000000, '500MB' or '4GiB', got {size!r}")

@@ -153,7 +153,6 @@ def read_headers(shapes: Shapes, dtypes: Mapping[str, str], paired: Iterable[str
             stored.add(dtype)
         if expert := _EXPERT.search(name):
             experts.add(int(expert[1]) + 1 if expert[1] else next(iter(shape), 0))
-            continue
         latent = latent or "kv_a_proj" in name
         projection = _PROJECTION.search(name)
         if projection and projection[2] == "weight":
@@ -386,9 +385,8 @@ def _quantisation(configuration: Configuration, headers: Headers) -> Fact:
 
 
 def _tied(configuration: Configuration) -> Fact:
-    stated = [part.truth("tie_word_embeddings") for part in configuration.around]
-    # transformers 5 ties where either level says so.
-    return _fact(True if True in stated else False if False in stated else None)
+    stated = configuration.anywhere(lambda part: part.truth("tie_word_embeddings"))
+    return _fact(True if configuration.is_tied else stated)
 
 
 def _only(shapes: set[tuple[int, ...]], axis: int) -> int | None:

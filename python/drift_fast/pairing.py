@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from drift_fast import _core
+from drift_fast.configuration import Configuration
 from drift_fast.conversion import convert_checkpoint
 from drift_fast.coverage import NOT_SELECTED, Coverage, backbone_numel, listed
 from drift_fast.errors import AlignmentError, CoverageError
@@ -20,7 +21,7 @@ from drift_fast.layout import Shape
 from drift_fast.likeness import Likeness, compare, warn_if_unrelated
 from drift_fast.mapping import MappingLike
 from drift_fast.matching import Match, Pair, Side, match, skipping_inserted
-from drift_fast.rows import Rows, VocabularySide, is_tied, pair_rows
+from drift_fast.rows import TIED, Rows, VocabularySide, pair_rows
 from drift_fast.select import Selection, container_of, kind_of
 from drift_fast.source import Source, resolve
 
@@ -133,8 +134,8 @@ def match_checkpoints(left: Opened, right: Opened, mapping: MappingLike | None) 
 
 
 def pair_checkpoints(
-    reasoning: PathLike,
-    multimodal: PathLike,
+    reasoning: PathLike | Opened,
+    multimodal: PathLike | Opened,
     selection: Selection,
     *,
     strict: bool,
@@ -155,14 +156,21 @@ def pair_checkpoints(
     """
     if min_coverage is not None and not 0.0 <= min_coverage <= 1.0:
         raise ValueError(f"min_coverage must be between 0 and 1, got {min_coverage!r}")
-    left, right = open_checkpoint(reasoning, reader), open_checkpoint(multimodal, reader)
+    left, right = (
+        side if isinstance(side, Opened) else open_checkpoint(side, reader)
+        for side in (reasoning, multimodal)
+    )
     found = match_checkpoints(left, right, mapping)
     selection.check_layers(pair.name for pair in found.pairs)
     by_row = pair_rows(
         found,
         selection,
-        VocabularySide(left.shapes, _tokenizer(left, selection), is_tied(left.directory)),
-        VocabularySide(right.shapes, _tokenizer(right, selection), is_tied(right.directory)),
+        VocabularySide(
+            left.shapes, _tokenizer(left, selection), Configuration.read(left.directory).is_tied
+        ),
+        VocabularySide(
+            right.shapes, _tokenizer(right, selection), Configuration.read(right.directory).is_tied
+        ),
         rows=rows,
         strict=strict,
     )
@@ -271,7 +279,9 @@ def _account(
     """Return the coverage and what of either side is selected without a partner."""
     chosen = {pair.name for pair in pairs}
     dropped = [pair for pair in found.pairs if pair.name not in chosen]
-    missing_left = [item for item in found.unmatched_left if item[0] in selection]
+    missing_left = [
+        item for item in found.unmatched_left if item[0] in selection and item[1] != TIED
+    ]
     # Other towers have attention too; only the containers of paired layers are the backbone.
     backbone = {container_of(pair.name) for pair in found.pairs} - {None}
     missing_right = [

@@ -19,6 +19,8 @@ from drift_fast.vocabulary import RowMap, match_rows
 
 Rows = Literal["token", "index"] | None
 
+TIED = "tied to the embedding by the configuration: one parameter, taken with embed"
+
 
 @dataclass(frozen=True)
 class VocabularySide:
@@ -68,9 +70,7 @@ def pair_rows(
     for name, kind in chosen.items():
         if kind == "head" and right.tied:
             by_name.pop(name, None)
-            reasons[name] = (
-                "tied to the embedding by the configuration: one parameter, taken with embed"
-            )
+            reasons[name] = TIED
             continue
         source = counterparts.get(name)
         by_name.pop(name, None)
@@ -95,6 +95,8 @@ def pair_rows(
         by_name[name] = Pair(name, _parts(source, rows_of, right.tensors[name]))
     taken = {source for pair in by_name.values() for source in pair.sources}
     left_reasons = dict(found.unmatched_left)
+    if left.tied:
+        left_reasons |= {name: TIED for name in left.tensors if kind_of(name) == "head"}
     result.match = replace(
         found,
         pairs=[by_name[name] for name in right.tensors if name in by_name],
@@ -154,16 +156,3 @@ def _parts(source: str, rows: RowMap, shape: Shape) -> str | list[Part]:
         (source, right, right + count, 0, columns, left * columns, columns, 1)
         for left, right, count in rows.runs
     ]
-
-
-def is_tied(directory: Path) -> bool:
-    """Return whether the configuration says that head and embedding are one parameter."""
-    import json
-
-    path = directory / "config.json"
-    try:
-        stored = json.loads(path.read_bytes()) if path.is_file() else {}
-    except ValueError:
-        return False
-    sections = [stored, *(stored.get(k) for k in ("text_config", "llm_config"))]
-    return any(isinstance(s, dict) and s.get("tie_word_embeddings") is True for s in sections)

@@ -16,7 +16,7 @@ from typing import Any
 from drift_fast.compare import Finding, Side, compare
 from drift_fast.configuration import Configuration, printable
 from drift_fast.coverage import Coverage
-from drift_fast.delta import DTYPES, _parse_size
+from drift_fast.delta import DTYPES, parse_size
 from drift_fast.errors import AlignmentError, CoverageError
 from drift_fast.facts import STATED, Fact
 from drift_fast.mapping import MappingLike
@@ -138,7 +138,7 @@ def check(
         read_rate: bytes a second, or text such as "1GB" or "500MB", that time is estimated with.
 
     Raises:
-        FileNotFoundError: a source that is not there.
+        FileNotFoundError: a source or a map file that is not there.
         CheckpointError: a checkpoint or a config.json that is not valid; the key is named.
         ValueError: an argument without meaning.
     """
@@ -148,10 +148,12 @@ def check(
     given = [reasoning, multimodal] if model is None else [reasoning, multimodal, model]
     roles = ["reasoning", "multimodal"] if model is None else ["expert", "reference", "model"]
     sides = [_open(source, role) for source, role in zip(given, roles, strict=True)]
-    pairing, refusal = _pair(given[0], given[1], selection, mapping, rows)
+    opened = [side.opened for side in sides]
+    pairing, refusal = _pair(opened[0], opened[1], selection, mapping, rows)
     findings = _findings(sides[0], sides[1], selection, pairing, refusal)
     if model is not None:
-        attached, refusal = _pair(multimodal, model, selection, None, rows)
+        # A Δ meets a parameter of its own shape, row i with row i.
+        attached, refusal = _pair(opened[1], opened[2], selection, None, "index")
         findings += _findings(sides[1], sides[2], selection, attached, refusal, attaches=True)
     return Preflight(
         findings,
@@ -165,14 +167,12 @@ def check(
 
 def _open(given: PathLike, role: str) -> Side:
     opened = open_checkpoint(given)
-    if opened.source.remote is not None:
-        opened.source.remote.optional_file("config.json")
     return Side(role, opened, Configuration.read(opened.directory))
 
 
 def _pair(
-    first: PathLike,
-    second: PathLike,
+    first: Opened,
+    second: Opened,
     selection: Selection,
     mapping: MappingLike | None,
     rows: Rows,
@@ -185,6 +185,7 @@ def _pair(
                 first, second, selection, strict=strict, mapping=mapping, rows=rows
             )
         except (AlignmentError, CoverageError) as error:
+            # The strict refusal names the cause; what is left of it otherwise may not.
             refusal = refusal or str(error)
         else:
             return pairing, refusal
@@ -200,7 +201,7 @@ def _findings(
     *,
     attaches: bool = False,
 ) -> list[Finding]:
-    prefixes = [Fact(), Fact()]
+    prefixes = [Fact(None, STATED)] * 2
     if pairing is not None:
         prefixes = [Fact(prefix or "no prefix", STATED) for prefix in pairing.prefixes]
     alignment = Finding(
@@ -261,7 +262,7 @@ def _download_nbytes(pairing: Pairing) -> int:
 
 def _rate(given: int | str) -> int:
     try:
-        return _parse_size(str(given).removesuffix("/s"))
+        return parse_size(str(given).removesuffix("/s"))
     except ValueError as error:
         raise ValueError(
             f"a rate must be bytes a second such as 500000000, '500MB' or '1GB', got {given!r}"
@@ -277,6 +278,8 @@ def _aligned(rows: Sequence[Finding], between: tuple[str, str]) -> str:
             printable(str(row.multimodal), _VALUE_WIDTH),
         )
         for row in rows
+        # What neither model has, experts say, is in the JSON only.
+        if row.severity != "same" or row.reasoning.known or row.multimodal.known
     ]
     widths = [max(len(row[column]) for row in cells) for column in range(4)]
     return "\n".join(

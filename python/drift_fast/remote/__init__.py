@@ -1,0 +1,12 @@
+"""Checkpoints on a server: a local directory that holds just the bytes that are needed.
+
+`client` sends requests, `transfer` judges answers and goes on after interruptions, `sparse` keeps
+what arrived, `shards` knows which files a checkpoint has, `url` and `hub` where it comes from.
+"""
+
+from drift_fast.remote.checkpoint import RemoteCheckpoint, Transfer
+from drift_fast.remote.hub import open_hub
+from drift_fast.remote.sparse import default_cache
+from drift_fast.remote.url import open_url
+
+__all__ = ["RemoteCheckpoint", "Transfer", "default_cache", "open_hub", "open_url"]

@@ -1,0 +1,261 @@
+"""A checkpoint on the Hugging Face Hub, pinned to a commit.
+
+Owns the calls of huggingface_hub, of which only what every version since 0.34 has is used, and
+what its errors mean for a user. The token is huggingface_hub's own and goes to its endpoint only.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from drift_fast import _core
+from drift_fast.errors import CheckpointError, DriftError
+from drift_fast.remote.checkpoint import RemoteCheckpoint
+from drift_fast.remote.client import (
+    RETRIED,
+    Client,
+    Credentials,
+    Dropped,
+    Patience,
+    hiding_queries,
+    origin_of,
+    retry_after,
+    shown,
+)
+from drift_fast.remote.shards import (
+    CONVERT,
+    INDEX,
+    PICKLES,
+    SINGLE,
+    SMALL_NBYTES,
+    open_indexed,
+    open_single,
+    shard_names,
+)
+from drift_fast.remote.sparse import locked, make_directory
+from drift_fast.remote.transfer import Identity, RemoteFile, run_together
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+# What huggingface_hub sends its requests with, by version.
+_HTTP_PACKAGES = frozenset({"requests", "urllib3", "httpx", "httpx2", "httpcore", "httpcore2"})
+
+Found = TypeVar("Found")
+
+
+def open_hub(repo: str, revision: str | None, *, cache: Path | None = None) -> RemoteCheckpoint:
+    """Open a model repository of the Hub; only headers and the index are downloaded.
+
+    `revision` is a branch, tag or commit, None the main branch. It is resolved to a commit once,
+    which every later request names. The endpoint is huggingface_hub's, `HF_ENDPOINT`.
+
+    Raises:
+        FileNotFoundError: the repository has no safetensors.
+        CheckpointError: a repository or revision that is not there or not accessible, a pickled
+            checkpoint, an index or answer that cannot be used, or no progress in several attempts.
+        DriftError: `huggingface_hub` or `requests` is not installed.
+    """
+    hub = _Hub(repo, revision)
+    with Client(hub.credentials()) as client:
+        single = hub.metadata(client, SINGLE)
+        first = single or hub.metadata(client, INDEX)
+        if first is None:
+            raise hub.without_safetensors(client)
+        hub.pin(first.commit_hash)
+        readable = f"{repo}-{hub.revision}"
+        directory = make_directory(cache, readable, hub.url_of(""))
+        with locked(directory):
+            if single is not None:
+                files = open_single(client, directory, hub.file(SINGLE, single))
+            else:
+                index = hub.small_file(client, INDEX)
+                if index is None:
+                    raise CheckpointError(f"{hub}: {INDEX} has gone; try again")
+                names = shard_names(index, f"{hub}/{INDEX}")
+                found = hub.files(client, names)
+                files = open_indexed(client, directory, index, f"{hub}/{INDEX}", found.__getitem__)
+    return RemoteCheckpoint(
+        directory,
+        shown(hub.url_of("")),
+        files,
+        small_file=hub.small_file,
+        repo=repo,
+        revision=hub.revision,
+        credentials=hub.credentials,
+    )
+
+
+class _Hub:
+    """A repository, at a commit once pinned, and what the Hub says of its files."""
+
+    def __init__(self, repo: str, revision: str | None) -> None:
+        try:
+            import huggingface_hub  # noqa: F401
+        except ImportError as error:
+            raise DriftError(
+                f"reading {repo} from the Hub needs huggingface_hub: pip install 'drift-fast[hub]'"
+            ) from error
+        self.repo = repo
+        self.revision = revision
+
+    def __str__(self) -> str:
+        return f"{self.repo}@{self.revision}" if self.revision else self.repo
+
+    def url_of(self, name: str) -> str:
+        from huggingface_hub import hf_hub_url
+
+        try:
+            return str(hf_hub_url(self.repo, name, revision=self.revision))
+        except ValueError:
+            raise CheckpointError(
+                f"{self.repo!r}: expected a Hub id of the form org/name"
+            ) from None
+
+    def credentials(self) -> Credentials:
+        """Return huggingface_hub's headers, with the token if there is one, for its endpoint."""
+        # By name: its type hints do not export it, though all versions have it.
+        utils = importlib.import_module("huggingface_hub.utils")
+        headers = utils.build_hf_headers(
+            library_name="drift_fast", library_version=_core.__version__
+        )
+        return Credentials(origin_of(self.url_of("")), headers)
+
+    def metadata(self, client: Client, name: str) -> Any:
+        """Return commit, ETag and size of a file, or None where there is no such file."""
+        from huggingface_hub import get_hf_file_metadata
+
+        return self._call(
+            client,
+            partial(
+                get_hf_file_metadata,
+                self.url_of(name),
+                library_name="drift_fast",
+                library_version=_core.__version__,
+            ),
+        )
+
+    def pin(self, commit: str | None) -> None:
+        """Go on with this commit."""
+        if commit is None or not _COMMIT.fullmatch(commit):
+            raise CheckpointError(
+                f"{self}: the server names no commit, so it does not answer as a Hub does; check "
+                "HF_ENDPOINT and the proxy"
+            )
+        self.revision = commit
+
+    def file(self, name: str, metadata: Any) -> RemoteFile:
+        """Return a file of the pinned commit, held to what the Hub says of it."""
+        if metadata.commit_hash != self.revision or metadata.size is None or not metadata.etag:
+            raise CheckpointError(
+                f"{self}: the Hub does not give length and ETag of {name} at this commit; try again"
+            )
+        return RemoteFile(self.url_of(name), Identity(metadata.size, metadata.etag, None))
+
+    def files(self, client: Client, names: list[str]) -> dict[str, RemoteFile]:
+        """Return shards of the pinned commit."""
+        found: dict[str, RemoteFile] = {}
+
+        def ask(name: str) -> None:
+            metadata = self.metadata(client, name)
+            if metadata is None:
+                raise FileNotFoundError(f"{self}: the index names {name}, which is not there")
+            found[name] = self.file(name, metadata)
+
+        run_together([partial(ask, name) for name in names], client.stop)
+        return found
+
+    def small_file(self, client: Client, name: str) -> bytes | None:
+        """Return a small file of the pinned commit, through huggingface_hub's own cache."""
+        from huggingface_hub import hf_hub_download
+
+        metadata = self.metadata(client, name)
+        if metadata is None:
+            return None
+        if metadata.size is None or metadata.size > SMALL_NBYTES:
+            raise CheckpointError(
+                f"{self}: {name} has {metadata.size} bytes, expected at most {SMALL_NBYTES}"
+            )
+        path = self._call(
+            client,
+            partial(
+                hf_hub_download,
+                self.repo,
+                name,
+                revision=self.revision,
+                library_name="drift_fast",
+                library_version=_core.__version__,
+            ),
+        )
+        return None if path is None else Path(path).read_bytes()
+
+    def without_safetensors(self, client: Client) -> Exception:
+        """Return what to raise for a repository without safetensors."""
+        for name in PICKLES:
+            if self.metadata(client, name) is not None:
+                return CheckpointError(f"{self}: found {name} and no safetensors: {CONVERT}")
+        return FileNotFoundError(f"{self}: the repository has neither {SINGLE} nor {INDEX}")
+
+    def _call(self, client: Client, call: Callable[[], Found]) -> Found | None:
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+        patience = Patience(str(self), client.stop)
+        while True:
+            try:
+                with hiding_queries():
+                    return call()
+            # Judged below, outside: messages of huggingface_hub may hold whole signed URLs.
+            except Exception as error:
+                failure = error
+            if isinstance(failure, EntryNotFoundError) and not isinstance(
+                failure, LocalEntryNotFoundError
+            ):
+                return None
+            dropped = _transient(failure)
+            if dropped is None:
+                raise self._refusal(failure)
+            patience.wait(dropped)
+
+    def _refusal(self, failure: Exception) -> Exception:
+        from huggingface_hub import errors
+
+        page = self.url_of("").partition("/resolve/")[0]
+        log_in = "log in with `hf auth login` or set HF_TOKEN"
+        if isinstance(failure, errors.GatedRepoError):
+            what = f"access to the model is restricted; ask for it at {page} and {log_in}"
+        elif isinstance(failure, errors.RepositoryNotFoundError):
+            what = f"no such model at {page}, or a private one; check the id, or {log_in}"
+        elif isinstance(failure, errors.RevisionNotFoundError):
+            what = f"no such branch, tag or commit; choose one that {page} lists"
+        elif any(
+            isinstance(error, errors.OfflineModeIsEnabled) for error in (failure, failure.__cause__)
+        ):
+            what = "HF_HUB_OFFLINE is set; unset it, or give the path of a copy on this machine"
+        elif isinstance(failure, errors.HfHubHTTPError):
+            status = getattr(failure.response, "status_code", None)
+            what = f"the Hub refuses ({status}); check the id and {log_in}"
+        elif isinstance(failure, errors.LocalEntryNotFoundError):
+            what = "the Hub cannot be asked; check the connection, HF_ENDPOINT and the proxy"
+        else:
+            return failure
+        return CheckpointError(f"{self}: {what}")
+
+
+def _transient(failure: Exception) -> Dropped | None:
+    """Return why another attempt may do better, if it may."""
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    # What hf_hub_download raises when asking failed and its cache has nothing; why is the cause.
+    error = failure.__cause__ if isinstance(failure, LocalEntryNotFoundError) else failure
+    if isinstance(error, HfHubHTTPError):
+        response = error.response
+        status = getattr(response, "status_code", None)
+        if status in RETRIED:
+            wait = retry_after(response.headers.get("Retry-After"))
+            return Dropped(f"the Hub answered {status}", wait)
+    elif type(error).__module__.partition(".")[0] in _HTTP_PACKAGES:
+        return Dropped(type(error).__name__)
+    return None

@@ -1,0 +1,154 @@
+"""Which files a checkpoint on a server has, and the local shards with their headers.
+
+Invariant: a name is asked for, or written, only once it is known to be a plain one, since an index
+is a stranger's. What a header says is the checkpoint reader's to judge; here only its length is.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from drift_fast.errors import CheckpointError
+from drift_fast.remote.client import Client
+from drift_fast.remote.sparse import SparseShard, require_space, write_atomically
+from drift_fast.remote.transfer import RangesIgnored, RemoteFile, Sink, run_together
+
+logger = logging.getLogger(__name__)
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+CONVERT = (
+    "a pickled checkpoint is never loaded, since unpickling runs code: convert it to safetensors "
+    "(load it once where you trust it and call model.save_pretrained(directory, "
+    "safe_serialization=True))"
+)
+# The limit that the safetensors format sets for a header; other small files are held to it too.
+SMALL_NBYTES = 100_000_000
+# What the first request asks for: most headers are shorter.
+_START_NBYTES = 256 << 10
+_LENGTH_NBYTES = 8
+_PLAIN_NAME = re.compile(r"[^./\\][^/\\]*")
+_PICKLE = re.compile(r"\.(bin|pt|pth|ckpt|pkl)(\.index\.json)?\Z")
+# A file system allows 255, and the lists of ranges have longer names.
+_NAME_LIMIT_NBYTES = 200
+
+
+def is_pickle(name: str) -> bool:
+    """Tell a pickled checkpoint, or the index of one, by its name."""
+    return _PICKLE.search(name) is not None
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether it names a file in a directory, not a hidden one, in printable characters."""
+    return (
+        name.isprintable()
+        and _PLAIN_NAME.fullmatch(name) is not None
+        and len(name.encode()) <= _NAME_LIMIT_NBYTES
+    )
+
+
+def open_single(client: Client, directory: Path, file: RemoteFile) -> dict[str, RemoteFile]:
+    """Make the directory one of a single file, with its header; it wins over an older index."""
+    _open_shard(client, directory / SINGLE, file)
+    return {SINGLE: file}
+
+
+def open_indexed(
+    client: Client,
+    directory: Path,
+    index: bytes,
+    place: str,
+    file_named: Callable[[str], RemoteFile],
+) -> dict[str, RemoteFile]:
+    """Make the directory one of an index and its shards, with their headers."""
+    files = {name: file_named(name) for name in shard_names(index, place)}
+    run_together(
+        [partial(_open_shard, client, directory / name, file) for name, file in files.items()],
+        client.stop,
+    )
+    write_atomically(directory / INDEX, index)
+    if SINGLE not in files:
+        # A single file would win over the index.
+        (directory / SINGLE).unlink(missing_ok=True)
+    return files
+
+
+def shard_names(index: bytes, place: str) -> list[str]:
+    """Return the files that an index names, each a plain name, in order.
+
+    Raises:
+        CheckpointError: no index, or one that names something else.
+    """
+    try:
+        weight_map = json.loads(index)["weight_map"]
+        entries = list(weight_map.items())
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{place}: expected an index with a weight_map, found something else "
+            f"({type(error).__name__}); check the URL"
+        ) from None
+    for tensor, file in entries:
+        if isinstance(file, str) and is_pickle(file):
+            raise CheckpointError(f"{place}: tensor {tensor!r} is in {file!r}: {CONVERT}")
+        if (
+            not isinstance(file, str)
+            or not is_plain_name(file)
+            or not file.endswith(".safetensors")
+        ):
+            raise CheckpointError(
+                f"{place}: tensor {tensor!r}: the index places it in {str(file)[:80]!r}, expected "
+                "the plain name of a .safetensors file beside the index; nothing else is asked for"
+            )
+    names = sorted({file for _, file in entries})
+    if not names:
+        raise CheckpointError(f"{place}: the index names no tensor; check the URL")
+    if SINGLE in names and len(names) > 1:
+        raise CheckpointError(
+            f"{place}: the index names {SINGLE} among others, which alone would pass for the "
+            "whole checkpoint; save the checkpoint again"
+        )
+    return names
+
+
+def _open_shard(client: Client, path: Path, file: RemoteFile) -> None:
+    """Make sure of a local shard of this identity, with its header."""
+    shard = SparseShard.load(path)
+    if shard is not None:
+        if not file.is_identified:
+            start = bytearray()
+            _read(client, file, 0, _LENGTH_NBYTES, lambda _, data: start.extend(data))
+            kept = file.identity.is_same(shard.identity) and shard.starts_with(bytes(start))
+        else:
+            kept = file.identity.is_same(shard.identity)
+        if kept:
+            return
+        logger.info("%s: changed on the server; what was downloaded is thrown away", file.shown)
+    start = bytearray()
+    _read(client, file, 0, _START_NBYTES, lambda _, data: start.extend(data))
+    nbytes = file.identity.nbytes
+    header_nbytes = int.from_bytes(start[:_LENGTH_NBYTES], "little")
+    if nbytes < _LENGTH_NBYTES or not header_nbytes <= min(SMALL_NBYTES, nbytes - _LENGTH_NBYTES):
+        raise CheckpointError(
+            f"{file.shown}: not a safetensors file: its first bytes give a header of "
+            f"{header_nbytes} bytes, the file has {nbytes} and the format allows {SMALL_NBYTES}; "
+            "check the URL"
+        )
+    end = _LENGTH_NBYTES + header_nbytes
+    require_space(path.parent, max(end, len(start)))
+    shard = SparseShard.create(path, file.identity, bytes(start))
+    if len(start) < end:
+        with shard.write_parts() as write:
+            _read(client, file, len(start), end, write)
+
+
+def _read(client: Client, file: RemoteFile, start: int, end: int, sink: Sink) -> None:
+    try:
+        file.read(client, start, end, sink)
+    except RangesIgnored:
+        file.read_through(client, [(start, end)], sink)

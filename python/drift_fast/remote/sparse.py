@@ -1,0 +1,337 @@
+"""Shards that are there in part: a file of the full length with holes, and a list of what it holds.
+
+Owns the cache directory, its lock, and the sidecar `<shard>.ranges.json`. Invariants: a shard never
+stands without a sidecar of its own content, and a sidecar lists only what has reached the disk, so
+that no reader takes a hole for zeros, whenever a run ends.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import stat
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from drift_fast.errors import CheckpointError
+from drift_fast.remote.client import Range, Stopped
+from drift_fast.remote.transfer import Identity
+
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+# How much may be lost when a run is killed, and how large one request is.
+PART_NBYTES = 16 << 20
+_SIDECAR_LIMIT_NBYTES = 64 << 20
+# macOS has no fdatasync.
+_flush: Callable[[int], None] = getattr(os, "fdatasync", os.fsync)
+
+
+def merged(ranges: Iterable[Range], gap_nbytes: int = 0) -> list[Range]:
+    """Return sorted ranges, those that touch or lie at most the gap apart as one; no empty ones."""
+    result: list[Range] = []
+    for start, end in sorted(ranges):
+        if start >= end:
+            continue
+        if result and start - result[-1][1] <= gap_nbytes:
+            result[-1] = (result[-1][0], max(result[-1][1], end))
+        else:
+            result.append((start, end))
+    return result
+
+
+def missing(wanted: Iterable[Range], held: Iterable[Range]) -> list[Range]:
+    """Return what of the wanted ranges is in no held one; both sorted and merged."""
+    result: list[Range] = []
+    holes = list(held)
+    at = 0
+    for start, end in wanted:
+        while at < len(holes) and holes[at][1] <= start:
+            at += 1
+        position, ahead = start, at
+        while ahead < len(holes) and holes[ahead][0] < end:
+            if position < holes[ahead][0]:
+                result.append((position, holes[ahead][0]))
+            position = holes[ahead][1]
+            ahead += 1
+        if position < end:
+            result.append((position, end))
+    return result
+
+
+def nbytes_of(ranges: Iterable[Range]) -> int:
+    """Return the sum of the ranges' lengths."""
+    return sum(end - start for start, end in ranges)
+
+
+def parts_of(ranges: Iterable[Range]) -> list[Range]:
+    """Cut ranges into parts of one request each."""
+    return [
+        (begin, min(begin + PART_NBYTES, end))
+        for start, end in ranges
+        for begin in range(start, end, PART_NBYTES)
+    ]
+
+
+def default_cache() -> Path:
+    """Return `$DRIFT_FAST_CACHE`, or `drift_fast` in `$XDG_CACHE_HOME` or `~/.cache`."""
+    chosen = os.environ.get("DRIFT_FAST_CACHE")
+    if chosen:
+        return Path(chosen).expanduser().absolute()
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (base if base.is_absolute() else Path.home() / ".cache") / "drift_fast"
+
+
+def make_directory(cache: Path | None, readable: str, key: str) -> Path:
+    """Create a checkpoint's directory in the cache, for its owner only.
+
+    It is named by a part for people and a digest of `key`, which identifies the checkpoint.
+
+    Raises:
+        CheckpointError: a link or file stands in its place.
+    """
+    cache = default_cache() if cache is None else cache
+    digest = hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    part = re.sub(r"[^A-Za-z0-9.]+", "-", readable).strip("-.")[:80]
+    directory = cache / f"{part}-{digest}"
+    cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        directory.mkdir(mode=0o700)
+    except FileExistsError:
+        if not stat.S_ISDIR(directory.lstat().st_mode):
+            raise CheckpointError(
+                f"{directory}: expected a directory, found a link or file, which is not "
+                "followed; remove it or choose another cache"
+            ) from None
+    return directory
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Keep other processes from writing in the directory, waiting until they are done.
+
+    Raises:
+        CheckpointError: a link stands in the lock's place.
+    """
+    path = directory / ".lock"
+    try:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise CheckpointError(
+            f"{path}: a link, which is not followed; remove it or choose another cache"
+        ) from None
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.info("%s: waiting for another process that writes there", directory)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
+
+
+def require_space(directory: Path, nbytes: int) -> None:
+    """Check that so many bytes can be written.
+
+    Raises:
+        OSError: ENOSPC.
+    """
+    free = shutil.disk_usage(directory).free
+    if nbytes > free:
+        raise OSError(
+            errno.ENOSPC,
+            f"{nbytes} bytes are to be downloaded and {free} are free; free some, or name a cache "
+            "on another disk in DRIFT_FAST_CACHE",
+            str(directory),
+        )
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace a file whole, or not at all; a link in its place is replaced and not followed."""
+    partial = path.with_name(f".{path.name}.partial")
+    with _created(partial) as file:
+        _write(file, 0, data)
+        _flush(file)
+    partial.replace(path)
+
+
+class SparseShard:
+    """A shard's file and what it holds; what is written becomes part of it in `write_parts`."""
+
+    def __init__(self, path: Path, identity: Identity, ranges: list[Range]) -> None:
+        self.path = path
+        self.identity = identity
+        self.ranges = ranges
+        self._lock = threading.Lock()
+        self._closed = False
+
+    @classmethod
+    def load(cls, path: Path) -> SparseShard | None:
+        """Return a shard that an earlier run left, or None where it left nothing to go on with."""
+        described = _read_regular(_sidecar(path), _SIDECAR_LIMIT_NBYTES)
+        found = None if described is None else _parse(path, described[0])
+        start = _read_regular(path, 8)
+        if found is None or start is None or start[1] != found.identity.nbytes:
+            return None
+        header = (0, 8 + int.from_bytes(start[0], "little"))
+        return None if missing([header], found.ranges) else found
+
+    @classmethod
+    def create(cls, path: Path, identity: Identity, start: bytes) -> SparseShard:
+        """Write a new shard that holds the first bytes only, in place of any older one."""
+        # An older sidecar is replaced but never removed: a shard without one counts as whole.
+        path.unlink(missing_ok=True)
+        _flush_directory(path.parent)
+        shard = cls(path, identity, merged([(0, len(start))]))
+        partial = path.with_name(f".{path.name}.partial")
+        with _created(partial) as file:
+            os.ftruncate(file, identity.nbytes)
+            _write(file, 0, start)
+            _flush(file)
+        shard._describe()
+        _flush_directory(path.parent)
+        partial.replace(path)
+        return shard
+
+    def starts_with(self, data: bytes) -> bool:
+        """Compare the first bytes of the file."""
+        start = _read_regular(self.path, len(data))
+        return start is not None and start[0] == data
+
+    @contextmanager
+    def write_parts(self) -> Iterator[Callable[[int, bytes], None]]:
+        """Give a sink for bytes at an offset; each part becomes one of the ranges once it is safe.
+
+        What was written when the context is left, by an error too, is kept.
+        """
+        file = os.open(self.path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        written: list[Range] = []
+
+        def flush() -> None:
+            if written:
+                _flush(file)
+                self._extend(written)
+                written.clear()
+
+        def write(offset: int, data: bytes) -> None:
+            _write(file, offset, data)
+            end = offset + len(data)
+            if written and written[-1][1] == offset:
+                written[-1] = (written[-1][0], end)
+            else:
+                written.append((offset, end))
+            if nbytes_of(written) >= PART_NBYTES:
+                flush()
+
+        try:
+            try:
+                yield write
+            finally:
+                flush()
+        finally:
+            os.close(file)
+
+    def close(self) -> None:
+        """Let no thread that was left behind alter the sidecar: the lock is given up next."""
+        with self._lock:
+            self._closed = True
+
+    def _extend(self, ranges: list[Range]) -> None:
+        with self._lock:
+            if self._closed:
+                raise Stopped
+            self.ranges = merged([*self.ranges, *ranges])
+            self._describe()
+
+    def _describe(self) -> None:
+        content = {
+            "format_version": FORMAT_VERSION,
+            "nbytes": self.identity.nbytes,
+            "etag": self.identity.etag,
+            "last_modified": self.identity.last_modified,
+            "ranges": self.ranges,
+        }
+        write_atomically(_sidecar(self.path), json.dumps(content).encode())
+
+
+def _sidecar(path: Path) -> Path:
+    return path.with_name(f"{path.name}.ranges.json")
+
+
+def _parse(path: Path, text: bytes) -> SparseShard | None:
+    try:
+        stored = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(stored, dict) or stored.get("format_version") != FORMAT_VERSION:
+        return None
+    nbytes, etag, last_modified = (stored.get(key) for key in ("nbytes", "etag", "last_modified"))
+    if type(nbytes) is not int or not all(
+        mark is None or isinstance(mark, str) for mark in (etag, last_modified)
+    ):
+        return None
+    ranges = stored.get("ranges")
+    if not isinstance(ranges, list) or not all(map(_is_range, ranges)):
+        return None
+    held = [(start, end) for start, end in ranges]
+    if held != merged(held) or (held and (held[0][0] < 0 or held[-1][1] > nbytes)):
+        return None
+    return SparseShard(path, Identity(nbytes, etag, last_modified), held)
+
+
+def _is_range(value: Any) -> bool:
+    return (
+        isinstance(value, list) and len(value) == 2 and all(type(offset) is int for offset in value)
+    )
+
+
+def _read_regular(path: Path, limit_nbytes: int) -> tuple[bytes, int] | None:
+    """Return the first bytes and the length of a regular file; None for anything else."""
+    try:
+        # Without O_NONBLOCK a FIFO in its place would wait for a writer.
+        file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return None
+    with open(file, "rb") as reader:
+        found = os.fstat(file)
+        if not stat.S_ISREG(found.st_mode):
+            return None
+        return reader.read(limit_nbytes), found.st_size
+
+
+@contextmanager
+def _created(path: Path) -> Iterator[int]:
+    path.unlink(missing_ok=True)
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        yield file
+    finally:
+        os.close(file)
+
+
+def _flush_directory(directory: Path) -> None:
+    """Order what was renamed or removed before what follows, should the power fail between."""
+    file = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def _write(file: int, offset: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        count = os.pwrite(file, view, offset)
+        view, offset = view[count:], offset + count

@@ -1,0 +1,96 @@
+"""A checkpoint at an http(s) URL: a file, an index, or a directory of either."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from urllib.parse import quote, unquote, urlsplit, urlunsplit
+
+from drift_fast.errors import CheckpointError
+from drift_fast.remote.checkpoint import RemoteCheckpoint
+from drift_fast.remote.client import Client, origin_of, shown
+from drift_fast.remote.shards import (
+    CONVERT,
+    INDEX,
+    PICKLES,
+    SINGLE,
+    SMALL_NBYTES,
+    is_pickle,
+    open_indexed,
+    open_single,
+)
+from drift_fast.remote.sparse import locked, make_directory
+from drift_fast.remote.transfer import Forbidden, RemoteFile
+
+
+def open_url(url: str, *, cache: Path | None = None) -> RemoteCheckpoint:
+    """Open a checkpoint at an http(s) URL; only headers and the index are downloaded.
+
+    The URL is of a `.safetensors` file, of a `*.safetensors.index.json`, or of a directory that
+    holds `model.safetensors` or else `model.safetensors.index.json`. Its query is sent with every
+    request but neither shown nor stored. No token is sent.
+
+    Raises:
+        FileNotFoundError: the server has no such checkpoint.
+        CheckpointError: not an http(s) URL, a pickled checkpoint, an index or answer that cannot
+            be used, or no progress in several attempts.
+        DriftError: `requests` is not installed.
+    """
+    origin = origin_of(url)
+    path = urlsplit(url).path
+    folder, _, last = path.rpartition("/")
+    name = unquote(last)
+    if is_pickle(name):
+        raise CheckpointError(f"{shown(url)}: {CONVERT}")
+    indexed = name.endswith(".safetensors.index.json")
+    if not indexed and not name.endswith(".safetensors"):
+        folder = path.rstrip("/")
+
+    def file_named(name: str) -> RemoteFile:
+        parts = urlsplit(url)
+        return RemoteFile(urlunsplit((*parts[:2], f"{folder}/{quote(name)}", parts.query, "")))
+
+    def small_file(client: Client, name: str) -> bytes | None:
+        try:
+            return file_named(name).read_whole(client, SMALL_NBYTES)
+        except FileNotFoundError:
+            return None
+
+    asked = RemoteFile(urlunsplit((*urlsplit(url)[:4], "")))
+    key = f"{origin[0]}://{origin[1]}:{origin[2]}{path}"
+    readable = "-".join([origin[1], *path.strip("/").split("/")[-2:]])
+    directory = make_directory(cache, readable, key)
+    with locked(directory), Client() as client:
+        if indexed:
+            files = open_indexed(
+                client, directory, asked.read_whole(client, SMALL_NBYTES), asked.shown, file_named
+            )
+        elif name.endswith(".safetensors"):
+            files = open_single(client, directory, asked)
+        else:
+            files = _open_directory(client, directory, file_named, shown(url))
+    return RemoteCheckpoint(directory, shown(url), files, small_file=small_file)
+
+
+def _open_directory(
+    client: Client, directory: Path, file_named: Callable[[str], RemoteFile], place: str
+) -> dict[str, RemoteFile]:
+    refused: Forbidden | None = None
+    try:
+        return open_single(client, directory, file_named(SINGLE))
+    except FileNotFoundError:
+        pass
+    except Forbidden as error:
+        refused = error
+    index = file_named(INDEX)
+    try:
+        text = index.read_whole(client, SMALL_NBYTES)
+    except (FileNotFoundError, Forbidden):
+        if refused is not None:
+            raise refused from None
+    else:
+        return open_indexed(client, directory, text, index.shown, file_named)
+    for pickled in PICKLES:
+        if file_named(pickled).exists(client):
+            raise CheckpointError(f"{place}: found {pickled} and no safetensors: {CONVERT}")
+    raise FileNotFoundError(f"{place}: the server has neither {SINGLE} nor {INDEX} there (404)")
