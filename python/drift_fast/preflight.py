@@ -99,7 +99,17 @@ class Preflight:
             blocks.append(f"{self.selection}: nothing pairs, so there is no Δ to plan for")
         else:
             blocks.append("\n".join([f"{self.selection}: {self.coverage}", *self.plan.lines()]))
-        return "\n\n".join(blocks)
+        return "\n\n".join([*blocks, self._verdict()])
+
+    def _verdict(self) -> str:
+        count = {
+            severity: sum(finding.severity == severity for finding in self.findings)
+            for severity in ("breaks", "note")
+        }
+        notes = f"{count['note']} note{'' if count['note'] == 1 else 's'}"
+        if self.ok:
+            return f"verdict: the models fit each other, {notes}"
+        return f"verdict: the models do not fit each other ({count['breaks']} breaks, {notes})"
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""

@@ -6,6 +6,7 @@ watchdog that fails a run in which nothing was injected. One attachment per para
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Sequence
 from types import TracebackType
@@ -28,6 +29,8 @@ from drift_fast.inject.targets import (
 )
 from drift_fast.mapping import MappingLike
 from drift_fast.select import EVERYTHING, Layers, Modules, Selection
+
+logger = logging.getLogger(__name__)
 
 # Parameters that an attachment holds, so that a second one is refused.
 _attached: Any = WeakIdKeyDictionary()
@@ -115,6 +118,14 @@ class Injection:
         if self._optimizer is not None:
             check_optimized(targets, self._optimizer)
         _refuse_second(targets)
+        logger.info(
+            "injecting into %d parameters, %.1f%% of the delta's selected elements and %.1f%% of "
+            "the language backbone; %d tensors of the delta have no parameter",
+            len(targets),
+            100 * self.coverage.fraction,
+            100 * self.coverage.backbone_fraction,
+            len(self.coverage.unmatched_reasoning),
+        )
         self._groups = load_groups(targets, delta)
         self._targets = [target for group in self._groups for target in group.targets]
         for group in self._groups:

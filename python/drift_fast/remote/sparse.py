@@ -120,7 +120,7 @@ def locked(directory: Path) -> Iterator[None]:
     """Keep other processes from writing in the directory, waiting until they are done.
 
     Raises:
-        CheckpointError: a link stands in the lock's place.
+        CheckpointError: a link stands in the lock's place, or the file system has no locks.
     """
     path = directory / ".lock"
     try:
@@ -137,6 +137,11 @@ def locked(directory: Path) -> Iterator[None]:
         except BlockingIOError:
             logger.info("%s: waiting for another process that writes there", directory)
             fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:
+            raise CheckpointError(
+                f"{path}: cannot be locked ({error.strerror}), which keeps two processes from "
+                "writing at once; name a cache on another file system in DRIFT_FAST_CACHE"
+            ) from error
         yield
     finally:
         os.close(lock)
@@ -326,6 +331,10 @@ def _flush_directory(directory: Path) -> None:
     file = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(file)
+    except OSError as error:
+        # Some network file systems order renames but know no such call.
+        if error.errno not in {errno.EINVAL, errno.ENOTSUP}:
+            raise
     finally:
         os.close(file)
 
