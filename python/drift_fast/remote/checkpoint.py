@@ -41,7 +41,11 @@ _GAP_NBYTES = 256 << 10
 
 @dataclass(frozen=True)
 class Transfer:
-    """What one fetch asked for, in bytes: of it, what crossed the network and what was there."""
+    """What one fetch asked for, in bytes; what crossed the network for it, and what was there.
+
+    Gaps that were read along and what was sent twice are in `fetched_nbytes`; headers, which come
+    when the checkpoint is opened, are not. `total_nbytes` is of all shards.
+    """
 
     wanted_nbytes: int
     fetched_nbytes: int
