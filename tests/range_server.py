@@ -223,7 +223,9 @@ class HubServer(RangeServer):
         return Reply(
             302,
             {
-                "Location": f"{self.cdn.url}{place}?Signature={quote(self.signature)}",
+                # By another host name: huggingface_hub follows redirects to another port by itself.
+                "Location": f"http://localhost:{self.cdn.port}{place}"
+                f"?Signature={quote(self.signature)}",
                 "X-Repo-Commit": commit,
                 "X-Linked-Size": str(nbytes_of(content)),
                 "X-Linked-Etag": f'"linked-{etag_of(content)[1:]}',

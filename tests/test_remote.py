@@ -80,7 +80,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 @pytest.fixture
 def server(waits: list[float], monkeypatch: pytest.MonkeyPatch) -> Iterator[RangeServer]:
     """A single file and its configuration under /m, with no proxy in between."""
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
     with RangeServer({f"/m/{SINGLE}": FILE, "/m/config.json": b'{"a": 1}'}) as started:
         yield started
 
@@ -1562,7 +1562,7 @@ class Hub:
                 "HF_HOME": str(self.directory / "home"),
                 "HF_TOKEN": TOKEN,
                 "HF_HUB_DISABLE_TELEMETRY": "1",
-                "NO_PROXY": "127.0.0.1",
+                "NO_PROXY": "127.0.0.1,localhost",
                 **environment,
             },
             capture_output=True,

@@ -43,7 +43,7 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Pair:
 @pytest.fixture
 def server(local: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RangeServer]:
     monkeypatch.setenv("DRIFT_FAST_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
     with RangeServer(local.reasoning.parent) as started:
         yield started
 
@@ -184,7 +184,7 @@ def run(
             "HF_TOKEN": TOKEN,
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "DRIFT_FAST_CACHE": str(directory / "cache"),
-            "NO_PROXY": "127.0.0.1",
+            "NO_PROXY": "127.0.0.1,localhost",
             **environment,
         },
         capture_output=True,

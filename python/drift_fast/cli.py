@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(options.run(options))
     except KeyboardInterrupt:
-        print("drift-fast: interrupted; nothing was left behind", file=sys.stderr)
+        print("drift-fast: interrupted; no delta was left behind", file=sys.stderr)
         return 130
     except (DriftError, OSError, ValueError, ImportError) as error:
         print(f"drift-fast: {_message(error)}", file=sys.stderr)

@@ -90,6 +90,12 @@ impl Identity {
             inode: metadata.ino(),
         })
     }
+
+    /// Of the file that has this path now.
+    fn of_path(path: &Path) -> Result<Self> {
+        let now = File::open(path).map_err(Error::io(path, "open the file again"))?;
+        Self::of(&now, path)
+    }
 }
 
 impl Shard {
@@ -110,6 +116,13 @@ impl Shard {
         let header_nbytes = LENGTH_NBYTES + header.len() as u64;
         let tensors = parse_header(path, &header, header_nbytes, identity.nbytes)?;
         let present = ranges::read(path, identity.nbytes)?;
+        if present.is_some() && Identity::of_path(path)? != identity {
+            // The list may be that of the file which has taken the place of the one that is open.
+            return Err(Error::checkpoint(
+                path,
+                "the file was replaced while it was being opened; run again once nothing writes to it",
+            ));
+        }
         Ok(Self {
             path: path.to_owned(),
             file,
@@ -223,8 +236,7 @@ impl Shard {
     /// # Errors
     /// Another length, modification time or inode than at opening.
     pub fn check_unchanged(&self) -> Result<()> {
-        let now = File::open(&self.path).map_err(Error::io(&self.path, "open the file again"))?;
-        if Identity::of(&now, &self.path)? == self.identity {
+        if Identity::of_path(&self.path)? == self.identity {
             return Ok(());
         }
         Err(Error::checkpoint(

@@ -47,9 +47,12 @@ fn difference(pair: Pair<'_>, numel: usize, threads: usize) -> drift_fast_core::
 #[derive(Debug, Clone)]
 struct Plan {
     columns: usize,
-    bands: Vec<Option<(usize, Vec<(usize, bool, usize)>)>>,
+    bands: Vec<Option<(usize, Vec<Piece>)>>,
     gaps: Vec<usize>,
 }
+
+/// Columns, whether transposed, elements of padding.
+type Piece = (usize, bool, usize);
 
 fn plan() -> impl Strategy<Value = Plan> {
     let pieces = prop::collection::vec((1usize..5, any::<bool>(), 0usize..4), 1..4);

@@ -361,8 +361,10 @@ mod _core {
     #[derive(FromPyObject)]
     enum Source {
         Whole(String),
-        Parts(Vec<(String, usize, usize, usize, usize, usize, usize, usize)>),
+        Parts(Vec<Rectangle>),
     }
+
+    type Rectangle = (String, usize, usize, usize, usize, usize, usize, usize);
 
     fn resolve<'a>(
         reasoning: &'a checkpoint::Checkpoint,
