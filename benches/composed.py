@@ -21,6 +21,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from delta import run
+
 EXPERTS, HIDDEN, INNER = 32, 2048, 768
 FORMS = ("apart", "fused", "transposed")
 
@@ -99,16 +101,6 @@ def by_hand(text: Path, multimodal: Path, form: str) -> None:
             print(name, total**0.5)
 
 
-def run(command: list[str]) -> tuple[float, float]:
-    """Return wall seconds and peak resident megabytes of a process."""
-    start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    if status != 0:
-        raise SystemExit(f"{command} failed")
-    return time.perf_counter() - start, usage.ru_maxrss / 1000
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=3)
@@ -160,13 +152,13 @@ def main() -> None:
             *rival, text["apart"], multimodal["transposed"], "transposed",
         ],
     }  # fmt: skip
-    figures: dict[str, list[tuple[float, float]]] = {label: [] for label in commands}
+    figures: dict[str, list[tuple[float, float, float]]] = {label: [] for label in commands}
     for repeat in range(options.repeats + 1):
         for label, command in commands.items():
             figure = run(command)
             if repeat:  # the first round warms the page cache
                 figures[label].append(figure)
-    base = statistics.median(wall for wall, _ in figures["both fused"])
+    base = statistics.median(wall for wall, _, _ in figures["both fused"])
     lines = [
         f"# Statistics of experts stored apart and fused, 2 × {nbytes / 2e9:.2f} GB in bfloat16, "
         "warm page cache",
@@ -180,7 +172,7 @@ def main() -> None:
         "|---|---|---|---|",
     ]
     for label, rows in figures.items():
-        wall, peak = (statistics.median(column) for column in zip(*rows, strict=True))
+        wall, _, peak = (statistics.median(column) for column in zip(*rows, strict=True))
         low, high = min(r[0] for r in rows), max(r[0] for r in rows)
         lines.append(
             f"| {label} | {wall:.2f} ({low:.2f} to {high:.2f}) | {wall / base:.1f}× | {peak:,.0f} |"

@@ -33,8 +33,8 @@ class CoverageError(DriftError): ...
 class NonFiniteError(DriftError): ...
 
 # See `layout.Part`.
-Part: TypeAlias = tuple[str, int, int, int, int, int, int, int]
-Source: TypeAlias = str | list[Part]
+_Part: TypeAlias = tuple[str, int, int, int, int, int, int, int]
+_Source: TypeAlias = str | list[_Part]
 
 @type_check_only
 class Moments(TypedDict):
@@ -96,7 +96,7 @@ def align(
 def stream(
     reasoning: Checkpoint,
     multimodal: Checkpoint,
-    pairs: list[tuple[Source, str]],
+    pairs: list[tuple[_Source, str]],
     *,
     threads: int,
     writer: DeltaWriter | None = None,
@@ -105,14 +105,14 @@ def stream(
 def subtract_into(
     reasoning: Checkpoint,
     multimodal: Checkpoint,
-    pair: tuple[Source, str],
+    pair: tuple[_Source, str],
     buffer: Any,
     *,
     dtype: str,
     threads: int,
 ) -> Moments: ...
 def likeness(
-    reasoning: Checkpoint, multimodal: Checkpoint, pairs: list[tuple[Source, str]]
+    reasoning: Checkpoint, multimodal: Checkpoint, pairs: list[tuple[_Source, str]]
 ) -> tuple[list[float], int]: ...
 def measure(
     left: list[tuple[Any, str]],
