@@ -92,6 +92,15 @@ def test_what_identifies_a_remote_source_does_not_depend_on_what_was_downloaded(
     assert Delta.open(tmp_path / "delta").sources == delta.sources
 
 
+def test_progress_tells_a_download_from_the_reading_after_it(server: RangeServer) -> None:
+    seen = []
+    inspect(f"{server.url}/text", f"{server.url}/vlm", modules="attn", progress=seen.append)
+    stages = [progress.stage for progress in seen]
+    assert list(dict.fromkeys(stages)) == ["downloading", "reading"]
+    last = [progress for progress in seen if progress.stage == "downloading"][-1]
+    assert last.nbytes == last.total_nbytes > 0
+
+
 def test_one_side_may_be_local_and_the_other_remote(server: RangeServer, local: Pair) -> None:
     expected = inspect(local.reasoning, local.multimodal)
     for left, right in (

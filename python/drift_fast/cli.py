@@ -180,7 +180,7 @@ def _add_pair(parser: argparse.ArgumentParser) -> None:
 
 def _mapping(text: str | None) -> str | list[tuple[str, str]] | None:
     """Return prefix pairs, written first:second and parted by commas, or the path of a map file."""
-    if text is None or ":" not in text:
+    if text is None or ":" not in text or Path(text).exists():
         return text
     pairs = [pair.partition(":") for pair in text.split(",")]
     return [(first, second) for first, _, second in pairs]

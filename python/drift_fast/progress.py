@@ -23,10 +23,14 @@ class ProgressBar:
         self._stream = sys.stderr if stream is None else stream
         self._shown = self._stream.isatty()
         self._started = time.monotonic()
+        self._stage = ""
 
     def __call__(self, progress: Progress) -> None:
         if not self._shown:
             return
+        if progress.stage != self._stage:
+            # A download says nothing of how fast the reading after it will be.
+            self._stage, self._started = progress.stage, time.monotonic()
         done, total = progress.nbytes, progress.total_nbytes
         elapsed = max(time.monotonic() - self._started, 1e-3)
         rate = done / elapsed
@@ -34,7 +38,7 @@ class ProgressBar:
         filled = round(share * _BAR)
         left = (total - done) / rate if rate > 0 else 0.0
         line = (
-            f"[{'█' * filled}{'·' * (_BAR - filled)}] {share:4.0%}  "
+            f"{self._stage} [{'█' * filled}{'·' * (_BAR - filled)}] {share:4.0%}  "
             f"{progress.tensors}/{progress.total_tensors} tensors  {rate / 1e9:.2f} GB/s  "
             f"{_clock(left)} left"
         )
