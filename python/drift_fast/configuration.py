@@ -51,7 +51,7 @@ class Configuration:
         """
         directory = checkpoint if checkpoint.is_dir() else checkpoint.parent
         path = directory / "config.json"
-        entries = _read(path)
+        entries = read_entries(path)
         top = Section(path, "", entries or {})
         for keys in _SECTIONS:
             inside = [top]
@@ -193,7 +193,12 @@ _TYPES = {
 }
 
 
-def _read(path: Path) -> dict[str, object] | None:
+def read_entries(path: Path) -> dict[str, object] | None:
+    """Return what a config.json holds, None where there is none.
+
+    Raises:
+        CheckpointError: not a JSON object of at most 10 MB.
+    """
     try:
         # Asked before opening: opening a FIFO would wait for a writer.
         if not path.exists():

@@ -10,11 +10,13 @@ and shapes.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from drift_fast.configuration import read_entries
 from drift_fast.fused import canonical
 from drift_fast.layout import Layout, Shape
 
@@ -106,14 +108,23 @@ def convert(model: nn.Module, tensors: Mapping[str, Shape]) -> dict[str, Layout]
 def convert_checkpoint(directory: Path, tensors: Mapping[str, Shape]) -> dict[str, Layout] | None:
     """Return what `convert` does, for a checkpoint on disk and the model that its config names.
 
-    The model is built from `config.json` without memory for weights; code that a repository ships
-    is never run.
+    The model is built from `config.json` without memory for weights. One that names code of its own
+    or more modules than the checkpoint has tensors is not built: a config is untrusted.
+
+    Raises:
+        CheckpointError: a config.json that is not a JSON object.
     """
-    if not (directory / "config.json").is_file():
+    stated = read_entries(directory / "config.json")
+    if stated is None:
+        return None
+    reason = _unsafe(stated, max(1024, len(tensors)))
+    if reason:
+        logger.info("%s: no model is made from its config.json: %s", directory, reason)
         return None
 
     def follow() -> dict[str, Layout] | None:
         import transformers
+        import transformers.conversion_mapping  # before a model is built for nothing
 
         config = transformers.AutoConfig.from_pretrained(
             directory, trust_remote_code=False, local_files_only=True
@@ -125,6 +136,27 @@ def convert_checkpoint(directory: Path, tensors: Mapping[str, Shape]) -> dict[st
         return _trace(_without_memory(kind, config), tensors)
 
     return _attempt(follow)
+
+
+# What makes transformers look for code or other models outside of itself.
+_FOREIGN = frozenset({"auto_map", "trust_remote_code", "backbone", "backbone_kwargs"})
+_COUNT = re.compile(r"layers|depth|experts|blocks|stages|heads")
+
+
+def _unsafe(entries: object, most: int) -> str:
+    """Return why a model had better not be made from these entries of a config, or nothing."""
+    pending = [("", entries)]
+    while pending:
+        key, value = pending.pop()
+        if key in _FOREIGN and value:
+            return f"it names code or a model of its own ({key})"
+        if isinstance(value, dict):
+            pending += value.items()
+        elif isinstance(value, list):
+            pending += [(key, item) for item in value]
+        elif isinstance(value, int | float) and _COUNT.search(key) and value > most:
+            return f"{key} of {value} is more than the checkpoint can hold"
+    return ""
 
 
 def _attempt(follow: Callable[[], dict[str, Layout] | None]) -> dict[str, Layout] | None:
