@@ -292,7 +292,96 @@ def test_interleaved_halves_are_noticed_by_their_weights(tmp_path: Path) -> None
         compute_delta(a, b)
 
 
+@pytest.mark.parametrize("parts", ["projections", "experts"])
+@pytest.mark.parametrize("fused", ["reasoning", "multimodal"])
+def test_a_map_that_was_written_gives_the_pairs_that_were_found(
+    tmp_path: Path, parts: str, fused: str
+) -> None:
+    rng = np.random.default_rng(16)
+    text = attention(rng) if parts == "projections" else mixture(rng, 8, 6, "BF16")
+    vlm = moved(rng, text)
+
+    def together(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
+        return phi(tensors) if parts == "projections" else in_form(tensors, "transposed")
+
+    left, right = (together(text), vlm) if fused == "reasoning" else (text, together(vlm))
+    a, b = write_checkpoint(tmp_path / "a", left), write_checkpoint(tmp_path / "b", right)
+    found = compute_delta(a, b)
+    drift_fast.align(a, b).save(tmp_path / "map.json")
+    stated = compute_delta(a, b, mapping=tmp_path / "map.json")
+    assert set(stated) == set(found) == set(right)
+    assert all(torch.equal(stated[name], found[name]) for name in found)
+    pairs = json.loads((tmp_path / "map.json").read_text())["pairs"]
+    if fused == "reasoning":
+        name = next(name for name, partner in pairs.items() if isinstance(partner, list))
+        pairs[name].pop()
+        with refused(AlignmentError, name, "all of its partners"):
+            compute_delta(a, b, mapping=pairs)
+
+
+def test_values_in_another_order_within_a_fused_tensor_are_noticed(tmp_path: Path) -> None:
+    rng = np.random.default_rng(17)
+    tensors = {}
+    for layer in range(LAYERS):
+        for name, rows in (("q_proj", 64), ("k_proj", 16), ("v_proj", 16)):
+            key = f"model.layers.{layer}.self_attn.{name}.weight"
+            tensors[key] = stored(rng.normal(0, 1, (rows, 64)))
+        tensors[f"model.layers.{layer}.self_attn.o_proj.weight"] = stored(
+            rng.normal(0, 1, (64, 64))
+        )
+    right = joined(moved(rng, tensors), ("q_proj", "v_proj", "k_proj"), "qkv_proj")
+    a, b = write_checkpoint(tmp_path / "a", tensors), write_checkpoint(tmp_path / "b", right)
+    with refused(AlignmentError, "qkv_proj", "does not resemble"):
+        compute_delta(a, b)
+
+
+def test_scalars_and_empty_tensors_are_no_obstacle(tmp_path: Path) -> None:
+    text, vlm = planted(np.random.default_rng(18), 8, 6, "BF16", "BF16")
+    for tensors, prefix in ((text, "model."), (vlm, "model.language_model.")):
+        for layer in range(LAYERS):
+            at = f"{prefix}layers.{layer}.self_attn."
+            tensors[f"{at}k_scale"] = Stored("BF16", (), b"\x80?")
+            tensors[f"{at}empty"] = Stored("BF16", (3, 0), b"")
+    a = write_checkpoint(tmp_path / "a", text)
+    b = write_checkpoint(tmp_path / "b", in_form(vlm, "fused"))
+    assert len(compute_delta(a, b)) == LAYERS * 4
+    assert len(compute_delta(a, b, modules="re:k_scale|experts", check_weights=False)) == LAYERS * 3
+
+
+def test_an_expert_of_an_enormous_number_costs_nothing(tmp_path: Path) -> None:
+    text, vlm = planted(np.random.default_rng(19), 8, 6, "BF16", "BF16")
+    name = f"{AT.format(0)}.100000000000.gate_proj.weight"
+    text[name] = text[f"{AT.format(0)}.0.gate_proj.weight"]
+    a = write_checkpoint(tmp_path / "a", text)
+    b = write_checkpoint(tmp_path / "b", in_form(vlm, "fused"))
+    with refused(AlignmentError, "not all there", "experts.3.gate_proj"):
+        compute_delta(a, b)
+
+
+def test_experts_stored_in_both_ways_are_refused(tmp_path: Path) -> None:
+    text, vlm = planted(np.random.default_rng(20), 8, 6, "BF16", "BF16")
+    a = write_checkpoint(tmp_path / "a", {**text, **in_form(text, "fused")})
+    b = write_checkpoint(tmp_path / "b", vlm)
+    with refused(AlignmentError, "layers.0.mlp.experts.0.gate_proj"):
+        compute_delta(a, write_checkpoint(tmp_path / "c", in_form(vlm, "transposed")))
+    mapping = {name: name.replace("model.", "model.language_model.") for name in text}
+    assert len(compute_delta(a, b, mapping=mapping, strict=False)) == len(vlm)
+
+
 # ------------------------------------------------------------------ into a running model
+
+
+def test_a_square_weight_without_the_other_that_tells_how_it_lies_is_refused(
+    tmp_path: Path,
+) -> None:
+    text, vlm = planted(np.random.default_rng(21), 8, 4, "F32", "F32")
+    a = write_checkpoint(tmp_path / "a", in_form(text, "transposed"))
+    b = write_checkpoint(tmp_path / "b", in_form(vlm, "transposed"))
+    model = Experts(in_form(vlm, "fused"))
+    delta = compute_delta(a, b, modules="re:gate_up_proj")
+    with refused(AlignmentError, "gate_up_proj", "square", "take both"):
+        drift_fast.Injection(model, delta)
+    assert drift_fast.match_parameters(model, compute_delta(a, b))
 
 
 class Experts(torch.nn.Module):

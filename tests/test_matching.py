@@ -138,7 +138,7 @@ def test_layers_can_be_paired_out_of_order(tmp_path: Path, rng: Any) -> None:
                 "model.layers.0.self_attn.q_proj.weight": TO + "layers.0.self_attn.q_proj.weight",
                 "model.layers.0.self_attn.k_proj.weight": TO + "layers.0.self_attn.q_proj.weight",
             },
-            ["q_proj.weight [8, 8], model.layers.0.self_attn.k_proj", "do not fit"],
+            ["2 tensors", "self_attn.q_proj.weight and", "k_proj", "one counterpart"],
         ),
     ],
     ids=["reasoning", "multimodal", "prefix", "target", "empty", "none", "shapes", "twice"],
@@ -156,15 +156,29 @@ def test_a_mapping_of_another_kind_is_a_type_error(pair: Pair, mapping: Any) -> 
         compute_delta(pair.reasoning, pair.multimodal, mapping=mapping)
 
 
-def test_what_a_mapping_leaves_out_is_refused_when_strict_and_listed_otherwise(pair: Pair) -> None:
+def test_what_a_mapping_does_not_name_is_refused_when_strict_and_listed_otherwise(
+    pair: Pair,
+) -> None:
+    full = dict(align(pair.reasoning, pair.multimodal).pairs)
+    left_out = "model.layers.1.mlp.up_proj.weight"
+    short = {name: partner for name, partner in full.items() if name != left_out}
+    with refused(AlignmentError, left_out, "not in the mapping"):
+        compute_delta(pair.reasoning, pair.multimodal, mapping=short)
+    delta = compute_delta(pair.reasoning, pair.multimodal, mapping=short, strict=False)
+    assert dict(delta.coverage.unmatched_reasoning)[left_out] == "not in the mapping"
+    assert len(delta) == 13
+
+
+def test_what_a_mapping_gives_none_for_is_left_out_and_counted(pair: Pair) -> None:
     full = dict(align(pair.reasoning, pair.multimodal).pairs)
     left_out = "model.layers.1.mlp.up_proj.weight"
     mapping: dict[str, str | None] = full | {left_out: None}
-    with refused(AlignmentError, left_out, "not in the mapping"):
-        compute_delta(pair.reasoning, pair.multimodal, mapping=mapping)
-    delta = compute_delta(pair.reasoning, pair.multimodal, mapping=mapping, strict=False)
-    assert dict(delta.coverage.unmatched_reasoning)[left_out] == "not in the mapping"
+    delta = compute_delta(pair.reasoning, pair.multimodal, mapping=mapping)
+    assert dict(delta.coverage.unmatched_reasoning)[left_out] == "left out by the mapping"
     assert len(delta) == 13
+    assert delta.coverage.fraction < 1
+    with refused(CoverageError, "min_coverage", left_out):
+        compute_delta(pair.reasoning, pair.multimodal, mapping=mapping, min_coverage=1.0)
 
 
 @pytest.mark.parametrize(
@@ -337,6 +351,78 @@ def test_weights_that_do_not_vary_are_no_evidence(tmp_path: Path, rng: Any) -> N
     assert len(compute_delta(a, b)) == 14
 
 
+def test_a_layer_that_does_not_vary_does_not_hide_a_shift(tmp_path: Path, rng: Any) -> None:
+    text = language_model(rng, layers=5, hidden=16, inner=24)
+    vlm = shifted(moved(rng, text), {0: 1, 1: 2, 2: 3})
+    for name in [name for name in vlm if "layers.4." in name]:
+        vlm[name] = stored(np.zeros(vlm[name].shape))
+    a, b = write_two(tmp_path, text, vlm)
+    with refused(AlignmentError, "shifted or permuted"):
+        compute_delta(a, b)
+
+
+@pytest.mark.parametrize("modules", ["attn", "re:q_proj"])
+def test_a_shift_is_seen_though_only_one_layer_is_selected(
+    tmp_path: Path, rng: Any, modules: str
+) -> None:
+    text = language_model(rng, layers=4, hidden=32, inner=48)
+    a, b = write_two(tmp_path, text, shifted(moved(rng, text), {0: 1, 1: 2, 2: 3}))
+    with refused(AlignmentError, "shifted or permuted"):
+        compute_delta(a, b, modules=modules, layers=[2])
+
+
+def test_one_tensor_that_was_exchanged_with_another_is_refused(tmp_path: Path, rng: Any) -> None:
+    text = language_model(rng, layers=3, hidden=32, inner=48)
+    vlm = moved(rng, text)
+    at = f"{TO}layers.1.mlp."
+    vlm[f"{at}gate_proj.weight"], vlm[f"{at}up_proj.weight"] = (
+        vlm[f"{at}up_proj.weight"],
+        vlm[f"{at}gate_proj.weight"],
+    )
+    a, b = write_two(tmp_path, text, vlm)
+    with refused(AlignmentError, "layers.1.mlp", "does not resemble"):
+        compute_delta(a, b)
+
+
+def test_tensors_of_integers_are_paired_but_not_compared(tmp_path: Path, rng: Any) -> None:
+    text = language_model(rng)
+    index = Stored("I64", (4, 4), np.zeros(16, dtype="<i8").tobytes())
+    extra = {f"layers.{n}.self_attn.index": index for n in range(2)}
+    vlm = moved(rng, text) | {TO + name: tensor for name, tensor in extra.items()}
+    a, b = write_two(tmp_path, text | {f"model.{n}": t for n, t in extra.items()}, vlm)
+    assert align(a, b).ok
+    assert len(compute_delta(a, b)) == 14
+
+
+# ------------------------------------------------------------------ exchanged models
+
+
+def test_two_models_that_are_exchanged_are_refused_and_named_as_such(
+    tmp_path: Path, pair: Pair
+) -> None:
+    with refused(AlignmentError, "vision_tower", "exchanged", "strict=False"):
+        compute_delta(pair.multimodal, pair.reasoning)
+    found = align(pair.multimodal, pair.reasoning)
+    assert found.problem is not None
+    assert "exchanged" in found.problem
+    report = drift_fast.check(pair.multimodal, pair.reasoning)
+    assert not report.ok
+    reverse = compute_delta(pair.multimodal, pair.reasoning, strict=False)
+    assert len(reverse) == 14
+
+
+def test_configurations_that_do_not_fit_are_warned_of_where_shapes_do(
+    tmp_path: Path, rng: Any
+) -> None:
+    text = language_model(rng)
+    a, b = write_two(tmp_path, text, moved(rng, text))
+    for directory, heads in ((a, 2), (b, 4)):
+        config = {"num_attention_heads": heads, "hidden_size": 8, "hidden_act": "silu"}
+        (directory / "config.json").write_text(json.dumps(config))
+    with pytest.warns(DriftWarning, match=r"do not fit.*drift-fast check.*attention heads"):
+        compute_delta(a, b)
+
+
 # ------------------------------------------------------------------ layers that are inserted
 
 
@@ -432,6 +518,7 @@ def test_rows_of_embedding_and_head_are_matched_by_token(tmp_path: Path, rng: An
         matched = right[[0, 1, 2, 4, 5]]
         assert row_stats.multimodal_norm == pytest.approx(np.linalg.norm(matched), rel=1e-6)
     assert delta.coverage.matched_numel == 2 * 5 * 8
+    assert delta.coverage.fraction == pytest.approx(5 / 9)
     described = json.loads((tmp_path / "delta" / "drift.json").read_text())["alignment"]["rows"]
     assert described["lm_head.weight"].startswith("5 of 9 rows matched by token")
 
@@ -447,6 +534,28 @@ def test_rows_by_index_are_taken_only_on_request(tmp_path: Path, rng: Any) -> No
     )
     with pytest.raises(ValueError, match="rows must be"):
         compute_delta(a, b, modules="embed", rows="name")  # type: ignore[arg-type]
+
+
+def test_a_heads_bias_goes_by_token_like_its_weight(tmp_path: Path, rng: Any) -> None:
+    text = language_model(rng, vocab=6) | {"lm_head.bias": stored(np.arange(6.0))}
+    vlm = moved(rng, text) | {"lm_head.bias": stored(np.arange(6.0)[::-1])}
+    a, b = write_two(tmp_path, text, vlm)
+    write_tokenizer(a, letters(6))
+    write_tokenizer(b, letters(6)[::-1])
+    delta = compute_delta(a, b, modules="head", dtype="float32")
+    assert float(delta["lm_head.bias"].abs().max()) == 0.0
+
+
+def test_what_only_the_multimodal_backbone_has_outside_its_layers_is_missing(
+    tmp_path: Path, rng: Any
+) -> None:
+    text = language_model(rng)
+    vlm = moved(rng, text)
+    del text["model.norm.weight"], text["lm_head.weight"]
+    a, b = write_two(tmp_path, text, vlm)
+    with refused(AlignmentError, TO + "norm.weight"):
+        compute_delta(a, b, modules="attn,norm")
+    assert len(compute_delta(a, b)) == 14
 
 
 def test_embeddings_are_left_out_unless_they_are_asked_for(pair: Pair) -> None:

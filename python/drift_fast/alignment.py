@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from drift_fast.coverage import listed
@@ -16,8 +16,14 @@ from drift_fast.errors import AlignmentError
 from drift_fast.likeness import Likeness, compare
 from drift_fast.mapping import MappingLike, write_map
 from drift_fast.matching import Match, match, skipping_inserted
-from drift_fast.pairing import Opened, PathLike, open_checkpoint
-from drift_fast.select import kind_of
+from drift_fast.pairing import (
+    Opened,
+    PathLike,
+    comparable,
+    looks_exchanged,
+    open_checkpoint,
+)
+from drift_fast.select import EVERYTHING, Selection, kind_of
 
 
 @dataclass(frozen=True)
@@ -142,12 +148,16 @@ def align(
             raise
         nothing = [(name, "no pairing was found") for name in left.shapes]
         return Alignment([], nothing, [], ("", ""), [], "names", None, str(error), False, 0, paths)
-    problem, proposed = None, False
-    if found.layer_conflict:
+    problem = looks_exchanged(left.shapes, right.shapes, found) if mapping is None else ""
+    proposed = False
+    if found.layer_conflict and not problem:
         problem = found.layer_conflict
         inserted = skipping_inserted(left.shapes, right.shapes, found)
         if inserted is not None:
-            found = match(left.side(), right.side(), mapping=dict(inserted.pairs))
+            found = replace(
+                match(left.side(), right.side(), mapping=dict(inserted.pairs)),
+                how="names, without the inserted layers",
+            )
             proposed = True
             problem += (
                 f". The multimodal model has inserted layers {_numbers(inserted.layers)}; the "
@@ -156,12 +166,13 @@ def align(
             )
     likeness = None
     local = left.source.remote is None and right.source.remote is None
-    if check_weights and local and (problem is None or proposed):
+    if check_weights and local and (not problem or proposed):
         try:
-            likeness = compare(left.checkpoint, right.checkpoint, found.pairs, right.shapes)
+            pairs = comparable(found.pairs, left, right, Selection.parse(EVERYTHING, None))
+            likeness = compare(left.checkpoint, right.checkpoint, pairs, right.shapes)
         except AlignmentError as error:
             problem = str(error)
-    return _account(found, left, right, likeness, problem, proposed)
+    return _account(found, left, right, likeness, problem or None, proposed)
 
 
 def _account(

@@ -7,7 +7,7 @@ a model says of itself `facts`'.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ from drift_fast.configuration import Configuration
 from drift_fast.coverage import Coverage
 from drift_fast.facts import NAMES, STATED, Description, Fact, Headers, describe, read_headers
 from drift_fast.pairing import Opened
-from drift_fast.select import Selection, kind_of
+from drift_fast.select import Selection, container_of, kind_of, layer_of
 from drift_fast.source import Source
 
 Severity = Literal["breaks", "note", "same"]
@@ -219,18 +219,26 @@ def compare(
     refusal: str,
     *,
     attaches: bool = False,
+    stated: bool = False,
 ) -> list[Finding]:
     """Return what two models have in common and what not, one finding for each fact.
 
     `coverage` is that of their pairing as far as it goes, `refusal` why it is refused. With
-    `attaches`, Δ is to be attached to the second, and the first has been judged already.
+    `attaches`, Δ is to be attached to the second, and the first has been judged already; with
+    `stated`, a mapping says which layer is which.
 
     Raises:
         CheckpointError: an entry of a config.json that has a wrong type.
     """
     matched = [] if coverage is None else coverage.matched
     headers = tuple(
-        read_headers(side.opened.shapes, side.opened.dtypes, [pair[column] for pair in matched])
+        read_headers(
+            _paired_layers(side.opened.shapes, [pair[column] for pair in matched])
+            if stated and matched
+            else side.opened.shapes,
+            side.opened.dtypes,
+            [pair[column] for pair in matched],
+        )
         for column, side in enumerate((first, second))
     )
     selected = {
@@ -249,7 +257,20 @@ def compare(
         selected,
         paired=coverage is not None and not refusal,
         attaches=attaches,
+        stated=stated,
     ).findings()
+
+
+def _paired_layers(
+    shapes: Mapping[str, tuple[int, ...]], paired: Iterable[str]
+) -> dict[str, tuple[int, ...]]:
+    """Return what lies in layers that are paired, and outside of layers."""
+    held = {(container_of(name), layer_of(name)) for name in paired}
+    return {
+        name: shape
+        for name, shape in shapes.items()
+        if layer_of(name) is None or (container_of(name), layer_of(name)) in held
+    }
 
 
 @dataclass(frozen=True)
@@ -260,6 +281,7 @@ class _Comparison:
     selected: set[str]
     paired: bool
     attaches: bool
+    stated: bool
 
     def findings(self) -> list[Finding]:
         first, second = self.described
@@ -311,6 +333,9 @@ class _Comparison:
         found = []
         for side, headers, described in self._judged():
             stated = described.stated_layers
+            if self.stated:
+                # The headers are those of paired layers only.
+                continue
             if not isinstance(stated, int) or headers.layers in (0, stated):
                 continue
             message = f"{side.the} states {stated} layers and has tensors of {headers.layers}"
@@ -368,6 +393,8 @@ class _Comparison:
         if subject == "RoPE θ":
             return self._finding(subject, "note", values, self._theta())
         severity, message = _MEANING[subject]
+        if subject == "layers" and self.stated:
+            severity, message = "note", "the mapping says which layer is which"
         if subject == "attention biases" and "attn" not in self.selected:
             severity = "note"
         return self._finding(subject, severity, values, message)

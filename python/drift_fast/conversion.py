@@ -95,7 +95,12 @@ def convert(model: nn.Module, tensors: Mapping[str, Shape]) -> dict[str, Layout]
     except ImportError as error:
         logger.info("transformers cannot be asked for its conversions: %s", error)
         return None
-    inner = next((one for one in model.modules() if isinstance(one, PreTrainedModel)), None)
+    # Of several models side by side, the largest; the whole of one comes before its parts.
+    inner = max(
+        (one for one in model.modules() if isinstance(one, PreTrainedModel)),
+        key=lambda one: sum(parameter.numel() for parameter in one.parameters()),
+        default=None,
+    )
     # Wrappers and sharding change a model's class and names, so a bare twin of it is asked.
     kind = next(
         (c for c in type(inner).__mro__ if c.__module__.startswith("transformers.models.")), None
@@ -108,8 +113,9 @@ def convert(model: nn.Module, tensors: Mapping[str, Shape]) -> dict[str, Layout]
 def convert_checkpoint(directory: Path, tensors: Mapping[str, Shape]) -> dict[str, Layout] | None:
     """Return what `convert` does, for a checkpoint on disk and the model that its config names.
 
-    The model is built from `config.json` without memory for weights. One that names code of its own
-    or more modules than the checkpoint has tensors is not built: a config is untrusted.
+    The model is built from `config.json` without memory for weights. A config is untrusted: what
+    would lead to code, kernels or other models is left out of it, and one that states more modules
+    than the checkpoint has tensors is not built.
 
     Raises:
         CheckpointError: a config.json that is not a JSON object.
@@ -117,20 +123,23 @@ def convert_checkpoint(directory: Path, tensors: Mapping[str, Shape]) -> dict[st
     stated = read_entries(directory / "config.json")
     if stated is None:
         return None
-    reason = _unsafe(stated, max(1024, len(tensors)))
-    if reason:
-        logger.info("%s: no model is made from its config.json: %s", directory, reason)
+    entries = _own(stated)
+    excess = _excess(entries, max(1024, len(tensors)))
+    if excess:
+        logger.info("%s: no model is made from its config.json: %s", directory, excess)
         return None
 
     def follow() -> dict[str, Layout] | None:
         import transformers
         import transformers.conversion_mapping  # before a model is built for nothing
 
-        config = transformers.AutoConfig.from_pretrained(
-            directory, trust_remote_code=False, local_files_only=True
-        )
+        config = transformers.CONFIG_MAPPING[entries["model_type"]].from_dict(entries)
         kind = getattr(transformers, (config.architectures or [""])[0], None)
-        if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+        if (
+            not isinstance(kind, type)
+            or not kind.__module__.startswith("transformers.models.")
+            or not issubclass(kind, transformers.PreTrainedModel)
+        ):
             logger.info("%s names no architecture of transformers", directory)
             return None
         return _trace(_without_memory(kind, config), tensors)
@@ -138,18 +147,28 @@ def convert_checkpoint(directory: Path, tensors: Mapping[str, Shape]) -> dict[st
     return _attempt(follow)
 
 
-# What makes transformers look for code or other models outside of itself.
-_FOREIGN = frozenset({"auto_map", "trust_remote_code", "backbone", "backbone_kwargs"})
-_COUNT = re.compile(r"layers|depth|experts|blocks|stages|heads")
+# What makes transformers look for code, kernels, weights or other models outside of itself.
+_FOREIGN = re.compile(
+    r"auto_map|trust_remote_code|.*backbone.*|.*attn_implementation.*|experts_implementation"
+    r"|quantization_config|compression_config|_name_or_path|.*kernel_config"
+)
+_COUNT = re.compile(r"layer|depth|expert|block|stage|head")
 
 
-def _unsafe(entries: object, most: int) -> str:
-    """Return why a model had better not be made from these entries of a config, or nothing."""
+def _own(entries: Any) -> Any:
+    """Return a config's entries without those that lead out of transformers."""
+    if isinstance(entries, dict):
+        return {key: _own(value) for key, value in entries.items() if not _FOREIGN.fullmatch(key)}
+    if isinstance(entries, list):
+        return [_own(value) for value in entries]
+    return entries
+
+
+def _excess(entries: object, most: int) -> str:
+    """Return which count of modules is more than the checkpoint can hold, or nothing."""
     pending = [("", entries)]
     while pending:
         key, value = pending.pop()
-        if key in _FOREIGN and value:
-            return f"it names code or a model of its own ({key})"
         if isinstance(value, dict):
             pending += value.items()
         elif isinstance(value, list):

@@ -26,11 +26,12 @@ class Coverage:
     matched_numel: int = 0
     selected_numel: int = 0
     backbone_numel: int = 0
+    backbone_matched_numel: int = 0
 
     @property
     def backbone_fraction(self) -> float:
         """Share of the language backbone's parameters, selected or not, that has a partner."""
-        return self.matched_numel / self.backbone_numel if self.backbone_numel else 0.0
+        return self.backbone_matched_numel / self.backbone_numel if self.backbone_numel else 0.0
 
     @property
     def fraction(self) -> float:
@@ -47,6 +48,7 @@ class Coverage:
             "selected_numel": self.selected_numel,
             "fraction": self.fraction,
             "backbone_numel": self.backbone_numel,
+            "backbone_matched_numel": self.backbone_matched_numel,
             "backbone_fraction": self.backbone_fraction,
         }
 
@@ -69,6 +71,7 @@ class Coverage:
             int(stored["selected_numel"]),
             # Deltas written before this was counted have none.
             int(stored.get("backbone_numel", 0)),
+            int(stored.get("backbone_matched_numel", 0)),
         )
 
     def __str__(self) -> str:

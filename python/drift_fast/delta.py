@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from drift_fast import _core
+from drift_fast.compare import Side, compare
+from drift_fast.configuration import Configuration
 from drift_fast.coverage import Coverage
 from drift_fast.errors import CheckpointError, DriftWarning, NonFiniteError
 from drift_fast.mapping import MappingLike
@@ -126,7 +128,9 @@ def compute_delta(
     )
     pairing = _ready(pairing, reader, check_weights, progress)
     sources = _describe_sources(pairing)
-    if out is None and sources["reasoning"]["shards"] == sources["multimodal"]["shards"]:
+    shards = sources["reasoning"]["shards"]
+    whole = all("sha256_of_samples" in shard for shard in shards)
+    if out is None and whole and shards == sources["multimodal"]["shards"]:
         # With an output, or once statistics are asked for, the numbers themselves tell.
         _warn_of_zero(pairing)
     delta = Delta(
@@ -209,8 +213,26 @@ def _ready(
         if progress is not None:
             progress(Progress(0, len(pairing.pairs), done, total, "downloading"))
 
+    _warn_of_configurations(pairing)
     pairing = fetch(pairing, reader, report)
     return verify(pairing) if check_weights else pairing
+
+
+def _warn_of_configurations(pairing: Pairing) -> None:
+    """Warn of what `check` calls breaking, which names and shapes do not show."""
+    first, second = (
+        Side(role, opened, Configuration.read(opened.directory))
+        for role, opened in zip(("reasoning", "multimodal"), pairing.opened, strict=True)
+    )
+    found = compare(first, second, pairing.selection, pairing.coverage, "", stated=pairing.stated)
+    broken = [f"{one.subject}: {one.message}" for one in found if one.severity == "breaks"]
+    if broken:
+        warnings.warn(
+            f"the configurations of {first.opened.source.path} and {second.opened.source.path} do "
+            f"not fit each other; drift-fast check shows all of it. {'; '.join(broken)}",
+            DriftWarning,
+            stacklevel=4,
+        )
 
 
 class _Backend(Protocol):
@@ -277,7 +299,14 @@ class Delta(Mapping[str, "torch.Tensor"]):
             coverage = Coverage.from_json(stored["coverage"])
             dtype = _check_dtype(stored["dtype"])
             fields = {key: stored[key] for key in ("sources", "alignment", "selection")}
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (
+            KeyError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            OverflowError,
+            RecursionError,
+        ) as error:
             raise CheckpointError(
                 f"{description}: not a valid description of a delta "
                 f"({type(error).__name__}: {error}); compute the delta again"
@@ -541,8 +570,8 @@ class _Stored:
 def _warn_of_zero(pairing: Pairing) -> None:
     first, second = (source.path for source in pairing.sources)
     warnings.warn(
-        f"Δ is zero everywhere: {first} and {second} hold the same weights; an injection along it "
-        "does nothing",
+        f"Δ is zero everywhere: what is paired of {first} and {second} is the same; an injection "
+        "along it does nothing",
         DriftWarning,
         stacklevel=4,
     )
@@ -558,12 +587,12 @@ def _describe_sources(pairing: Pairing) -> dict[str, Any]:
     for side, source, checkpoint in zip(
         ("reasoning", "multimodal"), pairing.sources, checkpoints, strict=True
     ):
-        # A file that was downloaded in part has no samples, but the server's mark of its content.
-        digest_of = "sha256_of_samples" if source.remote is None else "sha256_of_header"
-        shards = [
-            {"file": file, "nbytes": nbytes, digest_of: digest} | source.mark(file)
-            for file, nbytes, digest in checkpoint.fingerprint()
-        ]
+        shards = []
+        for file, nbytes, digest in checkpoint.fingerprint():
+            # Of a file that was downloaded in part, only the header is sure to be there.
+            partial = (Path(checkpoint.path) / f"{file}.ranges.json").exists()
+            digest_of = "sha256_of_header" if partial else "sha256_of_samples"
+            shards.append({"file": file, "nbytes": nbytes, digest_of: digest} | source.mark(file))
         described[side] = source.describe() | {"shards": shards}
     return described
 

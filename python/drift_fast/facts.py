@@ -65,7 +65,7 @@ _OTHER_PARTIAL_ROTARY = {
 _ACTIVATIONS = {"swish": "silu", "gelu_new": "gelu_pytorch_tanh"}
 _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 
-_PROJECTION = re.compile(r"(?:^|\.)((?:q|k|v|o)_proj|mlp\.down_proj)\.(weight|bias)$")
+_PROJECTION = re.compile(r"(?:^|\.)((?:q|k|v|o|qkv)_proj|mlp\.down_proj)\.(weight|bias)$")
 _QK_NORM = re.compile(r"(?:^|\.)(?:q|k|query|key)_(?:layer)?norm\.weight$")
 _EXPERT = re.compile(r"\.experts\.(?:(\d+)\.)?")
 
@@ -149,7 +149,8 @@ def read_headers(shapes: Shapes, dtypes: Mapping[str, str], paired: Iterable[str
         if container_of(name) not in containers:
             continue
         layers.add(layer_of(name))
-        if len(shape) > 1:
+        # Indices and masks are not what weights are packed into.
+        if len(shape) > 1 and dtype not in ("I64", "BOOL"):
             stored.add(dtype)
         if expert := _EXPERT.search(name):
             experts.add(int(expert[1]) + 1 if expert[1] else next(iter(shape), 0))
@@ -160,7 +161,7 @@ def read_headers(shapes: Shapes, dtypes: Mapping[str, str], paired: Iterable[str
             if dtype in _DTYPES or dtype.startswith("F8"):
                 found[projection[1]].add(shape)
         elif projection and projection[1] != "mlp.down_proj":
-            biases.add(projection[1][0])
+            biases.update(projection[1].removesuffix("_proj"))
         elif _QK_NORM.search(name):
             qk_norm = True
             # Some models keep a row for each head; the last axis is the head's in any case.

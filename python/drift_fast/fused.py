@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
-from drift_fast.layout import Layout
+from drift_fast.layout import Layout, Shape
 
 _EXPERT = re.compile(
     r"(?P<experts>.*\bexperts)\.(?P<number>\d+)\.(?P<name>(gate|up|down)_proj)(\.weight)?$"
@@ -35,6 +35,17 @@ def canonical(tensors: Mapping[str, Layout], joined: Iterable[str]) -> dict[str,
     return layouts | rest
 
 
+def unoriented(name: str, tensors: Mapping[str, Shape]) -> bool:
+    """Whether nothing tells how a stacked weight lies: square, and without its partner."""
+    match = _STACKED.match(name)
+    shape = tensors[name]
+    if match is None or len(shape) != 3 or shape[1] != shape[2]:
+        return False
+    partner = "down_proj" if match["name"] == "gate_up_proj" else "gate_up_proj"
+    ending = match[3] or ""
+    return f"{match['experts']}.{partner}{ending}" not in tensors
+
+
 def joined_names(tensors: Iterable[str]) -> set[str]:
     """Return which of the fused projections outside experts occur among the names."""
     return {
@@ -49,15 +60,17 @@ def incomplete_experts(names: Iterable[str]) -> dict[str, str]:
     """Return the experts that cannot be stacked because others of their layer are not there."""
     reasons = {}
     for experts, kinds in _experts(names).items():
-        numbers = range(1 + max(number for named in kinds.values() for number in named))
-        absent = [
-            f"{experts}.{number}.{kind}"
-            for number in numbers
-            for kind in _EXPERT_PARTS
-            if number not in kinds.get(kind, {})
-        ]
-        for name in (name for named in kinds.values() for name in named.values() if absent):
-            reasons[name] = f"the experts of its layer are not all there: no {absent[0]}"
+        count = 1 + max(number for named in kinds.values() for number in named)
+        # A number may be as large as a stranger likes, so only a gap is looked for.
+        short = next((kind for kind in _EXPERT_PARTS if len(kinds.get(kind, {})) < count), None)
+        if short is None:
+            continue
+        held = kinds.get(short, {})
+        absent = next(number for number in range(count) if number not in held)
+        for name in (name for named in kinds.values() for name in named.values()):
+            reasons[name] = (
+                f"the experts of its layer are not all there: no {experts}.{absent}.{short}"
+            )
     return reasons
 
 
@@ -78,6 +91,9 @@ def _stack_experts(rest: dict[str, Layout]) -> dict[str, Layout]:
     for experts, kinds in _experts(rest).items():
         names = [name for named in kinds.values() for name in named.values()]
         if any(name in incomplete for name in names):
+            continue
+        if any(f"{experts}.{kind}" in rest for kind in ("gate_up_proj", "down_proj")):
+            # Stored in both ways; there is no telling which is meant.
             continue
         shapes = {kind: {rest[n].shape for n in named.values()} for kind, named in kinds.items()}
         if any(len(found) > 1 for found in shapes.values()):
@@ -123,6 +139,8 @@ def _join(rest: dict[str, Layout], fused: str, parts: tuple[str, ...]) -> dict[s
         names = [f"{before}{part}.{after}" for part in parts]
         shapes = [rest[other].shape[1:] for other in names if other in rest]
         if len(shapes) < len(parts) or len(set(shapes)) > 1:
+            continue
+        if f"{before}{fused}.{after}" in rest:
             continue
         layouts[f"{before}{fused}.{after}"] = Layout.concatenated(
             [rest.pop(other) for other in names], 0

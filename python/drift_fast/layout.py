@@ -171,6 +171,8 @@ def compose(
     """
     filled: dict[str, list[Part]] = {}
     for left_name, right_name in pairs:
+        if math.prod(right[right_name].shape) == 0:
+            continue
         for a, b in _common(left[left_name], right[right_name]):
             filled.setdefault(b.source, []).extend(_parts(a, b, shapes[b.source]))
     return filled
@@ -247,7 +249,7 @@ def _parts(a: Block, b: Block, shape: Shape) -> Iterator[Part]:
         if extent > 1:
             dim = next(d for d, stride in enumerate(strides) if stride == there and shape[d] > 1)
             size[dim], across[dim] = extent, here
-    if len(shape) < 2:
+    while len(shape) < 2:
         shape, first, size, across = (*shape, 1), [*first, 0], [*size, 1], [*across, 0]
     rows, columns = size[-2], size[-1]
     across_columns = across[-1] if columns > 1 else 1

@@ -12,23 +12,24 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 from drift_fast import _core
 from drift_fast.errors import AlignmentError, DriftWarning
 from drift_fast.layout import Shape
 from drift_fast.matching import Pair
-from drift_fast.select import kind_of, layer_of
+from drift_fast.select import kind_of, layer_of, module_of
 
-# Modules that are compared; of more, experts say, an even choice.
-_MODULES = 16
 # Two unrelated tensors correlate by chance with a deviation of 1/√n; six of them is never chance.
 _DEVIATIONS = 6.0
 # Below this a correlation shows no common origin, above the other it does; and a module whose
 # correlation is a fifth of the highest is not what its name says.
 _UNLIKE, _ALIKE, _FIFTH = 0.05, 0.5, 0.2
-# Elements below which a correlation near zero says nothing.
-_ENOUGH = 4096
+# A tensor composed of parts is held to more: one wrong part of several leaves the others right.
+_COMPOSED = 0.7
+# Elements below which the correlation of one tensor, and that of all together, says nothing.
+_FEW, _ENOUGH = 256, 1024
 
 
 @dataclass(frozen=True)
@@ -64,37 +65,20 @@ def compare(
         AlignmentError: a layer that resembles another one more than its own counterpart, or a
             module that does not resemble its counterpart where the others do.
     """
-    groups = _groups(pairs, shapes)
-    own: dict[str, float] = {}
-    sums: dict[tuple[int, int], tuple[float, int]] = {}
-    names: dict[int, tuple[str, str]] = {}
-    count = compared = 0
-    for module, members in groups.items():
+    table = _Table()
+    for members in _groups(pairs, shapes):
         matrix, sampled = _core.likeness(
             reasoning, multimodal, [(pair.source, pair.name) for pair in members]
         )
-        size = len(members)
-        if not all(math.isfinite(value) for value in matrix):
-            # A tensor that does not vary, zeros say, resembles nothing and everything.
-            continue
-        layers = [layer_of(pair.name) or 0 for pair in members]
-        own[module] = sum(matrix[at * size + at] for at in range(size)) / size
-        compared += sampled * size
-        count = max(count, sampled)
-        for row in range(size):
-            names.setdefault(layers[row], (members[row].sources[0], members[row].name))
-            for column in range(size):
-                total, times = sums.get((layers[row], layers[column]), (0.0, 0))
-                value = matrix[row * size + column]
-                sums[layers[row], layers[column]] = total + value, times + 1
-    if not sums:
+        table.add(members, matrix, sampled)
+    if not table.own:
         return None
-    mean = {key: (total / times, times) for key, (total, times) in sums.items()}
-    _refuse_shift(mean, names, count)
-    _refuse_module(own, groups)
-    matched = sum(own.values()) / len(own)
-    elsewhere = max((value for (a, b), (value, _) in mean.items() if a != b), default=0.0)
-    return Likeness(matched, elsewhere, own, compared)
+    table.refuse_shift()
+    table.refuse_module()
+    own = {module: sum(values) / len(values) for module, values in table.own.items()}
+    return Likeness(
+        sum(own.values()) / len(own), table.elsewhere(), own, sum(table.sampled.values())
+    )
 
 
 def warn_if_unrelated(likeness: Likeness | None, first: object, second: object) -> None:
@@ -110,54 +94,94 @@ def warn_if_unrelated(likeness: Likeness | None, first: object, second: object) 
     )
 
 
-def _groups(pairs: Sequence[Pair], shapes: Mapping[str, Shape]) -> dict[str, list[Pair]]:
-    """Return each module in all its layers, for weights of two dimensions or more."""
-    found: dict[tuple[str, Shape], list[Pair]] = {}
+def _groups(pairs: Sequence[Pair], shapes: Mapping[str, Shape]) -> list[list[Pair]]:
+    """Return modules in all their layers, of each kind a few, for weights of two dimensions."""
+    found: dict[tuple[str, str, Shape], list[Pair]] = {}
     for pair in pairs:
         shape, layer = shapes[pair.name], layer_of(pair.name)
         if layer is None or len(shape) < 2 or kind_of(pair.name) == "norm":
             continue
         module = re.sub(rf"(^|\.){layer}(?=\.|$)", r"\1*", pair.name, count=1)
-        found.setdefault((module, shape), []).append(pair)
-    chosen = sorted(found)
-    step = max(1, len(chosen) / _MODULES)
-    picked = [chosen[int(at * step)] for at in range(min(len(chosen), _MODULES))]
-    return {module: found[module, shape] for module, shape in picked}
+        found.setdefault((module_of(pair.name), module, shape), []).append(pair)
+    chosen: dict[tuple[str, Shape], list[list[Pair]]] = {}
+    for (kind, _, shape), members in sorted(found.items()):
+        chosen.setdefault((kind, shape), []).append(members)
+    # Of many alike, experts say, the first and the last.
+    return [group for groups in chosen.values() for group in (groups[:1] + groups[1:][-1:])]
 
 
-def _refuse_shift(
-    mean: Mapping[tuple[int, int], tuple[float, int]],
-    names: Mapping[int, tuple[str, str]],
-    sampled: int,
-) -> None:
-    shifted = []
-    for (row, column), (value, times) in sorted(mean.items()):
-        here, _ = mean[row, row]
-        margin = max(_DEVIATIONS / (sampled * times) ** 0.5, 2 * _UNLIKE)
-        if row != column and value > here + margin:
-            shifted.append((row, column, value, here))
-    if not shifted:
-        return
-    row, column, value, here = max(shifted, key=lambda item: item[2] - item[3])
-    raise AlignmentError(
-        f"the layers do not belong together: {names[row][0]} resembles {names[column][1]} "
-        f"(correlation {value:.2f}) and not its counterpart by name, {names[row][1]} ({here:.2f}); "
-        f"so do {len({item[0] for item in shifted})} of {len(names)} layers. The layers of one "
-        "model are shifted or permuted; state the right pairs with mapping=…, or pass "
-        "check_weights=False if this is meant"
-    )
+class _Table:
+    """Correlations by layer and by module, and what was compared."""
 
+    def __init__(self) -> None:
+        self.own: dict[str, list[float]] = {}
+        self.sampled: dict[str, int] = {}
+        self._pairs: dict[str, list[Pair]] = {}
+        # Of any two layers the sum of the correlations, how many, and the sum of their variances.
+        self._sums: dict[tuple[int, int], tuple[float, int, float]] = {}
+        self._names: dict[int, tuple[str, str]] = {}
 
-def _refuse_module(own: Mapping[str, float], groups: Mapping[str, Sequence[Pair]]) -> None:
-    highest = max(own.values())
-    if highest < _ALIKE:
-        return
-    for module, value in own.items():
-        if value < _FIFTH * highest:
-            pair = groups[module][0]
-            raise AlignmentError(
-                f"{pair.sources[0]} does not resemble {pair.name} (correlation {value:.2f} over "
-                f"the layers) although other modules do ({highest:.2f}): the two are stored in "
-                "different orders, or one was trained anew. Leave the module out, or pass "
-                "check_weights=False if this is meant"
-            )
+    def add(self, members: Sequence[Pair], matrix: Sequence[float], sampled: int) -> None:
+        """Take the correlations of one module; a tensor that does not vary says nothing."""
+        size = len(members)
+        layers = [layer_of(pair.name) or 0 for pair in members]
+        module = module_of(members[0].name)
+        for row, column in product(range(size), repeat=2):
+            value = matrix[row * size + column]
+            if not math.isfinite(value):
+                continue
+            if row == column:
+                self.own.setdefault(module, []).append(value)
+                self._pairs.setdefault(module, []).append(members[row])
+                self.sampled[module] = self.sampled.get(module, 0) + sampled
+                self._names.setdefault(layers[row], (members[row].sources[0], members[row].name))
+            key = layers[row], layers[column]
+            total, times, variance = self._sums.get(key, (0.0, 0, 0.0))
+            self._sums[key] = total + value, times + 1, variance + 1 / sampled
+
+    def elsewhere(self) -> float:
+        """Return the highest mean correlation of two different layers."""
+        means = [total / times for (a, b), (total, times, _) in self._sums.items() if a != b]
+        return max(means, default=0.0)
+
+    def refuse_shift(self) -> None:
+        """Refuse a layer that resembles another one more than its own counterpart."""
+        shifted = []
+        for (row, column), (total, times, variance) in sorted(self._sums.items()):
+            own = self._sums.get((row, row))
+            if row == column or own is None or column not in self._names:
+                continue
+            value, here = total / times, own[0] / own[1]
+            margin = max(_DEVIATIONS * variance**0.5 / times, 2 * _UNLIKE)
+            if value > here + margin:
+                shifted.append((row, column, value, here))
+        if not shifted:
+            return
+        row, column, value, here = max(shifted, key=lambda item: item[2] - item[3])
+        names = self._names
+        raise AlignmentError(
+            f"the layers do not belong together: {names[row][0]} resembles {names[column][1]} "
+            f"(correlation {value:.2f}) and not its counterpart, {names[row][1]} ({here:.2f}); it "
+            f"is so in {len({item[0] for item in shifted})} of {len(names)} layers. The layers of "
+            "one model are shifted or permuted; state the right pairs with mapping=…, or pass "
+            "check_weights=False if this is meant"
+        )
+
+    def refuse_module(self) -> None:
+        """Refuse a tensor that does not resemble its counterpart where others do."""
+        means = {module: sum(values) / len(values) for module, values in self.own.items()}
+        highest = max(means.values())
+        if highest < _ALIKE:
+            return
+        for module, values in self.own.items():
+            enough = self.sampled[module] >= _FEW * len(values)
+            for pair, value in zip(self._pairs[module], values, strict=True):
+                # What is composed of parts may be right in some of them and wrong in others.
+                least = highest * (_COMPOSED if pair.parts else _FIFTH)
+                if (value if enough else means[module]) < least:
+                    raise AlignmentError(
+                        f"{pair.sources[0]} does not resemble {pair.name} (correlation "
+                        f"{value:.2f}) although other modules do ({highest:.2f}): the two are not "
+                        "counterparts, are stored in different orders, or one was trained anew. "
+                        "Leave the module out, or pass check_weights=False if this is meant"
+                    )

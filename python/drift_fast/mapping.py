@@ -16,9 +16,11 @@ from drift_fast.errors import AlignmentError
 
 PathLike = str | os.PathLike[str]
 
-# Prefix pairs, name → name (None leaves it out), a function that does the same, or a map file.
+# What one name is paired with: a name, several where it is split on the other side, or nothing.
+Partner = str | Sequence[str] | None
+# Prefix pairs, name → partner, a function that does the same, or a map file.
 MappingLike = (
-    Sequence[tuple[str, str]] | Mapping[str, str | None] | Callable[[str], str | None] | PathLike
+    Sequence[tuple[str, str]] | Mapping[str, Partner] | Callable[[str], Partner] | PathLike
 )
 
 FORMAT_VERSION = 1
@@ -26,8 +28,18 @@ FORMAT_VERSION = 1
 _MAX_NBYTES = 100 << 20
 
 
-def resolve(mapping: MappingLike, left: Iterable[str], right: Iterable[str]) -> dict[str, str]:
-    """Return the stated partner of each name on the left that has one.
+# What the two sides are called in messages.
+CHECKPOINTS = ("reasoning checkpoint", "multimodal checkpoint")
+RUNTIME = ("delta", "model")
+
+
+def resolve(
+    mapping: MappingLike,
+    left: Iterable[str],
+    right: Iterable[str],
+    sides: tuple[str, str] = CHECKPOINTS,
+) -> dict[str, list[str]]:
+    """Return the stated partners of each name on the left, none where it is stated to have none.
 
     Raises:
         AlignmentError: a name that the models do not have, or a prefix that matches nothing.
@@ -38,23 +50,35 @@ def resolve(mapping: MappingLike, left: Iterable[str], right: Iterable[str]) -> 
     if isinstance(mapping, str | os.PathLike):
         mapping = read_map(mapping)
     if isinstance(mapping, Mapping):
-        _refuse_unknown(mapping, left, "reasoning")
-        stated = {name: partner for name, partner in mapping.items() if partner is not None}
+        _refuse_unknown(mapping, left, sides[0])
+        stated = {name: _partners(name, partner) for name, partner in mapping.items()}
     elif callable(mapping):
-        answers = {name: mapping(name) for name in left}
-        stated = {name: partner for name, partner in answers.items() if partner is not None}
-    else:
-        stated = _by_prefix(mapping, left)
+        stated = {name: _partners(name, mapping(name)) for name in left}
+    elif isinstance(mapping, Sequence) and not isinstance(mapping, str):
         # A prefix says where a module lies, not that all of it has a counterpart.
-        return {name: partner for name, partner in stated.items() if partner in right}
-    for name, partner in stated.items():
-        if not isinstance(partner, str):
-            raise TypeError(f"the mapping gives {partner!r} for {name}, expected a name or None")
-    _refuse_unknown(stated.values(), right, "multimodal")
+        return {
+            name: [partner]
+            for name, partner in _by_prefix(mapping, left, sides[0]).items()
+            if partner in right
+        }
+    else:
+        raise _another_kind(mapping)
+    _refuse_unknown((name for names in stated.values() for name in names), right, sides[1])
     return stated
 
 
-def read_map(path: PathLike) -> dict[str, str | None]:
+def _partners(name: str, partner: Partner) -> list[str]:
+    if partner is None:
+        return []
+    partners = [partner] if isinstance(partner, str) else partner
+    if not isinstance(partners, list | tuple) or not all(isinstance(one, str) for one in partners):
+        raise TypeError(
+            f"the mapping gives {partner!r} for {name}; expected a name, several, or None"
+        )
+    return list(partners)
+
+
+def read_map(path: PathLike) -> dict[str, Partner]:
     """Read a map file, as `drift-fast align … --out` writes it.
 
     Raises:
@@ -75,12 +99,11 @@ def read_map(path: PathLike) -> dict[str, str | None]:
         if version != FORMAT_VERSION:
             raise ValueError(f"format version {version!r}, expected {FORMAT_VERSION}")
         for name, partner in pairs.items():
-            if partner is not None and not isinstance(partner, str):
-                raise ValueError(f"{name}: expected a name or null, got {partner!r}")
+            _partners(name, partner)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise AlignmentError(
             f"{path}: not a map file ({type(error).__name__}: {error}); expected "
-            '{"format_version": 1, "pairs": {reasoning name: multimodal name or null}}'
+            '{"format_version": 1, "pairs": {reasoning name: multimodal name, several, or null}}'
         ) from error
     return dict(pairs)
 
@@ -91,28 +114,37 @@ def write_map(
     """Write a map file: what is paired, and null for what is not.
 
     Raises:
-        FileExistsError: the file is there; a map that was edited is not overwritten.
+        FileExistsError: the file is there.
     """
+    partners: dict[str, list[str]] = {}
+    for name, partner in pairs:
+        partners.setdefault(name, []).append(partner)
+    stated: dict[str, Partner] = {
+        name: found[0] if len(found) == 1 else found for name, found in partners.items()
+    }
     stored = {
         "format_version": FORMAT_VERSION,
         **notes,
-        "pairs": dict(pairs) | dict.fromkeys(left_out),
+        "pairs": stated | dict.fromkeys(left_out),
     }
-    with Path(path).open("x", encoding="utf-8") as file:
-        json.dump(stored, file, indent=1)
-        file.write("\n")
+    try:
+        with Path(path).open("x", encoding="utf-8") as file:
+            json.dump(stored, file, indent=1)
+            file.write("\n")
+    except FileExistsError:
+        raise FileExistsError(
+            f"{path}: the file exists; choose another name, since a map may have been edited and "
+            "is never overwritten"
+        ) from None
 
 
-def _by_prefix(pairs: Sequence[tuple[str, str]], names: Sequence[str]) -> dict[str, str]:
+def _by_prefix(pairs: Sequence[tuple[str, str]], names: Sequence[str], side: str) -> dict[str, str]:
     given = []
     for pair in pairs:
         try:
             first, second = pair
         except (TypeError, ValueError) as error:
-            raise TypeError(
-                "mapping must be pairs of prefixes, a dictionary of names, a function or the path "
-                f"of a map file, got {mapping_kind(pairs)}"
-            ) from error
+            raise _another_kind(pairs) from error
         given.append((str(first).rstrip("."), str(second).rstrip(".")))
     # The longest prefix that fits decides, so that a part can be placed apart from the rest.
     given.sort(key=lambda pair: -len(pair[0]))
@@ -128,15 +160,17 @@ def _by_prefix(pairs: Sequence[tuple[str, str]], names: Sequence[str]) -> dict[s
     unused = [first for first, _ in given if first not in used]
     if unused:
         raise AlignmentError(
-            f"no tensor of the reasoning model begins with {unused[0]!r}; its names are such as "
+            f"no tensor of the {side} begins with {unused[0]!r}; its names are such as "
             f"{names[0] if names else 'none'}"
         )
     return stated
 
 
-def mapping_kind(mapping: object) -> str:
-    """Return the type's name, for a message."""
-    return type(mapping).__name__
+def _another_kind(mapping: object) -> TypeError:
+    return TypeError(
+        "mapping must be pairs of prefixes, a dictionary of names, a function or the path of a map "
+        f"file, got {type(mapping).__name__}"
+    )
 
 
 def _refuse_unknown(names: Iterable[str], known: Iterable[str], side: str) -> None:
@@ -146,7 +180,7 @@ def _refuse_unknown(names: Iterable[str], known: Iterable[str], side: str) -> No
         near = difflib.get_close_matches(str(unknown[0]), known, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise AlignmentError(
-            f"the mapping names {len(unknown)} tensors that the {side} model does not have, "
+            f"the mapping names {len(unknown)} tensors that the {side} does not have, "
             f"{unknown[0]!r} first{hint}"
         )
 

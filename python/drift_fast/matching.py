@@ -10,14 +10,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field, replace
 
 from drift_fast import _core
 from drift_fast.errors import AlignmentError
-from drift_fast.fused import canonical, incomplete_experts, joined_names
+from drift_fast.fused import canonical, incomplete_experts, joined_names, unoriented
 from drift_fast.layout import Layout, Part, Shape, compose, covered, whole
-from drift_fast.mapping import MappingLike, resolve
+from drift_fast.mapping import CHECKPOINTS, MappingLike, resolve
 from drift_fast.select import container_of, kind_of, layer_of
+
+# The reason of what a mapping gives None for.
+LEFT_OUT = "left out by the mapping"
 
 Convert = Callable[[], "dict[str, Layout] | None"]
 
@@ -75,6 +79,7 @@ def match(
     *,
     mapping: MappingLike | None = None,
     prefer_equal_names: bool = False,
+    sides: tuple[str, str] = CHECKPOINTS,
 ) -> Match:
     """Pair the tensors of two models.
 
@@ -82,10 +87,33 @@ def match(
         AlignmentError: nothing matches, two pairings fit, or a mapping that does not hold.
     """
     if mapping is not None:
-        stated = resolve(mapping, left.tensors, right.tensors)
-        if not stated:
-            raise AlignmentError("the mapping pairs nothing; check its names or prefixes")
-        return _as_stated(left, right, stated)
+        stated = resolve(mapping, left.tensors, right.tensors, sides)
+        pairs = [(name, partner) for name, found in stated.items() for partner in found]
+        if not pairs:
+            example = next(iter(right.tensors), "none")
+            raise AlignmentError(
+                "the mapping pairs nothing; check its names or prefixes. Names in the "
+                f"{sides[1]} are such as {example}"
+            )
+        left_out = {name for name, found in stated.items() if not found}
+        return _as_stated(left, right, pairs, left_out)
+    asked: dict[str, Layout] | None = None
+    if prefer_equal_names:
+        # Equal names need not be equal tensors: loading may rename, exchange or turn them.
+        asked = left.convert()
+        left = replace(left, convert=lambda: asked)
+        if asked is not None and not _is_stored(asked, left.tensors):
+            made = _composed(left, right, prefer_equal_names)
+            if made is not None and not _leftover(made):
+                return made
+    found = _found(left, right, prefer_equal_names)
+    if asked is None:
+        _refuse_unoriented(found, left, right)
+    return found
+
+
+def _found(left: Side, right: Side, prefer_equal_names: bool) -> Match:
+    """Pair by names as they are, and in one form where layers are left over."""
     failure: AlignmentError | None = None
     plain: Match | None = None
     try:
@@ -125,6 +153,19 @@ def _whole(aligned: _core.Aligned) -> Match:
         aligned.rivals,
         aligned.layer_conflict,
     )
+
+
+def _refuse_unoriented(found: Match, left: Side, right: Side) -> None:
+    """Refuse a pair of square stacked weights of which nothing tells whether one is transposed."""
+    for pair in found.pairs:
+        sides = [(name, left) for name in pair.sources] + [(pair.name, right)]
+        for name, side in sides:
+            if unoriented(name, side.tensors):
+                raise AlignmentError(
+                    f"two pairings fit: {name} {list(side.tensors[name])} is square, so its shape "
+                    "does not tell whether it is stored transposed, and the other weight of its "
+                    "experts, which would tell, is not there; take both"
+                )
 
 
 def _leftover(found: Match) -> int:
@@ -227,10 +268,12 @@ def _prefixes(pairs: Sequence[Pair]) -> tuple[str, str] | None:
     return None
 
 
-def _as_stated(left: Side, right: Side, stated: Mapping[str, str]) -> Match:
+def _as_stated(
+    left: Side, right: Side, stated: Sequence[tuple[str, str]], left_out: AbstractSet[str]
+) -> Match:
     """Pair what the user states, refusing what does not fit."""
     together: dict[str, list[str]] = {}
-    for name, partner in stated.items():
+    for name, partner in stated:
         together.setdefault(partner, []).append(name)
     pairs = {
         partner: Pair(partner, names[0])
@@ -250,8 +293,10 @@ def _as_stated(left: Side, right: Side, stated: Mapping[str, str]) -> Match:
     if rest:
         pairs |= _stated_parts(left, right, rest)
     ordered = [pairs[name] for name in right.tensors if name in pairs]
+    _refuse_rest(ordered, left)
     taken = {source for pair in ordered for source in pair.sources}
     rows = dict.fromkeys([*vocabularies, *vocabularies.values()], "the numbers of rows differ")
+    rows |= dict.fromkeys(left_out, LEFT_OUT)
     without = "not in the mapping"
     return Match(
         ordered,
@@ -261,6 +306,23 @@ def _as_stated(left: Side, right: Side, stated: Mapping[str, str]) -> Match:
         how="the mapping given",
         vocabularies=vocabularies,
     )
+
+
+def _refuse_rest(pairs: Sequence[Pair], left: Side) -> None:
+    """Refuse a left tensor of which a mapping places only a part, or one part twice."""
+    used: dict[str, int] = {}
+    for pair in pairs:
+        if isinstance(pair.source, str):
+            used[pair.source] = used.get(pair.source, 0) + math.prod(left.tensors[pair.source])
+        for part in pair.parts:
+            used[part[0]] = used.get(part[0], 0) + covered([part])
+    for name, numel in used.items():
+        expected = math.prod(left.tensors[name])
+        if numel != expected:
+            raise AlignmentError(
+                f"the mapping places {numel} elements of {name}, which has {expected}; a tensor "
+                "that is split on the other side needs all of its partners, in a list"
+            )
 
 
 def _differ_in_rows(left: Side, right: Side, partner: str, names: Sequence[str]) -> bool:
@@ -300,6 +362,11 @@ def _stated_parts(left: Side, right: Side, stated: Mapping[str, Sequence[str]]) 
 
 
 def _misfit(left: Side, right: Side, partner: str, names: Sequence[str]) -> AlignmentError:
+    if len(names) > 1 and all(left.tensors[n] == right.tensors[partner] for n in names):
+        return AlignmentError(
+            f"the mapping pairs {len(names)} tensors, {names[0]} and {names[1]} first, with "
+            f"{partner}, which has one counterpart; correct the mapping"
+        )
     given = ", ".join(f"{name} {list(left.tensors[name])}" for name in names[:3])
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return AlignmentError(

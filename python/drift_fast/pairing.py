@@ -20,9 +20,9 @@ from drift_fast.errors import AlignmentError, CoverageError
 from drift_fast.layout import Shape
 from drift_fast.likeness import Likeness, compare, warn_if_unrelated
 from drift_fast.mapping import MappingLike
-from drift_fast.matching import Match, Pair, Side, match, skipping_inserted
+from drift_fast.matching import LEFT_OUT, Match, Pair, Side, match, skipping_inserted
 from drift_fast.rows import TIED, Rows, VocabularySide, pair_rows
-from drift_fast.select import Selection, container_of, kind_of
+from drift_fast.select import Selection, container_of, is_other_modality, kind_of
 from drift_fast.source import Source, resolve
 
 PathLike = str | os.PathLike[str]
@@ -68,6 +68,9 @@ class Pairing:
     prefixes: tuple[str, str]
     rivals: list[tuple[str, str, int]]
     how: str
+    opened: tuple[Opened, Opened]
+    stated: bool
+    compared: list[Pair]
     likeness: Likeness | None = None
     rows: dict[str, str] = field(default_factory=dict)
 
@@ -102,18 +105,36 @@ def open_checkpoint(source: PathLike, reader: str = "auto") -> Opened:
     )
 
 
-def match_checkpoints(left: Opened, right: Opened, mapping: MappingLike | None) -> Match:
+def looks_exchanged(left: Mapping[str, Shape], right: Mapping[str, Shape], found: Match) -> str:
+    """Return what speaks for the two models being exchanged, or nothing."""
+    towers = [name for name, _ in found.unmatched_left if is_other_modality(name)]
+    if not towers or any(map(is_other_modality, right)):
+        return ""
+    return (
+        f"the reasoning checkpoint has tensors of another modality, {towers[0]} and "
+        f"{len(towers) - 1} more, and the multimodal one has none: the two seem to be exchanged, "
+        "and an injection along this Δ would lead away from reasoning. Exchange them, or pass "
+        "strict=False if this is meant"
+    )
+
+
+def match_checkpoints(
+    left: Opened, right: Opened, mapping: MappingLike | None, *, strict: bool = True
+) -> Match:
     """Pair all tensors of two checkpoints.
 
     Raises:
-        AlignmentError: nothing matches, layer counts differ, two pairings fit, or a mapping that
-            does not hold.
+        AlignmentError: nothing matches, layer counts differ, two pairings fit, a mapping that does
+            not hold, or, when strict, two models that seem to be exchanged.
     """
     try:
         found = match(left.side(), right.side(), mapping=mapping)
     except AlignmentError as error:
         paths = f"{left.source.path} and {right.source.path}"
         raise AlignmentError(f"{paths}: {error}") from error
+    exchanged = looks_exchanged(left.shapes, right.shapes, found)
+    if exchanged and strict and mapping is None:
+        raise AlignmentError(exchanged)
     if found.layer_conflict:
         inserted = skipping_inserted(left.shapes, right.shapes, found)
         names = f"{left.source.path} {right.source.path}"
@@ -156,11 +177,13 @@ def pair_checkpoints(
     """
     if min_coverage is not None and not 0.0 <= min_coverage <= 1.0:
         raise ValueError(f"min_coverage must be between 0 and 1, got {min_coverage!r}")
+    if rows not in (None, "token", "index"):
+        raise ValueError(f"rows must be 'token' or 'index', got {rows!r}")
     left, right = (
         side if isinstance(side, Opened) else open_checkpoint(side, reader)
         for side in (reasoning, multimodal)
     )
-    found = match_checkpoints(left, right, mapping)
+    found = match_checkpoints(left, right, mapping, strict=strict)
     selection.check_layers(pair.name for pair in found.pairs)
     by_row = pair_rows(
         found,
@@ -181,9 +204,11 @@ def pair_checkpoints(
     coverage, missing_left, missing_right = _account(
         found, selection, pairs, left.shapes, right.shapes
     )
-    # A stated pairing may leave out layers that only the multimodal model has; it is for the
-    # reasoning side to be complete.
-    missing = missing_left + ([] if mapping is not None else missing_right)
+    missing = missing_left + missing_right
+    if mapping is not None:
+        # What is stated to have no partner, and layers that only the multimodal model has, are in
+        # the coverage; what a mapping does not speak of is missing.
+        missing = [item for item in missing_left if item[1] != LEFT_OUT]
     between = f"between {left.source.path} and {right.source.path}"
     if missing and (strict or not pairs):
         raise AlignmentError(
@@ -201,10 +226,14 @@ def pair_checkpoints(
     if min_coverage is not None and coverage.fraction < min_coverage:
         raise CoverageError(
             f"{coverage.fraction:.1%} of the selected parameters are covered {between}, less than "
-            f"min_coverage={min_coverage:.1%}:{listed(missing)}"
+            f"min_coverage={min_coverage:.1%}:{listed(missing_left + missing_right)}"
         )
     nbytes = sum(right.nbytes(pair.name) for pair in pairs)
-    nbytes += sum(left.nbytes(name) for name in {s for pair in pairs for s in pair.sources})
+    nbytes += sum(
+        pair.numel(right.shapes) * _ITEMSIZE.get(left.dtypes[pair.sources[0]], 1) for pair in pairs
+    )
+    # Other layers than the selected ones tell a shift, but are not downloaded for it.
+    local = left.source.remote is None and right.source.remote is None
     return Pairing(
         left.checkpoint,
         right.checkpoint,
@@ -217,8 +246,23 @@ def pair_checkpoints(
         found.prefixes,
         found.rivals,
         found.how,
+        (left, right),
+        mapping is not None,
+        comparable(found.pairs if local else pairs, left, right, selection),
         rows={name: str(rows_of) for name, rows_of in by_row.maps.items()},
     )
+
+
+def comparable(pairs: list[Pair], left: Opened, right: Opened, selection: Selection) -> list[Pair]:
+    """Return the pairs whose weights are to be compared: the selected modules, in every layer."""
+    everywhere = replace(selection, layers=None)
+    return [
+        pair
+        for pair in pairs
+        if pair.name in everywhere
+        and right.dtypes[pair.name] in _ITEMSIZE
+        and all(left.dtypes[name] in _ITEMSIZE for name in pair.sources)
+    ]
 
 
 def fetch(pairing: Pairing, reader: str, progress: FetchProgress | None = None) -> Pairing:
@@ -254,7 +298,7 @@ def verify(pairing: Pairing) -> Pairing:
     Raises:
         AlignmentError: weights that do not belong together, as `likeness.compare` finds them.
     """
-    likeness = compare(pairing.reasoning, pairing.multimodal, pairing.pairs, pairing.shapes)
+    likeness = compare(pairing.reasoning, pairing.multimodal, pairing.compared, pairing.shapes)
     warn_if_unrelated(likeness, *(source.path for source in pairing.sources))
     return replace(pairing, likeness=likeness)
 
@@ -284,12 +328,25 @@ def _account(
     ]
     # Other towers have attention too; only the containers of paired layers are the backbone.
     backbone = {container_of(pair.name) for pair in found.pairs} - {None}
+    heads = [name for name in right_shapes if kind_of(name) == "head"]
+    below = f"{found.prefixes[1]}." if found.prefixes[1] else ""
+
+    def belongs(name: str) -> bool:
+        if container_of(name) is not None:
+            return container_of(name) in backbone
+        kind = kind_of(name)
+        if kind == "head" and len(heads) == 1:
+            return True
+        return kind in ("norm", "embed", "head") and bool(below) and name.startswith(below)
+
     missing_right = [
         item
         for item in found.unmatched_right
-        if item[0] in selection and container_of(item[0]) in backbone
+        if item[0] in selection and item[1] != TIED and belongs(item[0])
     ]
     numel = sum(pair.numel(right_shapes) for pair in pairs)
+    # Rows of an embedding that only the multimodal vocabulary has.
+    rows_numel = sum(math.prod(right_shapes[pair.name]) for pair in pairs) - numel
     # A pair whose shapes differ is missing on both sides but is one parameter of the model.
     missing_numel = max(
         sum(math.prod(left_shapes[name]) for name, _ in missing_left),
@@ -307,8 +364,11 @@ def _account(
         unmatched_multimodal=[(pair.name, NOT_SELECTED) for pair in dropped]
         + found.unmatched_right,
         matched_numel=numel,
-        selected_numel=numel + missing_numel,
+        selected_numel=numel + rows_numel + missing_numel,
         backbone_numel=backbone_numel(right_shapes, backbone),
+        backbone_matched_numel=backbone_numel(
+            {pair.name: (pair.numel(right_shapes),) for pair in pairs}, backbone
+        ),
     )
     return coverage, missing_left, missing_right
 

@@ -223,7 +223,10 @@ def _findings(
         (first.role, second.role),
     )
     coverage = None if pairing is None else pairing.coverage
-    compared = compare(first, second, selection, coverage, refusal, attaches=attaches)
+    stated = pairing is not None and pairing.stated
+    compared = compare(
+        first, second, selection, coverage, refusal, attaches=attaches, stated=stated
+    )
     return [alignment, *compared]
 
 

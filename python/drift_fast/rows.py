@@ -111,7 +111,7 @@ def pair_rows(
 
 
 def _is_vocabulary(name: str, tensors: Mapping[str, Shape]) -> bool:
-    return kind_of(name) in ("embed", "head") and len(tensors[name]) == 2
+    return kind_of(name) in ("embed", "head") and len(tensors[name]) in (1, 2)
 
 
 def _counterparts(found: Match, left: VocabularySide, right: VocabularySide) -> dict[str, str]:
@@ -133,12 +133,14 @@ def _counterparts(found: Match, left: VocabularySide, right: VocabularySide) -> 
         if fits and name.startswith(first) and partner not in placed:
             placed[partner] = name
     for kind, sources in (("embed", ("embed",)), ("head", ("head", "embed"))):
-        free = [n for n in right.tensors if kind_of(n) == kind and n not in placed]
-        if any(kind_of(name) == kind for name in placed):
+        free = [n for n, s in right.tensors.items() if kind_of(n) == kind and len(s) == 2]
+        if any(name in placed for name in free):
             continue
         of_kind: list[str] = []
         for wanted in sources:
-            of_kind = of_kind or [n for n in left.tensors if kind_of(n) == wanted]
+            of_kind = of_kind or [
+                n for n, s in left.tensors.items() if kind_of(n) == wanted and len(s) == 2
+            ]
         if len(free) == len(of_kind) == 1:
             placed[free[0]] = of_kind[0]
     return {
@@ -149,7 +151,7 @@ def _counterparts(found: Match, left: VocabularySide, right: VocabularySide) -> 
 
 
 def _parts(source: str, rows: RowMap, shape: Shape) -> str | list[Part]:
-    columns = shape[1]
+    columns = shape[1] if len(shape) > 1 else 1
     if rows.runs == [(0, 0, shape[0])] and rows.left_rows == shape[0]:
         return source
     return [

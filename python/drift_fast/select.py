@@ -17,7 +17,9 @@ Layers = str | int | Iterable[int] | None
 # Checked in this order: q_norm lies inside self_attn but is a norm.
 _KINDS: dict[str, re.Pattern[str]] = {
     "norm": re.compile(r"(^|[._])(layer_?norm|rms_?norm|norm|ln)(_?[a-z0-9]+)?\.(weight|bias)$"),
-    "embed": re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|tok_embeddings)\.weight$"),
+    "embed": re.compile(
+        r"(^|\.)(embed_tokens(_per_layer)?|wte|word_embeddings|tok_embeddings)\.weight$"
+    ),
     "head": re.compile(r"(^|\.)(lm_head|embed_out)\.(weight|bias)$"),
     "attn": re.compile(
         r"(^|\.)(self_attn|self_attention|attention|attn)\."
@@ -26,7 +28,7 @@ _KINDS: dict[str, re.Pattern[str]] = {
     ),
     "mlp": re.compile(
         r"(^|\.)(mlp|feed_forward|block_sparse_moe)\.(.+\.)?"
-        r"((gate|up|down|gate_up)_proj|w[123]|fc[12])(\.(weight|bias))?$"
+        r"((gate|up|down|gate_up)_proj|w[123]|fc[12])(\.(weight|bias)|_bias)?$"
     ),
 }
 PRESETS = (*_KINDS, "all")
@@ -39,6 +41,11 @@ _OTHER_MODALITY = re.compile(
     r"|perceiver\w*|resampler|merger)(\.|$)"
 )
 _NUMBERED = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
+
+
+def is_other_modality(name: str) -> bool:
+    """Whether a tensor is of a vision or audio tower or a projector, by its name."""
+    return _OTHER_MODALITY.search(name) is not None
 
 
 def kind_of(name: str) -> str:

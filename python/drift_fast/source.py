@@ -79,6 +79,8 @@ def resolve(source: str | os.PathLike[str]) -> Source:
         CheckpointError: a Hub id that cannot be resolved, or a server's answer that is not valid.
     """
     text = os.fspath(source)
+    if not text:
+        raise FileNotFoundError("an empty path names no checkpoint")
     if _URL.match(text):
         from drift_fast.remote import open_url
 
@@ -90,7 +92,8 @@ def resolve(source: str | os.PathLike[str]) -> Source:
     found = _HUB_ID.fullmatch(text)
     if found is None or text.startswith((".", "/", "~")) or text.endswith((".safetensors", ".bin")):
         raise FileNotFoundError(
-            f"{text}: no such file or directory, and not a Hub id of the form org/name or a URL"
+            f"{text}: no such file or directory, and neither a Hub id of the form org/name "
+            "nor an http(s) URL"
         )
     return _from_hub(found["repo"], found["revision"])
 

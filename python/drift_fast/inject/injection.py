@@ -7,6 +7,7 @@ watchdog that fails a run in which nothing was injected. One attachment per para
 from __future__ import annotations
 
 import logging
+import os
 import weakref
 from collections.abc import Sequence
 from types import TracebackType
@@ -26,6 +27,7 @@ from drift_fast.inject.targets import (
     check_optimized,
     check_trained,
     find_targets,
+    opened,
 )
 from drift_fast.mapping import MappingLike
 from drift_fast.select import EVERYTHING, Layers, Modules, Selection
@@ -58,12 +60,13 @@ class Injection:
 
     Args:
         model: the model that trains; wrapped by DDP or torch.compile is fine, sharded is refused.
-        delta: an open `Delta`, or one that streams; its names are matched to the model's.
+        delta: an open `Delta`, one that streams, or the directory of one; its names are matched to
+            the model's.
         alpha: strength; positive moves weights towards the reasoning model.
         scale: "absolute", "gradnorm" or "adaptive".
         modules, layers: inject only these of the delta's tensors; None is all of them.
-        mapping: which tensor of the delta belongs to which parameter, where names do not tell; in
-            the forms that `compute_delta` takes.
+        mapping: which tensor of the delta belongs to which parameter, where names do not tell: in
+            the forms that `compute_delta` takes, from delta names to parameter names.
         scope: "step" or "microbatch".
         rescale: "weight" multiplies c by ‖W‖/‖Δ‖ in absolute mode, as the public code does, with
             the norm of the weights as they are now.
@@ -87,7 +90,7 @@ class Injection:
     def __init__(
         self,
         model: nn.Module,
-        delta: DeltaLike,
+        delta: DeltaLike | str | os.PathLike[str],
         *,
         alpha: float = 1.0,
         scale: str = "adaptive",
@@ -110,6 +113,7 @@ class Injection:
         self._strict = strict
         self._scaler = scaler
         self._optimizer = None if optimizer is None else unwrap_optimizer(optimizer)
+        delta = opened(delta)
         selection = Selection.parse(EVERYTHING if modules is None else modules, layers)
         targets, self.coverage = find_targets(
             model, delta, selection, strict=strict, min_coverage=min_coverage, mapping=mapping

@@ -8,6 +8,7 @@ target exists, has the delta's shape, is trained, and is targeted once.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -17,10 +18,11 @@ from torch import nn
 
 from drift_fast.conversion import convert
 from drift_fast.coverage import NOT_SELECTED, Coverage, backbone_numel, listed
+from drift_fast.delta import Delta
 from drift_fast.errors import AlignmentError, CoverageError, DriftError
 from drift_fast.layout import Layout, Part, matrix
-from drift_fast.mapping import MappingLike
-from drift_fast.matching import Pair, Side, match
+from drift_fast.mapping import RUNTIME, MappingLike
+from drift_fast.matching import LEFT_OUT, Pair, Side, match
 from drift_fast.select import EVERYTHING, Selection, container_of
 
 
@@ -30,6 +32,23 @@ class DeltaLike(Protocol):
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
     def __getitem__(self, name: str, /) -> torch.Tensor: ...
+
+
+def opened(delta: DeltaLike | str | os.PathLike[str]) -> DeltaLike:
+    """Return a delta, opened from its directory if that is given.
+
+    Raises:
+        FileNotFoundError, CheckpointError: no whole delta there.
+        TypeError: neither a delta nor a path.
+    """
+    if isinstance(delta, str | os.PathLike):
+        return Delta.open(delta)
+    if not hasattr(delta, "shapes") or not hasattr(delta, "__getitem__"):
+        raise TypeError(
+            f"expected a Delta or the directory of one, got {type(delta).__name__}; "
+            "compute_delta(…) and Delta.open(…) return one"
+        )
+    return delta
 
 
 class Recent:
@@ -93,7 +112,10 @@ class Target:
 
 
 def match_parameters(
-    model: nn.Module, delta: DeltaLike, *, mapping: MappingLike | None = None
+    model: nn.Module,
+    delta: DeltaLike | str | os.PathLike[str],
+    *,
+    mapping: MappingLike | None = None,
 ) -> dict[str, str]:
     """Return runtime parameter name → delta tensor name for every tensor of the delta.
 
@@ -105,7 +127,7 @@ def match_parameters(
         AlignmentError: two parts of the model fit equally well, or a mapping that does not hold.
     """
     targets, _ = find_targets(
-        model, delta, Selection.parse(EVERYTHING, None), strict=True, mapping=mapping
+        model, opened(delta), Selection.parse(EVERYTHING, None), strict=True, mapping=mapping
     )
     return {target.name: target.delta_name for target in targets}
 
@@ -126,6 +148,8 @@ def find_targets(
         AlignmentError: two parts of the model fit equally well, or a mapping that does not hold.
         DriftError: two different tensors of the delta meet in one parameter (tied weights).
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a torch module to inject into, got {type(model).__name__}")
     refuse_sharded(model)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     if not parameters:
@@ -142,6 +166,7 @@ def find_targets(
             Side(held, lambda: {name: Layout.stored(name, held[name]) for name in held}),
             mapping=mapping,
             prefer_equal_names=True,
+            sides=RUNTIME,
         )
     except AlignmentError as error:
         if mapping is not None or "two pairings fit" in str(error):
@@ -163,6 +188,7 @@ def find_targets(
     missing_numel = sum(math.prod(wanted[name]) for name, _ in missing)
     names = {pair.name for pair in pairs}
     right_reasons = dict(found.unmatched_right)
+    containers = {container_of(pair.name) for pair in found.pairs}
     coverage = Coverage(
         matched=[(source, pair.name) for pair in pairs for source in pair.sources],
         unmatched_reasoning=missing
@@ -175,9 +201,16 @@ def find_targets(
         ],
         matched_numel=matched_numel,
         selected_numel=matched_numel + missing_numel,
-        backbone_numel=backbone_numel(held, {container_of(pair.name) for pair in found.pairs}),
+        backbone_numel=backbone_numel(held, containers),
+        backbone_matched_numel=backbone_numel(
+            {pair.name: held[pair.name] for pair in pairs}, containers
+        ),
     )
-    if not pairs or (missing and strict) or coverage.fraction < min_coverage:
+    refused = [item for item in missing if item[1] != LEFT_OUT]
+    if mapping is not None and min_coverage == 1.0 and not refused:
+        # What the mapping leaves out was stated, and is in the coverage.
+        min_coverage = 0.0
+    if not pairs or (refused and strict) or coverage.fraction < min_coverage:
         raise CoverageError(
             f"{len(missing)} of the delta's {len(wanted)} selected tensors have no parameter in "
             f"{type(model).__name__} ({coverage.fraction:.1%} covered):{listed(missing)}\n"

@@ -51,6 +51,10 @@ impl Checkpoint {
         if is_pickle(&name) {
             return Err(Error::checkpoint(path, PICKLE));
         }
+        if name.ends_with(".json") {
+            let message = "no safetensors file; give the directory that it lies in";
+            return Err(Error::checkpoint(path, message));
+        }
         Self::from_files(path, &[path.to_owned()], None, reader)
     }
 
@@ -195,6 +199,10 @@ fn nothing_to_open(directory: &Path) -> Error {
             directory,
             format!("found no safetensors among {found}: {PICKLE}"),
         );
+    }
+    if names.iter().any(|name| name == "drift.json") {
+        let message = "this is a delta, not a checkpoint; Delta.open reads it";
+        return Error::checkpoint(directory, message);
     }
     names.truncate(8);
     let found = if names.is_empty() { "nothing".to_owned() } else { names.join(", ") };

@@ -98,6 +98,11 @@ fn correlation(a: &[f64], b: &[f64]) -> f64 {
         bb += (y - mean_b) * (y - mean_b);
         ab += (x - mean_a) * (y - mean_b);
     }
+    // Of a constant only the rounding of its mean is left, which would correlate with anything.
+    let constant = |squares: f64, mean: f64| squares <= f64::EPSILON * count * mean * mean;
+    if constant(aa, mean_a) || constant(bb, mean_b) {
+        return f64::NAN;
+    }
     ab / (aa * bb).sqrt()
 }
 
@@ -121,6 +126,7 @@ mod tests {
         let b: Vec<f64> = a.iter().map(|x| 5.0 - 2.0 * x).collect();
         assert!((correlation(&a, &b) + 1.0).abs() < 1e-12);
         assert!(correlation(&a, &[4.0; 4]).is_nan());
+        assert!(correlation(&[0.3; 100], &[0.51; 100]).is_nan());
         assert!(correlation(&a, &[f64::NAN; 4]).is_nan());
     }
 }

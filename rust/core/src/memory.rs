@@ -123,7 +123,10 @@ pub fn subtract_all(steps: Vec<Step<'_>>, threads: usize) -> Result<()> {
 fn on_threads(threads: usize, numel: usize, work: impl Fn() + Sync) {
     thread::scope(|scope| {
         for _ in 1..threads.min(numel / WORTH_A_THREAD) {
-            scope.spawn(&work);
+            // Where the system allows no more threads, those that there are do all of it.
+            if thread::Builder::new().spawn_scoped(scope, &work).is_err() {
+                break;
+            }
         }
         work();
     });

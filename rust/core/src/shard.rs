@@ -24,6 +24,8 @@ use crate::ranges;
 /// The limit that the safetensors format sets for a header.
 const MAX_HEADER_NBYTES: u64 = 100_000_000;
 const LENGTH_NBYTES: u64 = 8;
+/// Several times what the longest names of models take.
+const MAX_NAME_NBYTES: usize = 8192;
 /// The largest unit in which Linux keeps a file's pages together on x86-64 and AArch64.
 const FOLIO_NBYTES: usize = 2 << 20;
 
@@ -379,6 +381,17 @@ fn parse_header(
 
 fn check_entry(path: &Path, name: &str, entry: &HeaderEntry, expected_start: usize) -> Result<()> {
     let (start, end) = entry.data_offsets;
+    // Aligning names takes time that grows with the square of their components.
+    if name.len() > MAX_NAME_NBYTES {
+        return Err(Error::checkpoint(
+            path,
+            format!(
+                "a tensor's name has {} bytes, expected at most {MAX_NAME_NBYTES}: {:?}…",
+                name.len(),
+                name.chars().take(64).collect::<String>()
+            ),
+        ));
+    }
     if end < start {
         return Err(Error::tensor(
             path,

@@ -136,13 +136,22 @@ pub fn run(
     let threads = threads.clamp(1, chunks.len().max(1));
     let interrupted = thread::scope(|scope| {
         let (done, finished) = mpsc::channel::<()>();
+        let mut spawned = 0;
         for _ in 0..threads {
             let done = done.clone();
             let work = &work;
-            scope.spawn(move || {
+            let worker = move || {
                 work.run();
                 drop(done);
-            });
+            };
+            // Where the system allows no more threads, those that there are do all of it.
+            match thread::Builder::new().spawn_scoped(scope, worker) {
+                Ok(_) => spawned += 1,
+                Err(_) => break,
+            }
+        }
+        if spawned == 0 {
+            work.run();
         }
         drop(done);
         // The channel closes when the last worker has gone, even if one panicked.
