@@ -73,7 +73,7 @@ def _partners(name: str, partner: Partner) -> list[str]:
     partners = [partner] if isinstance(partner, str) else partner
     if not isinstance(partners, list | tuple) or not all(isinstance(one, str) for one in partners):
         raise TypeError(
-            f"the mapping gives {partner!r} for {name}; expected a name, several, or None"
+            f"the mapping gives {partner!r} for {name}; expected None, a name or several"
         )
     return list(partners)
 
