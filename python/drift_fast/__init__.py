@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from drift_fast._core import __version__
-from drift_fast.alignment import Alignment, align
 from drift_fast.delta import Delta, Report, compute_delta, inspect
 from drift_fast.errors import (
     AlignmentError,
@@ -21,12 +20,13 @@ from drift_fast.errors import (
     DriftWarning,
     NonFiniteError,
 )
-from drift_fast.preflight import Preflight, check
 
 if TYPE_CHECKING:
+    from drift_fast.alignment import Alignment, align
     from drift_fast.inject.injection import Injection
     from drift_fast.inject.targets import match_parameters
     from drift_fast.integrations import attach
+    from drift_fast.preflight import Preflight, check
 
 __all__ = [
     "Alignment",
@@ -49,8 +49,12 @@ __all__ = [
     "match_parameters",
 ]
 
-# Names whose modules import torch, loaded on first use (PEP 562).
+# Names whose modules import torch, or that few runs need, loaded on first use (PEP 562).
 _LAZY = {
+    "Alignment": "drift_fast.alignment",
+    "Preflight": "drift_fast.preflight",
+    "align": "drift_fast.alignment",
+    "check": "drift_fast.preflight",
     "Injection": "drift_fast.inject.injection",
     "match_parameters": "drift_fast.inject.targets",
     "attach": "drift_fast.integrations",

@@ -17,11 +17,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from drift_fast import _core
-from drift_fast.alignment import align
 from drift_fast.coverage import Coverage
 from drift_fast.delta import DTYPES, compute_delta, inspect
 from drift_fast.errors import DriftError, DriftWarning
-from drift_fast.preflight import check
 from drift_fast.progress import ProgressBar
 from drift_fast.select import PRESETS
 from drift_fast.statistics import Statistics
@@ -240,6 +238,8 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _align(options: argparse.Namespace) -> int:
+    from drift_fast.alignment import align
+
     found = align(
         options.reasoning,
         options.multimodal,
@@ -258,6 +258,8 @@ def _align(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
+    from drift_fast.preflight import check
+
     try:
         report = check(
             options.reasoning,

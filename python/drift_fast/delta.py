@@ -17,11 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from drift_fast import _core
-from drift_fast.compare import Side, compare
-from drift_fast.configuration import Configuration
 from drift_fast.coverage import Coverage
 from drift_fast.errors import CheckpointError, DriftWarning, NonFiniteError
-from drift_fast.facts import HEADERS
 from drift_fast.mapping import MappingLike
 from drift_fast.pairing import Pairing, PathLike, fetch, pair_checkpoints, verify
 from drift_fast.rows import Rows
@@ -221,6 +218,14 @@ def _ready(
 
 def _warn_of_configurations(pairing: Pairing) -> None:
     """Warn of what `check` calls breaking, which names and shapes do not show."""
+    directories = [opened.directory for opened in pairing.opened]
+    if not all((directory / "config.json").exists() for directory in directories):
+        return
+    # Loaded here, so that importing the package stays light.
+    from drift_fast.compare import Side, compare
+    from drift_fast.configuration import Configuration
+    from drift_fast.facts import HEADERS
+
     first, second = (
         Side(role, opened, Configuration.read(opened.directory))
         for role, opened in zip(("reasoning", "multimodal"), pairing.opened, strict=True)

@@ -108,7 +108,8 @@ def open_checkpoint(source: PathLike, reader: str = "auto") -> Opened:
 def looks_exchanged(left: Mapping[str, Shape], right: Mapping[str, Shape], found: Match) -> str:
     """Return what speaks for the two models being exchanged, or nothing."""
     towers = [name for name, _ in found.unmatched_left if is_other_modality(name)]
-    if not towers or any(map(is_other_modality, right)):
+    # A stray buffer is no tower.
+    if len(towers) < 4 or any(map(is_other_modality, right)):
         return ""
     return (
         f"the reasoning checkpoint has tensors of another modality, {towers[0]} and "

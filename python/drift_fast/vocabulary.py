@@ -90,7 +90,8 @@ def match_rows(
     if by not in (None, "token", "index"):
         raise ValueError(f"rows must be 'token' or 'index', got {by!r}")
     if by == "index":
-        pairs = [(row, row) for row in range(min(left_rows, right_rows))]
+        count = min(left_rows, right_rows)
+        runs = [(0, 0, count)] if count else []
         held, beyond, against = (left_rows, right_rows), (0, 0), "index"
     else:
         a, b = _comparable(left, right)
@@ -100,20 +101,20 @@ def match_rows(
             if row < left_rows and (other := b.tokens.get(token, right_rows)) < right_rows
         ]
         pairs.sort(key=lambda pair: pair[1])
+        count, runs = len(pairs), _runs(pairs)
         held = (
             sum(row < left_rows for row in a.tokens.values()),
             sum(row < right_rows for row in b.tokens.values()),
         )
         beyond = len(a.tokens) - held[0], len(b.tokens) - held[1]
         against = f"token between {a.path} ({len(a.tokens):,}) and {b.path} ({len(b.tokens):,})"
-    if not pairs:
+    if not count:
         raise CoverageError(
             f"no row of the {left_rows:,} of {left} matches one of the {right_rows:,} of {right} "
             f"by {against}; leave embeddings and heads out"
         )
-    count = len(pairs)
     only = held[0] - count, held[1] - count
-    return RowMap(_runs(pairs), left_rows, right_rows, count, *only, by or "token", *beyond)
+    return RowMap(runs, left_rows, right_rows, count, *only, by or "token", *beyond)
 
 
 def _comparable(left: Path, right: Path) -> tuple[Vocabulary, Vocabulary]:

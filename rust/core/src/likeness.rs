@@ -56,8 +56,12 @@ pub fn likeness(pairs: &[Pair<'_>]) -> Result<(Vec<f64>, usize)> {
         });
         multimodal.push(whole(pair.multimodal, &elements)?);
     }
-    let matrix =
-        reasoning.iter().flat_map(|a| multimodal.iter().map(move |b| correlation(a, b))).collect();
+    let reasoning: Vec<Vec<f64>> = reasoning.iter().map(|values| standardized(values)).collect();
+    let multimodal: Vec<Vec<f64>> = multimodal.iter().map(|values| standardized(values)).collect();
+    let matrix = reasoning
+        .iter()
+        .flat_map(|a| multimodal.iter().map(move |b| a.iter().zip(b).map(|(x, y)| x * y).sum()))
+        .collect();
     Ok((matrix, elements.len()))
 }
 
@@ -84,26 +88,20 @@ fn whole(side: Side<'_>, elements: &[usize]) -> Result<Vec<f64>> {
     Ok(values)
 }
 
-fn correlation(a: &[f64], b: &[f64]) -> f64 {
-    let both = || a.iter().zip(b).filter(|(x, y)| x.is_finite() && y.is_finite());
-    let count = both().count().max(1) as f64;
-    let (mut mean_a, mut mean_b) = (0.0, 0.0);
-    for (x, y) in both() {
-        mean_a += x / count;
-        mean_b += y / count;
-    }
-    let (mut aa, mut bb, mut ab) = (0.0, 0.0, 0.0);
-    for (x, y) in both() {
-        aa += (x - mean_a) * (x - mean_a);
-        bb += (y - mean_b) * (y - mean_b);
-        ab += (x - mean_a) * (y - mean_b);
-    }
+/// Values less their mean and of norm one, so that a product of two is their correlation; those that
+/// are not finite become the mean. Of values that do not vary, all are NaN.
+fn standardized(values: &[f64]) -> Vec<f64> {
+    let finite = || values.iter().filter(|value| value.is_finite());
+    let count = finite().count().max(1) as f64;
+    let mean = finite().sum::<f64>() / count;
+    let squares: f64 = finite().map(|value| (value - mean) * (value - mean)).sum();
     // Of a constant only the rounding of its mean is left, which would correlate with anything.
-    let constant = |squares: f64, mean: f64| squares <= f64::EPSILON * count * mean * mean;
-    if constant(aa, mean_a) || constant(bb, mean_b) {
-        return f64::NAN;
-    }
-    ab / (aa * bb).sqrt()
+    let norm =
+        if squares <= f64::EPSILON * count * mean * mean { f64::NAN } else { squares.sqrt() };
+    values
+        .iter()
+        .map(|value| if value.is_finite() { (value - mean) / norm } else { 0.0 / norm })
+        .collect()
 }
 
 #[cfg(test)]
@@ -122,6 +120,9 @@ mod tests {
 
     #[test]
     fn a_correlation_ignores_offset_and_scale_and_what_does_not_vary() {
+        let correlation = |a: &[f64], b: &[f64]| -> f64 {
+            standardized(a).iter().zip(standardized(b)).map(|(x, y)| x * y).sum()
+        };
         let a = [1.0, 2.0, 3.0, -1.0];
         let b: Vec<f64> = a.iter().map(|x| 5.0 - 2.0 * x).collect();
         assert!((correlation(&a, &b) + 1.0).abs() < 1e-12);
