@@ -123,6 +123,8 @@ class _Table:
 
     def add(self, members: Sequence[Pair], matrix: Sequence[float], sampled: int) -> None:
         """Take the correlations of one module; a tensor that does not vary says nothing."""
+        if not sampled:
+            return
         size = len(members)
         layers = [layer_of(pair.name) or 0 for pair in members]
         module = module_of(members[0].name)
