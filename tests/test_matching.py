@@ -229,6 +229,13 @@ def test_a_mapping_names_the_parameters_of_a_model_too(tmp_path: Path, pair: Pai
     assert torch.equal(gradient, -delta[names[0]])
     with refused(AlignmentError, "third.weight"):
         drift_fast.Injection(model, delta, mapping={names[0]: "third.weight"})
+    partial: dict[str, str | None] = {names[0]: "first.weight", names[1]: None}
+    only = Only(delta, names)
+    with drift_fast.Injection(model, only, mapping=partial) as injection:
+        assert injection.targets == ["first.weight"]
+        assert dict(injection.coverage.unmatched_reasoning)[names[1]] == "left out by the mapping"
+    with refused(CoverageError, names[1], "50.0% covered"):
+        drift_fast.Injection(model, only, mapping=partial, min_coverage=1.0)
 
 
 class Only:

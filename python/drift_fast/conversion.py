@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -90,11 +91,11 @@ def convert(model: nn.Module, tensors: Mapping[str, Shape]) -> dict[str, Layout]
     (before 5.0), the model is not one of its own, or a conversion cannot be followed. Stored
     tensors that become no parameter keep their names.
     """
-    try:
-        from transformers import PreTrainedModel
-    except ImportError as error:
-        logger.info("transformers cannot be asked for its conversions: %s", error)
+    if "transformers" not in sys.modules:
+        # A model of transformers would have brought it along.
         return None
+    from transformers import PreTrainedModel
+
     # Of several models side by side, the largest; the whole of one comes before its parts.
     inner = max(
         (one for one in model.modules() if isinstance(one, PreTrainedModel)),

@@ -103,7 +103,10 @@ def match(
         asked = left.convert()
         left = replace(left, convert=lambda: asked)
         if asked is not None and not _is_stored(asked, left.tensors):
-            made = _composed(left, right, prefer_equal_names)
+            try:
+                made = _composed(left, right, prefer_equal_names)
+            except AlignmentError:
+                made = None
             if made is not None and not _leftover(made):
                 return made
     found = _found(left, right, prefer_equal_names)

@@ -77,7 +77,7 @@ class Injection:
         strict: refuse when a selected tensor of the delta has no parameter, or a target no
             gradient; otherwise these are listed in `coverage` and counted in `skipped`.
         min_coverage: the share of the selected elements that must have a parameter; None is all of
-            them when strict, and any otherwise.
+            them when strict, but for what a mapping leaves out, and any otherwise.
 
     Raises:
         CoverageError: the delta does not fit the model; names and shapes are listed.
@@ -106,8 +106,6 @@ class Injection:
     ) -> None:
         self._alpha = check_alpha(alpha)
         self._scale: Scale = check_scale(scale)
-        if min_coverage is None:
-            min_coverage = 1.0 if strict else 0.0
         _check_options(scope, scale, rescale, scaler, optimizer, min_coverage)
         self._scope = scope
         self._strict = strict
@@ -451,7 +449,7 @@ def _check_options(
     rescale: str | None,
     scaler: Any,
     optimizer: Any,
-    min_coverage: float,
+    min_coverage: float | None,
 ) -> None:
     if scope not in ("step", "microbatch"):
         raise ValueError(f"scope must be 'step' or 'microbatch', got {scope!r}")
@@ -467,7 +465,7 @@ def _check_options(
             "scale='absolute' with a scaler needs the optimizer too, to know whether its gradients "
             "are still scaled: pass optimizer=…"
         )
-    if not 0.0 <= min_coverage <= 1.0:
+    if min_coverage is not None and not 0.0 <= min_coverage <= 1.0:
         raise ValueError(f"min_coverage must be between 0 and 1, got {min_coverage!r}")
 
 

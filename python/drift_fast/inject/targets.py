@@ -138,7 +138,7 @@ def find_targets(
     selection: Selection,
     *,
     strict: bool,
-    min_coverage: float = 1.0,
+    min_coverage: float | None = None,
     mapping: MappingLike | None = None,
 ) -> tuple[list[Target], Coverage]:
     """Return the targets and an account of the delta's tensors and the model's parameters.
@@ -206,11 +206,10 @@ def find_targets(
             {pair.name: held[pair.name] for pair in pairs}, containers
         ),
     )
+    # What a mapping leaves out was stated, and is in the coverage.
     refused = [item for item in missing if item[1] != LEFT_OUT]
-    if mapping is not None and min_coverage == 1.0 and not refused:
-        # What the mapping leaves out was stated, and is in the coverage.
-        min_coverage = 0.0
-    if not pairs or (refused and strict) or coverage.fraction < min_coverage:
+    least = 0.0 if min_coverage is None else min_coverage
+    if not pairs or (refused and strict) or coverage.fraction < least:
         raise CoverageError(
             f"{len(missing)} of the delta's {len(wanted)} selected tensors have no parameter in "
             f"{type(model).__name__} ({coverage.fraction:.1%} covered):{listed(missing)}\n"
