@@ -1,12 +1,15 @@
 """Time what an injection adds to a training step, beside the public code's formula as a rival.
 
     python benches/injection.py [--layers 28] [--tokens 2048] [--repeats 10] [--out results.md]
+    python benches/injection.py --device cpu --hidden 896 --layers 24 --tokens 256 --dtype float32
 
-The model is the text backbone of Qwen2.5-VL-7B with random bfloat16 weights (fewer layers where the
-memory is smaller). A step is one forward and backward pass; variants take turns in one run. The
-rival is the public code's adaptive formula re-stated: Δ of every tensor in pageable host memory,
-copied to the device and reduced inside a gradient hook. Before timing, injected gradients are
-compared with float64, and no step may wait for the device (CUDA's sync detector set to raise).
+The model is the text backbone of Qwen2.5-VL-7B with random weights (narrower and with fewer layers
+where the memory is smaller). A step is one forward and backward pass; variants take turns with the
+step that is not injected, all in one run. The rivals: the public code's adaptive formula re-stated
+(Δ of every tensor in pageable host memory, copied to the device and reduced in a gradient hook), and
+the same formula written well in plain PyTorch, Δ resident. Before timing, injected gradients are
+compared with float64, and no step may wait for the device (CUDA's sync detector set to raise, and
+the profiler's trace searched).
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,19 +32,24 @@ from drift_fast.select import Selection
 
 
 class RandomDelta(Mapping[str, torch.Tensor]):
-    """A delta of seeded random values, a tenth of a typical weight, made when asked for."""
+    """A delta of seeded random values, a tenth of a typical weight, kept in host memory."""
 
     def __init__(self, model: torch.nn.Module, selection: Selection) -> None:
         self.shapes = {
             name: tuple(p.shape) for name, p in model.named_parameters() if name in selection
         }
         self._device = next(model.parameters()).device
+        self._made: dict[str, torch.Tensor] = {}
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        seed = sum(map(ord, name))
-        generator = torch.Generator(self._device).manual_seed(seed)
-        values = torch.randn(self.shapes[name], generator=generator, device=self._device)
-        return (values * 0.002).to(torch.bfloat16).cpu()
+        if name not in self._made:
+            seed = sum(map(ord, name))
+            generator = torch.Generator(self._device).manual_seed(seed)
+            values = torch.randn(self.shapes[name], generator=generator, device=self._device)
+            self._made[name] = (values * 0.002).to(torch.bfloat16).cpu()
+        return self._made[name]
+
+    dtype = "bfloat16"
 
     def __iter__(self) -> Any:
         return iter(self.shapes)
@@ -71,6 +80,28 @@ def public_hooks(model: torch.nn.Module, delta: DeltaLike) -> list[Any]:
     return handles
 
 
+def plain_hooks(model: torch.nn.Module, delta: DeltaLike) -> list[Any]:
+    """Hook every target with the adaptive formula in plain PyTorch, Δ beside the gradients."""
+    handles = []
+    for name, parameter in model.named_parameters():
+        if name not in delta.shapes:
+            continue
+        there = delta[name].to(parameter.device, parameter.dtype)
+        size = torch.linalg.vector_norm(there, dtype=torch.float32)
+
+        def hook(
+            p: torch.nn.Parameter, there: torch.Tensor = there, size: torch.Tensor = size
+        ) -> None:
+            gradient = p.grad
+            norm = torch.linalg.vector_norm(gradient, dtype=torch.float32)
+            dot = torch.dot(gradient.view(-1), there.view(-1))
+            c = (norm + dot / size) / (2 * size)
+            gradient.addcmul_(there, c.to(gradient.dtype), value=-1)
+
+        handles.append(parameter.register_post_accumulate_grad_hook(hook))
+    return handles
+
+
 def check(model: torch.nn.Module, delta: DeltaLike, step: Callable[[], None]) -> float:
     """Compare injected gradients with float64, without a host sync in the step."""
     step()
@@ -78,7 +109,7 @@ def check(model: torch.nn.Module, delta: DeltaLike, step: Callable[[], None]) ->
     sample = names[:: max(1, len(names) // 12)]
     before = {name: model.get_parameter(name).grad.double() for name in sample}
     worst = 0.0
-    with Injection(model, delta, scale="adaptive") as injection:
+    with Injection(model, delta, scale="adaptive", residency="device") as injection:
         cuda = next(model.parameters()).is_cuda
         if cuda:
             torch.cuda.set_sync_debug_mode("error")
@@ -92,10 +123,260 @@ def check(model: torch.nn.Module, delta: DeltaLike, step: Callable[[], None]) ->
             exact = g - 0.5 * (1 + cosine) * g.norm() * d / d.norm()
             found = model.get_parameter(name).grad.double()
             # Rounding a value to bfloat16 moves it by at most 2^-8 of itself.
-            bound = exact.abs() * 2**-8 + (exact - g).abs() * 1e-4 + 1e-30
+            unit = 2**-8 if g.dtype != torch.float32 else 2**-23
+            bound = exact.abs() * unit + (exact - g).abs() * 1e-4 + 1e-30
             worst = max(worst, float(((found - exact).abs() / bound).max()))
     assert worst <= 1.0, f"an injected gradient is off by {worst} roundings"
     return worst
+
+
+# Steps that are timed together.
+RUN = 3
+
+
+@dataclass
+class Row:
+    """One variant: how long its steps took, and what it holds on the device."""
+
+    label: str
+    times: list[float]
+    base: list[float]
+    held: float
+
+    def added(self) -> float:
+        """Return the share that it adds to the steps that took turns with it."""
+        return statistics.median(self.times) / statistics.median(self.base) - 1
+
+
+class Bench:
+    """A model, its steps, and a clock that waits for the device."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.device = torch.device(options.device)
+        self.cuda = self.device.type == "cuda"
+        self.rows: list[Row] = []
+        torch.manual_seed(0)
+        heads = max(1, options.hidden // 128)
+        config = Qwen2Config(
+            vocab_size=152_064 if options.hidden >= 2048 else 32_000,
+            hidden_size=options.hidden,
+            intermediate_size=round(options.hidden * 18_944 / 3584),
+            num_hidden_layers=options.layers,
+            num_attention_heads=heads,
+            num_key_value_heads=max(1, heads // 7),
+            tie_word_embeddings=False,
+        )
+        with self.device:
+            default = torch.get_default_dtype()
+            torch.set_default_dtype(getattr(torch, options.dtype))
+            self.model = Qwen2ForCausalLM(config)
+            torch.set_default_dtype(default)
+        self.tokens = torch.randint(0, 32_000, (1, options.tokens), device=self.device)
+        self.everything = RandomDelta(self.model, Selection.parse(("attn", "mlp"), None))
+        self.attention = RandomDelta(self.model, Selection.parse("attn", None))
+        self.attention._made = self.everything._made
+
+    def step(self) -> None:
+        self.model.zero_grad(set_to_none=True)
+        self.backward()
+
+    def backward(self) -> None:
+        self.model(input_ids=self.tokens, labels=self.tokens).loss.backward()
+
+    def wait(self) -> None:
+        if self.cuda:
+            torch.cuda.synchronize()
+
+    def timed(self, action: Callable[[], None]) -> float:
+        self.wait()
+        start = time.perf_counter()
+        action()
+        self.wait()
+        return (time.perf_counter() - start) * 1e3
+
+    def memory(self) -> float:
+        return torch.cuda.memory_allocated() / 1e9 if self.cuda else 0.0
+
+    def timed_run(self, action: Callable[[], None]) -> float:
+        """Return the milliseconds of one of several in a row.
+
+        Copies from the host run ahead into the next step, as they do in training, so a step by
+        itself would be charged with those of the next.
+        """
+
+        def several() -> None:
+            for _ in range(RUN):
+                action()
+
+        return self.timed(several) / RUN
+
+    def compare(self, label: str, injected: Callable[[], None], held: float, repeats: int) -> Row:
+        """Time a variant in turn with the step that is not injected."""
+        injected()
+        injected()
+        row = Row(label, [], [], held)
+        for _ in range(repeats):
+            row.base.append(self.timed_run(self.plain))
+            self.timed(injected)
+            row.times.append(self.timed_run(injected))
+        self.rows.append(row)
+        print(f"{label}: {row.added():+.1%}", flush=True)
+        return row
+
+    def plain(self) -> None:
+        self.step()
+
+    def injection(self, label: str, delta: Any, **options: Any) -> None:
+        """Time an injection."""
+        self.model.zero_grad(set_to_none=True)
+        before = self.memory()
+        held = Injection(self.model, delta, **options)
+        after = self.memory()
+
+        def injected() -> None:
+            self.step()
+            held.step()
+
+        pause = held.accumulating
+
+        def base() -> None:
+            with pause():
+                self.step()
+
+        self.plain = base  # type: ignore[method-assign]
+        self.compare(label, injected, after - before, self.options.repeats)
+        del self.plain
+        held.remove()
+
+    def alone(self, delta: Any, **options: Any) -> float:
+        """Return the milliseconds of one injection on gradients that are there."""
+        self.step()
+        times = []
+        with Injection(self.model, delta, **options) as held:
+            for _ in range(6):
+                held._pending = None  # the same gradients again: only the time counts here
+                times.append(self.timed(held.step))
+        return statistics.median(times[1:])
+
+    def syncs(self, delta: Any) -> int:
+        """Return how many times an injection made the host wait, by the profiler's trace."""
+        from torch.profiler import ProfilerActivity, profile
+
+        self.step()
+        with Injection(self.model, delta, residency="device") as held:
+            held.step()
+            self.step()
+            self.wait()
+            with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as trace:
+                held.step()
+            waits = [
+                event.key
+                for event in trace.key_averages()
+                if "ynchronize" in event.key or "DtoH" in event.key or "item" in event.key
+            ]
+        # The profiler itself waits once when it stops.
+        return len([key for key in waits if key != "cudaDeviceSynchronize"])
+
+    def accumulated(self, micro_batches: int) -> None:
+        """Time whole optimizer steps with several micro-batches."""
+        optimizer = torch.optim.SGD(
+            [p for p in self.model.parameters() if p.requires_grad], lr=1e-9, fused=self.cuda
+        )
+
+        def whole() -> None:
+            self.model.zero_grad(set_to_none=True)
+            for _ in range(micro_batches):
+                self.backward()
+            optimizer.step()
+
+        self.plain = whole  # type: ignore[method-assign]
+        before = self.memory()
+        for overlap in (False, True):
+            # Attached for the injected steps only: the watchdog would stop the others.
+            row = Row(
+                f"drift_fast, adaptive, attention + MLP, accumulation {micro_batches} and SGD step"
+                + (", overlapped" if overlap else ""),
+                [],
+                [],
+                0.0,
+            )
+            for _ in range(max(2, self.options.repeats // 3)):
+                row.base.append(self.timed(whole))
+            with Injection(
+                self.model, self.everything, residency="device", overlap=overlap
+            ) as held:
+                row.held = self.memory() - before
+
+                def injected(held: Injection = held) -> None:
+                    self.model.zero_grad(set_to_none=True)
+                    with held.accumulating():
+                        for _ in range(micro_batches - 1):
+                            self.backward()
+                    self.backward()
+                    held.step()
+                    optimizer.step()
+
+                injected()
+                for _ in range(max(2, self.options.repeats // 3)):
+                    row.times.append(self.timed(injected))
+            for _ in range(max(2, self.options.repeats // 3)):
+                row.base.append(self.timed(whole))
+            self.rows.append(row)
+            print(f"{row.label}: {row.added():+.1%}", flush=True)
+        del self.plain
+
+    def rival(self, label: str, hooks: Callable[..., list[Any]], repeats: int) -> None:
+        before = self.memory()
+        base = [self.timed_run(self.step) for _ in range(repeats)]
+        handles = hooks(self.model, self.everything)
+        held = self.memory() - before
+        self.step()
+        row = Row(label, [self.timed_run(self.step) for _ in range(repeats)], base, held)
+        for handle in handles:
+            handle.remove()
+        self.rows.append(row)
+        print(f"{label}: {row.added():+.1%}", flush=True)
+
+    def limits(self) -> list[str]:
+        """Return what the machine allows: six passes over gradients, and copies from the host."""
+        gradients = [
+            p.grad for n, p in self.model.named_parameters() if n in self.everything.shapes
+        ]
+        largest = max(g.numel() for g in gradients)
+        buffer = torch.empty(largest, dtype=gradients[0].dtype, device=self.device)
+
+        def copy() -> None:
+            for gradient in gradients:
+                buffer[: gradient.numel()].copy_(gradient.view(-1))
+
+        copy()
+        floor = 3 * statistics.median(self.timed(copy) for _ in range(5))
+        lines = [
+            f"Six passes over the gradients (norm 1, dot 2, axpy 3) at the rate of a copy: "
+            f"{floor:.1f} ms. An adaptive injection alone, Δ resident: "
+            f"{(alone := self.alone(self.everything, residency='device')):.1f} ms, "
+            f"{alone / floor:.2f} × that."
+        ]
+        if self.cuda:
+            nbytes = sum(g.nbytes for g in gradients)
+            host = torch.empty(1 << 30, dtype=torch.uint8, pin_memory=True)
+            there = torch.empty(1 << 30, dtype=torch.uint8, device=self.device)
+            rate = (1 << 30) / statistics.median(
+                self.timed(lambda: there.copy_(host, non_blocking=True)) for _ in range(5)
+            )
+            del host, there
+            limit = nbytes / rate
+            alone = self.alone(self.everything, residency="host")
+            lines.append(
+                f"Copying {nbytes / 1e9:.2f} GB from page-locked host memory at "
+                f"{rate / 1e6:.1f} GB/s: {limit:.0f} ms. The same injection alone, Δ in host "
+                f"memory: {alone:.0f} ms, {alone / limit:.2f} × that."
+            )
+            lines.append(
+                f"Waits for the device in a step by the profiler: {self.syncs(self.everything)}."
+            )
+        return lines
 
 
 def main() -> None:
@@ -103,105 +384,90 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=28)
     parser.add_argument("--hidden", type=int, default=3584)
     parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--rival-repeats", type=int, default=2)
+    parser.add_argument("--accumulation", type=int, default=8)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     if _core.debug_build:
         raise SystemExit("this is a debug build; timings of it mean nothing")
+    bench = Bench(options)
+    everything, attention = bench.everything, bench.attention
+    worst = check(bench.model, everything, bench.step)
+    for _ in range(2):
+        bench.step()
+    limits = bench.limits()
+    print("\n".join(limits), flush=True)
 
-    torch.manual_seed(0)
-    heads = options.hidden // 128
-    config = Qwen2Config(
-        vocab_size=152_064 if options.hidden >= 2048 else 32_000,
-        hidden_size=options.hidden,
-        intermediate_size=round(options.hidden * 18_944 / 3584),
-        num_hidden_layers=options.layers,
-        num_attention_heads=heads,
-        num_key_value_heads=max(1, heads // 7),
-        tie_word_embeddings=False,
+    both = "attention + MLP"
+    for scale in ("adaptive", "gradnorm", "absolute", "project"):
+        bench.injection(f"drift_fast, {scale}, {both}", everything, scale=scale, residency="device")
+    bench.injection(
+        f"drift_fast, adaptive, {both}, overlapped", everything, residency="device", overlap=True
     )
-    with torch.device(options.device):
-        default = torch.get_default_dtype()
-        torch.set_default_dtype(torch.bfloat16)
-        model = Qwen2ForCausalLM(config)
-        torch.set_default_dtype(default)
-    tokens = torch.randint(0, 32_000, (1, options.tokens), device=options.device)
-    cuda = options.device.startswith("cuda")
+    bench.injection("drift_fast, adaptive, attention only", attention, residency="device")
+    bench.injection(
+        "drift_fast, adaptive, attention only, overlapped",
+        attention,
+        residency="device",
+        overlap=True,
+    )
+    if bench.cuda:
+        int8 = {"residency": "device-int8"}
+        bench.injection(f"drift_fast, adaptive, {both}, device-int8", everything, **int8)
+        bench.injection(
+            f"drift_fast, adaptive, {both}, device-int8, overlapped",
+            everything,
+            overlap=True,
+            **int8,
+        )
+        for prefetch in ("1GB", "4GB"):
+            bench.injection(
+                f"drift_fast, adaptive, {both}, host, overlapped, {prefetch} ahead",
+                everything,
+                residency="host",
+                overlap=True,
+                prefetch=prefetch,
+            )
+        bench.injection(
+            f"drift_fast, adaptive, {both}, host-int8, overlapped",
+            everything,
+            residency="host-int8",
+            overlap=True,
+        )
+    if options.accumulation:
+        bench.accumulated(options.accumulation)
+    bench.rival(f"plain PyTorch hooks, adaptive, {both}, Δ resident", plain_hooks, options.repeats)
+    bench.rival(f"public formula in hooks, adaptive, {both}", public_hooks, options.rival_repeats)
 
-    def wait() -> None:
-        if cuda:
-            torch.cuda.synchronize()
-
-    def step() -> None:
-        model.zero_grad(set_to_none=True)
-        model(input_ids=tokens, labels=tokens).loss.backward()
-
-    def timed(action: Callable[[], None]) -> float:
-        wait()
-        start = time.perf_counter()
-        action()
-        wait()
-        return (time.perf_counter() - start) * 1e3
-
-    everything = RandomDelta(model, Selection.parse(("attn", "mlp"), None))
-    attention = RandomDelta(model, Selection.parse("attn", None))
-    worst = check(model, everything, step)
-
-    for _ in range(3):
-        step()
-    rows: dict[str, list[float]] = {"no injection": []}
-    memory = {"no injection": 0.0}
-    for label, delta in (("attention + MLP", everything), ("attention only", attention)):
-        for scale in ("adaptive", "gradnorm", "absolute"):
-            name = f"drift_fast, {scale}, {label}"
-            held = torch.cuda.memory_allocated() if cuda else 0
-            injection = Injection(model, delta, scale=scale)
-            memory[name] = (torch.cuda.memory_allocated() - held) / 1e9 if cuda else 0.0
-
-            def injected(injection: Injection = injection) -> None:
-                step()
-                injection.step()
-
-            injected()
-            rows[name] = []
-            for _ in range(options.repeats):
-                rows["no injection"].append(timed(step))
-                rows[name].append(timed(injected))
-            injection.remove()
-    name = "public formula in a hook, adaptive, attention + MLP"
-    handles = public_hooks(model, everything)
-    step()
-    rows[name] = [timed(step) for _ in range(options.rival_repeats)]
-    memory[name] = 0.0
-    for handle in handles:
-        handle.remove()
-
-    base = statistics.median(rows["no injection"])
-    what = torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU"
+    what = torch.cuda.get_device_name() if bench.cuda else f"{platform.machine()} CPU"
     numel = sum(torch.Size(s).numel() for s in everything.shapes.values())
     lines = [
-        f"# What an injection adds to a step: {what}",
+        f"# What an injection adds to a step: {what}, {options.dtype}",
         "",
-        f"`python benches/injection.py --layers {options.layers} --hidden {options.hidden} "
-        f"--tokens {options.tokens}`, {time.strftime('%Y-%m')}, torch {torch.__version__}, "
-        f"drift_fast {_core.__version__}. Forward and backward of {options.tokens} tokens through "
-        f"{options.layers} layers of width {options.hidden} in bfloat16; attention + MLP are "
-        f"{len(everything)} tensors, {numel * 2 / 1e9:.2f} GB of Δ, resident on the device. Median "
-        f"(min to max) of {options.repeats} in one run. Before timing: injected gradients within "
-        f"{worst:.2f} of the bound of one bfloat16 rounding against float64"
-        + (", no host sync in the step." if cuda else "."),
+        f"`python benches/injection.py --device {options.device} --layers {options.layers} "
+        f"--hidden {options.hidden} --tokens {options.tokens} --dtype {options.dtype}`, "
+        f"{time.strftime('%Y-%m')}, torch {torch.__version__}, drift_fast {_core.__version__}, "
+        f"{torch.get_num_threads()} threads. Forward and backward of {options.tokens} tokens "
+        f"through {options.layers} layers of width {options.hidden}; attention + MLP are "
+        f"{len(everything)} tensors, {numel * 2 / 1e9:.2f} GB of Δ in bfloat16. "
+        f"Medians (min to max) of {options.repeats} runs of {RUN} steps in a row, each variant in "
+        "turn with the step that is not injected. Before timing: injected gradients within "
+        f"{worst:.2f} of the bound of one rounding against float64"
+        + (", no host sync in the step." if bench.cuda else "."),
         "",
-        "| | step ms | added | Δ on the device, GB |",
-        "|---|---|---|---|",
+        *limits,
+        "",
+        "| | step ms | without | added | on the device, GB |",
+        "|---|---|---|---|---|",
     ]
-    for label, times in rows.items():
-        middle = statistics.median(times)
-        added = "" if label == "no injection" else f"{(middle / base - 1) * 100:+.1f} %"
+    for row in bench.rows:
+        middle = statistics.median(row.times)
         lines.append(
-            f"| {label} | {middle:.1f} ({min(times):.1f} to {max(times):.1f}) | {added} | "
-            f"{memory[label]:.2f} |"
+            f"| {row.label} | {middle:.1f} ({min(row.times):.1f} to {max(row.times):.1f}) | "
+            f"{statistics.median(row.base):.1f} | {row.added() * 100:+.1f} % | {row.held:.2f} |"
         )
     table = "\n".join(lines)
     print(table)

@@ -22,6 +22,8 @@ import torch
 Array = npt.NDArray[np.float64]
 
 SCALES = ("absolute", "gradnorm", "adaptive")
+# And the one that the public code does not have.
+ALL_SCALES = (*SCALES, "project")
 
 # The public code clamps every norm from below with this value before it divides or multiplies.
 PUBLIC_FLOOR = 1e-12
@@ -79,6 +81,8 @@ def coefficient(
         return alpha * norm(g) / length
     if scale == "adaptive":
         return alpha * (1.0 + cosine(g, d)) / 2.0 * norm(g) / length
+    if scale == "project":
+        return alpha * max(cosine(g, d), 0.0) * norm(g) / length
     raise ValueError(f"no such scale: {scale}")
 
 
@@ -163,7 +167,7 @@ def assert_follows_reference(
     """
     expected = inject(gradient, delta, alpha=alpha, scale=scale, **weight)
     g, d = np.abs(exact(gradient)), np.abs(exact(delta))
-    full = "gradnorm" if scale == "adaptive" else scale
+    full = "gradnorm" if scale in ("adaptive", "project") else scale
     largest_push = coefficient(gradient, delta, alpha=abs(alpha), scale=full, **weight)
     error = np.abs(exact(found) - expected)
     if found.dtype is torch.bfloat16:

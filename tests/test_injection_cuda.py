@@ -7,6 +7,7 @@ CPU tensors is in test_injection_extremes.py and test_injection_writing.py.
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from injection_models import (
     regression_batch,
     regression_loss,
     single_target,
+    text_batch,
+    tiny_qwen2,
     weights_of,
 )
 from reference import assert_follows_reference
@@ -46,7 +49,7 @@ def batch_on_device() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("scale", reference.SCALES)
+@pytest.mark.parametrize("scale", reference.ALL_SCALES)
 def test_a_step_never_waits_and_matches_the_restatement(
     tmp_path: Path, scale: str, dtype: torch.dtype
 ) -> None:
@@ -86,7 +89,7 @@ def test_norms_stay_exact_on_millions_of_values(tmp_path: Path, scale: str) -> N
     assert_follows_reference(parameter.grad, gradient, stored, alpha=0.5, scale=scale)
 
 
-@pytest.mark.parametrize("scale", reference.SCALES)
+@pytest.mark.parametrize("scale", reference.ALL_SCALES)
 def test_overflow_under_a_gradient_scaler_is_skipped_and_counted_without_waiting(
     tmp_path: Path, scale: str
 ) -> None:
@@ -118,6 +121,131 @@ def test_overflow_under_a_gradient_scaler_is_skipped_and_counted_without_waiting
                     assert error < 1e-4 * reference.norm(expected), name
         scaler.step(optimizer)
         scaler.update()
+
+
+WIDE = {"hidden_size": 256, "intermediate_size": 640, "vocab_size": 128}
+
+
+def wide_world(tmp_path: Path, dtype: torch.dtype) -> tuple[Any, drift_fast.Delta]:
+    """A language model on the device whose weights are too large to count as small tensors."""
+    model = tiny_qwen2(**WIDE).to(dtype)
+    delta = delta_towards(tmp_path, model, dtype="bfloat16", size=0.1)
+    return model.cuda(), delta
+
+
+def injected(
+    model: Any, delta: Any, steps: int, **options: Any
+) -> tuple[list[dict[str, torch.Tensor]], list[dict[str, torch.Tensor]], float]:
+    """Return gradients before and after injection at each step, and bytes of Δ on the device."""
+    batch = {key: value.cuda() for key, value in text_batch(4, 32).items()}
+    before, after = [], []
+    with drift_fast.Injection(model, delta, **options) as injection:
+        held = sum(group.store.nbytes for group in injection._groups)
+        for _ in range(steps):
+            model.zero_grad()
+            with injection.accumulating():
+                model(**batch).loss.backward()
+            before.append(gradients_of(model))
+            model.zero_grad()
+            model(**batch).loss.backward()
+            injection.step()
+            after.append(gradients_of(model))
+    return before, after, held
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("overlap", [False, True], ids=["after", "overlapped"])
+@pytest.mark.parametrize("residency", ["device", "host", "disk", "device-int8", "host-int8"])
+def test_wherever_the_delta_lives_the_gradient_is_right(
+    tmp_path: Path, residency: str, overlap: bool, dtype: torch.dtype
+) -> None:
+    model, delta = wide_world(tmp_path, dtype)
+    # Less than the delta, so that the ring is filled anew within each step.
+    before, after, held = injected(
+        model, delta, 3, residency=residency, overlap=overlap, prefetch="400KB"
+    )
+    whole = sum(2 * tensor.numel() for tensor in delta.values())
+    assert held < 0.8 * whole or residency in ("device", "device-int8")
+    for plain, found in zip(before, after, strict=True):
+        for name, values in delta.items():
+            expected = reference.inject(plain[name], values, alpha=1.0, scale="adaptive")
+            error = reference.norm(reference.exact(found[name]) - expected)
+            bound = 2e-2 if "int8" in residency else 1e-5 if dtype == torch.float32 else 5e-3
+            assert error < bound * reference.norm(expected), name
+            moved = reference.norm(reference.exact(found[name]) - reference.exact(plain[name]))
+            assert moved > 0.1 * reference.norm(expected), name
+
+
+@pytest.mark.parametrize("residency", ["device", "host", "device-int8", "host-int8"])
+def test_no_residency_in_memory_waits_in_a_step(tmp_path: Path, residency: str) -> None:
+    model, delta = wide_world(tmp_path, torch.bfloat16)
+    batch = {key: value.cuda() for key, value in text_batch(4, 32).items()}
+    with drift_fast.Injection(model, delta, residency=residency, prefetch="400KB") as injection:
+        for _ in range(2):
+            model.zero_grad()
+            model(**batch).loss.backward()
+            with no_waiting():
+                injection.step()
+        assert injection.injected == len(delta)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"schedule": "cosine", "total_steps": 8, "alpha": {"attn": 1.0, "mlp": 0.5}},
+        {"progress_cap": 0.5, "layer_alpha": [1.0, 0.5]},
+        {"progress_target": 0.3, "total_steps": 8, "max_push": 0.5},
+    ],
+    ids=["schedule", "cap", "target"],
+)
+def test_schedules_caps_and_targets_wait_for_nothing(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
+    model, delta = wide_world(tmp_path, torch.bfloat16)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    batch = {key: value.cuda() for key, value in text_batch(4, 32).items()}
+    with drift_fast.Injection(model, delta, residency="device", **options) as injection:
+        for _ in range(4):
+            optimizer.zero_grad()
+            model(**batch).loss.backward()
+            with no_waiting():
+                injection.step()
+            optimizer.step()
+        assert injection.metrics()["alpha"] > 0
+
+
+def test_page_locked_memory_is_given_back(tmp_path: Path) -> None:
+    model, delta = wide_world(tmp_path, torch.bfloat16)
+    injection = drift_fast.Injection(model, delta, residency="host")
+    kept = [one.tensor for one in injection._groups[0].store._held]
+    assert all(tensor.is_pinned() for tensor in kept)
+    injection.remove()
+    gc.collect()
+    assert not any(tensor.is_pinned() for tensor in kept)
+
+
+def test_two_dimensional_sharding_of_one_process_is_injected_on_the_device(tmp_path: Path) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.distributed.init_process_group(
+        "nccl", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    try:
+        model, delta = wide_world(tmp_path, torch.float32)
+        fully_shard(model, mesh=init_device_mesh("cuda", (1,)))
+        batch = {key: value.cuda() for key, value in text_batch(4, 32).items()}
+        model(**batch).loss.backward()
+        plain = {n: p.grad.full_tensor().clone() for n, p in model.named_parameters()}
+        with drift_fast.Injection(model, delta) as injection, no_waiting():
+            injection.step()
+        for name, values in delta.items():
+            found = model.get_parameter(name).grad.full_tensor()
+            expected = reference.inject(plain[name], values, alpha=1.0, scale="adaptive")
+            error = reference.norm(reference.exact(found) - expected)
+            assert error < 1e-5 * reference.norm(expected), name
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("scope", ["step", "microbatch"])

@@ -350,7 +350,7 @@ def test_removing_an_injection_frees_its_delta_at_once(
     injection = drift_fast.Injection(model, delta)
     regression_loss(model, regression_batch()).backward()
     injection.step()
-    held = [weakref.ref(tensor) for group in injection._groups for tensor in group.backend.deltas]
+    held = [weakref.ref(tensor) for group in injection._groups for tensor in group.store.deltas]
     assert held
     assert all(reference() is not None for reference in held)
     injection.remove()

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from drift_fast._core import __version__
+from drift_fast.combine import combine
 from drift_fast.delta import Delta, Report, compute_delta, inspect
 from drift_fast.errors import (
     AlignmentError,
@@ -20,12 +21,16 @@ from drift_fast.errors import (
     DriftWarning,
     NonFiniteError,
 )
+from drift_fast.inject import schedule
 
 if TYPE_CHECKING:
     from drift_fast.alignment import Alignment, align
     from drift_fast.inject.injection import Injection
+    from drift_fast.inject.motion import PlannedMotion
+    from drift_fast.inject.predict import predict_progress
     from drift_fast.inject.targets import match_parameters
     from drift_fast.integrations import attach
+    from drift_fast.integrations.motion import attach_motion
     from drift_fast.preflight import Preflight, check
 
 __all__ = [
@@ -38,15 +43,20 @@ __all__ = [
     "DriftWarning",
     "Injection",
     "NonFiniteError",
+    "PlannedMotion",
     "Preflight",
     "Report",
     "__version__",
     "align",
     "attach",
+    "attach_motion",
     "check",
+    "combine",
     "compute_delta",
     "inspect",
     "match_parameters",
+    "predict_progress",
+    "schedule",
 ]
 
 # Names whose modules import torch, or that few runs need, loaded on first use (PEP 562).
@@ -58,6 +68,9 @@ _LAZY = {
     "Injection": "drift_fast.inject.injection",
     "match_parameters": "drift_fast.inject.targets",
     "attach": "drift_fast.integrations",
+    "attach_motion": "drift_fast.integrations.motion",
+    "PlannedMotion": "drift_fast.inject.motion",
+    "predict_progress": "drift_fast.inject.predict",
 }
 
 

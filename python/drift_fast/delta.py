@@ -251,7 +251,9 @@ class _Backend(Protocol):
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
-    def read_into(self, name: str, buffer: Any) -> None: ...
+    def read_into(
+        self, name: str, buffer: Any, elements: tuple[int, int] | None = None
+    ) -> None: ...
     def statistics(self, progress: ProgressCallback | None = None) -> Statistics: ...
     def write(self, writer: _core.DeltaWriter, progress: ProgressCallback | None) -> Statistics: ...
 
@@ -378,26 +380,36 @@ class Delta(Mapping[str, "torch.Tensor"]):
             self._stats = self._backend.statistics()
         return self._stats
 
-    def read_into(self, name: str, tensor: torch.Tensor) -> None:
-        """Fill a contiguous CPU tensor of this delta's shape and dtype (pinned or not) with Δ.
+    def read_into(self, name: str, tensor: torch.Tensor, *, start: int | None = None) -> None:
+        """Fill a contiguous CPU tensor of this delta's dtype (pinned or not) with Δ.
+
+        Without `start` the tensor has Δ's shape. With it, the tensor has one dimension and gets as
+        many elements of Δ, in row-major order, from element `start` on; no others are read, unless
+        Δ is put together from parts.
 
         Raises:
             KeyError: no such tensor in this delta.
-            ValueError: another shape, dtype or device, or memory that is not contiguous.
+            ValueError: another shape, dtype or device, elements that Δ does not have, or memory
+                that is not contiguous.
         """
         import torch
 
         shape = self._backend.shapes[name]
         expected = getattr(torch, self.dtype)
-        if tuple(tensor.shape) != shape or tensor.dtype != expected or tensor.device.type != "cpu":
+        wanted = shape if start is None else (tensor.numel(),)
+        if tuple(tensor.shape) != wanted or tensor.dtype != expected or tensor.device.type != "cpu":
             raise ValueError(
-                f"{name}: expected a CPU tensor of shape {list(shape)} and dtype {expected}, got "
+                f"{name}: expected a CPU tensor of shape {list(wanted)} and dtype {expected}, got "
                 f"{list(tensor.shape)}, {tensor.dtype} on {tensor.device}"
             )
         if not tensor.is_contiguous():
             raise ValueError(f"{name}: the tensor to fill must be contiguous")
+        elements = None if start is None else (start, start + tensor.numel())
+        if elements is not None and not 0 <= elements[0] <= elements[1] <= math.prod(shape):
+            raise ValueError(f"{name} has {math.prod(shape)} elements, not {elements}")
         # numpy has no bfloat16, so Rust gets a window of bytes onto the tensor's own memory.
-        self._backend.read_into(name, tensor.detach().reshape(-1).view(torch.uint8).numpy())
+        window = tensor.detach().reshape(-1).view(torch.uint8).numpy()
+        self._backend.read_into(name, window, elements)
 
     def plot(self, path: PathLike) -> Path:
         """Draw ‖Δ‖/‖W‖ and the cosine over layers × modules as a PNG.
@@ -462,14 +474,25 @@ class _Streamed:
         self._pairs = {pair.name: pair for pair in pairing.pairs}
         self.shapes = {name: pairing.shapes[name] for name in self._pairs}
 
-    def read_into(self, name: str, buffer: Any) -> None:
+    def read_into(
+        self, name: str, buffer: Any, elements: tuple[int, int] | None = None
+    ) -> None:
+        source = self._pairs[name].source
+        if elements is not None and not isinstance(source, str):
+            # What is put together from parts is put together whole.
+            size = len(buffer) // max(1, elements[1] - elements[0])
+            whole = bytearray(math.prod(self.shapes[name]) * size)
+            self.read_into(name, whole)
+            memoryview(buffer)[:] = whole[elements[0] * size : elements[1] * size]
+            return
         moments = _core.subtract_into(
             self._pairing.reasoning,
             self._pairing.multimodal,
-            (self._pairs[name].source, name),
+            (source, name),
             buffer,
             dtype=self._dtype,
             threads=self._threads,
+            elements=elements,
         )
         self._check([(name, moments)])
 
@@ -558,8 +581,10 @@ class _Stored:
             )
         self.shapes = {row.name: row.shape for row in stats}
 
-    def read_into(self, name: str, buffer: Any) -> None:
-        self._checkpoint.read_into(name, buffer)
+    def read_into(
+        self, name: str, buffer: Any, elements: tuple[int, int] | None = None
+    ) -> None:
+        self._checkpoint.read_into(name, buffer, elements=elements)
 
     def statistics(self, progress: ProgressCallback | None = None) -> Statistics:
         return self._stats

@@ -7,6 +7,8 @@ g + α·… with α = −1, which is the same.
     absolute   c = α                              optionally · ‖W‖/‖Δ‖, as the public code does
     gradnorm   c = α · ‖g‖/‖Δ‖
     adaptive   c = α · (1 + cos(g, Δ))/2 · ‖g‖/‖Δ‖
+    project    c = α · max(⟨g, Δ⟩, 0)/‖Δ‖²        only where the task pulls away from the expert;
+                                                  α = 1 takes that part of the gradient away
 
 With gd = ⟨g, Δ⟩, adaptive is α · (‖g‖ + gd/‖Δ‖) / (2‖Δ‖), which has no division by ‖g‖ and so
 needs no special case for a gradient that is zero. Norms rather than their squares are passed
@@ -16,10 +18,14 @@ around, since a square leaves float32 where its root does not.
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
-Scale = Literal["absolute", "gradnorm", "adaptive"]
+import torch
+
+Scale = Literal["absolute", "gradnorm", "adaptive", "project"]
 SCALES: tuple[str, ...] = get_args(Scale)
+# These ask for the angle between gradient and Δ, two more passes over memory.
+NEED_DOT = ("adaptive", "project")
 
 
 def check_scale(scale: str) -> Scale:
@@ -48,17 +54,25 @@ def check_alpha(alpha: float) -> float:
     return value
 
 
-def coefficients(scale: Scale, alpha: float, norm: Any, dot: Any, delta: Any, factor: Any) -> Any:
+def coefficients(
+    scale: Scale,
+    alpha: torch.Tensor,
+    norm: torch.Tensor,
+    dot: torch.Tensor,
+    delta: torch.Tensor,
+    factor: torch.Tensor,
+) -> torch.Tensor:
     """Return c for every parameter, before anything is skipped.
 
-    Works alike on float64 numpy vectors (CPU gradients) and float32 torch vectors that stay on
-    their device, all of shape [parameters]: `norm` is ‖g‖, `dot` is ⟨g, Δ⟩, and `delta` is ‖Δ‖,
-    which is positive, since parameters whose Δ is zero are not injected. `factor` multiplies α in
-    absolute mode only, where ‖W‖/‖Δ‖ and a gradient scaler's scale enter; the other modes are free
-    of scale.
+    All are vectors of shape [parameters], float64 on the CPU and float32 on an accelerator, which
+    they do not leave: `alpha` is α, `norm` is ‖g‖, `dot` is ⟨g, Δ⟩, and `delta` is ‖Δ‖, which is
+    positive, since parameters whose Δ is zero are not injected. `factor` multiplies α in absolute
+    mode only, where ‖W‖/‖Δ‖ and a gradient scaler's scale enter; the other modes are free of scale.
     """
     if scale == "absolute":
         return alpha * factor
     if scale == "gradnorm":
         return alpha * (norm / delta)
+    if scale == "project":
+        return alpha * ((dot / delta).clamp(min=0.0) / delta)
     return alpha * ((norm + dot / delta) / (2.0 * delta))

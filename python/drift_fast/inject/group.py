@@ -1,143 +1,320 @@
-"""The targets of one device, with their Δ and where their weights stood at attachment.
+"""The targets of one device and one way of sharding, with their Δ and where their weights started.
 
-Owns what is resident. A group's vectors are all of shape [targets], in the order of `targets`.
+Owns one injection: measure, add up over processes, coefficient, subtract. A group's vectors are of
+shape [targets], in the order of `targets`, which is the order in which backward finishes them.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from drift_fast.errors import DriftError, NonFiniteError
-from drift_fast.inject.backend import (
-    CpuBackend,
-    DeviceBackend,
-    Measured,
-    make_backend,
-    norm_of,
-)
-from drift_fast.inject.targets import DeltaLike, Recent, Target
+from drift_fast.inject.arithmetic import Arithmetic, Sums, flattened
+from drift_fast.inject.control import limit
+from drift_fast.inject.formula import NEED_DOT, Scale, coefficients
+from drift_fast.inject.pieces import Piece, Reduction
+from drift_fast.inject.residency import Store
+from drift_fast.inject.targets import Target
+
+
+@dataclass(frozen=True)
+class Push:
+    """How hard this step pushes: α of each target on the group's device, and what bounds it."""
+
+    scale: Scale
+    alpha: torch.Tensor
+    loss_scale: torch.Tensor | float | None = None
+    max_push: float | None = None
+
+
+@dataclass
+class Last:
+    """What the last injection measured and subtracted, vectors on the device."""
+
+    norm: torch.Tensor
+    dot: torch.Tensor
+    c: torch.Tensor
+    delta: torch.Tensor
+    alpha: torch.Tensor | None = None
+    angles: bool = False
 
 
 class Group:
-    """Targets on one device; `last` is what the last injection measured and subtracted."""
+    """Whole or sharded parameters on one device."""
 
-    def __init__(self, targets: Sequence[Target], backend: CpuBackend | DeviceBackend) -> None:
+    def __init__(
+        self,
+        targets: Sequence[Target],
+        pieces: Sequence[Piece],
+        store: Store,
+        norms: Sequence[float],
+        arithmetic: Arithmetic,
+    ) -> None:
         self.targets = list(targets)
-        self.backend = backend
-        self.device = backend.deltas[0].device
-        self.last: tuple[Group, Measured, Any] | None = None
-        self._origin: Any = None
-        self._factor: Any = None
+        self.pieces = list(pieces)
+        self.store = store
+        self.arithmetic = arithmetic
+        self.reduction = Reduction(pieces[0].groups)
+        self.norms = self.vector(norms)
+        self.last: Last | None = None
+        self._skipped: Any = 0
+        self._found: dict[int, torch.Tensor] | None = None
+        self._origin = torch.zeros(0)
+        self._factor = self.vector([1.0] * len(self.targets))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the gradients are."""
+        return self.arithmetic.device
+
+    @property
+    def sharded(self) -> bool:
+        """Whether this process holds only a part of each target."""
+        return bool(self.reduction.groups)
+
+    @property
+    def resident(self) -> bool:
+        """Whether the Δ of any target can be had at any time."""
+        return hasattr(self.store, "deltas")
+
+    @property
+    def _widest(self) -> torch.dtype:
+        """The widest type of float that the device has."""
+        return torch.float32 if self.device.type == "mps" else torch.float64
+
+    def vector(self, values: Sequence[float]) -> torch.Tensor:
+        """Return numbers on the host as a vector beside the gradients."""
+        return torch.tensor(values, dtype=self.arithmetic.dtype, device=self.device)
 
     def start(self, *, rescale: bool) -> None:
-        """Note ⟨θ_0, Δ⟩ and, if asked, ‖W‖/‖Δ‖."""
-        sums = self._weights()
+        """Note ⟨θ_0, Δ⟩ and, if asked, ‖W‖/‖Δ‖; try out what a step will do."""
+        sums = self._weights(wide=True)
         self._origin = sums.dot
         if rescale:
-            self._factor = self.backend.vector(sums.norm.tolist()) / self.backend.norms
-        else:
-            self._factor = self.backend.vector([1.0] * len(self.targets))
-
-    def part(self, members: Sequence[int]) -> Group:
-        """Return some of the targets as a group of their own; Δ is shared, not copied."""
-        part = Group([self.targets[at] for at in members], self.backend.part(members))
-        part._origin = self.backend.pick(self._origin, members)
-        part._factor = self.backend.pick(self._factor, members)
-        return part
+            self._factor = (sums.norm / self.norms.to(sums.norm.dtype)).to(self.norms.dtype)
+        self.begin()
 
     def release(self) -> None:
-        """Let go of Δ now; `last` may refer back to this group, which would keep it for a while."""
+        """Let go of Δ now."""
         self.last = None
-        self.backend.deltas.clear()
+        self.store.release()
 
-    def factor(self, loss_scale: torch.Tensor | None) -> Any:
-        """Return what multiplies α in absolute mode."""
-        if loss_scale is None:
-            return self._factor
-        on_cpu = isinstance(self.backend, CpuBackend)
-        return self._factor * (loss_scale.item() if on_cpu else loss_scale)
+    # One step.
+
+    def begin(self) -> None:
+        """Start the account of a step."""
+        zeros = torch.zeros_like(self.norms)
+        self.last = Last(zeros, zeros.clone(), zeros.clone(), self.norms)
+        self._skipped = 0
+
+    def missing(self) -> list[int]:
+        """Return the targets that have no gradient, and keep the gradients for this step."""
+        self._found = {}
+        absent = []
+        for at, piece in enumerate(self.pieces):
+            gradient = piece.gradient()
+            if gradient is None:
+                absent.append(at)
+            else:
+                self._found[at] = gradient
+        return absent
+
+    def inject(self, push: Push) -> None:
+        """Measure and change every gradient."""
+        self._follow(push)
+        if self.sharded:
+            self._inject_sharded(push)
+        else:
+            for start, stop, deltas in self.store.batches():
+                self._process(start, stop, deltas, push, self.arithmetic)
+
+    def finish(self) -> None:
+        """Let go of this step's gradients, which zero_grad may be about to free."""
+        self._found = None
+
+    def inject_bucket(self, at: int, push: Push, arithmetic: Arithmetic | None = None) -> None:
+        """Measure and change the gradients of one bucket, where nothing is sharded."""
+        self._follow(push)
+        with self.store.bucket(at) as deltas:
+            start, stop = self.store.buckets[at]
+            self._process(start, stop, deltas, push, arithmetic or self.arithmetic)
+
+    def inject_one(self, at: int, gradient: torch.Tensor, push: Push) -> Any:
+        """Change a gradient that is not in its place yet; return whether it was skipped."""
+        delta = [self.store.deltas[at]]  # type: ignore[attr-defined]
+        one = slice(at, at + 1)
+        with flattened([gradient]) as flats:
+            sums = self.arithmetic.measure(flats, delta if push.scale in NEED_DOT else None)
+            c, finite = self._coefficients(sums, self.norms[one], one, push)
+            self.arithmetic.subtract(flats, delta, c)
+        return (~finite).sum()
+
+    def skipped(self) -> Any:
+        """Return how many finite coefficients could not be had, an int or a device tensor."""
+        return self._skipped
+
+    def _follow(self, push: Push) -> None:
+        assert self.last is not None
+        self.last.alpha, self.last.angles = push.alpha, push.scale in NEED_DOT
+
+    def _process(
+        self,
+        start: int,
+        stop: int,
+        deltas: Sequence[torch.Tensor],
+        push: Push,
+        arithmetic: Arithmetic,
+    ) -> None:
+        held = self._gradients(start, stop)
+        if not held:
+            return
+        members, gradients = list(held), list(held.values())
+        some = [deltas[at - start] for at in members]
+        with flattened(gradients) as flats:
+            sums = self.arithmetic.measure(flats, some if push.scale in NEED_DOT else None)
+            self._note(sums, members)
+            c = self._decide(start, stop, members, push)
+            self.arithmetic.subtract(flats, some, pick(c, [at - start for at in members]))
+        for at, gradient in held.items():
+            self.pieces[at].store(gradient)
+
+    def _inject_sharded(self, push: Push) -> None:
+        # Every process takes part in the sum, whatever gradients it has.
+        held = self._gradients(0, len(self.pieces))
+        members, gradients = list(held), list(held.values())
+        place = {at: index for index, at in enumerate(members)}
+        with flattened(gradients) as flats:
+            if push.scale not in NEED_DOT:
+                if members:
+                    self._note(self.arithmetic.measure(flats, None), members)
+            else:
+                for start, stop, deltas in self.store.batches():
+                    inside = [at for at in members if start <= at < stop]
+                    if inside:
+                        some = [deltas[at - start] for at in inside]
+                        tensors = [flats[place[at]] for at in inside]
+                        self._note(self.arithmetic.measure(tensors, some), inside)
+            assert self.last is not None
+            sums = self._sum(Sums(self.last.norm, self.last.dot))
+            self.last.norm, self.last.dot = sums.norm, sums.dot
+            c = self._decide(0, len(self.pieces), members, push)
+            for start, stop, deltas in self.store.batches():
+                inside = [at for at in members if start <= at < stop]
+                if inside:
+                    some = [deltas[at - start] for at in inside]
+                    tensors = [flats[place[at]] for at in inside]
+                    self.arithmetic.subtract(tensors, some, pick(c, inside))
+        for at, gradient in held.items():
+            self.pieces[at].store(gradient)
+
+    def _gradients(self, start: int, stop: int) -> dict[int, torch.Tensor]:
+        found: dict[int, torch.Tensor | None]
+        if self._found is None:
+            found = {at: self.pieces[at].gradient() for at in range(start, stop)}
+        else:
+            found = {at: self._found.get(at) for at in range(start, stop)}
+        return {at: gradient for at, gradient in found.items() if gradient is not None}
+
+    def _note(self, sums: Sums, members: Sequence[int]) -> None:
+        assert self.last is not None
+        put(self.last.norm, members, sums.norm)
+        put(self.last.dot, members, sums.dot)
+
+    def _decide(self, start: int, stop: int, members: Sequence[int], push: Push) -> torch.Tensor:
+        """Return c of targets [start, stop), and count those of them that are left alone."""
+        assert self.last is not None
+        run = slice(start, stop)
+        sums = Sums(self.last.norm[run], self.last.dot[run])
+        c, finite = self._coefficients(sums, self.last.delta[run], run, push)
+        self.last.c[run].copy_(c)
+        self._skipped = self._skipped + (~pick(finite, [at - start for at in members])).sum()
+        return c
+
+    def _coefficients(
+        self, sums: Sums, delta: torch.Tensor, run: slice, push: Push
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return each target's c, zero where the gradient is not finite, and where it is."""
+        factor = self._factor[run]
+        if push.loss_scale is not None:
+            factor = factor * push.loss_scale
+        c = coefficients(push.scale, push.alpha[run], sums.norm, sums.dot, delta, factor)
+        c = limit(c, sums.norm, delta, push.max_push)
+        finite = torch.isfinite(sums.norm) & torch.isfinite(c)
+        return torch.where(finite, c, torch.zeros_like(c)), finite
+
+    def _sum(self, sums: Sums) -> Sums:
+        """Add up over processes, squares of norms in float64, which has room for them."""
+        if not self.sharded:
+            return sums
+        local = torch.cat([sums.norm.double().square(), sums.dot.double()])
+        total = self.reduction.sum(local)
+        norm, dot = total.chunk(2)
+        return Sums(norm.sqrt().to(sums.norm.dtype), dot.to(sums.dot.dtype))
+
+    # Where the weights are.
+
+    def _weights(self, *, wide: bool) -> Sums:
+        dtype = self._widest if wide else self.norms.dtype
+        norm = torch.zeros(len(self.pieces), dtype=dtype, device=self.device)
+        dot = torch.zeros_like(norm)
+        for start, stop, deltas in self.store.batches():
+            weights = [self.pieces[at].weight().contiguous().view(-1) for at in range(start, stop)]
+            sums = self.arithmetic.measure(weights, deltas, wide=wide)
+            norm[start:stop].copy_(sums.norm)
+            dot[start:stop].copy_(sums.dot)
+        return self._sum(Sums(norm, dot))
+
+    def progress(self, *, wide: bool = True) -> torch.Tensor:
+        """Return λ of each target on the device.
+
+        Progress is a small difference of two large sums, hence float64 unless a step needs it.
+        """
+        dtype = self._widest
+        moved = self._weights(wide=wide).dot.to(dtype) - self._origin.to(dtype)
+        return moved / self.norms.to(dtype).square()
+
+    @property
+    def origin(self) -> list[float]:
+        """⟨θ_0, Δ⟩ of each target."""
+        values: list[float] = self._origin.tolist()
+        return values
+
+    @origin.setter
+    def origin(self, values: Sequence[float]) -> None:
+        self._origin = torch.tensor(values, dtype=self._origin.dtype, device=self.device)
+
+    def last_norms(self) -> list[tuple[float, float]]:
+        """Return ‖g‖ and ‖Δ‖ of each target as the last step measured them."""
+        if self.last is None:
+            return [(0.0, 0.0)] * len(self.targets)
+        return list(zip(self.last.norm.tolist(), self.last.delta.tolist(), strict=True))
 
     def squares(self) -> list[float]:
         """Return ‖Δ‖² of each target."""
-        return [norm * norm for norm in self.backend.norms.tolist()]
-
-    def progress(self) -> list[float]:
-        """Return λ of each target."""
-        moved = (self._weights().dot - self._origin).tolist()
-        norms = self.backend.norms.tolist()
-        return [value / norm / norm for value, norm in zip(moved, norms, strict=True)]
-
-    def cosines(self) -> list[tuple[str, float]]:
-        """Return cos(g, Δ) of the last injection, by parameter; zero gradients have none."""
-        if self.last is None:
-            return []
-        part, sums, _ = self.last
-        norms = part.backend.norms.tolist()
-        rows = zip(part.targets, sums.norm.tolist(), sums.dot.tolist(), norms, strict=True)
-        return [
-            (t.name, dot / norm / delta)
-            for t, norm, dot, delta in rows
-            if norm > 0 and math.isfinite(norm + dot)
-        ]
-
-    def push(self) -> tuple[float, float]:
-        """Return Σ‖c·Δ‖² and Σ‖g‖² of the last injection, over finite gradients."""
-        if self.last is None:
-            return 0.0, 0.0
-        part, sums, c = self.last
-        norms = part.backend.norms.tolist()
-        rows = list(zip(sums.norm.tolist(), c.tolist(), norms, strict=True))
-        finite = [row for row in rows if math.isfinite(row[0])]
-        return sum((c * d) ** 2 for _, c, d in finite), sum(norm**2 for norm, _, _ in finite)
-
-    def _weights(self) -> Measured:
-        # Progress is a small difference of two large sums, hence float64.
-        weights = [target.parameter.detach() for target in self.targets]
-        return self.backend.measure(weights, float64=True)
+        return [norm * norm for norm in self.norms.tolist()]
 
 
-def load_groups(targets: Sequence[Target], delta: DeltaLike) -> list[Group]:
-    """Read Δ beside each parameter, one tensor at a time; a Δ that is zero needs no injection.
+def beside(vector: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a vector on another device; only the host waits for what comes to it."""
+    return vector.to(device, non_blocking=device.type != "cpu")
 
-    Its norm is taken once, here, of the values that will be injected. The delta's statistics know
-    the norm before rounding, which for a bias of a few elements differs in the third digit; and a
-    delta that streams would have to read both checkpoints once more for them.
 
-    Raises:
-        NonFiniteError: Δ holds NaN or infinity.
-        DriftError: Δ is zero in every target, or a float64 parameter on an accelerator.
-    """
-    by_device: dict[torch.device, list[tuple[Target, torch.Tensor, float]]] = {}
-    recent = Recent(delta)
-    for target in targets:
-        tensor = target.read(recent)
-        norm = norm_of(tensor)
-        if not math.isfinite(norm):
-            raise NonFiniteError(
-                f"{target.delta_name}: Δ holds NaN or infinite values, which would spread to every "
-                "weight; repair the source checkpoint or leave the tensor out with modules=… or "
-                "layers=…"
-            )
-        if norm == 0.0:
-            continue
-        device = target.parameter.device
-        if device.type != "cpu" and target.parameter.dtype == torch.float64:
-            raise DriftError(
-                f"{target.name} is float64 on {device}, where norms are taken in float32; train in "
-                "float32 or bfloat16, or on the CPU"
-            )
-        by_device.setdefault(device, []).append((target, tensor.to(device), norm))
-    if not by_device:
-        raise DriftError(
-            "Δ is zero in every target, so an injection would do nothing; was the delta computed "
-            "from the same checkpoint twice?"
-        )
-    groups = []
-    for members in by_device.values():
-        backend = make_backend([d for _, d, _ in members], [norm for _, _, norm in members])
-        groups.append(Group([target for target, _, _ in members], backend))
-    return groups
+def put(vector: torch.Tensor, members: Sequence[int], values: torch.Tensor) -> None:
+    """Write values at some places; a list as index would be copied to the device."""
+    if members[-1] - members[0] + 1 == len(members):
+        vector[members[0] : members[-1] + 1].copy_(values)
+        return
+    for at, value in zip(members, values.unbind(), strict=True):
+        vector[at].copy_(value)
+
+
+def pick(vector: torch.Tensor, members: Sequence[int]) -> torch.Tensor:
+    """Return the entries at some places."""
+    if not members:
+        return vector[:0]
+    if members[-1] - members[0] + 1 == len(members):
+        return vector[members[0] : members[-1] + 1]
+    return torch.stack([vector[at] for at in members])

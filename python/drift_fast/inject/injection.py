@@ -1,26 +1,36 @@
-"""When the injection runs: once per optimizer step, or in every backward pass.
+"""When the injection runs: once per optimizer step, inside backward, or in every backward pass.
 
-Owns the life of an attachment: targets found, Δ resident, gradients changed in place, and the
+Owns the life of an attachment: targets found, Δ in its place, gradients changed in place, and the
 watchdog that fails a run in which nothing was injected. One attachment per parameter at a time.
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import logging
+import math
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-from torch.utils.weak import WeakIdKeyDictionary
 
+from drift_fast.delta import parse_size
 from drift_fast.errors import DriftError
-from drift_fast.inject.formula import SCALES, Scale, check_alpha, check_scale
-from drift_fast.inject.group import Group, load_groups
+from drift_fast.inject.control import CapBy, Control, LayerAlpha, PerModule
+from drift_fast.inject.formula import SCALES, Scale, check_scale
+from drift_fast.inject.group import Group, Push, beside
+from drift_fast.inject.loading import Loading, load_groups
+from drift_fast.inject.overlap import Overlap
+from drift_fast.inject.pieces import Piece, Reduction, Whole, groups_of, pieces_of
+from drift_fast.inject.record import Record, claim, disclaim, refuse_second
+from drift_fast.inject.residency import check_residency
+from drift_fast.inject.schedule import ScheduleLike
 from drift_fast.inject.targets import (
     DeltaLike,
     Target,
@@ -29,15 +39,17 @@ from drift_fast.inject.targets import (
     find_targets,
     opened,
 )
+from drift_fast.inject.telemetry import append_rows
+from drift_fast.inject.telemetry import measure as measure_progress
+from drift_fast.inject.telemetry import summary as summarise
 from drift_fast.mapping import MappingLike
 from drift_fast.select import EVERYTHING, Layers, Modules, Selection
 
 logger = logging.getLogger(__name__)
 
-# Parameters that an attachment holds, so that a second one is refused.
-_attached: Any = WeakIdKeyDictionary()
-
 Rescale = Literal["weight"] | None
+
+_STATE_VERSION = 1
 
 
 class Injection:
@@ -52,24 +64,43 @@ class Injection:
         optimizer.step()
 
     The gradient of every target becomes g − c·Δ, in place, with c by `drift_fast.inject.formula`.
-    On an accelerator no value returns to the host. A copy of Δ, in the delta's dtype, stays beside
-    each parameter until `remove()`.
+    On an accelerator no value returns to the host. Under FSDP2, tensor parallelism, FSDP1 or ZeRO,
+    attach after the model was wrapped: each process then reads and holds its own part of Δ, and one
+    sum over the processes makes the result that of a single one.
 
     With `scope="microbatch"` there is nothing to call: a hook changes the gradient of every
     backward pass, as the public code does, so that the push grows with the number of micro-batches.
 
     Args:
-        model: the model that trains; wrapped by DDP or torch.compile is fine, sharded is refused.
+        model: the model that trains, as it trains: wrapped by DDP, FSDP or torch.compile.
         delta: an open `Delta`, one that streams, or the directory of one; its names are matched to
             the model's.
-        alpha: strength; positive moves weights towards the reasoning model.
-        scale: "absolute", "gradnorm" or "adaptive".
+        alpha: strength, one number or one by module, such as {"attn": 1.0, "mlp": 0.5}; positive
+            moves weights towards the reasoning model.
+        layer_alpha: a factor on α by layer, the depth mask: a mapping of layer (or text such as
+            "0-7") to factor, a sequence, or a function of the layer.
+        scale: "adaptive", "gradnorm", "absolute" or "project".
         modules, layers: inject only these of the delta's tensors; None is all of them.
         mapping: which tensor of the delta belongs to which parameter, where names do not tell: in
             the forms that `compute_delta` takes, from delta names to parameter names.
         scope: "step" or "microbatch".
         rescale: "weight" multiplies c by ‖W‖/‖Δ‖ in absolute mode, as the public code does, with
             the norm of the weights as they are now.
+        residency: where Δ lives. "device": beside the gradients, exact; "device-int8": there, in
+            half the memory and rounded to int8 in blocks of 64; "host": in page-locked host memory,
+            copied ahead; "host-int8"; "disk": read from the delta, or from both checkpoints, in
+            every step; "auto": the first of device, host and disk for which there is room, with a
+            line in the log.
+        prefetch: bytes on the device, or text such as "2GB", for Δ that lives elsewhere.
+        overlap: inject while backward still runs, where gradients are final. Every backward pass
+            then counts as the last before `step()`, unless it runs in `accumulating()`. Refused
+            for sharded models and for DDP, whose gradients are not final there.
+        schedule: a factor on α by step: "linear", "cosine", or see `drift_fast.schedule`.
+        total_steps: optimizer steps of the run, for schedules and targets that need them.
+        progress_cap: stop at this λ, one number or one by module; see `Control` for `cap_by` and
+            `look_ahead`. A cap or a target costs one more pass over weights and Δ in each step.
+        progress_target: a λ that sets α by itself; needs `total_steps`.
+        max_push: the largest ‖c·Δ‖/‖g‖ of any parameter.
         optimizer: the optimizer that will step the model; given, it is checked at once that it
             holds every target. Needed with `scaler` and "absolute".
         scaler: the torch.amp.GradScaler in use; "absolute" follows its scale until
@@ -81,8 +112,8 @@ class Injection:
 
     Raises:
         CoverageError: the delta does not fit the model; names and shapes are listed.
-        DriftError: a frozen target, one that the optimizer does not hold, a sharded model, or a
-            second attachment.
+        DriftError: a frozen target, one that the optimizer does not hold, a way of sharding that is
+            not supported, or a second attachment.
         NonFiniteError: the delta holds NaN or infinity.
         ValueError: an argument without meaning.
     """
@@ -92,34 +123,51 @@ class Injection:
         model: nn.Module,
         delta: DeltaLike | str | os.PathLike[str],
         *,
-        alpha: float = 1.0,
+        alpha: PerModule = 1.0,
+        layer_alpha: LayerAlpha = None,
         scale: str = "adaptive",
         modules: Modules | None = None,
         layers: Layers = None,
         mapping: MappingLike | None = None,
         scope: Literal["step", "microbatch"] = "step",
         rescale: Rescale = None,
+        residency: str = "auto",
+        prefetch: int | str = "1GB",
+        overlap: bool = False,
+        schedule: ScheduleLike = None,
+        total_steps: int | None = None,
+        progress_cap: PerModule | None = None,
+        cap_by: CapBy = "parameter",
+        look_ahead: float = 9.0,
+        progress_target: PerModule | None = None,
+        max_push: float | None = None,
         optimizer: torch.optim.Optimizer | None = None,
         scaler: torch.amp.GradScaler | None = None,
         strict: bool = True,
         min_coverage: float | None = None,
     ) -> None:
-        self._alpha = check_alpha(alpha)
         self._scale: Scale = check_scale(scale)
         _check_options(scope, scale, rescale, scaler, optimizer, min_coverage)
+        loading = Loading(check_residency(residency), parse_size(prefetch))
+        if scope == "microbatch":
+            loading = _for_microbatch(loading, overlap, progress_cap, progress_target)
         self._scope = scope
         self._strict = strict
         self._scaler = scaler
         self._optimizer = None if optimizer is None else unwrap_optimizer(optimizer)
-        delta = opened(delta)
-        selection = Selection.parse(EVERYTHING if modules is None else modules, layers)
-        targets, self.coverage = find_targets(
-            model, delta, selection, strict=strict, min_coverage=min_coverage, mapping=mapping
-        )
-        check_trained(targets)
-        if self._optimizer is not None:
-            check_optimized(targets, self._optimizer)
-        _refuse_second(targets)
+        with Reduction(groups_of(model)).together():
+            delta = opened(delta)
+            selection = Selection.parse(EVERYTHING if modules is None else modules, layers)
+            targets, self.coverage = find_targets(
+                model, delta, selection, strict=strict, min_coverage=min_coverage, mapping=mapping
+            )
+            check_trained(targets)
+            self._refuse_adapted(targets, overlap=overlap, rescale=rescale)
+            if self._optimizer is not None:
+                check_optimized(targets, self._optimizer)
+            refuse_second(targets)
+            pieces = self._pieces(model, targets)
+            self._refuse_sharding(targets, pieces, overlap)
         logger.info(
             "injecting into %d parameters, %.1f%% of the delta's selected elements and %.1f%% of "
             "the language backbone; %d tensors of the delta have no parameter",
@@ -128,31 +176,62 @@ class Injection:
             100 * self.coverage.backbone_fraction,
             len(self.coverage.unmatched_reasoning),
         )
-        self._groups = load_groups(targets, delta)
+        self._groups, self.residency = load_groups(
+            list(zip(targets, pieces, strict=True)), delta, loading
+        )
         self._targets = [target for group in self._groups for target in group.targets]
+        held = {id(target) for target in self._targets}
+        self._named = [target.name for target in targets if id(target) in held]
         for group in self._groups:
             group.start(rescale=rescale is not None)
-        self._record = _Record([target.parameter for target in self._targets])
+        self._control = Control(
+            [target.delta_name for target in self._targets],
+            alpha=alpha,
+            layer_alpha=layer_alpha,
+            schedule=schedule,
+            total_steps=total_steps,
+            progress_cap=progress_cap,
+            cap_by=cap_by,
+            look_ahead=look_ahead,
+            progress_target=progress_target,
+            max_push=max_push,
+            squares=[square for group in self._groups for square in group.squares()],
+        )
+        home = self._groups[0]
+        self._control.place(home.device, home.norms.dtype)
+        self._record = Record(self._targets)
         self._pending: weakref.ref[torch.Tensor] | None = None
+        self._pushes: list[Push] | None = None
+        self._stepped = False
         self._handles: list[Any] = [register_optimizer_step_pre_hook(self._watch)]
-        for target in self._targets:
-            _attached[target.parameter] = weakref.ref(self)
+        claim(self._targets, self)
+        self._overlap: Overlap | None = None
         if scope == "microbatch":
             self._hook_backward()
+        elif overlap:
+            self._overlap = Overlap(self._groups, self._begin)
+            self._handles += self._overlap.handles
 
     @property
-    def alpha(self) -> float:
-        """Strength; may be set between steps."""
-        return self._alpha
+    def alpha(self) -> float | dict[str, float]:
+        """Strength as stated, before schedules and caps; may be set between steps."""
+        return self._control.alpha
 
     @alpha.setter
-    def alpha(self, value: float) -> None:
-        self._alpha = check_alpha(value)
+    def alpha(self, value: PerModule) -> None:
+        self._control.alpha = value
+        if self._scope == "microbatch":
+            self._pushes = None
 
     @property
     def targets(self) -> list[str]:
         """Names of the parameters that are injected into."""
-        return [target.name for target in self._targets]
+        return list(self._named)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps that were injected."""
+        return self._control.step
 
     @property
     def injected(self) -> int:
@@ -185,14 +264,46 @@ class Injection:
             )
         self._require_attached()
         self._refuse_twice()
-        missing = self._check_gradients()
-        self._record.begin(missing)
-        with torch.autocast(device_type=self._groups[0].device.type, enabled=False):
+        # What was injected inside backward has begun this step already.
+        pushes = self._overlap.join() if self._overlap is not None else None
+        try:
+            missing = self._check_gradients()
+            present = [t.parameter for t in self._targets if t.name not in missing]
+            if pushes is None:
+                pushes = self._begin()
+            self._record.begin(len(missing))
+            with self._plain_arithmetic():
+                groups = self._groups if pushes else []
+                for at, (group, push) in enumerate(zip(groups, pushes, strict=True)):
+                    if self._overlap is not None:
+                        self._overlap.finish(at, push)
+                    else:
+                        group.inject(push)
+                    self._record.skip(group.skipped())
+        finally:
             for group in self._groups:
-                self._inject(group)
+                group.finish()
+        self._record.inject(present)
+        if self._overlap is not None:
+            self._overlap.reset()
+        self._control.finish()
         # One gradient stands for all: the next backward after zero_grad makes another tensor.
-        first = next(t.parameter for t in self._targets if t.parameter.grad is not None)
-        self._pending = weakref.ref(_gradient(first))
+        self._pending = self._any_gradient()
+
+    @contextlib.contextmanager
+    def accumulating(self) -> Iterator[None]:
+        """Mark backward passes whose gradients are not final yet, with `overlap=True`.
+
+        with injection.accumulating():
+            loss(model, first_half).backward()
+        loss(model, second_half).backward()
+        injection.step()
+        """
+        if self._overlap is None:
+            yield
+            return
+        with self._overlap.paused():
+            yield
 
     @torch.no_grad()
     def metrics(self) -> dict[str, float]:
@@ -202,36 +313,67 @@ class Injection:
         0 at the start, 1 where the weights have moved by all of Δ. `progress/<parameter>` is the
         same for one. `relative_push` is ‖c·Δ‖/‖g‖ over all targets, and `cosine/<parameter>` is
         cos(g, Δ) where the scale asked for it, both of the last step's gradient before injection;
-        they are left out where no step has measured them, as in the microbatch scope.
+        they are left out where no step has measured them, as in the microbatch scope. `alpha` is α
+        as it was in force in the last step, its mean over the targets, `stopped` how many of them a
+        cap has switched off. Under sharding every process must call this.
         """
         self._require_attached()
-        result = {"alpha": self._alpha}
-        moved = total = push = gradient = 0.0
+        return measure_progress(self._groups, self._control) | {
+            "injected": float(self.injected),
+            "skipped": float(self.skipped),
+        }
+
+    def summary(self) -> dict[str, float]:
+        """Return what is worth a line in a log; waits for the device, as `metrics` does.
+
+        Overall, by kind and by module (`progress/attn`, `progress/q_proj`, …): λ, cos(g, Δ),
+        `relative_push`, α in force, and what was skipped or stopped.
+        """
+        return summarise(self.metrics(), self._groups)
+
+    def write_csv(self, path: str | os.PathLike[str]) -> None:
+        """Append the summary to a CSV file of the columns step, metric and value."""
+        append_rows(path, self.steps, self.summary())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs, as JSON has it; waits for the device.
+
+        It holds the number of steps, where the weights started along Δ, and the state of schedules,
+        caps and targets. Δ itself is not in it.
+        """
+        self._require_attached()
+        origin = {
+            target.name: value
+            for group in self._groups
+            for target, value in zip(group.targets, group.origin, strict=True)
+        }
+        return {
+            "version": _STATE_VERSION,
+            "control": self._control.state_dict(),
+            "origin": origin,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state that `state_dict` returned, on the weights that were saved with it.
+
+        Raises:
+            DriftError: not such a state, or one of other targets; nothing is changed.
+        """
+        self._require_attached()
+        origin = _stored_origin(state, [target.name for target in self._targets])
+        self._control.load_state_dict(state["control"])
         for group in self._groups:
-            rows = zip(group.targets, group.progress(), group.squares(), strict=True)
-            for target, value, square in rows:
-                result[f"progress/{target.name}"] = value
-                moved, total = moved + value * square, total + square
-            for name, cosine in group.cosines():
-                result[f"cosine/{name}"] = cosine
-            pushed, raw = group.push()
-            push, gradient = push + pushed, gradient + raw
-        result["progress"] = moved / total
-        if gradient > 0:
-            result["relative_push"] = (push / gradient) ** 0.5
-        result["injected"] = float(self.injected)
-        result["skipped"] = float(self.skipped)
-        return result
+            group.origin = [origin[target.name] for target in group.targets]
 
     def remove(self) -> None:
         """Detach from the model and free Δ; gradients are left as they are. May be called twice."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        for target in self._targets:
-            holder = _attached.get(target.parameter)
-            if holder is not None and holder() is self:
-                del _attached[target.parameter]
+        disclaim(self._targets, self)
+        if self._overlap is not None:
+            self._overlap.close()
+        self._overlap = None
         for group in self._groups:
             group.release()
         self._groups = []
@@ -249,42 +391,68 @@ class Injection:
 
     def __repr__(self) -> str:
         return (
-            f"Injection({len(self._targets)} parameters, scale={self._scale}, alpha={self._alpha}, "
-            f"scope={self._scope})"
+            f"Injection({len(self._targets)} parameters, scale={self._scale}, alpha={self.alpha}, "
+            f"scope={self._scope}, residency={self.residency})"
         )
 
-    # The step scope.
+    # What an integration may do in its own way.
 
-    def _inject(self, group: Group) -> None:
-        group.last = None
-        held = [at for at, target in enumerate(group.targets) if target.parameter.grad is not None]
-        if not held:
-            return
-        part = group if len(held) == len(group.targets) else group.part(held)
-        self._record.inject([target.parameter for target in part.targets])
-        if self._alpha == 0.0:
-            # Exactly no injection: not even the sign of a zero changes.
-            return
-        gradients = [_gradient(target.parameter) for target in part.targets]
-        factor = part.factor(self._loss_scale(part.device))
-        # Only the adaptive scale asks for the angle.
-        sums = part.backend.measure(gradients, dot=self._scale == "adaptive")
-        c, skipped = part.backend.coefficients(self._scale, self._alpha, sums, factor)
-        part.backend.subtract(gradients, c)
-        group.last = (part, sums, c)
-        self._record.skip(skipped)
+    def _pieces(self, model: nn.Module, targets: Sequence[Target]) -> list[Piece]:
+        """Return how the local gradient and weights of each target are reached."""
+        names = [target.name for target in targets]
+        return pieces_of(names, [target.parameter for target in targets], model)
 
-    def _loss_scale(self, device: torch.device) -> torch.Tensor | None:
-        """Return the factor that the gradients carry, None where it is one or does not matter."""
-        if self._scaler is None or self._scale != "absolute" or not self._scaler.is_enabled():
+    def _loss_scale(self, device: torch.device) -> torch.Tensor | float | None:
+        """Return the factor that the gradients carry, None where it is one."""
+        if self._scaler is None or not self._scaler.is_enabled():
             return None
         if self._optimizer is not None and _is_unscaled(self._scaler, self._optimizer):
             return None
-        return self._scaler.scale(torch.ones((), device=device))
+        scale: torch.Tensor = self._scaler.scale(torch.ones((), device=device))
+        return scale
 
-    def _check_gradients(self) -> int:
-        """Refuse gradients that cannot be injected into; return how many targets have none."""
-        missing = [t.name for t in self._targets if t.parameter.grad is None]
+    # The step scope.
+
+    def _begin(self) -> list[Push]:
+        """Start the account of a step, and return how each group is pushed; none if α is zero."""
+        for group in self._groups:
+            group.begin()
+        self._pushes = []
+        if not self._control.constant_zero:
+            alphas = self._alphas()
+            self._pushes = [self._push(group, alphas) for group in self._groups]
+        return self._pushes
+
+    def _alphas(self) -> torch.Tensor:
+        """Return α of every target, on the first group's device."""
+        home = self._groups[0]
+        if not self._control.needs_progress:
+            return self._control.alphas(device=home.device, dtype=home.norms.dtype)
+        with self._plain_arithmetic():
+            parts = [group.progress(wide=False).to(home.norms.dtype) for group in self._groups]
+        return self._control.alphas(torch.cat([beside(part, home.device) for part in parts]))
+
+    def _push(self, group: Group, alphas: torch.Tensor) -> Push:
+        start = 0
+        for other in self._groups:
+            if other is group:
+                break
+            start += len(other.targets)
+        alpha = alphas[start : start + len(group.targets)]
+        return Push(
+            self._scale,
+            beside(alpha, group.device).to(group.norms.dtype),
+            # The other scales are free of it.
+            self._loss_scale(group.device) if self._scale == "absolute" else None,
+            self._control.max_push,
+        )
+
+    def _plain_arithmetic(self) -> Any:
+        return torch.autocast(device_type=self._groups[0].device.type, enabled=False)
+
+    def _check_gradients(self) -> set[str]:
+        """Refuse gradients that cannot be injected into; return the targets that have none."""
+        missing = [group.targets[at].name for group in self._groups for at in group.missing()]
         if len(missing) == len(self._targets):
             raise DriftError(
                 "no target has a gradient, so nothing can be injected: call step() after backward "
@@ -297,10 +465,10 @@ class Injection:
                 "or pass strict=False to skip and count them"
             )
         for target in self._targets:
-            gradient = target.parameter.grad
-            if gradient is not None and gradient.layout != torch.strided:
+            gradients = [p.grad for p in target.trained if p.grad is not None]
+            if any(gradient.layout != torch.strided for gradient in gradients):
                 raise DriftError(f"the gradient of {target.name} is sparse, which is not supported")
-        return len(missing)
+        return set(missing)
 
     def _refuse_twice(self) -> None:
         pending = self._pending() if self._pending is not None else None
@@ -314,29 +482,81 @@ class Injection:
                 "gradient is fully accumulated, just before clipping"
             )
 
+    def _any_gradient(self) -> weakref.ref[torch.Tensor] | None:
+        for target in self._targets:
+            if target.parameter.grad is not None:
+                return weakref.ref(target.parameter.grad)
+        return None
+
+    def _refuse_sharding(
+        self, targets: Sequence[Target], pieces: Sequence[Piece], overlap: bool
+    ) -> None:
+        """Refuse what needs whole, final gradients inside backward where there are none.
+
+        Raises:
+            DriftError: a scope or an overlap that this way of training does not allow.
+        """
+        if self._scope == "step" and not overlap:
+            return
+        what = f'scope="{self._scope}"' if self._scope != "step" else "overlap=True"
+        for target, piece in zip(targets, pieces, strict=True):
+            if not isinstance(piece, Whole):
+                raise DriftError(
+                    f"{what} needs whole gradients inside backward, and {target.name} is sharded "
+                    f"({piece.kind}): a hook there sees a part, or never runs. Use "
+                    'scope="step" and overlap=False, or train with DDP or on one device'
+                )
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if overlap and distributed and torch.distributed.get_world_size() > 1:
+            raise DriftError(
+                "overlap=True needs gradients that are final inside backward; with several "
+                "processes they are reduced after it. Use overlap=False"
+            )
+
+    def _refuse_adapted(
+        self, targets: Sequence[Target], *, overlap: bool, rescale: Rescale
+    ) -> None:
+        """Refuse what has no meaning where weights move through adapters' factors.
+
+        Raises:
+            DriftError: such an option, and an adapted target.
+        """
+        adapted = next((target for target in targets if target.adapted is not None), None)
+        if adapted is None:
+            return
+        reasons = {
+            'scope="microbatch"': 'whose own gradient is never formed: use scope="step"',
+            "overlap=True": "whose factors are injected into together: use overlap=False",
+            "rescale": "whose norm, a quantised part included, is not at hand: leave it out",
+        }
+        given = (self._scope == "microbatch", overlap, rescale is not None)
+        for option, reason in itertools.compress(reasons.items(), given):
+            raise DriftError(f"{option} is not for {adapted.name}, an adapted weight {reason}")
+
     # The microbatch scope.
 
     def _hook_backward(self) -> None:
-        for group in self._groups:
+        for which, group in enumerate(self._groups):
             for at, target in enumerate(group.targets):
-                hook = self._backward_hook(group.part([at]))
+                hook = self._backward_hook(which, at)
                 self._handles.append(torch.Tensor.register_hook(target.parameter, hook))  # type: ignore[no-untyped-call]
 
-    def _backward_hook(self, one: Group) -> Any:
-        parameter = one.targets[0].parameter
+    def _backward_hook(self, which: int, at: int) -> Any:
+        parameter = self._groups[which].targets[at].parameter
 
         @torch.no_grad()
         def hook(gradient: torch.Tensor) -> torch.Tensor | None:
-            if self._alpha == 0.0:
+            if self._stepped:
+                self._control.finish()
+                self._stepped, self._pushes = False, None
+            pushes = self._begin() if self._pushes is None else self._pushes
+            if not pushes:
                 self._record.inject([parameter])
                 return None
-            with torch.autocast(device_type=one.device.type, enabled=False):
+            with self._plain_arithmetic():
                 # Autograd may share this tensor with other consumers, so it is not changed.
                 injected = gradient.clone(memory_format=torch.contiguous_format)
-                sums = one.backend.measure([injected], dot=self._scale == "adaptive")
-                factor = one.factor(self._loss_scale(one.device))
-                c, skipped = one.backend.coefficients(self._scale, self._alpha, sums, factor)
-                one.backend.subtract([injected], c)
+                skipped = self._groups[which].inject_one(at, injected, pushes[which])
             self._record.inject([parameter], skipped)
             return injected
 
@@ -366,81 +586,61 @@ class Injection:
                 f"{type(optimizer).__name__}: the others got no gradient"
             )
         self._pending = None
+        self._stepped = True
 
     def _require_attached(self) -> None:
         if not self._groups:
             raise DriftError("this injection was removed; attach a new one")
 
 
-class _Record:
-    """Which parameters were injected when, for the watchdog and the counts.
+def _for_microbatch(
+    loading: Loading,
+    overlap: bool,
+    progress_cap: PerModule | None,
+    progress_target: PerModule | None,
+) -> Loading:
+    """Refuse what makes no sense in every backward pass; Δ must be at hand there.
 
-    An optimizer may hold some of the targets only, and several optimizers may step after one
-    injection, so each keeps its own account of what it has used.
+    Raises:
+        ValueError: an option that only a whole step has.
     """
+    for name, given in (
+        ("overlap", overlap or None),
+        ("progress_cap", progress_cap),
+        ("progress_target", progress_target),
+    ):
+        if given is not None:
+            raise ValueError(f'{name} is for scope="step", got scope="microbatch"')
+    if loading.residency not in ("auto", "device"):
+        raise ValueError(
+            'scope="microbatch" needs Δ beside the gradients: residency="device", got '
+            f"{loading.residency!r}"
+        )
+    return Loading("device", loading.prefetch_nbytes)
 
-    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
-        self._place = {id(parameter): at for at, parameter in enumerate(parameters)}
-        self._times = [0] * len(parameters)
-        self._used: Any = weakref.WeakKeyDictionary()
-        self._current: set[int] = set()
-        self._consumed = False
-        self._missing = 0
-        # Counts stay where they were computed; adding them up is what waits for a device.
-        self._skips: list[Any] = []
-        self._skip_of: dict[int, Any] = {}
 
-    def begin(self, missing: int) -> None:
-        """Start the account of a new step."""
-        self._current, self._missing, self._skips, self._skip_of = set(), missing, [], {}
-        self._consumed = False
+def _stored_origin(state: Mapping[str, Any], names: Sequence[str]) -> dict[str, float]:
+    """Return ⟨θ_0, Δ⟩ by target from a state that came from a file.
 
-    def inject(self, parameters: Sequence[nn.Parameter], skipped: Any = None) -> None:
-        """Note that these were injected; a hook says at once whether its one was skipped."""
-        if self._consumed:
-            self.begin(0)
-        for parameter in parameters:
-            at = self._place[id(parameter)]
-            self._times[at] += 1
-            self._current.add(at)
-            if skipped is not None:
-                self._skip_of[at] = skipped
-
-    def skip(self, count: Any) -> None:
-        """Add a number of parameters that were skipped, an int or a device tensor."""
-        self._skips.append(count)
-
-    def consume(self, optimizer: torch.optim.Optimizer) -> tuple[int, int]:
-        """Return how many targets the optimizer holds, and how many were injected for this step."""
-        held = [
-            self._place[id(parameter)]
-            for group in optimizer.param_groups
-            for parameter in group["params"]
-            if id(parameter) in self._place
-        ]
-        used = self._used.get(optimizer) or [0] * len(self._times)
-        fresh = sum(self._times[at] > used[at] for at in held)
-        # Of all targets, so that one which joins the optimizer later brings no old injection along.
-        self._used[optimizer] = list(self._times)
-        self._consumed = self._consumed or bool(held)
-        return len(held), fresh
-
-    def has_fresh(self) -> bool:
-        """Whether an injection has happened that no optimizer has used."""
-        return bool(self._current) and not self._consumed
-
-    def injected(self) -> int:
-        return len(self._current) - self._counted()
-
-    def skipped(self) -> int:
-        return self._missing + self._counted()
-
-    def skipped_if_known(self) -> int:
-        """The count as far as it is on the host, without waiting for a device."""
-        return sum(count for count in self._skips if isinstance(count, int))
-
-    def _counted(self) -> int:
-        return sum(int(count) for count in [*self._skips, *self._skip_of.values()])
+    Raises:
+        DriftError: not such a state, or one of other targets.
+    """
+    remedy = "resume from what state_dict() gave, with the same model, delta, modules and layers"
+    if not isinstance(state, Mapping) or state.get("version") != _STATE_VERSION:
+        raise DriftError(f"not the state of an injection of this version: {remedy}")
+    origin = state.get("origin")
+    if not isinstance(origin, Mapping) or not isinstance(state.get("control"), Mapping):
+        raise DriftError(f"the state of an injection is incomplete: {remedy}")
+    odd = sorted(origin.keys() ^ set(names))
+    if odd:
+        raise DriftError(
+            f"the saved injection and this one differ in {len(odd)} targets, {odd[0]} first: "
+            f"{remedy}"
+        )
+    values = list(origin.values())
+    if not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
+        raise DriftError(f"the saved injection holds what is no finite number: {remedy}")
+    return {name: float(value) for name, value in origin.items()}
 
 
 def _check_options(
@@ -469,16 +669,6 @@ def _check_options(
         raise ValueError(f"min_coverage must be between 0 and 1, got {min_coverage!r}")
 
 
-def _refuse_second(targets: Sequence[Target]) -> None:
-    for target in targets:
-        holder = _attached.get(target.parameter)
-        if holder is not None and holder() is not None:
-            raise DriftError(
-                f"{target.name} has an injection attached already; call remove() on that one "
-                "first, or both would push"
-            )
-
-
 def unwrap_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     """Return the torch optimizer inside Accelerate's wrapper, which is the one that steps."""
     while type(optimizer).__name__ == "AcceleratedOptimizer":
@@ -502,10 +692,3 @@ def _is_unscaled(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer)
         )
     stage = states[id(optimizer)]["stage"]
     return bool(stage.name == "UNSCALED")
-
-
-def _gradient(parameter: nn.Parameter) -> torch.Tensor:
-    gradient = parameter.grad
-    if gradient is None:
-        raise DriftError("a gradient disappeared while it was being injected")
-    return gradient

@@ -20,6 +20,8 @@ from drift_fast.conversion import convert
 from drift_fast.coverage import NOT_SELECTED, Coverage, backbone_numel, listed
 from drift_fast.delta import Delta
 from drift_fast.errors import AlignmentError, CoverageError, DriftError
+from drift_fast.inject.lora import FROZEN, FROZEN_BIAS, Adapted, Adapters, adapters_of, stored_shape
+from drift_fast.inject.pieces import Piece, parameters_of
 from drift_fast.layout import Layout, Part, matrix
 from drift_fast.mapping import RUNTIME, MappingLike
 from drift_fast.matching import LEFT_OUT, Pair, Side, match
@@ -65,6 +67,21 @@ class Recent:
         """Return a tensor for the caller to keep."""
         return self._delta[name]
 
+    def run(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Return elements [start, stop) of a tensor in row-major order, for the caller to keep."""
+        if isinstance(self._delta, Delta):
+            tensor = torch.empty(stop - start, dtype=getattr(torch, self._delta.dtype))
+            self._delta.read_into(name, tensor, start=start)
+            return tensor
+        return self._delta[name].reshape(-1)[start:stop].clone()
+
+    def into(self, name: str, start: int, out: torch.Tensor) -> bool:
+        """Fill a flat tensor with elements from `start` on; say whether the delta can do that."""
+        if not isinstance(self._delta, Delta):
+            return False
+        self._delta.read_into(name, out, start=start)
+        return True
+
     def part(self, name: str) -> torch.Tensor:
         """Return a tensor to copy from."""
         if name not in self._kept:
@@ -76,31 +93,65 @@ class Recent:
 
 @dataclass(frozen=True)
 class Target:
-    """One parameter, and the tensors of the delta that are injected into it, whole or in parts."""
+    """One weight, and the tensors of the delta that are injected into it, whole or in parts.
+
+    Of an adapted weight, `parameter` is the first of the factors that train in its stead.
+    """
 
     name: str
     sources: tuple[str, ...]
     parts: tuple[Part, ...]
     parameter: nn.Parameter
+    shape: tuple[int, ...]
+    adapted: Adapted | None = None
+
+    @property
+    def trained(self) -> tuple[nn.Parameter, ...]:
+        """The parameters that the optimizer steps."""
+        return (self.parameter,) if self.adapted is None else self.adapted.trained
 
     @property
     def delta_name(self) -> str:
         """The delta's name, of several the first."""
         return self.sources[0]
 
-    def read(self, delta: Recent) -> torch.Tensor:
-        """Return Δ in the parameter's shape and the delta's dtype, on the CPU.
+    def numel(self, piece: Piece) -> int:
+        """Return how many elements this process holds."""
+        if piece.span is not None:
+            return piece.span[1] - piece.span[0]
+        return piece.weight().numel() if piece.groups else math.prod(self.shape)
 
-        Where it lies in parts, two of its sources at most are held beside the result.
+    def read(self, delta: Recent, piece: Piece) -> torch.Tensor:
+        """Return the part of Δ that this process holds, flat, in the delta's dtype, on the CPU.
+
+        Only that part is read where it is a run of rows. Where Δ lies in parts, two of its sources
+        at most are held beside the result.
         """
-        if not self.parts:
-            return delta.whole(self.delta_name)
+        if not self.parts and piece.span is not None:
+            return delta.run(self.delta_name, *piece.span)
+        whole = delta.whole(self.delta_name) if not self.parts else self._composed(delta)
+        local = piece.cut(whole)
+        # A part must not keep the whole alive.
+        if local.numel() == whole.numel():
+            return local.reshape(-1)
+        return local.clone(memory_format=torch.contiguous_format).view(-1)
+
+    def read_into(self, delta: Recent, piece: Piece, out: torch.Tensor) -> None:
+        """Fill a flat CPU tensor, page-locked or not, with the part that this process holds."""
+        whole = piece.span is None and not piece.groups
+        if not self.parts and (whole or piece.span is not None):
+            start = 0 if piece.span is None else piece.span[0]
+            if delta.into(self.delta_name, start, out):
+                return
+        out.copy_(self.read(delta, piece))
+
+    def _composed(self, delta: Recent) -> torch.Tensor:
         result: torch.Tensor | None = None
         for source in self.sources:
             stored = delta.part(source).reshape(-1)
             if result is None:
-                result = torch.empty(self.parameter.shape, dtype=stored.dtype)
-            rows = result.view(matrix(self.parameter.shape))
+                result = torch.empty(self.shape, dtype=stored.dtype)
+            rows = result.view(matrix(self.shape))
             for name, top, bottom, left, right, offset, down, across in self.parts:
                 if name == source:
                     box = (bottom - top, right - left)
@@ -150,8 +201,8 @@ def find_targets(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch module to inject into, got {type(model).__name__}")
-    refuse_sharded(model)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    adapters = adapters_of(model)
+    names, parameters, held = _candidates(model, adapters)
     if not parameters:
         raise CoverageError(f"{type(model).__name__} has no parameters to inject into")
     shapes = delta.shapes
@@ -159,7 +210,6 @@ def find_targets(
     wanted = {name: shape for name, shape in shapes.items() if name in selection}
     if not wanted:
         raise CoverageError(f"{selection} selects none of the delta's {len(shapes)} tensors")
-    held = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     try:
         found = match(
             Side(shapes, lambda: convert(model, shapes)),
@@ -176,29 +226,31 @@ def find_targets(
             f"{error}"
         ) from error
     chosen = [pair for pair in found.pairs if all(source in wanted for source in pair.sources)]
+    chosen, frozen = _without_frozen(chosen, parameters, adapters, names, strict=strict)
     pairs, tied = _without_tied(chosen, parameters, delta)
     used = {source for pair in pairs for source in pair.sources}
-    reasons = dict(found.unmatched_left) | tied
+    reasons = dict(found.unmatched_left) | tied | frozen
     missing = [
         (name, reasons.get(name, "only a part of its parameter is selected"))
         for name in wanted
         if name not in used and name not in tied
     ]
-    matched_numel = sum(parameters[pair.name].numel() for pair in pairs)
+    matched_numel = sum(math.prod(held[pair.name]) for pair in pairs)
     missing_numel = sum(math.prod(wanted[name]) for name, _ in missing)
-    names = {pair.name for pair in pairs}
-    right_reasons = dict(found.unmatched_right)
+    paired = {pair.name for pair in pairs}
+    right_reasons = dict(found.unmatched_right) | frozen
     containers = {container_of(pair.name) for pair in found.pairs}
     coverage = Coverage(
-        matched=[(source, pair.name) for pair in pairs for source in pair.sources],
+        matched=[(source, names[pair.name]) for pair in pairs for source in pair.sources],
         unmatched_reasoning=missing
         + list(tied.items())
         + [(name, NOT_SELECTED) for name in shapes if name not in wanted],
         unmatched_multimodal=[
-            (name, right_reasons.get(name, NOT_SELECTED))
+            (names[name], right_reasons.get(name, NOT_SELECTED))
             for name in parameters
-            if name not in names
-        ],
+            if name not in paired
+        ]
+        + list(adapters.aside.items()),
         matched_numel=matched_numel,
         selected_numel=matched_numel + missing_numel,
         backbone_numel=backbone_numel(held, containers),
@@ -206,8 +258,8 @@ def find_targets(
             {pair.name: held[pair.name] for pair in pairs}, containers
         ),
     )
-    # What a mapping leaves out was stated, and is in the coverage.
-    refused = [item for item in missing if item[1] != LEFT_OUT]
+    # What a mapping leaves out was stated, and is in the coverage; LoRA leaves biases out.
+    refused = [item for item in missing if item[1] not in (LEFT_OUT, FROZEN_BIAS)]
     least = 0.0 if min_coverage is None else min_coverage
     if not pairs or (refused and strict) or coverage.fraction < least:
         raise CoverageError(
@@ -217,11 +269,70 @@ def find_targets(
             "pairs with mapping=…, or pass strict=False (and no higher min_coverage) to inject "
             "only what fits"
         )
-    targets = [
-        Target(pair.name, tuple(pair.sources), tuple(pair.parts), parameters[pair.name])
-        for pair in pairs
-    ]
+    targets = []
+    for pair in pairs:
+        adapted = adapters.weights.get(pair.name)
+        targets.append(
+            Target(
+                names[pair.name],
+                tuple(pair.sources),
+                tuple(pair.parts),
+                parameters[pair.name],
+                held[pair.name],
+                adapted if isinstance(adapted, Adapted) else None,
+            )
+        )
     return targets, coverage
+
+
+def _candidates(
+    model: nn.Module, adapters: Adapters
+) -> tuple[dict[str, str], dict[str, nn.Parameter], dict[str, tuple[int, ...]]]:
+    """Return names, parameters and shapes by the names that they have without adapters."""
+    names: dict[str, str] = {}
+    parameters: dict[str, nn.Parameter] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, parameter, shape in parameters_of(model):
+        if name not in adapters.aside:
+            bare = adapters.bare(name)
+            names[bare], parameters[bare] = name, parameter
+            shapes[bare] = stored_shape(parameter, shape)
+    for bare, adapted in adapters.weights.items():
+        # However W₀ is stored, W has the shape that its factors make.
+        if isinstance(adapted, Adapted):
+            names[bare], parameters[bare] = adapters.runtime[bare], adapted.trained[0]
+            shapes[bare] = adapted.shape
+    return names, parameters, shapes
+
+
+def _without_frozen(
+    pairs: Sequence[Pair],
+    parameters: Mapping[str, nn.Parameter],
+    adapters: Adapters,
+    names: Mapping[str, str],
+    *,
+    strict: bool,
+) -> tuple[list[Pair], dict[str, str]]:
+    """Return the pairs that adapters let train, and why others are left out, by both names.
+
+    Without adapters all are kept, and a frozen one is refused by `check_trained`.
+    """
+    kept, left_out = [], {}
+    for pair in pairs:
+        adapted = adapters.weights.get(pair.name)
+        if isinstance(adapted, str):
+            raise DriftError(f"{names[pair.name]} cannot be injected into: {adapted}")
+        frozen = not parameters[pair.name].requires_grad
+        if frozen and adapters.frozen_bias(pair.name):
+            reason = FROZEN_BIAS
+        elif frozen and adapters.weights and not strict:
+            reason = FROZEN
+        else:
+            kept.append(pair)
+            continue
+        left_out[pair.name] = reason
+        left_out |= dict.fromkeys(pair.sources, reason)
+    return kept, left_out
 
 
 def _without_tied(
@@ -252,13 +363,12 @@ def check_trained(targets: Sequence[Target]) -> None:
     """
     frozen = [target.name for target in targets if not target.parameter.requires_grad]
     if frozen:
-        adapted = any(".base_layer." in name for name in frozen)
-        remedy = (
-            "it is wrapped by an adapter (LoRA), whose factors this version cannot inject into; "
-            "train the full parameters"
-            if adapted
-            else "unfreeze it, or leave it out with modules=… or layers=…"
-        )
+        remedy = "unfreeze it, or leave it out with modules=… or layers=…"
+        if any(target.adapted is not None for target in targets):
+            remedy = (
+                "add its module to target_modules of the LoraConfig, leave it out with modules=… "
+                "or layers=…, or pass strict=False to inject into the adapted ones only"
+            )
         raise DriftError(
             f"{len(frozen)} of {len(targets)} targets are frozen (requires_grad is False), "
             f"{frozen[0]} first: {remedy}"
@@ -272,40 +382,10 @@ def check_optimized(targets: Sequence[Target], optimizer: torch.optim.Optimizer)
         DriftError: a target is in none of its parameter groups.
     """
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    absent = [target.name for target in targets if id(target.parameter) not in held]
+    absent = [t.name for t in targets if any(id(p) not in held for p in t.trained)]
     if absent:
         raise DriftError(
             f"{len(absent)} of {len(targets)} targets are not in the optimizer, {absent[0]} first: "
             "build the optimizer from this model's parameters, or leave them out with modules=… "
             "or layers=…"
         )
-
-
-_WHOLE_ONLY = (
-    'this version injects into whole parameters, and scope="microbatch" never could do otherwise: '
-    "train with DDP or on one device"
-)
-
-
-def refuse_sharded(model: nn.Module) -> None:
-    """Refuse models whose parameters are spread over processes; a shard's norm is not the whole's.
-
-    Raises:
-        DriftError: DTensor parameters (FSDP2, tensor parallelism), FSDP1 modules, or ZeRO-3.
-    """
-    for module in model.modules():
-        if type(module).__name__ == "FullyShardedDataParallel":
-            raise DriftError(
-                "the model is wrapped by FSDP1, which sees only shards of flattened parameters; "
-                + _WHOLE_ONLY
-            )
-    for name, parameter in model.named_parameters():
-        kind = None
-        if hasattr(parameter, "device_mesh"):
-            kind = "a DTensor (FSDP2 or tensor parallelism)"
-        elif hasattr(parameter, "ds_id"):
-            kind = "sharded by DeepSpeed ZeRO-3"
-        if kind is not None:
-            raise DriftError(
-                f"{name} is {kind}, of which this process holds only a part; {_WHOLE_ONLY}"
-            )

@@ -19,11 +19,16 @@ def attach(
     model: nn.Module | None = None,
     **options: Any,
 ) -> Injection:
-    """Attach an injection to a Hugging Face `Trainer`, or to a torch optimizer.
+    """Attach an injection to a Hugging Face `Trainer`, a DeepSpeed engine, or a torch optimizer.
 
     With a `Trainer` (or a subclass) the injection runs in `training_step` whenever gradients are
-    complete: after the last micro-batch, before clipping. Progress along Δ joins the training logs
-    under `drift/…`. `remove()` restores the trainer.
+    complete: after the last micro-batch, before clipping. Under FSDP and DeepSpeed it attaches
+    itself when training starts, to the model as it was wrapped; what names and shapes show is
+    refused at once. Progress along Δ joins the training logs under `drift/…`, and a file too with
+    `csv="metrics.csv"`; the length of the run is known, and checkpoints hold the injection's state,
+    so that a resumed run goes on with its schedule. `remove()` restores the trainer.
+
+    With the engine that `deepspeed.initialize` returned the injection runs inside `engine.step()`.
 
     With an optimizer, and the `model` it trains, the injection runs at the start of
     `optimizer.step()`. That is after any clipping, which a loop of one's own does better: call
@@ -33,13 +38,21 @@ def attach(
         options: those of `Injection`.
 
     Raises:
-        TypeError: neither a trainer nor an optimizer.
+        TypeError: none of these.
         As `Injection`.
     """
     if isinstance(trainer_or_optimizer, torch.optim.Optimizer):
         if model is None:
             raise ValueError("attach(optimizer, delta) needs the model it trains: pass model=…")
         return _attach_optimizer(unwrap_optimizer(trainer_or_optimizer), delta, model, options)
+    if type(trainer_or_optimizer).__name__ == "DeepSpeedEngine" or hasattr(
+        trainer_or_optimizer, "zero_optimization_stage"
+    ):
+        from drift_fast.integrations.deepspeed import attach_engine
+
+        if model is not None:
+            raise ValueError("an engine has its own model; leave model=… out")
+        return attach_engine(trainer_or_optimizer, delta, options)
     if hasattr(trainer_or_optimizer, "training_step") and hasattr(
         trainer_or_optimizer, "accelerator"
     ):
@@ -49,7 +62,7 @@ def attach(
             raise ValueError("a trainer has its own model; leave model=… out")
         return attach_trainer(trainer_or_optimizer, delta, options)
     raise TypeError(
-        "expected a transformers Trainer or a torch optimizer, got "
+        "expected a transformers Trainer, a DeepSpeed engine or a torch optimizer, got "
         f"{type(trainer_or_optimizer).__name__}; in a loop of one's own, use drift_fast.Injection"
     )
 

@@ -1,54 +1,169 @@
-"""The Hugging Face Trainer: inject after the last micro-batch, before clipping, and log progress.
+"""The Hugging Face Trainer: inject after the last micro-batch, before clipping; log, save, resume.
 
 Trainer clips right after `training_step` and gives callbacks no sight of the trainer, so the
-method itself is wrapped, on the instance. Subclasses (TRL's SFTTrainer) are served alike.
+method itself is wrapped, on the instance. Subclasses (TRL's SFTTrainer) are served alike. FSDP and
+DeepSpeed wrap the model when training starts, so there the injection attaches itself then.
 """
 
 from __future__ import annotations
 
+import math
+import warnings
+from collections.abc import Mapping
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import TrainerCallback
 
-from drift_fast.errors import DriftError
+from drift_fast.errors import DriftError, DriftWarning
 from drift_fast.inject.injection import Injection
-from drift_fast.inject.targets import DeltaLike
-from drift_fast.select import kind_of
+from drift_fast.inject.predict import Forecast
+from drift_fast.inject.targets import DeltaLike, find_targets, opened
+from drift_fast.inject.telemetry import append_rows
+from drift_fast.integrations.deepspeed import EngineInjection
+from drift_fast.select import EVERYTHING, Selection
+
+# Where the trainer's state, which every checkpoint holds, keeps that of the injection.
+_KEY = "drift_fast.Injection"
 
 
-class TrainerInjection(Injection):
-    """An injection that a Trainer's own loop drives."""
+class _Driven(Injection):
+    """What is the same however the gradients are reached; `_start` attaches to the model."""
 
     def __init__(self, trainer: Any, delta: DeltaLike, options: dict[str, Any]) -> None:
         self._trainer = trainer
-        scaler = getattr(trainer.accelerator, "scaler", None)
-        if scaler is not None and options.get("scope") == "microbatch":
+        self._csv = options.pop("csv", None)
+        self._trainer_scaler = getattr(trainer.accelerator, "scaler", None)
+        if self._trainer_scaler is not None and options.get("scope") == "microbatch":
             raise DriftError(
                 "scope='microbatch' under float16 would inject into scaled gradients; train in "
                 "bfloat16, or use scope='step'"
             )
-        super().__init__(trainer.model, delta, **options)
-        self._trainer_scaler = scaler
+        if options.get("total_steps") is None and trainer.args.max_steps > 0:
+            options["total_steps"] = trainer.args.max_steps
+        self._delta = opened(delta)
+        self._options = options
+        self._forecast: Forecast | None = None
+        self._drive: list[float] = []
         self._checked = False
+        self._groups, self._targets, self._handles = [], [], []
+        self._overlap = None
+        if self._must_wait():
+            self._look_ahead()
+        else:
+            self._start(trainer.model)
         self._original_step = trainer.training_step
         self._original_log = trainer.log
         trainer.training_step = self._training_step
         trainer.log = self._log
+        self._callback = _Callback(self)
+        trainer.add_callback(self._callback)
 
     def remove(self) -> None:
         """Detach, and give the trainer its own methods back."""
         super().remove()
+        self._options = {}
         for name in ("training_step", "log"):
             self._trainer.__dict__.pop(name, None)
+        if self._callback in self._trainer.callback_handler.callbacks:
+            self._trainer.remove_callback(self._callback)
+
+    def __repr__(self) -> str:
+        if not self._groups and self._options:
+            return f"{type(self).__name__}(attaches when training starts)"
+        return super().__repr__()
+
+    # When it attaches.
+
+    def _must_wait(self) -> bool:
+        """Whether the parameters that train, or the length of the run, are not known yet."""
+        sharded = self._trainer.is_fsdp_enabled or self._trainer.is_deepspeed_enabled
+        open_ended = self._options.get("total_steps") is None and any(
+            self._options.get(name) is not None for name in ("schedule", "progress_target")
+        )
+        return bool(sharded or open_ended)
+
+    def _look_ahead(self) -> None:
+        """Refuse now what names and shapes already show."""
+        options = self._options
+        modules = options.get("modules")
+        selection = Selection.parse(
+            EVERYTHING if modules is None else modules, options.get("layers")
+        )
+        _, self.coverage = find_targets(
+            self._trainer.model,
+            self._delta,
+            selection,
+            strict=options.get("strict", True),
+            min_coverage=options.get("min_coverage"),
+            mapping=options.get("mapping"),
+        )
+
+    def _start(self, model: Any) -> None:
+        Injection.__init__(self, model, self._delta, **self._options)
+
+    def _begin_training(self, state: Any) -> None:
+        """Attach, if not done yet, go on from a checkpoint, and start to forecast."""
+        if not self._groups:
+            self._options["total_steps"] = self._options.get("total_steps") or state.max_steps
+            self._start(self._trained_model())
+        saved = (state.stateful_callbacks or {}).get(_KEY)
+        if state.global_step > 0 and isinstance(saved, Mapping):
+            self.load_state_dict(saved)
+        elif state.global_step > 0:
+            warnings.warn(
+                f"the run resumes at step {state.global_step} from a checkpoint without the state "
+                "of an injection: schedules start anew, and progress counts from here",
+                DriftWarning,
+                stacklevel=2,
+            )
+        self._drive = self._planned_drive(state.max_steps)
+        if self._drive and self._drive[-1] > 0:
+            cap = self._options.get("progress_target") or self._options.get("progress_cap")
+            stops_at = float(cap) if isinstance(cap, int | float) and math.isfinite(cap) else None
+            self._forecast = Forecast(self._drive[-1], stops_at=stops_at)
+
+    def _planned_drive(self, total: int) -> list[float]:
+        """Return Σ of learning rate times the schedule's factor up to each step, in some unit.
+
+        Progress grows with it. Where the learning rate's schedule is no function of the step, it is
+        taken as constant.
+        """
+        alpha = self.alpha
+        if not (any(alpha.values()) if isinstance(alpha, dict) else alpha):
+            return []
+        scheduler = self._trainer.lr_scheduler
+        rates = getattr(getattr(scheduler, "scheduler", scheduler), "lr_lambdas", None)
+        rate = rates[0] if rates else lambda step: 1.0
+        return list(accumulate(rate(at) * abs(self._control.factor(at)) for at in range(total)))
+
+    def _trained_model(self) -> Any:
+        return self._trainer.model_wrapped
+
+    def _save_to(self, state: Any) -> None:
+        # Every process takes part, since what is saved is of the whole model.
+        saved = self.state_dict()
+        state.stateful_callbacks[_KEY] = saved
+
+    # What the trainer calls.
 
     def _training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
         if not self._checked:
             self._check_model(model)
-        loss: torch.Tensor = self._original_step(model, *args, **kwargs)
-        if self._trainer.accelerator.sync_gradients and self._scope == "step":
-            self.step()
+        final = self._trainer.accelerator.sync_gradients
+        if final:
+            loss: torch.Tensor = self._original_step(model, *args, **kwargs)
+            self._after_backward()
+        else:
+            with self.accumulating():
+                loss = self._original_step(model, *args, **kwargs)
         return loss
+
+    def _after_backward(self) -> None:
+        if self._scope == "step":
+            self.step()
 
     def _check_model(self, model: nn.Module) -> None:
         """Refuse a model whose parameters are no longer those that were attached to."""
@@ -58,18 +173,13 @@ class TrainerInjection(Injection):
             raise DriftError(
                 f"{len(lost)} of {len(self._targets)} targets are no longer parameters of the "
                 f"model that trains, {lost[0]} first: it was wrapped or replaced after attaching. "
-                "Sharded training (FSDP, ZeRO-3) is not supported by this version"
-            )
-        if self._trainer.is_deepspeed_enabled:
-            raise DriftError(
-                "the trainer runs DeepSpeed, which keeps gradients in buffers of its own; this "
-                "version injects into parameters' gradients: train with DDP or on one device"
+                "Attach to the trainer that trains it, or after it was wrapped"
             )
         self._checked = True
 
-    def _loss_scale(self, device: torch.device) -> torch.Tensor | None:
+    def _loss_scale(self, device: torch.device) -> torch.Tensor | float | None:
         # Trainer unscales only when it clips, which is after training_step.
-        if self._trainer_scaler is None or self._scale != "absolute":
+        if self._trainer_scaler is None:
             return None
         scale: torch.Tensor = self._trainer_scaler.scale(torch.ones((), device=device))
         return scale
@@ -81,19 +191,59 @@ class TrainerInjection(Injection):
         self._original_log(logs, *args, **kwargs)
 
     def _summary(self) -> dict[str, float]:
-        metrics = self.metrics()
-        summary = {
-            f"drift/{key}": metrics[key]
-            for key in ("progress", "alpha", "relative_push", "skipped")
-            if key in metrics
-        }
-        moved: dict[str, list[float]] = {}
-        for group in self._groups:
-            for target, square in zip(group.targets, group.squares(), strict=True):
-                sums = moved.setdefault(kind_of(target.delta_name), [0.0, 0.0])
-                sums[0] += metrics[f"progress/{target.name}"] * square
-                sums[1] += square
-        return summary | {f"drift/progress/{kind}": a / b for kind, (a, b) in moved.items()}
+        metrics = self.summary()
+        step = self._trainer.state.global_step
+        if self._forecast is not None and 0 < step <= len(self._drive):
+            final = self._forecast.see(metrics["progress"], self._drive[step - 1])
+            if final is not None:
+                metrics["predicted_progress"] = final
+        if self._csv is not None and self._trainer.is_world_process_zero():
+            append_rows(self._csv, step, metrics)
+        return {f"drift/{key}": value for key, value in metrics.items()}
+
+
+class TrainerInjection(_Driven):
+    """An injection that a Trainer's own loop drives."""
+
+
+class TrainerEngineInjection(_Driven, EngineInjection):
+    """The same under DeepSpeed, which injects inside its engine's step."""
+
+    def _start(self, model: Any) -> None:
+        EngineInjection.__init__(self, model, self._delta, self._options)
+
+    def _trained_model(self) -> Any:
+        return self._trainer.accelerator.deepspeed_engine_wrapped.engine
+
+    def _loss_scale(self, device: torch.device) -> torch.Tensor | float | None:
+        return EngineInjection._loss_scale(self, device)
+
+    def _after_backward(self) -> None:
+        # Accelerate steps the engine, and so injects, inside backward.
+        pass
+
+    def _check_model(self, model: nn.Module) -> None:
+        self._checked = True
+
+    def remove(self) -> None:
+        if self._groups:
+            EngineInjection.remove(self)
+        else:
+            _Driven.remove(self)
+
+
+class _Callback(TrainerCallback):  # type: ignore[misc, unused-ignore]
+    """Tells the injection when training starts and when a checkpoint is about to be written."""
+
+    def __init__(self, injection: _Driven) -> None:
+        self._injection = injection
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._injection._begin_training(state)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if control.should_save:
+            self._injection._save_to(state)
 
 
 def attach_trainer(trainer: Any, delta: DeltaLike, options: dict[str, Any]) -> Injection:
@@ -102,4 +252,5 @@ def attach_trainer(trainer: Any, delta: DeltaLike, options: dict[str, Any]) -> I
         raise DriftError(
             "this trainer's training_step is wrapped already; remove() the injection there first"
         )
-    return TrainerInjection(trainer, delta, options)
+    kind = TrainerEngineInjection if trainer.is_deepspeed_enabled else TrainerInjection
+    return kind(trainer, delta, dict(options))

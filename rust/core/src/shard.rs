@@ -59,6 +59,27 @@ impl Tensor {
     pub fn numel(&self) -> usize {
         self.shape.iter().product()
     }
+
+    /// Elements `start` to `stop` of this tensor, in row-major order, as a tensor of one dimension.
+    ///
+    /// # Errors
+    /// A range that this tensor does not have, or a dtype whose elements are not whole bytes.
+    pub fn elements(&self, start: usize, stop: usize) -> Result<Self> {
+        let numel = self.numel();
+        let nbytes = self.range.end - self.range.start;
+        if start > stop || stop > numel {
+            return Err(Error::Argument(format!(
+                "{} has {numel} elements, not {start} to {stop}",
+                self.name
+            )));
+        }
+        if numel > 0 && !nbytes.is_multiple_of(numel as u64) {
+            return Err(Error::Argument(format!("{} cannot be read in part", self.name)));
+        }
+        let size = nbytes.checked_div(numel as u64).unwrap_or(0);
+        let range = self.range.start + start as u64 * size..self.range.start + stop as u64 * size;
+        Ok(Self { shape: vec![stop - start], range, ..self.clone() })
+    }
 }
 
 /// An open safetensors file.

@@ -111,19 +111,31 @@ mod _core {
             .map_err(to_py)
         }
 
-        fn read_into(&self, py: Python<'_>, name: &str, buffer: &Bound<'_, PyAny>) -> PyResult<()> {
+        /// Fill a buffer with all of a tensor, or with elements [start, stop) of it.
+        #[pyo3(signature = (name, buffer, *, elements = None))]
+        fn read_into(
+            &self,
+            py: Python<'_>,
+            name: &str,
+            buffer: &Bound<'_, PyAny>,
+            elements: Option<(usize, usize)>,
+        ) -> PyResult<()> {
             let mut buffer = Writable::new(buffer)?;
             py.detach(|| {
                 let (shard, tensor) = self.inner.tensor(name)?;
                 let bytes = buffer.bytes();
-                let expected = (tensor.range.end - tensor.range.start) as usize;
+                let range = match elements {
+                    None => tensor.range.clone(),
+                    Some((start, stop)) => tensor.elements(start, stop)?.range,
+                };
+                let expected = (range.end - range.start) as usize;
                 if bytes.len() != expected {
                     return Err(Error::Argument(format!(
                         "the buffer for {name} has {} bytes, expected {expected}",
                         bytes.len()
                     )));
                 }
-                shard.read_exact_at(bytes, tensor.range.start)
+                shard.read_exact_at(bytes, range.start)
             })
             .map_err(to_py)
         }
@@ -253,9 +265,11 @@ mod _core {
         PyList::new(py, rows)
     }
 
-    /// Fill a writable buffer with one difference and return its moments.
+    /// Fill a writable buffer with one difference, or with elements [start, stop) of it, and return
+    /// the moments of those. Of a composed tensor only the whole can be asked for.
     #[pyfunction]
-    #[pyo3(signature = (reasoning, multimodal, pair, buffer, *, dtype, threads))]
+    #[pyo3(signature = (reasoning, multimodal, pair, buffer, *, dtype, threads, elements = None))]
+    #[expect(clippy::too_many_arguments, reason = "they are the keywords of a Python function")]
     fn subtract_into<'py>(
         py: Python<'py>,
         reasoning: &Checkpoint,
@@ -264,9 +278,25 @@ mod _core {
         buffer: &Bound<'py, PyAny>,
         dtype: &str,
         threads: usize,
+        elements: Option<(usize, usize)>,
     ) -> PyResult<Bound<'py, PyDict>> {
         let mut buffer = Writable::new(buffer)?;
-        let pairs = resolve(&reasoning.inner, &multimodal.inner, &[pair])?;
+        let mut pairs = resolve(&reasoning.inner, &multimodal.inner, &[pair])?;
+        let sliced;
+        if let Some((start, stop)) = elements {
+            let Minuend::Whole(side) = pairs[0].reasoning else {
+                return Err(PyValueError::new_err("a composed tensor is subtracted whole"));
+            };
+            if side.tensor.shape != pairs[0].multimodal.tensor.shape {
+                return Err(PyValueError::new_err("parts of tensors that differ in shape"));
+            }
+            let slice = |side: Side<'_>| side.tensor.elements(start, stop).map_err(to_py);
+            sliced = (slice(side)?, slice(pairs[0].multimodal)?);
+            pairs[0] = Pair {
+                reasoning: Minuend::Whole(Side { tensor: &sliced.0, ..side }),
+                multimodal: Side { tensor: &sliced.1, ..pairs[0].multimodal },
+            };
+        }
         let sink = Sink::Memory(parse_dtype(dtype)?, buffer.bytes());
         let moments = detached(py, &pairs, sink, threads, None)?;
         row(py, &moments[0])

@@ -1,0 +1,169 @@
+"""Where FSDP1 keeps each original parameter's gradient and weights: runs of flat parameters.
+
+Owns the way from an original parameter (`use_orig_params=True`) to the elements of it that this
+rank holds. Between backward and the optimizer's step its `grad` is a view of them, reduced and
+averaged, and is changed before clipping like any other gradient: FSDP1 needs no moment of its own.
+FSDP is imported nowhere: a model that it wraps has imported it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from drift_fast.errors import DriftError
+from drift_fast.inject.pieces import Piece, Whole
+
+
+def find_fsdp1(model: nn.Module) -> list[nn.Module]:
+    """Return the modules of a model that FSDP1 wraps; none of a model that it does not."""
+    return [
+        module
+        for module in model.modules()
+        if any(kind.__name__ == "FullyShardedDataParallel" for kind in type(module).__mro__)
+    ]
+
+
+def full_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Return the shape before sharding of every parameter that FSDP1 holds, by runtime name.
+
+    Tied parameters stand under each of their names. Parameters that FSDP1 ignores are left out:
+    they have their own shapes.
+
+    Raises:
+        DriftError: `use_orig_params=False`, where there are no original parameters.
+    """
+    places = _places(model)
+    return {
+        name: tuple(places[id(parameter)][0].flat_param._shapes[places[id(parameter)][1]])
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if id(parameter) in places
+    }
+
+
+def pieces(names: list[str], parameters: list[nn.Parameter], model: nn.Module) -> list[Piece]:
+    """Return the part of each parameter that this rank holds; `model` is what FSDP1 wraps.
+
+    Raises:
+        DriftError: `use_orig_params=False`, a parameter that is not stored row by row, or one that
+            is sharded by tensor parallelism as well.
+    """
+    places = _places(model)
+    result: list[Piece] = []
+    for name, parameter in zip(names, parameters, strict=True):
+        if id(parameter) not in places:
+            # One of ignored_states, which FSDP1 leaves as it is.
+            result.append(Whole(parameter))
+            continue
+        handle, index = places[id(parameter)]
+        flat = handle.flat_param
+        if flat._param_extensions[index] is not None:
+            raise DriftError(
+                f"{name} is sharded by FSDP1 and by tensor parallelism: use FSDP2 (fully_shard), "
+                "or leave it out with modules=… or layers=…"
+            )
+        if not flat._contiguities[index]:
+            raise DriftError(
+                f"{name} is not stored row by row (strides {tuple(flat._strides[index])}), so its "
+                "shard is no run of its elements: make it contiguous before FSDP wraps it"
+            )
+        result.append(_Flattened(name, parameter, handle, index))
+    return result
+
+
+def piece(name: str, parameter: nn.Parameter, model: nn.Module) -> Piece:
+    """Return the part of one parameter that this rank holds; for many, `pieces` is quicker.
+
+    Raises:
+        DriftError: as `pieces`.
+    """
+    return pieces([name], [parameter], model)[0]
+
+
+def _places(model: nn.Module) -> dict[int, tuple[Any, int]]:
+    """Return handle and place in its flat parameter of every original parameter, by id."""
+    places = {}
+    for handle in _handles(model):
+        if not handle._use_orig_params:
+            names = ", ".join(handle.flat_param._fqns[:2])
+            raise DriftError(
+                f"FSDP1 has flattened {names} and others into one parameter that has no gradient "
+                "of its own for each: wrap with use_orig_params=True (Accelerate and Trainer: "
+                "fsdp_use_orig_params), or use FSDP2 (fully_shard)"
+            )
+        for index, parameter in enumerate(handle.flat_param._params):
+            places[id(parameter)] = (handle, index)
+    return places
+
+
+def _handles(model: nn.Module) -> Iterator[Any]:
+    for module in find_fsdp1(model):
+        handle: Any = getattr(module, "_handle", None)
+        if handle is not None:
+            yield handle
+
+
+class _Flattened:
+    """A run of one original parameter's elements, at an offset of this rank's shard."""
+
+    kind = "FSDP1"
+
+    def __init__(self, name: str, parameter: nn.Parameter, handle: Any, index: int) -> None:
+        self._name = name
+        self._parameter = parameter
+        self._handle = handle
+        shard = handle.flat_param._shard_param_infos[index]
+        total = int(handle.flat_param._numels[index])
+        if shard.in_shard:
+            first = int(shard.intra_param_start_idx)
+            self.span = (first, first + int(shard.numel_in_shard))
+            self._offset = int(shard.offset_in_shard)
+        else:
+            # Which end of the parameter this rank lies beyond does not matter.
+            self.span = (total, total)
+            self._offset = 0
+        self._numel = self.span[1] - self.span[0]
+        # With HYBRID_SHARD this is the group within which parameters are sharded; its replicas
+        # hold equal gradients and would be counted more than once.
+        group = handle.process_group
+        sharded = handle.uses_sharded_strategy and dist.get_world_size(group) > 1
+        self.groups: tuple[Any, ...] = (group,) if sharded else ()
+
+    def cut(self, whole: torch.Tensor) -> torch.Tensor:
+        return whole.reshape(-1)[slice(*self.span)]
+
+    def gradient(self) -> torch.Tensor | None:
+        """Return the view of the flat gradient; empty on ranks that hold no element.
+
+        Raises:
+            DriftError: a gradient of other elements, as under `no_sync()`, where it is not reduced.
+        """
+        if self._numel == 0:
+            return torch.empty(0, dtype=self._parameter.dtype, device=self.weight().device)
+        gradient = self._parameter.grad
+        if gradient is None:
+            return None
+        if gradient.numel() != self._numel:
+            raise DriftError(
+                f"the gradient of {self._name} has {gradient.numel()} elements where this rank "
+                f"holds {self._numel}: it is not reduced yet, as under no_sync(); call step() "
+                "after the last backward, outside no_sync()"
+            )
+        return gradient
+
+    def store(self, gradient: torch.Tensor) -> None:
+        pass
+
+    def weight(self) -> torch.Tensor:
+        """Return the full-precision shard, which the parameter itself is not during computation."""
+        flat = self._handle.flat_param
+        shard: torch.Tensor = getattr(flat, "_local_shard", flat)
+        return shard.detach().view(-1).narrow(0, self._offset, self._numel)
+
+    def move(self, weight: torch.Tensor) -> None:
+        # What computes is gathered and cast from the shard anew.
+        self.weight().copy_(weight)

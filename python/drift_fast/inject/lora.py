@@ -1,0 +1,243 @@
+"""LoRA adapters of PEFT: which factors train in the stead of a weight, and what cannot be followed.
+
+Owns what is known of PEFT's layers; knows nothing of Δ. A layer computes with
+W = W₀ + Σ s·B·A over its active adapters, whatever W₀ is stored as. Every other way of adapting a
+weight is refused by name.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+# Why a tensor of the delta is left out of an injection into a model with adapters.
+FROZEN_BIAS = "a frozen bias beside an adapted weight: LoRA trains no biases unless asked to"
+FROZEN = "frozen: no adapter trains it"
+
+_FSDP1 = "FullyShardedDataParallel"
+
+
+@dataclass(frozen=True)
+class Factors:
+    """One adapter of one weight: W += s·B·A, with A of shape [rank, in] and B of [out, rank]."""
+
+    a: nn.Parameter
+    b: nn.Parameter
+    adapter: str
+    scalings: Mapping[str, float]
+
+    @property
+    def scaling(self) -> float:
+        """Return s as it is now; PEFT lets it be set between steps."""
+        return float(self.scalings[self.adapter])
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A weight of shape [out, in], or [in, out] if `transposed`, that moves through its factors."""
+
+    factors: tuple[Factors, ...]
+    shape: tuple[int, int]
+    transposed: bool
+    trained: tuple[nn.Parameter, ...]
+
+
+@dataclass
+class Adapters:
+    """A model's adapters, by the names that its parameters have without them."""
+
+    # What can be injected into, or why it cannot.
+    weights: dict[str, Adapted | str] = field(default_factory=dict)
+    runtime: dict[str, str] = field(default_factory=dict)
+    # Parameters that no tensor of a delta belongs to.
+    aside: dict[str, str] = field(default_factory=dict)
+    _dropped: set[str] = field(default_factory=set)
+
+    def bare(self, name: str) -> str:
+        """Return a parameter's name as it is without adapters."""
+        parts = name.split(".")
+        paths = (".".join(parts[: at + 1]) for at in range(len(parts)))
+        return ".".join(
+            part for part, path in zip(parts, paths, strict=True) if path not in self._dropped
+        )
+
+    def frozen_bias(self, name: str) -> bool:
+        """Whether a parameter, by its bare name, is the bias of an adapted weight."""
+        module, _, kind = name.rpartition(".")
+        return kind == "bias" and f"{module}.weight" in self.weights
+
+
+def adapters_of(model: nn.Module) -> Adapters:
+    """Return the adapters that PEFT has put into a model; none if it has put none."""
+    found = Adapters()
+    if "peft" not in sys.modules:
+        # Its layers could not be there.
+        return found
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import ModulesToSaveWrapper
+
+    modules = list(model.named_modules(remove_duplicate=False))
+    refusal = _refusal(module for _, module in modules)
+    owners: dict[int, int] = {}
+    for path, module in modules:
+        if isinstance(module, ModulesToSaveWrapper):
+            _add_copies(found, path, module)
+        elif isinstance(module, BaseTunerLayer):
+            _add_layer(found, path, module, refusal, owners)
+    return found
+
+
+def stored_shape(parameter: nn.Parameter, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape of the weight that a parameter holds, packed into 4 bits or not."""
+    state: Any = getattr(parameter, "quant_state", None)
+    return shape if state is None else tuple(state.shape)
+
+
+def _refusal(modules: Iterator[nn.Module]) -> str:
+    """Return why no adapter of this model can be followed, or nothing."""
+    for module in modules:
+        kind = type(module)
+        if kind.__module__.startswith("peft.tuners.xlora"):
+            return "X-LoRA scales its adapters anew for each token, so there is no one weight"
+        if kind.__name__ == _FSDP1:
+            return _sharded("FSDP")
+    return ""
+
+
+def _sharded(by: str) -> str:
+    return (
+        f"its factors are sharded by {by}, and Δ is pulled back onto whole factors only; train "
+        "adapters with DDP or on one device"
+    )
+
+
+def _add_copies(found: Adapters, path: str, module: Any) -> None:
+    """Take the copy that trains for the module itself."""
+    active = [name for name in module.active_adapters if name in module.modules_to_save]
+    if module.disable_adapters or not active:
+        active = []
+        found._dropped.add(f"{path}.original_module")
+    else:
+        found._dropped |= {f"{path}.modules_to_save", f"{path}.modules_to_save.{active[0]}"}
+        for name, _ in module.original_module.named_parameters(f"{path}.original_module"):
+            found.aside[name] = "the frozen original of a module that trains as a copy"
+    for adapter, copy in module.modules_to_save.items():
+        if [adapter] != active[:1]:
+            for name, _ in copy.named_parameters(f"{path}.modules_to_save.{adapter}"):
+                found.aside[name] = f"the copy of the adapter {adapter}, which is not active"
+
+
+def _add_layer(
+    found: Adapters, path: str, module: Any, refusal: str, owners: dict[int, int]
+) -> None:
+    base, inner = path, module
+    while hasattr(inner, "base_layer"):
+        base, inner = f"{base}.base_layer", inner.base_layer
+        found._dropped.add(base)
+    if path.endswith(".token_adapter"):
+        found._dropped.add(path)
+    for name, _ in module.named_parameters(path, remove_duplicate=False):
+        if not name.startswith(f"{path}.base_layer."):
+            found.aside[name] = "a part of an adapter"
+    weight = f"{base}.{getattr(module, 'parameter_name', 'weight')}"
+    name = found.bare(weight)
+    adapted = refusal or _follow(module, inner)
+    # A module may go by several names, but a factor belongs to one module.
+    if isinstance(adapted, Adapted) and any(
+        owners.setdefault(id(factor), id(module)) != id(module) for factor in adapted.trained
+    ):
+        adapted = "it shares a factor with another layer, so both would push it"
+    found.weights[name] = adapted
+    found.runtime[name] = weight
+
+
+def _follow(module: Any, base: Any) -> Adapted | str:
+    """Return a layer's factors, or why Δ cannot be pulled back onto them."""
+    from peft.tuners.lora import LoraLayer
+
+    kind = type(module)
+    package = kind.__module__.split(".")
+    if not issubclass(kind, LoraLayer) or package[:3] != ["peft", "tuners", "lora"]:
+        tuner = package[2] if package[:2] == ["peft", "tuners"] else kind.__module__
+        return f"its adapter is {kind.__name__} of {tuner}, which is no sum W₀ + s·B·A; use LoRA"
+    if module.merged:
+        return "its adapter is merged into the weight; call unmerge_adapter() first"
+    if module.disable_adapters:
+        return "its adapters are disabled; enable them first"
+    table = _tables(module)
+    if table is None:
+        return (
+            f"its adapter is of the kind {kind.__name__}, of which only those of linear layers and "
+            "embeddings can be injected into; leave it out with modules=…"
+        )
+    a_of, b_of, transposed = table
+    factors = []
+    for adapter in module.active_adapters:
+        if adapter not in a_of:
+            continue
+        variant = _variant(module, adapter)
+        if variant == "DoRA":
+            return (
+                f"the adapter {adapter} is a DoRA, whose trained magnitudes scale the weight: it "
+                "is no sum W₀ + s·B·A; train with use_dora=False"
+            )
+        if variant:
+            return f"the adapter {adapter} is of the variant {variant}; use plain LoRA"
+        factors.append(Factors(a_of[adapter], b_of[adapter], adapter, module.scaling))
+    trained = tuple(p for one in factors for p in (one.a, one.b) if p.requires_grad)
+    if not trained:
+        return (
+            "none of its adapters is active and trained; load adapters with is_trainable=True, and "
+            "choose with set_adapter(…)"
+        )
+    sharded = _sharding([*trained, *base.parameters()])
+    if sharded:
+        return _sharded(sharded)
+    if any(p.requires_grad for name, p in base.named_parameters() if name != "bias"):
+        return "the weight trains beside its adapters; freeze one of them"
+    kept = (
+        Factors(one.a, one.b, one.adapter, one.scalings)
+        for one in factors
+        if one.a.requires_grad or one.b.requires_grad
+    )
+    height, width = module.out_features, module.in_features
+    shape = (width, height) if transposed else (height, width)
+    return Adapted(tuple(kept), shape, transposed, trained)
+
+
+def _tables(module: Any) -> tuple[dict[str, Any], dict[str, Any], bool] | None:
+    """Return A and B by adapter, and whether the weight is stored as [in, out]."""
+    if len(module.lora_embedding_A):
+        # An embedding's rows are its inputs.
+        return dict(module.lora_embedding_A), dict(module.lora_embedding_B), True
+    layers = [*module.lora_A.values(), *module.lora_B.values()]
+    plain = all(isinstance(layer, nn.Linear) for layer in layers)
+    if not plain or type(module).__name__ in ("ParamWrapper", "MultiheadAttention"):
+        return None
+    tables = [
+        {adapter: layer.weight for adapter, layer in table.items()}
+        for table in (module.lora_A, module.lora_B)
+    ]
+    return tables[0], tables[1], bool(getattr(module, "fan_in_fan_out", False))
+
+
+def _variant(module: Any, adapter: str) -> str:
+    """Return the name of what makes an adapter more than B·A, or nothing."""
+    if module.use_dora.get(adapter):
+        return "DoRA"
+    variant = getattr(module, "lora_variant", {}).get(adapter)
+    return "" if variant is None else type(variant).__name__
+
+
+def _sharding(parameters: list[torch.Tensor]) -> str:
+    for parameter in parameters:
+        if hasattr(parameter, "device_mesh"):
+            return "FSDP or tensor parallelism"
+        if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
+            return "ZeRO"
+    return ""

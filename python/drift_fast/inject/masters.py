@@ -1,0 +1,81 @@
+"""Float32 copies of 16-bit weights that an optimizer keeps in its own state.
+
+Owns finding them, by value and not by a table of names: the copy is what the optimizer steps, so a
+motion of the 16-bit weights alone would be overwritten by its next step. Copies that an engine
+keeps elsewhere (DeepSpeed) are reached by its own pieces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from drift_fast.inject.pieces import Piece
+
+
+class Mastered:
+    """A piece whose weights are those of a copy in an optimizer's state."""
+
+    def __init__(
+        self, piece: Piece, parameter: nn.Parameter, optimizer: torch.optim.Optimizer, key: str
+    ) -> None:
+        self._piece = piece
+        self._parameter = parameter
+        self._optimizer = optimizer
+        self._key = key
+        self.kind = piece.kind
+        self.span = piece.span
+        self.groups = piece.groups
+
+    def cut(self, whole: torch.Tensor) -> torch.Tensor:
+        return self._piece.cut(whole)
+
+    def gradient(self) -> torch.Tensor | None:
+        return self._piece.gradient()
+
+    def store(self, gradient: torch.Tensor) -> None:
+        self._piece.store(gradient)
+
+    def weight(self) -> torch.Tensor:
+        # Asked for each time: loading an optimizer's state puts another tensor there.
+        return _local(self._optimizer.state[self._parameter][self._key])
+
+    def move(self, weight: torch.Tensor) -> None:
+        self.weight().copy_(weight)
+        self._piece.move(weight)
+
+
+@torch.no_grad()
+def find_key(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> str | None:
+    """Return under which name the optimizer's state holds float32 copies of these parameters.
+
+    All of them must be there and be the parameter but for its rounding, and one of them be more
+    than zeros, since moments start at zero. Waits for the device.
+    """
+    states: list[Any] = [optimizer.state.get(parameter) for parameter in parameters]
+    if not states or not all(isinstance(state, dict) for state in states):
+        return None
+    for key in states[0]:
+        pairs = [(state.get(key), p) for state, p in zip(states, parameters, strict=True)]
+        if all(_is_copy(*pair) for pair in pairs) and any(bool(_local(p).any()) for _, p in pairs):
+            return str(key)
+    return None
+
+
+def _is_copy(held: Any, parameter: nn.Parameter) -> bool:
+    if not isinstance(held, torch.Tensor) or held.dtype != torch.float32:
+        return False
+    if held.shape != parameter.shape:
+        return False
+    kind = torch.finfo(parameter.dtype)
+    low = _local(parameter).float()
+    return torch.allclose(_local(held), low, rtol=kind.eps, atol=kind.tiny * kind.eps)
+
+
+def _local(tensor: Any) -> torch.Tensor:
+    """Return the tensor, of a DTensor its local part, with nothing for autograd to follow."""
+    local: torch.Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return local.detach()

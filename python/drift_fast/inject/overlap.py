@@ -1,0 +1,204 @@
+"""Inject while backward still runs: bucket after bucket, as soon as its gradients are final.
+
+Owns the hooks and the side stream, not the arithmetic. Buckets are injected in their order, that in
+which backward finishes them; what is left is done at the step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import nn
+
+from drift_fast.errors import DriftError
+from drift_fast.inject.arithmetic import SMALL, DeviceArithmetic, new_stream
+from drift_fast.inject.group import Group, Push
+
+# Kernels of an injection are short and wait for each other, those of backward are long: behind them
+# each would wait its turn.
+_PRIORITY = -1
+_STREAMS = 1
+
+
+class Overlap:
+    """Hooks on the targets of groups; `begin` starts a step and returns each group's push."""
+
+    def __init__(self, groups: Sequence[Group], begin: Callable[[], list[Push]]) -> None:
+        self._groups = list(groups)
+        self._begin = begin
+        self._pushes: list[Push] | None = None
+        # Each device's gradients come from a thread of their own.
+        self._beginning = threading.Lock()
+        self._paused = False
+        self._lanes = [
+            new_stream(group.device, _PRIORITY) if group.device.type == "cuda" else None
+            for group in self._groups
+        ]
+        self._arithmetics = [
+            DeviceArithmetic(group.device, streams=_STREAMS, priority=_PRIORITY)
+            if group.device.type == "cuda"
+            else group.arithmetic
+            for group in self._groups
+        ]
+        # Launching takes the host as long as the kernels take the device; done in a hook it would
+        # hold up backward's own launches.
+        cuda = any(lane is not None for lane in self._lanes)
+        self._launcher = ThreadPoolExecutor(1, "drift-fast-overlap") if cuda else None
+        self._launched: list[Future[None]] = []
+        self.handles: list[Any] = []
+        self.reset()
+        for which, group in enumerate(self._groups):
+            for bucket, (start, stop) in enumerate(group.store.buckets):
+                # Small tensors cost more to launch than to inject; the step does them together.
+                if all(t.parameter.numel() <= SMALL for t in group.targets[start:stop]):
+                    continue
+                for at in range(start, stop):
+                    hook = self._hook(which, bucket, at)
+                    parameter: Any = group.targets[at].parameter
+                    self.handles.append(parameter.register_post_accumulate_grad_hook(hook))
+
+    def close(self) -> None:
+        """Let the launching thread go, and have the device wait for what it launched."""
+        if self._launcher is not None:
+            self._launcher.shutdown(cancel_futures=True)
+        for lane in self._lanes:
+            if lane is not None:
+                torch.cuda.current_stream(lane.device).wait_stream(lane)
+
+    def reset(self) -> None:
+        """Start anew; the next backward pass is the first of a step."""
+        self._wait()
+        self._pushes = None
+        self._next = [0] * len(self._groups)
+        # The gradients that are final, and of these the ones that were injected; a step that was
+        # given up leaves others behind than those that a parameter has now.
+        self._ready: list[dict[int, Any]] = [{} for _ in self._groups]
+        self._injected: list[set[int]] = [set() for _ in self._groups]
+        self._latest: tuple[int, int] | None = None
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave backward passes alone whose gradients are not final."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
+
+    @torch.no_grad()
+    def finish(self, which: int, push: Push) -> None:
+        """Inject what backward left over, on the stream of the caller."""
+        group, lane = self._groups[which], self._lanes[which]
+        if lane is not None:
+            torch.cuda.current_stream(group.device).wait_stream(lane)
+        for bucket in range(self._next[which], len(group.store.buckets)):
+            group.inject_bucket(bucket, push)
+
+    def join(self) -> list[Push] | None:
+        """Wait until all that backward made ready is launched; return the pushes of this step.
+
+        They are None if nothing was.
+
+        Raises:
+            What went wrong there.
+            DriftError: gradients are not those that were injected.
+        """
+        self._wait()
+        if self._latest is not None and self._is_given_up():
+            target = self._groups[self._latest[0]].targets[self._latest[1]]
+            self.reset()
+            if target.parameter.grad is not None:
+                raise DriftError(
+                    f"the gradient of {target.name} is not the one that was injected inside "
+                    "backward: with overlap=True the last backward pass before step() runs outside "
+                    "injection.accumulating(), and gradients are changed in place after it"
+                )
+        return self._pushes
+
+    def _wait(self) -> None:
+        launched, self._launched = self._launched, []
+        for one in launched:
+            one.result()
+
+    def _is_given_up(self) -> bool:
+        """Tell whether what was injected belongs to a step that never came to its end."""
+        return self._latest is not None and not self._is_final(*self._latest)
+
+    def _is_final(self, which: int, at: int) -> bool:
+        """Tell whether a parameter's gradient is the one that a hook was called with."""
+        ready, gradient = self._ready[which].get(at), self._groups[which].targets[at].parameter.grad
+        return ready is not None and gradient is not None and ready() is gradient
+
+    def _hook(self, which: int, bucket: int, at: int) -> Callable[[nn.Parameter], None]:
+        @torch.no_grad()
+        def hook(parameter: nn.Parameter) -> None:
+            if self._paused:
+                return
+            if self._is_given_up():
+                self.reset()
+            if at in self._injected[which]:
+                raise DriftError(
+                    f"the gradient of {self._groups[which].targets[at].name} was added to after it "
+                    "was injected: with overlap=True run all backward passes but the last before "
+                    "step() inside injection.accumulating(), and clear gradients with "
+                    "zero_grad(set_to_none=True)"
+                )
+            self._ready[which][at] = weakref.ref(parameter.grad)
+            self._inject_ready(which)
+
+        return hook
+
+    def _inject_ready(self, which: int) -> None:
+        group = self._groups[which]
+        while self._next[which] < len(group.store.buckets):
+            bucket = self._next[which]
+            start, stop = group.store.buckets[bucket]
+            if not all(self._is_final(which, at) for at in range(start, stop)):
+                return
+            lane = self._lanes[which]
+            for at in range(start, stop):
+                gradient: Any = group.targets[at].parameter.grad
+                if lane is not None:
+                    # Freed early, in a step that is given up, it is not to be used again too soon.
+                    gradient.record_stream(lane)
+                self._injected[which].add(at)
+            self._latest = which, start
+            self._next[which] += 1
+            if lane is None or self._launcher is None:
+                self._inject(which, bucket, None)
+                continue
+            final = torch.cuda.current_stream(group.device).record_event()
+            self._launched.append(self._launcher.submit(self._inject, which, bucket, final))
+
+    @torch.no_grad()
+    def _inject(self, which: int, bucket: int, final: Any) -> None:
+        """Inject one bucket behind the event that says that its gradients are final."""
+        group, lane = self._groups[which], self._lanes[which]
+        with _on(lane, final, group.device):
+            with self._beginning:
+                if self._pushes is None:
+                    self._pushes = self._begin()
+                    for other in self._lanes:
+                        if other is not None:
+                            # What begins a step on another device does so on its current stream.
+                            other.wait_stream(torch.cuda.current_stream(other.device))
+            if self._pushes:
+                group.inject_bucket(bucket, self._pushes[which], self._arithmetics[which])
+
+
+@contextlib.contextmanager
+def _on(lane: torch.cuda.Stream | None, final: Any, device: torch.device) -> Iterator[None]:
+    """Work beside the stream of backward, behind an event on it."""
+    with torch.autocast(device_type=device.type, enabled=False):
+        if lane is None:
+            yield
+            return
+        lane.wait_event(final)
+        with torch.cuda.stream(lane):
+            yield

@@ -1,0 +1,122 @@
+"""What a planned motion shall do, how its steps share it, and how far a saved one had come.
+
+Owns what is stated, and the checks of a state that comes from a file. Knows no tensor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Set
+from typing import Any
+
+from drift_fast.errors import DriftError
+from drift_fast.inject.saved import Saved, shown
+from drift_fast.inject.schedule import ScheduleLike, parse_schedule
+from drift_fast.inject.strength import PerModule, plain
+
+_STATE_VERSION = 1
+
+
+class Plan:
+    """λ by module, the number of steps, and the share of the motion that is made after so many.
+
+    Raises:
+        ValueError: no number of steps, a schedule that shares nothing, or no seed.
+    """
+
+    def __init__(self, progress: PerModule, steps: int, schedule: ScheduleLike, seed: int) -> None:
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            raise ValueError(f"steps must be a number of optimizer steps from 1, got {steps!r}")
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**53:
+            raise ValueError(f"seed must be an integer from 0 below 2**53, got {seed!r}")
+        self.progress = progress
+        self.steps = steps
+        self._seed = seed
+        parsed = parse_schedule(schedule)
+        self._schedule = str(parsed)
+        factors = [parsed(step, steps) for step in range(steps)]
+        total = math.fsum(factors)
+        if min(factors) < 0 or total <= 0:
+            raise ValueError(
+                "a motion needs a schedule that is never negative and not always zero over its "
+                f"{steps} steps, got {self._schedule}"
+            )
+        self._shares = [0.0]
+        for factor in factors:
+            self._shares.append(self._shares[-1] + factor / total)
+        self._shares[-1] = 1.0
+
+    def share(self, taken: int) -> float:
+        """Return the share of the motion that is made after so many steps, exactly 1 at the end."""
+        return self._shares[taken]
+
+    def state_dict(self, taken: int, origin: Mapping[str, float]) -> dict[str, Any]:
+        """Return what a resumed run needs, as JSON has it; `origin` is ⟨θ_0, Δ⟩ by target."""
+        return {
+            "version": _STATE_VERSION,
+            "taken": taken,
+            "share": [self.share(taken)],
+            "plan": self._described(),
+            "origin": dict(origin),
+        }
+
+    def resumed(self, state: Any, names: Set[str]) -> tuple[int, dict[str, float]]:
+        """Return the steps taken and ⟨θ_0, Δ⟩ by target from a state of this plan and targets.
+
+        Raises:
+            DriftError: not such a state, or one of another plan or other targets.
+        """
+        if not isinstance(state, Mapping):
+            raise DriftError(
+                f"expected a motion's state as a dictionary, got {type(state).__name__}; pass what "
+                "state_dict() returned"
+            )
+        stored = _SavedMotion(state)
+        if stored.integer("version") != _STATE_VERSION:
+            raise stored.refuse("version", str(_STATE_VERSION), state["version"])
+        origin = stored.mapping("origin")
+        odd = sorted(map(str, origin.keys() ^ names))
+        if odd:
+            raise DriftError(
+                f"the saved motion and this one differ in {len(odd)} targets, {odd[0]} first; "
+                "attach the same delta with the same modules=… and layers=… as the run that is "
+                "resumed"
+            )
+        values = _SavedMotion({"origin": list(origin.values())}).numbers("origin", len(origin))
+        taken = stored.integer("taken")
+        if taken > self.steps:
+            raise stored.refuse("taken", f"at most {self.steps}", taken)
+        plan, described = stored.mapping("plan"), self._described()
+        changed = [key for key in described if plan.get(key) != described[key]]
+        if changed:
+            key = changed[0]
+            raise DriftError(
+                f"the saved motion had {key} = {shown(plan.get(key))}, this one has "
+                f"{shown(described[key])}: a part of each would end at neither; attach with what "
+                "the saved run had, or start a motion of what is left without a saved state"
+            )
+        # A schedule that is a function is known by its name only.
+        if stored.numbers("share", 1) != [self.share(taken)]:
+            raise DriftError(
+                f"the saved motion had made another share of its way after {taken} steps than this "
+                "one would have: attach with the schedule that the saved run had"
+            )
+        return taken, dict(zip(origin, values, strict=True))
+
+    def _described(self) -> dict[str, Any]:
+        return {
+            "progress": plain(self.progress),
+            "steps": self.steps,
+            "schedule": self._schedule,
+            "seed": self._seed,
+        }
+
+
+class _SavedMotion(Saved):
+    """The fields of a motion's state."""
+
+    def refuse(self, key: str, expected: str, found: Any) -> DriftError:
+        return DriftError(
+            f"a motion's state is damaged: {key} must be {expected}, got {shown(found)}; resume "
+            "from another checkpoint, or start without it"
+        )

@@ -1,0 +1,102 @@
+"""What an injection can tell: progress along Δ, angles, pushes and α in force.
+
+Owns the arithmetic of the summary. Everything here waits for the device, so it is asked for when
+something is logged, not in a step.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from drift_fast.inject.control import Control
+from drift_fast.inject.group import Group
+from drift_fast.select import kind_of, module_of
+
+
+def measure(groups: Sequence[Group], control: Control) -> dict[str, float]:
+    """Return progress overall and by parameter, and cosines, push and α of the last step."""
+    result: dict[str, float] = {}
+    moved = total = push = gradient = along = lengths = 0.0
+    alphas: list[float] = []
+    for group in groups:
+        names = [target.name for target in group.targets]
+        squares = group.squares()
+        for name, value, square in zip(names, group.progress().tolist(), squares, strict=True):
+            result[f"progress/{name}"] = value
+            moved, total = moved + value * square, total + square
+        last = group.last
+        if last is None or last.alpha is None:
+            continue
+        alphas += last.alpha.tolist()
+        vectors = (last.norm, last.dot, last.c, last.delta)
+        rows = zip(names, *(vector.tolist() for vector in vectors), strict=True)
+        for name, norm, dot, c, delta in rows:
+            if not math.isfinite(norm):
+                continue
+            push, gradient = push + (c * delta) ** 2, gradient + norm**2
+            # A zero gradient has no angle, and only some scales ask for one.
+            if last.angles and norm > 0 and math.isfinite(dot):
+                result[f"cosine/{name}"] = dot / norm / delta
+                along, lengths = along + dot, lengths + delta**2
+    result["progress"] = moved / total
+    result["alpha"] = sum(alphas) / len(alphas) if alphas else _stated(control)
+    if gradient > 0:
+        result["relative_push"] = math.sqrt(push / gradient)
+    if lengths > 0:
+        result["cosine"] = along / math.sqrt(gradient * lengths)
+    if control.needs_progress:
+        result["stopped"] = float(control.stopped)
+    return result
+
+
+def summary(metrics: Mapping[str, float], groups: Sequence[Group]) -> dict[str, float]:
+    """Return what is worth a line in a log: overall, by kind (attn, mlp, …) and module (q_proj, …).
+
+    λ of several is weighed by ‖Δ‖². Their cosine is that of their gradients taken together.
+    """
+    single = ("progress", "alpha", "relative_push", "cosine", "skipped", "stopped")
+    result = {key: metrics[key] for key in single if key in metrics}
+    moved: dict[str, list[float]] = {}
+    angle: dict[str, list[float]] = {}
+    for group in groups:
+        norms = group.last_norms()
+        for at, (target, square) in enumerate(zip(group.targets, group.squares(), strict=True)):
+            cosine = metrics.get(f"cosine/{target.name}")
+            for key in {kind_of(target.delta_name), module_of(target.delta_name)}:
+                _add(moved, key, metrics[f"progress/{target.name}"] * square, square)
+                if cosine is not None:
+                    norm, delta = norms[at]
+                    _add(angle, key, cosine * norm * delta, norm**2, delta**2)
+    result |= {f"progress/{kind}": sums[0] / sums[1] for kind, sums in moved.items()}
+    result |= {
+        f"cosine/{kind}": dot / math.sqrt(gradient * delta)
+        for kind, (dot, gradient, delta) in angle.items()
+    }
+    return result
+
+
+def append_rows(path: str | os.PathLike[str], step: int, metrics: Mapping[str, float]) -> None:
+    """Append one row of step, metric and value for each metric to a CSV file."""
+    path = Path(path)
+    fresh = not path.exists() or path.stat().st_size == 0
+    with path.open("a", newline="") as file:
+        writer = csv.writer(file)
+        if fresh:
+            writer.writerow(["step", "metric", "value"])
+        writer.writerows([step, name, value] for name, value in metrics.items())
+
+
+def _add(sums: dict[str, list[float]], kind: str, *values: float) -> None:
+    found = sums.setdefault(kind, [0.0] * len(values))
+    for at, value in enumerate(values):
+        found[at] += value
+
+
+def _stated(control: Control) -> float:
+    """Return α before any step: as stated, the mean where it is stated by module."""
+    alpha = control.alpha
+    return alpha if not isinstance(alpha, dict) else sum(alpha.values()) / len(alpha)

@@ -1,0 +1,221 @@
+"""Lightning: a callback that injects after the last backward of a step, before clipping.
+
+    trainer = lightning.pytorch.Trainer(..., callbacks=[DriftCallback("delta", alpha=1.0)])
+
+Lightning runs forward and backward in a closure inside `optimizer.step`, so a hook on the optimizer
+would come before the gradient exists. `on_before_optimizer_step` comes after the closure and after
+a scaler's unscaling, and before clipping (in the sources of 2.6, `Precision._after_closure`).
+
+With manual optimization that hook runs inside `optimizer.step()`, after any clipping that
+`training_step` does itself; call `callback.injection.step()` there before clipping instead.
+
+Tested with lightning and pytorch-lightning 2.6.6: one device and DDP, accumulation, clipping,
+bf16-mixed, a loss scaler, manual optimization.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from drift_fast.errors import DriftError
+from drift_fast.inject.injection import Injection
+from drift_fast.integrations.settings import Settings
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback
+else:
+
+    def _callback_class() -> type:
+        """Return Lightning's Callback, of the package that the caller has imported already.
+
+        The same library is published under two names, whose classes do not know each other.
+        """
+        names = ("lightning.pytorch", "pytorch_lightning")
+        loaded = [name for name in names if name in sys.modules]
+        for name in [*loaded, *names]:
+            try:
+                return importlib.import_module(name).Callback
+            except ModuleNotFoundError as error:
+                if error.name not in (name, name.split(".")[0]):
+                    raise
+        raise ImportError(
+            "DriftCallback needs Lightning: pip install lightning (or pytorch-lightning)"
+        )
+
+    Callback = _callback_class()
+
+
+class DriftCallback(Callback):
+    """Inject a delta into what a Lightning Trainer trains.
+
+    Attached at the start of training, when parameters are in place, and removed at its end. λ and
+    what `Injection.metrics` says are logged as `drift/…` every `log_every_n_steps` steps.
+
+    Args:
+        delta: an open `Delta`, or the directory of one.
+        options: those of `Injection`, but for `optimizer` and `scaler`, which the Trainer has.
+
+    Raises:
+        ValueError: an unknown option.
+        As `Injection`, when training starts.
+    """
+
+    def __init__(self, delta: Any, **options: Any) -> None:
+        super().__init__()
+        # Options are checked here, where the line to correct is in sight.
+        Settings.from_mapping({"delta": ".", **options}, origin="DriftCallback")
+        self._delta = delta
+        self._options = options
+        self._steps = 0
+        self._logged = 0
+        self._saved: dict[str, Any] | None = None
+        self.injection: LightningInjection | None = None
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Attach; parameters are on their device, wrapped, and restored from a checkpoint."""
+        strategy = type(trainer.strategy).__name__
+        if "DeepSpeed" in strategy:
+            raise DriftError(
+                f"{strategy} keeps gradients in buffers of its own, which Lightning's hooks do not "
+                "show; train with the Hugging Face Trainer on DeepSpeed, or with DDP or FSDP here"
+            )
+        self.remove()
+        options = dict(self._options)
+        changing = (type(each).__name__ for each in trainer.callbacks)
+        if options.get("overlap") and (
+            trainer.accumulate_grad_batches != 1 or "GradientAccumulationScheduler" in changing
+        ):
+            raise DriftError(
+                "overlap=True injects in every backward pass, and with accumulate_grad_batches only "
+                "the last of a step has the final gradient: use overlap=False"
+            )
+        expected = trainer.estimated_stepping_batches
+        if expected != float("inf") and options.keys() & {"schedule", "progress_target"}:
+            options.setdefault("total_steps", int(expected))
+        self.injection = _attached_to_one_of(
+            trainer.optimizers,
+            trainer.strategy.model,
+            self._delta,
+            getattr(trainer.precision_plugin, "scaler", None),
+            options,
+        )
+        if self._saved is not None:
+            self.injection.load_state_dict(self._saved)
+            self._saved = None
+        self._steps = self._logged = trainer.global_step
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        """Inject, if this is the optimizer that holds the targets."""
+        if self.injection is not None and self.injection.before_step(optimizer):
+            self._steps += 1
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log, after the steps at which the Trainer logs."""
+        if self.injection is None or self._steps == self._logged:
+            return
+        self._logged = self._steps
+        every = trainer.log_every_n_steps
+        if every and self._steps % every == 0:
+            pl_module.log_dict(self.injection.logged())
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Detach."""
+        self.remove()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Detach, so that the model can be attached to again."""
+        self.remove()
+
+    def remove(self) -> None:
+        """Detach from the model and free Δ; may be called twice."""
+        if self.injection is not None:
+            self.injection.remove()
+            self.injection = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the injection's state for a checkpoint."""
+        return {} if self.injection is None else self.injection.state_dict()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Keep a checkpoint's state until training starts."""
+        self._saved = dict(state_dict) or None
+
+
+class LightningInjection(Injection):
+    """An injection whose optimizer runs backward inside its own step."""
+
+    def __init__(self, model: Any, delta: Any, **options: Any) -> None:
+        self._done = False
+        self._idle = False
+        super().__init__(model, delta, **options)
+        self._handles.append(register_optimizer_step_post_hook(self._watch_after))
+
+    def step(self) -> None:
+        """Inject now, as manual optimization may before clipping; the hook then leaves it at that.
+
+        Raises:
+            As `Injection.step`.
+        """
+        super().step()
+        self._done = True
+
+    def before_step(self, optimizer: Any) -> bool:
+        """Inject unless `step` was called; return whether this optimizer's step is injected."""
+        if self._optimizer is None or _inner(optimizer) is not self._optimizer:
+            return False
+        if self._scope == "microbatch":
+            return True
+        # `training_step` returned None: no backward, and the optimizer has nothing to do.
+        parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
+        self._idle = all(parameter.grad is None for parameter in parameters)
+        if self._idle:
+            return False
+        if not self._done:
+            super().step()
+        self._done = False
+        return True
+
+    def logged(self) -> dict[str, float]:
+        """Return the summary under the names of the log."""
+        return {f"drift/{key}": value for key, value in self.summary().items()}
+
+    def _watch(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        """Wait for the closure, which runs between this hook and the next."""
+
+    def _watch_after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if not self._idle:
+            super()._watch(optimizer, args, kwargs)
+
+
+def _attached_to_one_of(
+    optimizers: list[Any], model: Any, delta: Any, scaler: Any, options: dict[str, Any]
+) -> LightningInjection:
+    """Attach with the optimizer that holds every target."""
+    if not optimizers:
+        raise DriftError(
+            "the module trains without an optimizer, so nothing steps along Δ: return one from "
+            "configure_optimizers"
+        )
+    for at, optimizer in enumerate(optimizers):
+        try:
+            return LightningInjection(
+                model, delta, optimizer=_inner(optimizer), scaler=scaler, **options
+            )
+        except DriftError:
+            # Another of several may hold the targets; what is wrong otherwise, it finds again.
+            if at == len(optimizers) - 1:
+                raise
+    raise AssertionError("the loop returns or raises")
+
+
+def _inner(optimizer: Any) -> Any:
+    """Return the torch optimizer inside Lightning's wrapper."""
+    return getattr(optimizer, "optimizer", optimizer)

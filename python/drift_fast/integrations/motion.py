@@ -1,0 +1,192 @@
+"""The Hugging Face Trainer: planned motion in the first share of a run, logged, saved and resumed.
+
+Owns when the motion is attached: at the start of training, when the model and the optimizer are
+wrapped and the number of steps is known. The motion then follows the optimizer by itself.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import warnings
+from typing import Any
+
+from transformers import TrainerCallback
+
+from drift_fast.errors import DriftError, DriftWarning
+from drift_fast.inject.motion import PlannedMotion
+from drift_fast.inject.strength import PerModule, number
+from drift_fast.inject.targets import DeltaLike, opened
+
+# Where the trainer's state, which every checkpoint holds, keeps that of the motion.
+_KEY = "drift_fast.PlannedMotion"
+
+
+class TrainerMotion(TrainerCallback):  # type: ignore[misc, unused-ignore]
+    """A planned motion that begins with a Trainer's run; `motion` is None before that."""
+
+    def __init__(
+        self,
+        trainer: Any,
+        delta: DeltaLike,
+        progress: PerModule,
+        steps: int | None,
+        window: float,
+        options: dict[str, Any],
+    ) -> None:
+        self.motion: PlannedMotion | None = None
+        self._trainer = trainer
+        self._delta = delta
+        self._progress = progress
+        self._steps = steps
+        self._window = window
+        self._options = options
+        self._original_log = trainer.log
+        self._wrapper = self._log
+        self._replaced = trainer.__dict__.get("log")
+        trainer.log = self._wrapper
+        trainer.add_callback(self)
+
+    def metrics(self) -> dict[str, float]:
+        """Return those of the motion.
+
+        Raises:
+            DriftError: training has not begun.
+        """
+        if self.motion is None:
+            raise DriftError("the motion begins with trainer.train(); there are no metrics before")
+        return self.motion.metrics()
+
+    def remove(self) -> None:
+        """Detach from trainer and model, and free Δ; weights stay where they are."""
+        if self in self._trainer.callback_handler.callbacks:
+            self._trainer.remove_callback(self)
+        if self._trainer.__dict__.get("log") is self._wrapper:
+            if self._replaced is None:
+                del self._trainer.log
+            else:
+                self._trainer.log = self._replaced
+        if self.motion is not None:
+            self.motion.remove()
+            self.motion = None
+
+    # What the trainer calls.
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.motion is not None:
+            # A batch size that did not fit is tried again smaller, from the start.
+            if self.motion.taken > 0:
+                raise DriftError(
+                    f"this motion has moved the weights {self.motion.taken} times already, and a "
+                    "second run would move them again from the start: remove() it first, and "
+                    "attach anew if that is what is meant"
+                )
+            self.motion.remove()
+        steps = self._length(state.max_steps)
+        engine = getattr(self._trainer.accelerator, "deepspeed_engine_wrapped", None)
+        self.motion = PlannedMotion(
+            self._trainer.model_wrapped if engine is None else engine.engine,
+            self._delta,
+            progress=self._progress,
+            steps=steps,
+            optimizer=self._trainer.optimizer if engine is None else engine.engine,
+            **self._options,
+        )
+        saved = (state.stateful_callbacks or {}).get(_KEY)
+        if saved is not None:
+            self.motion.load_state_dict(saved)
+        elif state.global_step > 0:
+            warnings.warn(
+                f"the run resumes at step {state.global_step} from a checkpoint without the state "
+                f"of a planned motion: it is carried out in the next {steps} steps",
+                DriftWarning,
+                stacklevel=2,
+            )
+        self._save(state)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._save(state)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.motion is not None and not self.motion.finished:
+            warnings.warn(
+                f"the run ended after {self.motion.taken} of {self.motion.steps} steps of its "
+                "planned motion, short of the planned progress",
+                DriftWarning,
+                stacklevel=2,
+            )
+
+    def _length(self, total: int) -> int:
+        """Return over how many steps to move, in a run of `total`."""
+        if self._steps is None:
+            # 0.07 · 100 is 7.000000000000001, which is meant to be seven.
+            return max(1, math.ceil(self._window * total - 1e-9))
+        if self._steps > total:
+            raise DriftError(
+                f"a motion over steps={self._steps} does not end in a run of {total} optimizer "
+                "steps; pass fewer, or a window=… of the run"
+            )
+        return self._steps
+
+    def _save(self, state: Any) -> None:
+        if self.motion is not None:
+            if state.stateful_callbacks is None:
+                state.stateful_callbacks = {}
+            state.stateful_callbacks[_KEY] = self.motion.state_dict()
+
+    def _log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        # Evaluation and the closing summary are logged through the same method.
+        if "loss" in logs and self.motion is not None:
+            found = self.motion.metrics()
+            parameters = {f"progress/{name}" for name in self.motion.targets}
+            logs = logs | {
+                f"drift/{key}": value
+                for key, value in found.items()
+                if key.startswith(("progress", "planned")) and key not in parameters
+            }
+        self._original_log(logs, *args, **kwargs)
+
+
+def attach_motion(
+    trainer: Any,
+    delta: Any,
+    *,
+    progress: PerModule,
+    window: float = 0.1,
+    steps: int | None = None,
+    **options: Any,
+) -> TrainerMotion:
+    """Move a Trainer's model by λ·Δ in the first share of its run, besides what it trains.
+
+    Works with subclasses, DDP, FSDP and DeepSpeed alike; steps that float16 training skips do not
+    count. λ as measured and as planned join the training logs under `drift/progress` and
+    `drift/planned`, checkpoints hold the state, and a resumed run goes on.
+
+    Args:
+        delta: an open `Delta`, one that streams, or the directory of one.
+        progress: λ at the end, one number or one by module, such as {"attn": 0.8, "mlp": 1.25}.
+        window: the share of the optimizer steps over which the motion is spread.
+        steps: a number of optimizer steps instead.
+        options: the others of `PlannedMotion`.
+
+    Raises:
+        TypeError: no trainer, no delta, or an option that is not known.
+        ValueError: a window or a number of steps without meaning.
+        DriftError: a second motion. What `PlannedMotion` raises comes when training begins.
+    """
+    if not hasattr(trainer, "callback_handler") or not hasattr(trainer, "accelerator"):
+        raise TypeError(
+            f"expected a transformers Trainer, got {type(trainer).__name__}; in a loop of one's "
+            "own, use PlannedMotion"
+        )
+    if "optimizer" in options:
+        raise ValueError("a trainer has its own optimizer; leave optimizer=… out")
+    inspect.signature(PlannedMotion).bind(trainer, delta, progress=progress, steps=1, **options)
+    share = number(window, "window")
+    if not 0.0 < share <= 1.0:
+        raise ValueError(f"window must be a share of the run above 0 and up to 1, got {window!r}")
+    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
+        raise ValueError(f"steps must be a number of optimizer steps from 1, got {steps!r}")
+    if any(isinstance(callback, TrainerMotion) for callback in trainer.callback_handler.callbacks):
+        raise DriftError("this trainer has a planned motion already; remove() that one first")
+    return TrainerMotion(trainer, opened(delta), progress, steps, share, dict(options))

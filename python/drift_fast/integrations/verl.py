@@ -1,0 +1,90 @@
+"""verl: an FSDP engine that injects before it clips, registered by an external module.
+
+    export VERL_USE_EXTERNAL_MODULES=drift_fast.integrations.verl
+    export DRIFT_FAST_CONFIG=drift.yaml
+    torchrun … -m verl.trainer.sft_trainer …
+
+verl imports the modules that the first variable names in every process, and looks an engine up by
+device and vendor before it falls back to the device alone; importing this module selects the vendor
+"drift_fast". Language models under the backends `fsdp` and `fsdp2` are served; other backends, and
+value models, train as they do without it. Only engines that have an optimizer are attached to.
+
+TESTED_WITH_PLACEHOLDER
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from verl.workers.engine import EngineRegistry
+from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
+
+from drift_fast.errors import DriftError
+from drift_fast.inject.injection import Injection
+from drift_fast.integrations.settings import Settings
+
+VENDOR = "drift_fast"
+
+
+class DriftFSDPEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
+    """verl's FSDP engine with an injection in front of each optimizer step."""
+
+    injection: Injection | None = None
+
+    def initialize(self) -> None:
+        """Read the settings, then build the model and the optimizer.
+
+        Raises:
+            DriftError: no settings, or a scope that this engine does not have.
+        """
+        self._drift_settings = Settings.from_environment()
+        if self._drift_settings.options.get("scope", "step") != "step":
+            raise DriftError('verl shards its models, where only scope="step" works')
+        super().initialize()
+
+    def optimizer_step(self) -> Any:
+        """Inject, then clip and step as verl does.
+
+        Raises:
+            As `Injection`, at the first step; as `Injection.step`.
+        """
+        # Not attached to in initialize(): verl may move parameters to the host there, and moves
+        # them to the device when training starts.
+        if self.injection is None:
+            self.injection = self._attached()
+        self.injection.step()
+        return super().optimizer_step()
+
+    def _attached(self) -> Injection:
+        options: dict[str, Any] = {}
+        if self._drift_settings.options.keys() & {"schedule", "progress_target"}:
+            options["total_steps"] = self.optimizer_config.total_training_steps
+        # What the file says comes last, and wins.
+        options |= self._drift_settings.options
+        return Settings(self._drift_settings.delta, options).inject(
+            self.module, optimizer=self.optimizer, scaler=getattr(self, "scaler", None)
+        )
+
+
+def _select() -> None:
+    """Register the engine and make verl choose it.
+
+    Raises:
+        DriftError: another vendor is selected already.
+    """
+    selected = os.environ.setdefault("VERL_ENGINE_VENDOR", VENDOR)
+    if selected != VENDOR:
+        raise DriftError(
+            f"VERL_ENGINE_VENDOR is {selected!r}, so verl would not choose the engine that "
+            "injects; unset it, or leave drift_fast.integrations.verl out"
+        )
+    EngineRegistry.register(
+        model_type="language_model",
+        backend=["fsdp", "fsdp2"],
+        device=["cuda", "npu", "cpu"],
+        vendor=VENDOR,
+    )(DriftFSDPEngine)
+
+
+_select()

@@ -1,0 +1,1 @@
+"""Every training stack against one float64 gradient: the world, the stacks, how they are run."""

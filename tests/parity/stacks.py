@@ -1,0 +1,247 @@
+"""The stacks: one row of the matrix each, in the order in which the table shows them.
+
+Owns: the names, how many processes, which tolerance and why. How a stack is driven is in loops.py,
+sharded.py, libraries.py and adapters.py.
+Invariant: `train` takes one optimizer step from the stack's own entry point and returns every
+trained parameter, whole, on the first process at least.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+import drift_fast
+from parity.world import NONE, SCALES, Gradients, World
+
+# Float32 gradients by another route (order of sums, kernels) differ from float64 by this much.
+FLOAT32 = 1e-5
+# A bfloat16 forward pass keeps 8 bits, and the gradient of a key's bias is a small difference of
+# large terms. The injection itself is as exact as ever, which the row's twin "…, from its own
+# gradient" shows.
+BFLOAT16 = 0.2
+# Eight bits for each element of Δ, with one step for every 64: about 1/127/√12 of their largest.
+INT8 = 0.02
+# Less than this and nothing was rounded to eight bits.
+INT8_LEAST = 1e-4
+# Less than a step's Δ in the large world, so that buffers are filled anew within the step.
+PREFETCH = "1MB"
+
+
+class Absent:
+    """What stands in for an injection in a run without one."""
+
+    def step(self) -> None:
+        pass
+
+    def remove(self) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training run: what `train` of a stack is given.
+
+    alpha: None trains without an injection.
+    attached: what the run attached, for its end.
+    """
+
+    world: World
+    scale: str
+    accumulation: int
+    alpha: float | None
+    rank: int = 0
+    size: int = 1
+    options: Mapping[str, Any] = field(default_factory=dict)
+    attached: list[Any] = field(default_factory=list)
+
+    def injection(self, model: Any, **options: Any) -> Any:
+        """Attach to a model, or return what does nothing."""
+        if self.alpha is None:
+            return Absent()
+        injection = drift_fast.Injection(
+            model, self.world.delta(), alpha=self.alpha, scale=self.scale, **options
+        )
+        self.attached.append(injection)
+        return injection
+
+    def attach(self, owner: Any, **options: Any) -> Any:
+        """Attach to a trainer or an engine, or return what does nothing."""
+        if self.alpha is None:
+            return Absent()
+        injection = drift_fast.attach(
+            owner, self.world.delta(), alpha=self.alpha, scale=self.scale, **options
+        )
+        self.attached.append(injection)
+        return injection
+
+    def micro_batches(self) -> list[dict[str, torch.Tensor]]:
+        return self.world.micro_batches(self.accumulation, rank=self.rank, size=self.size)
+
+    @property
+    def samples(self) -> list[dict[str, torch.Tensor]]:
+        """All sequences one by one, for stacks that batch and distribute them themselves."""
+        batch = self.world.batch()
+        count = len(batch["input_ids"])
+        return [{key: rows[index] for key, rows in batch.items()} for index in range(count)]
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A row of the matrix.
+
+    where: module and function that drive it.
+    kind: which reference it is compared with: "weights", "lora" or "rslora".
+    own_gradient: the expected gradient is restated from the stack's own plain gradient, of a run
+        without injection, instead of from float64.
+    at_least: the error that an injected cell must have, where the stack rounds by design: less
+        shows that the row is not what its name says.
+    needs: packages beyond those that the tests need anyway.
+    fast: run by every `make test`.
+    """
+
+    name: str
+    where: str
+    processes: int = 1
+    shapes: str = "even"
+    kind: str = "weights"
+    tolerance: float = FLOAT32
+    own_gradient: bool = False
+    at_least: float = 0.0
+    scales: tuple[str, ...] = (NONE, *SCALES)
+    environment: Mapping[str, str] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    needs: tuple[str, ...] = ()
+    fast: bool = False
+
+    def train(self, cell: Cell) -> Gradients:
+        module, _, function = self.where.partition(":")
+        weights: Gradients = getattr(importlib.import_module(f"parity.{module}"), function)(cell)
+        return weights
+
+
+def _lossy(name: str, where: str, **options: Any) -> tuple[Stack, Stack]:
+    """A stack that computes in bfloat16, against float64 and against its own gradient."""
+    return (
+        Stack(name, where, tolerance=BFLOAT16, **options),
+        Stack(f"{name}, from its own gradient", where, own_gradient=True, scales=SCALES, **options),
+    )
+
+
+_DEEPSPEED = {"DS_ACCELERATOR": "cpu"}
+
+STACKS = (
+    Stack("plain loop", "loops:plain", fast=True),
+    Stack("plain loop, fused SGD", "loops:plain", options={"fused": True}, fast=True),
+    Stack("plain loop, foreach SGD", "loops:plain", options={"foreach": True}, fast=True),
+    Stack("optimizer alone (attach)", "loops:optimizer", fast=True),
+    *_lossy("torch.autocast bfloat16", "loops:autocast", fast=True),
+    Stack("GradScaler, injected before unscale_", "loops:scaled", fast=True),
+    Stack(
+        "GradScaler, injected after unscale_", "loops:scaled", options={"unscale": True}, fast=True
+    ),
+    Stack("gradient checkpointing", "loops:checkpointed", options={"reentrant": False}, fast=True),
+    Stack(
+        "gradient checkpointing, reentrant",
+        "loops:checkpointed",
+        options={"reentrant": True},
+        fast=True,
+    ),
+    Stack("torch.compile", "loops:compiled"),
+    Stack("plain loop, large tensors", "loops:plain", shapes="large", fast=True),
+    Stack(
+        "Δ resident: device",
+        "loops:resident",
+        shapes="large",
+        options={"residency": "device"},
+    ),
+    Stack(
+        "Δ resident: device-int8",
+        "loops:resident",
+        shapes="large",
+        tolerance=INT8,
+        at_least=INT8_LEAST,
+        options={"residency": "device-int8", "read_from": "Quantised", "prefetch": PREFETCH},
+    ),
+    Stack(
+        "Δ resident: disk",
+        "loops:resident",
+        shapes="large",
+        options={"residency": "disk", "read_from": "OnDisk", "prefetch": PREFETCH},
+    ),
+    Stack("Accelerate", "libraries:accelerate", fast=True),
+    Stack("Trainer", "libraries:trainer", fast=True),
+    Stack("SFTTrainer (TRL)", "libraries:sft_trainer", needs=("trl", "datasets")),
+    Stack("Lightning", "libraries:lightning", needs=("lightning",)),
+    Stack("LoRA (PEFT)", "adapters:lora", kind="lora", needs=("peft",)),
+    Stack(
+        "LoRA (PEFT), rsLoRA",
+        "adapters:lora",
+        kind="rslora",
+        options={"adapter": "rslora"},
+        needs=("peft",),
+    ),
+    Stack(
+        "LoRA (PEFT), FSDP2, 2 processes",
+        "adapters:lora_fsdp2",
+        2,
+        kind="lora",
+        needs=("peft",),
+    ),
+    Stack("DDP, 2 processes", "sharded:ddp", 2),
+    Stack("Accelerate, DDP, 2 processes", "libraries:accelerate", 2),
+    Stack("Trainer, DDP, 2 processes", "libraries:trainer", 2),
+    Stack("FSDP2, 2 processes", "sharded:fsdp2", 2, fast=True),
+    Stack("FSDP2, 2 processes, uneven shards", "sharded:fsdp2", 2, shapes="uneven", fast=True),
+    Stack("FSDP2, 2 processes, large tensors", "sharded:fsdp2", 2, shapes="large"),
+    Stack("FSDP2, 4 processes", "sharded:fsdp2", 4),
+    Stack("FSDP2, 4 processes, uneven shards", "sharded:fsdp2", 4, shapes="uneven"),
+    *_lossy(
+        "FSDP2, 2 processes, bfloat16 with float32 reduction",
+        "sharded:fsdp2",
+        processes=2,
+        options={"mixed": True},
+    ),
+    Stack("FSDP2, 2 processes, CPU offload", "sharded:fsdp2", 2, options={"offload": True}),
+    Stack("Accelerate, FSDP2, 2 processes", "libraries:accelerate", 2, options={"fsdp": 2}),
+    Stack("Trainer, FSDP2, 2 processes", "libraries:trainer", 2, options={"fsdp": 2}),
+    Stack("FSDP1 use_orig_params, 2 processes", "sharded:fsdp1", 2),
+    Stack("FSDP1 use_orig_params, 2 processes, uneven shards", "sharded:fsdp1", 2, "uneven"),
+    Stack("FSDP1 use_orig_params, 4 processes, uneven shards", "sharded:fsdp1", 4, "uneven"),
+    *(
+        Stack(
+            f"DeepSpeed ZeRO-{stage}, 2 processes",
+            "sharded:zero",
+            2,
+            environment=_DEEPSPEED,
+            needs=("deepspeed",),
+            options={"stage": stage},
+        )
+        for stage in (1, 2, 3)
+    ),
+    Stack(
+        "DeepSpeed ZeRO-3, 2 processes, uneven shards",
+        "sharded:zero",
+        2,
+        "uneven",
+        environment=_DEEPSPEED,
+        needs=("deepspeed",),
+        options={"stage": 3},
+    ),
+    *(
+        Stack(
+            f"Trainer, DeepSpeed ZeRO-{stage}, 2 processes",
+            "libraries:trainer",
+            2,
+            environment=_DEEPSPEED,
+            needs=("deepspeed",),
+            options={"zero": stage},
+        )
+        for stage in (2, 3)
+    ),
+)
+BY_NAME = {stack.name: stack for stack in STACKS}

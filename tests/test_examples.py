@@ -1,0 +1,97 @@
+"""Every example runs as it stands, as a process of its own, and says where λ has come to."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from drift_fast.integrations.settings import Settings
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+NEEDS = {
+    "accelerate_loop": ["accelerate"],
+    "trainer": ["accelerate"],
+    "trl_sft": ["trl", "datasets"],
+    "lightning_module": ["lightning"],
+}
+# Modules that examples share, or that others of this folder's owners test.
+SHARED = {"tiny"}
+
+
+def run(command: list[str]) -> str:
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=EXAMPLES,
+        env=dict(os.environ, OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1"),
+        timeout=280,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def assert_moved(output: str) -> None:
+    progress = [float(value) for value in re.findall(r"^λ after .*: (-?[0-9.]+)$", output, re.M)]
+    assert progress, output
+    assert all(0.0 < value < 2.0 for value in progress), output
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "plain_loop",
+        "autocast_gradscaler",
+        "accelerate_loop",
+        "trainer",
+        "trl_sft",
+        "lightning_module",
+        "compile",
+        "gradient_checkpointing",
+        "optimizers",
+    ],
+)
+@pytest.mark.slow
+def test_an_example_runs_and_moves_along_the_delta(name: str) -> None:
+    pytest.importorskip("transformers")
+    for package in NEEDS.get(name, []):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
+    assert_moved(run([f"{name}.py"]))
+
+
+@pytest.mark.slow
+def test_the_example_of_two_processes_runs() -> None:
+    pytest.importorskip("transformers")
+    assert_moved(
+        run(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "ddp.py"])
+    )
+
+
+def test_the_configuration_examples_hold_settings_that_exist() -> None:
+    yaml = pytest.importorskip("yaml")
+    found = sorted(EXAMPLES.glob("*/*.yaml"))
+    checked = []
+    for file in found:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        section = content if file.name == "drift.yaml" else content.get("drift_fast")
+        if section is not None:
+            assert Settings.from_mapping(section, origin=str(file)).options
+            checked.append(file.parent.name)
+    assert sorted(checked) == ["axolotl", "llamafactory", "swift", "verl"]
+
+
+def test_the_index_names_every_example() -> None:
+    index = (EXAMPLES / "README.md").read_text(encoding="utf-8")
+    present = {file.stem for file in EXAMPLES.glob("*.py")} - SHARED
+    present |= {folder.name for folder in EXAMPLES.iterdir() if (folder / "README.md").is_file()}
+    missing = [name for name in sorted(present) if f"{name}" not in index]
+    assert not missing
+    assert json.dumps(sorted(present))

@@ -1,0 +1,923 @@
+"""Injection into LoRA and QLoRA models: Δ pulled back onto the factors.
+
+Owns: parity with the equations restated here, what is injected beside adapters (copies, biases),
+and what is refused. The factors and scalings are read off names and stated numbers, not off PEFT.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import drift_fast
+import reference
+from injection_models import (
+    ARITHMETIC,
+    ATTENTION,
+    MLP,
+    Backbone,
+    arithmetic,
+    delta_towards,
+    gradients_of,
+    moved_text,
+    perturbed,
+    regression_batch,
+    regression_loss,
+    saved,
+    text_batch,
+    text_loss,
+    tiny_qwen2,
+    tiny_qwen2_5_vl,
+    weights_of,
+)
+from reference import Array, exact
+
+peft = pytest.importorskip("peft")
+
+ALL = [*ATTENTION, *MLP]
+SCALES = (*reference.SCALES, "project")
+RANK, LORA_ALPHA = 3, 6
+PLAIN = {"default": LORA_ALPHA / RANK}
+
+
+def adapted(model: nn.Module, *, seed: int = 4, **options: Any) -> Any:
+    """Put adapters with factors that are not zero into a model."""
+    options = {"r": RANK, "lora_alpha": LORA_ALPHA, "target_modules": ALL} | options
+    options = {"init_lora_weights": False} | options
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return peft.get_peft_model(model, peft.LoraConfig(**options))
+
+
+# --- the equations ----------------------------------------------------------------------------
+
+
+def factor_names(model: nn.Module, weight: str, adapter: str) -> tuple[str, str]:
+    """The names of A and B of the weight that a delta calls `weight`."""
+    module = weight.removesuffix(".weight")
+    pattern = re.compile(
+        rf"(^|\.){re.escape(module)}\.lora_(embedding_)?([AB])\.{adapter}(\.weight)?"
+    )
+    found = {m.group(3): n for n, _ in model.named_parameters() if (m := pattern.search(n))}
+    return found["A"], found["B"]
+
+
+def pulled_back(
+    weights: Mapping[str, Any], names: tuple[str, str], delta: Array, scaling: float
+) -> dict[str, Array]:
+    """∂W/∂(A, B) applied to Δ, for W = W₀ + s·B·A; Δ of shape [out, in]."""
+    a, b = (exact(weights[name]) for name in names)
+    return {names[0]: scaling * b.T @ delta, names[1]: scaling * delta @ a.T}
+
+
+def coefficient(g: Array, d: Array, *, alpha: float, scale: str) -> float:
+    if scale == "project":
+        return alpha * max(float(g @ d), 0.0) / reference.norm(d) ** 2 if np.any(d) else 0.0
+    return reference.coefficient(g, d, alpha=alpha, scale=scale)
+
+
+def expected_gradients(
+    model: nn.Module,
+    gradients: Mapping[str, torch.Tensor],
+    deltas: Mapping[str, Any],
+    scalings: Mapping[str, float] = PLAIN,
+    *,
+    alpha: float = 1.0,
+    scale: str = "adaptive",
+    transposed: tuple[str, ...] = (),
+) -> dict[str, tuple[Array, float]]:
+    """Return g − c·Δ̃ of every factor, and the size of the two terms, by the equations."""
+    weights = dict(model.named_parameters())
+    expected = {}
+    for weight, stored in deltas.items():
+        delta = exact(stored)
+        delta = delta.T if any(part in weight for part in transposed) else delta
+        direction: dict[str, Array] = {}
+        for adapter, scaling in scalings.items():
+            names = factor_names(model, weight, adapter)
+            direction |= pulled_back(weights, names, delta, scaling)
+        g = np.concatenate([exact(gradients[name]).ravel() for name in direction])
+        d = np.concatenate([part.ravel() for part in direction.values()])
+        c = coefficient(g, d, alpha=alpha, scale=scale)
+        full = "gradnorm" if scale in ("adaptive", "project") else scale
+        largest = abs(coefficient(g, d, alpha=alpha, scale=full))
+        for name, part in direction.items():
+            size = reference.norm(exact(gradients[name])) + largest * reference.norm(part)
+            expected[name] = exact(gradients[name]) - c * part, size
+    return expected
+
+
+def worst_error(model: nn.Module, expected: Mapping[str, tuple[Array, float]]) -> float:
+    """The largest error of a factor's gradient, relative to the terms it is the difference of."""
+    found = gradients_of(model)
+    errors = [
+        reference.norm(exact(found[name]) - value) / (size or 1.0)
+        for name, (value, size) in expected.items()
+    ]
+    return max(errors)
+
+
+def weights_in(delta: drift_fast.Delta) -> dict[str, torch.Tensor]:
+    return {name: delta[name] for name in delta if name.endswith(".weight")}
+
+
+def backward(model: nn.Module, *, seed: int = 1) -> dict[str, torch.Tensor]:
+    width = next(m for m in model.modules() if hasattr(m, "in_features")).in_features
+    regression_loss(model, regression_batch(width=width, seed=seed)).backward()
+    return gradients_of(model)
+
+
+@pytest.fixture
+def delta(tmp_path: Path) -> drift_fast.Delta:
+    return delta_towards(tmp_path, Backbone(), modules=("attn", "mlp"))
+
+
+# --- parity -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    # An accelerator takes no float64.
+    [("host", torch.float32), ("host", torch.float64), ("device", torch.float32)],
+)
+def test_the_joint_gradient_of_the_factors_follows_the_equations(
+    delta: drift_fast.Delta, scale: str, kind: str, dtype: torch.dtype
+) -> None:
+    model = adapted(Backbone().to(dtype))
+    gradients = backward(model)
+    with arithmetic(kind), drift_fast.Injection(model, delta, scale=scale, alpha=0.7) as injection:
+        injection.step()
+        assert injection.injected == 14
+        assert injection.skipped == 0
+    expected = expected_gradients(model, gradients, weights_in(delta), alpha=0.7, scale=scale)
+    assert len(expected) == 28
+    assert worst_error(model, expected) < 2e-6
+    # The control: factors pulled back without their scaling are far from that.
+    unscaled = expected_gradients(
+        model, gradients, weights_in(delta), {"default": 1.0}, alpha=0.7, scale="absolute"
+    )
+    if scale == "absolute":
+        assert worst_error(model, unscaled) > 1e-2
+    untouched = gradients.keys() - expected.keys()
+    found = gradients_of(model)
+    assert all(torch.equal(found[name], gradients[name]) for name in untouched)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@ARITHMETIC
+def test_several_adapters_of_other_ranks_share_one_coefficient(
+    delta: drift_fast.Delta, scale: str, kind: str
+) -> None:
+    model = adapted(Backbone())
+    other = peft.LoraConfig(
+        r=2, lora_alpha=5, target_modules=["q_proj", "down_proj"], init_lora_weights=False
+    )
+    model.add_adapter("other", other)
+    model.base_model.set_adapter(["default", "other"])
+    gradients = backward(model)
+    with arithmetic(kind), drift_fast.Injection(model, delta, scale=scale) as injection:
+        injection.step()
+        assert injection.injected == 14
+    both = {n: d for n, d in weights_in(delta).items() if "q_proj" in n or "down_proj" in n}
+    rest = {n: d for n, d in weights_in(delta).items() if n not in both}
+    two = PLAIN | {"other": 5 / 2}
+    expected = expected_gradients(model, gradients, both, two, scale=scale)
+    assert len(expected) == 4 * len(both)
+    assert worst_error(model, expected) < 2e-6
+    assert worst_error(model, expected_gradients(model, gradients, rest, scale=scale)) < 2e-6
+    if scale != "absolute":
+        # Each adapter by itself would get another coefficient.
+        apart = expected_gradients(model, gradients, both, PLAIN, scale=scale)
+        assert worst_error(model, apart) > 1e-3
+
+
+def test_an_adapter_that_is_not_active_is_left_alone(delta: drift_fast.Delta) -> None:
+    model = adapted(Backbone())
+    model.add_adapter("other", peft.LoraConfig(r=2, target_modules=ALL, init_lora_weights=False))
+    gradients = backward(model)
+    with drift_fast.Injection(model, delta) as injection:
+        injection.step()
+    expected = expected_gradients(model, gradients, weights_in(delta))
+    assert worst_error(model, expected) < 2e-6
+    assert not any(".other." in name for name in gradients_of(model))
+
+
+def test_rank_stabilised_scaling_is_followed(delta: drift_fast.Delta) -> None:
+    model = adapted(Backbone(), use_rslora=True)
+    gradients = backward(model)
+    with drift_fast.Injection(model, delta, scale="absolute") as injection:
+        injection.step()
+    scalings = {"default": LORA_ALPHA / math.sqrt(RANK)}
+    expected = expected_gradients(model, gradients, weights_in(delta), scalings, scale="absolute")
+    assert worst_error(model, expected) < 2e-6
+
+
+def test_a_scaling_that_is_set_between_steps_is_followed(delta: drift_fast.Delta) -> None:
+    model = adapted(Backbone())
+    injection = drift_fast.Injection(model, delta, scale="absolute")
+    backward(model)
+    injection.step()
+    model.zero_grad()
+    for module in model.modules():
+        if hasattr(module, "set_scale"):
+            module.set_scale("default", 0.5)
+    gradients = backward(model)
+    injection.step()
+    scalings = {"default": 0.5 * LORA_ALPHA / RANK}
+    expected = expected_gradients(model, gradients, weights_in(delta), scalings, scale="absolute")
+    assert worst_error(model, expected) < 2e-6
+
+
+@pytest.mark.parametrize("frozen", ["lora_A", "lora_B"])
+def test_a_factor_that_is_frozen_takes_no_part(delta: drift_fast.Delta, frozen: str) -> None:
+    model = adapted(Backbone())
+    for name, parameter in model.named_parameters():
+        if frozen in name:
+            parameter.requires_grad_(False)
+    gradients = backward(model)
+    with drift_fast.Injection(model, delta, scale="gradnorm") as injection:
+        injection.step()
+    weights = dict(model.named_parameters())
+    for weight, own in weights_in(delta).items():
+        names = factor_names(model, weight, "default")
+        (name,) = (name for name in names if frozen not in name)
+        direction = pulled_back(weights, names, exact(own), PLAIN["default"])[name]
+        wanted = reference.inject(gradients[name], direction, alpha=1.0, scale="gradnorm")
+        found = exact(gradients_of(model)[name])
+        assert reference.norm(found - wanted) < 4e-6 * reference.norm(wanted)
+
+
+def test_weights_that_are_stored_transposed_are_followed(tmp_path: Path) -> None:
+    from transformers.pytorch_utils import Conv1D
+
+    model = Backbone()
+    for layer in model.model.layers:
+        layer.mlp.up_proj = Conv1D(10, 6)
+        nn.init.normal_(layer.mlp.up_proj.weight)
+    delta = delta_towards(tmp_path, model, modules="re:up_proj.weight|down_proj.weight")
+    model = adapted(model, target_modules=["up_proj", "down_proj"])
+    gradients = backward(model)
+    with drift_fast.Injection(model, delta) as injection:
+        injection.step()
+        assert injection.injected == 4
+        assert injection.metrics()["progress"] == 0.0
+    expected = expected_gradients(model, gradients, weights_in(delta), transposed=("up_proj",))
+    assert worst_error(model, expected) < 2e-6
+
+
+def test_half_precision_factors_get_the_push_in_float32(delta: drift_fast.Delta) -> None:
+    model = adapted(Backbone()).to(torch.bfloat16)
+    gradients = backward(model)
+    with drift_fast.Injection(model, delta, scale="gradnorm") as injection:
+        injection.step()
+    expected = expected_gradients(model, gradients, weights_in(delta), scale="gradnorm")
+    assert worst_error(model, expected) < 2.0**-8
+
+
+def test_accumulated_micro_batches_are_injected_into_once(delta: drift_fast.Delta) -> None:
+    model = adapted(Backbone())
+    injection = drift_fast.Injection(model, delta)
+    for seed in range(4):
+        gradients = backward(model, seed=seed)
+    injection.step()
+    assert worst_error(model, expected_gradients(model, gradients, weights_in(delta))) < 2e-6
+
+
+@pytest.mark.parametrize("bound", [None, 200])
+@pytest.mark.parametrize("residency", ["device", "device-int8", "host", "host-int8", "disk"])
+@ARITHMETIC
+def test_every_residency_gives_the_same_gradients(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    residency: str,
+    kind: str,
+    bound: int | None,
+) -> None:
+    """Wide enough not to be kept as small tensors; `bound` makes the blocks and runs many."""
+    if bound is not None:
+        monkeypatch.setattr("drift_fast.inject.lora_group._BLOCK_ON_CPU", 16 * 600)
+        monkeypatch.setattr("drift_fast.inject.lora_group._ROOM", bound)
+    model = adapted(Backbone(width=64, inner=600), target_modules=list(MLP))
+    stored = delta_towards(
+        tmp_path,
+        Backbone(width=64, inner=600),
+        modules="mlp",
+        dtype="bfloat16",
+        out=tmp_path / "delta",
+    )
+    gradients = backward(model)
+    with (
+        arithmetic(kind),
+        drift_fast.Injection(
+            model, stored, residency=residency, prefetch=4 * 64 * 600
+        ) as injection,
+    ):
+        # On a CPU host memory is where gradients are.
+        assert injection.residency == ("device" if residency == "host" else residency)
+        for _ in range(2):
+            for name, gradient in gradients.items():
+                model.get_parameter(name).grad = gradient.clone()
+            injection.step()
+    error = worst_error(model, expected_gradients(model, gradients, weights_in(stored)))
+    assert error < (2e-2 if "int8" in residency else 2e-6)
+    if "int8" in residency:
+        assert error > 1e-5
+
+
+# --- what else an adapted model trains --------------------------------------------------------
+
+
+@pytest.fixture
+def text_delta(tmp_path: Path) -> drift_fast.Delta:
+    text = tiny_qwen2()
+    return drift_fast.compute_delta(
+        saved(moved_text(text), tmp_path / "expert"),
+        saved(text, tmp_path / "base"),
+        modules="all",
+        rows="index",
+        dtype="float32",
+    )
+
+
+def test_copies_of_modules_to_save_are_injected_into_plainly(
+    text_delta: drift_fast.Delta,
+) -> None:
+    model = adapted(
+        tiny_qwen2(),
+        target_modules=[*ALL, "embed_tokens"],
+        modules_to_save=["lm_head", "input_layernorm", "post_attention_layernorm", "norm"],
+    )
+    text_loss(model).backward()
+    gradients = gradients_of(model)
+    injection = drift_fast.Injection(model, text_delta, scale="gradnorm")
+    injection.step()
+    assert injection.skipped == 0
+    copies = {name for name in gradients if "modules_to_save" in name}
+    assert len(copies) == 6
+    for name in copies:
+        own = text_delta[
+            name.removeprefix("base_model.model.").replace("modules_to_save.default.", "")
+        ]
+        reference.assert_follows_reference(
+            gradients_of(model)[name], gradients[name], own, alpha=1.0, scale="gradnorm", label=name
+        )
+    assert copies <= set(injection.targets)
+    aside = dict(injection.coverage.unmatched_multimodal)
+    assert "frozen original" in aside["base_model.model.lm_head.original_module.weight"]
+    weights = {
+        n: d for n, d in weights_in(text_delta).items() if "norm" not in n and "head" not in n
+    }
+    expected = expected_gradients(
+        model, gradients, weights, scale="gradnorm", transposed=("embed_tokens",)
+    )
+    assert len(expected) == 2 * 15
+    assert worst_error(model, expected) < 2e-5
+
+
+def test_frozen_biases_beside_adapted_weights_are_left_out_and_listed(
+    delta: drift_fast.Delta,
+) -> None:
+    injection = drift_fast.Injection(adapted(Backbone()), delta)
+    reasons = [r for name, r in injection.coverage.unmatched_reasoning if name.endswith("bias")]
+    assert len(reasons) == 6
+    assert all("LoRA trains no biases" in reason for reason in reasons)
+    assert injection.coverage.fraction < 1.0
+    assert not any(name.endswith("bias") for name in injection.targets)
+    injection.remove()
+    with pytest.raises(drift_fast.CoverageError, match="biases"):
+        drift_fast.Injection(adapted(Backbone()), delta, min_coverage=1.0)
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_biases_that_train_are_injected_into_plainly(delta: drift_fast.Delta, bias: str) -> None:
+    model = adapted(Backbone(), bias=bias)
+    gradients = backward(model)
+    injection = drift_fast.Injection(model, delta)
+    injection.step()
+    assert injection.injected == 14 + 6
+    assert injection.coverage.fraction == 1.0
+    for name, own in delta.items():
+        if name.endswith("bias"):
+            runtime = f"base_model.model.{name.removesuffix('.bias')}.base_layer.bias"
+            reference.assert_follows_reference(
+                gradients_of(model)[runtime], gradients[runtime], own, alpha=1.0, scale="adaptive"
+            )
+
+
+def test_weights_without_an_adapter_are_refused_or_listed(delta: drift_fast.Delta) -> None:
+    model = adapted(Backbone(), target_modules=["q_proj", "v_proj"])
+    with pytest.raises(drift_fast.DriftError, match="target_modules") as caught:
+        drift_fast.Injection(model, delta)
+    assert "k_proj.weight" in str(caught.value)
+    injection = drift_fast.Injection(model, delta, strict=False)
+    assert len(injection.targets) == 4
+    reasons = dict(injection.coverage.unmatched_reasoning)
+    assert "no adapter" in reasons["model.layers.0.self_attn.k_proj.weight"]
+    listed = dict(injection.coverage.unmatched_multimodal)
+    assert "no adapter" in listed["base_model.model.model.layers.1.mlp.up_proj.weight"]
+    injection.remove()
+    drift_fast.Injection(model, delta, modules="re:(q|v)_proj").remove()
+
+
+def test_a_vision_language_model_is_matched_in_its_language_backbone_only(
+    tmp_path: Path,
+) -> None:
+    text = tiny_qwen2()
+    model = tiny_qwen2_5_vl(text=text)
+    delta = drift_fast.compute_delta(
+        saved(moved_text(text), tmp_path / "expert"), saved(model, tmp_path / "multimodal")
+    )
+    wrapped = adapted(model, target_modules=r".*language_model.*_proj")
+    found = drift_fast.match_parameters(wrapped, delta)
+    assert len(found) == 14
+    for name, source in found.items():
+        assert "language_model" in name, name
+        assert name.endswith(".base_layer.weight"), name
+        assert name.split(".layers.")[1].replace("base_layer.", "") == source.split(".layers.")[1]
+
+
+def test_compiled_and_nested_wrappers_do_not_hide_the_adapters(delta: drift_fast.Delta) -> None:
+    model = torch.compile(adapted(Backbone()), backend="eager")
+    injection = drift_fast.Injection(model, delta)
+    assert len(injection.targets) == 14
+    assert all(name.startswith("_orig_mod.base_model.") for name in injection.targets)
+
+
+# --- progress ---------------------------------------------------------------------------------
+
+
+def effective(model: nn.Module, delta: drift_fast.Delta) -> dict[str, Array]:
+    """W₀ + s·B·A of every weight in the delta, by its name there."""
+    weights = dict(model.named_parameters())
+    result = {}
+    for name in weights_in(delta):
+        a, b = (exact(weights[one]) for one in factor_names(model, name, "default"))
+        base = next(n for n in weights if n.endswith(name.replace(".weight", ".base_layer.weight")))
+        result[name] = exact(weights[base]) + PLAIN["default"] * b @ a
+    return result
+
+
+@pytest.mark.parametrize("init", [True, False, "pissa", "olora"])
+@ARITHMETIC
+def test_progress_is_that_of_the_whole_weights(
+    tmp_path: Path, delta: drift_fast.Delta, init: bool | str, kind: str
+) -> None:
+    model = adapted(Backbone(), init_lora_weights=init)
+    start = effective(model, delta)
+    with arithmetic(kind):
+        injection = drift_fast.Injection(model, delta, scale="gradnorm", alpha=2.0)
+    assert injection.metrics()["progress"] == 0.0
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    for step in range(5):
+        optimizer.zero_grad()
+        backward(model, seed=step)
+        injection.step()
+        optimizer.step()
+    overall, each = reference.progress(effective(model, delta), start, weights_in(delta))
+    assert overall > 1e-3
+    metrics = injection.metrics()
+    assert metrics["progress"] == pytest.approx(overall, rel=1e-3, abs=1e-5)
+    for name, value in each.items():
+        module = name.removesuffix(".weight")
+        found = metrics[f"progress/base_model.model.{module}.base_layer.weight"]
+        assert found == pytest.approx(value, rel=1e-3, abs=1e-5)
+    assert 0 < metrics["relative_push"] < 10
+
+
+def test_a_resumed_run_counts_progress_from_where_the_first_began(
+    tmp_path: Path, delta: drift_fast.Delta
+) -> None:
+    model = adapted(Backbone())
+    injection = drift_fast.Injection(model, delta)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-1)
+    backward(model)
+    injection.step()
+    optimizer.step()
+    before, state = injection.metrics()["progress"], injection.state_dict()
+    assert before > 0
+    injection.remove()
+    again = drift_fast.Injection(model, delta)
+    assert again.metrics()["progress"] == 0.0
+    again.load_state_dict(state)
+    assert again.metrics()["progress"] == pytest.approx(before, rel=1e-5)
+
+
+def test_a_cap_on_progress_stops_adapted_weights(delta: drift_fast.Delta) -> None:
+    model = adapted(Backbone())
+    injection = drift_fast.Injection(
+        model, delta, scale="gradnorm", progress_cap=0.02, look_ahead=0.0
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=5e-2)
+    for step in range(60):
+        optimizer.zero_grad()
+        backward(model, seed=step)
+        injection.step()
+        optimizer.step()
+    assert injection.metrics()["stopped"] > 0
+
+
+# --- factors that are zero --------------------------------------------------------------------
+
+
+def test_a_new_adapter_is_pushed_through_b_alone(delta: drift_fast.Delta) -> None:
+    model = adapted(Backbone(), init_lora_weights=True)
+    gradients = backward(model)
+    with drift_fast.Injection(model, delta) as injection:
+        injection.step()
+        assert injection.skipped == 0
+        metrics = injection.metrics()
+    found = gradients_of(model)
+    for name, gradient in found.items():
+        if "lora_A" in name:
+            assert not gradient.any(), name
+        elif "lora_B" in name:
+            assert not torch.equal(gradient, gradients[name]), name
+    assert sum(key.startswith("cosine/") for key in metrics) == 14
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@ARITHMETIC
+def test_factors_that_are_all_zero_are_not_pushed_and_not_an_error(
+    delta: drift_fast.Delta, scale: str, kind: str
+) -> None:
+    model = adapted(Backbone())
+    zero = [
+        parameter
+        for name, parameter in model.named_parameters()
+        if "lora_" in name and "layers.0.mlp.up_proj" in name
+    ]
+    assert len(zero) == 2
+    for parameter in zero:
+        parameter.data.zero_()
+    gradients = backward(model)
+    with (
+        arithmetic(kind),
+        drift_fast.Injection(model, delta, scale=scale, max_push=1.0) as injection,
+    ):
+        injection.step()
+        assert injection.skipped == 0
+        metrics = injection.metrics()
+    found = gradients_of(model)
+    assert all(not parameter.grad.any() for parameter in zero)  # type: ignore[union-attr]
+    name = "base_model.model.model.layers.0.mlp.up_proj.base_layer.weight"
+    assert f"cosine/{name}" not in metrics
+    assert math.isfinite(metrics["relative_push"])
+    moved = [n for n in found if "lora_" in n and not torch.equal(found[n], gradients[n])]
+    assert scale == "project" or len(moved) == 26
+
+
+@ARITHMETIC
+def test_a_gradient_that_is_not_finite_is_left_alone_and_counted(
+    delta: drift_fast.Delta, kind: str
+) -> None:
+    model = adapted(Backbone())
+    backward(model)
+    name = "base_model.model.model.layers.1.self_attn.v_proj.lora_A.default.weight"
+    model.get_parameter(name).grad[0, 0] = math.inf
+    gradients = gradients_of(model)
+    with arithmetic(kind), drift_fast.Injection(model, delta) as injection:
+        injection.step()
+        assert injection.skipped == 1
+        assert injection.injected == 13
+    other = name.replace("lora_A", "lora_B")
+    assert torch.equal(gradients_of(model)[other], gradients[other])
+
+
+# --- the watchdog and the account -------------------------------------------------------------
+
+
+def test_an_optimizer_step_without_injection_is_refused(delta: drift_fast.Delta) -> None:
+    model = adapted(Backbone())
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    injection = drift_fast.Injection(model, delta, optimizer=optimizer)
+    backward(model)
+    with pytest.raises(drift_fast.DriftError, match="nothing was injected"):
+        optimizer.step()
+    injection.step()
+    optimizer.step()
+
+
+def test_an_optimizer_without_one_kind_of_factor_is_refused(delta: drift_fast.Delta) -> None:
+    model = adapted(Backbone())
+    some = [p for name, p in model.named_parameters() if p.requires_grad and "lora_B" not in name]
+    with pytest.raises(drift_fast.DriftError, match="not in the optimizer"):
+        drift_fast.Injection(model, delta, optimizer=torch.optim.AdamW(some))
+
+
+def test_a_second_attachment_is_refused_until_the_first_is_removed(
+    delta: drift_fast.Delta,
+) -> None:
+    model = adapted(Backbone())
+    first = drift_fast.Injection(model, delta)
+    with pytest.raises(drift_fast.DriftError, match="already"):
+        drift_fast.Injection(model, delta)
+    first.remove()
+    drift_fast.Injection(model, delta).remove()
+
+
+def test_a_layer_without_a_gradient_is_refused_or_counted(delta: drift_fast.Delta) -> None:
+    model = adapted(Backbone())
+    backward(model)
+    model.get_parameter(
+        factor_names(model, next(iter(weights_in(delta))), "default")[0]
+    ).grad = None
+    with (
+        drift_fast.Injection(model, delta) as injection,
+        pytest.raises(drift_fast.DriftError, match="no gradient"),
+    ):
+        injection.step()
+    with drift_fast.Injection(model, delta, strict=False) as injection:
+        injection.step()
+        assert (injection.injected, injection.skipped) == (13, 1)
+
+
+# --- refusals ---------------------------------------------------------------------------------
+
+
+def merged(model: Any) -> None:
+    model.merge_adapter()
+
+
+def disabled(model: Any) -> None:
+    model.base_model.disable_adapter_layers()
+
+
+def inactive(model: Any) -> None:
+    model.base_model.set_adapter([])
+
+
+def frozen(model: Any) -> None:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" not in name and parameter.requires_grad)
+
+
+def unfrozen(model: Any) -> None:
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (merged, "unmerge_adapter"),
+        (disabled, "disabled"),
+        (inactive, "set_adapter"),
+        (frozen, "is_trainable"),
+        (unfrozen, "beside its adapters"),
+    ],
+)
+def test_an_adapter_that_does_not_train_by_itself_is_refused(
+    delta: drift_fast.Delta, change: Callable[[Any], None], match: str
+) -> None:
+    model = adapted(Backbone())
+    change(model)
+    with pytest.raises(drift_fast.DriftError, match=match):
+        drift_fast.Injection(model, delta)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"use_dora": True, "init_lora_weights": True}, "DoRA"),
+        ({"init_lora_weights": "mica"}, "MiCA"),
+    ],
+)
+def test_variants_of_lora_are_refused_by_name(
+    delta: drift_fast.Delta, options: dict[str, Any], match: str
+) -> None:
+    with pytest.raises(drift_fast.DriftError, match=match):
+        drift_fast.Injection(adapted(Backbone(), **options), delta)
+
+
+@pytest.mark.parametrize("kind", ["AdaLora", "LoHa", "LoKr", "IA3", "OFT", "Vera"])
+def test_other_adapters_are_refused_by_name(delta: drift_fast.Delta, kind: str) -> None:
+    options: dict[str, Any] = {"target_modules": ["up_proj", "gate_proj"]}
+    options |= {
+        "AdaLora": {"total_step": 10},
+        "IA3": {"feedforward_modules": []},
+        "OFT": {"oft_block_size": 2},
+    }.get(kind, {})
+    model = peft.get_peft_model(Backbone(), getattr(peft, f"{kind}Config")(**options))
+    with pytest.raises(drift_fast.DriftError, match=rf"(?i){kind}.*use LoRA"):
+        drift_fast.Injection(model, delta, modules="mlp", strict=False)
+
+
+def test_adapters_of_bare_parameters_are_refused_by_name(tmp_path: Path) -> None:
+    model = peft.get_peft_model(
+        Backbone(), peft.LoraConfig(target_modules=[], target_parameters=["up_proj.weight"])
+    )
+    delta = delta_towards(tmp_path, Backbone(), modules="re:up_proj")
+    with pytest.raises(drift_fast.DriftError, match="ParamWrapper"):
+        drift_fast.Injection(model, delta)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"scope": "microbatch"}, {"overlap": True}, {"scale": "absolute", "rescale": "weight"}],
+)
+def test_options_without_meaning_for_adapters_are_refused(
+    delta: drift_fast.Delta, options: dict[str, Any]
+) -> None:
+    with pytest.raises(drift_fast.DriftError, match="adapted weight"):
+        drift_fast.Injection(adapted(Backbone()), delta, **options)
+
+
+@pytest.mark.parametrize(
+    ("mark", "by"), [("ds_id", "ZeRO"), ("_hp_mapping", "ZeRO"), ("device_mesh", "FSDP")]
+)
+def test_factors_that_are_sharded_are_refused(delta: drift_fast.Delta, mark: str, by: str) -> None:
+    model = adapted(Backbone())
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            setattr(parameter, mark, 0)
+    with pytest.raises(drift_fast.DriftError, match=f"sharded by {by}"):
+        drift_fast.Injection(model, delta)
+
+
+# --- 4 bits -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def quantised(tmp_path: Path) -> tuple[Any, drift_fast.Delta]:
+    """A model in 4 bits with adapters, and the delta of its unquantised checkpoint."""
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    text = tiny_qwen2(hidden_size=64, intermediate_size=128)
+    base = saved(text, tmp_path / "base")
+    moved = tiny_qwen2(hidden_size=64, intermediate_size=128)
+    moved.load_state_dict(perturbed(dict(text.state_dict()), seed=11))
+    delta = drift_fast.compute_delta(saved(moved, tmp_path / "expert"), base, dtype="float32")
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        base, quantization_config=settings, dtype=torch.float32, device_map={"": "cpu"}
+    )
+    return peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False), delta
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_a_model_in_four_bits_is_injected_into_along_the_unquantised_delta(
+    quantised: tuple[Any, drift_fast.Delta], scale: str
+) -> None:
+    base, delta = quantised
+    model = adapted(base)
+    packed = model.get_parameter("base_model.model.model.layers.0.mlp.up_proj.base_layer.weight")
+    assert packed.dtype == torch.uint8
+    text_loss(model).backward()
+    gradients = gradients_of(model)
+    injection = drift_fast.Injection(model, delta, scale=scale)
+    start = weights_of(model)
+    injection.step()
+    assert (injection.injected, injection.skipped) == (14, 0)
+    expected = expected_gradients(model, gradients, weights_in(delta), scale=scale)
+    assert worst_error(model, expected) < 2e-6
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    weights = dict(model.named_parameters())
+    moved, total = 0.0, 0.0
+    for name, own in weights_in(delta).items():
+        a, b = factor_names(model, name, "default")
+        after = exact(weights[b]) @ exact(weights[a])
+        before = exact(start[b]) @ exact(start[a])
+        moved += PLAIN["default"] * float(np.sum((after - before) * exact(own)))
+        total += float(np.sum(np.square(exact(own))))
+    # Both norms of A·B are far larger than their difference.
+    assert injection.metrics()["progress"] == pytest.approx(moved / total, rel=1e-3, abs=1e-6)
+
+
+def test_a_weight_in_four_bits_without_an_adapter_is_known_as_frozen(
+    quantised: tuple[Any, drift_fast.Delta],
+) -> None:
+    base, delta = quantised
+    model = adapted(base, target_modules=["q_proj"])
+    with pytest.raises(drift_fast.DriftError, match="target_modules"):
+        drift_fast.Injection(model, delta)
+
+
+# --- the Trainer ------------------------------------------------------------------------------
+
+
+def test_a_trainer_with_adapters_moves_along_the_delta_and_logs_it(
+    tmp_path: Path, text_delta: drift_fast.Delta
+) -> None:
+    import transformers
+
+    rows = text_batch(8, 8)
+    data = [{key: value[at] for key, value in rows.items()} for at in range(8)]
+
+    def run(*, inject: bool) -> tuple[float, list[float]]:
+        model = adapted(tiny_qwen2(), init_lora_weights=True)
+        arguments = transformers.TrainingArguments(
+            str(tmp_path / "run"),
+            max_steps=6,
+            learning_rate=5e-3,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+        )
+        trainer = transformers.Trainer(model, arguments, train_dataset=data)
+        delta = _Only(text_delta)
+        start = effective(model, delta)
+        if inject:
+            drift_fast.attach(trainer, delta, alpha=1.0)
+        trainer.train()
+        logged = [r["drift/progress"] for r in trainer.state.log_history if "drift/progress" in r]
+        overall, _ = reference.progress(effective(model, delta), start, weights_in(delta))
+        return overall, logged
+
+    without, _ = run(inject=False)
+    overall, logged = run(inject=True)
+    assert overall > without + 1e-3
+    assert len(logged) == 6
+    assert logged == sorted(logged)
+    assert logged[-1] == pytest.approx(overall, rel=1e-2)
+
+
+class _Only(dict):  # type: ignore[type-arg]
+    """The attention and MLP weights of a delta."""
+
+    def __init__(self, delta: drift_fast.Delta) -> None:
+        super().__init__({name: delta[name] for name in delta if "proj.weight" in name})
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(tensor.shape) for name, tensor in self.items()}
+
+
+# --- an accelerator ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("factors", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("scale", SCALES)
+def test_products_of_bfloat16_parts_are_those_of_the_factors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scale: str, factors: torch.dtype
+) -> None:
+    """What a GPU does with a delta in bfloat16, its product of two matrices played on the CPU."""
+    plain, seen = torch.mm, []
+
+    def mm(left: torch.Tensor, right: torch.Tensor, *, out_dtype: torch.dtype) -> torch.Tensor:
+        assert left.dtype == right.dtype == torch.bfloat16
+        seen.append(right.shape[1])
+        return plain(left.to(out_dtype), right.to(out_dtype))
+
+    delta = delta_towards(tmp_path, Backbone(), modules=("attn", "mlp"), dtype="bfloat16")
+    model = adapted(Backbone())
+    gradients = backward(model)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.to(factors)
+            parameter.grad = gradients[name].to(factors)
+    gradients = gradients_of(model)
+    monkeypatch.setattr(torch, "mm", mm)
+    monkeypatch.setattr("drift_fast.inject.lora_group._multiplies_parts", lambda device: True)
+    with arithmetic("device"), drift_fast.Injection(model, delta, scale=scale) as injection:
+        injection.step()
+    assert set(seen) == {RANK if factors == torch.bfloat16 else 3 * RANK}
+    expected = expected_gradients(model, gradients, weights_in(delta), scale=scale)
+    bound = {torch.float32: 2e-6, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+    assert worst_error(model, expected) < bound[factors]
+
+
+# --- and a real one ---------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("stored", ["bfloat16", "float32"])
+@pytest.mark.parametrize("factors", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", SCALES)
+def test_a_step_on_a_device_never_waits_and_is_exact_whatever_training_rounds_to(
+    tmp_path: Path, scale: str, factors: torch.dtype, stored: str
+) -> None:
+    width, inner = 64, 600
+    delta = delta_towards(tmp_path, Backbone(width=width, inner=inner), dtype=stored)
+    model = adapted(Backbone(width=width, inner=inner)).to(factors).cuda()
+    batch = [tensor.cuda() for tensor in regression_batch(width=width)]
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        injection = drift_fast.Injection(model, delta, scale=scale)
+        regression_loss(model, tuple(batch)).backward()
+        gradients = gradients_of(model)
+        torch.cuda.set_sync_debug_mode("error")
+        injection.step()
+        torch.cuda.set_sync_debug_mode("default")
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        torch.backends.cuda.matmul.fp32_precision = before
+    expected = expected_gradients(model, gradients, weights_in(delta), scale=scale)
+    assert worst_error(model, expected) < (1e-5 if factors == torch.float32 else 2.0**-8)
