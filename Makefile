@@ -7,7 +7,7 @@ SOURCES := pyproject.toml Cargo.toml Cargo.lock $(shell find rust -name '*.rs' -
 OLDEST_TESTS := $(addprefix tests/test_,$(addsuffix .py,families alignment trainer injection_names \
 	hub remote remote_delta))
 
-.PHONY: demo test test-slow test-oldest test-wheel families lint bench format clean
+.PHONY: demo test test-slow test-oldest test-wheel families parity lint bench format clean
 
 demo: .venv/built
 	$(BIN)/drift-fast demo --out demo-output
@@ -51,6 +51,10 @@ lint: .venv/built
 # Writes docs/families.md anew.
 families: .venv/built
 	$(BIN)/python docs/make_families.py
+
+# Writes docs/parity.md anew: every way of training, against one process in float64.
+parity: .venv/built
+	OMP_NUM_THREADS=1 $(BIN)/python docs/make_parity.py
 
 bench: .venv/built
 	$(BIN)/python benches/delta.py

@@ -41,6 +41,9 @@ from injection_models import (
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
+# The learning rate is meant to be absurd, and the forecast of λ says so.
+pytestmark = pytest.mark.filterwarnings("ignore::drift_fast.DriftWarning")
+
 RATE = 1e3
 OPTIONS: dict[str, Any] = {"alpha": 0.7, "scale": "adaptive"}
 
@@ -352,6 +355,7 @@ def verl_stand_in(monkeypatch: pytest.MonkeyPatch, network: torch.nn.Module) -> 
 
     # Of 0.9.1: initialize() builds module and optimizer, optimizer_step() clips and steps.
     class FSDPEngineWithLMHead:
+        rank = 0
         scaler = None
         optimizer_config = types.SimpleNamespace(clip_grad=0.01, total_training_steps=4)
 
@@ -387,7 +391,14 @@ def test_verls_engine_injects_before_it_clips(
     assert registered["vendor"] == "drift_fast"
     assert registered["backend"] == ["fsdp", "fsdp2"]
     (tmp_path / "drift.json").write_text(
-        json.dumps({"delta": "delta", "schedule": "linear", **OPTIONS})
+        json.dumps(
+            {
+                "delta": "delta",
+                "schedule": "linear",
+                "csv": str(tmp_path / "drift.csv"),
+                **OPTIONS,
+            }
+        )
     )
     monkeypatch.setenv("DRIFT_FAST_CONFIG", str(tmp_path / "drift.json"))
     engine = registered["engine"]()
@@ -401,6 +412,7 @@ def test_verls_engine_injects_before_it_clips(
     }
     assert_injected(found, plain, delta, clip=0.01)
     assert engine.injection.steps == 1
+    assert "1,progress," in (tmp_path / "drift.csv").read_text()
     engine.injection.remove()
 
 

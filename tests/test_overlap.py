@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gc
 import weakref
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -182,33 +181,30 @@ def test_checkpointed_layers_are_injected_once(delta: drift_fast.Delta, reentran
             sgd(model, lr=0.0).step()
 
 
-def test_several_groups_are_each_followed(delta: drift_fast.Delta, tmp_path: Path) -> None:
+def test_several_groups_are_each_followed(
+    delta: drift_fast.Delta, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is one for each device and way of sharding, as if layer 1 were elsewhere."""
+    original = drift_fast.inject.loading.load_groups
+
+    def split(members: Any, *rest: Any) -> Any:
+        parts: tuple[list[Any], list[Any]] = [], []
+        for member in members:
+            parts[".layers.1." in member[0].name].append(member)
+        (first, where), (second, _) = (original(part, *rest) for part in parts)
+        return first + second, where
+
     model = Gated()
-    with Injection(model, delta, overlap=True) as injection:
-        (group,) = injection._groups
-        odd = [at for at, t in enumerate(group.targets) if ".layers.1." in t.name]
-        assert odd
-    # Where a device or a way of sharding differs there is a group for each.
     expected = injected_once(delta)
-    with pytest.MonkeyPatch.context() as patches:
-        patches.setattr("drift_fast.inject.loading.Member", tuple)
-        original = drift_fast.inject.loading.load_groups
-
-        def split(members: Any, *rest: Any) -> Any:
-            first = [m for m in members if ".layers.1." in m[0].name]
-            second = [m for m in members if ".layers.1." not in m[0].name]
-            groups, where = original(first, *rest)
-            return groups + original(second, *rest)[0], where
-
-        patches.setattr("drift_fast.inject.injection.load_groups", split)
-        with Injection(model, delta, overlap=True) as injection:
-            assert len(injection._groups) == 2
-            for _ in range(2):
-                backward(model)
-                injection.step()
-                assert_same(gradients_of(model), expected)
-                assert injection.injected == len(injection.targets)
-                sgd(model, lr=0.0).step()
+    monkeypatch.setattr("drift_fast.inject.injection.load_groups", split)
+    with Injection(model, delta, overlap=True) as injection:
+        assert len(injection._groups) == 2
+        for _ in range(2):
+            backward(model)
+            injection.step()
+            assert_same(gradients_of(model), expected)
+            assert injection.injected == len(injection.targets)
+            sgd(model, lr=0.0).step()
 
 
 def test_a_scaler_s_factor_is_followed(delta: drift_fast.Delta) -> None:
@@ -286,6 +282,10 @@ def test_an_error_inside_accumulating_ends_it(delta: drift_fast.Delta) -> None:
         with pytest.raises(KeyError), injection.accumulating():
             raise KeyError
         backward(model)
+        # Within backward already.
+        plain = Gated()
+        backward(plain)
+        assert not torch.equal(model.get_parameter(UP).grad, plain.get_parameter(UP).grad)
         injection.step()
         assert_same(gradients_of(model), injected_once(delta))
 
@@ -353,31 +353,35 @@ def test_backward_that_broke_off_leaves_the_next_step_right(delta: drift_fast.De
 def test_what_a_given_up_step_made_ready_does_not_count_in_the_next(
     delta: drift_fast.Delta,
 ) -> None:
-    """Gradients may be finished in another order, or some of them not at all."""
-    model = Gated(layers=1)
-    with Injection(
-        model, delta, overlap=True, strict=False, modules=r"re:layers\.0\."
-    ) as injection:
-        overlap = injection._overlap
-        assert overlap is not None
-        (group,) = injection._groups
-        start, stop = group.store.buckets[0]
-        names = [target.name for target in group.targets[start:stop]]
-        hooks = {name: overlap._hook(0, 0, at) for at, name in enumerate(names, start)}
-        for name in names[:-1]:
-            parameter = model.get_parameter(name)
-            parameter.grad = torch.ones_like(parameter)
-            hooks[name](parameter)
-        model.zero_grad()
-        # The one that was still awaited comes first now.
-        for name in reversed(names):
-            parameter = model.get_parameter(name)
-            parameter.grad = torch.ones_like(parameter)
-            hooks[name](parameter)
-        injection.step()
-        for name in names:
-            parameter = model.get_parameter(name)
-            assert not torch.equal(parameter.grad, torch.ones_like(parameter)), name
+    """Gradients may be finished in another order than in the step before."""
+    found = []
+    for overlap in (True, False):
+        model = Gated(layers=1)
+        options: dict[str, Any] = {"strict": False, "modules": r"re:layers\.0\."}
+        with Injection(model, delta, overlap=overlap, **options) as injection:
+            (group,) = injection._groups
+            start, stop = group.store.buckets[0]
+            hooks = {}
+            for at in range(start, stop):
+                target = group.targets[at]
+                hook = injection._overlap._hook(0, 0, at) if overlap else lambda parameter: None
+                hooks[target.name] = hook
+
+            def finish(names: list[str], model: nn.Module = model, hooks: Any = hooks) -> None:
+                for name in names:
+                    parameter = model.get_parameter(name)
+                    parameter.grad = torch.ones_like(parameter)
+                    hooks[name](parameter)
+
+            names = list(hooks)
+            finish(names[:-1])
+            model.zero_grad()
+            # The one that was still awaited comes first now.
+            finish(names[::-1])
+            injection.step()
+            found.append(gradients_of(model))
+    assert len(found[0]) == 7
+    assert_same(*found)
 
 
 def test_another_branch_after_a_step_that_was_given_up_is_injected(
@@ -546,7 +550,7 @@ def test_several_processes_refuse_it(
 ) -> None:
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda *group: 2)
-    with pytest.raises(DriftError, match="several processes.*overlap=False"):
+    with pytest.raises(DriftError, match=r"several processes.*overlap=False"):
         Injection(Gated(), delta, overlap=True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda *group: 1)
     Injection(Gated(), delta, overlap=True).remove()

@@ -20,6 +20,9 @@ from injection_models import language_targets, moved_text, saved, tiny_qwen2
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
 
+# The learning rate is meant to be absurd, and the forecast of λ says so.
+pytestmark = pytest.mark.filterwarnings("ignore::drift_fast.DriftWarning")
+
 RATE = 1e3
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from drift_fast._core import __version__
-from drift_fast.combine import combine
+from drift_fast.combination import combine
 from drift_fast.delta import Delta, Report, compute_delta, inspect
 from drift_fast.errors import (
     AlignmentError,

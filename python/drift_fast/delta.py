@@ -474,9 +474,7 @@ class _Streamed:
         self._pairs = {pair.name: pair for pair in pairing.pairs}
         self.shapes = {name: pairing.shapes[name] for name in self._pairs}
 
-    def read_into(
-        self, name: str, buffer: Any, elements: tuple[int, int] | None = None
-    ) -> None:
+    def read_into(self, name: str, buffer: Any, elements: tuple[int, int] | None = None) -> None:
         source = self._pairs[name].source
         if elements is not None and not isinstance(source, str):
             # What is put together from parts is put together whole.
@@ -581,9 +579,7 @@ class _Stored:
             )
         self.shapes = {row.name: row.shape for row in stats}
 
-    def read_into(
-        self, name: str, buffer: Any, elements: tuple[int, int] | None = None
-    ) -> None:
+    def read_into(self, name: str, buffer: Any, elements: tuple[int, int] | None = None) -> None:
         self._checkpoint.read_into(name, buffer, elements=elements)
 
     def statistics(self, progress: ProgressCallback | None = None) -> Statistics:

@@ -160,8 +160,9 @@ class DeviceArithmetic:
             pack = self._pack(some)
             each = torch.stack([values[at] for at in small])
             moved = pack.flat(some) - pack.spread(each) * pack.flat([deltas[at] for at in small])
-            parts = torch.split(moved, pack.sizes)
-            torch._foreach_copy_(some, [part.to(t.dtype) for part, t in zip(parts, some)])  # noqa: B905
+            if len({tensor.dtype for tensor in some}) == 1:
+                moved = moved.to(some[0].dtype)
+            torch._foreach_copy_(some, list(torch.split(moved, pack.sizes)))
 
     def _norms_into(self, norm: torch.Tensor, tensors: Sequence[torch.Tensor]) -> None:
         """Write the norm of every tensor, all in one launch where torch can."""
@@ -171,7 +172,7 @@ class DeviceArithmetic:
         some = [tensors[at] for at in full]
         alike = len({tensor.dtype for tensor in some}) == 1
         if alike and norm.dtype == torch.float32 and _has_joint_norm(some[0]):
-            found = torch._foreach_norm(some, 2, dtype=norm.dtype)
+            found = list(torch._foreach_norm(some, 2, dtype=norm.dtype))
         else:
             found = [torch.linalg.vector_norm(tensor, dtype=norm.dtype) for tensor in some]
         _scatter(norm, full, torch.stack(found))
@@ -218,6 +219,9 @@ class DeviceArithmetic:
     def _pack(self, tensors: Sequence[torch.Tensor]) -> _Pack:
         sizes = tuple(tensor.numel() for tensor in tensors)
         if sizes not in self._packs:
+            # Gradients that are missing, now here, now there, make ever new packs.
+            if len(self._packs) >= 64:
+                self._packs.clear()
             self._packs[sizes] = _Pack(sizes, self.device)
         return self._packs[sizes]
 
@@ -272,17 +276,18 @@ def norm_of(tensor: torch.Tensor) -> float:
 
 def flat(tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor's elements in row-major order: its own memory where it is contiguous."""
-    return tensor.detach().contiguous().view(-1)
+    # A step asks for hundreds, and each call takes the host a microsecond or more.
+    return (tensor if tensor.is_contiguous() else tensor.contiguous()).view(-1)
 
 
 @contextlib.contextmanager
 def flattened(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
     """Give flat tensors to change in place; a transposed view gets a changed copy back."""
     flats = [flat(tensor) for tensor in tensors]
+    copies = [at for at, tensor in enumerate(tensors) if not tensor.is_contiguous()]
     yield flats
-    for tensor, changed in zip(tensors, flats, strict=True):
-        if changed.numel() and changed.data_ptr() != tensor.data_ptr():
-            tensor.copy_(changed.view(tensor.shape))
+    for at in copies:
+        tensors[at].copy_(flats[at].view(tensors[at].shape))
 
 
 def prepare(tensors: Sequence[torch.Tensor]) -> None:

@@ -267,7 +267,9 @@ class Injection:
         # What was injected inside backward has begun this step already.
         pushes = self._overlap.join() if self._overlap is not None else None
         try:
-            missing = self._check_gradients()
+            missing, refusal = self._check_gradients()
+            if refusal is not None and not any(group.sharded for group in self._groups):
+                raise refusal
             present = [t.parameter for t in self._targets if t.name not in missing]
             if pushes is None:
                 pushes = self._begin()
@@ -283,6 +285,11 @@ class Injection:
         finally:
             for group in self._groups:
                 group.finish()
+            if self._overlap is not None:
+                self._overlap.let_go()
+        if refusal is not None:
+            # Only now: the other processes wait for this one in the sum over all of them.
+            raise refusal
         self._record.inject(present)
         if self._overlap is not None:
             self._overlap.reset()
@@ -450,16 +457,17 @@ class Injection:
     def _plain_arithmetic(self) -> Any:
         return torch.autocast(device_type=self._groups[0].device.type, enabled=False)
 
-    def _check_gradients(self) -> set[str]:
-        """Refuse gradients that cannot be injected into; return the targets that have none."""
+    def _check_gradients(self) -> tuple[set[str], DriftError | None]:
+        """Return the targets that have no gradient, and the refusal of what cannot be injected."""
         missing = [group.targets[at].name for group in self._groups for at in group.missing()]
+        refusal = None
         if len(missing) == len(self._targets):
-            raise DriftError(
+            refusal = DriftError(
                 "no target has a gradient, so nothing can be injected: call step() after backward "
                 "and before zero_grad; an optimizer that steps inside backward cannot be used"
             )
-        if missing and self._strict:
-            raise DriftError(
+        elif missing and self._strict:
+            refusal = DriftError(
                 f"{len(missing)} of {len(self._targets)} targets have no gradient, {missing[0]} "
                 "first: they took no part in the loss. Leave them out with modules=… or layers=…, "
                 "or pass strict=False to skip and count them"
@@ -468,7 +476,7 @@ class Injection:
             gradients = [p.grad for p in target.trained if p.grad is not None]
             if any(gradient.layout != torch.strided for gradient in gradients):
                 raise DriftError(f"the gradient of {target.name} is sparse, which is not supported")
-        return set(missing)
+        return set(missing), refusal
 
     def _refuse_twice(self) -> None:
         pending = self._pending() if self._pending is not None else None

@@ -25,7 +25,7 @@ from drift_fast.inject.followed import EngineSteps, OptimizerSteps, parameters_o
 from drift_fast.inject.injection import unwrap_optimizer
 from drift_fast.inject.loading import Loading, load_groups
 from drift_fast.inject.masters import Mastered, find_key
-from drift_fast.inject.pieces import Piece, pieces_of
+from drift_fast.inject.pieces import Piece, Reduction, groups_of, pieces_of
 from drift_fast.inject.plan import Plan
 from drift_fast.inject.record import claim, disclaim, refuse_second
 from drift_fast.inject.residency import check_residency
@@ -101,16 +101,17 @@ class PlannedMotion:
         if min_coverage is not None and not 0.0 <= min_coverage <= 1.0:
             raise ValueError(f"min_coverage must be between 0 and 1, got {min_coverage!r}")
         loading = Loading(check_residency(residency), parse_size(prefetch))
-        delta = opened(delta)
-        selection = Selection.parse(EVERYTHING if modules is None else modules, layers)
-        targets, self.coverage = find_targets(
-            model, delta, selection, strict=strict, min_coverage=min_coverage, mapping=mapping
-        )
-        _check_moved(targets)
-        values, _ = per_target([target.delta_name for target in targets], progress, "progress")
-        of_target = {target.name: value for target, value in zip(targets, values, strict=True)}
-        refuse_second(targets)
-        self._steps, pieces = self._follow(model, targets, optimizer)
+        with Reduction(groups_of(model)).together():
+            delta = opened(delta)
+            selection = Selection.parse(EVERYTHING if modules is None else modules, layers)
+            targets, self.coverage = find_targets(
+                model, delta, selection, strict=strict, min_coverage=min_coverage, mapping=mapping
+            )
+            _check_moved(targets)
+            values, _ = per_target([target.delta_name for target in targets], progress, "progress")
+            of_target = {target.name: value for target, value in zip(targets, values, strict=True)}
+            refuse_second(targets)
+            self._steps, pieces = self._follow(model, targets, optimizer)
         self._groups, self.residency = load_groups(
             list(zip(targets, pieces, strict=True)), delta, loading
         )

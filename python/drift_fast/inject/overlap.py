@@ -51,6 +51,7 @@ class Overlap:
         cuda = any(lane is not None for lane in self._lanes)
         self._launcher = ThreadPoolExecutor(1, "drift-fast-overlap") if cuda else None
         self._launched: list[Future[None]] = []
+        self._kept: list[torch.Tensor] = []
         self.handles: list[Any] = []
         self.reset()
         for which, group in enumerate(self._groups):
@@ -67,13 +68,19 @@ class Overlap:
         """Let the launching thread go, and have the device wait for what it launched."""
         if self._launcher is not None:
             self._launcher.shutdown(cancel_futures=True)
+        self.let_go()
+
+    def let_go(self) -> None:
+        """Have the current streams wait for what was launched, and hold its gradients no longer."""
         for lane in self._lanes:
             if lane is not None:
                 torch.cuda.current_stream(lane.device).wait_stream(lane)
+        self._kept.clear()
 
     def reset(self) -> None:
         """Start anew; the next backward pass is the first of a step."""
         self._wait()
+        self.let_go()
         self._pushes = None
         self._next = [0] * len(self._groups)
         # The gradients that are final, and of these the ones that were injected; a step that was
@@ -164,9 +171,9 @@ class Overlap:
             lane = self._lanes[which]
             for at in range(start, stop):
                 gradient: Any = group.targets[at].parameter.grad
-                if lane is not None:
-                    # Freed early, in a step that is given up, it is not to be used again too soon.
-                    gradient.record_stream(lane)
+                # Freed early, in a step that is given up, its memory would be used again while the
+                # lane still writes to it.
+                self._kept.append(gradient)
                 self._injected[which].add(at)
             self._latest = which, start
             self._next[which] += 1

@@ -108,7 +108,7 @@ class Sharded:
         self.span = self._rows()
 
     def _rows(self) -> tuple[int, int] | None:
-        """Return the run of elements that this part is, if every cut is along the first dimension."""
+        """Return the run of elements that this part is, if all cuts are along dimension 0."""
         if any(dimension != 0 for dimension, _, _ in self._cuts):
             return None
         height = self.parameter.shape[0]

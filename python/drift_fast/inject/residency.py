@@ -31,6 +31,8 @@ RESIDENCIES: tuple[str, ...] = get_args(Residency)
 BLOCK = 64
 # Blocks that are rounded at a time.
 _ROWS = 1 << 18
+# Bytes of a page of host memory, or more.
+_PAGE = 1 << 16
 # Buffers of the ring: one is used while others fill.
 _SLOTS = 4
 
@@ -305,27 +307,32 @@ class Ring:
 
 
 def _locked(owner: object, tensor: torch.Tensor) -> torch.Tensor:
-    """Return a host tensor whose memory stays page-locked, and so copies at full speed.
+    """Return a copy in host memory that stays page-locked, and so is copied from at full speed.
 
-    It is locked where it lies, for as long as `owner` lives: torch's own allocator of pinned memory
-    rounds up to a power of two, which could double what a model's Δ takes. That allocator is used
-    where the driver will not lock this memory.
+    The memory is locked where it lies, for as long as `owner` lives: torch's own allocator of
+    pinned memory rounds up to a power of two, which could double what a model's Δ takes. That
+    allocator is used where the driver will not lock this memory.
     """
     if not torch.cuda.is_available() or not tensor.numel():
         return tensor
+    # Whole pages of its own: one that is shared with another tensor cannot be locked twice.
+    nbytes = tensor.nbytes + -tensor.nbytes % _PAGE
+    room = torch.empty(nbytes + _PAGE, dtype=torch.uint8)
+    start = -room.data_ptr() % _PAGE
+    pages = room[start : start + nbytes]
     runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-    if int(runtime.cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)) != 0:
+    if int(runtime.cudaHostRegister(pages.data_ptr(), nbytes, 0)) != 0:
         return tensor.pin_memory()
-    # Holding the tensor here keeps its memory from being freed while it is locked.
+    # Holding the pages here keeps their memory from being freed while it is locked.
     # At the end of the process, or in a fork of it, the system unlocks it.
-    weakref.finalize(owner, _unlock, tensor).atexit = False
-    return tensor
+    weakref.finalize(owner, _unlock, pages).atexit = False
+    return pages[: tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
-def _unlock(tensor: torch.Tensor) -> None:
+def _unlock(pages: torch.Tensor) -> None:
     torch.cuda.synchronize()
     runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-    runtime.cudaHostUnregister(tensor.data_ptr())
+    runtime.cudaHostUnregister(pages.data_ptr())
 
 
 def choose(

@@ -9,9 +9,8 @@
 Axolotl only logs a plugin that fails to import and goes on; it then trains plainly, and does not
 know the section either. Look for "injecting into … parameters" in its log.
 
-Tested with axolotl 0.19.0 (transformers 5.16): the plugin loaded by its PluginManager, the section
-validated by its schema, and a Trainer handed to `post_trainer_create`; where it is not installed,
-against a base class with the hooks that are used.
+Tested with axolotl 0.19.0 (transformers 5.16): `load_cfg` and `train` on a tiny Qwen2, full SFT,
+one process, no GPU; where it is not installed, against a base class with the hooks that are used.
 """
 
 from __future__ import annotations

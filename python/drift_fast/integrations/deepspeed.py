@@ -58,6 +58,8 @@ class EngineInjection(Injection):
     def remove(self) -> None:
         """Detach, and give DeepSpeed its own method back."""
         super().remove()
+        if not hasattr(self, "_wrapped"):
+            return
         owner, name = self._wrapped
         # Somebody may have wrapped it once more, and then calls this one, which passes it on.
         if owner.__dict__.get(name) is self._wrapper:

@@ -16,6 +16,7 @@ bf16-mixed, a loss scaler, manual optimization.
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from drift_fast.errors import DriftError
 from drift_fast.inject.injection import Injection
+from drift_fast.inject.telemetry import append_rows
 from drift_fast.integrations.settings import Settings
 
 if TYPE_CHECKING:
@@ -54,11 +56,12 @@ else:
 class DriftCallback(Callback):
     """Inject a delta into what a Lightning Trainer trains.
 
-    Attached at the start of training, when parameters are in place, and removed at its end. λ and
-    what `Injection.metrics` says are logged as `drift/…` every `log_every_n_steps` steps.
+    Attached at the start of training, when parameters are in place, and removed at its end. What
+    `Injection.summary` says is logged as `drift/…` every `log_every_n_steps` steps.
 
     Args:
         delta: an open `Delta`, or the directory of one.
+        csv: a file to which what is logged is appended.
         options: those of `Injection`, but for `optimizer` and `scaler`, which the Trainer has.
 
     Raises:
@@ -66,11 +69,14 @@ class DriftCallback(Callback):
         As `Injection`, when training starts.
     """
 
-    def __init__(self, delta: Any, **options: Any) -> None:
+    def __init__(
+        self, delta: Any, *, csv: str | os.PathLike[str] | None = None, **options: Any
+    ) -> None:
         super().__init__()
         # Options are checked here, where the line to correct is in sight.
         Settings.from_mapping({"delta": ".", **options}, origin="DriftCallback")
         self._delta = delta
+        self._csv = csv
         self._options = options
         self._steps = 0
         self._logged = 0
@@ -92,8 +98,8 @@ class DriftCallback(Callback):
             trainer.accumulate_grad_batches != 1 or "GradientAccumulationScheduler" in changing
         ):
             raise DriftError(
-                "overlap=True injects in every backward pass, and with accumulate_grad_batches only "
-                "the last of a step has the final gradient: use overlap=False"
+                "overlap=True injects in every backward pass, and with accumulate_grad_batches "
+                "only the last of a step has the final gradient: use overlap=False"
             )
         expected = trainer.estimated_stepping_batches
         if expected != float("inf") and options.keys() & {"schedule", "progress_target"}:
@@ -124,7 +130,11 @@ class DriftCallback(Callback):
         self._logged = self._steps
         every = trainer.log_every_n_steps
         if every and self._steps % every == 0:
-            pl_module.log_dict(self.injection.logged())
+            # In every process, since under sharding each holds a part.
+            summary = self.injection.summary()
+            pl_module.log_dict({f"drift/{key}": value for key, value in summary.items()})
+            if self._csv is not None and trainer.is_global_zero:
+                append_rows(self._csv, self._steps, summary)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Detach."""
@@ -182,10 +192,6 @@ class LightningInjection(Injection):
             super().step()
         self._done = False
         return True
-
-    def logged(self) -> dict[str, float]:
-        """Return the summary under the names of the log."""
-        return {f"drift/{key}": value for key, value in self.summary().items()}
 
     def _watch(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         """Wait for the closure, which runs between this hook and the next."""

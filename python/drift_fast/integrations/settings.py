@@ -28,10 +28,11 @@ _NOT_SETTINGS = frozenset({"self", "model", "delta", "optimizer", "scaler"})
 
 
 def known_options() -> list[str]:
-    """Return the names of the options of `Injection` that a configuration may set."""
+    """Return the options that a configuration may set: those of `Injection`, and `csv`."""
     from drift_fast.inject.injection import Injection
 
-    return [name for name in inspect.signature(Injection).parameters if name not in _NOT_SETTINGS]
+    names = [name for name in inspect.signature(Injection).parameters if name not in _NOT_SETTINGS]
+    return [*names, "csv"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Settings:
 
     @classmethod
     def from_mapping(cls, mapping: Any, *, origin: str = "the drift_fast section") -> Settings:
-        """Check a section of a configuration: `delta`, and any options of `Injection`.
+        """Check a section of a configuration: `delta`, and any options of `Injection` or `csv`.
 
         origin: what to call the section in an error.
 
@@ -120,7 +121,7 @@ class Settings:
         return attach(trainer_or_optimizer, self._opened(), **self.options, **more)
 
     def inject(self, model: Any, **more: Any) -> Injection:
-        """Attach the delta to a model whose loop calls `step()`.
+        """Attach the delta to a model whose loop calls `step()`, and writes `csv` if it is set.
 
         more: what only the framework has, such as `optimizer` and `scaler`.
 
@@ -129,7 +130,8 @@ class Settings:
         """
         from drift_fast.inject.injection import Injection
 
-        return Injection(model, self._opened(), **self.options, **more)
+        options = {key: value for key, value in self.options.items() if key != "csv"}
+        return Injection(model, self._opened(), **options, **more)
 
     def _opened(self) -> Any:
         from drift_fast.delta import Delta

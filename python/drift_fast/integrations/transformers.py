@@ -47,7 +47,7 @@ class _Driven(Injection):
         self._options = options
         self._forecast: Forecast | None = None
         self._drive: list[float] = []
-        self._checked = False
+        self._checked = self._removed = False
         self._groups, self._targets, self._handles = [], [], []
         self._overlap = None
         if self._must_wait():
@@ -56,22 +56,29 @@ class _Driven(Injection):
             self._start(trainer.model)
         self._original_step = trainer.training_step
         self._original_log = trainer.log
-        trainer.training_step = self._training_step
-        trainer.log = self._log
+        self._wrappers = {"training_step": self._training_step, "log": self._log}
+        self._replaced = {name: trainer.__dict__.get(name) for name in self._wrappers}
+        for name, wrapper in self._wrappers.items():
+            setattr(trainer, name, wrapper)
         self._callback = _Callback(self)
         trainer.add_callback(self._callback)
 
     def remove(self) -> None:
         """Detach, and give the trainer its own methods back."""
         super().remove()
-        self._options = {}
-        for name in ("training_step", "log"):
-            self._trainer.__dict__.pop(name, None)
+        self._removed = True
+        for name, wrapper in self._wrappers.items():
+            # Somebody may have wrapped it once more, and then calls this one, which passes it on.
+            if self._trainer.__dict__.get(name) is wrapper:
+                if self._replaced[name] is None:
+                    delattr(self._trainer, name)
+                else:
+                    setattr(self._trainer, name, self._replaced[name])
         if self._callback in self._trainer.callback_handler.callbacks:
             self._trainer.remove_callback(self._callback)
 
     def __repr__(self) -> str:
-        if not self._groups and self._options:
+        if not self._groups and not self._removed:
             return f"{type(self).__name__}(attaches when training starts)"
         return super().__repr__()
 
@@ -143,13 +150,15 @@ class _Driven(Injection):
         return self._trainer.model_wrapped
 
     def _save_to(self, state: Any) -> None:
-        # Every process takes part, since what is saved is of the whole model.
-        saved = self.state_dict()
-        state.stateful_callbacks[_KEY] = saved
+        if self._groups:
+            state.stateful_callbacks[_KEY] = self.state_dict()
 
     # What the trainer calls.
 
     def _training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self._removed:
+            plain: torch.Tensor = self._original_step(model, *args, **kwargs)
+            return plain
         if not self._checked:
             self._check_model(model)
         final = self._trainer.accelerator.sync_gradients
@@ -225,12 +234,6 @@ class TrainerEngineInjection(_Driven, EngineInjection):
     def _check_model(self, model: nn.Module) -> None:
         self._checked = True
 
-    def remove(self) -> None:
-        if self._groups:
-            EngineInjection.remove(self)
-        else:
-            _Driven.remove(self)
-
 
 class _Callback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     """Tells the injection when training starts and when a checkpoint is about to be written."""
@@ -242,6 +245,10 @@ class _Callback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         self._injection._begin_training(state)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if control.should_save:
+            self._injection._save_to(state)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if control.should_save:
             self._injection._save_to(state)
 

@@ -9,7 +9,13 @@ device and vendor before it falls back to the device alone; importing this modul
 "drift_fast". Language models under the backends `fsdp` and `fsdp2` are served; other backends, and
 value models, train as they do without it. Only engines that have an optimizer are attached to.
 
-TESTED_WITH_PLACEHOLDER
+verl's log shows nothing of the injection; with `csv:` in the settings each step appends its rows to
+that file, at the cost of a pass over weights and Δ.
+
+Tested with verl 0.9.1 (transformers 5.9) without a GPU, where verl builds and shards no model: the
+engine is found by verl's registry, and its own `optimizer_step` on a whole module steps with the
+injected, clipped gradient. Otherwise against a stand-in of the engine. Not run: `sft_trainer` on
+accelerators, sharded. FSDP2 and FSDP1 are tested without verl.
 """
 
 from __future__ import annotations
@@ -22,6 +28,7 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 from drift_fast.errors import DriftError
 from drift_fast.inject.injection import Injection
+from drift_fast.inject.telemetry import append_rows
 from drift_fast.integrations.settings import Settings
 
 VENDOR = "drift_fast"
@@ -54,7 +61,9 @@ class DriftFSDPEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
         if self.injection is None:
             self.injection = self._attached()
         self.injection.step()
-        return super().optimizer_step()
+        norm = super().optimizer_step()
+        self._write_row(self.injection)
+        return norm
 
     def _attached(self) -> Injection:
         options: dict[str, Any] = {}
@@ -65,6 +74,15 @@ class DriftFSDPEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
         return Settings(self._drift_settings.delta, options).inject(
             self.module, optimizer=self.optimizer, scaler=getattr(self, "scaler", None)
         )
+
+    def _write_row(self, injection: Injection) -> None:
+        """Append what the step did to the file that `csv` names; verl's own log has no room."""
+        file = self._drift_settings.options.get("csv")
+        if file is not None:
+            # Every process takes part, since each holds a part of the model.
+            summary = injection.summary()
+            if self.rank == 0:
+                append_rows(file, injection.steps, summary)
 
 
 def _select() -> None:
