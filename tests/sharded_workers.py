@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
@@ -512,6 +513,12 @@ def engine_injections(variants: dict[str, dict[str, Any]]) -> dict[str, Any]:
         report[name] = dict(injected_step(training, injection, scale, step))
         report[name]["by hand"] = _refusal(injection.step)
         report[name]["second"] = _refusal(attach_engine, training.engine, delta, choices)
+        if not isinstance(training.optimizer, torch.optim.Optimizer):
+            wrapper = training.optimizer.step
+            training.optimizer.step = MethodType(type(training.optimizer).step, training.optimizer)
+            batches = micro_batches(dist.get_world_size() * training.micro_batches)
+            report[name]["bypassed"] = _refusal(step, batches)
+            training.optimizer.step = wrapper
         injection.remove()
         report[name]["restored"] = "step" not in vars(training.optimizer)
         training.engine.destroy()

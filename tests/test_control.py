@@ -669,6 +669,15 @@ def test_a_resumed_run_has_the_alphas_of_an_uninterrupted_one_bit_for_bit(
     assert broken.progress == whole.progress
 
 
+def test_a_second_run_is_steered_as_the_first_was() -> None:
+    control = everything()
+    first = follow(control, Run(60, [1.0] * 12, RATES["constant"]), 60)
+    learned = control.state_dict()["aim"]
+    control.restart()
+    assert control.state_dict()["aim"] != learned
+    assert follow(control, Run(60, [1.0] * 12, RATES["constant"]), 60) == first
+
+
 def test_what_a_cap_has_stopped_stays_off_in_the_resumed_run() -> None:
     first = Control(NAMES, progress_cap=1.0)
     first.alphas(lambdas([1.5, *[0.0] * 11]))

@@ -91,6 +91,20 @@ def test_an_example_of_two_processes_runs(name: str) -> None:
     assert_moved(run([*launch, f"{name}.py"]))
 
 
+@pytest.mark.slow
+def test_the_vision_language_example_trains_on_images_and_logs_where_it_came(
+    tmp_path: Path,
+) -> None:
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    output = run(["vision_language.py", "--steps", "4", "--out", str(tmp_path)])
+    assert re.search(r"^DRIFT: \d+% of sums right", output, re.MULTILINE), output
+    rows = [row.split(",") for row in (tmp_path / "metrics.csv").read_text().splitlines()]
+    progress = [float(value) for _, metric, value in rows[1:] if metric == "progress"]
+    assert len(progress) == 4
+    assert 0.0 < progress[-1] < 2.0
+
+
 def test_the_configuration_examples_hold_settings_that_exist() -> None:
     yaml = pytest.importorskip("yaml")
     found = sorted(EXAMPLES.glob("*/*.yaml"))

@@ -6,6 +6,7 @@ Owns: progress, lambda = <theta_t - theta_0, delta> / |delta|^2, against a float
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -111,6 +112,34 @@ def test_progress_is_zero_at_attachment_away_from_the_multimodal_checkpoint(
     train(model, 3, injection=injection)
     expected, _ = reference.progress(weights_of(model), start, delta)
     assert injection.metrics()["progress"] == pytest.approx(expected, rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("scope", ["step", "microbatch"])
+def test_alpha_is_reported_as_zero_once_its_schedule_has_ended(tmp_path: Path, scope: Any) -> None:
+    model = Backbone()
+    injection = drift_fast.Injection(
+        model, delta_towards(tmp_path, model), schedule="window(0, 4)", scope=scope
+    )
+    assert injection.metrics()["alpha"] == 1.0
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    found = []
+    for _ in range(6):
+        train(model, 1, injection=injection if scope == "step" else None, optimizer=optimizer)
+        found.append(injection.metrics()["alpha"])
+    assert found == [1.0] * 4 + [0.0] * 2
+
+
+@pytest.mark.parametrize("damage", [10**400, True, "1", None, float("nan")])
+def test_a_start_along_delta_that_is_no_number_is_refused(tmp_path: Path, damage: Any) -> None:
+    model = Backbone()
+    injection = drift_fast.Injection(model, delta_towards(tmp_path, model))
+    state = injection.state_dict()
+    name = injection.targets[0]
+    with pytest.raises(drift_fast.DriftError, match="no finite number"):
+        injection.load_state_dict({**state, "origin": {**state["origin"], name: damage}})
+    with pytest.raises(drift_fast.DriftError, match="differ in 2 targets"):
+        injection.load_state_dict({**state, "origin": {**state["origin"], 1: 0.0, "other": 0.0}})
+    assert injection.state_dict() == state
 
 
 def test_metrics_are_plain_finite_numbers(tmp_path: Path) -> None:

@@ -348,6 +348,30 @@ def test_a_resumed_run_goes_on_with_its_progress(
     assert float(run.callback_metrics["drift/alpha"]) < 0.5
 
 
+def test_a_checkpoint_that_is_written_after_training_holds_the_state(
+    tmp_path: Path, network: torch.nn.Module, delta: drift_fast.Delta
+) -> None:
+    options: dict[str, Any] = {"schedule": "linear", "total_steps": 4}
+    run = trainer(DriftCallback(delta, **options), max_steps=2)
+    run.fit(Module(network, rate=0.05), loader(8))
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    again = DriftCallback(delta, **options)
+    run = trainer(again, max_steps=3)
+    run.fit(Module(Backbone(seed=9), rate=0.05), loader(8), ckpt_path=tmp_path / "last.ckpt")
+    assert again.state_dict()["control"]["step"] == 3
+
+
+def test_a_run_that_goes_on_without_the_state_says_so(
+    tmp_path: Path, network: torch.nn.Module, delta: drift_fast.Delta
+) -> None:
+    run = trainer(max_steps=2)
+    run.fit(Module(network, rate=0.05), loader(8))
+    run.save_checkpoint(tmp_path / "plain.ckpt")
+    run = trainer(DriftCallback(delta), max_steps=3)
+    with pytest.warns(drift_fast.DriftWarning, match="schedules start anew"):
+        run.fit(Module(Backbone(), rate=0.05), loader(8), ckpt_path=tmp_path / "plain.ckpt")
+
+
 def test_a_schedule_takes_the_length_of_the_run_from_the_trainer(
     network: torch.nn.Module, delta: drift_fast.Delta
 ) -> None:

@@ -234,6 +234,37 @@ def test_scaled_gradients_get_the_scaled_push(tmp_path: Path, scale: str) -> Non
             assert_close(found, expected, 1e-5, name)
 
 
+def test_a_state_counts_the_step_that_was_just_made(tmp_path: Path) -> None:
+    model = Backbone()
+    delta = delta_towards(tmp_path, model)
+    # Two optimizers that step after one backward pass are one step.
+    optimizers = [
+        torch.optim.SGD([p for p in model.parameters() if p.ndim == ndim], lr=1e-3)
+        for ndim in (1, 2)
+    ]
+    options: dict[str, Any] = {"scope": "microbatch", "schedule": "linear", "total_steps": 4}
+    injection = drift_fast.Injection(model, delta, **options)
+    for taken in (1, 2):
+        model.zero_grad()
+        for batch in micro_batches(2):
+            regression_loss(model, batch).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        assert injection.steps == taken
+    state = injection.state_dict()
+    assert state["control"]["step"] == 2
+    in_force = []
+    for again in (False, True):
+        if again:
+            injection.remove()
+            injection = drift_fast.Injection(model, delta, **options)
+            injection.load_state_dict(state)
+        model.zero_grad()
+        regression_loss(model, regression_batch()).backward()
+        in_force.append(injection.metrics()["alpha"])
+    assert in_force[0] == in_force[1] < 1.0
+
+
 def test_training_moves_towards_the_expert(tmp_path: Path) -> None:
     moved = []
     for alpha in (1.0, -1.0):
@@ -295,9 +326,7 @@ def test_parameters_that_are_dtensors_are_refused_by_name(tmp_path: Path, mesh: 
     projection = model.model.layers[0].mlp.up_proj
     sharded = distribute_tensor(projection.weight.detach(), mesh, [Shard(0)])
     projection.weight = torch.nn.Parameter(sharded)
-    assert_refused(
-        model, delta, r"model\.layers\.0\.mlp\.up_proj\.weight is sharded \(a DTensor"
-    )
+    assert_refused(model, delta, r"model\.layers\.0\.mlp\.up_proj\.weight is sharded \(a DTensor")
 
 
 def test_a_fully_sharded_model_is_refused(tmp_path: Path, mesh: DeviceMesh) -> None:

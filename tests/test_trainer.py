@@ -319,6 +319,20 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path: Path) -> N
     assert injection.metrics()["progress"] == pytest.approx(expected, rel=1e-3)
 
 
+def test_a_second_run_has_the_schedule_from_its_start(
+    tmp_path: Path, build: Callable[[], torch.nn.Module], delta: drift_fast.Delta
+) -> None:
+    trainer = make_trainer(build(), tmp_path)
+    injection = drift_fast.attach(trainer, delta, schedule="window(0, 0.4)")
+    found = []
+    for _ in range(2):
+        trainer.train()
+        rows = [row for row in trainer.state.log_history if "loss" in row]
+        found.append([row["drift/alpha"] for row in rows])
+    assert found == [[1.0, 1.0, 0.0]] * 2
+    assert injection.steps == 3
+
+
 def test_removal_restores_plain_training(
     tmp_path: Path, build: Callable[[], torch.nn.Module], delta: drift_fast.Delta
 ) -> None:

@@ -178,6 +178,8 @@ def check_injected(reports: list[dict[str, Any]], variants: dict[str, dict[str, 
             assert row["step"] <= low, (name, row)
             assert "runs by itself" in row["by hand"], name
             assert "attached already" in row["second"], name
+            # At stage 0 in float32 the optimizer holds the targets themselves, as anywhere.
+            assert name.startswith("stage 0") or "stepped past" in row["bypassed"], (name, row)
             assert row["restored"], name
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
@@ -18,6 +19,8 @@ from drift_fast.errors import CoverageError, DriftError, NonFiniteError
 
 if TYPE_CHECKING:
     import torch
+
+_LARGEST = sys.float_info.max
 
 
 class Summand(Protocol):
@@ -61,7 +64,9 @@ def combine(
     if not pairs:
         raise ValueError("there is no delta to combine; pass {delta: weight, …}")
     for _, weight in pairs:
-        if isinstance(weight, bool) or not isinstance(weight, Real) or not math.isfinite(weight):
+        # An int may be larger than a float can be, which float() refuses with an error of its own.
+        number = isinstance(weight, int | float | Real) and not isinstance(weight, bool)
+        if not number or not -_LARGEST <= weight <= _LARGEST:
             raise ValueError(f"the weight of a delta must be a finite number, got {weight!r}")
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")

@@ -1,4 +1,4 @@
-"""LoRA: factors of frozen weights, alone and sharded."""
+"""LoRA: factors of frozen weights, in one process and in several."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from parity.loops import accumulate, sgd, weights_of
-from parity.sharded import full_weights, shard
+from parity.sharded import without_sync
 from parity.stacks import Cell
 from parity.world import Gradients
 
@@ -29,12 +29,11 @@ def lora(cell: Cell) -> Gradients:
     return weights_of(model)
 
 
-def lora_fsdp2(cell: Cell) -> Gradients:
-    model = cell.world.adapted("lora")
-    shard(model, model.base_model.model.model, cell.size)
+def lora_ddp(cell: Cell) -> Gradients:
+    model = torch.nn.parallel.DistributedDataParallel(cell.world.adapted("lora"))
     optimizer = sgd(_trained(model))
     injection = cell.injection(model, modules=WEIGHTS)
-    accumulate(cell, model)
+    without_sync(cell, model)
     injection.step()
     optimizer.step()
-    return full_weights(model)
+    return weights_of(model)

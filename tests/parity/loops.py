@@ -62,6 +62,21 @@ def resident(cell: Cell) -> Gradients:
     return weights_of(model)
 
 
+def overlapped(cell: Cell) -> Gradients:
+    model = cell.world.model()
+    owner = sgd(model.parameters())
+    injection = cell.injection(model, **cell.options)
+    batches = cell.micro_batches()
+    for index, batch in enumerate(batches):
+        loss = model(**batch).loss / cell.accumulation
+        final = index == len(batches) - 1 or cell.alpha is None
+        with contextlib.nullcontext() if final else injection.accumulating():
+            loss.backward()
+    injection.step()
+    owner.step()
+    return weights_of(model)
+
+
 def optimizer(cell: Cell) -> Gradients:
     model = cell.world.model()
     owner = sgd(model.parameters())

@@ -12,7 +12,7 @@ from parity.stacks import Cell
 from parity.world import LEARNING_RATE, Gradients, canonical
 
 
-def _without_sync(cell: Cell, model: Any) -> None:
+def without_sync(cell: Cell, model: Any) -> None:
     """Forward and backward, gradients reduced with the last micro-batch only."""
     batches = cell.micro_batches()
     for index, batch in enumerate(batches):
@@ -25,7 +25,7 @@ def ddp(cell: Cell) -> Gradients:
     model = torch.nn.parallel.DistributedDataParallel(cell.world.model())
     optimizer = sgd(model.parameters())
     injection = cell.injection(model)
-    _without_sync(cell, model)
+    without_sync(cell, model)
     injection.step()
     optimizer.step()
     return weights_of(model)
@@ -87,7 +87,7 @@ def fsdp1(cell: Cell) -> Gradients:
     assert sum(parameter.numel() for parameter in model.parameters()) < 0.8 * whole
     optimizer = sgd(model.parameters())
     injection = cell.injection(model)
-    _without_sync(cell, model)
+    without_sync(cell, model)
     injection.step()
     optimizer.step()
     with FullyShardedDataParallel.summon_full_params(model, writeback=False):

@@ -173,6 +173,12 @@ STACKS = (
         shapes="large",
         options={"residency": "disk", "read_from": "OnDisk", "prefetch": PREFETCH},
     ),
+    Stack(
+        "plain loop, overlapped with backward",
+        "loops:overlapped",
+        shapes="large",
+        options={"overlap": True},
+    ),
     Stack("Accelerate", "libraries:accelerate", fast=True),
     Stack("Trainer", "libraries:trainer", fast=True),
     Stack("SFTTrainer (TRL)", "libraries:sft_trainer", needs=("trl", "datasets")),
@@ -186,8 +192,8 @@ STACKS = (
         needs=("peft",),
     ),
     Stack(
-        "LoRA (PEFT), FSDP2, 2 processes",
-        "adapters:lora_fsdp2",
+        "LoRA (PEFT), DDP, 2 processes",
+        "adapters:lora_ddp",
         2,
         kind="lora",
         needs=("peft",),

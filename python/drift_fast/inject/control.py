@@ -217,6 +217,13 @@ class Control:
         """Take back the last step, which the optimizer left out; an aim keeps what it learnt."""
         self._step = max(0, self._step - 1)
 
+    def restart(self) -> None:
+        """Begin anew at step 0, for a second run; what a cap has switched off stays off."""
+        self._step = self._previous_step = 0
+        self._previous = None
+        if self._aim is not None:
+            self._aim.restart()
+
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs, for JSON; waits for the device.
 

@@ -110,6 +110,11 @@ class Group:
         self.last = Last(zeros, zeros.clone(), zeros.clone(), self.norms)
         self._skipped = 0
 
+    def rest(self) -> None:
+        """Note that α is zero for all targets in this step, which then measures nothing."""
+        assert self.last is not None
+        self.last.alpha = torch.zeros_like(self.norms)
+
     def missing(self) -> list[int]:
         """Return the targets that have no gradient, and keep the gradients for this step."""
         self._found = {}
@@ -144,6 +149,7 @@ class Group:
 
     def inject_one(self, at: int, gradient: torch.Tensor, push: Push) -> Any:
         """Change a gradient that is not in its place yet; return whether it was skipped."""
+        self._follow(push)
         delta = [self.store.deltas[at]]  # type: ignore[attr-defined]
         one = slice(at, at + 1)
         with flattened([gradient]) as flats:

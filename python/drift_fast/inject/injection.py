@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-import math
 import os
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,6 +29,7 @@ from drift_fast.inject.overlap import Overlap
 from drift_fast.inject.pieces import Piece, Reduction, Whole, groups_of, pieces_of
 from drift_fast.inject.record import Record, claim, disclaim, refuse_second
 from drift_fast.inject.residency import check_residency
+from drift_fast.inject.saved import is_number
 from drift_fast.inject.schedule import ScheduleLike
 from drift_fast.inject.targets import (
     DeltaLike,
@@ -148,7 +148,8 @@ class Injection:
     ) -> None:
         self._scale: Scale = check_scale(scale)
         _check_options(scope, scale, rescale, scaler, optimizer, min_coverage)
-        loading = Loading(check_residency(residency), parse_size(prefetch))
+        trained = tuple(model.parameters()) if isinstance(model, nn.Module) else ()
+        loading = Loading(check_residency(residency), parse_size(prefetch), trained)
         if scope == "microbatch":
             loading = _for_microbatch(loading, overlap, progress_cap, progress_target)
         self._scope = scope
@@ -203,6 +204,9 @@ class Injection:
         self._pending: weakref.ref[torch.Tensor] | None = None
         self._pushes: list[Push] | None = None
         self._stepped = False
+        self._model = weakref.ref(model)
+        # Optimizers that hold no target, and were found to be none of this injection's business.
+        self._foreign: Any = weakref.WeakSet()
         self._handles: list[Any] = [register_optimizer_step_pre_hook(self._watch)]
         claim(self._targets, self)
         self._overlap: Overlap | None = None
@@ -230,7 +234,7 @@ class Injection:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps that were injected."""
+        """Steps that were injected, with those that a gradient scaler then left out."""
         return self._control.step
 
     @property
@@ -369,6 +373,7 @@ class Injection:
         self._require_attached()
         origin = _stored_origin(state, [target.name for target in self._targets])
         self._control.load_state_dict(state["control"])
+        self._pushes = None
         for group in self._groups:
             group.origin = [origin[target.name] for target in group.targets]
 
@@ -428,6 +433,9 @@ class Injection:
         if not self._control.constant_zero:
             alphas = self._alphas()
             self._pushes = [self._push(group, alphas) for group in self._groups]
+        else:
+            for group in self._groups:
+                group.rest()
         return self._pushes
 
     def _alphas(self) -> torch.Tensor:
@@ -554,9 +562,7 @@ class Injection:
 
         @torch.no_grad()
         def hook(gradient: torch.Tensor) -> torch.Tensor | None:
-            if self._stepped:
-                self._control.finish()
-                self._stepped, self._pushes = False, None
+            self._stepped = False
             pushes = self._begin() if self._pushes is None else self._pushes
             if not pushes:
                 self._record.inject([parameter])
@@ -576,6 +582,7 @@ class Injection:
         """Fail an optimizer step that would use gradients without the injection."""
         held, fresh = self._record.consume(optimizer)
         if held == 0:
+            self._refuse_replaced(optimizer)
             return
         if fresh == 0:
             call = (
@@ -594,7 +601,27 @@ class Injection:
                 f"{type(optimizer).__name__}: the others got no gradient"
             )
         self._pending = None
+        if self._scope == "microbatch" and not self._stepped:
+            # Several optimizers may step after one backward pass, which is one step.
+            self._control.finish()
+            self._pushes = None
         self._stepped = True
+
+    def _refuse_replaced(self, optimizer: torch.optim.Optimizer) -> None:
+        """Fail where an optimizer trains the model, and none of the targets can train any more."""
+        model = self._model()
+        if model is None or optimizer in self._foreign:
+            return
+        self._foreign.add(optimizer)
+        present = {id(parameter) for parameter in model.parameters()}
+        if any(id(p) in present and p.requires_grad for t in self._targets for p in t.trained):
+            return
+        if any(id(p) in present for group in optimizer.param_groups for p in group["params"]):
+            raise DriftError(
+                f"nothing can be injected before this step of {type(optimizer).__name__}: all "
+                f"{len(self._targets)} targets were replaced or frozen after attaching, as by "
+                "fully_shard or an adapter; attach after the model was wrapped"
+            )
 
     def _require_attached(self) -> None:
         if not self._groups:
@@ -639,14 +666,14 @@ def _stored_origin(state: Mapping[str, Any], names: Sequence[str]) -> dict[str, 
     origin = state.get("origin")
     if not isinstance(origin, Mapping) or not isinstance(state.get("control"), Mapping):
         raise DriftError(f"the state of an injection is incomplete: {remedy}")
-    odd = sorted(origin.keys() ^ set(names))
+    odd = sorted(map(str, origin.keys() ^ set(names)))
     if odd:
         raise DriftError(
             f"the saved injection and this one differ in {len(odd)} targets, {odd[0]} first: "
             f"{remedy}"
         )
     values = list(origin.values())
-    if not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
+    if not all(is_number(value) for value in values):
         raise DriftError(f"the saved injection holds what is no finite number: {remedy}")
     return {name: float(value) for name, value in origin.items()}
 

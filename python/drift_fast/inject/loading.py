@@ -52,6 +52,8 @@ class Loading:
 
     residency: Residency = "auto"
     prefetch_nbytes: int = 10**9
+    # All that trains, whose gradients and optimizer states may be yet to come.
+    trained: Sequence[torch.Tensor] = ()
 
 
 def load_groups(
@@ -75,7 +77,7 @@ def load_groups(
         kinds.setdefault(kind, []).append((target, piece))
     residency = loading.residency
     if residency == "auto":
-        residency = choose_for(kinds, delta)
+        residency = choose_for(kinds, delta, loading.trained)
     everyone = Reduction(tuple(dict.fromkeys(one for _, some, _ in kinds for one in some)))
     groups: list[Group] = []
     for (device, _, adapted), some in kinds.items():
@@ -99,14 +101,15 @@ def load_groups(
     return groups, residency
 
 
-def choose_for(kinds: dict[Any, list[Member]], delta: DeltaLike) -> Residency:
+def choose_for(
+    kinds: dict[Any, list[Member]], delta: DeltaLike, trained: Sequence[torch.Tensor]
+) -> Residency:
     """Choose a residency by the memory that is free, and say so in the log."""
     device, *_ = max(kinds, key=lambda kind: sum(t.numel(p) for t, p in kinds[kind]))
     itemsize = getattr(torch, str(getattr(delta, "dtype", "float32"))).itemsize
     there = [some for (where, *_), some in kinds.items() if where == device]
     numel = sum(target.numel(piece) for some in there for target, piece in some)
-    parameters = [p for some in kinds.values() for target, _ in some for p in target.trained]
-    residency, why = choose(numel * itemsize, device, parameters)
+    residency, why = choose(numel * itemsize, device, trained)
     logger.info("residency %s: %s", residency, why)
     return residency
 

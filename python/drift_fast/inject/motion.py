@@ -100,7 +100,8 @@ class PlannedMotion:
         self._plan = Plan(progress, steps, schedule, seed)
         if min_coverage is not None and not 0.0 <= min_coverage <= 1.0:
             raise ValueError(f"min_coverage must be between 0 and 1, got {min_coverage!r}")
-        loading = Loading(check_residency(residency), parse_size(prefetch))
+        trained = tuple(model.parameters()) if isinstance(model, nn.Module) else ()
+        loading = Loading(check_residency(residency), parse_size(prefetch), trained)
         with Reduction(groups_of(model)).together():
             delta = opened(delta)
             selection = Selection.parse(EVERYTHING if modules is None else modules, layers)

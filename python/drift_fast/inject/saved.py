@@ -64,7 +64,7 @@ class Saved:
         """Return finite numbers."""
         value = self._get(key)
         right = isinstance(value, list) and len(value) == count
-        if not right or not all(_is_number(item) for item in value):
+        if not right or not all(is_number(item) for item in value):
             raise self.refuse(key, f"{count} finite numbers", value)
         return [float(item) for item in value]
 
@@ -88,7 +88,8 @@ class Saved:
         return self._state[key]
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Tell whether a value is a finite number of a size that a state may hold."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return abs(value) <= _LARGEST

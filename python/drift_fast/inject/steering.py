@@ -119,10 +119,10 @@ class Aim:
         self._planned = ARRIVAL * self._spent[-1]
         self._horizon = min(50.0, max(4.0, self._spent[-1] / 20))
         self._targets = torch.tensor(targets, dtype=torch.float64)
-        first = self._targets / self._planned
+        self._first = self._targets / self._planned
         # A gain that noise drives to zero or below would ask for an endless or a reversed push.
-        self._floor = first / 100
-        self.state = AimState(first, torch.zeros_like(first))
+        self._floor = self._first / 100
+        self.state = self._fresh()
 
     @property
     def count(self) -> int:
@@ -133,9 +133,17 @@ class Aim:
         """Move constants and state to a device."""
         self._sets.place(device, dtype)
         self._targets = self._targets.to(device, dtype)
+        self._first = self._first.to(device, dtype)
         self._floor = self._floor.to(device, dtype)
         self.state.gain = self.state.gain.to(device, dtype)
         self.state.drive = self.state.drive.to(device, dtype)
+
+    def restart(self) -> None:
+        """Forget what was learned."""
+        self.state = self._fresh()
+
+    def _fresh(self) -> AimState:
+        return AimState(self._first, torch.zeros_like(self._first))
 
     def apply(
         self,

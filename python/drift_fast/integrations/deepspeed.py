@@ -29,6 +29,7 @@ class EngineInjection(Injection):
             if options.get(name) is not None:
                 raise ValueError(f"a DeepSpeed engine has its own {name}; leave {name}=… out")
         self._engine_optimizer = zero.optimizer_of(engine)
+        self._running = False
         if options.get("scope", "step") != "step" or options.get("overlap", False):
             raise DriftError(
                 'DeepSpeed takes gradients away during backward: use scope="step" and overlap=False'
@@ -73,7 +74,11 @@ class EngineInjection(Injection):
             return self._original(*arguments, **keywords)
         zero.settle(self._engine_optimizer)
         super().step()
-        result = self._original(*arguments, **keywords)
+        self._running = True
+        try:
+            result = self._original(*arguments, **keywords)
+        finally:
+            self._running = False
         # Some gradients stay in place from step to step, zeroed.
         self._pending = None
         if getattr(self._engine_optimizer, "overflow", False):
@@ -81,6 +86,16 @@ class EngineInjection(Injection):
             self._control.undo()
             self._record.begin(0)
         return result
+
+    def _watch(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        # What DeepSpeed's optimizer steps are copies of the targets, which the record cannot know.
+        if optimizer is getattr(self._engine_optimizer, "optimizer", None) and not self._running:
+            raise DriftError(
+                f"nothing was injected before this step of {type(optimizer).__name__}: the "
+                "engine's optimizer stepped past the injection (was its step replaced after "
+                "attaching?); attach last, or call injection.remove() to train without it"
+            )
+        super()._watch(optimizer, args, kwargs)
 
     def _pieces(self, model: nn.Module, targets: Sequence[Target]) -> list[Piece]:
         return zero.pieces(

@@ -16,18 +16,22 @@ bf16-mixed, a loss scaler, manual optimization.
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from drift_fast.errors import DriftError
+from drift_fast.errors import DriftError, DriftWarning
 from drift_fast.inject.injection import Injection
 from drift_fast.inject.telemetry import append_rows
 from drift_fast.integrations.settings import Settings
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback
@@ -81,6 +85,7 @@ class DriftCallback(Callback):
         self._steps = 0
         self._logged = 0
         self._saved: dict[str, Any] | None = None
+        self._last: dict[str, Any] = {}
         self.injection: LightningInjection | None = None
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -114,6 +119,13 @@ class DriftCallback(Callback):
         if self._saved is not None:
             self.injection.load_state_dict(self._saved)
             self._saved = None
+        elif trainer.global_step > 0:
+            warnings.warn(
+                f"the run goes on at step {trainer.global_step} without the state of an "
+                "injection: schedules start anew, and progress counts from here",
+                DriftWarning,
+                stacklevel=2,
+            )
         self._steps = self._logged = trainer.global_step
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
@@ -137,11 +149,17 @@ class DriftCallback(Callback):
                 append_rows(self._csv, self._steps, summary)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Detach."""
+        """Detach, and keep the state: Lightning may write its last checkpoint after this."""
+        self._keep()
         self.remove()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Detach, so that the model can be attached to again."""
+        try:
+            self._keep()
+        except RuntimeError as error:
+            # A device that has failed answers nothing; what it was is about to be raised.
+            logger.warning("the state of the injection is lost: %s", error)
         self.remove()
 
     def remove(self) -> None:
@@ -151,12 +169,16 @@ class DriftCallback(Callback):
             self.injection = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the injection's state for a checkpoint."""
-        return {} if self.injection is None else self.injection.state_dict()
+        """Return the injection's state for a checkpoint, after training that of its end."""
+        return self._last if self.injection is None else self.injection.state_dict()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Keep a checkpoint's state until training starts."""
         self._saved = dict(state_dict) or None
+
+    def _keep(self) -> None:
+        if self.injection is not None:
+            self._last = self.injection.state_dict()
 
 
 class LightningInjection(Injection):

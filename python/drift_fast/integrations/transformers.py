@@ -7,6 +7,7 @@ DeepSpeed wrap the model when training starts, so there the injection attaches i
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
 from collections.abc import Mapping
@@ -24,6 +25,8 @@ from drift_fast.inject.targets import DeltaLike, find_targets, opened
 from drift_fast.inject.telemetry import append_rows
 from drift_fast.integrations.deepspeed import EngineInjection
 from drift_fast.select import EVERYTHING, Selection
+
+logger = logging.getLogger(__name__)
 
 # Where the trainer's state, which every checkpoint holds, keeps that of the injection.
 _KEY = "drift_fast.Injection"
@@ -57,7 +60,7 @@ class _Driven(Injection):
         self._original_step = trainer.training_step
         self._original_log = trainer.log
         self._wrappers = {"training_step": self._training_step, "log": self._log}
-        self._replaced = {name: trainer.__dict__.get(name) for name in self._wrappers}
+        self._before = {name: trainer.__dict__.get(name) for name in self._wrappers}
         for name, wrapper in self._wrappers.items():
             setattr(trainer, name, wrapper)
         self._callback = _Callback(self)
@@ -70,10 +73,10 @@ class _Driven(Injection):
         for name, wrapper in self._wrappers.items():
             # Somebody may have wrapped it once more, and then calls this one, which passes it on.
             if self._trainer.__dict__.get(name) is wrapper:
-                if self._replaced[name] is None:
+                if self._before[name] is None:
                     delattr(self._trainer, name)
                 else:
-                    setattr(self._trainer, name, self._replaced[name])
+                    setattr(self._trainer, name, self._before[name])
         if self._callback in self._trainer.callback_handler.callbacks:
             self._trainer.remove_callback(self._callback)
 
@@ -126,6 +129,10 @@ class _Driven(Injection):
                 DriftWarning,
                 stacklevel=2,
             )
+        elif self.steps > 0:
+            # A second train(), or a batch size that did not fit and is tried again smaller.
+            self._control.restart()
+            logger.info("a run from the start: schedules start anew, λ counts from the attachment")
         self._drive = self._planned_drive(state.max_steps)
         if self._drive and self._drive[-1] > 0:
             cap = self._options.get("progress_target") or self._options.get("progress_cap")
@@ -159,6 +166,12 @@ class _Driven(Injection):
         if self._removed:
             plain: torch.Tensor = self._original_step(model, *args, **kwargs)
             return plain
+        if not self._groups:
+            raise DriftError(
+                "this trainer trains without having called on_train_begin, at which the injection "
+                "attaches to the wrapped model, so nothing would be injected; use "
+                "Injection(model, delta, …) in this loop"
+            )
         if not self._checked:
             self._check_model(model)
         final = self._trainer.accelerator.sync_gradients

@@ -10,7 +10,8 @@ device and vendor before it falls back to the device alone; importing this modul
 value models, train as they do without it. Only engines that have an optimizer are attached to.
 
 verl's log shows nothing of the injection; with `csv:` in the settings each step appends its rows to
-that file, at the cost of a pass over weights and Δ.
+that file, at the cost of a pass over weights and Δ. verl's checkpoints hold nothing of the
+injection: in a resumed run schedules start anew and λ counts from there.
 
 Tested with verl 0.9.1 (transformers 5.9) without a GPU, where verl builds and shards no model: the
 engine is found by verl's registry, and its own `optimizer_step` on a whole module steps with the
