@@ -7,9 +7,9 @@ The model is the text backbone of Qwen2.5-VL-7B with random weights (narrower an
 where the memory is smaller). A step is one forward and backward pass; variants take turns with the
 step that is not injected, all in one run. The rivals: the public code's adaptive formula re-stated
 (Δ of every tensor in pageable host memory, copied to the device and reduced in a gradient hook),
-and the same formula in plain PyTorch, well written, Δ resident. Before timing, injected gradients are
-compared with float64, and no step may wait for the device (CUDA's sync detector set to raise, and
-the profiler's trace searched).
+and the same formula in plain PyTorch, well written, Δ resident. Before timing, injected gradients
+are compared with float64, and no step may wait for the device (CUDA's sync detector set to raise,
+and the profiler's trace searched).
 """
 
 from __future__ import annotations
