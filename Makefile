@@ -29,7 +29,8 @@ test-oldest: build/oldest/installed
 build/oldest/installed: .venv/built
 	rm -rf build/oldest
 	$(BIN)/python -m pip install --quiet --no-deps --target build/oldest \
-		'transformers==4.57.*' 'huggingface_hub==0.34.*' 'tokenizers==0.22.*'
+		'transformers==4.57.*' 'huggingface_hub==0.34.*' 'tokenizers==0.22.*' \
+		'datasets==4.0.*' 'fsspec==2025.3.*'
 	touch $@
 
 # The wheel as a user gets it: an environment of its own with its declared dependencies only.
