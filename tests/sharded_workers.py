@@ -13,6 +13,7 @@ import logging
 import os
 import sys
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -159,7 +160,7 @@ class Errors(dict[str, Any]):
         self[kind] = max(self.get(kind, 0.0), float(error / change.norm()))
 
 
-class Training:
+class Training(ABC):
     """How one stack takes a step: what the check below needs of it."""
 
     pieces: dict[str, Any]
@@ -168,16 +169,17 @@ class Training:
     plain: nn.Module
     micro_batches: int
 
+    @abstractmethod
     def step(self, batches: list[torch.Tensor], moment: Callable[[float], None]) -> None:
         """Train on this rank's share; call moment(factor of the gradients) before clipping."""
-        raise NotImplementedError
 
+    @abstractmethod
     def computing(self) -> dict[str, torch.Tensor]:
         """Return what the model computes with, whole, in float64."""
-        raise NotImplementedError
 
+    @abstractmethod
     def publish(self) -> None:
-        pass
+        """Bring moved master weights to those that compute."""
 
 
 def follow(training: Training, clip: float) -> Errors:
@@ -393,6 +395,9 @@ class Fsdp(Training):
         pieces = fsdp1.pieces(list(wrapped), list(wrapped.values()), self.model)
         self.pieces = dict(zip(names, pieces, strict=True))
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=LEARNING_RATE)
+
+    def publish(self) -> None:
+        """There is one copy of the weights, so nothing is behind."""
 
     def step(self, batches: list[torch.Tensor], moment: Callable[[float], None]) -> None:
         mine = batches[dist.get_rank() :: dist.get_world_size()]

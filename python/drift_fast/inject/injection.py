@@ -12,7 +12,6 @@ import logging
 import os
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from types import TracebackType
 from typing import Any, Literal
 
 import torch
@@ -21,6 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from drift_fast.delta import parse_size
 from drift_fast.errors import DriftError
+from drift_fast.inject.attachment import Attachment
 from drift_fast.inject.control import CapBy, Control, LayerAlpha, PerModule
 from drift_fast.inject.formula import SCALES, Scale, check_scale
 from drift_fast.inject.group import Group, Push, beside
@@ -52,7 +52,7 @@ Rescale = Literal["weight"] | None
 _STATE_VERSION = 1
 
 
-class Injection:
+class Injection(Attachment):
     """Bias a model's gradients along a delta while it trains.
 
     With `scope="step"` call `step()` once per optimizer step, after the last backward and before
@@ -389,17 +389,6 @@ class Injection:
         for group in self._groups:
             group.release()
         self._groups = []
-
-    def __enter__(self) -> Injection:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.remove()
 
     def __repr__(self) -> str:
         return (

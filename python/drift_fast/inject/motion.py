@@ -12,7 +12,6 @@ import os
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from torch import nn
 from drift_fast.delta import parse_size
 from drift_fast.errors import DriftError, DriftWarning
 from drift_fast.inject.arithmetic import flattened
+from drift_fast.inject.attachment import Attachment
 from drift_fast.inject.followed import EngineSteps, OptimizerSteps, parameters_of_optimizer
 from drift_fast.inject.injection import unwrap_optimizer
 from drift_fast.inject.loading import Loading, load_groups
@@ -45,7 +45,7 @@ from drift_fast.select import EVERYTHING, Layers, Modules, Selection, kind_of
 logger = logging.getLogger(__name__)
 
 
-class PlannedMotion:
+class PlannedMotion(Attachment):
     """Move weights by λ·Δ in steps, one after each of the first `steps` optimizer steps.
 
     motion = PlannedMotion(model, delta, progress={"attn": 0.8, "mlp": 1.25}, steps=100,
@@ -252,17 +252,6 @@ class PlannedMotion:
         for group in self._groups:
             group.release()
         self._groups = []
-
-    def __enter__(self) -> PlannedMotion:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.remove()
 
     def __repr__(self) -> str:
         return (
