@@ -152,7 +152,7 @@ class Bench:
         self.device = torch.device(options.device)
         self.cuda = self.device.type == "cuda"
         self.rows: list[Row] = []
-        self.in_a_row = 3 if self.cuda else 1
+        self.in_a_row = 10 if self.cuda else 1
         torch.manual_seed(0)
         heads = max(1, options.hidden // 128)
         config = Qwen2Config(
@@ -210,13 +210,14 @@ class Bench:
 
     def compare(self, label: str, injected: Callable[[], None], held: float, repeats: int) -> Row:
         """Time a variant in turn with the step that is not injected."""
-        injected()
-        injected()
+        # Allocations settle, and what is launched as one is recorded.
+        for _ in range(4):
+            injected()
         row = Row(label, [], [], held)
         for _ in range(repeats):
             row.base.append(self.timed_run(self.plain))
             if self.in_a_row > 1:
-                self.timed(injected)
+                injected()
             row.times.append(self.timed_run(injected))
         self.rows.append(row)
         print(f"{label}: {row.added():+.1%}", flush=True)
@@ -252,10 +253,10 @@ class Bench:
         self.step()
         times = []
         with Injection(self.model, delta, **options) as held:
-            for _ in range(6):
+            for _ in range(9):
                 held._pending = None  # the same gradients again: only the time counts here
                 times.append(self.timed(held.step))
-        return statistics.median(times[1:])
+        return statistics.median(times[4:])
 
     def syncs(self, delta: Any) -> int:
         """Return how many times an injection made the host wait, by the profiler's trace."""
@@ -315,7 +316,8 @@ class Bench:
                     held.step()
                     optimizer.step()
 
-                injected()
+                for _ in range(3):
+                    injected()
                 for _ in range(max(2, self.options.repeats // 3)):
                     row.times.append(self.timed(injected))
             for _ in range(max(2, self.options.repeats // 3)):
@@ -326,11 +328,12 @@ class Bench:
 
     def rival(self, label: str, hooks: Callable[..., list[Any]], repeats: int) -> None:
         before = self.memory()
-        base = [self.timed_run(self.step) for _ in range(repeats)]
+        base = [self.timed(self.step) for _ in range(repeats)]
         handles = hooks(self.model, self.everything)
         held = self.memory() - before
         self.step()
-        row = Row(label, [self.timed_run(self.step) for _ in range(repeats)], base, held)
+        # So much slower, or without copies that run ahead: one step after the other will do.
+        row = Row(label, [self.timed(self.step) for _ in range(repeats)], base, held)
         for handle in handles:
             handle.remove()
         self.rows.append(row)
@@ -383,7 +386,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=3584)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--rival-repeats", type=int, default=2)
     parser.add_argument("--accumulation", type=int, default=8)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -159,7 +159,7 @@ def draw(history: list[dict[str, float]], path: Path) -> None:
         points = [(row["step"], row[f"drift/{name}"]) for row in rows if f"drift/{name}" in row]
         axes[2].plot(*zip(*points, strict=True), label=name)
     axes[2].set(title="cos(g, Δ), ‖c·Δ‖/‖g‖ and α", xlabel="optimizer step")
-    axes[2].legend(fontsize=7, frameon=False)
+    axes[2].legend(fontsize=7, frameon=False, loc="center right", bbox_to_anchor=(1.0, 0.68))
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)

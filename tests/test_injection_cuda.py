@@ -162,7 +162,7 @@ def test_wherever_the_delta_lives_the_gradient_is_right(
     model, delta = wide_world(tmp_path, dtype)
     # Less than the delta, so that the ring is filled anew within each step.
     before, after, held = injected(
-        model, delta, 3, residency=residency, overlap=overlap, prefetch="400KB"
+        model, delta, 6, residency=residency, overlap=overlap, prefetch="400KB"
     )
     whole = sum(2 * tensor.numel() for tensor in delta.values())
     assert held < 0.8 * whole or residency in ("device", "device-int8")
@@ -181,7 +181,7 @@ def test_no_residency_in_memory_waits_in_a_step(tmp_path: Path, residency: str) 
     model, delta = wide_world(tmp_path, torch.bfloat16)
     batch = {key: value.cuda() for key, value in text_batch(4, 32).items()}
     with drift_fast.Injection(model, delta, residency=residency, prefetch="400KB") as injection:
-        for _ in range(2):
+        for _ in range(5):
             model.zero_grad()
             model(**batch).loss.backward()
             with no_waiting():

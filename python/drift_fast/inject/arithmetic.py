@@ -49,6 +49,8 @@ class Arithmetic(Protocol):
 
     device: torch.device
     dtype: torch.dtype
+    # Of the streams it launches on, as CUDA counts: the lower goes first.
+    priority: int
 
     def measure(
         self,
@@ -68,6 +70,7 @@ class HostArithmetic:
 
     device = torch.device("cpu")
     dtype = torch.float64
+    priority = 0
 
     def measure(
         self,
@@ -107,8 +110,9 @@ class DeviceArithmetic:
 
     def __init__(self, device: torch.device, *, streams: int = _STREAMS, priority: int = 0) -> None:
         self.device = device
+        self.priority = priority
         count = streams if device.type == "cuda" and streams > 1 else 0
-        self._streams = [new_stream(device, priority) for _ in range(count)]
+        self._streams = shared_streams(device, priority, count)
         self._packs: dict[tuple[int, ...], _Pack] = {}
 
     def measure(
@@ -240,8 +244,8 @@ class _Pack:
             places[row, :size] = torch.arange(start, start + size)
             rows[start : start + size] = row
             start += size
-        self._places = places.to(device)
-        self._rows = rows.to(device)
+        self._places = _sent(places, device)
+        self._rows = _sent(rows, device)
 
     def flat(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         """Return all elements in a row, as float32."""
@@ -257,6 +261,14 @@ class _Pack:
         return values.index_select(0, self._rows)
 
 
+def _sent(table: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a copy on the device, for which the host does not wait."""
+    if device.type == "cuda":
+        # Pinned memory that is freed is reused only after the copy from it, which torch watches.
+        table = table.pin_memory()
+    return table.to(device, non_blocking=True)
+
+
 def make_arithmetic(device: torch.device) -> Arithmetic:
     """Return the arithmetic for a device."""
     return HostArithmetic() if device.type == "cpu" else DeviceArithmetic(device)
@@ -265,6 +277,15 @@ def make_arithmetic(device: torch.device) -> Arithmetic:
 def new_stream(device: torch.device, priority: int = 0) -> torch.cuda.Stream:
     """Return a stream beside the current one; of two, that with the lower number goes first."""
     return torch.cuda.Stream(device, priority)  # type: ignore[no-untyped-call]
+
+
+@functools.cache
+def shared_streams(device: torch.device, priority: int, count: int) -> list[torch.cuda.Stream]:
+    """Return streams that all injections share.
+
+    torch keeps a workspace of tens of megabytes for each stream on which matrices were multiplied.
+    """
+    return [new_stream(device, priority) for _ in range(count)]
 
 
 def norm_of(tensor: torch.Tensor) -> float:

@@ -15,7 +15,8 @@ import torch
 from drift_fast.inject.arithmetic import Arithmetic, Sums, flattened
 from drift_fast.inject.control import limit
 from drift_fast.inject.formula import NEED_DOT, Scale, coefficients
-from drift_fast.inject.pieces import Piece, Reduction
+from drift_fast.inject.pieces import Piece, Reduction, Whole
+from drift_fast.inject.recording import Recordings, may_record
 from drift_fast.inject.residency import Store
 from drift_fast.inject.targets import Target
 
@@ -60,7 +61,14 @@ class Group:
         self.reduction = Reduction(pieces[0].groups)
         self.norms = self.vector(norms)
         self.last: Last | None = None
-        self._skipped: Any = 0
+        # What a step reads and counts lies in one place, which a recording remembers.
+        self._alpha = self.vector([0.0] * len(self.targets))
+        self._loss_scale = torch.ones((), dtype=self._alpha.dtype, device=self.device)
+        self._skipped = torch.zeros((), dtype=torch.int64, device=self.device)
+        self._push: Push | None = None
+        whole = all(isinstance(piece, Whole) for piece in self.pieces)
+        records = whole and self.device.type == "cuda"
+        self._recordings = Recordings(self.device) if records else None
         self._found: dict[int, torch.Tensor] | None = None
         self._origin = torch.zeros(0)
         self._factor = self.vector([1.0] * len(self.targets))
@@ -99,6 +107,8 @@ class Group:
 
     def release(self) -> None:
         """Let go of Δ now."""
+        if self._recordings is not None:
+            self._recordings.clear()
         self.last = None
         self.store.release()
 
@@ -106,14 +116,17 @@ class Group:
 
     def begin(self) -> None:
         """Start the account of a step."""
-        zeros = torch.zeros_like(self.norms)
-        self.last = Last(zeros, zeros.clone(), zeros.clone(), self.norms)
-        self._skipped = 0
+        if self.last is None:
+            norm, dot, c = (torch.zeros_like(self.norms) for _ in range(3))
+            self.last = Last(norm, dot, c, self.norms)
+        for vector in (self.last.norm, self.last.dot, self.last.c, self._skipped):
+            vector.zero_()
+        self.last.alpha, self._push = None, None
 
     def rest(self) -> None:
         """Note that α is zero for all targets in this step, which then measures nothing."""
         assert self.last is not None
-        self.last.alpha = torch.zeros_like(self.norms)
+        self.last.alpha = self._alpha.zero_()
 
     def missing(self) -> list[int]:
         """Return the targets that have no gradient, and keep the gradients for this step."""
@@ -129,7 +142,7 @@ class Group:
 
     def inject(self, push: Push) -> None:
         """Measure and change every gradient."""
-        self._follow(push)
+        push = self._follow(push)
         if self.sharded:
             self._inject_sharded(push)
         else:
@@ -139,17 +152,24 @@ class Group:
     def finish(self) -> None:
         """Let go of this step's gradients, which zero_grad may be about to free."""
         self._found = None
+        if self._recordings is not None:
+            self._recordings.drop()
+
+    def record(self) -> None:
+        """Record what the next step can launch as one; this one's gradients are still there."""
+        if self._recordings is not None and may_record(self.device):
+            self._recordings.record()
 
     def inject_bucket(self, at: int, push: Push, arithmetic: Arithmetic | None = None) -> None:
         """Measure and change the gradients of one bucket, where nothing is sharded."""
-        self._follow(push)
+        push = self._follow(push)
         with self.store.bucket(at) as deltas:
             start, stop = self.store.buckets[at]
             self._process(start, stop, deltas, push, arithmetic or self.arithmetic)
 
     def inject_one(self, at: int, gradient: torch.Tensor, push: Push) -> Any:
         """Change a gradient that is not in its place yet; return whether it was skipped."""
-        self._follow(push)
+        push = self._follow(push)
         delta = [self.store.deltas[at]]  # type: ignore[attr-defined]
         one = slice(at, at + 1)
         with flattened([gradient]) as flats:
@@ -160,11 +180,21 @@ class Group:
 
     def skipped(self) -> Any:
         """Return how many finite coefficients could not be had, an int or a device tensor."""
-        return self._skipped
+        return self._skipped.clone()
 
-    def _follow(self, push: Push) -> None:
+    def _follow(self, push: Push) -> Push:
+        """Take a step's push over to where it is read from; of one step it is one object."""
         assert self.last is not None
-        self.last.alpha, self.last.angles = push.alpha, push.scale in NEED_DOT
+        if self._push is not push:
+            self._alpha.copy_(push.alpha)
+            if isinstance(push.loss_scale, torch.Tensor):
+                self._loss_scale.copy_(push.loss_scale)
+            elif push.loss_scale is not None:
+                self._loss_scale.fill_(push.loss_scale)
+            self.last.alpha, self.last.angles = self._alpha, push.scale in NEED_DOT
+            self._push = push
+        loss_scale = None if push.loss_scale is None else self._loss_scale
+        return Push(push.scale, self._alpha, loss_scale, push.max_push)
 
     def _process(
         self,
@@ -179,13 +209,46 @@ class Group:
             return
         members, gradients = list(held), list(held.values())
         some = [deltas[at - start] for at in members]
-        with flattened(gradients) as flats:
-            sums = self.arithmetic.measure(flats, some if push.scale in NEED_DOT else None)
-            self._note(sums, members)
-            c = self._decide(start, stop, members, push)
-            self.arithmetic.subtract(flats, some, pick(c, [at - start for at in members]))
-        for at, gradient in held.items():
-            self.pieces[at].store(gradient)
+        recordings = self._recordings
+        # A gradient that lies transposed is changed through a copy, which has no place of its own.
+        still = all(gradient.is_contiguous() for gradient in gradients)
+        if recordings is None or not still or not may_record(self.device):
+            with flattened(gradients) as flats:
+                self._launch(start, stop, members, flats, some, push, arithmetic)
+            for at, gradient in held.items():
+                self.pieces[at].store(gradient)
+            return
+        place = start, stop, some[0].data_ptr(), id(arithmetic)
+        addresses = (
+            tuple(members),
+            tuple((gradient.data_ptr(), gradient.dtype) for gradient in gradients),
+            tuple(delta.data_ptr() for delta in some),
+            (push.scale, push.loss_scale is None, push.max_push),
+        )
+
+        def launch() -> None:
+            flats = [gradient.view(-1) for gradient in self._gradients(start, stop).values()]
+            if [one.data_ptr() for one in flats] != [address for address, _ in addresses[1]]:
+                raise RuntimeError("the gradients have been replaced since they were injected")
+            self._launch(start, stop, members, flats, some, push, arithmetic)
+
+        recordings.replay(place, addresses, launch, priority=arithmetic.priority)
+
+    def _launch(
+        self,
+        start: int,
+        stop: int,
+        members: Sequence[int],
+        flats: Sequence[torch.Tensor],
+        deltas: Sequence[torch.Tensor],
+        push: Push,
+        arithmetic: Arithmetic,
+    ) -> None:
+        """Measure and change flat gradients; what changes from step to step comes from vectors."""
+        sums = arithmetic.measure(flats, deltas if push.scale in NEED_DOT else None)
+        self._note(sums, members)
+        c = self._decide(start, stop, members, push)
+        arithmetic.subtract(flats, deltas, pick(c, [at - start for at in members]))
 
     def _inject_sharded(self, push: Push) -> None:
         # Every process takes part in the sum, whatever gradients it has.
@@ -236,7 +299,7 @@ class Group:
         sums = Sums(self.last.norm[run], self.last.dot[run])
         c, finite = self._coefficients(sums, self.last.delta[run], run, push)
         self.last.c[run].copy_(c)
-        self._skipped = self._skipped + (~pick(finite, [at - start for at in members])).sum()
+        self._skipped += (~pick(finite, [at - start for at in members])).sum()
         return c
 
     def _coefficients(

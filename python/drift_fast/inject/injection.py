@@ -286,6 +286,7 @@ class Injection(Attachment):
                     else:
                         group.inject(push)
                     self._record.skip(group.skipped())
+                    group.record()
         finally:
             for group in self._groups:
                 group.finish()

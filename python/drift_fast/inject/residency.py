@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import logging
+import mmap
 import os
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -31,10 +33,10 @@ RESIDENCIES: tuple[str, ...] = get_args(Residency)
 BLOCK = 64
 # Blocks that are rounded at a time.
 _ROWS = 1 << 18
-# Bytes of a page of host memory, or more.
-_PAGE = 1 << 16
-# Buffers of the ring: one is used while others fill.
-_SLOTS = 4
+# Buffers of the ring: one is used while others fill. More of them are free again sooner, fewer
+# take fewer launches.
+_SLOTS, _MOST_SLOTS = 4, 8
+_SLOT_NBYTES = 1 << 28
 
 
 def check_residency(residency: str) -> Residency:
@@ -97,10 +99,29 @@ class Quantised:
             steps = (rows / scale.float()).round_().clamp_(-127, 127)
             self.values[start : start + _ROWS] = steps.to(torch.int8)
 
+    @classmethod
+    def joined(cls, members: Sequence[Quantised]) -> Quantised:
+        """Return the blocks of several as those of one, page-locked where they are in host memory.
+
+        One launch widens them all; the members are left with views of it.
+        """
+        one = cls.__new__(cls)
+        one.values = torch.cat([member.values for member in members])
+        one.scale = torch.cat([member.scale for member in members])
+        one.numel = one.values.numel()
+        if one.values.device.type == "cpu":
+            one.values, one.scale = _locked(one, one.values), _locked(one, one.scale)
+        counts = [len(member.values) for member in members]
+        parts = zip(
+            members, torch.split(one.values, counts), torch.split(one.scale, counts), strict=True
+        )
+        for member, values, scale in parts:
+            member.values, member.scale = values, scale
+        return one
+
     def to_host(self) -> Quantised:
-        """Move to page-locked host memory."""
-        self.values = _locked(self, self.values.cpu())
-        self.scale = _locked(self, self.scale.cpu())
+        """Move to host memory."""
+        self.values, self.scale = self.values.cpu(), self.scale.cpu()
         return self
 
     def fill(self, out: torch.Tensor) -> None:
@@ -183,7 +204,8 @@ class Ring:
         # One that holds every Δ exactly.
         self._dtype = functools.reduce(torch.promote_types, [one.dtype for one in held])
         padded = [one.numel + -one.numel % BLOCK for one in held]
-        slot = max(max(padded), nbytes // self._dtype.itemsize // _SLOTS)
+        most = max(_SLOTS, min(_MOST_SLOTS, nbytes // _SLOT_NBYTES))
+        slot = max(max(padded), nbytes // self._dtype.itemsize // most)
         self.buckets = []
         start = size = 0
         for at, numel in enumerate(padded):
@@ -194,12 +216,13 @@ class Ring:
         self.buckets.append((start, len(held)))
         self._padded = padded
         self._count = len(self.buckets)
-        slots = min(_SLOTS, self._count)
+        slots = min(most, self._count)
         # No wider than the widest bucket, which may be far from what was allowed.
         slot = max(sum(padded[start:stop]) for start, stop in self.buckets)
         self._slots = [torch.empty(slot, dtype=self._dtype, device=device) for _ in range(slots)]
         if tail:
             self.buckets.append((len(held), len(held) + len(tail)))
+        self._sources = [self._source(range(*bucket)) for bucket in self.buckets[: self._count]]
         resident = sum(d.nbytes for d in tail) + sum(buffer.nbytes for buffer in self._slots)
         on_device = [
             o.values.nbytes + o.scale.nbytes
@@ -259,6 +282,7 @@ class Ring:
             torch.cuda.current_stream(self._lane.device).wait_stream(self._lane)
         self._filled.clear()
         self._held.clear()
+        self._sources.clear()
         self._tail.clear()
         self._slots.clear()
 
@@ -280,18 +304,26 @@ class Ring:
             place += self._padded[member]
         return views
 
+    def _source(self, members: range) -> list[tuple[Held, int, int]]:
+        """Return what fills a bucket, each with the elements of the buffer that it fills."""
+        some = [self._held[member] for member in members]
+        quantised = [one for one in some if isinstance(one, Quantised)]
+        if len(quantised) == len(some):
+            joined = Quantised.joined(quantised)
+            return [(joined, 0, joined.numel)]
+        ends = list(itertools.accumulate(self._padded[member] for member in members))
+        return list(zip(some, [0, *ends[:-1]], ends, strict=True))
+
     def _fill(self, turn: int) -> None:
         at, slot = turn % self._count, turn % len(self._slots)
         if len(self._slots) >= self._count and self._filled[slot] is not None:
             return
         used, buffer = self._used[slot], self._slots[slot]
-        members = range(*self.buckets[at])
+        sources = self._sources[at]
 
         def fill() -> Any:
-            place = 0
-            for member in members:
-                self._held[member].fill(buffer[place : place + self._padded[member]])
-                place += self._padded[member]
+            for source, start, stop in sources:
+                source.fill(buffer[start:stop])
 
         def on_lane() -> Any:
             if self._lane is None:
@@ -316,10 +348,9 @@ def _locked(owner: object, tensor: torch.Tensor) -> torch.Tensor:
     if not torch.cuda.is_available() or not tensor.numel():
         return tensor
     # Whole pages of its own: one that is shared with another tensor cannot be locked twice.
-    nbytes = tensor.nbytes + -tensor.nbytes % _PAGE
-    room = torch.empty(nbytes + _PAGE, dtype=torch.uint8)
-    start = -room.data_ptr() % _PAGE
-    pages = room[start : start + nbytes]
+    nbytes = tensor.nbytes + -tensor.nbytes % mmap.PAGESIZE
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if os.name == "posix" else {}
+    pages = torch.frombuffer(mmap.mmap(-1, nbytes, **private), dtype=torch.uint8)
     runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     if int(runtime.cudaHostRegister(pages.data_ptr(), nbytes, 0)) != 0:
         return tensor.pin_memory()

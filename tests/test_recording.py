@@ -1,0 +1,231 @@
+"""What is launched as one is what would have been launched kernel by kernel.
+
+Owns: when a recording is replayed, and that one never writes where a gradient no longer lies.
+"""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import drift_fast
+import reference
+from drift_fast.inject.recording import Recordings
+from injection_models import delta_towards, gradients_of, text_batch, tiny_qwen2
+
+CPU = torch.device("cpu")
+on_a_device = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+class Tape:
+    """Stands for a graph: replays what was launched while it was recorded."""
+
+    def __init__(self, launch: Any) -> None:
+        self.replay = launch
+
+
+def recordings(monkeypatch: pytest.MonkeyPatch) -> Recordings:
+    monkeypatch.setattr(Recordings, "_recorded", lambda self, one: Tape(one.launch))
+    return Recordings(CPU)
+
+
+def take_steps(held: Recordings, addresses: list[Any]) -> list[int]:
+    """Return how many replays there had been after each step."""
+    counts = []
+    for one in addresses:
+        held.replay("place", one, lambda: None, priority=0)
+        held.record()
+        counts.append(held.replayed)
+    return counts
+
+
+def test_what_lay_twice_in_one_place_is_replayed_from_then_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert take_steps(recordings(monkeypatch), [1, 1, 1, 1]) == [0, 0, 1, 2]
+
+
+def test_what_has_moved_is_launched_and_recorded_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = recordings(monkeypatch)
+    assert take_steps(held, [1, 1, 1, 2, 1, 2, 2, 2]) == [0, 0, 1, 1, 2, 2, 3, 4]
+
+
+def test_what_lies_here_and_there_in_turn_is_replayed_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert take_steps(recordings(monkeypatch), [1, 2, 1, 2, 1, 2, 1]) == [0, 0, 0, 0, 1, 2, 3]
+
+
+def test_no_more_recordings_are_kept_than_stated(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = recordings(monkeypatch)
+    take_steps(held, [1, 1, 2, 2, 3, 3, 4, 4, 5, 5])
+    assert take_steps(held, [2, 3, 4, 5]) == [1, 2, 3, 4]
+    assert take_steps(held, [1]) == [4]
+
+
+def test_what_moves_for_ever_is_recorded_a_few_times_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = recordings(monkeypatch)
+    take_steps(held, [at for at in range(100) for _ in range(2)])
+    assert held.replayed == 0
+    assert take_steps(held, [200, 200, 200]) == [0, 0, 0]
+
+
+def test_what_cannot_be_recorded_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Recordings, one: Any) -> Any:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(Recordings, "_recorded", refuse)
+    launched: list[int] = []
+    held = Recordings(CPU)
+    for step in range(4):
+        held.replay("place", 1, lambda step=step: launched.append(step), priority=0)
+        held.record()
+    assert launched == [0, 1, 2, 3]
+
+
+def world(tmp_path: Path) -> tuple[Any, Any, dict[str, torch.Tensor]]:
+    model = tiny_qwen2(hidden_size=256, intermediate_size=640, vocab_size=128)
+    delta = delta_towards(tmp_path, model, dtype="float32", size=0.1)
+    batch = {key: value.cuda() for key, value in text_batch(4, 32).items()}
+    return model.cuda(), delta, batch
+
+
+def replayed(injection: drift_fast.Injection) -> int:
+    return sum(group._recordings.replayed for group in injection._groups)
+
+
+def before_of(model: Any) -> dict[str, torch.Tensor]:
+    """Return the gradients, on the host: copies on the device would move those of later steps."""
+    return {name: gradient.cpu() for name, gradient in gradients_of(model).items()}
+
+
+def take_optimizer_step(model: Any) -> None:
+    """Take the step that belongs between two injections; it changes nothing."""
+    torch.optim.SGD(model.parameters(), lr=0.0).step()
+
+
+def backward(model: Any, batch: dict[str, torch.Tensor], *, in_place: bool = True) -> None:
+    """Run a pass whose gradients lie where the last ones did, if `in_place`."""
+    model.zero_grad(set_to_none=not in_place)
+    model(**batch).loss.backward()
+
+
+def check(model: Any, delta: Any, before: dict[str, torch.Tensor], alpha: float) -> None:
+    for name, found in gradients_of(model).items():
+        if name in delta and name in before:
+            expected = reference.inject(before[name], delta[name], alpha=alpha, scale="adaptive")
+            error = reference.norm(reference.exact(found) - expected)
+            assert error < 1e-5 * reference.norm(expected), name
+
+
+@on_a_device
+def test_every_step_uses_the_strength_of_its_own(tmp_path: Path) -> None:
+    model, delta, batch = world(tmp_path)
+    with drift_fast.Injection(model, delta, schedule="linear", total_steps=8) as injection:
+        for step in range(8):
+            backward(model, batch)
+            before = before_of(model)
+            injection.step()
+            check(model, delta, before, injection.metrics()["alpha"])
+            take_optimizer_step(model)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.mul_(1.0 + 0.01 * step)
+        assert replayed(injection) == 6
+
+
+@on_a_device
+def test_gradients_that_move_between_steps_are_the_ones_that_change(tmp_path: Path) -> None:
+    model, delta, batch = world(tmp_path)
+    with drift_fast.Injection(model, delta) as injection:
+        for step in range(10):
+            backward(model, batch)
+            left = []
+            if step in (4, 7):
+                for parameter in model.parameters():
+                    left.append(parameter.grad)
+                    parameter.grad = parameter.grad.clone()
+            before = before_of(model)
+            kept = [gradient.clone() for gradient in left]
+            injection.step()
+            check(model, delta, before, 1.0)
+            assert all(torch.equal(a, b) for a, b in zip(left, kept, strict=True))
+            take_optimizer_step(model)
+        assert replayed(injection) > 0
+
+
+@on_a_device
+@pytest.mark.parametrize("residency", ["device", "host", "device-int8"])
+def test_gradients_that_lie_anywhere_are_right_when_overlapped(
+    tmp_path: Path, residency: Any
+) -> None:
+    model, delta, batch = world(tmp_path)
+    options = {"residency": residency, "prefetch": "600KB", "overlap": True}
+    with drift_fast.Injection(model, delta, **options) as injection:
+        for _ in range(12):
+            model.zero_grad()
+            with injection.accumulating():
+                model(**batch).loss.backward()
+            before = before_of(model)
+            backward(model, batch, in_place=False)
+            injection.step()
+            if residency != "device-int8":
+                check(model, delta, before, 1.0)
+            take_optimizer_step(model)
+
+
+@on_a_device
+def test_a_gradient_that_is_missing_now_and_then_is_left_out(tmp_path: Path) -> None:
+    model, delta, batch = world(tmp_path)
+    name = next(iter(delta))
+    with drift_fast.Injection(model, delta, strict=False) as injection:
+        for step in range(9):
+            backward(model, batch)
+            gradient = model.get_parameter(name).grad
+            if step % 3 == 2:
+                model.get_parameter(name).grad = None
+            before = before_of(model)
+            injection.step()
+            assert injection.skipped == (1 if step % 3 == 2 else 0)
+            check(model, delta, before, 1.0)
+            take_optimizer_step(model)
+            model.get_parameter(name).grad = gradient
+        assert replayed(injection) == 5
+
+
+@on_a_device
+def test_infinity_in_one_gradient_is_skipped_in_a_replayed_step(tmp_path: Path) -> None:
+    model, delta, batch = world(tmp_path)
+    name = next(iter(delta))
+    with drift_fast.Injection(model, delta) as injection:
+        for step in range(6):
+            backward(model, batch)
+            if step == 4:
+                model.get_parameter(name).grad.view(-1)[0] = float("inf")
+            injection.step()
+            assert injection.skipped == (1 if step == 4 else 0)
+            # Infinity stays out of the weights, which later steps need.
+            model.get_parameter(name).grad.nan_to_num_(0.0, 0.0, 0.0)
+            take_optimizer_step(model)
+        assert replayed(injection) == 4
+
+
+@on_a_device
+def test_memory_of_recordings_is_given_back(tmp_path: Path) -> None:
+    model, delta, batch = world(tmp_path)
+    allocated = []
+    for _ in range(3):
+        with drift_fast.Injection(model, delta) as injection:
+            for _ in range(5):
+                backward(model, batch)
+                injection.step()
+                take_optimizer_step(model)
+            assert replayed(injection) == 3
+        model.zero_grad()
+        del injection
+        gc.collect()
+        allocated.append(torch.cuda.memory_allocated())
+    # The first one leaves torch the workspaces of its streams, which later ones use again.
+    assert allocated[2] <= allocated[1] + (1 << 20)
