@@ -27,7 +27,7 @@ def main(arguments: dict[str, Any]) -> None:
         )
     import drift_fast
 
-    def progress(state: drift_fast.delta.Progress) -> None:
+    def progress(state: object) -> None:
         what = arguments.get("at_progress")
         if what == "die":
             os.kill(os.getpid(), signal.SIGKILL)
