@@ -240,6 +240,7 @@ def test_a_rank_that_never_comes_is_named_and_the_remedy_said(pair: Pair, out: P
     assert everything_under(out.parent) == set()
 
 
+@pytest.mark.slow  # torch is loaded twice
 def test_rank_0_alone_under_a_process_group_does_not_wait_for_ever(
     pair: Pair, out: Path, tmp_path: Path
 ) -> None:
