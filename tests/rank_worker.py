@@ -10,7 +10,6 @@ import logging
 import os
 import signal
 import sys
-import time
 from typing import Any
 
 
@@ -33,8 +32,19 @@ def main(arguments: dict[str, Any]) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         if what == "interrupt":
             raise KeyboardInterrupt
-        if what == "wait":
-            time.sleep(0.2)
+
+    if "silence" in arguments:
+        # Ranks may be slow to start on a busy machine, but once met, a short silence tells.
+        from drift_fast.rendezvous import Group
+
+        meet = Group.meet
+
+        def impatient(*given: Any, **options: Any) -> Group:
+            group = meet(*given, **options)
+            group.limit = arguments["silence"]
+            return group
+
+        Group.meet = impatient  # type: ignore[method-assign]
 
     keywords = {"progress": progress, **arguments.get("keywords", {})}
     if isinstance(keywords.get("ranks"), list):

@@ -12,13 +12,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from drift_fast import Delta, NonFiniteError, compute_delta
+from drift_fast import CheckpointError, Delta, DriftError, NonFiniteError, compute_delta
 from drift_fast.ranks import balance, identify, parse_ranks
+from drift_fast.rendezvous import Group
 from synthetic import Pair, everything_under, refused, write_pair
 
 WORKER = Path(__file__).with_name("rank_worker.py")
@@ -177,14 +179,14 @@ def test_a_killed_rank_stops_the_others_and_the_next_run_cleans_up(
     pair: Pair, alone: Path, out: Path, victim: int
 ) -> None:
     started = [
-        start(pair, out, rank, 2, limit=1.5, at_progress="die" if rank == victim else None)
+        start(pair, out, rank, 2, silence=2.0, at_progress="die" if rank == victim else None)
         for rank in range(2)
     ]
     found = finish(started)
     survivor = found[1 - victim]
     assert started[victim].returncode == -9
     assert survivor["error"] == "DriftError", survivor
-    assert f"rank {victim}: it has given no sign of life for 1.5 s" in survivor["text"]
+    assert f"rank {victim}: it has given no sign of life for 2 s" in survivor["text"]
     assert_nothing_opens(out)
     # Rank 0 removes everything; without it the hidden directory stays, for the next run.
     assert bool(everything_under(out.parent)) == (victim == 0)
@@ -229,15 +231,23 @@ def test_what_a_crashed_run_left_on_the_board_is_not_taken_for_this_runs(
     assert every_byte(out) == every_byte(alone)
 
 
-def test_a_rank_that_never_comes_is_named_and_the_remedy_said(pair: Pair, out: Path) -> None:
-    started = [start(pair, out, rank, 3, limit=1.0) for rank in (0, 2)]
-    first, other = finish(started)
-    assert first["error"] == "DriftError"
-    assert "rank 1 of 3 never came" in first["text"]
-    assert "ranks=None" in first["text"]
-    assert "rank 0" in other["text"]
-    assert "ranks=None" in other["text"]
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_never_comes_is_named_and_the_remedy_said(
+    pair: Pair, out: Path, rank: int
+) -> None:
+    (found,) = finish([start(pair, out, rank, 3, limit=0.5)])
+    assert found["error"] == "DriftError"
+    expected = "ranks 1, 2 of 3 never came" if rank == 0 else "rank 1 waited in vain for rank 0"
+    assert expected in found["text"]
+    assert "ranks=None" in found["text"]
     assert everything_under(out.parent) == set()
+
+
+def test_only_the_rank_that_did_not_come_is_named() -> None:
+    board = MemoryBoard()
+    board.put("announced-2", "here")
+    with refused(DriftError, "rank 1 of 3 never came"):
+        Group.meet(board, rank=0, size=3, limit=0.1, where="here")
 
 
 @pytest.mark.slow  # torch is loaded twice
@@ -319,6 +329,80 @@ def test_nan_in_one_ranks_share_is_refused_as_in_one_process_or_counted(
     compute_delta(broken.reasoning, broken.multimodal, one, max_shard_size=SHARD, **counted)
     assert every_byte(out) == every_byte(one)
     assert Delta.open(out).stats.total.nonfinite == 1
+
+
+# ------------------------------------------------------------------ how they meet
+
+
+class MemoryBoard:
+    """A board that nobody clears, as the store of a process group is."""
+
+    def __init__(self) -> None:
+        self.texts: dict[str, str] = {}
+
+    def put(self, key: str, text: str) -> None:
+        self.texts[key] = text
+
+    def get(self, key: str) -> str | None:
+        return self.texts.get(key)
+
+    def close(self) -> None:
+        return None
+
+
+def meet(board: MemoryBoard, size: int, texts: Sequence[str]) -> list[str]:
+    """Meet as `size` threads and return what rank 0 collected."""
+
+    def take_part(rank: int) -> list[str]:
+        group = Group.meet(board, rank=rank, size=size, limit=20, where="here")
+        try:
+            assert group.share("from 0" if rank == 0 else None) == "from 0"
+            return group.collect(texts[rank])
+        finally:
+            group.close()
+
+    with ThreadPoolExecutor(size) as pool:
+        found = list(pool.map(take_part, range(size)))
+    assert found[1:] == [[]] * (size - 1)
+    return found[0]
+
+
+def test_a_board_that_was_used_before_serves_again() -> None:
+    board = MemoryBoard()
+    assert meet(board, 3, ["a", "b", "c"]) == ["a", "b", "c"]
+    assert meet(board, 3, ["d", "e", "f"]) == ["d", "e", "f"]
+
+
+@pytest.mark.parametrize("roll", ["", "{", "[]", '{"tokens": 1}', '{"run": "../x", "tokens": []}'])
+def test_what_is_no_roll_is_waited_out(roll: str) -> None:
+    board = MemoryBoard()
+    board.put("roll", roll)
+    with refused(DriftError, "rank 1 waited in vain", "ranks=None"):
+        Group.meet(board, rank=1, size=2, limit=0.1, where="here")
+
+
+def test_an_error_reaches_the_others_as_its_own_kind_with_the_rank() -> None:
+    kinds = (CheckpointError, FileExistsError, ValueError, OSError)
+    for kind in kinds:
+        board = MemoryBoard()
+
+        def take_part(rank: int, board: MemoryBoard = board, kind: type = kind) -> None:
+            group = Group.meet(board, rank=rank, size=2, limit=20, where="here")
+            try:
+                if rank == 1:
+                    raise kind("a shard is cut off")
+                group.share("")
+                group.collect()
+            except BaseException as error:
+                group.fail(error)
+                raise
+            finally:
+                group.close()
+
+        with ThreadPoolExecutor(2) as pool:
+            waiting = pool.submit(take_part, 0), pool.submit(take_part, 1)
+            with refused(kind, "rank 1: a shard is cut off"):
+                waiting[0].result()
 
 
 # ------------------------------------------------------------------ who takes part
