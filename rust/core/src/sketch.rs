@@ -221,7 +221,7 @@ impl Sketch {
     }
 
     fn count(&self, values: &[f32]) -> Result<usize> {
-        if values.len() % self.columns != 0 {
+        if !values.len().is_multiple_of(self.columns) {
             return Err(Error::Argument(format!(
                 "{} values are no whole rows of {}",
                 values.len(),
