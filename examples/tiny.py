@@ -77,8 +77,9 @@ def pair(folder: str | Path, *, text_only: bool = False) -> tuple[torch.nn.Modul
             parameter.add_(0.3 * parameter.std(correction=0) * torch.randn_like(parameter))
     expert.save_pretrained(folder / "reasoning")
     model.save_pretrained(folder / "multimodal")
+    # Under a launcher each process has a folder of its own, so it writes alone.
     drift_fast.compute_delta(
-        folder / "reasoning", folder / "multimodal", folder / "delta", dtype="float32"
+        folder / "reasoning", folder / "multimodal", folder / "delta", dtype="float32", ranks=None
     )
     return model, folder / "delta"
 

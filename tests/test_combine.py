@@ -253,3 +253,105 @@ def test_an_injection_takes_a_combination_like_a_delta(tmp_path: Path) -> None:
             train(model, 3, injection=injection)
         changed.append([parameter.detach().clone() for parameter in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*changed, strict=True))
+
+
+# ------------------------------------------------------------------ as a delta of its own
+
+
+def test_a_combined_delta_is_saved_with_the_bits_of_the_sum(
+    deltas: list[Delta], out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # No multiple of any row, so that pieces cut through tensors.
+    monkeypatch.setattr("drift_fast.combination._PIECE", 13)
+    first, second = deltas
+    assert first.path is not None
+    weights = {first.path: 0.7, second: -1.3}
+    delta = Delta.combine(weights)
+    expected = combine(weights)
+    assert isinstance(delta, Delta)
+    assert (delta.path, delta.dtype, delta.names) == (None, "bfloat16", expected.names)
+    saved = delta.save(out, max_shard_size=400)
+    assert len(list(out.glob("*.safetensors"))) > 2
+    assert saved.names == expected.names
+    for name in expected:
+        assert torch.equal(saved[name], expected[name]), name
+        assert torch.equal(delta[name], expected[name]), name
+    part = torch.empty(20, dtype=torch.bfloat16)
+    delta.read_into(expected.names[0], part, start=7)
+    assert torch.equal(part, expected[expected.names[0]].reshape(-1)[7:27])
+
+
+def test_the_statistics_of_a_combined_delta_are_those_of_the_exact_sum(
+    deltas: list[Delta], out: Path
+) -> None:
+    first, second = deltas
+    delta = Delta.combine({first: 2.0, second: 0.1})
+    saved = delta.save(out)
+    for row, stored_row in zip(delta.stats, saved.stats, strict=True):
+        exact = 2.0 * first[row.name].double().numpy() + 0.1 * second[row.name].double().numpy()
+        assert row.delta_sq == pytest.approx(float(np.sum(exact * exact)), rel=1e-12)
+        assert stored_row.delta_sq == row.delta_sq
+        # The two were taken from different multimodal models, and neither sum is a checkpoint's.
+        for value in (row.multimodal_sq, row.reasoning_sq, row.dot, row.relative, row.cosine):
+            assert math.isnan(value)
+        assert math.isnan(stored_row.multimodal_sq)
+    assert saved.stats.table()
+
+
+def test_a_norm_of_the_weights_that_all_deltas_share_is_kept(deltas: list[Delta]) -> None:
+    first = deltas[0]
+    assert first.path is not None
+    delta = Delta.combine([(first, 0.5), (first.path, 0.25)])
+    for row in delta.stats:
+        assert row.multimodal_sq == first.stats[row.name].multimodal_sq
+        assert row.relative == pytest.approx(0.75 * first.stats[row.name].relative, rel=1e-2)
+    assert delta.coverage == first.coverage
+    assert delta.selection == first.selection
+
+
+def test_a_saved_combination_tells_what_it_was_made_of(deltas: list[Delta], out: Path) -> None:
+    first, second = deltas
+    Delta.combine({first: 0.5, second: -1.0}).save(out)
+    told = json.loads((out / "drift.json").read_text())["sources"]["combined"]
+    assert [term["weight"] for term in told] == [0.5, -1.0]
+    assert [term["delta"] for term in told] == [str(first.path), str(second.path)]
+    assert [term["sources"] for term in told] == [first.sources, second.sources]
+    assert Delta.open(out).sources["combined"] == told
+    # A saved one combines again.
+    again = Delta.combine({out: 2.0})
+    assert torch.equal(again[first.names[0]], 2.0 * Delta.open(out)[first.names[0]])
+
+
+def test_a_combination_that_cannot_be_written_leaves_nothing(out: Path) -> None:
+    big = Tensors({"a": torch.full((2,), 6e4)})
+    with refused(drift_fast.NonFiniteError, "a:", "float16"):
+        Delta.combine([(big, 2.0)], dtype="float16").save(out)
+    small = Tensors({"a": torch.full((2,), 1e-9)})
+    with refused(drift_fast.NonFiniteError, "a:", "below the range of float16", "bfloat16"):
+        Delta.combine([(small, 1.0)], dtype="float16").save(out)
+    assert list(out.parent.iterdir()) == []
+    with refused(CoverageError, "b: not in Tensors"):
+        Delta.combine([(big, 1.0), (Tensors({"a": torch.ones(2), "b": torch.ones(1)}), 1.0)])
+
+
+def test_streamed_deltas_combine_without_being_written(tmp_path: Path) -> None:
+    pair = write_pair(tmp_path, seed=5)
+    streamed = compute_delta(pair.reasoning, pair.multimodal)
+    delta = Delta.combine({streamed: 2.0})
+    for name in streamed:
+        assert torch.equal(delta[name], 2.0 * streamed[name])
+    saved = delta.save(tmp_path / "sum")
+    assert all(torch.equal(saved[name], delta[name]) for name in delta)
+
+
+def test_an_injection_takes_a_saved_combination(tmp_path: Path) -> None:
+    changed = []
+    for combined in (False, True):
+        model = Backbone()
+        delta = delta_towards(tmp_path / f"{combined}", model)
+        if combined:
+            delta = Delta.combine([(delta, 0.25), (delta, 0.75)]).save(tmp_path / "sum")
+        with drift_fast.Injection(model, delta) as injection:
+            train(model, 3, injection=injection)
+        changed.append([parameter.detach().clone() for parameter in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*changed, strict=True))

@@ -3,7 +3,8 @@
 `compute_delta` streams the reasoning delta of two checkpoints without loading either; `Injection`
 and `attach` feed it into the gradients of an ordinary training run.
 
-Importing this package is light: torch is imported when a tensor is first asked for.
+Importing this package loads the compiled module and the errors; everything else is loaded on first
+use, and torch when a tensor is first asked for.
 """
 
 from __future__ import annotations
@@ -11,8 +12,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from drift_fast._core import __version__
-from drift_fast.combination import combine
-from drift_fast.delta import Delta, Report, compute_delta, inspect
 from drift_fast.errors import (
     AlignmentError,
     CheckpointError,
@@ -21,10 +20,12 @@ from drift_fast.errors import (
     DriftWarning,
     NonFiniteError,
 )
-from drift_fast.inject import schedule
 
 if TYPE_CHECKING:
     from drift_fast.alignment import Alignment, align
+    from drift_fast.combination import combine
+    from drift_fast.delta import Delta, Report, compute_delta, inspect
+    from drift_fast.inject import schedule
     from drift_fast.inject.injection import Injection
     from drift_fast.inject.motion import PlannedMotion
     from drift_fast.inject.predict import predict_progress
@@ -59,8 +60,13 @@ __all__ = [
     "schedule",
 ]
 
-# Names whose modules import torch, or that few runs need, loaded on first use (PEP 562).
+# Where each name is, loaded on first use (PEP 562).
 _LAZY = {
+    "Delta": "drift_fast.delta",
+    "Report": "drift_fast.delta",
+    "compute_delta": "drift_fast.delta",
+    "inspect": "drift_fast.delta",
+    "combine": "drift_fast.combination",
     "Alignment": "drift_fast.alignment",
     "Preflight": "drift_fast.preflight",
     "align": "drift_fast.alignment",
@@ -75,13 +81,16 @@ _LAZY = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        import importlib
+    from importlib import import_module
 
-        value = getattr(importlib.import_module(_LAZY[name]), name)
-        globals()[name] = value
-        return value
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name == "schedule":
+        value: Any = import_module("drift_fast.inject.schedule")
+    elif name in _LAZY:
+        value = getattr(import_module(_LAZY[name]), name)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
 
 
 def __dir__() -> list[str]:

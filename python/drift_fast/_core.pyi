@@ -18,6 +18,8 @@ __all__ = [
     "debug_build",
     "likeness",
     "measure",
+    "places_of",
+    "shards",
     "stream",
     "subtract_into",
     "subtract_scaled",
@@ -84,8 +86,11 @@ class DeltaWriter:
         *,
         max_shard_nbytes: int,
         overwrite: bool,
+        shards: list[int] | None = None,
+        join: bool = False,
     ) -> DeltaWriter: ...
-    def write(self, slot: int, buffer: Any) -> None: ...
+    def write(self, slot: int, buffer: Any, *, offset: int = 0) -> None: ...
+    def flush(self) -> None: ...
     def commit(self, description: str) -> None: ...
     def abort(self) -> None: ...
 
@@ -95,6 +100,10 @@ def align(
     *,
     prefer_equal_names: bool = False,
 ) -> Aligned: ...
+def shards(
+    tensors: list[tuple[str, list[int]]], dtype: str, *, max_shard_nbytes: int
+) -> list[tuple[int, int, int]]: ...
+def places_of(target: str | os.PathLike[str]) -> tuple[os.PathLike[str], os.PathLike[str]]: ...
 def stream(
     reasoning: Checkpoint,
     multimodal: Checkpoint,

@@ -21,6 +21,7 @@ from drift_fast.coverage import Coverage
 from drift_fast.delta import DTYPES, compute_delta, inspect
 from drift_fast.errors import DriftError, DriftWarning
 from drift_fast.progress import ProgressBar
+from drift_fast.ranks import identify, parse_ranks
 from drift_fast.select import PRESETS
 from drift_fast.statistics import Statistics
 
@@ -68,6 +69,13 @@ def _parser() -> argparse.ArgumentParser:
     delta.add_argument("--overwrite", action="store_true", help="replace a delta at --out")
     delta.add_argument(
         "--max-shard-size", default="5GB", metavar="SIZE", help="of one file (default 5GB)"
+    )
+    delta.add_argument(
+        "--ranks",
+        default="auto",
+        metavar="RANKS",
+        help="who writes: auto (all processes of torchrun, Slurm or Open MPI; the default), none "
+        "(this process alone), or R/N",
     )
     delta.add_argument("--plot", type=Path, metavar="PNG", help="draw norms and cosines too")
     delta.set_defaults(run=_delta)
@@ -202,7 +210,10 @@ def _shared(options: argparse.Namespace, bar: ProgressBar) -> dict[str, Any]:
 
 
 def _delta(options: argparse.Namespace) -> int:
-    with ProgressBar() as bar:
+    ranks = parse_ranks(options.ranks)
+    # Of several processes, one talks.
+    is_first = identify(ranks)[0] == 0
+    with ProgressBar(None if is_first else io.StringIO()) as bar:
         delta = compute_delta(
             options.reasoning,
             options.multimodal,
@@ -210,8 +221,11 @@ def _delta(options: argparse.Namespace) -> int:
             dtype=options.dtype,
             overwrite=options.overwrite,
             max_shard_size=options.max_shard_size,
+            ranks=ranks,
             **_shared(options, bar),
         )
+    if not is_first:
+        return 0
     _report_transfers(delta.sources)
     if options.plot is not None:
         delta.plot(options.plot)

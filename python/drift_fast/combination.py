@@ -1,7 +1,7 @@
 """Several deltas as one: Σ weight·Δ, tensor by tensor, when it is asked for.
 
-Nothing is written or cached. Every element is the float64 sum rounded once. Torch is imported when
-a tensor is asked for, never before.
+Owns the sum, `combine` and what `Delta.combine` writes of it. Nothing is cached. Every element is
+the float64 sum rounded once. Torch is imported when a tensor is asked for, never before.
 """
 
 from __future__ import annotations
@@ -9,13 +9,16 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
-from drift_fast.coverage import listed
-from drift_fast.delta import DTYPES, Delta
+from drift_fast import _core
+from drift_fast.coverage import Coverage, listed
+from drift_fast.delta import DTYPES, LOST, Delta, Progress, ProgressCallback
 from drift_fast.errors import CoverageError, DriftError, NonFiniteError
+from drift_fast.select import kind_of, layer_of, module_of
+from drift_fast.statistics import Row, Statistics
 
 if TYPE_CHECKING:
     import torch
@@ -33,8 +36,8 @@ class Summand(Protocol):
 
 Summands: TypeAlias = Mapping[Any, float] | Iterable[tuple[Summand | str | os.PathLike[str], float]]
 
-# Elements summed in float64 at a time, so that memory grows by 128 MiB and not by 8 bytes for each.
-_PIECE = 1 << 24
+# Elements summed in float64 at a time, so that memory grows by 32 MiB and not by 8 bytes for each.
+_PIECE = 1 << 22
 
 
 def combine(
@@ -113,40 +116,96 @@ class Combined(Mapping[str, "torch.Tensor"]):
             ],
         }
 
+    def coverage(self) -> Coverage:
+        """Return the deltas' coverage where all have the same, and otherwise the names in here."""
+        held = [getattr(delta, "coverage", None) for delta, _ in self._terms]
+        if isinstance(held[0], Coverage) and all(one == held[0] for one in held):
+            return held[0]
+        numel = sum(math.prod(shape) for shape in self._shapes.values())
+        return Coverage(
+            matched=[(name, name) for name in self._shapes],
+            matched_numel=numel,
+            selected_numel=numel,
+        )
+
+    def selection(self) -> str:
+        """Return what the deltas select, each selection once."""
+        told = dict.fromkeys(str(getattr(delta, "selection", "")) for delta, _ in self._terms)
+        return " and ".join(one for one in told if one)
+
+    def multimodal_sq(self, name: str) -> float:
+        """Return ‖W_multimodal‖² of a tensor where all deltas are stored and tell the same, or NaN.
+
+        A delta that is not on disk would have to read its checkpoints for it.
+        """
+        found = {
+            delta.stats[name].multimodal_sq
+            if isinstance(delta, Delta) and delta.path is not None
+            else math.nan
+            for (delta, _), held in zip(self._terms, self._held, strict=True)
+            if name in held
+        }
+        return found.pop() if len(found) == 1 else math.nan
+
     def __getitem__(self, name: str) -> torch.Tensor:
         import torch
 
         shape = self._shapes[name]
+        result = torch.empty(math.prod(shape), dtype=getattr(torch, self.dtype))
+        for start, _, piece in self.pieces(name):
+            result[start : start + piece.numel()] = piece
+        return result.reshape(shape)
+
+    def pieces(
+        self, name: str, elements: tuple[int, int] | None = None
+    ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        """Yield a tensor, or elements [start, stop) of it, flat and piece by piece.
+
+        Each piece is the number of its first element, the sum in float64, and the sum rounded.
+
+        Raises:
+            NonFiniteError: a sum that is not finite.
+            DriftError: a delta whose tensor has another shape than it said.
+        """
+        import torch
+
         dtype = getattr(torch, self.dtype)
+        shape = self._shapes[name]
+        begin, end = (0, math.prod(shape)) if elements is None else elements
         parts = [
-            (self._read(delta, name, shape), weight)
+            (self._reader(delta, name, shape), weight)
             for (delta, weight), held in zip(self._terms, self._held, strict=True)
             if name in held
         ]
-        result = torch.empty(math.prod(shape), dtype=dtype)
-        for start in range(0, result.numel(), _PIECE):
-            piece = result[start : start + _PIECE]
+        for start in range(begin, end, _PIECE):
+            stop = min(end, start + _PIECE)
             (first, weight), *rest = parts
-            total = first[start : start + _PIECE].to(torch.float64) * weight
-            for tensor, weight in rest:
-                total.add_(tensor[start : start + _PIECE].to(torch.float64), alpha=weight)
-            piece.copy_(_rounded(total, dtype))
+            total = first(start, stop).to(torch.float64) * weight
+            for read, weight in rest:
+                total.add_(read(start, stop).to(torch.float64), alpha=weight)
+            piece = _rounded(total, dtype)
             if not torch.isfinite(piece).all():
                 raise NonFiniteError(
                     f"{name}: the combined Δ is not finite in {self.dtype}: a delta holds NaN or "
                     "infinity there, or the sum is beyond the dtype's range; choose smaller "
                     "weights or dtype='float32'"
                 )
-        return result.reshape(shape)
+            yield start, total, piece
 
-    def _read(self, delta: Summand, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    def _reader(
+        self, delta: Summand, name: str, shape: tuple[int, ...]
+    ) -> Callable[[int, int], torch.Tensor]:
+        """Return how to get elements of a delta: from disk part by part, or of the whole tensor."""
+        if isinstance(delta, Delta) and delta.path is not None:
+            return lambda start, stop: _stored_part(delta, name, start, stop)
         tensor = delta[name].detach()
         if tuple(tensor.shape) != shape:
             raise DriftError(
                 f"{name}: {_called(delta)} has a tensor of shape {list(tensor.shape)} but said "
                 f"{list(shape)}; a delta must not change while it is combined"
             )
-        return tensor.to("cpu").reshape(-1)
+        flat = tensor.to("cpu").reshape(-1)
+        return lambda start, stop: flat[start:stop]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._shapes)
@@ -165,6 +224,110 @@ class Combined(Mapping[str, "torch.Tensor"]):
     def __repr__(self) -> str:
         terms = ", ".join(f"{weight:g}·{_called(delta)}" for delta, weight in self._terms)
         return f"Combined({len(self)} tensors, {self.dtype}, {terms})"
+
+
+class Summed:
+    """A combination as what a `Delta` reads its tensors from."""
+
+    def __init__(self, combined: Combined) -> None:
+        self._combined = combined
+        self.shapes = combined.shapes
+
+    def read_into(self, name: str, buffer: Any, elements: tuple[int, int] | None = None) -> None:
+        import torch
+
+        begin = 0 if elements is None else elements[0]
+        for start, _, piece in self._combined.pieces(name, elements):
+            window = torch.frombuffer(buffer, dtype=piece.dtype)
+            window[start - begin : start - begin + piece.numel()] = piece
+
+    def write(
+        self,
+        writer: _core.DeltaWriter,
+        places: Sequence[int],
+        progress: ProgressCallback | None,
+    ) -> list[Mapping[str, Any]]:
+        return self._measure(places, progress, writer)
+
+    def statistics(self, progress: ProgressCallback | None = None) -> Statistics:
+        return self.conclude(self._measure(range(len(self.shapes)), progress, None))
+
+    def conclude(self, rows: Sequence[Mapping[str, Any]]) -> Statistics:
+        found = []
+        for (name, shape), row in zip(self.shapes.items(), rows, strict=True):
+            if row["written_sq"] < (1 - LOST) * row["delta_sq"]:
+                raise NonFiniteError(
+                    f"{name}: part of the combined Δ is below the range of {self._combined.dtype}; "
+                    "choose dtype='bfloat16' or 'float32'"
+                )
+            found.append(
+                Row(
+                    name=name,
+                    module=module_of(name),
+                    layer=layer_of(name),
+                    kind=kind_of(name),
+                    shape=shape,
+                    numel=math.prod(shape),
+                    delta_sq=row["delta_sq"],
+                    reasoning_sq=math.nan,
+                    multimodal_sq=self._combined.multimodal_sq(name),
+                    dot=math.nan,
+                    nonfinite=0,
+                    overflow=0,
+                )
+            )
+        return Statistics(found)
+
+    def _measure(
+        self,
+        places: Sequence[int],
+        progress: ProgressCallback | None,
+        writer: _core.DeltaWriter | None,
+    ) -> list[Mapping[str, Any]]:
+        names = list(self.shapes)
+        itemsize = 4 if self._combined.dtype == "float32" else 2
+        total_nbytes = itemsize * sum(math.prod(self.shapes[names[place]]) for place in places)
+        rows: list[Mapping[str, Any]] = []
+        done = 0
+        for slot, place in enumerate(places):
+            squares = []
+            for start, total, piece in self._combined.pieces(names[place]):
+                window = _bytes(piece)
+                # In float64 and in one order, whatever torch's threads do.
+                (sums,) = _core.measure(
+                    [(_bytes(total), "float64")],
+                    [(window, self._combined.dtype)],
+                    threads=1,
+                    float64=True,
+                )
+                squares.append(sums[:2])
+                if writer is not None:
+                    writer.write(slot, window, offset=start * itemsize)
+                done += len(window)
+                if progress is not None:
+                    progress(Progress(slot, len(places), done, total_nbytes))
+            exact, written = (
+                math.fsum(column) for column in zip((0.0, 0.0), *squares, strict=True)
+            )
+            rows.append({"delta_sq": exact, "written_sq": written})
+        if progress is not None:
+            progress(Progress(len(places), len(places), done, total_nbytes))
+        return rows
+
+
+def _bytes(tensor: torch.Tensor) -> Any:
+    """Return a window of bytes onto a tensor's own memory; numpy has no bfloat16."""
+    import torch
+
+    return tensor.contiguous().view(torch.uint8).numpy()
+
+
+def _stored_part(delta: Delta, name: str, start: int, stop: int) -> torch.Tensor:
+    import torch
+
+    tensor = torch.empty(stop - start, dtype=getattr(torch, delta.dtype))
+    delta.read_into(name, tensor, start=start)
+    return tensor
 
 
 def _opened(delta: Any) -> Summand:

@@ -11,7 +11,8 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -21,12 +22,16 @@ from drift_fast.coverage import Coverage
 from drift_fast.errors import CheckpointError, DriftWarning, NonFiniteError
 from drift_fast.mapping import MappingLike
 from drift_fast.pairing import Pairing, PathLike, fetch, pair_checkpoints, verify
+from drift_fast.ranks import Ranks, agree, first, together
 from drift_fast.rows import Rows
 from drift_fast.select import Layers, Modules, Selection
 from drift_fast.statistics import Statistics, row_from_moments
 
 if TYPE_CHECKING:
     import torch
+
+    from drift_fast.combination import Summands
+    from drift_fast.rendezvous import Group
 
 FORMAT_VERSION = 1
 DESCRIPTION = "drift.json"
@@ -67,6 +72,7 @@ def compute_delta(
     progress: ProgressCallback | None = None,
     allow_nonfinite: bool = False,
     reader: str = "auto",
+    ranks: Ranks = "auto",
 ) -> Delta:
     """Compute Δ = W_reason − W_multimodal for every selected tensor of the language backbone.
 
@@ -102,50 +108,63 @@ def compute_delta(
         allow_nonfinite: record NaN and infinity in the statistics instead of refusing.
         reader: "pread", "mmap", or "auto" for the one that measured better, so far "pread". A file
             that shrinks while it is mapped kills the process; read, it is an error.
+        ranks: who writes to `out`: "auto", all processes that a launcher (torchrun, Slurm, Open
+            MPI) started or that torch.distributed joined, each its own shards, with the same bytes
+            as one; None, this process alone; or (rank, size). All of them must call this with the
+            same arguments, and all return the delta. `progress` tells of this rank's share.
 
     Raises:
         FileNotFoundError, CheckpointError: a source that is missing or not valid.
         AlignmentError, CoverageError: sources, or a mapping, that do not fit each other.
         NonFiniteError: NaN or infinity in a source, or a Δ beyond `dtype`'s range.
         FileExistsError, OSError: an output that is taken, or a full disk; nothing is left behind.
+        DriftError: of several ranks, one that did not come or give a sign of life for 60 seconds
+            (or `DRIFT_FAST_RANK_TIMEOUT`), or that sees other files.
         ValueError: an argument without meaning.
     """
     _check_dtype(dtype)
     shard_nbytes = parse_size(max_shard_size)
     selection = Selection.parse(modules, layers)
     threads = _thread_count(threads)
-    pairing = pair_checkpoints(
-        reasoning,
-        multimodal,
-        selection,
-        strict=strict,
-        reader=reader,
-        mapping=mapping,
-        rows=rows,
-        min_coverage=min_coverage,
-    )
-    pairing = _ready(pairing, reader, check_weights, progress)
-    sources = _describe_sources(pairing)
-    shards = sources["reasoning"]["shards"]
-    whole = all("sha256_of_samples" in shard for shard in shards)
-    if out is None and whole and shards == sources["multimodal"]["shards"]:
-        # With an output, or once statistics are asked for, the numbers themselves tell.
-        _warn_of_zero(pairing)
-    delta = Delta(
-        _Streamed(pairing, dtype, threads, allow_nonfinite),
-        dtype=dtype,
-        coverage=pairing.coverage,
-        sources=sources,
-        alignment=pairing.describe(),
-        selection=str(selection),
-    )
-    if out is None:
-        return delta
-    return delta.save(out, overwrite=overwrite, max_shard_size=shard_nbytes, progress=progress)
+    with nullcontext() if out is None else together(out, ranks) as group:
+        pairing = pair_checkpoints(
+            reasoning,
+            multimodal,
+            selection,
+            strict=strict,
+            reader=reader,
+            mapping=mapping,
+            rows=rows,
+            min_coverage=min_coverage,
+        )
+        pairing = _ready(pairing, reader, check_weights, progress, group)
+        sources = _describe_sources(pairing)
+        shards = sources["reasoning"]["shards"]
+        whole = all("sha256_of_samples" in shard for shard in shards)
+        if out is None and whole and shards == sources["multimodal"]["shards"]:
+            # With an output, or once statistics are asked for, the numbers themselves tell.
+            _warn_of_zero(pairing)
+        if group is not None:
+            seen = {side: sources[side]["shards"] for side in ("reasoning", "multimodal")}
+            pairs = {"pairs": [[pair.name, pair.source] for pair in pairing.pairs]}
+            agree(group, seen | pairs | {"allow_nonfinite": allow_nonfinite})
+        delta = Delta(
+            _Streamed(pairing, dtype, threads, allow_nonfinite),
+            dtype=dtype,
+            coverage=pairing.coverage,
+            sources=sources,
+            alignment=pairing.describe(),
+            selection=str(selection),
+        )
+        if out is None:
+            return delta
+        return delta._write(
+            out, group, overwrite=overwrite, max_shard_nbytes=shard_nbytes, progress=progress
+        )
 
 
 # Rounding to 8 bits changes ‖Δ‖² by far less; a larger loss is underflow.
-_LOST = 2**-7
+LOST = 2**-7
 
 
 @dataclass(frozen=True)
@@ -177,7 +196,8 @@ def inspect(
 ) -> Report:
     """Measure norms and cosines between two checkpoints in one pass; nothing is written.
 
-    Arguments and errors are those of `compute_delta`.
+    Arguments and errors are those of `compute_delta`. Under a launcher each process that calls
+    this reads everything for itself.
     """
     selection = Selection.parse(modules, layers)
     threads = _thread_count(threads)
@@ -203,17 +223,27 @@ def inspect(
 
 
 def _ready(
-    pairing: Pairing, reader: str, check_weights: bool, progress: ProgressCallback | None
+    pairing: Pairing,
+    reader: str,
+    check_weights: bool,
+    progress: ProgressCallback | None,
+    group: Group | None = None,
 ) -> Pairing:
-    """Bring what is needed to this machine and look whether the weights belong together."""
+    """Bring what is needed to this machine and look whether the weights belong together.
+
+    Of several ranks, the first one downloads before the others, which may share its cache, and
+    alone looks at the weights.
+    """
 
     def report(done: int, total: int) -> None:
         if progress is not None:
             progress(Progress(0, len(pairing.pairs), done, total, "downloading"))
 
     _warn_of_configurations(pairing)
-    pairing = fetch(pairing, reader, report)
-    return verify(pairing) if check_weights else pairing
+    pairing = first(group, lambda: fetch(pairing, reader, report))
+    if check_weights and (group is None or group.rank == 0):
+        return verify(pairing)
+    return pairing
 
 
 def _warn_of_configurations(pairing: Pairing) -> None:
@@ -255,7 +285,16 @@ class _Backend(Protocol):
         self, name: str, buffer: Any, elements: tuple[int, int] | None = None
     ) -> None: ...
     def statistics(self, progress: ProgressCallback | None = None) -> Statistics: ...
-    def write(self, writer: _core.DeltaWriter, progress: ProgressCallback | None) -> Statistics: ...
+    def write(
+        self,
+        writer: _core.DeltaWriter,
+        places: Sequence[int],
+        progress: ProgressCallback | None,
+    ) -> Sequence[Mapping[str, Any]]:
+        """Write the tensors of these places, the writer's first to last, and return a row each."""
+
+    def conclude(self, rows: Sequence[Mapping[str, Any]]) -> Statistics:
+        """Return the statistics that the rows of all tensors make, or refuse what they show."""
 
 
 class Delta(Mapping[str, "torch.Tensor"]):
@@ -334,34 +373,109 @@ class Delta(Mapping[str, "torch.Tensor"]):
         overwrite: bool = False,
         max_shard_size: int | str = "5GB",
         progress: ProgressCallback | None = None,
+        ranks: Ranks = "auto",
     ) -> Delta:
         """Write the delta to a directory and return it opened from there.
 
         The directory appears whole or not at all. It opens with any safetensors reader:
-        `delta-0000k-of-0000N.safetensors`, an index, and `drift.json`.
+        `delta-0000k-of-0000N.safetensors`, an index, and `drift.json`. `ranks` is that of
+        `compute_delta`.
 
         Raises:
             FileExistsError: `path` is taken.
             OSError: the disk is full; nothing is left behind.
-            NonFiniteError: as `compute_delta`.
+            NonFiniteError, DriftError: as `compute_delta`.
         """
+        shard_nbytes = parse_size(max_shard_size)
+        with together(path, ranks) as group:
+            return self._write(
+                path, group, overwrite=overwrite, max_shard_nbytes=shard_nbytes, progress=progress
+            )
+
+    def _write(
+        self,
+        path: PathLike,
+        group: Group | None,
+        *,
+        overwrite: bool,
+        max_shard_nbytes: int,
+        progress: ProgressCallback | None,
+    ) -> Delta:
         target = Path(path).absolute()
         if self.path is not None and target.exists() and target.samefile(self.path):
             raise FileExistsError(f"{target}: the delta is there already; choose another path")
+        tensors = [(name, list(shape)) for name, shape in self._backend.shapes.items()]
+
+        def describe(rows: Sequence[Mapping[str, Any]]) -> str:
+            self._stats = self._backend.conclude(rows)
+            return json.dumps(self._describe(self._stats), indent=1) + "\n"
+
+        if group is not None:
+            from drift_fast.ranks import write
+
+            def fill(
+                writer: _core.DeltaWriter, places: Sequence[int]
+            ) -> Sequence[Mapping[str, Any]]:
+                def watched(state: Progress) -> None:
+                    group.check()
+                    if progress is not None:
+                        progress(state)
+
+                return self._backend.write(writer, places, watched)
+
+            write(
+                group,
+                target,
+                tensors,
+                self.dtype,
+                max_shard_nbytes=max_shard_nbytes,
+                overwrite=overwrite,
+                fill=fill,
+                describe=describe,
+            )
+            return Delta.open(target)
         writer = _core.DeltaWriter(
             target,
-            [(name, list(shape)) for name, shape in self._backend.shapes.items()],
+            tensors,
             self.dtype,
-            max_shard_nbytes=parse_size(max_shard_size),
+            max_shard_nbytes=max_shard_nbytes,
             overwrite=overwrite,
         )
         try:
-            self._stats = self._backend.write(writer, progress)
-            writer.commit(json.dumps(self._describe(self._stats), indent=1) + "\n")
+            rows = self._backend.write(writer, range(len(tensors)), progress)
+            writer.commit(describe(rows))
         except BaseException:
             writer.abort()
             raise
         return Delta.open(target)
+
+    @classmethod
+    def combine(
+        cls, deltas: Summands, *, missing_as_zero: bool = False, dtype: str | None = None
+    ) -> Delta:
+        """Return Σ weight·Δ of several deltas as a delta of its own, summed when it is asked for.
+
+        It is `drift_fast.combine` with statistics and `save`, which writes piece by piece, so that
+        memory does not grow with the deltas. Each element is the float64 sum rounded once. The
+        statistics hold ‖Δ‖ of the exact sum, and ‖W_multimodal‖ where all deltas have the same;
+        there is no reasoning checkpoint, so its norm and the cosine are NaN. What was combined, and
+        with which weights, is in `sources`.
+
+        Arguments and errors are those of `drift_fast.combine`; a delta that shows no elements
+        apart, other than a `Delta`, is read whole for each piece.
+        """
+        # Loaded here, since it needs this module.
+        from drift_fast.combination import Summed, combine
+
+        combined = combine(deltas, missing_as_zero=missing_as_zero, dtype=dtype)
+        return cls(
+            Summed(combined),
+            dtype=combined.dtype,
+            coverage=combined.coverage(),
+            sources=combined.describe(),
+            alignment={},
+            selection=combined.selection(),
+        )
 
     @property
     def names(self) -> list[str]:
@@ -494,21 +608,31 @@ class _Streamed:
         )
         self._check([(name, moments)])
 
-    def write(self, writer: _core.DeltaWriter, progress: ProgressCallback | None) -> Statistics:
-        return self.statistics(progress, writer)
-
-    def statistics(
+    def write(
         self,
+        writer: _core.DeltaWriter,
+        places: Sequence[int],
+        progress: ProgressCallback | None,
+    ) -> list[_core.Moments]:
+        return self._stream(places, progress, writer)
+
+    def statistics(self, progress: ProgressCallback | None = None) -> Statistics:
+        return self.conclude(self._stream(range(len(self._pairs)), progress))
+
+    def _stream(
+        self,
+        places: Sequence[int],
         progress: ProgressCallback | None = None,
         writer: _core.DeltaWriter | None = None,
-    ) -> Statistics:
-        pairs, total_nbytes = self._pairing.pairs, self._pairing.nbytes
+    ) -> list[_core.Moments]:
+        pairs = [self._pairing.pairs[place] for place in places]
+        total_nbytes = sum(map(self._pairing.nbytes_of, pairs))
 
         def report(tensors: int, nbytes: int) -> None:
             if progress is not None:
                 progress(Progress(tensors, len(pairs), nbytes, total_nbytes))
 
-        moments = _core.stream(
+        return _core.stream(
             self._pairing.reasoning,
             self._pairing.multimodal,
             [(pair.source, pair.name) for pair in pairs],
@@ -516,7 +640,9 @@ class _Streamed:
             writer=writer,
             progress=report,
         )
-        named = [(pair.name, row) for pair, row in zip(pairs, moments, strict=True)]
+
+    def conclude(self, rows: Sequence[Any]) -> Statistics:
+        named = list(zip(self._pairs, rows, strict=True))
         self._check(named)
         stats = Statistics([row_from_moments(n, self.shapes[n], row) for n, row in named])
         if stats.total.delta_sq == 0:
@@ -539,7 +665,7 @@ class _Streamed:
             squares = row["delta_sq"] + row["reasoning_sq"] + row["multimodal_sq"]
             if row["overflow"] == 0 and not math.isfinite(squares):
                 found.append(f"{name}: the sum of its squares is beyond float64")
-            if row["written_sq"] < (1 - _LOST) * row["delta_sq"]:
+            if row["written_sq"] < (1 - LOST) * row["delta_sq"]:
                 share = 1 - math.sqrt(row["written_sq"] / row["delta_sq"])
                 found.append(
                     f"{name}: {share:.1%} of ‖Δ‖ is below the range of {self._dtype}; "
@@ -585,17 +711,26 @@ class _Stored:
     def statistics(self, progress: ProgressCallback | None = None) -> Statistics:
         return self._stats
 
-    def write(self, writer: _core.DeltaWriter, progress: ProgressCallback | None) -> Statistics:
+    def write(
+        self,
+        writer: _core.DeltaWriter,
+        places: Sequence[int],
+        progress: ProgressCallback | None,
+    ) -> list[Mapping[str, Any]]:
         itemsize = 4 if self._dtype == "float32" else 2
-        total = sum(row.numel for row in self._stats) * itemsize
+        rows = [self._stats[place] for place in places]
+        total = sum(row.numel for row in rows) * itemsize
         done = 0
-        for slot, row in enumerate(self._stats):
+        for slot, row in enumerate(rows):
             buffer = bytearray(row.numel * itemsize)
             self._checkpoint.read_into(row.name, buffer)
             writer.write(slot, buffer)
             done += len(buffer)
             if progress is not None:
-                progress(Progress(slot + 1, len(self._stats), done, total))
+                progress(Progress(slot + 1, len(rows), done, total))
+        return [{} for _ in rows]
+
+    def conclude(self, rows: Sequence[Mapping[str, Any]]) -> Statistics:
         return self._stats
 
 

@@ -6,7 +6,6 @@ name must exist, shapes must agree, and nothing is paired twice; see `matching`.
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -177,6 +176,9 @@ def _refuse_unknown(names: Iterable[str], known: Iterable[str], side: str) -> No
     known = set(known)
     unknown = [name for name in names if name not in known]
     if unknown:
+        # Loaded here, since few runs come to this.
+        import difflib
+
         near = difflib.get_close_matches(str(unknown[0]), known, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise AlignmentError(

@@ -74,6 +74,10 @@ class Pairing:
     likeness: Likeness | None = None
     rows: dict[str, str] = field(default_factory=dict)
 
+    def nbytes_of(self, pair: Pair) -> int:
+        """Return how many bytes of both checkpoints a pair's difference takes."""
+        return _nbytes(pair, *self.opened)
+
     def describe(self) -> dict[str, object]:
         """Return how the pairing came about, for `drift.json`."""
         return {
@@ -229,10 +233,7 @@ def pair_checkpoints(
             f"{coverage.fraction:.1%} of the selected parameters are covered {between}, less than "
             f"min_coverage={min_coverage:.1%}:{listed(missing_left + missing_right)}"
         )
-    nbytes = sum(right.nbytes(pair.name) for pair in pairs)
-    nbytes += sum(
-        pair.numel(right.shapes) * _ITEMSIZE.get(left.dtypes[pair.sources[0]], 1) for pair in pairs
-    )
+    nbytes = sum(_nbytes(pair, left, right) for pair in pairs)
     # Other layers than the selected ones tell a shift, but are not downloaded for it.
     local = left.source.remote is None and right.source.remote is None
     return Pairing(
@@ -252,6 +253,11 @@ def pair_checkpoints(
         comparable(found.pairs if local else pairs, left, right, selection),
         rows={name: str(rows_of) for name, rows_of in by_row.maps.items()},
     )
+
+
+def _nbytes(pair: Pair, left: Opened, right: Opened) -> int:
+    itemsize = _ITEMSIZE.get(left.dtypes[pair.sources[0]], 1)
+    return right.nbytes(pair.name) + pair.numel(right.shapes) * itemsize
 
 
 def comparable(pairs: list[Pair], left: Opened, right: Opened, selection: Selection) -> list[Pair]:

@@ -13,6 +13,7 @@ pub mod likeness;
 pub mod memory;
 mod ranges;
 pub mod shard;
+pub mod sketch;
 pub mod stream;
 pub mod writer;
 

@@ -22,6 +22,8 @@ use crate::error::{Error, Result};
 pub const DESCRIPTION: &str = "drift.json";
 /// The index of a delta's shards.
 pub const INDEX: &str = "delta.safetensors.index.json";
+/// The directory within the hidden one through which several processes agree; see [`Part`].
+pub const RANKS: &str = "ranks";
 
 /// A tensor to be written.
 #[derive(Debug, Clone)]
@@ -45,17 +47,37 @@ pub struct Writer {
     places: Vec<(usize, u64)>,
 }
 
+/// One process' part of a delta that several write together.
+#[derive(Debug, Clone, Copy)]
+pub struct Part<'a> {
+    /// The shards whose slots this process writes, by their place in [`shards`].
+    pub shards: &'a [usize],
+    /// Open the files that another process created, instead of creating them. Such a writer
+    /// neither commits nor removes anything.
+    pub join: bool,
+}
+
+/// One file of a delta: the slots in it and its size.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ShardPlan {
+    /// The slots in it, by their place in the list.
+    pub slots: std::ops::Range<usize>,
+    /// Its size, header included.
+    pub nbytes: u64,
+}
+
 /// The hidden directory, locked against another run and removed when dropped.
 #[derive(Debug)]
 struct Staging {
     path: PathBuf,
     renamed: bool,
-    _lock: File,
+    /// None where another process has it.
+    lock: Option<File>,
 }
 
 impl Drop for Staging {
     fn drop(&mut self) {
-        if !self.renamed {
+        if !self.renamed && self.lock.is_some() {
             // Nothing can be done about a failure here; the next run tries again.
             let _ = fs::remove_dir_all(&self.path);
         }
@@ -75,34 +97,68 @@ impl Writer {
         max_shard_nbytes: u64,
         overwrite: bool,
     ) -> Result<Self> {
-        check_target(target, overwrite)?;
-        let target = std::path::absolute(target).map_err(Error::io(target, "resolve the path"))?;
-        let (Some(parent), Some(name)) = (target.parent(), target.file_name()) else {
-            return Err(Error::Argument(format!(
-                "{} is not a place for a delta",
-                target.display()
-            )));
-        };
+        Self::open(target, slots, dtype, max_shard_nbytes, overwrite, None)
+    }
+
+    /// Do the same as one of several processes. The slots of this writer are then those of its
+    /// shards only, numbered from zero in their order. Whoever does not join commits, when the
+    /// others have flushed theirs; [`RANKS`] in the hidden directory is left alone until then.
+    ///
+    /// # Errors
+    /// Those of [`Writer::create`], or, when joining, files that are not there or of another size.
+    pub fn create_part(
+        target: &Path,
+        slots: &[Slot],
+        dtype: Dtype,
+        max_shard_nbytes: u64,
+        overwrite: bool,
+        part: Part<'_>,
+    ) -> Result<Self> {
+        Self::open(target, slots, dtype, max_shard_nbytes, overwrite, Some(part))
+    }
+
+    fn open(
+        target: &Path,
+        slots: &[Slot],
+        dtype: Dtype,
+        max_shard_nbytes: u64,
+        overwrite: bool,
+        part: Option<Part<'_>>,
+    ) -> Result<Self> {
+        let join = part.is_some_and(|part| part.join);
+        if !join {
+            check_target(target, overwrite)?;
+        }
+        let (target, hidden) = places_of(target)?;
         let layout = layout(slots, dtype, max_shard_nbytes)?;
-        let parents = Parents::create(parent)?;
-        let home = if target.is_dir() && !target.join(DESCRIPTION).exists() {
-            target.clone()
+        let (parents, staging) = if join {
+            (Parents { made: Vec::new() }, Staging::join(hidden)?)
         } else {
-            parent.to_owned()
+            let parents = Parents::create(target.parent().unwrap_or(&target))?;
+            let home = hidden.parent().unwrap_or(&target);
+            check_space(home, &target, layout.iter().map(|shard| shard.nbytes()).sum())?;
+            (parents, Staging::create(hidden, part.is_some())?)
         };
-        check_space(&home, &target, layout.iter().map(|shard| shard.nbytes()).sum())?;
-        let staging = Staging::create(&home, &name.to_string_lossy())?;
         let mut places = Vec::with_capacity(slots.len());
         let mut files = Vec::with_capacity(layout.len());
         let mut weight_map = serde_json::Map::new();
         for (number, shard) in layout.iter().enumerate() {
             let file_name = format!("delta-{:05}-of-{:05}.safetensors", number + 1, layout.len());
             let path = staging.path.join(&file_name);
-            files.push((path.clone(), allocate(&path, shard)?));
+            let is_own = part.is_none_or(|part| part.shards.contains(&number));
+            if !join || is_own {
+                let file = if join { rejoin(&path, shard)? } else { allocate(&path, shard)? };
+                files.push((path, file));
+            }
             for (offset, slot) in shard.offsets.iter().zip(shard.slots) {
-                places.push((number, shard.header.len() as u64 + offset));
+                if is_own {
+                    places.push((files.len() - 1, shard.header.len() as u64 + offset));
+                }
                 weight_map.insert(slot.name.clone(), json!(file_name));
             }
+        }
+        if join {
+            return Ok(Self { target, staging, dtype, overwrite, parents, files, places });
         }
         let total: u64 = layout.iter().map(|shard| shard.data_nbytes).sum();
         let index = json!({"metadata": {"total_size": total}, "weight_map": weight_map});
@@ -127,13 +183,34 @@ impl Writer {
         file.write_all_at(bytes, start + offset as u64).map_err(Error::io(path, "write the delta"))
     }
 
+    /// Flush the files to the disk.
+    ///
+    /// # Errors
+    /// A failed flush.
+    pub fn flush(&self) -> Result<()> {
+        for (path, file) in &self.files {
+            file.sync_all().map_err(Error::io(path, "flush the delta"))?;
+        }
+        Ok(())
+    }
+
     /// Flush everything, add `drift.json` and give the directory its name.
     ///
     /// # Errors
     /// A failed flush or rename, or a target that was taken meanwhile; nothing is left behind.
     pub fn commit(mut self, description: &str) -> Result<()> {
-        for (path, file) in &self.files {
-            file.sync_all().map_err(Error::io(path, "flush the delta"))?;
+        if self.staging.lock.is_none() {
+            let message = "only the process that created a delta can commit it".to_owned();
+            return Err(Error::Argument(message));
+        }
+        self.flush()?;
+        // It would go along with the rename.
+        let ranks = self.staging.path.join(RANKS);
+        match fs::remove_dir_all(&ranks) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(Error::io(&ranks, "remove the directory")(error));
+            }
+            _ => {}
         }
         write_new(&self.staging.path.join(DESCRIPTION), description.as_bytes())?;
         sync_directory(&self.staging.path)?;
@@ -204,21 +281,51 @@ impl Writer {
     }
 }
 
+/// The target as an absolute path, and the hidden directory in which it is written.
+///
+/// # Errors
+/// A path that names no place for a delta.
+pub fn places_of(target: &Path) -> Result<(PathBuf, PathBuf)> {
+    let target = std::path::absolute(target).map_err(Error::io(target, "resolve the path"))?;
+    let (Some(parent), Some(name)) = (target.parent(), target.file_name()) else {
+        return Err(Error::Argument(format!("{} is not a place for a delta", target.display())));
+    };
+    let hidden = format!(".{}.incomplete", name.to_string_lossy());
+    let within = target.is_dir() && !target.join(DESCRIPTION).exists();
+    let hidden = if within { target.join(hidden) } else { parent.join(hidden) };
+    Ok((target, hidden))
+}
+
+/// The files that a delta of these slots has, in order; nothing is written.
+///
+/// # Errors
+/// No slots, or slots that cannot be laid out.
+pub fn shards(slots: &[Slot], dtype: Dtype, max_shard_nbytes: u64) -> Result<Vec<ShardPlan>> {
+    let mut start = 0;
+    let plan = |shard: &ShardLayout<'_>| {
+        let slots = start..start + shard.slots.len();
+        start = slots.end;
+        ShardPlan { slots, nbytes: shard.nbytes() }
+    };
+    Ok(layout(slots, dtype, max_shard_nbytes)?.iter().map(plan).collect())
+}
+
 impl Staging {
-    fn create(parent: &Path, name: &str) -> Result<Self> {
-        let path = parent.join(format!(".{name}.incomplete"));
+    /// Open what another process created, without its lock.
+    fn join(path: PathBuf) -> Result<Self> {
+        open_directory(&path)?;
+        Ok(Self { path, renamed: false, lock: None })
+    }
+
+    fn create(path: PathBuf, keep_ranks: bool) -> Result<Self> {
         match fs::create_dir(&path) {
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
                 return Err(Error::io(&path, "create the directory")(error));
             }
             _ => {}
         }
-        // Locking the directory itself leaves no lock file inside the delta. A link in its place,
-        // which someone else could have put there, is not followed.
-        let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::RDONLY | OFlags::CLOEXEC;
-        let lock = rustix::fs::open(&path, flags, Mode::empty())
-            .map(File::from)
-            .map_err(|error| Error::io(&path, "open the directory")(error.into()))?;
+        // Locking the directory itself leaves no lock file inside the delta.
+        let lock = open_directory(&path)?;
         match lock.try_lock() {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => {
@@ -234,9 +341,15 @@ impl Staging {
             }
         }
         // What a run that was cut off left behind; anything else is somebody's and stays.
-        let entries = fs::read_dir(&path)
+        let mut entries = fs::read_dir(&path)
             .and_then(Iterator::collect::<io::Result<Vec<_>>>)
             .map_err(Error::io(&path, "list the directory"))?;
+        if let Some(at) = entries.iter().position(|entry| entry.file_name() == RANKS) {
+            let ranks = entries.swap_remove(at).path();
+            if !keep_ranks {
+                leave_no_ranks(&ranks)?;
+            }
+        }
         for entry in &entries {
             let is_file = entry.file_type().is_ok_and(|kind| kind.is_file());
             if !is_file || !is_ours(&entry.file_name().to_string_lossy()) {
@@ -248,12 +361,33 @@ impl Staging {
                 return Err(Error::Exists { path, message });
             }
         }
-        let staging = Self { path, renamed: false, _lock: lock };
+        let staging = Self { path, renamed: false, lock: Some(lock) };
         for entry in entries {
             fs::remove_file(entry.path()).map_err(Error::io(&entry.path(), "remove"))?;
         }
         Ok(staging)
     }
+}
+
+/// Open a directory; a link in its place, which someone else could have put there, is not followed.
+fn open_directory(path: &Path) -> Result<File> {
+    let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::RDONLY | OFlags::CLOEXEC;
+    rustix::fs::open(path, flags, Mode::empty())
+        .map(File::from)
+        .map_err(|error| Error::io(path, "open the directory")(error.into()))
+}
+
+/// Remove what several processes that were cut off left; the first of them holds its lock.
+fn leave_no_ranks(ranks: &Path) -> Result<()> {
+    if let Err(TryLockError::WouldBlock) = open_directory(ranks)?.try_lock() {
+        return Err(Error::Exists {
+            path: ranks.to_owned(),
+            message: "several processes are writing this delta; wait for them or choose another \
+                      output directory"
+                .to_owned(),
+        });
+    }
+    fs::remove_dir_all(ranks).map_err(Error::io(ranks, "remove the directory"))
 }
 
 /// The directories above the target that had to be made, removed again unless kept.
@@ -362,6 +496,24 @@ fn allocate(path: &Path, shard: &ShardLayout<'_>) -> Result<File> {
         .map_err(Error::io(path, "create the file"))?;
     reserve(&file, shard.nbytes()).map_err(Error::io(path, "reserve space for the delta"))?;
     file.write_all_at(&shard.header, 0).map_err(Error::io(path, "write the header"))?;
+    Ok(file)
+}
+
+/// Open a file that another process allocated for the same shard.
+fn rejoin(path: &Path, shard: &ShardLayout<'_>) -> Result<File> {
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(path)
+        .map_err(Error::io(path, "open the file"))?;
+    let found = file.metadata().map_err(Error::io(path, "read the file's size"))?.len();
+    if found != shard.nbytes() {
+        return Err(Error::Argument(format!(
+            "{}: has {found} bytes, expected {}; all processes need the same arguments",
+            path.display(),
+            shard.nbytes()
+        )));
+    }
     Ok(file)
 }
 

@@ -150,33 +150,58 @@ mod _core {
     #[pymethods]
     impl DeltaWriter {
         #[new]
-        #[pyo3(signature = (target, tensors, dtype, *, max_shard_nbytes, overwrite))]
+        #[pyo3(signature = (
+            target, tensors, dtype, *, max_shard_nbytes, overwrite, shards = None, join = false
+        ))]
+        #[expect(clippy::too_many_arguments, reason = "they are the keywords of a Python function")]
         fn new(
+            py: Python<'_>,
             target: PathBuf,
             tensors: Vec<(String, Vec<usize>)>,
             dtype: &str,
             max_shard_nbytes: u64,
             overwrite: bool,
+            shards: Option<Vec<usize>>,
+            join: bool,
         ) -> PyResult<Self> {
-            let slots: Vec<Slot> =
-                tensors.into_iter().map(|(name, shape)| Slot { name, shape }).collect();
-            let inner = writer::Writer::create(
-                &target,
-                &slots,
-                parse_dtype(dtype)?,
-                max_shard_nbytes,
-                overwrite,
-            )
-            .map_err(to_py)?;
+            let (slots, dtype) = (slots(tensors), parse_dtype(dtype)?);
+            let part = shards.as_deref().map(|shards| writer::Part { shards, join });
+            let create = || match part {
+                None => writer::Writer::create(&target, &slots, dtype, max_shard_nbytes, overwrite),
+                Some(part) => writer::Writer::create_part(
+                    &target,
+                    &slots,
+                    dtype,
+                    max_shard_nbytes,
+                    overwrite,
+                    part,
+                ),
+            };
+            let inner = py.detach(create).map_err(to_py)?;
             Ok(Self { inner: Mutex::new(Some(inner)) })
         }
 
-        /// Write the whole of one tensor, given by its place in the list.
-        fn write(&self, py: Python<'_>, slot: usize, buffer: &Bound<'_, PyAny>) -> PyResult<()> {
+        /// Write bytes from `offset` of one tensor on, given by its place among those that this
+        /// writer writes.
+        #[pyo3(signature = (slot, buffer, *, offset = 0))]
+        fn write(
+            &self,
+            py: Python<'_>,
+            slot: usize,
+            buffer: &Bound<'_, PyAny>,
+            offset: usize,
+        ) -> PyResult<()> {
             let buffer = Readable::new(buffer)?;
             let guard = self.hold()?;
             let writer = guard.as_ref().ok_or_else(finished)?;
-            py.detach(|| writer.write_at(slot, 0, buffer.bytes())).map_err(to_py)
+            py.detach(|| writer.write_at(slot, offset, buffer.bytes())).map_err(to_py)
+        }
+
+        /// Flush this writer's files to the disk.
+        fn flush(&self, py: Python<'_>) -> PyResult<()> {
+            let guard = self.hold()?;
+            let writer = guard.as_ref().ok_or_else(finished)?;
+            py.detach(|| writer.flush()).map_err(to_py)
         }
 
         /// Flush, add `drift.json` with this text, and give the directory its name.
@@ -203,6 +228,29 @@ mod _core {
                 }
             }
         }
+    }
+
+    fn slots(tensors: Vec<(String, Vec<usize>)>) -> Vec<Slot> {
+        tensors.into_iter().map(|(name, shape)| Slot { name, shape }).collect()
+    }
+
+    /// The files that a delta of these tensors has: first tensor, end tensor, bytes.
+    #[pyfunction]
+    #[pyo3(signature = (tensors, dtype, *, max_shard_nbytes))]
+    fn shards(
+        tensors: Vec<(String, Vec<usize>)>,
+        dtype: &str,
+        max_shard_nbytes: u64,
+    ) -> PyResult<Vec<(usize, usize, u64)>> {
+        let plan = writer::shards(&slots(tensors), parse_dtype(dtype)?, max_shard_nbytes);
+        let plan = plan.map_err(to_py)?;
+        Ok(plan.into_iter().map(|s| (s.slots.start, s.slots.end, s.nbytes)).collect())
+    }
+
+    /// The absolute path of a delta and the hidden directory that it is written in.
+    #[pyfunction]
+    fn places_of(target: PathBuf) -> PyResult<(PathBuf, PathBuf)> {
+        writer::places_of(&target).map_err(to_py)
     }
 
     fn finished() -> PyErr {

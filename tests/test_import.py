@@ -1,0 +1,76 @@
+"""Importing the package loads nothing that a run may not need."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+import drift_fast
+
+HEAVY = {
+    "asyncio",
+    "concurrent.futures",
+    "dataclasses",
+    "difflib",
+    "email",
+    "http.client",
+    "inspect",
+    "json",
+    "logging",
+    "multiprocessing",
+    "numpy",
+    "pathlib",
+    "socket",
+    "ssl",
+    "torch",
+    "transformers",
+    "urllib.request",
+}
+
+
+def loaded_after(code: str) -> set[str]:
+    """Return what a fresh interpreter, which reads no site packages' hooks, has loaded."""
+    program = f"import sys; before = set(sys.modules); {code}\nimport json\n"
+    program += "print(json.dumps(sorted(set(sys.modules) - before - {'json'})))"
+    path = json.dumps(sys.path)
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", f"import sys; sys.path[:] = {path}\n{program}"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return set(json.loads(done.stdout))
+
+
+def test_nothing_heavy_is_loaded_by_importing_the_package() -> None:
+    loaded = loaded_after("import drift_fast")
+    assert "drift_fast._core" in loaded
+    # json is what the answer itself is written with.
+    assert not loaded & (HEAVY - {"json"})
+    assert not {name for name in loaded if name.startswith("drift_fast.")} - {
+        "drift_fast._core",
+        "drift_fast.errors",
+    }
+
+
+def test_neither_torch_nor_a_client_is_loaded_by_what_computes_a_delta() -> None:
+    loaded = loaded_after("from drift_fast import Delta, compute_delta, inspect, combine, schedule")
+    assert "drift_fast.delta" in loaded
+    unneeded = {"asyncio", "concurrent.futures", "difflib", "email", "http.client", "numpy"}
+    unneeded |= {"socket", "ssl", "torch", "transformers", "urllib.request"}
+    unneeded |= {"drift_fast.rendezvous", "drift_fast.remote"}
+    assert not loaded & unneeded
+
+
+@pytest.mark.parametrize("name", drift_fast.__all__)
+def test_every_public_name_is_there(name: str) -> None:
+    assert getattr(drift_fast, name) is not None
+    assert name in dir(drift_fast)
+
+
+def test_a_name_that_is_not_there_is_no_attribute() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'absent'"):
+        drift_fast.absent  # noqa: B018

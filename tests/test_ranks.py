@@ -1,0 +1,493 @@
+"""Several processes write one delta: with the bytes of one, or with nothing that opens.
+
+Every rank is a real process. Those that end early are killed by themselves at a known place, so
+that no test waits for a moment.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from drift_fast import CheckpointError, Delta, DriftError, NonFiniteError, compute_delta
+from drift_fast.ranks import balance, identify, parse_ranks
+from drift_fast.rendezvous import Group
+from synthetic import Pair, everything_under, refused, write_pair
+
+WORKER = Path(__file__).with_name("rank_worker.py")
+# Two layers of such tensors are 8 shards.
+SHARD = 400
+LAUNCHERS = {
+    "torchrun": ("RANK", "WORLD_SIZE"),
+    "mpirun": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    "srun": ("SLURM_PROCID", "SLURM_NTASKS"),
+}
+ALL_VARIABLES = [name for names in LAUNCHERS.values() for name in names]
+
+
+def start(
+    pair: Pair,
+    out: Path,
+    rank: int,
+    size: int,
+    *,
+    launcher: str | None = "torchrun",
+    limit: float = 30.0,
+    **arguments: Any,
+) -> subprocess.Popen[str]:
+    """Start one rank; what is in `arguments` replaces the pair's paths, or is the worker's."""
+    environment = {key: value for key, value in os.environ.items() if key not in ALL_VARIABLES}
+    environment["DRIFT_FAST_RANK_TIMEOUT"] = str(limit)
+    if launcher is not None:
+        environment |= dict(zip(LAUNCHERS[launcher], (str(rank), str(size)), strict=True))
+    given = {
+        "reasoning": str(pair.reasoning),
+        "multimodal": str(pair.multimodal),
+        "out": str(out),
+        "rank": rank,
+        "size": size,
+    }
+    given |= arguments
+    given["keywords"] = {"max_shard_size": SHARD} | arguments.get("keywords", {})
+    return subprocess.Popen(
+        [sys.executable, str(WORKER), json.dumps(given)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(processes: Sequence[subprocess.Popen[str]]) -> list[dict[str, Any]]:
+    """Return what each rank printed, and its standard error; a killed one printed nothing."""
+    found = []
+    for process in processes:
+        output, errors = process.communicate(timeout=120)
+        found.append((json.loads(output) if output else {}) | {"stderr": errors})
+    return found
+
+
+def run(pair: Pair, out: Path, size: int, **arguments: Any) -> list[dict[str, Any]]:
+    return finish([start(pair, out, rank, size, **arguments) for rank in range(size)])
+
+
+def every_byte(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
+
+
+@pytest.fixture(scope="module")
+def alone(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one process writes."""
+    out = tmp_path_factory.mktemp("alone") / "delta"
+    compute_delta(pair.reasoning, pair.multimodal, out, max_shard_size=SHARD, ranks=None)
+    return out
+
+
+# ------------------------------------------------------------------ the same bytes
+
+
+@pytest.mark.parametrize(("launcher", "size"), [("torchrun", 2), ("mpirun", 3), ("srun", 2)])
+def test_ranks_write_the_bytes_of_one_process(
+    pair: Pair, alone: Path, out: Path, launcher: str, size: int
+) -> None:
+    found = run(pair, out, size, launcher=launcher)
+    expected = Delta.open(alone)
+    assert [one.get("names") for one in found] == [expected.names] * size, found
+    assert every_byte(out) == every_byte(alone)
+    assert len(every_byte(out)) > 2 * size
+    assert everything_under(out.parent) == {"delta", *(f"delta/{n}" for n in every_byte(alone))}
+    assert not any(one["torch"] for one in found), "torch was imported to write a delta"
+
+
+def test_the_ranks_of_torch_distributed_write_the_bytes_of_one_process(
+    pair: Pair, alone: Path, out: Path, tmp_path: Path
+) -> None:
+    # No launcher's variable is set, so only the process group can tell.
+    found = run(pair, out, 2, launcher=None, gloo=str(tmp_path / "store"))
+    assert all(one.get("names") for one in found), found
+    assert every_byte(out) == every_byte(alone)
+    assert everything_under(out.parent) == {"delta", *(f"delta/{n}" for n in every_byte(alone))}
+
+
+def test_stated_ranks_need_no_launcher_and_more_ranks_than_shards_is_no_error(
+    pair: Pair, out: Path, tmp_path: Path
+) -> None:
+    one = tmp_path / "one"
+    keywords: dict[str, Any] = {"max_shard_size": "1GB", "modules": "attn"}
+    compute_delta(pair.reasoning, pair.multimodal, one, **keywords)
+    started = [
+        start(pair, out, rank, 2, launcher=None, keywords=keywords | {"ranks": [rank, 2]})
+        for rank in range(2)
+    ]
+    found = finish(started)
+    assert all(one.get("names") for one in found), found
+    assert every_byte(out) == every_byte(one)
+    assert "1 shards over 2 ranks are uneven" in found[0]["stderr"]
+    assert "max_shard_size=" in found[0]["stderr"]
+    assert "uneven" not in found[1]["stderr"]
+
+
+def test_an_empty_directory_that_stands_is_filled_and_an_old_delta_is_replaced(
+    pair: Pair, alone: Path, out: Path
+) -> None:
+    out.mkdir()
+    assert all(one.get("names") for one in run(pair, out, 2))
+    assert every_byte(out) == every_byte(alone)
+    taken = run(pair, out, 2)
+    assert [one["error"] for one in taken] == ["FileExistsError"] * 2
+    assert taken[1]["text"].startswith("rank 0: ")
+    assert "overwrite" in taken[1]["text"]
+    assert every_byte(out) == every_byte(alone), "a refused run changed the delta"
+    keywords = {"overwrite": True, "modules": "attn"}
+    found = run(pair, out, 2, keywords=keywords)
+    assert [len(one["names"]) for one in found] == [8, 8]
+    assert everything_under(out.parent) == {"delta", *(f"delta/{n}" for n in every_byte(out))}
+
+
+def test_a_stored_delta_is_saved_by_several_ranks(pair: Pair, alone: Path, out: Path) -> None:
+    assert all(one.get("names") for one in run(pair, out, 2, saved=str(alone)))
+    assert every_byte(out) == every_byte(alone)
+
+
+def test_none_is_this_process_alone_whatever_a_launcher_says(
+    pair: Pair, alone: Path, out: Path
+) -> None:
+    found = finish([start(pair, out, 0, 3, keywords={"ranks": None})])
+    assert found[0].get("names"), found
+    assert every_byte(out) == every_byte(alone)
+
+
+# ------------------------------------------------------------------ nothing that opens
+
+
+def assert_nothing_opens(out: Path) -> None:
+    assert not out.exists()
+    assert not list(out.parent.rglob("drift.json"))
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_stops_the_others_and_the_next_run_cleans_up(
+    pair: Pair, alone: Path, out: Path, victim: int
+) -> None:
+    started = [
+        start(pair, out, rank, 2, silence=2.0, at_progress="die" if rank == victim else None)
+        for rank in range(2)
+    ]
+    found = finish(started)
+    survivor = found[1 - victim]
+    assert started[victim].returncode == -9
+    assert survivor["error"] == "DriftError", survivor
+    assert f"rank {victim}: it has given no sign of life for 2 s" in survivor["text"]
+    assert_nothing_opens(out)
+    # Rank 0 removes everything; without it the hidden directory stays, for the next run.
+    assert bool(everything_under(out.parent)) == (victim == 0)
+    if victim == 0:
+        stale = out.with_name(".delta.incomplete")
+        assert (stale / "ranks").is_dir()
+        assert all(one.get("names") for one in run(pair, out, 2))
+        assert every_byte(out) == every_byte(alone)
+        assert not stale.exists()
+
+
+def test_a_single_process_cleans_up_after_several(pair: Pair, alone: Path, out: Path) -> None:
+    board = out.with_name(".delta.incomplete") / "ranks"
+    board.mkdir(parents=True)
+    (board / "roll").write_text("left behind")
+    compute_delta(pair.reasoning, pair.multimodal, out, max_shard_size=SHARD)
+    assert every_byte(out) == every_byte(alone)
+
+
+def test_what_a_crashed_run_left_on_the_board_is_not_taken_for_this_runs(
+    pair: Pair, alone: Path, out: Path
+) -> None:
+    board = out.with_name(".delta.incomplete") / "ranks"
+    board.mkdir(parents=True)
+    stale = {
+        "announced-1": "stale",
+        "roll": json.dumps({"run": "0123456789abcdef", "tokens": ["stale"]}),
+        "0123456789abcdef-here-1": "",
+        "0123456789abcdef-go": "",
+        "0123456789abcdef-0-0": '{"reasoning": []}',
+        "0123456789abcdef-failed": '{"rank": 1, "kind": "ValueError", "text": "old"}',
+    }
+    for name, text in stale.items():
+        (board / name).write_text(text)
+    # Rank 1 meets the leavings alone for a while.
+    second = start(pair, out, 1, 2)
+    deadline = time.monotonic() + 30
+    while (board / "announced-1").read_text() == "stale" and time.monotonic() < deadline:
+        time.sleep(0.01)
+    found = finish([start(pair, out, 0, 2), second])
+    assert all(one.get("names") for one in found), found
+    assert every_byte(out) == every_byte(alone)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_never_comes_is_named_and_the_remedy_said(
+    pair: Pair, out: Path, rank: int
+) -> None:
+    (found,) = finish([start(pair, out, rank, 3, limit=0.5)])
+    assert found["error"] == "DriftError"
+    expected = "ranks 1, 2 of 3 never came" if rank == 0 else "rank 1 waited in vain for rank 0"
+    assert expected in found["text"]
+    assert "ranks=None" in found["text"]
+    assert everything_under(out.parent) == set()
+
+
+def test_only_the_rank_that_did_not_come_is_named() -> None:
+    board = MemoryBoard()
+    board.put("announced-2", "here")
+    with refused(DriftError, "rank 1 of 3 never came"):
+        Group.meet(board, rank=0, size=3, limit=0.1, where="here")
+
+
+@pytest.mark.slow  # torch is loaded twice
+def test_rank_0_alone_under_a_process_group_does_not_wait_for_ever(
+    pair: Pair, out: Path, tmp_path: Path
+) -> None:
+    # Rank 1 joins the group, then writes alone, as a script does that computes on one rank only.
+    store = str(tmp_path / "store")
+    started = [
+        start(pair, out, 0, 2, launcher=None, limit=1.0, gloo=store),
+        start(pair, tmp_path / "own", 1, 2, launcher=None, gloo=store, keywords={"ranks": None}),
+    ]
+    first, second = finish(started)
+    assert "rank 1 of 2 never came" in first["text"], first
+    assert second.get("names"), second
+    assert_nothing_opens(out)
+
+
+def test_a_rank_that_sees_other_files_is_refused_and_all_hear_of_it(
+    pair: Pair, out: Path, tmp_path: Path
+) -> None:
+    other = write_pair(tmp_path / "other", seed=9)
+    started = [
+        start(pair, out, 0, 2),
+        start(pair, out, 1, 2, reasoning=str(other.reasoning)),
+    ]
+    first, second = finish(started)
+    assert "rank 1 sees another reasoning than rank 0" in second["text"], second
+    assert first["text"].startswith("rank 1: rank 1 sees another reasoning")
+    assert everything_under(out.parent) == set()
+
+
+def test_other_arguments_on_one_rank_are_refused(pair: Pair, out: Path) -> None:
+    started = [
+        start(pair, out, rank, 2, keywords={"dtype": dtype})
+        for rank, dtype in enumerate(("bfloat16", "float32"))
+    ]
+    assert "another arguments" in finish(started)[1]["text"]
+    assert everything_under(out.parent) == set()
+
+
+def test_a_missing_source_on_one_rank_reaches_all_with_its_rank(pair: Pair, out: Path) -> None:
+    missing = str(out.parent / "absent")
+    started = [start(pair, out, 0, 2), start(pair, out, 1, 2, multimodal=missing)]
+    first, second = finish(started)
+    assert (first["error"], second["error"]) == ("FileNotFoundError", "FileNotFoundError")
+    assert first["text"].startswith("rank 1: ")
+    assert missing in first["text"]
+    assert everything_under(out.parent) == set()
+
+
+def test_an_interruption_of_one_rank_ends_all(pair: Pair, out: Path) -> None:
+    started = [start(pair, out, 0, 2), start(pair, out, 1, 2, at_progress="interrupt")]
+    first, second = finish(started)
+    assert second["error"] == "KeyboardInterrupt"
+    assert "rank 1 was interrupted" in first["text"], first
+    assert everything_under(out.parent) == set()
+
+
+def test_nan_in_one_ranks_share_is_refused_as_in_one_process_or_counted(
+    out: Path, tmp_path: Path
+) -> None:
+    broken = write_pair(tmp_path / "broken", seed=2)
+    (path,) = broken.reasoning.glob("*.safetensors")
+    content = path.read_bytes()
+    # The last bytes are some tensor's, in one rank's share.
+    path.write_bytes(content[:-2] + b"\xff\x7f")
+    keywords = {"modules": "all", "rows": "index"}
+    with pytest.raises(NonFiniteError) as caught:
+        compute_delta(broken.reasoning, broken.multimodal, out, **keywords)  # type: ignore[arg-type]
+    found = run(broken, out, 2, keywords=keywords)
+    assert [one["error"] for one in found] == ["NonFiniteError"] * 2
+    assert found[0]["text"] == str(caught.value)
+    assert found[1]["text"] == f"rank 0: {caught.value}"
+    assert everything_under(out.parent) == set()
+    counted: dict[str, Any] = keywords | {"allow_nonfinite": True}
+    assert all(one.get("names") for one in run(broken, out, 2, keywords=counted))
+    one = tmp_path / "one"
+    compute_delta(broken.reasoning, broken.multimodal, one, max_shard_size=SHARD, **counted)
+    assert every_byte(out) == every_byte(one)
+    assert Delta.open(out).stats.total.nonfinite == 1
+
+
+# ------------------------------------------------------------------ how they meet
+
+
+class MemoryBoard:
+    """A board that nobody clears, as the store of a process group is."""
+
+    def __init__(self) -> None:
+        self.texts: dict[str, str] = {}
+
+    def put(self, key: str, text: str) -> None:
+        self.texts[key] = text
+
+    def get(self, key: str) -> str | None:
+        return self.texts.get(key)
+
+    def close(self) -> None:
+        return None
+
+
+def meet(board: MemoryBoard, size: int, texts: Sequence[str]) -> list[str]:
+    """Meet as `size` threads and return what rank 0 collected."""
+
+    def take_part(rank: int) -> list[str]:
+        group = Group.meet(board, rank=rank, size=size, limit=20, where="here")
+        try:
+            assert group.share("from 0" if rank == 0 else None) == "from 0"
+            return group.collect(texts[rank])
+        finally:
+            group.close()
+
+    with ThreadPoolExecutor(size) as pool:
+        found = list(pool.map(take_part, range(size)))
+    assert found[1:] == [[]] * (size - 1)
+    return found[0]
+
+
+def test_a_board_that_was_used_before_serves_again() -> None:
+    board = MemoryBoard()
+    assert meet(board, 3, ["a", "b", "c"]) == ["a", "b", "c"]
+    assert meet(board, 3, ["d", "e", "f"]) == ["d", "e", "f"]
+
+
+@pytest.mark.parametrize("roll", ["", "{", "[]", '{"tokens": 1}', '{"run": "../x", "tokens": []}'])
+def test_what_is_no_roll_is_waited_out(roll: str) -> None:
+    board = MemoryBoard()
+    board.put("roll", roll)
+    with refused(DriftError, "rank 1 waited in vain", "ranks=None"):
+        Group.meet(board, rank=1, size=2, limit=0.1, where="here")
+
+
+def test_an_error_reaches_the_others_as_its_own_kind_with_the_rank() -> None:
+    kinds = (CheckpointError, FileExistsError, ValueError, OSError)
+    for kind in kinds:
+        board = MemoryBoard()
+
+        def take_part(rank: int, board: MemoryBoard = board, kind: type = kind) -> None:
+            group = Group.meet(board, rank=rank, size=2, limit=20, where="here")
+            try:
+                if rank == 1:
+                    raise kind("a shard is cut off")
+                group.share("")
+                group.collect()
+            except BaseException as error:
+                group.fail(error)
+                raise
+            finally:
+                group.close()
+
+        with ThreadPoolExecutor(2) as pool:
+            waiting = pool.submit(take_part, 0), pool.submit(take_part, 1)
+            with refused(kind, "rank 1: a shard is cut off"):
+                waiting[0].result()
+
+
+# ------------------------------------------------------------------ who takes part
+
+
+def test_a_launcher_is_known_by_its_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ALL_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    assert identify("auto") == (0, 1)
+    for rank, size in LAUNCHERS.values():
+        with monkeypatch.context() as patch:
+            patch.setenv(rank, "2")
+            patch.setenv(size, "5")
+            assert identify("auto") == (2, 5)
+            assert identify(None) == (0, 1)
+            assert identify((1, 3)) == (1, 3)
+    with monkeypatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "4")
+        assert identify("auto") == (0, 1), "a size without a rank is no launcher"
+
+
+def test_a_slurm_batch_script_itself_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ALL_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_JOB_ID": "7"}.items():
+        monkeypatch.setenv(name, value)
+    assert identify("auto") == (0, 1)
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
+    assert identify("auto") == (0, 4)
+
+
+@pytest.mark.parametrize("ranks", [(2, 2), (-1, 2), (0, 0), (0,), "all", (0, "2")])
+def test_ranks_without_meaning_are_refused(ranks: Any) -> None:
+    with refused(ValueError, "rank"):
+        identify(ranks)
+
+
+def test_what_the_command_line_calls_ranks() -> None:
+    assert [parse_ranks(text) for text in ("auto", "none", "1/4")] == ["auto", None, (1, 4)]
+    for text in ("4", "4/4", "a/b", ""):
+        with refused(ValueError, "rank"):
+            parse_ranks(text)
+
+
+@pytest.mark.parametrize("limit", ["0", "-1", "soon", "nan", "inf"])
+def test_a_time_limit_without_meaning_is_refused(
+    pair: Pair, out: Path, monkeypatch: pytest.MonkeyPatch, limit: str
+) -> None:
+    monkeypatch.setenv("DRIFT_FAST_RANK_TIMEOUT", limit)
+    with refused(ValueError, "DRIFT_FAST_RANK_TIMEOUT", limit):
+        compute_delta(pair.reasoning, pair.multimodal, out, ranks=(0, 2))
+
+
+def test_the_largest_shards_go_first_and_each_to_whoever_has_least() -> None:
+    shares = balance([5, 1, 4, 3, 2], 2)
+    assert sorted(shard for share in shares for shard in share) == [0, 1, 2, 3, 4]
+    assert [sum([5, 1, 4, 3, 2][shard] for shard in share) for share in shares] == [8, 7]
+    assert all(share == sorted(share) for share in shares)
+    assert balance([7], 3) == [[0], [], []]
+
+
+# ------------------------------------------------------------------ the command
+
+
+def command(pair: Pair, out: Path, rank: int, size: int, *more: str) -> subprocess.Popen[str]:
+    environment = os.environ | {"RANK": str(rank), "WORLD_SIZE": str(size)}
+    paths = [str(pair.reasoning), str(pair.multimodal), "--out", str(out)]
+    return subprocess.Popen(
+        [sys.executable, "-m", "drift_fast", "delta", *paths, *more],
+        env=environment | {"DRIFT_FAST_RANK_TIMEOUT": "30"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_the_command_writes_with_all_ranks_and_one_of_them_talks(
+    pair: Pair, alone: Path, out: Path
+) -> None:
+    started = [command(pair, out, rank, 2, "--max-shard-size", str(SHARD)) for rank in range(2)]
+    spoken = [process.communicate(timeout=60) for process in started]
+    assert [process.returncode for process in started] == [0, 0], spoken
+    assert "written to" in spoken[0][0]
+    assert spoken[1] == ("", "")
+    assert every_byte(out) == every_byte(alone)
+    again = command(pair, out.with_name("other"), 0, 2, "--ranks", "none")
+    assert again.communicate(timeout=60)[0]
+    assert again.returncode == 0
