@@ -1,18 +1,28 @@
 //! Subtract two runs of elements and accumulate their moments, in one pass.
 //!
 //! Owns the arithmetic of one chunk; knows nothing of files or threads. The same source is compiled
-//! for the baseline and, on x86-64, for AVX2; no fused multiply-add is used, so both give the same
-//! bits and [`scalar`] remains the reference.
+//! for the baseline and, on x86-64, for AVX2 where the processor has it; on AArch64 the baseline has
+//! NEON, so nothing is chosen there. No fused multiply-add is used, so all give the same bits and
+//! [`scalar`] remains the reference. Binary16 is widened and rounded by F16C where there is one.
 //!
 //! Accuracy: squares and products are summed in float32 over at most [`BLOCK`] values spread over
 //! [`LANES`] sums, then folded into float64. A block whose sums overflow or underflow float32, or
 //! that holds NaN or infinity, is done again in float64.
 
+mod compressed;
+#[cfg(target_arch = "x86_64")]
+mod f16c;
+mod fp8;
 mod ieee;
 mod scalar;
 mod scaled;
 mod wide;
 
+pub use compressed::{
+    BF16_EXPONENTS, Compressed, INT8_BLOCK, decode_e4m3, decode_int8, exponent_for,
+    subtract_compressed,
+};
+pub use fp8::dequantise;
 pub use scaled::subtract_scaled;
 
 use crate::dtype::{Bf16, Dtype, F16, F32, Narrow};
@@ -24,6 +34,30 @@ pub const BLOCK: usize = 2048;
 /// Independent float32 sums per moment.
 pub(crate) const LANES: usize = 16;
 
+/// Name the types of two elements' dtypes, neither of which is float64.
+macro_rules! by_dtypes {
+    ($a:ident, $b:ident, |$A:ident, $B:ident| $call:expr) => {{
+        macro_rules! with {
+            ($Left:ty, $Right:ty) => {{
+                type $A = $Left;
+                type $B = $Right;
+                $call
+            }};
+        }
+        match ($a.dtype, $b.dtype) {
+            (Dtype::BF16, Dtype::BF16) => with!(Bf16, Bf16),
+            (Dtype::BF16, Dtype::F16) => with!(Bf16, F16),
+            (Dtype::BF16, _) => with!(Bf16, F32),
+            (Dtype::F16, Dtype::BF16) => with!(F16, Bf16),
+            (Dtype::F16, Dtype::F16) => with!(F16, F16),
+            (Dtype::F16, _) => with!(F16, F32),
+            (_, Dtype::BF16) => with!(F32, Bf16),
+            (_, Dtype::F16) => with!(F32, F16),
+            _ => with!(F32, F32),
+        }
+    }};
+}
+
 /// Sums over the elements of one pair, from which norms and cosines follow.
 ///
 /// Elements where either side is NaN or infinite are counted and left out of the sums.
@@ -31,8 +65,9 @@ pub(crate) const LANES: usize = 16;
 pub struct Moments {
     /// Σ(a − b)², of the exact difference rather than of its rounded form.
     pub delta_sq: f64,
-    /// Σ of the squares as written, where the output's range is narrower than the inputs'; else the
-    /// same as `delta_sq`. A difference says that values were lost to underflow.
+    /// Σ of the squares as written, where the output's range is narrower than the inputs' or the
+    /// output is compressed (then as it is decoded); else the same as `delta_sq`. A difference says
+    /// that values were lost to underflow.
     pub written_sq: f64,
     /// Σa², the reasoning side.
     pub reasoning_sq: f64,
@@ -40,6 +75,16 @@ pub struct Moments {
     pub multimodal_sq: f64,
     /// Σab.
     pub dot: f64,
+    /// The largest |a − b|; where a block was summed in float32, of the difference rounded to that.
+    pub max_abs: f64,
+    /// Elements that do not differ.
+    pub zeros: u64,
+    /// Elements where neither side is zero and both have the same sign.
+    pub agreeing: u64,
+    /// Σ of the exact difference times what is stored for it, where the output is compressed.
+    pub stored_dot: f64,
+    /// Differences other than zero that are stored as zero, where the output is compressed.
+    pub flushed: u64,
     /// NaN and infinities on the reasoning side.
     pub nonfinite_reasoning: u64,
     /// NaN and infinities on the multimodal side.
@@ -57,6 +102,11 @@ impl Moments {
         self.reasoning_sq += later.reasoning_sq;
         self.multimodal_sq += later.multimodal_sq;
         self.dot += later.dot;
+        self.max_abs = self.max_abs.max(later.max_abs);
+        self.zeros += later.zeros;
+        self.agreeing += later.agreeing;
+        self.stored_dot += later.stored_dot;
+        self.flushed += later.flushed;
         self.nonfinite_reasoning += later.nonfinite_reasoning;
         self.nonfinite_multimodal += later.nonfinite_multimodal;
         self.overflow += later.overflow;
@@ -150,44 +200,84 @@ pub fn moments_in_float64(left: Elements<'_>, right: Elements<'_>) -> Moments {
 }
 
 fn block(a: Elements<'_>, b: Elements<'_>, out: Option<(Dtype, &mut [u8])>) -> Moments {
-    if a.dtype == Dtype::F64 || b.dtype == Dtype::F64 {
-        let mut moments = wide::moments(a, b);
-        moments.written_sq = moments.delta_sq;
-        if let Some((dtype, bytes)) = out {
-            wide::difference(a, b, dtype, bytes);
-            moments.overflow = overflow(a, b, dtype, bytes, &moments);
-            moments.written_sq = wide::square(dtype, bytes);
-        }
-        return moments;
-    }
     let numel = a.numel();
     let mut difference = [0f32; BLOCK];
-    let sums = dispatch(a, b, &mut difference[..numel]);
-    // Below this, squares may have been lost to underflow; above float32, they are infinite.
-    let faithful = |sum: f32| sum.is_finite() && sum > 1e-20;
-    // A float32 difference is zero only where the values are equal, so a block without any
-    // (layers that were frozen, say) needs no second look.
-    let unchanged = || sums.delta_sq == 0.0 && difference[..numel].iter().all(|&d| d == 0.0);
-    let mut moments = if (faithful(sums.delta_sq) || unchanged())
-        && faithful(sums.reasoning_sq)
-        && faithful(sums.multimodal_sq)
-        && sums.dot.is_finite()
-    {
-        sums.folded
-    } else {
-        wide::moments(a, b)
-    };
-    moments.written_sq = moments.delta_sq;
+    let mut moments = measured(a, b, &mut difference[..numel]);
     let Some((dtype, bytes)) = out else { return moments };
+    let wide_input = a.dtype == Dtype::F64 || b.dtype == Dtype::F64;
     if narrow_is_exact(a.dtype, b.dtype, dtype) {
         store(&difference[..numel], dtype, bytes);
-    } else {
+    } else if wide_input || dtype == Dtype::F64 {
         wide::difference(a, b, dtype, bytes);
+    } else {
+        odd(a, b, &mut difference[..numel]);
+        store(&difference[..numel], dtype, bytes);
     }
-    if dtype == Dtype::F16 {
+    if wide_input || dtype == Dtype::F16 {
         moments.written_sq = wide::square(dtype, bytes);
     }
     Moments { overflow: overflow(a, b, dtype, bytes, &moments), ..moments }
+}
+
+/// The moments of one block and, unless a side is float64, the float32 differences.
+fn measured(a: Elements<'_>, b: Elements<'_>, difference: &mut [f32]) -> Moments {
+    let mut moments = if a.dtype == Dtype::F64 || b.dtype == Dtype::F64 {
+        wide::moments(a, b)
+    } else {
+        let sums = with_f32(a, b, |a, b| dispatch(a, b, difference));
+        // Below this, squares may have been lost to underflow; above float32, they are infinite.
+        let faithful = |sum: f32| sum.is_finite() && sum > 1e-20;
+        // A block that does not differ anywhere (layers that were frozen, say) needs no second look.
+        let unchanged = sums.delta_sq == 0.0 && sums.folded.max_abs == 0.0;
+        if (faithful(sums.delta_sq) || unchanged)
+            && faithful(sums.reasoning_sq)
+            && faithful(sums.multimodal_sq)
+            && sums.dot.is_finite()
+        {
+            sums.folded
+        } else {
+            wide::moments(a, b)
+        }
+    };
+    moments.written_sq = moments.delta_sq;
+    moments
+}
+
+/// The float64 differences of types no wider than float32, rounded to odd.
+fn odd(a: Elements<'_>, b: Elements<'_>, difference: &mut [f32]) {
+    with_f32(a, b, |a, b| {
+        by_dtypes!(a, b, |A, B| odd_of::<A, B>(a.bytes, b.bytes, difference));
+    });
+}
+
+fn odd_of<A: Narrow, B: Narrow>(a: &[u8], b: &[u8], difference: &mut [f32]) {
+    #[cfg(target_arch = "x86_64")]
+    if std::arch::is_x86_feature_detected!("avx2") {
+        // SAFETY: the processor has AVX2, which is all that the function asks for.
+        #[allow(unsafe_code)]
+        unsafe {
+            return avx2::odd::<A, B>(a, b, difference);
+        }
+    }
+    scalar::odd::<A, B>(a, b, difference);
+}
+
+/// Call `work` with binary16 widened to float32 beforehand, where the processor has an instruction
+/// for it; every binary16 is a float32, so no bit of any result depends on it.
+fn with_f32<R>(
+    a: Elements<'_>,
+    b: Elements<'_>,
+    work: impl FnOnce(Elements<'_>, Elements<'_>) -> R,
+) -> R {
+    #[cfg(target_arch = "x86_64")]
+    if (a.dtype == Dtype::F16 || b.dtype == Dtype::F16)
+        && std::arch::is_x86_feature_detected!("f16c")
+        && std::arch::is_x86_feature_detected!("avx")
+    {
+        let (mut left, mut right) = ([0u8; 4 * BLOCK], [0u8; 4 * BLOCK]);
+        return work(f16c::widened(a, &mut left), f16c::widened(b, &mut right));
+    }
+    work(a, b)
 }
 
 /// Count differences of finite values that left the output dtype's range.
@@ -202,6 +292,9 @@ fn overflow(a: Elements<'_>, b: Elements<'_>, out: Dtype, bytes: &[u8], moments:
 fn store(difference: &[f32], out: Dtype, bytes: &mut [u8]) {
     #[cfg(target_arch = "x86_64")]
     if std::arch::is_x86_feature_detected!("avx2") {
+        if out == Dtype::F16 && std::arch::is_x86_feature_detected!("f16c") {
+            return f16c::round(difference, bytes);
+        }
         // SAFETY: the processor has AVX2, which is all that the function asks for.
         #[allow(unsafe_code)]
         unsafe {
@@ -212,17 +305,7 @@ fn store(difference: &[f32], out: Dtype, bytes: &mut [u8]) {
 }
 
 fn dispatch(a: Elements<'_>, b: Elements<'_>, difference: &mut [f32]) -> scalar::Sums {
-    match (a.dtype, b.dtype) {
-        (Dtype::BF16, Dtype::BF16) => sums::<Bf16, Bf16>(a.bytes, b.bytes, difference),
-        (Dtype::BF16, Dtype::F16) => sums::<Bf16, F16>(a.bytes, b.bytes, difference),
-        (Dtype::BF16, _) => sums::<Bf16, F32>(a.bytes, b.bytes, difference),
-        (Dtype::F16, Dtype::BF16) => sums::<F16, Bf16>(a.bytes, b.bytes, difference),
-        (Dtype::F16, Dtype::F16) => sums::<F16, F16>(a.bytes, b.bytes, difference),
-        (Dtype::F16, _) => sums::<F16, F32>(a.bytes, b.bytes, difference),
-        (_, Dtype::BF16) => sums::<F32, Bf16>(a.bytes, b.bytes, difference),
-        (_, Dtype::F16) => sums::<F32, F16>(a.bytes, b.bytes, difference),
-        _ => sums::<F32, F32>(a.bytes, b.bytes, difference),
-    }
+    by_dtypes!(a, b, |A, B| sums::<A, B>(a.bytes, b.bytes, difference))
 }
 
 fn sums<A: Narrow, B: Narrow>(a: &[u8], b: &[u8], difference: &mut [f32]) -> scalar::Sums {
@@ -249,6 +332,11 @@ mod avx2 {
         difference: &mut [f32],
     ) -> scalar::Sums {
         scalar::sums::<A, B>(a, b, difference)
+    }
+
+    #[target_feature(enable = "avx2")]
+    pub(super) fn odd<A: Narrow, B: Narrow>(a: &[u8], b: &[u8], difference: &mut [f32]) {
+        scalar::odd::<A, B>(a, b, difference);
     }
 
     #[target_feature(enable = "avx2")]

@@ -1,7 +1,7 @@
 //! The reference kernel: plain loops over fixed-size lanes, which compilers vectorise.
 
 use super::{LANES, Moments};
-use crate::dtype::{Dtype, Narrow, f32_to_bf16, f32_to_f16};
+use crate::dtype::{Dtype, Narrow, f32_to_bf16, f32_to_f16, f64_to_f32_odd};
 
 /// A block's sums in float32, to judge their range, and folded into float64.
 pub(super) struct Sums {
@@ -18,6 +18,10 @@ struct Lanes {
     reasoning_sq: [f32; LANES],
     multimodal_sq: [f32; LANES],
     dot: [f32; LANES],
+    max_abs: [f32; LANES],
+    /// Zero differences in the lower half and agreeing signs in the upper one: a lane sees at most
+    /// BLOCK / LANES elements, and one register less is what keeps the loop from spilling.
+    counts: [u32; LANES],
 }
 
 impl Lanes {
@@ -33,6 +37,11 @@ impl Lanes {
             self.reasoning_sq[i] += x * x;
             self.multimodal_sq[i] += y * y;
             self.dot[i] += x * y;
+            let magnitude = d.abs();
+            self.max_abs[i] = if magnitude > self.max_abs[i] { magnitude } else { self.max_abs[i] };
+            // Bits, since the product of two tiny values can underflow.
+            let agree = ((x.to_bits() ^ y.to_bits()) >> 31 == 0) & (x != 0.0) & (y != 0.0);
+            self.counts[i] += u32::from(d == 0.0) + (u32::from(agree) << 16);
         }
     }
 }
@@ -47,8 +56,11 @@ pub(super) fn sums<A: Narrow, B: Narrow>(a: &[u8], b: &[u8], difference: &mut [f
     for ((x, y), d) in a_lanes.zip(b_lanes).zip(whole) {
         lanes.add::<A, B>(x, y, d);
     }
+    let mut padding = 0;
     if !rest.is_empty() {
-        // Zeros add nothing to any sum, so the tail goes through the same lanes.
+        // Zeros add nothing to any sum but the count of zeros, so the tail goes through the same
+        // lanes.
+        padding = (LANES - rest.len()) as u64;
         let (mut x, mut y, mut d) = ([0u8; 4 * LANES], [0u8; 4 * LANES], [0f32; LANES]);
         x[..a_rest.len()].copy_from_slice(a_rest);
         y[..b_rest.len()].copy_from_slice(b_rest);
@@ -60,6 +72,9 @@ pub(super) fn sums<A: Narrow, B: Narrow>(a: &[u8], b: &[u8], difference: &mut [f
         reasoning_sq: fold(&lanes.reasoning_sq),
         multimodal_sq: fold(&lanes.multimodal_sq),
         dot: fold(&lanes.dot),
+        max_abs: f64::from(lanes.max_abs.iter().fold(0f32, |most, &lane| most.max(lane))),
+        zeros: lanes.counts.iter().map(|&lane| u64::from(lane & 0xffff)).sum::<u64>() - padding,
+        agreeing: lanes.counts.iter().map(|&lane| u64::from(lane >> 16)).sum(),
         ..Moments::default()
     };
     Sums {
@@ -74,6 +89,15 @@ pub(super) fn sums<A: Narrow, B: Narrow>(a: &[u8], b: &[u8], difference: &mut [f
 #[inline(always)]
 fn fold(lanes: &[f32; LANES]) -> f64 {
     lanes.iter().map(|&lane| f64::from(lane)).sum()
+}
+
+/// Write the float64 differences brought to float32 by rounding to odd, so that [`store`] to a type
+/// of at most 22 bits rounds them once.
+#[inline(always)]
+pub(super) fn odd<A: Narrow, B: Narrow>(a: &[u8], b: &[u8], difference: &mut [f32]) {
+    for (index, out) in difference.iter_mut().enumerate() {
+        *out = f64_to_f32_odd(f64::from(A::load(a, index)) - f64::from(B::load(b, index)));
+    }
 }
 
 /// Round float32 differences to the output dtype, which is no wider.
