@@ -75,7 +75,7 @@ class Checkpoint:
         path: str | os.PathLike[str],
         *,
         reader: str = "auto",
-        block: tuple[int, int] = (128, 128),
+        block: tuple[int, int] | None = None,
     ) -> Checkpoint: ...
     @property
     def path(self) -> os.PathLike[str]: ...

@@ -405,7 +405,9 @@ class Delta(Mapping[str, "torch.Tensor"]):
     @property
     def compression(self) -> Compression | None:
         """What storing Δ in eight bits cost; None where it is not, or not yet, stored so."""
-        return None if self._stats is None else self._stats.compression
+        if self.path is None and self._stats is None:
+            return None
+        return self.stats.compression
 
     def read_into(self, name: str, tensor: torch.Tensor, *, start: int | None = None) -> None:
         """Fill a contiguous CPU tensor of this delta's dtype (pinned or not) with Δ.

@@ -64,12 +64,12 @@ mod _core {
     #[pymethods]
     impl Checkpoint {
         #[new]
-        #[pyo3(signature = (path, *, reader = "auto", block = (128, 128)))]
+        #[pyo3(signature = (path, *, reader = "auto", block = None))]
         fn new(
             py: Python<'_>,
             path: PathBuf,
             reader: &str,
-            block: (usize, usize),
+            block: Option<(usize, usize)>,
         ) -> PyResult<Self> {
             let reader = match reader {
                 "auto" => Reader::default(),
@@ -82,7 +82,7 @@ mod _core {
                 }
             };
             let inner = py.detach(|| checkpoint::Checkpoint::open(&path, reader)).map_err(to_py)?;
-            Ok(Self { inner, block })
+            Ok(Self { inner, block: block.unwrap_or((128, 128)) })
         }
 
         /// Each tensor of 8-bit codes, the tensor that holds its block scales or would, and what is
