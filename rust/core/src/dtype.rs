@@ -125,6 +125,18 @@ pub(crate) fn f32_to_e4m3(value: f32) -> u8 {
 pub(crate) trait Narrow: Copy {
     const NBYTES: usize;
     fn load(bytes: &[u8], index: usize) -> f32;
+
+    /// The first `N` elements.
+    #[inline(always)]
+    fn lanes<const N: usize>(bytes: &[u8]) -> [f32; N] {
+        let mut values = [0.0; N];
+        // Cut to size, so that no element is checked and the loop vectorises.
+        let bytes = &bytes[..Self::NBYTES * N];
+        for (index, value) in values.iter_mut().enumerate() {
+            *value = Self::load(bytes, index);
+        }
+        values
+    }
 }
 
 #[derive(Clone, Copy)]

@@ -90,7 +90,7 @@ pub fn subtract_compressed(
         let end = numel.min(start + BLOCK);
         let (a, b) = (reasoning.slice(start, end), multimodal.slice(start, end));
         let (difference, decoded) = (&mut difference[..end - start], &mut decoded[..end - start]);
-        let mut moments = measured(a, b, difference);
+        let mut moments = measured::<true>(a, b, difference);
         match &mut out {
             Compressed::E4m3 { exponent, codes } => {
                 exact(a, b, difference);

@@ -8,22 +8,46 @@ use std::arch::x86_64::{
     _mm256_cvtps_ph, _mm256_loadu_ps, _mm256_storeu_ps,
 };
 
-use super::{BLOCK, Elements};
-use crate::dtype::{Dtype, f16_to_f32, f32_to_f16};
+use super::scalar;
+use crate::dtype::{Narrow, f16_to_f32, f32_to_f16};
 
-/// The elements as float32 in `room` if they are binary16, else as they are. The caller has seen
-/// that the processor has AVX and F16C.
-pub(super) fn widened<'a>(elements: Elements<'a>, room: &'a mut [u8; 4 * BLOCK]) -> Elements<'a> {
-    if elements.dtype != Dtype::F16 {
-        return elements;
+/// Binary16 that is widened by F16C. Named only in the functions of this module, which are compiled
+/// for it and called where the processor has it.
+#[derive(Clone, Copy)]
+pub(super) struct F16c;
+
+impl Narrow for F16c {
+    const NBYTES: usize = 2;
+
+    #[inline(always)]
+    fn load(bytes: &[u8], index: usize) -> f32 {
+        f16_to_f32(u16::from_le_bytes([bytes[2 * index], bytes[2 * index + 1]]))
     }
-    let bytes = &mut room[..2 * elements.bytes.len()];
-    // SAFETY: the caller has detected both instruction sets.
-    #[allow(unsafe_code)]
-    unsafe {
-        widen(elements.bytes, bytes);
+
+    #[inline(always)]
+    fn lanes<const N: usize>(bytes: &[u8]) -> [f32; N] {
+        let mut values = [0.0; N];
+        // SAFETY: only code that runs where the processor has F16C names this type.
+        #[allow(unsafe_code)]
+        unsafe {
+            widen(&bytes[..2 * N], &mut values);
+        }
+        values
     }
-    Elements { dtype: Dtype::F32, bytes }
+}
+
+#[target_feature(enable = "avx2,f16c")]
+pub(super) fn sums<A: Narrow, B: Narrow, const STORE: bool>(
+    a: &[u8],
+    b: &[u8],
+    difference: &mut [f32],
+) -> scalar::Sums {
+    scalar::sums::<A, B, STORE>(a, b, difference)
+}
+
+#[target_feature(enable = "avx2,f16c")]
+pub(super) fn odd<A: Narrow, B: Narrow>(a: &[u8], b: &[u8], difference: &mut [f32]) {
+    scalar::odd::<A, B>(a, b, difference);
 }
 
 /// Round float32 to binary16. The caller has seen that the processor has AVX and F16C.
@@ -35,21 +59,22 @@ pub(super) fn round(values: &[f32], bytes: &mut [u8]) {
     }
 }
 
+#[inline]
 #[target_feature(enable = "avx,f16c")]
-fn widen(halves: &[u8], out: &mut [u8]) {
+fn widen(halves: &[u8], values: &mut [f32]) {
     let (groups, rest) = halves.as_chunks::<16>();
-    let (wide, wide_rest) = out.as_chunks_mut::<32>();
+    let (wide, wide_rest) = values.as_chunks_mut::<8>();
     for (group, wide) in groups.iter().zip(wide) {
         // SAFETY: both pointers are to arrays of the sixteen and thirty-two bytes that the
         // instructions touch, at any alignment.
         #[allow(unsafe_code)]
         unsafe {
             let eight = _mm256_cvtph_ps(_mm_loadu_si128(group.as_ptr().cast::<__m128i>()));
-            _mm256_storeu_ps(wide.as_mut_ptr().cast::<f32>(), eight);
+            _mm256_storeu_ps(wide.as_mut_ptr(), eight);
         }
     }
-    for (half, wide) in rest.as_chunks::<2>().0.iter().zip(wide_rest.as_chunks_mut::<4>().0) {
-        *wide = f16_to_f32(u16::from_le_bytes(*half)).to_le_bytes();
+    for (half, wide) in rest.as_chunks::<2>().0.iter().zip(wide_rest) {
+        *wide = f16_to_f32(u16::from_le_bytes(*half));
     }
 }
 
@@ -75,6 +100,7 @@ fn narrow(values: &[f32], out: &mut [u8]) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kernel::BLOCK;
 
     fn has_f16c() -> bool {
         std::arch::is_x86_feature_detected!("f16c") && std::arch::is_x86_feature_detected!("avx")
@@ -91,11 +117,12 @@ mod tests {
                 let halves: Vec<u16> = (0..numel).map(|i| first.wrapping_add(i as u16)).collect();
                 let mut bytes = vec![0u8];
                 bytes.extend(halves.iter().flat_map(|half| half.to_le_bytes()));
-                let mut room = [0u8; 4 * BLOCK];
-                let elements = Elements { dtype: Dtype::F16, bytes: &bytes[1..] };
-                let wide = widened(elements, &mut room).bytes.to_vec();
-                let values: Vec<f32> =
-                    wide.as_chunks::<4>().0.iter().map(|wide| f32::from_le_bytes(*wide)).collect();
+                let mut values = vec![0f32; numel];
+                // SAFETY: the processor was asked above.
+                #[allow(unsafe_code)]
+                unsafe {
+                    widen(&bytes[1..], &mut values);
+                }
                 let mut back = vec![0; 2 * numel];
                 round(&values, &mut back);
                 for (i, &half) in halves.iter().enumerate() {

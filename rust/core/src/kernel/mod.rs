@@ -25,7 +25,7 @@ pub use compressed::{
 pub use fp8::dequantise;
 pub use scaled::subtract_scaled;
 
-use crate::dtype::{Bf16, Dtype, F16, F32, Narrow};
+use crate::dtype::{Bf16, Dtype, F16, F32};
 use crate::error::{Error, Result};
 
 /// Values whose float32 partial sums are folded into float64 at once.
@@ -36,7 +36,7 @@ pub(crate) const LANES: usize = 16;
 
 /// Name the types of two elements' dtypes, neither of which is float64.
 macro_rules! by_dtypes {
-    ($a:ident, $b:ident, |$A:ident, $B:ident| $call:expr) => {{
+    ($a:ident, $b:ident, $half:ty, |$A:ident, $B:ident| $call:expr) => {{
         macro_rules! with {
             ($Left:ty, $Right:ty) => {{
                 type $A = $Left;
@@ -46,13 +46,13 @@ macro_rules! by_dtypes {
         }
         match ($a.dtype, $b.dtype) {
             (Dtype::BF16, Dtype::BF16) => with!(Bf16, Bf16),
-            (Dtype::BF16, Dtype::F16) => with!(Bf16, F16),
+            (Dtype::BF16, Dtype::F16) => with!(Bf16, $half),
             (Dtype::BF16, _) => with!(Bf16, F32),
-            (Dtype::F16, Dtype::BF16) => with!(F16, Bf16),
-            (Dtype::F16, Dtype::F16) => with!(F16, F16),
-            (Dtype::F16, _) => with!(F16, F32),
+            (Dtype::F16, Dtype::BF16) => with!($half, Bf16),
+            (Dtype::F16, Dtype::F16) => with!($half, $half),
+            (Dtype::F16, _) => with!($half, F32),
             (_, Dtype::BF16) => with!(F32, Bf16),
-            (_, Dtype::F16) => with!(F32, F16),
+            (_, Dtype::F16) => with!(F32, $half),
             _ => with!(F32, F32),
         }
     }};
@@ -169,16 +169,15 @@ pub fn subtract(
     }
     let _ieee = ieee::DefaultFloat::enter();
     let mut total = Moments::default();
+    let mut difference = [0f32; BLOCK];
     for start in (0..numel).step_by(BLOCK) {
         let end = numel.min(start + BLOCK);
         let (a, b) = (reasoning.slice(start, end), multimodal.slice(start, end));
-        let block = match &mut out {
-            None => block(a, b, None),
-            Some((dtype, bytes)) => {
-                let nbytes = dtype.nbytes();
-                block(a, b, Some((*dtype, &mut bytes[start * nbytes..end * nbytes])))
-            }
-        };
+        let out = out.as_mut().map(|(dtype, bytes)| {
+            let nbytes = dtype.nbytes();
+            (*dtype, &mut bytes[start * nbytes..end * nbytes])
+        });
+        let block = block(a, b, out, &mut difference[..end - start]);
         total.add(&block);
     }
     total
@@ -199,37 +198,59 @@ pub fn moments_in_float64(left: Elements<'_>, right: Elements<'_>) -> Moments {
     wide::moments(left, right)
 }
 
-fn block(a: Elements<'_>, b: Elements<'_>, out: Option<(Dtype, &mut [u8])>) -> Moments {
-    let numel = a.numel();
-    let mut difference = [0f32; BLOCK];
-    let mut moments = measured(a, b, &mut difference[..numel]);
-    let Some((dtype, bytes)) = out else { return moments };
+fn block(
+    a: Elements<'_>,
+    b: Elements<'_>,
+    out: Option<(Dtype, &mut [u8])>,
+    difference: &mut [f32],
+) -> Moments {
+    let Some((dtype, bytes)) = out else { return measured::<false>(a, b, difference) };
+    let mut moments = measured::<true>(a, b, difference);
     let wide_input = a.dtype == Dtype::F64 || b.dtype == Dtype::F64;
     if narrow_is_exact(a.dtype, b.dtype, dtype) {
-        store(&difference[..numel], dtype, bytes);
+        store(difference, dtype, bytes);
     } else if wide_input || dtype == Dtype::F64 {
         wide::difference(a, b, dtype, bytes);
     } else {
-        odd(a, b, &mut difference[..numel]);
-        store(&difference[..numel], dtype, bytes);
+        odd(a, b, difference);
+        store(difference, dtype, bytes);
     }
-    if wide_input || dtype == Dtype::F16 {
+    if dtype == Dtype::F16 {
+        moments.written_sq = square_of_halves(bytes, difference);
+    } else if wide_input {
         moments.written_sq = wide::square(dtype, bytes);
     }
     Moments { overflow: overflow(a, b, dtype, bytes, &moments), ..moments }
 }
 
-/// The moments of one block and, unless a side is float64, the float32 differences.
-fn measured(a: Elements<'_>, b: Elements<'_>, difference: &mut [f32]) -> Moments {
+/// Σ of the squares of at most a block of binary16, widened into `room`.
+fn square_of_halves(halves: &[u8], room: &mut [f32]) -> f64 {
+    #[cfg(target_arch = "x86_64")]
+    if std::arch::is_x86_feature_detected!("avx2") {
+        // SAFETY: the processor has AVX2, which is all that the function asks for.
+        #[allow(unsafe_code)]
+        unsafe {
+            return avx2::square_of_halves(halves, room);
+        }
+    }
+    scalar::widen(halves, room);
+    scalar::square(room)
+}
+
+/// The moments of one block and, if `STORE` and no side is float64, the float32 differences.
+fn measured<const STORE: bool>(
+    a: Elements<'_>,
+    b: Elements<'_>,
+    difference: &mut [f32],
+) -> Moments {
     let mut moments = if a.dtype == Dtype::F64 || b.dtype == Dtype::F64 {
         wide::moments(a, b)
     } else {
-        let sums = with_f32(a, b, |a, b| dispatch(a, b, difference));
+        let sums = sums::<STORE>(a, b, difference);
         // Below this, squares may have been lost to underflow; above float32, they are infinite.
         let faithful = |sum: f32| sum.is_finite() && sum > 1e-20;
         // A block that does not differ anywhere (layers that were frozen, say) needs no second look.
-        let unchanged = sums.delta_sq == 0.0 && sums.folded.max_abs == 0.0;
-        if (faithful(sums.delta_sq) || unchanged)
+        if (faithful(sums.delta_sq) || sums.unchanged)
             && faithful(sums.reasoning_sq)
             && faithful(sums.multimodal_sq)
             && sums.dot.is_finite()
@@ -245,39 +266,34 @@ fn measured(a: Elements<'_>, b: Elements<'_>, difference: &mut [f32]) -> Moments
 
 /// The float64 differences of types no wider than float32, rounded to odd.
 fn odd(a: Elements<'_>, b: Elements<'_>, difference: &mut [f32]) {
-    with_f32(a, b, |a, b| {
-        by_dtypes!(a, b, |A, B| odd_of::<A, B>(a.bytes, b.bytes, difference));
-    });
-}
-
-fn odd_of<A: Narrow, B: Narrow>(a: &[u8], b: &[u8], difference: &mut [f32]) {
     #[cfg(target_arch = "x86_64")]
-    if std::arch::is_x86_feature_detected!("avx2") {
-        // SAFETY: the processor has AVX2, which is all that the function asks for.
-        #[allow(unsafe_code)]
-        unsafe {
-            return avx2::odd::<A, B>(a, b, difference);
+    {
+        use f16c::F16c;
+        if has_f16c() && (a.dtype == Dtype::F16 || b.dtype == Dtype::F16) {
+            return by_dtypes!(a, b, F16c, |A, B| {
+                // SAFETY: the processor has both instruction sets, which is all that is asked for.
+                #[allow(unsafe_code)]
+                unsafe {
+                    f16c::odd::<A, B>(a.bytes, b.bytes, difference)
+                }
+            });
+        }
+        if std::arch::is_x86_feature_detected!("avx2") {
+            return by_dtypes!(a, b, F16, |A, B| {
+                // SAFETY: the processor has AVX2, which is all that the function asks for.
+                #[allow(unsafe_code)]
+                unsafe {
+                    avx2::odd::<A, B>(a.bytes, b.bytes, difference)
+                }
+            });
         }
     }
-    scalar::odd::<A, B>(a, b, difference);
+    by_dtypes!(a, b, F16, |A, B| scalar::odd::<A, B>(a.bytes, b.bytes, difference));
 }
 
-/// Call `work` with binary16 widened to float32 beforehand, where the processor has an instruction
-/// for it; every binary16 is a float32, so no bit of any result depends on it.
-fn with_f32<R>(
-    a: Elements<'_>,
-    b: Elements<'_>,
-    work: impl FnOnce(Elements<'_>, Elements<'_>) -> R,
-) -> R {
-    #[cfg(target_arch = "x86_64")]
-    if (a.dtype == Dtype::F16 || b.dtype == Dtype::F16)
-        && std::arch::is_x86_feature_detected!("f16c")
-        && std::arch::is_x86_feature_detected!("avx")
-    {
-        let (mut left, mut right) = ([0u8; 4 * BLOCK], [0u8; 4 * BLOCK]);
-        return work(f16c::widened(a, &mut left), f16c::widened(b, &mut right));
-    }
-    work(a, b)
+#[cfg(target_arch = "x86_64")]
+fn has_f16c() -> bool {
+    std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("f16c")
 }
 
 /// Count differences of finite values that left the output dtype's range.
@@ -304,34 +320,56 @@ fn store(difference: &[f32], out: Dtype, bytes: &mut [u8]) {
     scalar::store(difference, out, bytes);
 }
 
-fn dispatch(a: Elements<'_>, b: Elements<'_>, difference: &mut [f32]) -> scalar::Sums {
-    by_dtypes!(a, b, |A, B| sums::<A, B>(a.bytes, b.bytes, difference))
-}
-
-fn sums<A: Narrow, B: Narrow>(a: &[u8], b: &[u8], difference: &mut [f32]) -> scalar::Sums {
+/// Sum a block and, if `STORE`, write the float32 differences.
+fn sums<const STORE: bool>(
+    a: Elements<'_>,
+    b: Elements<'_>,
+    difference: &mut [f32],
+) -> scalar::Sums {
     #[cfg(target_arch = "x86_64")]
-    if std::arch::is_x86_feature_detected!("avx2") {
-        // SAFETY: the processor has AVX2, which is all that the function asks for.
-        #[allow(unsafe_code)]
-        unsafe {
-            return avx2::sums::<A, B>(a, b, difference);
+    {
+        use f16c::F16c;
+        if has_f16c() && (a.dtype == Dtype::F16 || b.dtype == Dtype::F16) {
+            return by_dtypes!(a, b, F16c, |A, B| {
+                // SAFETY: the processor has both instruction sets, which is all that is asked for.
+                #[allow(unsafe_code)]
+                unsafe {
+                    f16c::sums::<A, B, STORE>(a.bytes, b.bytes, difference)
+                }
+            });
+        }
+        if std::arch::is_x86_feature_detected!("avx2") {
+            return by_dtypes!(a, b, F16, |A, B| {
+                // SAFETY: the processor has AVX2, which is all that the function asks for.
+                #[allow(unsafe_code)]
+                unsafe {
+                    avx2::sums::<A, B, STORE>(a.bytes, b.bytes, difference)
+                }
+            });
         }
     }
-    scalar::sums::<A, B>(a, b, difference)
+    by_dtypes!(a, b, F16, |A, B| scalar::sums::<A, B, STORE>(a.bytes, b.bytes, difference))
 }
 
 /// The scalar source compiled for AVX2; the bits it gives are those of [`scalar`].
 #[cfg(target_arch = "x86_64")]
 mod avx2 {
-    use super::{Dtype, Narrow, scalar};
+    use super::{Dtype, scalar};
+    use crate::dtype::Narrow;
 
     #[target_feature(enable = "avx2")]
-    pub(super) fn sums<A: Narrow, B: Narrow>(
+    pub(super) fn sums<A: Narrow, B: Narrow, const STORE: bool>(
         a: &[u8],
         b: &[u8],
         difference: &mut [f32],
     ) -> scalar::Sums {
-        scalar::sums::<A, B>(a, b, difference)
+        scalar::sums::<A, B, STORE>(a, b, difference)
+    }
+
+    #[target_feature(enable = "avx2")]
+    pub(super) fn square_of_halves(halves: &[u8], room: &mut [f32]) -> f64 {
+        scalar::widen(halves, room);
+        scalar::square(room)
     }
 
     #[target_feature(enable = "avx2")]

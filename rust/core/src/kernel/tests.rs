@@ -374,10 +374,10 @@ fn avx2_gives_the_bits_of_the_scalar_reference() {
     for numel in [0, 1, 15, 16, 17, 1000, BLOCK] {
         let (a, b) = (&bytes[1..1 + 2 * numel], &bytes[3..3 + 2 * numel]);
         let (mut left, mut right) = (vec![0f32; numel], vec![0f32; numel]);
-        let reference = scalar::sums::<Bf16, F16>(a, b, &mut left).folded;
+        let reference = scalar::sums::<Bf16, F16, true>(a, b, &mut left).folded;
         // SAFETY: AVX2 was detected above.
         #[allow(unsafe_code)]
-        let dispatched = unsafe { avx2::sums::<Bf16, F16>(a, b, &mut right) }.folded;
+        let dispatched = unsafe { avx2::sums::<Bf16, F16, true>(a, b, &mut right) }.folded;
         assert_eq!(
             left.iter().map(|v| v.to_bits()).collect::<Vec<_>>(),
             right.iter().map(|v| v.to_bits()).collect::<Vec<_>>()
