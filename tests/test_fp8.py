@@ -309,5 +309,7 @@ def test_a_block_size_that_is_no_pair_of_counts_is_refused(tmp_path: Path, block
 def test_another_block_size_is_taken_from_the_configuration(tmp_path: Path) -> None:
     pair, _ = pair_in_fp8(tmp_path / "pair")
     write_config(pair.reasoning, [32, 32])
-    with refused((CheckpointError, AlignmentError), "[1, 1]", "[2, 3]", "32 × 32", "weight_block_size"):
+    with refused(
+        (CheckpointError, AlignmentError), "[1, 1]", "[2, 3]", "32 × 32", "weight_block_size"
+    ):
         compute_delta(pair.reasoning, pair.multimodal, check_weights=False).stats  # noqa: B018
