@@ -18,7 +18,7 @@ from typing import Any, TextIO
 
 from drift_fast import _core
 from drift_fast.coverage import Coverage
-from drift_fast.delta import DTYPES, compute_delta, inspect
+from drift_fast.delta import STORED_DTYPES, compute_delta, inspect
 from drift_fast.errors import DriftError, DriftWarning
 from drift_fast.progress import ProgressBar
 from drift_fast.ranks import identify, parse_ranks
@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_pair(delta)
     delta.add_argument("--out", "-o", required=True, type=Path, help="directory to write")
-    delta.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of Δ (bfloat16)")
+    delta.add_argument("--dtype", choices=STORED_DTYPES, default="bfloat16", help="of Δ (bfloat16)")
     delta.add_argument("--overwrite", action="store_true", help="replace a delta at --out")
     delta.add_argument(
         "--max-shard-size", default="5GB", metavar="SIZE", help="of one file (default 5GB)"
@@ -118,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("model", nargs="?", help="third model, for a Δ of two text models")
     _add_selection(fit)
     fit.add_argument("--mapping", metavar="MAP", help="as for delta")
-    fit.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of Δ (bfloat16)")
+    fit.add_argument("--dtype", choices=STORED_DTYPES, default="bfloat16", help="of Δ (bfloat16)")
     fit.add_argument(
         "--read-rate", default="1GB", metavar="SIZE", help="a second, to estimate time (1GB)"
     )
@@ -233,6 +233,8 @@ def _delta(options: argparse.Namespace) -> int:
         _print_json(delta.stats, delta.coverage, delta.sources, str(options.out))
         return 0
     print(delta.stats.by_module().table())
+    if delta.compression is not None:
+        print(f"\n{delta.compression}")
     print(f"\n{delta.coverage}\nwritten to {options.out}")
     return 0
 

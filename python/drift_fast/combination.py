@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from drift_fast import _core
 from drift_fast.coverage import Coverage, listed
-from drift_fast.delta import DTYPES, LOST, Delta, Progress, ProgressCallback
+from drift_fast.delta import DTYPES, Delta, Progress, ProgressCallback, share_lost
 from drift_fast.errors import CoverageError, DriftError, NonFiniteError
 from drift_fast.select import kind_of, layer_of, module_of
 from drift_fast.statistics import Row, Statistics
@@ -255,7 +255,7 @@ class Summed:
     def conclude(self, rows: Sequence[Mapping[str, Any]]) -> Statistics:
         found = []
         for (name, shape), row in zip(self.shapes.items(), rows, strict=True):
-            if row["written_sq"] < (1 - LOST) * row["delta_sq"]:
+            if row["written_sq"] < (1 - share_lost(self.dtype)) * row["delta_sq"]:
                 raise NonFiniteError(
                     f"{name}: part of the combined Δ is below the range of {self._combined.dtype}; "
                     "choose dtype='bfloat16' or 'float32'"

@@ -428,17 +428,42 @@ class _Comparison:
 
     def _quantisation(self, values: tuple[Fact, Fact]) -> Finding:
         facts = values[1:] if self.attaches else values
+        judged = list(zip(self._judged(), facts, strict=True))
+        scaled = [
+            f"{side.the} ({fact.value})"
+            for (side, headers, _), fact in judged
+            if not self.attaches and _is_block_scaled(side, headers)
+        ]
+        judged = [one for one in judged if self.attaches or not _is_block_scaled(*one[0][:2])]
         quantised = [
             f"{side.the} ({fact.value}) is quantised: name its unquantised checkpoint"
             + _unquantised(side.opened.source)
-            for (side, _, _), fact in zip(self._judged(), facts, strict=True)
+            for (side, _, _), fact in judged
             if fact.value is not None
         ]
+        if scaled and not quantised:
+            verb = "is" if len(scaled) == 1 else "are"
+            message = (
+                f"{' and '.join(scaled)} {verb} stored as 8-bit floats under block scales: Δ is "
+                "taken at the values that the model computes with and carries their rounding, "
+                "which can be as large as what training changed; take the BF16 checkpoint if "
+                "there is one"
+            )
+            return self._finding("quantisation", "note", values, message)
         if not quantised:
             return self._finding("quantisation", "same", values)
         use = "trained along Δ" if self.attaches else "subtracted"
         message = f"{', and '.join(quantised)}, since codes of quantised weights cannot be {use}"
         return self._finding("quantisation", "breaks", values, message)
+
+
+def _is_block_scaled(side: Side, headers: Headers) -> bool:
+    """Whether all that is packed are 8-bit floats whose block scales are there and fit."""
+    return (
+        bool(headers.packed)
+        and all(dtype in ("F8_E4M3", "F8_E5M2") for dtype in headers.packed)
+        and not side.opened.unscaled
+    )
 
 
 def _not_compared(silent: list[str]) -> str:

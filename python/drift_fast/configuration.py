@@ -27,6 +27,9 @@ _MAX_NBYTES = 10_000_000
 # Beyond this a JSON integer and a float no longer agree, and no dimension of a model lies there.
 _MAX_INTEGER = 2**53
 
+# Rows and columns of 8-bit codes that share a scale, unless stated otherwise.
+BLOCK = (128, 128)
+
 _T = TypeVar("_T")
 
 
@@ -79,6 +82,16 @@ class Configuration:
         return next((answer for answer in answers if answer is not None), None)
 
 
+def weight_block(configuration: Configuration) -> tuple[int, int]:
+    """Return the rows and columns of 8-bit codes that share a scale, as DeepSeek-V3 states them.
+
+    Raises:
+        CheckpointError: an entry that is no pair of positive integers.
+    """
+    stated = configuration.anywhere(lambda part: part.section("quantization_config"))
+    return BLOCK if stated is None else stated.pair("weight_block_size") or BLOCK
+
+
 class Section:
     """One object of a config.json, whose entries are checked when they are asked for."""
 
@@ -110,6 +123,18 @@ class Section:
                 sizes.append(item)
             return sizes[0] if len(set(sizes)) == 1 else sizes
         return None
+
+    def pair(self, key: str) -> tuple[int, int] | None:
+        """Return a list of two positive integers."""
+        value = self._entries.get(key)
+        if value is None:
+            return None
+        if isinstance(value, list) and len(value) == 2:
+            first, second = value
+            whole = type(first) is int and type(second) is int
+            if whole and 0 < first <= _MAX_INTEGER and 0 < second <= _MAX_INTEGER:
+                return first, second
+        raise self._wrong(key, "a list of two positive integers", "something else")
 
     def number(self, *keys: str) -> int | float | None:
         for key in keys:

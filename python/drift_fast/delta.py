@@ -25,7 +25,7 @@ from drift_fast.pairing import Pairing, PathLike, fetch, pair_checkpoints, verif
 from drift_fast.ranks import Ranks, agree, first, together
 from drift_fast.rows import Rows
 from drift_fast.select import Layers, Modules, Selection
-from drift_fast.statistics import Statistics, row_from_moments
+from drift_fast.statistics import Compression, Statistics, row_from_moments
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +37,11 @@ FORMAT_VERSION = 1
 DESCRIPTION = "drift.json"
 INDEX = "delta.safetensors.index.json"
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+# On disk only; they come out as bfloat16.
+COMPRESSED = {"float8_e4m3": "F8_E4M3", "int8": "I8"}
+STORED_DTYPES = DTYPES | COMPRESSED
+# Elements of an int8 delta that share a scale.
+_INT8_BLOCK = 64
 
 
 @dataclass(frozen=True)
@@ -80,14 +85,21 @@ def compute_delta(
     Hub id (`org/name`, `org/name@revision`) or an http(s) URL; of the last two, only headers and
     the bytes of the selected tensors are downloaded. Both are streamed: memory does not grow with
     their size. Each Δ equals the float64 subtraction rounded once to `dtype`, and carries the
-    multimodal checkpoint's tensor name. `compute_delta(expert, reference)` on two text models gives
-    the difference of those, to be attached to a third.
+    multimodal checkpoint's tensor name. Weights of 8-bit floats under block scales
+    (`X.weight_scale_inv`, as DeepSeek-V3 has them) are taken at the float32 values that the model
+    computes with, so Δ carries the rounding that they went through.
+    `compute_delta(expert, reference)` on two text models gives the difference of those, to be
+    attached to a third.
 
     Args:
         out: a directory to write; None writes nothing, and tensors are subtracted when asked for.
         modules: presets `attn`, `mlp`, `norm`, `embed`, `head`, `all`, or `re:<pattern>`.
         layers: a range or other iterable of layer numbers, or text such as "0-3,8"; None is all.
-        dtype: of Δ: "bfloat16", "float16" or "float32".
+        dtype: of Δ: "bfloat16", "float16" or "float32"; or, in half of the first's bytes,
+            "float8_e4m3" (codes under one power of two for each tensor) or "int8" (a float16 scale
+            for every 64 elements). Those two are what is written: tensors come out as bfloat16,
+            rounded from what is stored, or exactly from the checkpoints where nothing is
+            (`out=None`). `Delta.compression` tells what they cost; docs/format.md describes them.
         mapping: which tensor belongs to which, where names do not tell: pairs of prefixes, a
             dictionary of reasoning name → multimodal name (None leaves one out), a function that
             does the same, or the path of a map file that `drift-fast align` wrote. It is checked
@@ -122,7 +134,7 @@ def compute_delta(
             (or `DRIFT_FAST_RANK_TIMEOUT`), or that sees other files.
         ValueError: an argument without meaning.
     """
-    _check_dtype(dtype)
+    _check_stored_dtype(dtype)
     shard_nbytes = parse_size(max_shard_size)
     selection = Selection.parse(modules, layers)
     threads = _thread_count(threads)
@@ -150,7 +162,7 @@ def compute_delta(
             agree(group, seen | pairs | {"allow_nonfinite": allow_nonfinite})
         delta = Delta(
             _Streamed(pairing, dtype, threads, allow_nonfinite),
-            dtype=dtype,
+            stored_dtype=dtype,
             coverage=pairing.coverage,
             sources=sources,
             alignment=pairing.describe(),
@@ -163,8 +175,16 @@ def compute_delta(
         )
 
 
-# Rounding to 8 bits changes ‖Δ‖² by far less; a larger loss is underflow.
-LOST = 2**-7
+# Rounding changes ‖Δ‖² by far less than this; a larger loss is underflow. Of E4M3, four significant
+# bits, every element can lose a sixteenth; of int8 the largest of a block half a step of 127, and
+# all others less than that together.
+_LOST = {"float8_e4m3": 1 - (15 / 16) ** 2, "int8": 2**-5}
+_LOST_OF_16_BITS = 2**-7
+
+
+def share_lost(dtype: str) -> float:
+    """Return the share of ‖Δ‖² that rounding to `dtype` may take away at most."""
+    return _LOST.get(dtype, _LOST_OF_16_BITS)
 
 
 @dataclass(frozen=True)
@@ -301,14 +321,15 @@ class Delta(Mapping[str, "torch.Tensor"]):
     """A mapping of tensor name to Δ, layer by layer, read or subtracted when asked for.
 
     `delta[name]` is a fresh tensor on the CPU each time; nothing is cached. Names are the
-    multimodal checkpoint's, on disk.
+    multimodal checkpoint's, on disk. `dtype` is what tensors come out as and `stored_dtype` what is
+    on disk or `save` writes; they differ where Δ is compressed.
     """
 
     def __init__(
         self,
         backend: _Backend,
         *,
-        dtype: str,
+        stored_dtype: str,
         coverage: Coverage,
         sources: dict[str, Any],
         alignment: dict[str, Any],
@@ -316,7 +337,8 @@ class Delta(Mapping[str, "torch.Tensor"]):
         path: Path | None = None,
     ) -> None:
         self._backend = backend
-        self.dtype = dtype
+        self.stored_dtype = stored_dtype
+        self.dtype = _tensor_dtype(stored_dtype)
         self.coverage = coverage
         self.sources = sources
         self.alignment = alignment
@@ -349,7 +371,12 @@ class Delta(Mapping[str, "torch.Tensor"]):
                 )
             stats = Statistics.from_json(stored["statistics"])
             coverage = Coverage.from_json(stored["coverage"])
-            dtype = _check_dtype(stored["dtype"])
+            dtype = _check_stored_dtype(stored["dtype"])
+            for row in stats if dtype == "float8_e4m3" else ():
+                # The exponents under which every code is a bfloat16.
+                mantissa, exponent = math.frexp(row.scale or 0.0)
+                if mantissa != 0.5 or not -124 <= exponent - 1 <= 119:
+                    raise ValueError(f"the scale of {row.name} is {row.scale}, no power of two")
             fields = {key: stored[key] for key in ("sources", "alignment", "selection")}
         except (
             KeyError,
@@ -364,7 +391,7 @@ class Delta(Mapping[str, "torch.Tensor"]):
                 f"({type(error).__name__}: {error}); compute the delta again"
             ) from error
         backend = _Stored(directory, dtype, stats)
-        return cls(backend, dtype=dtype, coverage=coverage, path=directory, **fields)
+        return cls(backend, stored_dtype=dtype, coverage=coverage, path=directory, **fields)
 
     def save(
         self,
@@ -407,7 +434,7 @@ class Delta(Mapping[str, "torch.Tensor"]):
         tensors = [(name, list(shape)) for name, shape in self._backend.shapes.items()]
 
         def describe(rows: Sequence[Mapping[str, Any]]) -> str:
-            self._stats = self._backend.conclude(rows)
+            self._stats = self._backend.conclude(rows, written=True)
             return json.dumps(self._describe(self._stats), indent=1) + "\n"
 
         if group is not None:
@@ -427,7 +454,7 @@ class Delta(Mapping[str, "torch.Tensor"]):
                 group,
                 target,
                 tensors,
-                self.dtype,
+                self.stored_dtype,
                 max_shard_nbytes=max_shard_nbytes,
                 overwrite=overwrite,
                 fill=fill,
@@ -437,7 +464,7 @@ class Delta(Mapping[str, "torch.Tensor"]):
         writer = _core.DeltaWriter(
             target,
             tensors,
-            self.dtype,
+            self.stored_dtype,
             max_shard_nbytes=max_shard_nbytes,
             overwrite=overwrite,
         )
@@ -493,6 +520,13 @@ class Delta(Mapping[str, "torch.Tensor"]):
         if self._stats is None:
             self._stats = self._backend.statistics()
         return self._stats
+
+    @property
+    def compression(self) -> Compression | None:
+        """What storing Δ in eight bits cost; None where it is not, or not yet, stored so."""
+        if self.path is None and self._stats is None:
+            return None
+        return self.stats.compression
 
     def read_into(self, name: str, tensor: torch.Tensor, *, start: int | None = None) -> None:
         """Fill a contiguous CPU tensor of this delta's dtype (pinned or not) with Δ.
@@ -560,7 +594,7 @@ class Delta(Mapping[str, "torch.Tensor"]):
 
     def __repr__(self) -> str:
         where = f" at {self.path}" if self.path else ""
-        return f"Delta({len(self)} tensors, {self.dtype}, {self.selection}{where})"
+        return f"Delta({len(self)} tensors, {self.stored_dtype}, {self.selection}{where})"
 
     def _describe(self, stats: Statistics) -> dict[str, Any]:
         return {
@@ -568,7 +602,7 @@ class Delta(Mapping[str, "torch.Tensor"]):
             "drift_fast_version": _core.__version__,
             "formula": "delta = reasoning - multimodal; an injection subtracts c * delta from the "
             "gradient, so alpha > 0 moves weights towards the reasoning model",
-            "dtype": self.dtype,
+            "dtype": self.stored_dtype,
             "selection": self.selection,
             "sources": self.sources,
             "alignment": self.alignment,
@@ -602,11 +636,11 @@ class _Streamed:
             self._pairing.multimodal,
             (source, name),
             buffer,
-            dtype=self._dtype,
+            dtype=_tensor_dtype(self._dtype),
             threads=self._threads,
             elements=elements,
         )
-        self._check([(name, moments)])
+        self._check([(name, moments)], _tensor_dtype(self._dtype))
 
     def write(
         self,
@@ -617,7 +651,7 @@ class _Streamed:
         return self._stream(places, progress, writer)
 
     def statistics(self, progress: ProgressCallback | None = None) -> Statistics:
-        return self.conclude(self._stream(range(len(self._pairs)), progress))
+        return self.conclude(self._stream(range(len(self._pairs)), progress), written=False)
 
     def _stream(
         self,
@@ -641,15 +675,18 @@ class _Streamed:
             progress=report,
         )
 
-    def conclude(self, rows: Sequence[Any]) -> Statistics:
+    def conclude(self, rows: Sequence[Any], *, written: bool) -> Statistics:
         named = list(zip(self._pairs, rows, strict=True))
-        self._check(named)
-        stats = Statistics([row_from_moments(n, self.shapes[n], row) for n, row in named])
+        self._check(named, self._dtype)
+        compressed = written and self._dtype in COMPRESSED
+        stats = Statistics(
+            [row_from_moments(n, self.shapes[n], row, compressed=compressed) for n, row in named]
+        )
         if stats.total.delta_sq == 0:
             _warn_of_zero(self._pairing)
         return stats
 
-    def _check(self, moments: list[tuple[str, _core.Moments]]) -> None:
+    def _check(self, moments: list[tuple[str, _core.Moments]], dtype: str) -> None:
         if self._allow_nonfinite:
             return
         found = []
@@ -665,16 +702,17 @@ class _Streamed:
             squares = row["delta_sq"] + row["reasoning_sq"] + row["multimodal_sq"]
             if row["overflow"] == 0 and not math.isfinite(squares):
                 found.append(f"{name}: the sum of its squares is beyond float64")
-            if row["written_sq"] < (1 - LOST) * row["delta_sq"]:
+            if row["written_sq"] < (1 - share_lost(dtype)) * row["delta_sq"]:
                 share = 1 - math.sqrt(row["written_sq"] / row["delta_sq"])
                 found.append(
-                    f"{name}: {share:.1%} of ‖Δ‖ is below the range of {self._dtype}; "
+                    f"{name}: {share:.1%} of ‖Δ‖ is below the range of {dtype}; "
                     "choose dtype='bfloat16' or 'float32'"
                 )
             if row["overflow"]:
+                narrow = dtype == "float16" or dtype in COMPRESSED
                 found.append(
-                    f"{name}: {row['overflow']} differences are beyond the range of {self._dtype}"
-                    + ("; choose dtype='bfloat16' or 'float32'" if self._dtype == "float16" else "")
+                    f"{name}: {row['overflow']} differences are beyond the range of {dtype}"
+                    + ("; choose dtype='bfloat16' or 'float32'" if narrow else "")
                 )
         if found:
             more = f"; and {len(found) - 8} more" if len(found) > 8 else ""
@@ -693,7 +731,11 @@ class _Stored:
         self._checkpoint = _core.Checkpoint(directory / INDEX, reader="auto")
         self._stats = stats
         found = {name: (kind, tuple(shape)) for name, kind, shape, _ in self._checkpoint.tensors()}
-        expected = {row.name: (DTYPES[dtype], row.shape) for row in stats}
+        expected = {row.name: (STORED_DTYPES[dtype], row.shape) for row in stats}
+        if dtype == "int8":
+            expected |= {
+                f"{row.name}.scale": ("F16", (-(-row.numel // _INT8_BLOCK),)) for row in stats
+            }
         if found != expected:
             names = sorted(
                 name for name in found.keys() | expected if found.get(name) != expected.get(name)
@@ -706,7 +748,13 @@ class _Stored:
         self.shapes = {row.name: row.shape for row in stats}
 
     def read_into(self, name: str, buffer: Any, elements: tuple[int, int] | None = None) -> None:
-        self._checkpoint.read_into(name, buffer, elements=elements)
+        if self._dtype not in COMPRESSED:
+            self._checkpoint.read_into(name, buffer, elements=elements)
+            return
+        row = self._stats[name]
+        self._checkpoint.decode_into(
+            name, buffer, scale=row.scale, elements=elements or (0, row.numel)
+        )
 
     def statistics(self, progress: ProgressCallback | None = None) -> Statistics:
         return self._stats
@@ -717,21 +765,33 @@ class _Stored:
         places: Sequence[int],
         progress: ProgressCallback | None,
     ) -> list[Mapping[str, Any]]:
-        itemsize = 4 if self._dtype == "float32" else 2
+        # As it is stored: nothing is decoded, and so nothing rounded again.
         rows = [self._stats[place] for place in places]
-        total = sum(row.numel for row in rows) * itemsize
-        done = 0
-        for slot, row in enumerate(rows):
-            buffer = bytearray(row.numel * itemsize)
-            self._checkpoint.read_into(row.name, buffer)
-            writer.write(slot, buffer)
-            done += len(buffer)
+        suffixes = ("", ".scale") if self._dtype == "int8" else ("",)
+        names = [(row, [f"{row.name}{suffix}" for suffix in suffixes]) for row in rows]
+        size = {name: end - start for name, start, end in self._extents()}
+        total = sum(size[name] for _, some in names for name in some)
+        done = slot = 0
+        for index, (row, some) in enumerate(names):
+            for name in some:
+                buffer = bytearray(size[name])
+                self._checkpoint.read_into(name, buffer)
+                writer.write(slot, buffer)
+                slot += 1
+                done += len(buffer)
+            if row.scale is not None:
+                writer.set_scale(index, row.scale)
             if progress is not None:
-                progress(Progress(slot + 1, len(rows), done, total))
+                progress(Progress(index + 1, len(rows), done, total))
         return [{} for _ in rows]
 
-    def conclude(self, rows: Sequence[Mapping[str, Any]]) -> Statistics:
+    def conclude(self, rows: Sequence[Mapping[str, Any]], *, written: bool) -> Statistics:
         return self._stats
+
+    def _extents(self) -> Iterator[tuple[str, int, int]]:
+        for name, _, _, _ in self._checkpoint.tensors():
+            _, start, end = self._checkpoint.place(name)
+            yield name, start, end
 
 
 def _warn_of_zero(pairing: Pairing) -> None:
@@ -764,10 +824,14 @@ def _describe_sources(pairing: Pairing) -> dict[str, Any]:
     return described
 
 
-def _check_dtype(dtype: str) -> str:
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+def _check_stored_dtype(dtype: str) -> str:
+    if dtype not in STORED_DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(STORED_DTYPES)}, got {dtype!r}")
     return dtype
+
+
+def _tensor_dtype(stored: str) -> str:
+    return "bfloat16" if stored in COMPRESSED else stored
 
 
 def _thread_count(threads: int | None) -> int:

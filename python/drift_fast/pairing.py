@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from drift_fast import _core
-from drift_fast.configuration import Configuration
+from drift_fast.configuration import BLOCK, Configuration, weight_block
 from drift_fast.conversion import convert_checkpoint
 from drift_fast.coverage import NOT_SELECTED, Coverage, backbone_numel, listed
 from drift_fast.errors import AlignmentError, CoverageError
@@ -31,12 +31,20 @@ FetchProgress = Callable[[int, int], object]
 
 @dataclass(frozen=True)
 class Opened:
-    """A checkpoint whose headers were read."""
+    """A checkpoint whose headers were read.
+
+    `scales` are the tensors that hold the block scales of 8-bit codes, by the name of the codes;
+    they are no weights, so `shapes` and `dtypes` do not have them. `unscaled` says of each tensor
+    of codes that has none that fit what is wrong. `block` is the rows and columns of a block.
+    """
 
     source: Source
     checkpoint: _core.Checkpoint
     shapes: dict[str, Shape]
     dtypes: dict[str, str]
+    scales: dict[str, str] = field(default_factory=dict)
+    unscaled: dict[str, str] = field(default_factory=dict)
+    block: tuple[int, int] = BLOCK
 
     @property
     def directory(self) -> Path:
@@ -51,6 +59,15 @@ class Opened:
     def nbytes(self, name: str) -> int:
         """Return the size of a stored tensor."""
         return math.prod(self.shapes[name]) * _ITEMSIZE.get(self.dtypes[name], 1)
+
+    def stored_names(self, names: Iterable[str]) -> set[str]:
+        """Return names with those of the scales that they need."""
+        found = set(names)
+        return found | {self.scales[name] for name in found if name in self.scales}
+
+    def has_values(self, name: str) -> bool:
+        """Whether the elements of a tensor can be read as numbers."""
+        return name not in self.unscaled and self.dtypes[name] in _ITEMSIZE
 
 
 @dataclass(frozen=True)
@@ -78,6 +95,14 @@ class Pairing:
         """Return how many bytes of both checkpoints a pair's difference takes."""
         return _nbytes(pair, *self.opened)
 
+    def needed(self) -> tuple[set[str], set[str]]:
+        """Return the stored tensors of either side that the pairs need, scales included."""
+        left, right = self.opened
+        return (
+            left.stored_names(source for pair in self.pairs for source in pair.sources),
+            right.stored_names(pair.name for pair in self.pairs),
+        )
+
     def describe(self) -> dict[str, object]:
         """Return how the pairing came about, for `drift.json`."""
         return {
@@ -100,12 +125,23 @@ def open_checkpoint(source: PathLike, reader: str = "auto") -> Opened:
     if found.remote is not None:
         found.remote.optional_file("config.json")
     checkpoint = _core.Checkpoint(found.path, reader=reader)
-    tensors = checkpoint.tensors()
+    block = BLOCK
+    if checkpoint.scales():
+        path = Path(found.path)
+        block = weight_block(Configuration.read(path if path.is_dir() else path.parent))
+        checkpoint = _core.Checkpoint(found.path, reader=reader, block=block)
+    codes = checkpoint.scales()
+    tensors = {name: (dtype, tuple(shape)) for name, dtype, shape, _ in checkpoint.tensors()}
+    scales = {name: scale for name, scale, _ in codes if scale in tensors}
+    held = set(scales.values())
     return Opened(
         found,
         checkpoint,
-        {name: tuple(shape) for name, _, shape, _ in tensors},
-        {name: dtype for name, dtype, _, _ in tensors},
+        {name: shape for name, (_, shape) in tensors.items() if name not in held},
+        {name: dtype for name, (dtype, _) in tensors.items() if name not in held},
+        scales,
+        {name: problem for name, _, problem in codes if problem},
+        block,
     )
 
 
@@ -267,8 +303,10 @@ def comparable(pairs: list[Pair], left: Opened, right: Opened, selection: Select
         pair
         for pair in pairs
         if pair.name in everywhere
-        and right.dtypes[pair.name] in _ITEMSIZE
-        and all(left.dtypes[name] in _ITEMSIZE for name in pair.sources)
+        and right.has_values(pair.name)
+        and all(left.has_values(name) for name in pair.sources)
+        # Parts of codes are refused when they are subtracted.
+        and not (pair.parts and any(name in left.scales for name in pair.sources))
     ]
 
 
@@ -279,13 +317,13 @@ def fetch(pairing: Pairing, reader: str, progress: FetchProgress | None = None) 
         CheckpointError: a server that fails, or a file that changed there.
         OSError: the disk is full.
     """
-    needed = (
-        {source for pair in pairing.pairs for source in pair.sources},
-        {pair.name for pair in pairing.pairs},
-    )
     opened = []
-    for source, checkpoint, names in zip(
-        pairing.sources, (pairing.reasoning, pairing.multimodal), needed, strict=True
+    for side, source, checkpoint, names in zip(
+        pairing.opened,
+        pairing.sources,
+        (pairing.reasoning, pairing.multimodal),
+        pairing.needed(),
+        strict=True,
     ):
         if source.remote is None:
             opened.append(checkpoint)
@@ -295,7 +333,7 @@ def fetch(pairing: Pairing, reader: str, progress: FetchProgress | None = None) 
             path, start, end = checkpoint.place(name)
             ranges.setdefault(Path(path).name, []).append((start, end))
         source.transfers.append(source.remote.fetch(ranges, progress=progress))
-        opened.append(_core.Checkpoint(source.path, reader=reader))
+        opened.append(_core.Checkpoint(source.path, reader=reader, block=side.block))
     return replace(pairing, reasoning=opened[0], multimodal=opened[1])
 
 
@@ -385,4 +423,4 @@ def _order(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]
 
 
-_ITEMSIZE = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8}
+_ITEMSIZE = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "F8_E4M3": 1, "F8_E5M2": 1}

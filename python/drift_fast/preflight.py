@@ -16,7 +16,7 @@ from typing import Any
 from drift_fast.compare import Finding, Side, compare
 from drift_fast.configuration import Configuration, printable
 from drift_fast.coverage import Coverage
-from drift_fast.delta import DTYPES, parse_size
+from drift_fast.delta import STORED_DTYPES, parse_size
 from drift_fast.errors import AlignmentError, CoverageError
 from drift_fast.facts import STATED, Fact
 from drift_fast.mapping import MappingLike
@@ -28,7 +28,14 @@ __all__ = ["Finding", "Plan", "Preflight", "check"]
 
 # What the README's table shows for either command, whatever the size of the checkpoints.
 _COMPUTE_MEMORY_NBYTES = 20_000_000
-_ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
+# Bytes of an element on disk and on the device, where what is compressed is bfloat16.
+_ITEMSIZE = {
+    "bfloat16": (2.0, 2),
+    "float16": (2.0, 2),
+    "float32": (4.0, 4),
+    "float8_e4m3": (1.0, 2),
+    "int8": (1 + 2 / 64, 2),
+}
 _VALUE_WIDTH = 44
 
 
@@ -152,8 +159,8 @@ def check(
         CheckpointError: a checkpoint or a config.json that is not valid; the key is named.
         ValueError: an argument without meaning.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if dtype not in STORED_DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(STORED_DTYPES)}, got {dtype!r}")
     selection, rate_nbytes = Selection.parse(modules, layers), _rate(read_rate)
     given = [reasoning, multimodal] if model is None else [reasoning, multimodal, model]
     roles = ["reasoning", "multimodal"] if model is None else ["expert", "reference", "model"]
@@ -232,15 +239,15 @@ def _findings(
 
 def _plan(pairing: Pairing, second: Opened, dtype: str, rate_nbytes: int) -> Plan:
     of_second = sum(second.nbytes(pair.name) for pair in pairing.pairs)
-    delta_nbytes = _ITEMSIZE[dtype] * sum(
-        math.prod(pairing.shapes[pair.name]) for pair in pairing.pairs
-    )
+    on_disk, on_device = _ITEMSIZE[dtype]
+    numel = sum(math.prod(pairing.shapes[pair.name]) for pair in pairing.pairs)
+    delta_nbytes = math.ceil(on_disk * numel)
     return Plan(
         dtype=dtype,
         delta_nbytes=delta_nbytes,
         read_nbytes=(pairing.nbytes - of_second, of_second),
         compute_memory_nbytes=_COMPUTE_MEMORY_NBYTES,
-        training_memory_nbytes=delta_nbytes,
+        training_memory_nbytes=on_device * numel,
         rate_nbytes=rate_nbytes,
         seconds=(pairing.nbytes + delta_nbytes) / rate_nbytes,
         download_nbytes=_download_nbytes(pairing),
@@ -249,11 +256,8 @@ def _plan(pairing: Pairing, second: Opened, dtype: str, rate_nbytes: int) -> Pla
 
 def _download_nbytes(pairing: Pairing) -> int:
     """Return what of the pairs lies on a server and has not been downloaded."""
-    names = (
-        {source for pair in pairing.pairs for source in pair.sources},
-        {pair.name for pair in pairing.pairs},
-    )
-    opened = zip(pairing.sources, (pairing.reasoning, pairing.multimodal), names, strict=True)
+    checkpoints = (pairing.reasoning, pairing.multimodal)
+    opened = zip(pairing.sources, checkpoints, pairing.needed(), strict=True)
     total = 0
     for source, checkpoint, needed in opened:
         if source.remote is None:

@@ -24,7 +24,13 @@ if TYPE_CHECKING:
 class Row:
     """Moments of one tensor, or of several taken together.
 
-    `layer` is None outside the layers and for rows over several; `shape` is empty there.
+    `layer` is None outside the layers and for rows over several; `shape` is empty there. `max_abs`
+    is the largest |Δ|, `zeros` counts elements that do not differ, `agreeing` those where neither
+    side is zero and both have the same sign; a delta written before they were taken has None.
+
+    Of a compressed Δ, as it is decoded: `stored_sq` is ‖stored‖², `stored_dot` its product with the
+    exact Δ, `flushed` counts differences other than zero that are stored as zero, and `scale` is
+    what E4M3 codes are multiplied by. Elsewhere they are None.
     """
 
     name: str
@@ -39,6 +45,13 @@ class Row:
     dot: float
     nonfinite: int
     overflow: int
+    max_abs: float | None = None
+    zeros: int | None = None
+    agreeing: int | None = None
+    stored_sq: float | None = None
+    stored_dot: float | None = None
+    flushed: int | None = None
+    scale: float | None = None
 
     @property
     def delta_norm(self) -> float:
@@ -73,18 +86,65 @@ class Row:
             return math.nan
         return max(-1.0, min(1.0, self.dot / norms))
 
+    @property
+    def zero_share(self) -> float:
+        """The share of elements that do not differ; NaN where unknown or there are none."""
+        return _share(self.zeros, self.numel)
+
+    @property
+    def agreeing_share(self) -> float:
+        """The share of elements of one sign on both sides; NaN where unknown or there are none."""
+        return _share(self.agreeing, self.numel)
+
+    @property
+    def stored_norm(self) -> float:
+        """‖stored‖ of a compressed Δ, else NaN."""
+        return math.nan if self.stored_sq is None else math.sqrt(self.stored_sq)
+
+    @property
+    def stored_cosine(self) -> float:
+        """cos(Δ, stored) of a compressed Δ; NaN elsewhere and where either is zero."""
+        if self.stored_dot is None:
+            return math.nan
+        norms = self.delta_norm * self.stored_norm
+        if norms == 0 or not math.isfinite(norms + self.stored_dot):
+            return math.nan
+        return max(-1.0, min(1.0, self.stored_dot / norms))
+
     def to_dict(self) -> dict[str, Any]:
         """Return every column, derived ones included; NaN and infinity become None."""
         values = asdict(self) | {column: getattr(self, column) for column in _DERIVED}
         return {key: _finite_or_none(value) for key, value in values.items()}
 
 
-_DERIVED = ("delta_norm", "reasoning_norm", "multimodal_norm", "relative", "cosine")
-_STORED = ("delta_sq", "reasoning_sq", "multimodal_sq", "dot", "nonfinite", "overflow")
+_DERIVED = (
+    "delta_norm",
+    "reasoning_norm",
+    "multimodal_norm",
+    "relative",
+    "cosine",
+    "zero_share",
+    "agreeing_share",
+    "stored_norm",
+    "stored_cosine",
+)
+_SUMS = ("delta_sq", "reasoning_sq", "multimodal_sq", "dot")
+# What a delta need not have: written by an earlier version, or not compressed.
+_OPTIONAL_SUMS = ("max_abs", "stored_sq", "stored_dot", "scale")
+_OPTIONAL_COUNTS = ("zeros", "agreeing", "flushed")
+_STORED = (*_SUMS, "nonfinite", "overflow")
 
 
-def row_from_moments(name: str, shape: Sequence[int], moments: Moments) -> Row:
-    """Return the row of one tensor."""
+def row_from_moments(
+    name: str, shape: Sequence[int], moments: Moments, *, compressed: bool = False
+) -> Row:
+    """Return the row of one tensor; `compressed` says that it was stored in eight bits."""
+    stored: dict[str, Any] = {
+        "stored_sq": moments["written_sq"],
+        "stored_dot": moments["stored_dot"],
+        "flushed": moments["flushed"],
+        "scale": moments["scale"],
+    }
     return Row(
         name=name,
         module=module_of(name),
@@ -98,7 +158,34 @@ def row_from_moments(name: str, shape: Sequence[int], moments: Moments) -> Row:
         dot=moments["dot"],
         nonfinite=moments["nonfinite_reasoning"] + moments["nonfinite_multimodal"],
         overflow=moments["overflow"],
+        max_abs=moments["max_abs"],
+        zeros=moments["zeros"],
+        agreeing=moments["agreeing"],
+        **(stored if compressed else {}),
     )
+
+
+@dataclass(frozen=True)
+class Compression:
+    """How a compressed Δ compares with the exact one, over tensors whose Δ is not zero.
+
+    Mean and least cos(Δ, stored) and the tensor that has the least, ‖stored‖/‖Δ‖ of all together,
+    and how many differences other than zero are stored as zero.
+    """
+
+    mean_cosine: float
+    min_cosine: float
+    min_name: str
+    norm_ratio: float
+    flushed: int
+
+    def __str__(self) -> str:
+        return (
+            f"stored: cos(Δ, stored) {_number(self.mean_cosine, '.6f')} on average, at least "
+            f"{_number(self.min_cosine, '.6f')} ({self.min_name or 'nothing differs'}); "
+            f"‖stored‖/‖Δ‖ {_number(self.norm_ratio, '.6f')}; {self.flushed:,} small differences "
+            "became zero"
+        )
 
 
 class Statistics(Sequence[Row]):
@@ -163,6 +250,11 @@ class Statistics(Sequence[Row]):
         return [
             {"name": row.name, "shape": list(row.shape)}
             | {column: _finite_or_none(getattr(row, column)) for column in _STORED}
+            | {
+                column: _finite_or_none(getattr(row, column))
+                for column in (*_OPTIONAL_SUMS, *_OPTIONAL_COUNTS)
+                if getattr(row, column) is not None
+            }
             for row in self._rows
         ]
 
@@ -176,9 +268,13 @@ class Statistics(Sequence[Row]):
         restored = []
         for row in rows:
             name, shape = str(row["name"]), tuple(int(size) for size in row["shape"])
-            sums = {column: _float_or_nan(row[column]) for column in _STORED[:4]}
-            if min(sums["delta_sq"], sums["reasoning_sq"], sums["multimodal_sq"]) < 0:
+            sums: dict[str, Any] = {column: _float_or_nan(row[column]) for column in _SUMS}
+            sums |= {
+                column: _float_or_nan(row[column]) for column in _OPTIONAL_SUMS if column in row
+            }
+            if min(sums[key] for key in sums if key.endswith("_sq")) < 0:
                 raise ValueError(f"the statistics of {name} hold a negative square")
+            sums |= {column: int(row[column]) for column in _OPTIONAL_COUNTS if column in row}
             restored.append(
                 Row(
                     name=name,
@@ -220,6 +316,28 @@ class Statistics(Sequence[Row]):
         ]
         return "\n".join(lines)
 
+    @property
+    def compression(self) -> Compression | None:
+        """How much of Δ is left in eight bits; None where it was not compressed."""
+        if not self._rows or any(row.stored_sq is None for row in self._rows):
+            return None
+        cosines = [row.stored_cosine for row in self._rows if row.delta_sq > 0]
+        flushed = sum(row.flushed or 0 for row in self._rows)
+        if not cosines:
+            return Compression(math.nan, math.nan, "", math.nan, flushed)
+        # What became zero throughout has no direction left.
+        cosines = [0.0 if math.isnan(cosine) else cosine for cosine in cosines]
+        moved = [row for row in self._rows if row.delta_sq > 0]
+        at = min(range(len(cosines)), key=cosines.__getitem__)
+        together = self.total
+        return Compression(
+            math.fsum(cosines) / len(cosines),
+            cosines[at],
+            moved[at].name,
+            together.stored_norm / together.delta_norm,
+            flushed,
+        )
+
     def _grouped(self, key: Callable[[Row], tuple[str, int | None]]) -> Statistics:
         groups: dict[tuple[str, int | None], list[Row]] = {}
         for row in self._rows:
@@ -232,6 +350,16 @@ class Statistics(Sequence[Row]):
                 label = f"{module} in layer {layer}"
             rows.append(_together(label, module, layer, members))
         return Statistics(rows)
+
+
+def _share(count: int | None, numel: int) -> float:
+    return math.nan if count is None or numel == 0 else count / numel
+
+
+def _known(rows: Sequence[Row], column: str) -> list[Any] | None:
+    """Return a column, or None where a row does not have it."""
+    values = [getattr(row, column) for row in rows]
+    return None if None in values else values
 
 
 def _finite_or_none(value: Any) -> Any:
@@ -249,6 +377,11 @@ def _number(value: float, form: str) -> str:
 
 def _together(name: str, module: str, layer: int | None, rows: Sequence[Row]) -> Row:
     kinds = {row.kind for row in rows}
+
+    def total(column: str, add: Callable[[list[Any]], Any]) -> Any:
+        values = _known(rows, column)
+        return None if values is None else add(values)
+
     return Row(
         name=name,
         module=module,
@@ -262,4 +395,10 @@ def _together(name: str, module: str, layer: int | None, rows: Sequence[Row]) ->
         dot=math.fsum(row.dot for row in rows),
         nonfinite=sum(row.nonfinite for row in rows),
         overflow=sum(row.overflow for row in rows),
+        max_abs=total("max_abs", lambda values: max(values, default=0.0)),
+        zeros=total("zeros", sum),
+        agreeing=total("agreeing", sum),
+        stored_sq=total("stored_sq", math.fsum),
+        stored_dot=total("stored_dot", math.fsum),
+        flushed=total("flushed", sum),
     )

@@ -10,8 +10,11 @@ use std::path::{Component, Path, PathBuf};
 
 use serde::de::{Deserialize, Deserializer, Error as _, MapAccess, Visitor};
 
+use crate::dtype::Fp8;
 use crate::error::{Error, Result};
+use crate::scales::{self, Scales};
 use crate::shard::{Reader, Shard, Tensor};
+use crate::stream::Side;
 
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
@@ -85,6 +88,25 @@ impl Checkpoint {
             .get(name)
             .ok_or_else(|| Error::tensor(&self.path, name, "no such tensor in this checkpoint"))?;
         Ok((&self.shards[shard], &self.shards[shard].tensors()[tensor]))
+    }
+
+    /// The tensor of that name, as one side of a pair: with its block scales, of `block` rows and
+    /// columns each, where its elements are 8-bit codes.
+    ///
+    /// # Errors
+    /// No such tensor, or codes whose scales are missing or do not fit.
+    pub fn side(&self, name: &str, block: (usize, usize)) -> Result<Side<'_>> {
+        let (shard, tensor) = self.tensor(name)?;
+        let scales = match Fp8::from_header(tensor.dtype) {
+            None => None,
+            Some(format) => {
+                let stored = self.places.get(&scales::name_of(name)).map(|&(shard, tensor)| {
+                    (&self.shards[shard], &self.shards[shard].tensors()[tensor])
+                });
+                Some(Scales::new(format, (shard, tensor), stored, block)?)
+            }
+        };
+        Ok(Side { shard, tensor, scales })
     }
 
     fn from_index(directory: &Path, index: &Path, reader: Reader) -> Result<Self> {

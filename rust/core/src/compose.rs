@@ -9,6 +9,7 @@ use std::ops::Range;
 
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
+use crate::kernel::INT8_BLOCK;
 use crate::shard::subtractable;
 use crate::stream::Side;
 
@@ -103,7 +104,9 @@ impl<'a> Composed<'a> {
     /// Runs of whole rows of about `numel` elements, as ranges of elements in order, each with its
     /// band; rows without a counterpart come with none.
     pub(crate) fn runs(&self, total: usize, numel: usize) -> Vec<(Range<usize>, Option<usize>)> {
-        let step = (numel / self.columns.max(1)).max(1);
+        // A whole number of blocks that share a scale, where a run can be one.
+        let rows = INT8_BLOCK / gcd(self.columns.max(1), INT8_BLOCK);
+        let step = (numel / self.columns.max(1) / rows).max(1) * rows;
         let mut runs = Vec::new();
         let mut cut = |rows: Range<usize>, band: Option<usize>| {
             let mut start = rows.start;
@@ -169,6 +172,10 @@ impl<'a> Composed<'a> {
         }
         Ok(())
     }
+}
+
+fn gcd(a: usize, b: usize) -> usize {
+    if b == 0 { a } else { gcd(b, a % b) }
 }
 
 /// A shape as rows × columns: the last dimension, and all others together.

@@ -1,5 +1,8 @@
 //! The element types that can be subtracted, and how their values round.
 //!
+//! [`Dtype`] is what arithmetic is done on. An 8-bit float is a code that has no value without its
+//! scale, so [`Fp8`] is a type of its own and no kernel can take one for the other.
+//!
 //! Loads go byte by byte from little-endian order, since safetensors promises no alignment.
 //! Rounding is to nearest, ties to even, and happens once: a value that comes from float64 is
 //! first brought to float32 by rounding to odd, which makes the second rounding exact (Boldo and
@@ -65,10 +68,75 @@ impl Dtype {
     }
 }
 
+/// An 8-bit floating-point code.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Fp8 {
+    /// Four exponent bits, no infinity, NaN at 0x7f and 0xff, largest value 448.
+    E4M3,
+    /// The upper byte of a binary16, infinities and NaN included.
+    E5M2,
+}
+
+impl Fp8 {
+    /// The codes that a header's dtype stands for.
+    pub const fn from_header(dtype: safetensors::Dtype) -> Option<Self> {
+        match dtype {
+            safetensors::Dtype::F8_E4M3 => Some(Fp8::E4M3),
+            safetensors::Dtype::F8_E5M2 => Some(Fp8::E5M2),
+            _ => None,
+        }
+    }
+}
+
+/// The value of an E4M3 code, exactly.
+///
+/// Shifted into float32's fields the exponent is 120 too small, which one exact multiplication puts
+/// right, as in [`f16_to_f32`].
+#[inline(always)]
+pub(crate) fn e4m3_to_f32(code: u8) -> f32 {
+    let magnitude = u32::from(code & 0x7f) << 20;
+    let sign = u32::from(code & 0x80) << 24;
+    let scaled = (f32::from_bits(magnitude) * f32::from_bits((120 + 127) << 23)).to_bits();
+    f32::from_bits(if code & 0x7f == 0x7f { 0x7fc0_0000 } else { scaled } | sign)
+}
+
+/// The value of an E5M2 code, exactly.
+#[inline(always)]
+pub(crate) fn e5m2_to_f32(code: u8) -> f32 {
+    f16_to_f32(u16::from(code) << 8)
+}
+
+/// Round to an E4M3 code, to nearest and ties to even; NaN and what rounds beyond 448 become NaN.
+#[inline(always)]
+pub(crate) fn f32_to_e4m3(value: f32) -> u8 {
+    let bits = value.to_bits();
+    let magnitude = bits & 0x7fff_ffff;
+    // Normal codes: round away the lower 20 bits, then move the exponent's bias from 127 to 7.
+    let rounded = (magnitude + 0x7_ffff + ((magnitude >> 20) & 1)) >> 20;
+    let normal = rounded.wrapping_sub(120 << 3).min(0x7f);
+    // Below 2⁻⁶ codes are multiples of 2⁻⁹, which is float32's last place from 2¹⁴ on.
+    let placed = (f32::from_bits(magnitude) + 16384.0).to_bits();
+    let subnormal = placed.wrapping_sub(16384f32.to_bits());
+    let code = if magnitude < 121 << 23 { subnormal } else { normal };
+    (code | ((bits >> 24) & 0x80)) as u8
+}
+
 /// An element no wider than float32, loaded from its little-endian bytes.
 pub(crate) trait Narrow: Copy {
     const NBYTES: usize;
     fn load(bytes: &[u8], index: usize) -> f32;
+
+    /// The first `N` elements.
+    #[inline(always)]
+    fn lanes<const N: usize>(bytes: &[u8]) -> [f32; N] {
+        let mut values = [0.0; N];
+        // Cut to size, so that no element is checked and the loop vectorises.
+        let bytes = &bytes[..Self::NBYTES * N];
+        for (index, value) in values.iter_mut().enumerate() {
+            *value = Self::load(bytes, index);
+        }
+        values
+    }
 }
 
 #[derive(Clone, Copy)]
@@ -142,16 +210,13 @@ pub(crate) fn f32_to_f16(value: f32) -> u16 {
 pub(crate) fn f64_to_f32_odd(value: f64) -> f32 {
     let nearest = value as f32;
     let back = f64::from(nearest);
-    if back == value || value.is_nan() {
-        return nearest;
-    }
-    // Inexact: of the two neighbours around the value, take the one whose last bit is set.
     let bits = nearest.to_bits();
-    if bits & 1 == 1 {
-        return nearest;
-    }
-    let away = back.abs() < value.abs();
-    f32::from_bits(if away { bits + 1 } else { bits - 1 })
+    // Inexact: of the two neighbours around the value, the one whose last bit is set. Without a
+    // branch, so that a loop over it vectorises.
+    let up = u32::from(back.abs() < value.abs());
+    let down = u32::from(back.abs() > value.abs());
+    let even = 1 - (bits & 1);
+    f32::from_bits(bits.wrapping_add(even * up).wrapping_sub(even * down))
 }
 
 #[cfg(test)]
@@ -177,6 +242,63 @@ mod tests {
                 let (ours, theirs) = (f32_to_bf16(value), half::bf16::from_f32(value).to_bits());
                 assert!(ours == theirs || value.is_nan(), "{value}: {ours:#06x} {theirs:#06x}");
                 assert_eq!(half::bf16::from_bits(ours).is_nan(), value.is_nan());
+            }
+        }
+    }
+
+    /// An 8-bit float by the definition of its format: sign, exponent, mantissa.
+    fn defined(code: u8, mantissa_nbits: u32, bias: i32) -> f64 {
+        let mantissa = f64::from(code & ((1 << mantissa_nbits) - 1));
+        let exponent = i32::from((code & 0x7f) >> mantissa_nbits);
+        let unit = 2f64.powi(exponent.max(1) - bias - mantissa_nbits as i32);
+        let hidden = if exponent > 0 { f64::from(1u32 << mantissa_nbits) } else { 0.0 };
+        let sign = if code & 0x80 == 0 { 1.0 } else { -1.0 };
+        sign * (hidden + mantissa) * unit
+    }
+
+    #[test]
+    fn every_8_bit_code_has_the_value_that_its_format_defines() {
+        for code in 0..=u8::MAX {
+            let value = e4m3_to_f32(code);
+            if code & 0x7f == 0x7f {
+                assert!(value.is_nan());
+            } else {
+                assert_eq!(f64::from(value).to_bits(), defined(code, 3, 7).to_bits(), "{code:#x}");
+            }
+            let value = e5m2_to_f32(code);
+            match code & 0x7f {
+                0x7c => assert!(value.is_infinite() && value.is_sign_negative() == (code > 0x7f)),
+                0x7d..=0x7f => assert!(value.is_nan()),
+                _ => assert_eq!(f64::from(value).to_bits(), defined(code, 2, 15).to_bits()),
+            }
+        }
+    }
+
+    #[test]
+    fn e4m3_rounds_to_nearest_around_every_midpoint_and_to_even_on_it() {
+        let next = |value: f32| f32::from_bits(value.to_bits() + 1);
+        let before = |value: f32| f32::from_bits(value.to_bits() - 1);
+        for sign in [0u8, 0x80] {
+            let signed = |value: f32| if sign == 0 { value } else { -value };
+            for code in 0..0x7eu8 {
+                let (low, high) = (defined(code, 3, 7), defined(code + 1, 3, 7));
+                let middle = ((low + high) / 2.0) as f32;
+                let even = code + (code & 1);
+                for (value, expected) in [
+                    (low as f32, code),
+                    (before(middle), code),
+                    (middle, even),
+                    (next(middle), code + 1),
+                    (high as f32, code + 1),
+                ] {
+                    assert_eq!(f32_to_e4m3(signed(value)), expected | sign, "{value}");
+                }
+            }
+            // Past 448 the codes would go on to 480; the midpoint and all beyond have none.
+            assert_eq!(f32_to_e4m3(signed(before(464.0))), 0x7e | sign);
+            assert_eq!(f32_to_e4m3(signed(464.0)), 0x7e | sign);
+            for value in [next(464.0), 480.0, 1e30, f32::MAX, f32::INFINITY, f32::NAN] {
+                assert_eq!(f32_to_e4m3(signed(value)) & 0x7f, 0x7f, "{value}");
             }
         }
     }

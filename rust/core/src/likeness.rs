@@ -7,8 +7,7 @@
 
 use crate::error::{Error, Result};
 use crate::kernel::Elements;
-use crate::shard::subtractable;
-use crate::stream::{Minuend, Pair, Side};
+use crate::stream::{Dequantised, Minuend, Pair, Side};
 
 /// Runs of consecutive elements that are read from each tensor, and their length: few enough that a
 /// cold disk answers at once.
@@ -75,14 +74,14 @@ fn sampled(numel: usize) -> Vec<usize> {
 }
 
 fn whole(side: Side<'_>, elements: &[usize]) -> Result<Vec<f64>> {
-    let dtype = subtractable(side.shard, side.tensor)?;
-    let nbytes = dtype.nbytes();
+    let nbytes = side.element_nbytes()?;
+    let mut dequantised = Dequantised::default();
     let mut values = Vec::with_capacity(elements.len());
     for run in elements.chunk_by(|one, next| one + 1 == *next) {
         let mut bytes = vec![0; run.len() * nbytes];
         let start = side.tensor.range.start + (run[0] * nbytes) as u64;
         side.shard.read_exact_at(&mut bytes, start)?;
-        let run = Elements { dtype, bytes: &bytes };
+        let run = side.values(run[0], &bytes, &mut dequantised)?;
         values.extend((0..run.numel()).map(|index| run.value(index)));
     }
     Ok(values)

@@ -17,7 +17,7 @@ use safetensors::tensor::{Metadata, TensorInfo as HeaderEntry};
 use serde::de::{Deserialize, Deserializer, Error as _, MapAccess, Visitor};
 use sha2::{Digest, Sha256};
 
-use crate::dtype::Dtype;
+use crate::dtype::{Dtype, Fp8};
 use crate::error::{Error, Result};
 use crate::ranges;
 
@@ -491,12 +491,24 @@ impl<'de> Deserialize<'de> for Header {
     }
 }
 
-/// The dtype of a tensor that must be subtracted.
+/// The dtype of a tensor whose elements are values.
 ///
 /// # Errors
 /// A dtype other than those of [`Dtype`], with what to do about it.
 pub fn subtractable(shard: &Shard, tensor: &Tensor) -> Result<Dtype> {
     Dtype::from_header(tensor.dtype).ok_or_else(|| {
+        if Fp8::from_header(tensor.dtype).is_some() {
+            return Error::tensor(
+                shard.path(),
+                &tensor.name,
+                format!(
+                    "its {} codes under block scales cannot be put together with parts of other \
+                     tensors; save the checkpoint in BF16, or take one that stores this tensor as \
+                     the other checkpoint does",
+                    tensor.dtype
+                ),
+            );
+        }
         Error::tensor(
             shard.path(),
             &tensor.name,

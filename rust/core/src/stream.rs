@@ -16,7 +16,9 @@ use crate::compose::Composed;
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::kernel::{self, Elements, Moments};
+use crate::scales::{DEQUANTISED, Scales};
 use crate::shard::{Shard, Tensor, subtractable};
+use crate::storage::Encoded;
 use crate::writer::Writer;
 
 /// Elements of one chunk: half a mebibyte of bfloat16 from either side, which stays in a core's cache.
@@ -36,6 +38,48 @@ pub struct Side<'a> {
     pub shard: &'a Shard,
     /// The tensor in it.
     pub tensor: &'a Tensor,
+    /// What its elements are multiplied by, where they are 8-bit codes.
+    pub scales: Option<Scales<'a>>,
+}
+
+impl<'a> Side<'a> {
+    /// The files that its values come from.
+    fn shards(&self) -> impl Iterator<Item = &'a Shard> + use<'a> {
+        std::iter::once(self.shard).chain(self.scales.map(|scales| scales.shard()))
+    }
+
+    /// Bytes of one stored element.
+    ///
+    /// # Errors
+    /// A dtype that cannot be subtracted.
+    pub(crate) fn element_nbytes(&self) -> Result<usize> {
+        match self.scales {
+            Some(_) => Ok(1),
+            None => Ok(subtractable(self.shard, self.tensor)?.nbytes()),
+        }
+    }
+
+    /// The values of stored elements, of which the first is number `start`.
+    pub(crate) fn values<'b>(
+        &self,
+        start: usize,
+        stored: &'b [u8],
+        scratch: &'b mut Dequantised,
+    ) -> Result<Elements<'b>> {
+        let Some(scales) = &self.scales else {
+            let dtype = subtractable(self.shard, self.tensor)?;
+            return Ok(Elements { dtype, bytes: stored });
+        };
+        scales.dequantise(stored, start, &mut scratch.scales, &mut scratch.values)?;
+        Ok(Elements { dtype: DEQUANTISED, bytes: &scratch.values })
+    }
+}
+
+/// Room for the values of codes, kept from chunk to chunk.
+#[derive(Default)]
+pub(crate) struct Dequantised {
+    scales: Vec<u8>,
+    values: Vec<u8>,
 }
 
 /// What a multimodal tensor is subtracted from.
@@ -67,8 +111,8 @@ pub struct Pair<'a> {
 pub enum Sink<'a> {
     /// Nowhere: statistics only.
     None,
-    /// The files of a delta; its slots are the pairs in order.
-    Files(&'a Writer),
+    /// The files of a delta; its differences are the pairs in order, the first having this number.
+    Files(&'a Writer, usize),
     /// One pair's difference into memory of exactly its size.
     Memory(Dtype, &'a mut [u8]),
 }
@@ -114,7 +158,7 @@ pub fn run(
     tick: &mut dyn FnMut(Progress) -> ControlFlow<()>,
 ) -> Result<Vec<Moments>> {
     for pair in pairs {
-        check(pair)?;
+        check(pair, &sink)?;
     }
     let chunks: Vec<Chunk> =
         pairs.iter().enumerate().flat_map(|(index, pair)| cut(index, pair)).collect();
@@ -200,12 +244,32 @@ fn cut(index: usize, pair: &Pair<'_>) -> Vec<Chunk> {
     }
 }
 
-fn check(pair: &Pair<'_>) -> Result<()> {
+fn check(pair: &Pair<'_>, sink: &Sink<'_>) -> Result<()> {
     let b = pair.multimodal;
-    subtractable(b.shard, b.tensor)?;
-    // A composed tensor was checked when it was put together.
-    let Minuend::Whole(a) = pair.reasoning else { return Ok(()) };
-    subtractable(a.shard, a.tensor)?;
+    check_side(b)?;
+    let a = match &pair.reasoning {
+        Minuend::Whole(side) => *side,
+        // A composed tensor was checked when it was put together.
+        Minuend::Composed(composed) => {
+            let Sink::Files(writer, _) = sink else { return Ok(()) };
+            let granularity = writer.storage().granularity();
+            let runs = composed.runs(b.tensor.numel(), COMPOSED_CHUNK);
+            let Some((run, _)) = runs.iter().find(|(run, _)| run.start % granularity != 0) else {
+                return Ok(());
+            };
+            return Err(Error::tensor(
+                b.shard.path(),
+                &b.tensor.name,
+                format!(
+                    "it is put together from parts of which one begins at element {}, in the \
+                     middle of a block of {granularity} that would share a scale; choose another \
+                     dtype than int8",
+                    run.start
+                ),
+            ));
+        }
+    };
+    check_side(a)?;
     if a.tensor.shape != b.tensor.shape {
         return Err(Error::Alignment(format!(
             "shapes differ: {} {:?} in {} and {} {:?} in {}",
@@ -220,12 +284,21 @@ fn check(pair: &Pair<'_>) -> Result<()> {
     Ok(())
 }
 
+fn check_side(side: Side<'_>) -> Result<()> {
+    match side.scales {
+        Some(scales) => scales.check(),
+        None => subtractable(side.shard, side.tensor).map(|_| ()),
+    }
+}
+
 fn check_unchanged(pairs: &[Pair<'_>]) -> Result<()> {
     let mut seen: HashSet<*const Shard> = HashSet::new();
     for pair in pairs {
         for side in pair.reasoning.sides().chain([pair.multimodal]) {
-            if seen.insert(std::ptr::from_ref(side.shard)) {
-                side.shard.check_unchanged()?;
+            for shard in side.shards() {
+                if seen.insert(std::ptr::from_ref(shard)) {
+                    shard.check_unchanged()?;
+                }
             }
         }
     }
@@ -243,7 +316,7 @@ fn remaining_per_pair(pairs: usize, chunks: &[Chunk]) -> Vec<AtomicUsize> {
 /// The sink, cut so that each chunk has its own part.
 enum Output<'a> {
     None,
-    Files(&'a Writer),
+    Files(&'a Writer, usize),
     Memory(Dtype, Vec<Mutex<&'a mut [u8]>>),
 }
 
@@ -251,7 +324,7 @@ impl<'a> Output<'a> {
     fn new(sink: Sink<'a>, pairs: &[Pair<'_>], chunks: &[Chunk]) -> Result<Self> {
         match sink {
             Sink::None => Ok(Output::None),
-            Sink::Files(writer) => Ok(Output::Files(writer)),
+            Sink::Files(writer, first) => Ok(Output::Files(writer, first)),
             Sink::Memory(dtype, buffer) => {
                 let numel: usize = pairs.iter().map(|pair| pair.multimodal.tensor.numel()).sum();
                 if pairs.len() != 1 || buffer.len() != numel * dtype.nbytes() {
@@ -296,7 +369,8 @@ struct Scratch {
     reasoning: Vec<u8>,
     runs: Vec<u8>,
     multimodal: Vec<u8>,
-    out: Vec<u8>,
+    dequantised: [Dequantised; 2],
+    out: Encoded,
 }
 
 impl Work<'_> {
@@ -326,15 +400,17 @@ impl Work<'_> {
 
     fn chunk(&self, index: usize, chunk: &Chunk, scratch: &mut Scratch) -> Result<Moments> {
         let pair = &self.pairs[chunk.pair];
-        let (dtype, range) = part(pair.multimodal, chunk)?;
+        let range = part(pair.multimodal, chunk)?;
         let mut nbytes = range.end - range.start;
         let mut release = None;
+        let [left, right] = &mut scratch.dequantised;
         let reasoning = match (&pair.reasoning, chunk.origin) {
             (Minuend::Whole(side), _) => {
-                let (dtype, range) = part(*side, chunk)?;
+                let range = part(*side, chunk)?;
                 nbytes += range.end - range.start;
                 release = Some((side.shard, range.clone()));
-                Elements { dtype, bytes: side.shard.bytes(range, &mut scratch.reasoning)? }
+                let stored = side.shard.bytes(range, &mut scratch.reasoning)?;
+                side.values(chunk.start, stored, left)?
             }
             (Minuend::Composed(composed), Origin::Band(band)) => {
                 let elements = chunk.start..chunk.end;
@@ -348,19 +424,15 @@ impl Work<'_> {
                 return Ok(Moments::default());
             }
         };
-        let multimodal = Elements {
-            dtype,
-            bytes: pair.multimodal.shard.bytes(range.clone(), &mut scratch.multimodal)?,
-        };
-        let numel = chunk.end - chunk.start;
+        let stored = pair.multimodal.shard.bytes(range.clone(), &mut scratch.multimodal)?;
+        let multimodal = pair.multimodal.values(chunk.start, stored, right)?;
         let moments = match self.output {
             Output::None => kernel::subtract(reasoning, multimodal, None),
-            Output::Files(writer) => {
-                let dtype = writer.dtype();
-                scratch.out.resize(numel * dtype.nbytes(), 0);
-                let moments =
-                    kernel::subtract(reasoning, multimodal, Some((dtype, &mut scratch.out)));
-                writer.write_at(chunk.pair, chunk.start * dtype.nbytes(), &scratch.out)?;
+            Output::Files(writer, first) => {
+                let difference = first + chunk.pair;
+                let out = &mut scratch.out;
+                let moments = out.subtract(writer, difference, reasoning, multimodal)?;
+                out.write(writer, difference, chunk.start)?;
                 moments
             }
             Output::Memory(dtype, parts) => {
@@ -378,14 +450,12 @@ impl Work<'_> {
     }
 
     /// Rows without a counterpart: Δ is zero there.
-    fn nothing(&self, index: usize, chunk: &Chunk, out: &mut Vec<u8>) -> Result<()> {
+    fn nothing(&self, index: usize, chunk: &Chunk, out: &mut Encoded) -> Result<()> {
         match self.output {
             Output::None => Ok(()),
-            Output::Files(writer) => {
-                let nbytes = writer.dtype().nbytes();
-                out.clear();
-                out.resize((chunk.end - chunk.start) * nbytes, 0);
-                writer.write_at(chunk.pair, chunk.start * nbytes, out)
+            Output::Files(writer, first) => {
+                out.clear(writer.storage(), chunk.end - chunk.start);
+                out.write(writer, first + chunk.pair, chunk.start)
             }
             Output::Memory(_, parts) => {
                 parts[index].lock().unwrap_or_else(PoisonError::into_inner).fill(0);
@@ -403,8 +473,7 @@ impl Work<'_> {
 }
 
 /// The bytes of a chunk in its file.
-fn part(side: Side<'_>, chunk: &Chunk) -> Result<(Dtype, std::ops::Range<u64>)> {
-    let dtype = subtractable(side.shard, side.tensor)?;
-    let (start, nbytes) = (side.tensor.range.start, dtype.nbytes());
-    Ok((dtype, start + (chunk.start * nbytes) as u64..start + (chunk.end * nbytes) as u64))
+fn part(side: Side<'_>, chunk: &Chunk) -> Result<std::ops::Range<u64>> {
+    let (start, nbytes) = (side.tensor.range.start, side.element_nbytes()?);
+    Ok(start + (chunk.start * nbytes) as u64..start + (chunk.end * nbytes) as u64)
 }

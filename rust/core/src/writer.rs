@@ -10,13 +10,14 @@ use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use rustix::fs::{Mode, OFlags};
 use safetensors::tensor::{Metadata, TensorInfo};
 use serde_json::json;
 
-use crate::dtype::Dtype;
 use crate::error::{Error, Result};
+use crate::storage::Storage;
 
 /// The file whose presence says that a delta is whole.
 pub const DESCRIPTION: &str = "drift.json";
@@ -24,6 +25,8 @@ pub const DESCRIPTION: &str = "drift.json";
 pub const INDEX: &str = "delta.safetensors.index.json";
 /// The directory within the hidden one through which several processes agree; see [`Part`].
 pub const RANKS: &str = "ranks";
+/// Of the header's length, which a file begins with.
+const LENGTH_NBYTES: u64 = 8;
 
 /// A tensor to be written.
 #[derive(Debug, Clone)]
@@ -32,6 +35,14 @@ pub struct Slot {
     pub name: String,
     /// Its dimensions.
     pub shape: Vec<usize>,
+    /// The type of its elements.
+    pub dtype: safetensors::Dtype,
+}
+
+impl Slot {
+    fn nbytes(&self) -> usize {
+        self.shape.iter().product::<usize>() * self.dtype.bitsize() / 8
+    }
 }
 
 /// An unfinished delta; dropped without [`Writer::commit`], it leaves nothing.
@@ -39,12 +50,15 @@ pub struct Slot {
 pub struct Writer {
     target: PathBuf,
     staging: Staging,
-    dtype: Dtype,
+    storage: Storage,
     overwrite: bool,
     parents: Parents,
     files: Vec<(PathBuf, File)>,
     /// File number and byte offset in it, for each slot.
     places: Vec<(usize, u64)>,
+    /// Of E4M3 codes, the place of each slot's scale in its file's header, and its exponent once it
+    /// is known.
+    scales: Vec<(u64, OnceLock<i32>)>,
 }
 
 /// One process' part of a delta that several write together.
@@ -57,11 +71,11 @@ pub struct Part<'a> {
     pub join: bool,
 }
 
-/// One file of a delta: the slots in it and its size.
+/// One file of a delta: the differences in it and its size.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ShardPlan {
-    /// The slots in it, by their place in the list.
-    pub slots: std::ops::Range<usize>,
+    /// The differences in it, by their place in the list.
+    pub tensors: std::ops::Range<usize>,
     /// Its size, header included.
     pub nbytes: u64,
 }
@@ -93,11 +107,11 @@ impl Writer {
     pub fn create(
         target: &Path,
         slots: &[Slot],
-        dtype: Dtype,
+        storage: Storage,
         max_shard_nbytes: u64,
         overwrite: bool,
     ) -> Result<Self> {
-        Self::open(target, slots, dtype, max_shard_nbytes, overwrite, None)
+        Self::open(target, slots, storage, max_shard_nbytes, overwrite, None)
     }
 
     /// Do the same as one of several processes. The slots of this writer are then those of its
@@ -109,18 +123,18 @@ impl Writer {
     pub fn create_part(
         target: &Path,
         slots: &[Slot],
-        dtype: Dtype,
+        storage: Storage,
         max_shard_nbytes: u64,
         overwrite: bool,
         part: Part<'_>,
     ) -> Result<Self> {
-        Self::open(target, slots, dtype, max_shard_nbytes, overwrite, Some(part))
+        Self::open(target, slots, storage, max_shard_nbytes, overwrite, Some(part))
     }
 
     fn open(
         target: &Path,
         slots: &[Slot],
-        dtype: Dtype,
+        storage: Storage,
         max_shard_nbytes: u64,
         overwrite: bool,
         part: Option<Part<'_>>,
@@ -130,7 +144,7 @@ impl Writer {
             check_target(target, overwrite)?;
         }
         let (target, hidden) = places_of(target)?;
-        let layout = layout(slots, dtype, max_shard_nbytes)?;
+        let layout = layout(slots, storage, max_shard_nbytes)?;
         let (parents, staging) = if join {
             (Parents { made: Vec::new() }, Staging::join(hidden)?)
         } else {
@@ -141,6 +155,7 @@ impl Writer {
         };
         let mut places = Vec::with_capacity(slots.len());
         let mut files = Vec::with_capacity(layout.len());
+        let mut scales = Vec::new();
         let mut weight_map = serde_json::Map::new();
         for (number, shard) in layout.iter().enumerate() {
             let file_name = format!("delta-{:05}-of-{:05}.safetensors", number + 1, layout.len());
@@ -150,6 +165,9 @@ impl Writer {
                 let file = if join { rejoin(&path, shard)? } else { allocate(&path, shard)? };
                 files.push((path, file));
             }
+            if is_own {
+                scales.extend(shard.scales.iter().map(|&at| (at, OnceLock::new())));
+            }
             for (offset, slot) in shard.offsets.iter().zip(shard.slots) {
                 if is_own {
                     places.push((files.len() - 1, shard.header.len() as u64 + offset));
@@ -158,17 +176,47 @@ impl Writer {
             }
         }
         if join {
-            return Ok(Self { target, staging, dtype, overwrite, parents, files, places });
+            return Ok(Self {
+                target,
+                staging,
+                storage,
+                overwrite,
+                parents,
+                files,
+                places,
+                scales,
+            });
         }
         let total: u64 = layout.iter().map(|shard| shard.data_nbytes).sum();
         let index = json!({"metadata": {"total_size": total}, "weight_map": weight_map});
         write_new(&staging.path.join(INDEX), format!("{index:#}\n").as_bytes())?;
-        Ok(Self { target, staging, dtype, overwrite, parents, files, places })
+        Ok(Self { target, staging, storage, overwrite, parents, files, places, scales })
     }
 
-    /// The dtype of every slot.
-    pub fn dtype(&self) -> Dtype {
-        self.dtype
+    /// How the slots hold differences.
+    pub fn storage(&self) -> Storage {
+        self.storage
+    }
+
+    /// The exponent of a slot's scale, where its codes have one and it is known.
+    pub fn exponent(&self, slot: usize) -> Option<i32> {
+        self.scales.get(slot).and_then(|(_, exponent)| exponent.get()).copied()
+    }
+
+    /// Say by which power of two the codes of a slot are to be multiplied.
+    ///
+    /// # Errors
+    /// A slot whose codes have no such scale, or have another one already, or a failed write.
+    pub fn set_exponent(&self, slot: usize, exponent: i32) -> Result<()> {
+        let Some((at, known)) = self.scales.get(slot) else {
+            return Err(Error::Argument(format!("slot {slot} has no scale of its own")));
+        };
+        if *known.get_or_init(|| exponent) != exponent {
+            return Err(Error::Argument(format!("the scale of slot {slot} was set already")));
+        }
+        let text = scale_text(2f64.powi(exponent));
+        let (path, file) = &self.files[self.places[slot].0];
+        file.write_all_at(text.as_bytes(), *at).map_err(Error::io(path, "write the header"))
     }
 
     /// Write `bytes` at `offset` within a slot; slots may be written in any order, by any thread.
@@ -300,14 +348,14 @@ pub fn places_of(target: &Path) -> Result<(PathBuf, PathBuf)> {
 ///
 /// # Errors
 /// No slots, or slots that cannot be laid out.
-pub fn shards(slots: &[Slot], dtype: Dtype, max_shard_nbytes: u64) -> Result<Vec<ShardPlan>> {
+pub fn shards(slots: &[Slot], storage: Storage, max_shard_nbytes: u64) -> Result<Vec<ShardPlan>> {
     let mut start = 0;
     let plan = |shard: &ShardLayout<'_>| {
-        let slots = start..start + shard.slots.len();
-        start = slots.end;
-        ShardPlan { slots, nbytes: shard.nbytes() }
+        let tensors = start..start + shard.slots.len() / storage.slot(1);
+        start = tensors.end;
+        ShardPlan { tensors, nbytes: shard.nbytes() }
     };
-    Ok(layout(slots, dtype, max_shard_nbytes)?.iter().map(plan).collect())
+    Ok(layout(slots, storage, max_shard_nbytes)?.iter().map(plan).collect())
 }
 
 impl Staging {
@@ -424,6 +472,8 @@ struct ShardLayout<'a> {
     offsets: Vec<u64>,
     data_nbytes: u64,
     header: Vec<u8>,
+    /// Where in the header the scale of each slot is, if it has one.
+    scales: Vec<u64>,
 }
 
 impl ShardLayout<'_> {
@@ -432,19 +482,22 @@ impl ShardLayout<'_> {
     }
 }
 
-fn layout(slots: &[Slot], dtype: Dtype, max_nbytes: u64) -> Result<Vec<ShardLayout<'_>>> {
-    let nbytes = |slot: &Slot| (slot.shape.iter().product::<usize>() * dtype.nbytes()) as u64;
+fn layout(slots: &[Slot], storage: Storage, max_nbytes: u64) -> Result<Vec<ShardLayout<'_>>> {
+    // What holds one Δ stays together, so that each shard can be written by another process.
+    let each = storage.slot(1);
     let mut shards = Vec::new();
-    let mut start = 0;
-    while start < slots.len() {
-        let mut end = start + 1;
-        let mut total = nbytes(&slots[start]);
-        while end < slots.len() && total + nbytes(&slots[end]) <= max_nbytes {
-            total += nbytes(&slots[end]);
-            end += 1;
+    let (mut start, mut total) = (0, 0);
+    for (index, tensor) in slots.chunks(each).enumerate() {
+        let nbytes: u64 = tensor.iter().map(|slot| slot.nbytes() as u64).sum();
+        let at = index * each;
+        if at > start && total + nbytes > max_nbytes {
+            shards.push(shard_layout(&slots[start..at], storage)?);
+            (start, total) = (at, 0);
         }
-        shards.push(shard_layout(&slots[start..end], dtype)?);
-        start = end;
+        total += nbytes;
+    }
+    if start < slots.len() {
+        shards.push(shard_layout(&slots[start..], storage)?);
     }
     if shards.is_empty() {
         return Err(Error::Argument("a delta needs at least one tensor".to_owned()));
@@ -452,39 +505,46 @@ fn layout(slots: &[Slot], dtype: Dtype, max_nbytes: u64) -> Result<Vec<ShardLayo
     Ok(shards)
 }
 
-fn shard_layout(slots: &[Slot], dtype: Dtype) -> Result<ShardLayout<'_>> {
-    let header_dtype = match dtype {
-        Dtype::BF16 => safetensors::Dtype::BF16,
-        Dtype::F16 => safetensors::Dtype::F16,
-        Dtype::F32 => safetensors::Dtype::F32,
-        Dtype::F64 => safetensors::Dtype::F64,
-    };
+fn shard_layout(slots: &[Slot], storage: Storage) -> Result<ShardLayout<'_>> {
     let mut offsets = Vec::with_capacity(slots.len());
     let mut entries = Vec::with_capacity(slots.len());
     let mut end = 0;
     for slot in slots {
         let start = end;
-        end += slot.shape.iter().product::<usize>() * dtype.nbytes();
+        end += slot.nbytes();
         offsets.push(start as u64);
-        entries.push((
-            slot.name.clone(),
-            TensorInfo {
-                dtype: header_dtype,
-                shape: slot.shape.clone(),
-                data_offsets: (start, end),
-            },
-        ));
+        let (dtype, shape) = (slot.dtype, slot.shape.clone());
+        entries.push((slot.name.clone(), TensorInfo { dtype, shape, data_offsets: (start, end) }));
     }
-    let metadata = [("format".to_owned(), "pt".to_owned())].into_iter().collect();
-    let header = Metadata::new(Some(metadata), entries)
+    let tensors = Metadata::new(None, entries)
         .map_err(|error| Error::Argument(format!("cannot lay out the delta: {error}")))?;
-    let mut json = serde_json::to_vec(&header)
-        .map_err(|error| Error::Argument(format!("cannot write the delta's header: {error}")))?;
+    let failed = |error| Error::Argument(format!("cannot write the delta's header: {error}"));
+    let tensors = serde_json::to_string(&tensors).map_err(failed)?;
+    // Written by hand: the order of a map of several entries would differ from run to run.
+    let mut json = r#"{"__metadata__":{"format":"pt""#.to_owned();
+    let mut scales = Vec::new();
+    if storage == Storage::E4m3 {
+        for slot in slots {
+            let key = serde_json::to_string(&format!("{}.scale", slot.name)).map_err(failed)?;
+            json += &format!(",{key}:\"");
+            scales.push(LENGTH_NBYTES + json.len() as u64);
+            json += &scale_text(1.0);
+            json.push('"');
+        }
+    }
+    json += "},";
+    json += tensors.strip_prefix('{').unwrap_or(&tensors);
+    let mut json = json.into_bytes();
     // The format pads the header with spaces so that the data starts on eight bytes.
     json.resize(json.len().next_multiple_of(8), b' ');
     let mut bytes = (json.len() as u64).to_le_bytes().to_vec();
     bytes.append(&mut json);
-    Ok(ShardLayout { slots, offsets, data_nbytes: end as u64, header: bytes })
+    Ok(ShardLayout { slots, offsets, data_nbytes: end as u64, header: bytes, scales })
+}
+
+/// A scale in a width that all of them have, since it is known only after the header was laid out.
+fn scale_text(scale: f64) -> String {
+    format!("{scale:<24e}")
 }
 
 fn allocate(path: &Path, shard: &ShardLayout<'_>) -> Result<File> {

@@ -31,7 +31,7 @@ fn write(path: &Path, tensors: &[(&str, Vec<usize>, Vec<f32>)]) {
 
 fn side<'a>(checkpoint: &'a Checkpoint, name: &str) -> Side<'a> {
     let (shard, tensor) = checkpoint.tensor(name).unwrap();
-    Side { shard, tensor }
+    Side { shard, tensor, scales: None }
 }
 
 /// Δ of one pair in float32.

@@ -18,9 +18,12 @@ mod _core {
     use drift_fast_core::compose::{Composed, Part};
     use drift_fast_core::likeness::likeness as likeness_core;
     use drift_fast_core::memory::{Precision, Step, measure as measure_core, subtract_all};
+    use drift_fast_core::storage::{self, Scale, Storage};
     use drift_fast_core::stream::{Minuend, Pair, Progress, Side, Sink, run};
     use drift_fast_core::writer::Slot;
-    use drift_fast_core::{Dtype, Error, Moments, Reader, checkpoint, kernel, writer};
+    use drift_fast_core::{
+        Dtype, Error, Moments, Reader, checkpoint, dtype, groups, kernel, scales, writer,
+    };
     use pyo3::buffer::PyBuffer;
     use pyo3::exceptions::{PyRuntimeError, PyValueError};
     use pyo3::prelude::*;
@@ -54,13 +57,20 @@ mod _core {
     #[pyclass(frozen, module = "drift_fast._core")]
     struct Checkpoint {
         inner: checkpoint::Checkpoint,
+        /// Rows and columns of 8-bit codes that share a scale.
+        block: (usize, usize),
     }
 
     #[pymethods]
     impl Checkpoint {
         #[new]
-        #[pyo3(signature = (path, *, reader = "auto"))]
-        fn new(py: Python<'_>, path: PathBuf, reader: &str) -> PyResult<Self> {
+        #[pyo3(signature = (path, *, reader = "auto", block = None))]
+        fn new(
+            py: Python<'_>,
+            path: PathBuf,
+            reader: &str,
+            block: Option<(usize, usize)>,
+        ) -> PyResult<Self> {
             let reader = match reader {
                 "auto" => Reader::default(),
                 "mmap" => Reader::Mmap,
@@ -72,7 +82,43 @@ mod _core {
                 }
             };
             let inner = py.detach(|| checkpoint::Checkpoint::open(&path, reader)).map_err(to_py)?;
-            Ok(Self { inner })
+            Ok(Self { inner, block: block.unwrap_or((128, 128)) })
+        }
+
+        /// Each tensor of 8-bit codes, the tensor that holds its block scales or would, and what is
+        /// wrong with that one: nothing, unless it is missing or its dtype or shape does not fit.
+        fn scales(&self) -> Vec<(String, String, String)> {
+            let codes = self
+                .inner
+                .tensors()
+                .filter(|(_, tensor)| dtype::Fp8::from_header(tensor.dtype).is_some());
+            codes
+                .map(|(_, tensor)| {
+                    let fits = self.inner.side(&tensor.name, self.block);
+                    let problem = fits.err().map_or(String::new(), |error| error.to_string());
+                    (tensor.name.clone(), scales::name_of(&tensor.name), problem)
+                })
+                .collect()
+        }
+
+        /// Fill a buffer with elements [start, stop) of a compressed Δ as bfloat16; `scale` is that
+        /// of E4M3 codes, and None of integers, which have theirs in a tensor.
+        #[pyo3(signature = (name, buffer, *, scale, elements))]
+        fn decode_into(
+            &self,
+            py: Python<'_>,
+            name: &str,
+            buffer: &Bound<'_, PyAny>,
+            scale: Option<f64>,
+            elements: (usize, usize),
+        ) -> PyResult<()> {
+            let mut buffer = Writable::new(buffer)?;
+            py.detach(|| {
+                let scale = scale.map_or(Ok(Scale::Blocks), Scale::one)?;
+                let elements = elements.0..elements.1;
+                storage::read(&self.inner, name, scale, elements, buffer.bytes())
+            })
+            .map_err(to_py)
         }
 
         #[getter]
@@ -164,14 +210,17 @@ mod _core {
             shards: Option<Vec<usize>>,
             join: bool,
         ) -> PyResult<Self> {
-            let (slots, dtype) = (slots(tensors), parse_dtype(dtype)?);
+            let storage = parse_storage(dtype)?;
+            let slots = slots(storage, tensors);
             let part = shards.as_deref().map(|shards| writer::Part { shards, join });
             let create = || match part {
-                None => writer::Writer::create(&target, &slots, dtype, max_shard_nbytes, overwrite),
+                None => {
+                    writer::Writer::create(&target, &slots, storage, max_shard_nbytes, overwrite)
+                }
                 Some(part) => writer::Writer::create_part(
                     &target,
                     &slots,
-                    dtype,
+                    storage,
                     max_shard_nbytes,
                     overwrite,
                     part,
@@ -181,8 +230,9 @@ mod _core {
             Ok(Self { inner: Mutex::new(Some(inner)) })
         }
 
-        /// Write bytes from `offset` of one tensor on, given by its place among those that this
-        /// writer writes.
+        /// Write bytes from `offset` of one tensor of the files on, given by its place among those
+        /// that this writer writes: in the list, or, as integers, codes at twice that and their
+        /// scales after them.
         #[pyo3(signature = (slot, buffer, *, offset = 0))]
         fn write(
             &self,
@@ -202,6 +252,17 @@ mod _core {
             let guard = self.hold()?;
             let writer = guard.as_ref().ok_or_else(finished)?;
             py.detach(|| writer.flush()).map_err(to_py)
+        }
+
+        /// Say by which power of two the codes of one tensor are to be multiplied.
+        fn set_scale(&self, slot: usize, scale: f64) -> PyResult<()> {
+            let guard = self.hold()?;
+            let writer = guard.as_ref().ok_or_else(finished)?;
+            match Scale::one(scale) {
+                Ok(Scale::Power(exponent)) => writer.set_exponent(slot, exponent).map_err(to_py),
+                Ok(Scale::Blocks) => Ok(()),
+                Err(error) => Err(to_py(error)),
+            }
         }
 
         /// Flush, add `drift.json` with this text, and give the directory its name.
@@ -230,8 +291,8 @@ mod _core {
         }
     }
 
-    fn slots(tensors: Vec<(String, Vec<usize>)>) -> Vec<Slot> {
-        tensors.into_iter().map(|(name, shape)| Slot { name, shape }).collect()
+    fn slots(storage: Storage, tensors: Vec<(String, Vec<usize>)>) -> Vec<Slot> {
+        tensors.into_iter().flat_map(|(name, shape)| storage.slots(name, shape)).collect()
     }
 
     /// The files that a delta of these tensors has: first tensor, end tensor, bytes.
@@ -242,9 +303,10 @@ mod _core {
         dtype: &str,
         max_shard_nbytes: u64,
     ) -> PyResult<Vec<(usize, usize, u64)>> {
-        let plan = writer::shards(&slots(tensors), parse_dtype(dtype)?, max_shard_nbytes);
+        let storage = parse_storage(dtype)?;
+        let plan = writer::shards(&slots(storage, tensors), storage, max_shard_nbytes);
         let plan = plan.map_err(to_py)?;
-        Ok(plan.into_iter().map(|s| (s.slots.start, s.slots.end, s.nbytes)).collect())
+        Ok(plan.into_iter().map(|s| (s.tensors.start, s.tensors.end, s.nbytes)).collect())
     }
 
     /// The absolute path of a delta and the hidden directory that it is written in.
@@ -303,13 +365,21 @@ mod _core {
         progress: Option<Py<PyAny>>,
     ) -> PyResult<Bound<'py, PyList>> {
         let guard = writer.map(DeltaWriter::hold).transpose()?;
-        let sink = match &guard {
-            None => Sink::None,
-            Some(inner) => Sink::Files(inner.as_ref().ok_or_else(finished)?),
+        let writer = match &guard {
+            None => None,
+            Some(inner) => Some(inner.as_ref().ok_or_else(finished)?),
         };
-        let pairs = resolve(&reasoning.inner, &multimodal.inner, &pairs)?;
-        let moments = detached(py, &pairs, sink, threads, progress)?;
-        let rows = moments.iter().map(|m| row(py, m)).collect::<PyResult<Vec<_>>>()?;
+        let pairs = resolve(reasoning, multimodal, &pairs)?;
+        let moments = detached(py, progress, |tick| match writer {
+            None => run(&pairs, Sink::None, threads, tick),
+            Some(writer) => groups::write(&pairs, writer, threads, tick),
+        })?;
+        let exponent = |index| writer.and_then(|writer| writer.exponent(index));
+        let rows = moments
+            .iter()
+            .enumerate()
+            .map(|(index, m)| row(py, m, exponent(index)))
+            .collect::<PyResult<Vec<_>>>()?;
         PyList::new(py, rows)
     }
 
@@ -329,7 +399,7 @@ mod _core {
         elements: Option<(usize, usize)>,
     ) -> PyResult<Bound<'py, PyDict>> {
         let mut buffer = Writable::new(buffer)?;
-        let mut pairs = resolve(&reasoning.inner, &multimodal.inner, &[pair])?;
+        let mut pairs = resolve(reasoning, multimodal, &[pair])?;
         let sliced;
         if let Some((start, stop)) = elements {
             let Minuend::Whole(side) = pairs[0].reasoning else {
@@ -340,14 +410,23 @@ mod _core {
             }
             let slice = |side: Side<'_>| side.tensor.elements(start, stop).map_err(to_py);
             sliced = (slice(side)?, slice(pairs[0].multimodal)?);
+            let (left, right) = (side, pairs[0].multimodal);
             pairs[0] = Pair {
-                reasoning: Minuend::Whole(Side { tensor: &sliced.0, ..side }),
-                multimodal: Side { tensor: &sliced.1, ..pairs[0].multimodal },
+                reasoning: Minuend::Whole(Side {
+                    tensor: &sliced.0,
+                    scales: left.scales.map(|scales| scales.from_element(start)),
+                    ..left
+                }),
+                multimodal: Side {
+                    tensor: &sliced.1,
+                    scales: right.scales.map(|scales| scales.from_element(start)),
+                    ..right
+                },
             };
         }
         let sink = Sink::Memory(parse_dtype(dtype)?, buffer.bytes());
-        let moments = detached(py, &pairs, sink, threads, None)?;
-        row(py, &moments[0])
+        let moments = detached(py, None, |tick| run(&pairs, sink, threads, tick))?;
+        row(py, &moments[0], None)
     }
 
     /// Moments of tensors in memory, pair by pair: (‖left‖², ‖right‖², left · right).
@@ -445,12 +524,12 @@ mod _core {
     type Rectangle = (String, usize, usize, usize, usize, usize, usize, usize);
 
     fn resolve<'a>(
-        reasoning: &'a checkpoint::Checkpoint,
-        multimodal: &'a checkpoint::Checkpoint,
+        reasoning: &'a Checkpoint,
+        multimodal: &'a Checkpoint,
         pairs: &[(Source, String)],
     ) -> PyResult<Vec<Pair<'a>>> {
-        let side = |checkpoint: &'a checkpoint::Checkpoint, name: &str| {
-            checkpoint.tensor(name).map(|(shard, tensor)| Side { shard, tensor }).map_err(to_py)
+        let side = |checkpoint: &'a Checkpoint, name: &str| {
+            checkpoint.inner.side(name, checkpoint.block).map_err(to_py)
         };
         pairs
             .iter()
@@ -492,17 +571,18 @@ mod _core {
         multimodal: &Checkpoint,
         pairs: Vec<(Source, String)>,
     ) -> PyResult<(Vec<f64>, usize)> {
-        let pairs = resolve(&reasoning.inner, &multimodal.inner, &pairs)?;
+        let pairs = resolve(reasoning, multimodal, &pairs)?;
         py.detach(|| likeness_core(&pairs)).map_err(to_py)
     }
 
     /// Run with the interpreter detached, coming back for signals and the progress callback.
     fn detached(
         py: Python<'_>,
-        pairs: &[Pair<'_>],
-        sink: Sink<'_>,
-        threads: usize,
         progress: Option<Py<PyAny>>,
+        work: impl FnOnce(
+            &mut dyn FnMut(Progress) -> ControlFlow<()>,
+        ) -> drift_fast_core::Result<Vec<Moments>>
+        + Send,
     ) -> PyResult<Vec<Moments>> {
         let mut raised: Option<PyErr> = None;
         let mut tick = |state: Progress| {
@@ -521,20 +601,30 @@ mod _core {
                 }
             }
         };
-        let result = py.detach(|| run(pairs, sink, threads, &mut tick));
+        let result = py.detach(|| work(&mut tick));
         match raised {
             Some(error) => Err(error),
             None => result.map_err(to_py),
         }
     }
 
-    fn row<'py>(py: Python<'py>, moments: &Moments) -> PyResult<Bound<'py, PyDict>> {
+    fn row<'py>(
+        py: Python<'py>,
+        moments: &Moments,
+        exponent: Option<i32>,
+    ) -> PyResult<Bound<'py, PyDict>> {
         let row = PyDict::new(py);
         row.set_item("delta_sq", moments.delta_sq)?;
         row.set_item("written_sq", moments.written_sq)?;
         row.set_item("reasoning_sq", moments.reasoning_sq)?;
         row.set_item("multimodal_sq", moments.multimodal_sq)?;
         row.set_item("dot", moments.dot)?;
+        row.set_item("max_abs", moments.max_abs)?;
+        row.set_item("zeros", moments.zeros)?;
+        row.set_item("agreeing", moments.agreeing)?;
+        row.set_item("stored_dot", moments.stored_dot)?;
+        row.set_item("flushed", moments.flushed)?;
+        row.set_item("scale", exponent.map(|exponent| 2f64.powi(exponent)))?;
         row.set_item("nonfinite_reasoning", moments.nonfinite_reasoning)?;
         row.set_item("nonfinite_multimodal", moments.nonfinite_multimodal)?;
         row.set_item("overflow", moments.overflow)?;
@@ -550,6 +640,14 @@ mod _core {
             other => Err(PyValueError::new_err(format!(
                 "dtype must be 'bfloat16', 'float16', 'float32' or 'float64', got {other:?}"
             ))),
+        }
+    }
+
+    fn parse_storage(name: &str) -> PyResult<Storage> {
+        match name {
+            "float8_e4m3" => Ok(Storage::E4m3),
+            "int8" => Ok(Storage::Int8),
+            plain => parse_dtype(plain).map(Storage::Plain),
         }
     }
 

@@ -1,21 +1,31 @@
 //! Subtract two runs of elements and accumulate their moments, in one pass.
 //!
 //! Owns the arithmetic of one chunk; knows nothing of files or threads. The same source is compiled
-//! for the baseline and, on x86-64, for AVX2; no fused multiply-add is used, so both give the same
-//! bits and [`scalar`] remains the reference.
+//! for the baseline and, on x86-64, for AVX2 where the processor has it; on AArch64 the baseline has
+//! NEON, so nothing is chosen there. No fused multiply-add is used, so all give the same bits and
+//! [`scalar`] remains the reference. Binary16 is widened and rounded by F16C where there is one.
 //!
 //! Accuracy: squares and products are summed in float32 over at most [`BLOCK`] values spread over
 //! [`LANES`] sums, then folded into float64. A block whose sums overflow or underflow float32, or
 //! that holds NaN or infinity, is done again in float64.
 
+mod compressed;
+#[cfg(target_arch = "x86_64")]
+mod f16c;
+mod fp8;
 mod ieee;
 mod scalar;
 mod scaled;
 mod wide;
 
+pub use compressed::{
+    BF16_EXPONENTS, Compressed, INT8_BLOCK, decode_e4m3, decode_int8, exponent_for,
+    subtract_compressed,
+};
+pub use fp8::dequantise;
 pub use scaled::subtract_scaled;
 
-use crate::dtype::{Bf16, Dtype, F16, F32, Narrow};
+use crate::dtype::{Bf16, Dtype, F16, F32};
 use crate::error::{Error, Result};
 
 /// Values whose float32 partial sums are folded into float64 at once.
@@ -24,6 +34,30 @@ pub const BLOCK: usize = 2048;
 /// Independent float32 sums per moment.
 pub(crate) const LANES: usize = 16;
 
+/// Name the types of two elements' dtypes, neither of which is float64.
+macro_rules! by_dtypes {
+    ($a:ident, $b:ident, $half:ty, |$A:ident, $B:ident| $call:expr) => {{
+        macro_rules! with {
+            ($Left:ty, $Right:ty) => {{
+                type $A = $Left;
+                type $B = $Right;
+                $call
+            }};
+        }
+        match ($a.dtype, $b.dtype) {
+            (Dtype::BF16, Dtype::BF16) => with!(Bf16, Bf16),
+            (Dtype::BF16, Dtype::F16) => with!(Bf16, $half),
+            (Dtype::BF16, _) => with!(Bf16, F32),
+            (Dtype::F16, Dtype::BF16) => with!($half, Bf16),
+            (Dtype::F16, Dtype::F16) => with!($half, $half),
+            (Dtype::F16, _) => with!($half, F32),
+            (_, Dtype::BF16) => with!(F32, Bf16),
+            (_, Dtype::F16) => with!(F32, $half),
+            _ => with!(F32, F32),
+        }
+    }};
+}
+
 /// Sums over the elements of one pair, from which norms and cosines follow.
 ///
 /// Elements where either side is NaN or infinite are counted and left out of the sums.
@@ -31,8 +65,9 @@ pub(crate) const LANES: usize = 16;
 pub struct Moments {
     /// Σ(a − b)², of the exact difference rather than of its rounded form.
     pub delta_sq: f64,
-    /// Σ of the squares as written, where the output's range is narrower than the inputs'; else the
-    /// same as `delta_sq`. A difference says that values were lost to underflow.
+    /// Σ of the squares as written, where the output's range is narrower than the inputs' or the
+    /// output is compressed (then as it is decoded); else the same as `delta_sq`. A difference says
+    /// that values were lost to underflow.
     pub written_sq: f64,
     /// Σa², the reasoning side.
     pub reasoning_sq: f64,
@@ -40,6 +75,16 @@ pub struct Moments {
     pub multimodal_sq: f64,
     /// Σab.
     pub dot: f64,
+    /// The largest |a − b|; where a block was summed in float32, of the difference rounded to that.
+    pub max_abs: f64,
+    /// Elements that do not differ.
+    pub zeros: u64,
+    /// Elements where neither side is zero and both have the same sign.
+    pub agreeing: u64,
+    /// Σ of the exact difference times what is stored for it, where the output is compressed.
+    pub stored_dot: f64,
+    /// Differences other than zero that are stored as zero, where the output is compressed.
+    pub flushed: u64,
     /// NaN and infinities on the reasoning side.
     pub nonfinite_reasoning: u64,
     /// NaN and infinities on the multimodal side.
@@ -57,6 +102,11 @@ impl Moments {
         self.reasoning_sq += later.reasoning_sq;
         self.multimodal_sq += later.multimodal_sq;
         self.dot += later.dot;
+        self.max_abs = self.max_abs.max(later.max_abs);
+        self.zeros += later.zeros;
+        self.agreeing += later.agreeing;
+        self.stored_dot += later.stored_dot;
+        self.flushed += later.flushed;
         self.nonfinite_reasoning += later.nonfinite_reasoning;
         self.nonfinite_multimodal += later.nonfinite_multimodal;
         self.overflow += later.overflow;
@@ -119,16 +169,15 @@ pub fn subtract(
     }
     let _ieee = ieee::DefaultFloat::enter();
     let mut total = Moments::default();
+    let mut difference = [0f32; BLOCK];
     for start in (0..numel).step_by(BLOCK) {
         let end = numel.min(start + BLOCK);
         let (a, b) = (reasoning.slice(start, end), multimodal.slice(start, end));
-        let block = match &mut out {
-            None => block(a, b, None),
-            Some((dtype, bytes)) => {
-                let nbytes = dtype.nbytes();
-                block(a, b, Some((*dtype, &mut bytes[start * nbytes..end * nbytes])))
-            }
-        };
+        let out = out.as_mut().map(|(dtype, bytes)| {
+            let nbytes = dtype.nbytes();
+            (*dtype, &mut bytes[start * nbytes..end * nbytes])
+        });
+        let block = block(a, b, out, &mut difference[..end - start]);
         total.add(&block);
     }
     total
@@ -149,45 +198,102 @@ pub fn moments_in_float64(left: Elements<'_>, right: Elements<'_>) -> Moments {
     wide::moments(left, right)
 }
 
-fn block(a: Elements<'_>, b: Elements<'_>, out: Option<(Dtype, &mut [u8])>) -> Moments {
-    if a.dtype == Dtype::F64 || b.dtype == Dtype::F64 {
-        let mut moments = wide::moments(a, b);
-        moments.written_sq = moments.delta_sq;
-        if let Some((dtype, bytes)) = out {
-            wide::difference(a, b, dtype, bytes);
-            moments.overflow = overflow(a, b, dtype, bytes, &moments);
-            moments.written_sq = wide::square(dtype, bytes);
-        }
-        return moments;
-    }
-    let numel = a.numel();
-    let mut difference = [0f32; BLOCK];
-    let sums = dispatch(a, b, &mut difference[..numel]);
-    // Below this, squares may have been lost to underflow; above float32, they are infinite.
-    let faithful = |sum: f32| sum.is_finite() && sum > 1e-20;
-    // A float32 difference is zero only where the values are equal, so a block without any
-    // (layers that were frozen, say) needs no second look.
-    let unchanged = || sums.delta_sq == 0.0 && difference[..numel].iter().all(|&d| d == 0.0);
-    let mut moments = if (faithful(sums.delta_sq) || unchanged())
-        && faithful(sums.reasoning_sq)
-        && faithful(sums.multimodal_sq)
-        && sums.dot.is_finite()
-    {
-        sums.folded
-    } else {
-        wide::moments(a, b)
-    };
-    moments.written_sq = moments.delta_sq;
-    let Some((dtype, bytes)) = out else { return moments };
+fn block(
+    a: Elements<'_>,
+    b: Elements<'_>,
+    out: Option<(Dtype, &mut [u8])>,
+    difference: &mut [f32],
+) -> Moments {
+    let Some((dtype, bytes)) = out else { return measured::<false>(a, b, difference) };
+    let mut moments = measured::<true>(a, b, difference);
+    let wide_input = a.dtype == Dtype::F64 || b.dtype == Dtype::F64;
     if narrow_is_exact(a.dtype, b.dtype, dtype) {
-        store(&difference[..numel], dtype, bytes);
-    } else {
+        store(difference, dtype, bytes);
+    } else if wide_input || dtype == Dtype::F64 {
         wide::difference(a, b, dtype, bytes);
+    } else {
+        odd(a, b, difference);
+        store(difference, dtype, bytes);
     }
     if dtype == Dtype::F16 {
+        moments.written_sq = square_of_halves(bytes, difference);
+    } else if wide_input {
         moments.written_sq = wide::square(dtype, bytes);
     }
     Moments { overflow: overflow(a, b, dtype, bytes, &moments), ..moments }
+}
+
+/// Σ of the squares of at most a block of binary16, widened into `room`.
+fn square_of_halves(halves: &[u8], room: &mut [f32]) -> f64 {
+    #[cfg(target_arch = "x86_64")]
+    if std::arch::is_x86_feature_detected!("avx2") {
+        // SAFETY: the processor has AVX2, which is all that the function asks for.
+        #[allow(unsafe_code)]
+        unsafe {
+            return avx2::square_of_halves(halves, room);
+        }
+    }
+    scalar::widen(halves, room);
+    scalar::square(room)
+}
+
+/// The moments of one block and, if `STORE` and no side is float64, the float32 differences.
+fn measured<const STORE: bool>(
+    a: Elements<'_>,
+    b: Elements<'_>,
+    difference: &mut [f32],
+) -> Moments {
+    let mut moments = if a.dtype == Dtype::F64 || b.dtype == Dtype::F64 {
+        wide::moments(a, b)
+    } else {
+        let sums = sums::<STORE>(a, b, difference);
+        // Below this, squares may have been lost to underflow; above float32, they are infinite.
+        let faithful = |sum: f32| sum.is_finite() && sum > 1e-20;
+        // A block that does not differ anywhere (layers that were frozen, say) needs no second look.
+        if (faithful(sums.delta_sq) || sums.unchanged)
+            && faithful(sums.reasoning_sq)
+            && faithful(sums.multimodal_sq)
+            && sums.dot.is_finite()
+        {
+            sums.folded
+        } else {
+            wide::moments(a, b)
+        }
+    };
+    moments.written_sq = moments.delta_sq;
+    moments
+}
+
+/// The float64 differences of types no wider than float32, rounded to odd.
+fn odd(a: Elements<'_>, b: Elements<'_>, difference: &mut [f32]) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use f16c::F16c;
+        if has_f16c() && (a.dtype == Dtype::F16 || b.dtype == Dtype::F16) {
+            return by_dtypes!(a, b, F16c, |A, B| {
+                // SAFETY: the processor has both instruction sets, which is all that is asked for.
+                #[allow(unsafe_code)]
+                unsafe {
+                    f16c::odd::<A, B>(a.bytes, b.bytes, difference)
+                }
+            });
+        }
+        if std::arch::is_x86_feature_detected!("avx2") {
+            return by_dtypes!(a, b, F16, |A, B| {
+                // SAFETY: the processor has AVX2, which is all that the function asks for.
+                #[allow(unsafe_code)]
+                unsafe {
+                    avx2::odd::<A, B>(a.bytes, b.bytes, difference)
+                }
+            });
+        }
+    }
+    by_dtypes!(a, b, F16, |A, B| scalar::odd::<A, B>(a.bytes, b.bytes, difference));
+}
+
+#[cfg(target_arch = "x86_64")]
+fn has_f16c() -> bool {
+    std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("f16c")
 }
 
 /// Count differences of finite values that left the output dtype's range.
@@ -202,6 +308,9 @@ fn overflow(a: Elements<'_>, b: Elements<'_>, out: Dtype, bytes: &[u8], moments:
 fn store(difference: &[f32], out: Dtype, bytes: &mut [u8]) {
     #[cfg(target_arch = "x86_64")]
     if std::arch::is_x86_feature_detected!("avx2") {
+        if out == Dtype::F16 && std::arch::is_x86_feature_detected!("f16c") {
+            return f16c::round(difference, bytes);
+        }
         // SAFETY: the processor has AVX2, which is all that the function asks for.
         #[allow(unsafe_code)]
         unsafe {
@@ -211,44 +320,61 @@ fn store(difference: &[f32], out: Dtype, bytes: &mut [u8]) {
     scalar::store(difference, out, bytes);
 }
 
-fn dispatch(a: Elements<'_>, b: Elements<'_>, difference: &mut [f32]) -> scalar::Sums {
-    match (a.dtype, b.dtype) {
-        (Dtype::BF16, Dtype::BF16) => sums::<Bf16, Bf16>(a.bytes, b.bytes, difference),
-        (Dtype::BF16, Dtype::F16) => sums::<Bf16, F16>(a.bytes, b.bytes, difference),
-        (Dtype::BF16, _) => sums::<Bf16, F32>(a.bytes, b.bytes, difference),
-        (Dtype::F16, Dtype::BF16) => sums::<F16, Bf16>(a.bytes, b.bytes, difference),
-        (Dtype::F16, Dtype::F16) => sums::<F16, F16>(a.bytes, b.bytes, difference),
-        (Dtype::F16, _) => sums::<F16, F32>(a.bytes, b.bytes, difference),
-        (_, Dtype::BF16) => sums::<F32, Bf16>(a.bytes, b.bytes, difference),
-        (_, Dtype::F16) => sums::<F32, F16>(a.bytes, b.bytes, difference),
-        _ => sums::<F32, F32>(a.bytes, b.bytes, difference),
-    }
-}
-
-fn sums<A: Narrow, B: Narrow>(a: &[u8], b: &[u8], difference: &mut [f32]) -> scalar::Sums {
+/// Sum a block and, if `STORE`, write the float32 differences.
+fn sums<const STORE: bool>(
+    a: Elements<'_>,
+    b: Elements<'_>,
+    difference: &mut [f32],
+) -> scalar::Sums {
     #[cfg(target_arch = "x86_64")]
-    if std::arch::is_x86_feature_detected!("avx2") {
-        // SAFETY: the processor has AVX2, which is all that the function asks for.
-        #[allow(unsafe_code)]
-        unsafe {
-            return avx2::sums::<A, B>(a, b, difference);
+    {
+        use f16c::F16c;
+        if has_f16c() && (a.dtype == Dtype::F16 || b.dtype == Dtype::F16) {
+            return by_dtypes!(a, b, F16c, |A, B| {
+                // SAFETY: the processor has both instruction sets, which is all that is asked for.
+                #[allow(unsafe_code)]
+                unsafe {
+                    f16c::sums::<A, B, STORE>(a.bytes, b.bytes, difference)
+                }
+            });
+        }
+        if std::arch::is_x86_feature_detected!("avx2") {
+            return by_dtypes!(a, b, F16, |A, B| {
+                // SAFETY: the processor has AVX2, which is all that the function asks for.
+                #[allow(unsafe_code)]
+                unsafe {
+                    avx2::sums::<A, B, STORE>(a.bytes, b.bytes, difference)
+                }
+            });
         }
     }
-    scalar::sums::<A, B>(a, b, difference)
+    by_dtypes!(a, b, F16, |A, B| scalar::sums::<A, B, STORE>(a.bytes, b.bytes, difference))
 }
 
 /// The scalar source compiled for AVX2; the bits it gives are those of [`scalar`].
 #[cfg(target_arch = "x86_64")]
 mod avx2 {
-    use super::{Dtype, Narrow, scalar};
+    use super::{Dtype, scalar};
+    use crate::dtype::Narrow;
 
     #[target_feature(enable = "avx2")]
-    pub(super) fn sums<A: Narrow, B: Narrow>(
+    pub(super) fn sums<A: Narrow, B: Narrow, const STORE: bool>(
         a: &[u8],
         b: &[u8],
         difference: &mut [f32],
     ) -> scalar::Sums {
-        scalar::sums::<A, B>(a, b, difference)
+        scalar::sums::<A, B, STORE>(a, b, difference)
+    }
+
+    #[target_feature(enable = "avx2")]
+    pub(super) fn square_of_halves(halves: &[u8], room: &mut [f32]) -> f64 {
+        scalar::widen(halves, room);
+        scalar::square(room)
+    }
+
+    #[target_feature(enable = "avx2")]
+    pub(super) fn odd<A: Narrow, B: Narrow>(a: &[u8], b: &[u8], difference: &mut [f32]) {
+        scalar::odd::<A, B>(a, b, difference);
     }
 
     #[target_feature(enable = "avx2")]

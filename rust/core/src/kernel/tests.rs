@@ -1,6 +1,7 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::dtype::{Fp8, e4m3_to_f32, e5m2_to_f32};
 
 const DTYPES: [Dtype; 4] = [Dtype::BF16, Dtype::F16, Dtype::F32, Dtype::F64];
 
@@ -64,12 +65,19 @@ fn check(a: Dtype, b: Dtype, out: Dtype, left: &[u8], right: &[u8]) {
             expected.reasoning_sq += x * x;
             expected.multimodal_sq += y * y;
             expected.dot += x * y;
+            expected.max_abs = expected.max_abs.max((x - y).abs());
+            expected.zeros += u64::from(x == y);
+            expected.agreeing += u64::from((x > 0.0 && y > 0.0) || (x < 0.0 && y < 0.0));
             expected.overflow += u64::from(!want.is_finite());
         }
     }
     assert_eq!(moments.nonfinite_reasoning, expected.nonfinite_reasoning);
     assert_eq!(moments.nonfinite_multimodal, expected.nonfinite_multimodal);
     assert_eq!(moments.overflow, expected.overflow);
+    assert_eq!(moments.zeros, expected.zeros);
+    assert_eq!(moments.agreeing, expected.agreeing);
+    let largest = (moments.max_abs - expected.max_abs).abs() <= 6e-8 * expected.max_abs;
+    assert!(largest || expected.max_abs.is_infinite(), "{}", moments.max_abs);
     let scale = (expected.reasoning_sq * expected.multimodal_sq).sqrt();
     for (got, want, scale) in [
         (moments.delta_sq, expected.delta_sq, expected.delta_sq),
@@ -80,6 +88,180 @@ fn check(a: Dtype, b: Dtype, out: Dtype, left: &[u8], right: &[u8]) {
         // Squares of values near float64's own limit overflow it on either side.
         let beyond = (!got.is_finite() && !want.is_finite()) || scale.is_nan();
         assert!(beyond || (got - want).abs() <= 1e-6 * scale, "{got} is not {want}");
+    }
+}
+
+/// Zeros, subnormals, the largest, infinities, NaN, midpoints, and what lies between.
+fn special() -> impl Strategy<Value = f64> {
+    let edges = [
+        0.0,
+        -0.0,
+        1.0,
+        -1.0,
+        448.0,
+        464.0,
+        65504.0,
+        65520.0,
+        3.3895e38,
+        -3.4e38,
+        1.00390625,
+        f64::from(f32::MIN_POSITIVE),
+        f64::from(f32::from_bits(1)),
+        6e-8,
+        2f64.powi(-133),
+        5e-324,
+        f64::MAX,
+        f64::INFINITY,
+        f64::NEG_INFINITY,
+        f64::NAN,
+    ];
+    // Blocks without anything special must come up as well.
+    prop_oneof![40 => -2.0f64..2.0, 1 => proptest::sample::select(edges.to_vec())]
+}
+
+fn bytes_of(dtype: Dtype, value: f64) -> Vec<u8> {
+    match dtype {
+        Dtype::BF16 => half::bf16::from_f64(value).to_le_bytes().to_vec(),
+        Dtype::F16 => half::f16::from_f64(value).to_le_bytes().to_vec(),
+        Dtype::F32 => (value as f32).to_le_bytes().to_vec(),
+        Dtype::F64 => value.to_le_bytes().to_vec(),
+    }
+}
+
+fn pad(offset: usize, values: impl Iterator<Item = Vec<u8>>) -> Vec<u8> {
+    std::iter::repeat_n(0, offset).chain(values.flatten()).collect()
+}
+
+/// Float64 operands of as many elements as both runs have, and the runs cut to that.
+fn operands<'a>(
+    (a, left): (Dtype, &'a [u8]),
+    (b, right): (Dtype, &'a [u8]),
+) -> (Vec<(f64, f64)>, Elements<'a>, Elements<'a>) {
+    let numel = (left.len() / a.nbytes()).min(right.len() / b.nbytes());
+    let (left, right) = (&left[..numel * a.nbytes()], &right[..numel * b.nbytes()]);
+    let values = (0..numel)
+        .map(|i| {
+            let x = value(a, &left[i * a.nbytes()..][..a.nbytes()]);
+            (x, value(b, &right[i * b.nbytes()..][..b.nbytes()]))
+        })
+        .collect();
+    (values, Elements { dtype: a, bytes: left }, Elements { dtype: b, bytes: right })
+}
+
+/// The code whose value is nearest to `exact`, ties to the even code, by trying all of them.
+fn nearest_e4m3(exact: f64) -> f64 {
+    let code = (0..0x7fu8)
+        .min_by(|&one, &other| {
+            let distance = |code: u8| (f64::from(e4m3_to_f32(code)) - exact.abs()).abs();
+            distance(one).total_cmp(&distance(other)).then((one % 2).cmp(&(other % 2)))
+        })
+        .unwrap();
+    f64::from(e4m3_to_f32(code)).copysign(exact)
+}
+
+fn bf16_at(bytes: &[u8], index: usize) -> f64 {
+    value(Dtype::BF16, &bytes[2 * index..2 * index + 2])
+}
+
+/// What is stored, decoded: its sums, and how many differences it lost.
+fn check_stored(moments: &Moments, values: &[(f64, f64)], decoded: &[u8]) {
+    let (mut sq, mut dot, mut dot_scale, mut flushed) = (0.0, 0.0, 0.0, 0);
+    for (i, (x, y)) in values.iter().enumerate() {
+        // Differences that float32 has no room for are counted as overflow, not here.
+        let (d, s) = (f64::from((x - y) as f32), bf16_at(decoded, i));
+        if d.is_finite() && s.is_finite() {
+            sq += s * s;
+            dot += d * s;
+            dot_scale += (d * s).abs();
+            // Half of float32's least is rounded to odd, and so is not zero.
+            flushed += u64::from(x != y && s == 0.0 && (d != 0.0 || moments.flushed > 0));
+        }
+    }
+    assert!((moments.written_sq - sq).abs() <= 1e-12 * sq, "{} {sq}", moments.written_sq);
+    assert!((moments.stored_dot - dot).abs() <= 1e-6 * dot_scale, "{} {dot}", moments.stored_dot);
+    assert!(moments.flushed <= flushed, "{} {flushed}", moments.flushed);
+}
+
+fn check_e4m3(a: Dtype, b: Dtype, left: &[u8], right: &[u8], exponent: i32) {
+    let (values, left, right) = operands((a, left), (b, right));
+    let mut codes = vec![0; values.len()];
+    let moments =
+        subtract_compressed(left, right, Compressed::E4m3 { exponent, codes: &mut codes });
+    let mut decoded = vec![0; 2 * codes.len()];
+    decode_e4m3(&codes, exponent, &mut decoded);
+    let (scale, mut overflow) = (2f64.powi(exponent), 0);
+    for (i, (x, y)) in values.iter().enumerate() {
+        let (exact, got) = ((x - y) / scale, bf16_at(&decoded, i));
+        if !exact.is_finite() || exact.abs() > 464.0 {
+            assert!(got.is_nan(), "{x} - {y} at 2^{exponent} is {got}");
+            overflow += u64::from(x.is_finite() && y.is_finite());
+        } else {
+            let want = nearest_e4m3(exact) * scale;
+            assert_eq!(got, want, "{a:?} {x} - {b:?} {y} at 2^{exponent}");
+        }
+    }
+    assert_eq!(moments.overflow, overflow);
+    check_stored(&moments, &values, &decoded);
+}
+
+fn check_int8(a: Dtype, b: Dtype, left: &[u8], right: &[u8], first: usize) {
+    let (values, left, right) = operands((a, left), (b, right));
+    let mut codes = vec![0; values.len()];
+    let mut scales = vec![0; 2 * values.len().div_ceil(INT8_BLOCK)];
+    let out = Compressed::Int8 { codes: &mut codes, scales: &mut scales };
+    let moments = subtract_compressed(left, right, out);
+    let mut overflow = 0;
+    for (number, block) in values.chunks(INT8_BLOCK).enumerate() {
+        let differences: Vec<f32> = block.iter().map(|(x, y)| (x - y) as f32).collect();
+        let finite = || differences.iter().filter(|d| d.is_finite());
+        let most = finite().fold(0f32, |most, d| most.max(d.abs()));
+        let stored = u16::from_le_bytes([scales[2 * number], scales[2 * number + 1]]);
+        let scale = half::f16::from_bits(stored).to_f64();
+        let least = f64::from(most) / 127.0;
+        assert!(scale >= least || stored == 0x7bff, "{scale} {least}");
+        let below = stored.checked_sub(1).map(|bits| half::f16::from_bits(bits).to_f64());
+        assert!(below.is_none_or(|below| below < least), "{scale} is not the least for {least}");
+        for (i, &d) in differences.iter().enumerate() {
+            let code = f64::from(codes[INT8_BLOCK * number + i] as i8);
+            let ratio = if scale > 0.0 && d.is_finite() { d / scale as f32 } else { 0.0 };
+            assert_eq!(code, f64::from(ratio.clamp(-127.0, 127.0)).round_ties_even(), "{d}");
+            let (x, y) = block[i];
+            let beyond = f64::from(d).abs() > 127.5 * 65504.0;
+            overflow += u64::from(x.is_finite() && y.is_finite() && beyond);
+        }
+    }
+    assert_eq!(moments.overflow, overflow);
+    let decode = |from: usize| {
+        let mut out = vec![0; 2 * (codes.len() - from)];
+        let held = &scales[from / INT8_BLOCK * 2..];
+        decode_int8(&codes[from..], held, from % INT8_BLOCK, &mut out);
+        out
+    };
+    let decoded = decode(0);
+    for (i, &code) in codes.iter().enumerate() {
+        let at = i / INT8_BLOCK * 2;
+        let scale = half::f16::from_le_bytes([scales[at], scales[at + 1]]).to_f64();
+        assert_eq!(bf16_at(&decoded, i), rounded(Dtype::BF16, f64::from(code as i8) * scale));
+    }
+    let from = first % codes.len().max(1);
+    if from < codes.len() {
+        assert_eq!(decode(from), decoded[2 * from..]);
+    }
+    check_stored(&moments, &values, &decoded);
+}
+
+#[test]
+fn the_exponent_is_the_least_that_leaves_room_for_the_largest_difference() {
+    assert_eq!(exponent_for(0.0), 0);
+    assert_eq!(exponent_for(448.0), 0);
+    assert_eq!(exponent_for(448.0 * (1.0 + f64::EPSILON)), 1);
+    assert_eq!(exponent_for(1.75), -8);
+    assert_eq!(exponent_for(f64::from_bits(1)), *BF16_EXPONENTS.start());
+    assert_eq!(exponent_for(f64::MAX), *BF16_EXPONENTS.end());
+    for exponent in BF16_EXPONENTS.skip(1) {
+        let limit = 448.0 * 2f64.powi(exponent - 1);
+        assert_eq!(exponent_for(limit), exponent - 1);
+        assert_eq!(exponent_for(limit * (1.0 + f64::EPSILON)), exponent);
     }
 }
 
@@ -116,6 +298,70 @@ proptest! {
     }
 }
 
+proptest! {
+    #![proptest_config(fixed(600))]
+
+    #[test]
+    fn special_values_at_any_offset_subtract_as_float64_rounded_once(
+        pairs in proptest::collection::vec((special(), special()), 0..2 * BLOCK + 40),
+        a in 0..4usize, b in 0..4usize, out in 0..4usize, offset in 0..7usize,
+    ) {
+        let (a, b) = (DTYPES[a], DTYPES[b]);
+        let left: Vec<u8> = pad(offset, pairs.iter().map(|(value, _)| bytes_of(a, *value)));
+        let right: Vec<u8> = pad(offset + 1, pairs.iter().map(|(_, value)| bytes_of(b, *value)));
+        check(a, b, DTYPES[out], &left[offset..], &right[offset + 1..]);
+    }
+
+    #[test]
+    fn e4m3_codes_are_the_float64_difference_rounded_once(
+        left in proptest::collection::vec(any::<u8>(), 0..2500),
+        right in proptest::collection::vec(any::<u8>(), 0..2500),
+        a in 0..4usize, b in 0..4usize, exponent in BF16_EXPONENTS,
+    ) {
+        check_e4m3(DTYPES[a], DTYPES[b], &left, &right, exponent);
+    }
+
+    #[test]
+    fn int8_codes_and_scales_are_those_of_the_definition(
+        left in proptest::collection::vec(any::<u8>(), 0..2500),
+        right in proptest::collection::vec(any::<u8>(), 0..2500),
+        a in 0..4usize, b in 0..4usize, first in 0..5000usize,
+    ) {
+        check_int8(DTYPES[a], DTYPES[b], &left, &right, first);
+    }
+
+    #[test]
+    fn int8_codes_of_ordinary_differences_are_those_of_the_definition(
+        pairs in proptest::collection::vec((special(), -0.01f64..0.01), 0..BLOCK + 300),
+        a in 0..4usize, first in 0..5000usize,
+    ) {
+        let a = DTYPES[a];
+        let left: Vec<u8> = pairs.iter().flat_map(|(_, value)| bytes_of(a, *value)).collect();
+        let right: Vec<u8> = pairs.iter().flat_map(|_| [0, 0]).collect();
+        check_int8(a, Dtype::BF16, &left, &right, first);
+    }
+
+    #[test]
+    fn block_scaled_codes_are_dequantised_at_any_length(
+        codes in proptest::collection::vec(any::<u8>(), 0..700), scale in 1e-30f32..1e30,
+    ) {
+        for format in [Fp8::E4M3, Fp8::E5M2] {
+            let mut out = vec![0; 4 * codes.len()];
+            dequantise(format, &codes, scale, &mut out);
+            for (&code, out) in codes.iter().zip(out.as_chunks::<4>().0) {
+                let value = match format {
+                    Fp8::E4M3 => e4m3_to_f32(code),
+                    Fp8::E5M2 => e5m2_to_f32(code),
+                };
+                // The exact product has at most 28 bits, so float64 rounds nothing.
+                let (got, want) =
+                    (f32::from_le_bytes(*out), (f64::from(value) * f64::from(scale)) as f32);
+                prop_assert!(got.to_bits() == want.to_bits() || (got.is_nan() && want.is_nan()));
+            }
+        }
+    }
+}
+
 #[cfg(target_arch = "x86_64")]
 #[test]
 fn avx2_gives_the_bits_of_the_scalar_reference() {
@@ -128,10 +374,10 @@ fn avx2_gives_the_bits_of_the_scalar_reference() {
     for numel in [0, 1, 15, 16, 17, 1000, BLOCK] {
         let (a, b) = (&bytes[1..1 + 2 * numel], &bytes[3..3 + 2 * numel]);
         let (mut left, mut right) = (vec![0f32; numel], vec![0f32; numel]);
-        let reference = scalar::sums::<Bf16, F16>(a, b, &mut left).folded;
+        let reference = scalar::sums::<Bf16, F16, true>(a, b, &mut left).folded;
         // SAFETY: AVX2 was detected above.
         #[allow(unsafe_code)]
-        let dispatched = unsafe { avx2::sums::<Bf16, F16>(a, b, &mut right) }.folded;
+        let dispatched = unsafe { avx2::sums::<Bf16, F16, true>(a, b, &mut right) }.folded;
         assert_eq!(
             left.iter().map(|v| v.to_bits()).collect::<Vec<_>>(),
             right.iter().map(|v| v.to_bits()).collect::<Vec<_>>()

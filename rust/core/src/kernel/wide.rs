@@ -29,6 +29,10 @@ pub(super) fn moments(a: Elements<'_>, b: Elements<'_>) -> Moments {
             moments.reasoning_sq += x * x;
             moments.multimodal_sq += y * y;
             moments.dot += x * y;
+            moments.max_abs = moments.max_abs.max(d.abs());
+            moments.zeros += u64::from(d == 0.0);
+            let agree = x.is_sign_negative() == y.is_sign_negative() && x != 0.0 && y != 0.0;
+            moments.agreeing += u64::from(agree);
         }
     }
     moments

@@ -1,0 +1,340 @@
+//! Differences in eight bits: E4M3 under one power of two, or integers under a scale for every 64.
+//!
+//! Owns how a difference becomes a code, how a code becomes a bfloat16 again, and the sums of what
+//! is stored, taken as it is decoded.
+//!
+//! E4M3: the code is the exact difference divided by 2ᵉ, rounded once; code × 2ᵉ is a bfloat16.
+//! Integers: the scale is a binary16, the least not below the block's largest |Δ| / 127, so no code
+//! overflows and the scale is zero only where the whole block is. Where that would be subnormal
+//! there are fewer levels, and what lies below half of the scale becomes zero, which is counted. The
+//! code is Δ / scale in float32, rounded to an integer; code × scale is rounded to bfloat16 once.
+//! A difference that is not finite has the code NaN, and zero among integers, which have no NaN.
+
+use super::{BLOCK, Dtype, Elements, LANES, Moments, measured, odd, wide};
+use crate::dtype::{e4m3_to_f32, f16_to_f32, f32_to_bf16, f32_to_e4m3, f32_to_f16, f64_to_f32_odd};
+
+/// Consecutive elements that share one scale.
+pub const INT8_BLOCK: usize = 64;
+/// Exponents of the scale of E4M3 codes for which every code is a bfloat16.
+pub const BF16_EXPONENTS: std::ops::RangeInclusive<i32> = -124..=119;
+
+const E4M3_MAX: f64 = 448.0;
+const CODE_MAX: f32 = 127.0;
+/// The largest finite binary16.
+const F16_MAX: u16 = 0x7bff;
+
+/// Where codes go.
+pub enum Compressed<'a> {
+    /// One byte for each element.
+    E4m3 {
+        /// Of the scale, within [`BF16_EXPONENTS`].
+        exponent: i32,
+        /// The codes.
+        codes: &'a mut [u8],
+    },
+    /// One byte for each element and a binary16 for every [`INT8_BLOCK`].
+    Int8 {
+        /// The codes, in two's complement.
+        codes: &'a mut [u8],
+        /// The scales, little-endian.
+        scales: &'a mut [u8],
+    },
+}
+
+/// The least exponent under which no difference up to `max_abs` leaves E4M3's range; zero where
+/// nothing differs, and within [`BF16_EXPONENTS`] in any case.
+pub fn exponent_for(max_abs: f64) -> i32 {
+    if max_abs == 0.0 || !max_abs.is_finite() {
+        return if max_abs == 0.0 { 0 } else { *BF16_EXPONENTS.end() };
+    }
+    // log2 is only a first guess; the products below are exact.
+    let mut exponent = (max_abs / E4M3_MAX).log2().ceil() as i32;
+    exponent = exponent.clamp(*BF16_EXPONENTS.start(), *BF16_EXPONENTS.end());
+    while exponent > *BF16_EXPONENTS.start() && max_abs <= E4M3_MAX * power(exponent - 1) {
+        exponent -= 1;
+    }
+    while exponent < *BF16_EXPONENTS.end() && max_abs > E4M3_MAX * power(exponent) {
+        exponent += 1;
+    }
+    exponent
+}
+
+fn power(exponent: i32) -> f64 {
+    2f64.powi(exponent)
+}
+
+/// Accumulate the moments as [`subtract`](super::subtract) does and store the differences.
+///
+/// `written_sq`, `stored_dot` and `flushed` are of what [`decode_e4m3`] or [`decode_int8`] gives
+/// back. The runs start at a multiple of [`INT8_BLOCK`]; a caller that breaks the lengths gets a
+/// panic, never a wrong result.
+pub fn subtract_compressed(
+    reasoning: Elements<'_>,
+    multimodal: Elements<'_>,
+    mut out: Compressed<'_>,
+) -> Moments {
+    let numel = reasoning.numel();
+    assert_eq!(numel, multimodal.numel(), "both sides hold the same number of elements");
+    let fits = match &out {
+        Compressed::E4m3 { codes, .. } => codes.len() == numel,
+        Compressed::Int8 { codes, scales } => {
+            codes.len() == numel && scales.len() == 2 * numel.div_ceil(INT8_BLOCK)
+        }
+    };
+    assert!(fits, "the output holds as many elements");
+    let _ieee = super::ieee::DefaultFloat::enter();
+    let mut total = Moments::default();
+    let mut difference = [0f32; BLOCK];
+    let mut decoded = [0f32; BLOCK];
+    for start in (0..numel).step_by(BLOCK) {
+        let end = numel.min(start + BLOCK);
+        let (a, b) = (reasoning.slice(start, end), multimodal.slice(start, end));
+        let (difference, decoded) = (&mut difference[..end - start], &mut decoded[..end - start]);
+        let mut moments = measured::<true>(a, b, difference);
+        match &mut out {
+            Compressed::E4m3 { exponent, codes } => {
+                exact(a, b, difference);
+                encode_e4m3(difference, *exponent, &mut codes[start..end], decoded);
+            }
+            Compressed::Int8 { codes, scales } => {
+                if a.dtype == Dtype::F64 || b.dtype == Dtype::F64 {
+                    nearest(a, b, difference);
+                }
+                let scales = &mut scales[start / INT8_BLOCK * 2..end.div_ceil(INT8_BLOCK) * 2];
+                encode_int8(difference, &mut codes[start..end], scales, decoded);
+            }
+        }
+        let stored = Stored::of(difference, decoded);
+        moments.written_sq = stored.sq;
+        moments.stored_dot = stored.dot;
+        moments.flushed = stored.flushed;
+        moments.overflow = overflow(a, b, difference, decoded, &out, &moments);
+        total.add(&moments);
+    }
+    total
+}
+
+/// The differences rounded to odd, so that rounding them to a code rounds once.
+fn exact(a: Elements<'_>, b: Elements<'_>, difference: &mut [f32]) {
+    if a.dtype != Dtype::F64 && b.dtype != Dtype::F64 {
+        return odd(a, b, difference);
+    }
+    for (index, out) in difference.iter_mut().enumerate() {
+        *out = f64_to_f32_odd(wide::load(&a, index) - wide::load(&b, index));
+    }
+}
+
+fn nearest(a: Elements<'_>, b: Elements<'_>, difference: &mut [f32]) {
+    for (index, out) in difference.iter_mut().enumerate() {
+        *out = (wide::load(&a, index) - wide::load(&b, index)) as f32;
+    }
+}
+
+/// Count differences of finite values for which the codes have no room.
+fn overflow(
+    a: Elements<'_>,
+    b: Elements<'_>,
+    difference: &[f32],
+    decoded: &[f32],
+    out: &Compressed<'_>,
+    moments: &Moments,
+) -> u64 {
+    // What still rounds to the last code has its room.
+    let int8_limit = (f64::from(CODE_MAX) + 0.5) * f64::from(f16_to_f32(F16_MAX));
+    let settled = match out {
+        Compressed::E4m3 { exponent, .. } => moments.max_abs <= E4M3_MAX * power(*exponent),
+        Compressed::Int8 { .. } => moments.max_abs <= int8_limit,
+    };
+    if settled {
+        return 0;
+    }
+    (0..difference.len())
+        .filter(|&i| wide::load(&a, i).is_finite() && wide::load(&b, i).is_finite())
+        .filter(|&i| match out {
+            Compressed::E4m3 { .. } => decoded[i].is_nan(),
+            Compressed::Int8 { .. } => f64::from(difference[i]).abs() > int8_limit,
+        })
+        .count() as u64
+}
+
+/// Sums of what is stored, over differences that are finite and have a code.
+struct Stored {
+    sq: f64,
+    dot: f64,
+    flushed: u64,
+}
+
+impl Stored {
+    fn of(difference: &[f32], decoded: &[f32]) -> Self {
+        #[cfg(target_arch = "x86_64")]
+        if std::arch::is_x86_feature_detected!("avx2") {
+            // SAFETY: the processor has AVX2, which is all that the function asks for.
+            #[allow(unsafe_code)]
+            unsafe {
+                return Self::of_avx2(difference, decoded);
+            }
+        }
+        Self::summed(difference, decoded)
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx2")]
+    fn of_avx2(difference: &[f32], decoded: &[f32]) -> Self {
+        Self::summed(difference, decoded)
+    }
+
+    #[inline(always)]
+    fn summed(difference: &[f32], decoded: &[f32]) -> Self {
+        let (mut sq, mut dot) = ([0f64; LANES], [0f64; LANES]);
+        let mut flushed = [0u32; LANES];
+        let mut add = |difference: &[f32], decoded: &[f32]| {
+            for (i, (&d, &s)) in difference.iter().zip(decoded).enumerate() {
+                let counts = d.is_finite() & s.is_finite();
+                let (d, s) = if counts { (d, s) } else { (0.0, 0.0) };
+                sq[i] += f64::from(s) * f64::from(s);
+                dot[i] += f64::from(d) * f64::from(s);
+                flushed[i] += u32::from((s == 0.0) & (d != 0.0));
+            }
+        };
+        let (whole, rest) = difference.as_chunks::<LANES>();
+        let (decoded_whole, decoded_rest) = decoded.as_chunks::<LANES>();
+        for (difference, decoded) in whole.iter().zip(decoded_whole) {
+            add(difference, decoded);
+        }
+        add(rest, decoded_rest);
+        Self {
+            sq: sq.iter().sum(),
+            dot: dot.iter().sum(),
+            flushed: flushed.iter().map(|&lane| u64::from(lane)).sum(),
+        }
+    }
+}
+
+/// Define a function that runs the same source compiled for AVX2 where the processor has it.
+macro_rules! dispatched {
+    ($(#[$doc:meta])* $name:ident, $source:ident, ($($argument:ident: $type:ty),*)) => {
+        $(#[$doc])*
+        fn $name($($argument: $type),*) {
+            #[cfg(target_arch = "x86_64")]
+            {
+                #[target_feature(enable = "avx2")]
+                fn avx2($($argument: $type),*) {
+                    $source($($argument),*);
+                }
+                if std::arch::is_x86_feature_detected!("avx2") {
+                    // SAFETY: the processor has AVX2, which is all that the function asks for.
+                    #[allow(unsafe_code)]
+                    unsafe {
+                        return avx2($($argument),*);
+                    }
+                }
+            }
+            $source($($argument),*);
+        }
+    };
+}
+
+dispatched!(encode_e4m3, encode_e4m3_scalar,
+    (difference: &[f32], exponent: i32, codes: &mut [u8], decoded: &mut [f32]));
+dispatched!(encode_int8, encode_int8_scalar,
+    (difference: &[f32], codes: &mut [u8], scales: &mut [u8], decoded: &mut [f32]));
+dispatched!(e4m3_to_bf16, e4m3_to_bf16_scalar, (codes: &[u8], scale: f32, out: &mut [u8]));
+dispatched!(int8_to_bf16, int8_to_bf16_scalar, (codes: &[u8], scale: f32, out: &mut [u8]));
+
+#[inline(always)]
+fn encode_e4m3_scalar(difference: &[f32], exponent: i32, codes: &mut [u8], decoded: &mut [f32]) {
+    // Both powers are normal float32, and a product only underflows far below the least code.
+    let (up, down) = (power(exponent) as f32, power(-exponent) as f32);
+    for ((&d, code), decoded) in difference.iter().zip(codes).zip(decoded) {
+        *code = f32_to_e4m3(d * down);
+        *decoded = e4m3_to_f32(*code) * up;
+    }
+}
+
+#[inline(always)]
+fn encode_int8_scalar(
+    difference: &[f32],
+    codes: &mut [u8],
+    scales: &mut [u8],
+    decoded: &mut [f32],
+) {
+    let blocks = difference
+        .chunks(INT8_BLOCK)
+        .zip(codes.chunks_mut(INT8_BLOCK))
+        .zip(decoded.chunks_mut(INT8_BLOCK));
+    for (((difference, codes), decoded), stored) in blocks.zip(scales.as_chunks_mut::<2>().0) {
+        let mut most = [0f32; INT8_BLOCK];
+        for (&d, most) in difference.iter().zip(&mut most) {
+            *most = if d.is_finite() { d.abs() } else { 0.0 };
+        }
+        let most = most.iter().fold(0f32, |most, &d| if d > most { d } else { most });
+        let bits = scale_for(most);
+        *stored = bits.to_le_bytes();
+        let scale = f16_to_f32(bits);
+        let divisor = if scale == 0.0 { 1.0 } else { scale };
+        for ((&d, code), decoded) in difference.iter().zip(codes).zip(decoded) {
+            let d = if d.is_finite() { d } else { 0.0 };
+            let ratio = d / divisor;
+            let ratio = if ratio > CODE_MAX { CODE_MAX } else { ratio };
+            let ratio = if ratio < -CODE_MAX { -CODE_MAX } else { ratio };
+            // 1.5 · 2²³: the sum's last place is one, so it rounds to an integer, ties to even.
+            let integer = ((ratio + 12_582_912.0).to_bits() & 0xff) as u8;
+            *code = integer;
+            *decoded = widened(f32_to_bf16(f32::from(integer as i8) * scale));
+        }
+    }
+}
+
+/// The least binary16 not below `most` / 127, or the largest there is.
+fn scale_for(most: f32) -> u16 {
+    let least = f64::from(most) / f64::from(CODE_MAX);
+    let nearest = f32_to_f16(least as f32).min(F16_MAX);
+    let short = f64::from(f16_to_f32(nearest)) < least;
+    if short { (nearest + 1).min(F16_MAX) } else { nearest }
+}
+
+#[inline(always)]
+fn widened(bits: u16) -> f32 {
+    f32::from_bits(u32::from(bits) << 16)
+}
+
+/// Write code × 2ᵉ as bfloat16, exactly.
+///
+/// `out` takes two bytes a code; a caller that breaks this gets a panic, never a wrong result.
+pub fn decode_e4m3(codes: &[u8], exponent: i32, out: &mut [u8]) {
+    assert_eq!(2 * codes.len(), out.len(), "two bytes for each code");
+    let _ieee = super::ieee::DefaultFloat::enter();
+    e4m3_to_bf16(codes, power(exponent) as f32, out);
+}
+
+#[inline(always)]
+fn e4m3_to_bf16_scalar(codes: &[u8], scale: f32, out: &mut [u8]) {
+    for (&code, out) in codes.iter().zip(out.as_chunks_mut::<2>().0) {
+        *out = f32_to_bf16(e4m3_to_f32(code) * scale).to_le_bytes();
+    }
+}
+
+/// Write code × scale as bfloat16, rounded once, for codes of which the first is number `first` of
+/// its block; `scales` are those of that block and the following ones.
+///
+/// `out` takes two bytes a code; a caller that breaks this gets a panic, never a wrong result.
+pub fn decode_int8(codes: &[u8], scales: &[u8], first: usize, out: &mut [u8]) {
+    let blocks = (first + codes.len()).div_ceil(INT8_BLOCK);
+    assert!(first < INT8_BLOCK && 2 * codes.len() == out.len(), "two bytes for each code");
+    assert!(codes.is_empty() || scales.len() == 2 * blocks, "one scale for each block");
+    let _ieee = super::ieee::DefaultFloat::enter();
+    let mut at = 0;
+    for scale in scales.as_chunks::<2>().0 {
+        let end = codes.len().min((at + first) / INT8_BLOCK * INT8_BLOCK + INT8_BLOCK - first);
+        let scale = f16_to_f32(u16::from_le_bytes(*scale));
+        int8_to_bf16(&codes[at..end], scale, &mut out[2 * at..2 * end]);
+        at = end;
+    }
+}
+
+#[inline(always)]
+fn int8_to_bf16_scalar(codes: &[u8], scale: f32, out: &mut [u8]) {
+    for (&code, out) in codes.iter().zip(out.as_chunks_mut::<2>().0) {
+        *out = f32_to_bf16(f32::from(code as i8) * scale).to_le_bytes();
+    }
+}

@@ -1,0 +1,227 @@
+//! How a delta is laid out on disk: which tensors hold one Δ, and how a chunk of it is written and
+//! read back.
+//!
+//! Owns names, types and places; the arithmetic is [`crate::kernel`]'s. docs/format.md describes the
+//! same for a reader who has safetensors and nothing else.
+
+use std::ops::Range;
+
+use crate::checkpoint::Checkpoint;
+use crate::dtype::Dtype;
+use crate::error::{Error, Result};
+use crate::kernel::{
+    BF16_EXPONENTS, Compressed, Elements, INT8_BLOCK, Moments, decode_e4m3, decode_int8, subtract,
+    subtract_compressed,
+};
+use crate::writer::{Slot, Writer};
+
+/// What is appended to a tensor's name to name its scales.
+const SCALE: &str = ".scale";
+/// Elements that are decoded at a time: a multiple of [`INT8_BLOCK`].
+const DECODED: usize = 1 << 18;
+
+/// How each difference is stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Storage {
+    /// As a value of that type.
+    Plain(Dtype),
+    /// As E4M3 codes under one power of two for the tensor, in the shard's metadata.
+    E4m3,
+    /// As integers of eight bits and a binary16 scale for every [`INT8_BLOCK`] of them.
+    Int8,
+}
+
+impl Storage {
+    /// The tensors that hold one Δ of this name and shape.
+    pub fn slots(self, name: String, shape: Vec<usize>) -> Vec<Slot> {
+        let dtype = match self {
+            Storage::Plain(Dtype::BF16) => safetensors::Dtype::BF16,
+            Storage::Plain(Dtype::F16) => safetensors::Dtype::F16,
+            Storage::Plain(Dtype::F32) => safetensors::Dtype::F32,
+            Storage::Plain(Dtype::F64) => safetensors::Dtype::F64,
+            Storage::E4m3 => safetensors::Dtype::F8_E4M3,
+            Storage::Int8 => safetensors::Dtype::I8,
+        };
+        let numel: usize = shape.iter().product();
+        let scales = (self == Storage::Int8).then(|| Slot {
+            name: format!("{name}{SCALE}"),
+            shape: vec![numel.div_ceil(INT8_BLOCK)],
+            dtype: safetensors::Dtype::F16,
+        });
+        std::iter::once(Slot { name, shape, dtype }).chain(scales).collect()
+    }
+
+    /// The first of the slots that hold difference number `index`.
+    pub(crate) fn slot(self, index: usize) -> usize {
+        if self == Storage::Int8 { 2 * index } else { index }
+    }
+
+    /// Elements that a chunk must begin at a multiple of.
+    pub(crate) fn granularity(self) -> usize {
+        if self == Storage::Int8 { INT8_BLOCK } else { 1 }
+    }
+}
+
+/// A chunk's bytes on the way to disk, kept from chunk to chunk.
+#[derive(Default)]
+pub(crate) struct Encoded {
+    main: Vec<u8>,
+    scales: Vec<u8>,
+}
+
+impl Encoded {
+    /// Subtract a chunk into the bytes that [`Encoded::write`] takes.
+    pub(crate) fn subtract(
+        &mut self,
+        writer: &Writer,
+        index: usize,
+        reasoning: Elements<'_>,
+        multimodal: Elements<'_>,
+    ) -> Result<Moments> {
+        let storage = writer.storage();
+        self.clear(storage, reasoning.numel());
+        Ok(match storage {
+            Storage::Plain(dtype) => subtract(reasoning, multimodal, Some((dtype, &mut self.main))),
+            Storage::E4m3 => {
+                let exponent = writer.exponent(index).ok_or_else(|| {
+                    Error::Argument(format!("the scale of difference {index} is not known yet"))
+                })?;
+                let codes = &mut self.main;
+                subtract_compressed(reasoning, multimodal, Compressed::E4m3 { exponent, codes })
+            }
+            Storage::Int8 => {
+                let (codes, scales) = (&mut self.main, &mut self.scales);
+                subtract_compressed(reasoning, multimodal, Compressed::Int8 { codes, scales })
+            }
+        })
+    }
+
+    /// Zeros for `numel` elements, in any storage.
+    pub(crate) fn clear(&mut self, storage: Storage, numel: usize) {
+        let (nbytes, scales) = match storage {
+            Storage::Plain(dtype) => (dtype.nbytes(), 0),
+            Storage::E4m3 => (1, 0),
+            Storage::Int8 => (1, numel.div_ceil(INT8_BLOCK)),
+        };
+        self.main.clear();
+        self.main.resize(numel * nbytes, 0);
+        self.scales.clear();
+        self.scales.resize(2 * scales, 0);
+    }
+
+    /// Write what begins at element `start` of difference number `index`.
+    pub(crate) fn write(&self, writer: &Writer, index: usize, start: usize) -> Result<()> {
+        let storage = writer.storage();
+        let slot = storage.slot(index);
+        match storage {
+            Storage::Plain(dtype) => writer.write_at(slot, start * dtype.nbytes(), &self.main),
+            Storage::E4m3 => writer.write_at(slot, start, &self.main),
+            Storage::Int8 => {
+                writer.write_at(slot, start, &self.main)?;
+                writer.write_at(slot + 1, start / INT8_BLOCK * 2, &self.scales)
+            }
+        }
+    }
+}
+
+/// Where the scale of a stored Δ is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Scale {
+    /// One power of two, of this exponent.
+    Power(i32),
+    /// A tensor of their own, one for every [`INT8_BLOCK`] elements.
+    Blocks,
+}
+
+impl Scale {
+    /// The scale that is one number.
+    ///
+    /// # Errors
+    /// Anything but a power of two under which every code is a bfloat16.
+    pub fn one(scale: f64) -> Result<Self> {
+        BF16_EXPONENTS
+            .into_iter()
+            .find(|&exponent| 2f64.powi(exponent).to_bits() == scale.to_bits())
+            .map(Scale::Power)
+            .ok_or_else(|| {
+                Error::Argument(format!(
+                    "the scale of E4M3 codes must be a power of two from 2^{} to 2^{}, got {scale}",
+                    BF16_EXPONENTS.start(),
+                    BF16_EXPONENTS.end()
+                ))
+            })
+    }
+}
+
+/// Fill `out` with elements of a compressed Δ as bfloat16; memory does not grow with how many.
+///
+/// # Errors
+/// A tensor that is not there or of another type, elements that it does not have, `out` of another
+/// size, or a failed read.
+pub fn read(
+    delta: &Checkpoint,
+    name: &str,
+    scale: Scale,
+    elements: Range<usize>,
+    out: &mut [u8],
+) -> Result<()> {
+    let (shard, codes) = delta.tensor(name)?;
+    let expected = match scale {
+        Scale::Power(_) => safetensors::Dtype::F8_E4M3,
+        Scale::Blocks => safetensors::Dtype::I8,
+    };
+    if codes.dtype != expected {
+        let message = format!("dtype {}, expected codes of {expected}", codes.dtype);
+        return Err(Error::tensor(shard.path(), name, message));
+    }
+    let numel = codes.numel();
+    if elements.start > elements.end || elements.end > numel {
+        let message = format!("{name} has {numel} elements, not {elements:?}");
+        return Err(Error::Argument(message));
+    }
+    if out.len() != 2 * elements.len() {
+        return Err(Error::Argument(format!(
+            "the buffer for {name} has {} bytes, expected {}",
+            out.len(),
+            2 * elements.len()
+        )));
+    }
+    let (mut bytes, mut scales) = (Vec::new(), Vec::new());
+    let mut start = elements.start;
+    while start < elements.end {
+        let end = elements.end.min((start / DECODED + 1) * DECODED);
+        let piece = &mut out[2 * (start - elements.start)..2 * (end - elements.start)];
+        bytes.resize(end - start, 0);
+        shard.read_exact_at(&mut bytes, codes.range.start + start as u64)?;
+        match scale {
+            Scale::Power(exponent) => decode_e4m3(&bytes, exponent, piece),
+            Scale::Blocks => {
+                let (shard, stored) = block_scales(delta, name, numel)?;
+                let blocks = start / INT8_BLOCK..end.div_ceil(INT8_BLOCK);
+                scales.resize(2 * blocks.len(), 0);
+                let at = stored.range.start + 2 * blocks.start as u64;
+                shard.read_exact_at(&mut scales, at)?;
+                decode_int8(&bytes, &scales, start % INT8_BLOCK, piece);
+            }
+        }
+        start = end;
+    }
+    Ok(())
+}
+
+fn block_scales<'a>(
+    delta: &'a Checkpoint,
+    name: &str,
+    numel: usize,
+) -> Result<(&'a crate::shard::Shard, &'a crate::shard::Tensor)> {
+    let (shard, scales) = delta.tensor(&format!("{name}{SCALE}"))?;
+    let expected = [numel.div_ceil(INT8_BLOCK)];
+    if scales.dtype != safetensors::Dtype::F16 || scales.shape != expected {
+        let message = format!(
+            "dtype {} and shape {:?}, expected F16 and {expected:?}; compute the delta again",
+            scales.dtype, scales.shape
+        );
+        return Err(Error::tensor(shard.path(), &scales.name, message));
+    }
+    Ok((shard, scales))
+}

@@ -1,0 +1,489 @@
+"""Deltas in eight bits: every code is what docs/format.md says, and what it costs is told.
+
+Codes are worked out anew here in numpy from the float64 difference; nothing of drift_fast decodes
+them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import drift_fast
+from drift_fast import CheckpointError, Delta, NonFiniteError, compute_delta
+from drift_fast.cli import main
+from drift_fast.combination import combine
+from synthetic import (
+    FLOAT_DTYPES,
+    Stored,
+    awkward_operands,
+    contents,
+    refused,
+    round_once,
+    stored,
+    stored_bits,
+    write_file,
+    write_pair,
+)
+
+KINDS = ("float8_e4m3", "int8")
+NAME = "model.layers.0.self_attn.q_proj.weight"
+FORMAT = Path(__file__).parent.parent / "docs" / "format.md"
+
+# Values of the 127 finite E4M3 codes without a sign, by the format's definition.
+E4M3 = np.array(
+    [
+        (code & 7) * 2.0**-9 if code < 8 else (8 + (code & 7)) * 2.0 ** ((code >> 3) - 10)
+        for code in range(127)
+    ]
+)
+
+
+def nearest_e4m3(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Return the codes nearest to finite float64 values within range, ties to even, by search."""
+    magnitude = np.abs(values)
+    above = np.clip(np.searchsorted(E4M3, magnitude), 1, 126)
+    low, high = magnitude - E4M3[above - 1], E4M3[above] - magnitude
+    up = (high < low) | ((high == low) & (above % 2 == 0))
+    return np.where(up, above, above - 1).astype(np.uint8) | (np.signbit(values) << 7).astype(
+        np.uint8
+    )
+
+
+def int8_codes(delta: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Return codes and scales of a flat Δ in float64, by docs/format.md."""
+    padded = np.zeros(-(-delta.size // 64) * 64, np.float32)
+    padded[: delta.size] = delta.astype(np.float32)
+    blocks = padded.reshape(-1, 64)
+    least = np.abs(blocks).max(1).astype(np.float64) / 127
+    scale = least.astype(np.float16)
+    short = scale.astype(np.float64) < least
+    scale = np.where(short, np.nextafter(scale, np.float16(np.inf)), scale).astype(np.float16)
+    divisor = np.where(scale == 0, np.float16(1), scale).astype(np.float32)[:, None]
+    return np.rint(blocks / divisor).astype(np.int8).ravel()[: delta.size], scale
+
+
+def as_bf16(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    return round_once(values.ravel(), "BF16")
+
+
+def bits(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
+    return tensor.contiguous().view(torch.int16).numpy().view(np.uint16).ravel()
+
+
+def read_delta(path: Path) -> dict[str, np.ndarray[Any, Any]]:
+    """Run the code block of docs/format.md."""
+    code = re.findall(r"```python\n(.*?)```", FORMAT.read_text(), re.S)
+    scope: dict[str, Any] = {}
+    exec(compile("\n".join(code), str(FORMAT), "exec"), scope)  # the documentation's own code
+    return dict(scope["read_delta"](path))
+
+
+def one_tensor(
+    directory: Path, a: Stored, b: Stored, dtype: str, **options: Any
+) -> tuple[Delta, np.ndarray[Any, Any]]:
+    first = write_file(directory / "a.safetensors", {NAME: a})
+    second = write_file(directory / "b.safetensors", {NAME: b}, misalign=3)
+    options = {"check_weights": False, "overwrite": True} | options
+    delta = compute_delta(first, second, directory / "delta", dtype=dtype, **options)
+    return delta, a.values - b.values
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def pair_and_delta(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Any, Delta, str]:
+    folder = tmp_path_factory.mktemp(request.param)
+    pair = write_pair(folder, seed=5, hidden=24, inner=40)
+    delta = compute_delta(pair.reasoning, pair.multimodal, folder / "delta", dtype=request.param)
+    return pair, delta, request.param
+
+
+def test_it_comes_out_as_bfloat16_and_says_what_is_on_disk(
+    pair_and_delta: tuple[Any, Delta, str],
+) -> None:
+    _, delta, kind = pair_and_delta
+    assert (delta.dtype, delta.stored_dtype) == ("bfloat16", kind)
+    assert all(tensor.dtype == torch.bfloat16 for tensor in delta.values())
+    assert kind in repr(delta)
+
+
+def test_the_documented_reader_gives_the_same_values(
+    pair_and_delta: tuple[Any, Delta, str],
+) -> None:
+    _, delta, _ = pair_and_delta
+    assert delta.path is not None
+    read = read_delta(delta.path)
+    assert read.keys() == set(delta)
+    for name, values in read.items():
+        assert values.shape == delta.shapes[name]
+        assert np.array_equal(as_bf16(values), bits(delta[name])), name
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_the_documented_reader_reads_what_is_not_compressed_too(tmp_path: Path, dtype: str) -> None:
+    pair = write_pair(tmp_path)
+    delta = compute_delta(pair.reasoning, pair.multimodal, tmp_path / "delta", dtype=dtype)
+    read = read_delta(tmp_path / "delta")
+    assert read.keys() == set(delta)
+    assert all(np.array_equal(read[name], delta[name].float().numpy()) for name in delta)
+
+
+@pytest.mark.parametrize("a_dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("b_dtype", FLOAT_DTYPES)
+def test_every_e4m3_code_is_the_float64_difference_rounded_once(
+    tmp_path: Path, a_dtype: str, b_dtype: str
+) -> None:
+    rng = np.random.default_rng([7, FLOAT_DTYPES.index(a_dtype), FLOAT_DTYPES.index(b_dtype)])
+    # Midpoints of the codes, with something far below them on the other side.
+    middle = (E4M3[1:] + E4M3[:-1]) / 2 * 2.0**-10
+    left = np.concatenate([middle, -middle, middle, rng.normal(0, 0.1, 5000), [0.4375, 0.0, -0.0]])
+    right = np.zeros(left.size)
+    right[: 2 * middle.size] = rng.choice([-1, 1], 2 * middle.size) * 2.0**-23
+    a, b = stored(left, a_dtype), stored(right, b_dtype)
+    delta, exact = one_tensor(tmp_path, a, b, "float8_e4m3")
+    row = delta.stats[NAME]
+    assert row.scale == 2.0 ** math.ceil(math.log2(np.abs(exact).max() / 448))
+    code = nearest_e4m3(exact / row.scale)
+    value = E4M3[code & 0x7F] * np.where(code >> 7, -1, 1) * row.scale
+    assert np.array_equal(bits(delta[NAME]) & 0x7FFF, as_bf16(value) & 0x7FFF)
+    assert np.array_equal(delta[NAME].double().numpy(), value)
+
+
+@pytest.mark.parametrize("a_dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("numel", [1, 63, 64, 65, 2048 + 17, 262144 + 65])
+def test_every_int8_code_is_that_of_the_documented_layout(
+    tmp_path: Path, a_dtype: str, numel: int
+) -> None:
+    rng = np.random.default_rng([8, numel, FLOAT_DTYPES.index(a_dtype)])
+    spread = 10.0 ** rng.uniform(-5, 2, -(-numel // 64)).repeat(64)[:numel]
+    a = stored(rng.normal(0, 1, numel) * spread, a_dtype)
+    b = stored(np.where(rng.random(numel) < 0.1, a.values, 0), "F32")
+    delta, exact = one_tensor(tmp_path, a, b, "int8")
+    codes, scales = int8_codes(exact)
+    value = codes * scales.astype(np.float64).repeat(64)[:numel]
+    assert np.array_equal(bits(delta[NAME]), as_bf16(value + 0.0))
+    row = delta.stats[NAME]
+    lost = (value == 0) & (exact.astype(np.float32) != 0)
+    assert row.flushed == np.count_nonzero(lost)
+    assert row.zeros == np.count_nonzero(exact == 0)
+
+
+def test_awkward_differences_are_stored_or_refused(tmp_path: Path) -> None:
+    rng = np.random.default_rng(11)
+    a, b = awkward_operands(rng, 5000, "F32", "BF16", "BF16")
+    for kind in KINDS:
+        delta, _ = one_tensor(
+            tmp_path / kind,
+            stored_bits(a, "F32"),
+            stored_bits(b, "BF16"),
+            kind,
+            allow_nonfinite=True,
+        )
+        row = delta.stats[NAME]
+        # Differences of 3.4e38 have no room in either, and say so.
+        assert row.overflow > 0
+        assert row.flushed is not None
+        assert row.flushed > 0
+
+
+@pytest.mark.parametrize("start", [0, 1, 63, 64, 65, 200, 262143, 262144, 262145, 262400])
+def test_a_slice_from_any_start_is_that_of_the_whole(
+    tmp_path_factory: pytest.TempPathFactory, start: int
+) -> None:
+    rng = np.random.default_rng(13)
+    tensor = stored(rng.normal(0, 1, (2, 131300)), "BF16")
+    for kind in KINDS:
+        folder = tmp_path_factory.mktemp(kind)
+        delta, _ = one_tensor(folder, tensor, stored(np.zeros((2, 131300))), kind)
+        whole = delta[NAME].reshape(-1)
+        for count in (0, 1, 5, 64, 150):
+            part = torch.full((count,), 9.0, dtype=torch.bfloat16)
+            delta.read_into(NAME, part, start=start)
+            assert torch.equal(part, whole[start : start + count])
+
+
+def test_the_cosine_that_is_shown_is_that_of_what_comes_out(
+    pair_and_delta: tuple[Any, Delta, str],
+) -> None:
+    pair, delta, kind = pair_and_delta
+    cosines = {}
+    for name in delta:
+        exact = pair.text[pair.source_of(name)].values - pair.vlm[name].values
+        found = delta[name].double().numpy().ravel()
+        cosines[name] = exact @ found / np.linalg.norm(exact) / np.linalg.norm(found)
+        row = delta.stats[name]
+        assert row.stored_cosine == pytest.approx(cosines[name], abs=1e-7)
+        assert row.stored_norm == pytest.approx(np.linalg.norm(found), rel=1e-9)
+        assert row.to_dict()["stored_cosine"] == row.stored_cosine
+    compression = delta.compression
+    assert compression is not None
+    least = min(cosines, key=cosines.__getitem__)
+    assert compression.min_cosine == pytest.approx(cosines[least], abs=1e-7)
+    assert compression.min_name == least
+    assert compression.mean_cosine == pytest.approx(np.mean(list(cosines.values())), abs=1e-7)
+    assert compression.min_cosine > (0.9999 if kind == "int8" else 0.999)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_bytes_do_not_depend_on_the_threads(tmp_path: Path, kind: str) -> None:
+    rng = np.random.default_rng(17)
+    a, b = (stored(rng.normal(0, 1, 3 * 262144 + 5), "BF16") for _ in range(2))
+    found = []
+    for threads in (1, 3):
+        delta, _ = one_tensor(tmp_path, a, b, kind, threads=threads)
+        found.append((contents(tmp_path / "delta"), delta.stats.to_json()))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_copy_of_a_compressed_delta_has_the_same_bytes(tmp_path: Path, kind: str) -> None:
+    pair = write_pair(tmp_path, seed=2, hidden=72)
+    delta = compute_delta(
+        pair.reasoning, pair.multimodal, tmp_path / "delta", dtype=kind, max_shard_size="9KB"
+    )
+    copy = delta.save(tmp_path / "copy", max_shard_size="9KB")
+    assert contents(tmp_path / "copy") == contents(tmp_path / "delta")
+    assert len(contents(tmp_path / "copy")) > 2
+    assert copy.stats.to_json() == delta.stats.to_json()
+    assert all(torch.equal(copy[name], delta[name]) for name in delta)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_an_output_tensors_are_exact(tmp_path: Path, kind: str) -> None:
+    pair = write_pair(tmp_path)
+    delta = compute_delta(pair.reasoning, pair.multimodal, dtype=kind)
+    assert (delta.dtype, delta.stored_dtype) == ("bfloat16", kind)
+    for name in delta:
+        assert np.array_equal(bits(delta[name]), pair.expected(name, "BF16"))
+    assert delta.stats.total.stored_sq is None
+    assert delta.compression is None
+    assert delta.save(tmp_path / "delta").compression is not None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_delta_of_zeros_is_stored_as_zeros(tmp_path: Path, kind: str) -> None:
+    same = stored(np.ones(100), "BF16")
+    with pytest.warns(drift_fast.DriftWarning, match="zero everywhere"):
+        delta, _ = one_tensor(tmp_path, same, same, kind)
+    assert not delta[NAME].any()
+    assert delta.stats[NAME].flushed == 0
+    assert math.isnan(delta.stats[NAME].stored_cosine)
+
+
+def test_int8_below_the_range_of_its_scales_is_refused_and_counted_where_allowed(
+    tmp_path: Path,
+) -> None:
+    tiny = stored(np.full(128, 2.0**-26), "F32")
+    nothing = stored(np.zeros(128), "F32")
+    with refused(NonFiniteError, NAME, "below the range of int8", "bfloat16"):
+        one_tensor(tmp_path, tiny, nothing, "int8")
+    assert not (tmp_path / "delta").exists()
+    delta, _ = one_tensor(tmp_path, tiny, nothing, "int8", allow_nonfinite=True)
+    assert delta.stats[NAME].flushed == 128
+    assert not delta[NAME].any()
+
+
+def test_int8_beyond_the_range_of_its_scales_is_refused(tmp_path: Path) -> None:
+    large = stored(np.full(70, 1e7), "F32")
+    with refused(NonFiniteError, NAME, "70 differences", "beyond the range of int8"):
+        one_tensor(tmp_path, large, stored(np.zeros(70), "F32"), "int8")
+
+
+def test_the_largest_and_the_smallest_e4m3_scale_still_give_bfloat16(tmp_path: Path) -> None:
+    for magnitude in (3.3e38, 2.0**-126, 2.0**-140, 2.0**-149):
+        delta, _ = one_tensor(
+            tmp_path,
+            stored(np.array([magnitude, -magnitude / 3]), "F32"),
+            stored(np.zeros(2), "F32"),
+            "float8_e4m3",
+            allow_nonfinite=True,
+        )
+        row = delta.stats[NAME]
+        assert row.scale is not None
+        assert 2.0**-124 <= row.scale <= 2.0**119
+        expected = magnitude if magnitude > 2.0**-134 else 0.0
+        # Below 2⁻¹³⁴ nothing is left, and 464 · 2¹¹⁹ is the largest that codes have room for.
+        if magnitude < 1e38:
+            assert delta[NAME][0].item() == pytest.approx(expected, rel=1 / 16)
+            assert (row.flushed == 0) == (expected > 0)
+        else:
+            assert row.overflow == 1
+            assert delta[NAME][0].isnan()
+
+
+def test_a_difference_that_is_not_finite_is_nan_in_e4m3_and_zero_in_int8(tmp_path: Path) -> None:
+    values = np.array([1.0, np.nan, -0.5, np.inf])
+    for kind in KINDS:
+        bits_ = round_once(values, "F32")
+        delta, _ = one_tensor(
+            tmp_path,
+            stored_bits(bits_, "F32"),
+            stored(np.zeros(4), "F32"),
+            kind,
+            allow_nonfinite=True,
+        )
+        found = delta[NAME]
+        assert delta.stats[NAME].nonfinite == 2
+        assert found[[0, 2]].tolist() == pytest.approx([1.0, -0.5], rel=0.01)
+        if kind == "int8":
+            assert found[[1, 3]].tolist() == [0.0, 0.0]
+        else:
+            assert found[[1, 3]].isnan().all()
+
+
+def test_a_compressed_delta_is_injected_as_any_other(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    for kind in KINDS:
+        pair = write_pair(tmp_path / kind, seed=21, hidden=64, inner=64)
+        delta = compute_delta(pair.reasoning, pair.multimodal, tmp_path / kind / "d", dtype=kind)
+        plain = {name: tensor.clone() for name, tensor in delta.items()}
+        model = torch.nn.Module()
+        for name, tensor in plain.items():
+            parent = model
+            *path, leaf = name.split(".")
+            for part in path:
+                if not hasattr(parent, part):
+                    parent.add_module(part, torch.nn.Module())
+                parent = getattr(parent, part)
+            parent.register_parameter(leaf, torch.nn.Parameter(torch.zeros_like(tensor).float()))
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        with drift_fast.Injection(model, delta, alpha=2.0, scale="absolute") as injection:
+            injection.step()
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None
+            assert torch.equal(parameter.grad, 1 - 2 * plain[name].float()), name
+
+
+def test_compressed_deltas_combine(pair_and_delta: tuple[Any, Delta, str]) -> None:
+    _, delta, _ = pair_and_delta
+    combined = combine({delta: 2.0})
+    assert combined.dtype == "bfloat16"
+    assert all(torch.equal(combined[name], 2 * delta[name]) for name in delta)
+
+
+def test_a_composed_tensor_is_compressed_where_its_parts_begin_with_a_block(tmp_path: Path) -> None:
+    rng = np.random.default_rng(23)
+
+    def models(hidden: int, folder: Path) -> tuple[Path, Path, np.ndarray[Any, Any]]:
+        parts = [rng.normal(0, 1, (hidden, hidden)) for _ in range(3)]
+        rest = stored(rng.normal(0, 1, (hidden, hidden)), "F32")
+        at = "model.layers.0.self_attn."
+        text = {
+            f"{at}{part}_proj.weight": stored(values, "F32")
+            for part, values in zip("qkv", parts, strict=True)
+        } | {f"{at}o_proj.weight": rest}
+        fused = {
+            f"{at}qkv_proj.weight": stored(np.zeros((3 * hidden, hidden)), "F32"),
+            f"{at}o_proj.weight": stored(np.zeros((hidden, hidden)), "F32"),
+        }
+        return (
+            write_file(folder / "a.safetensors", text),
+            write_file(folder / "b.safetensors", fused),
+            np.concatenate(parts).astype(np.float32),
+        )
+
+    fused = "model.layers.0.self_attn.qkv_proj.weight"
+    first, second, exact = models(24, tmp_path / "aligned")
+    options: dict[str, Any] = {"dtype": "int8", "check_weights": False}
+    delta = compute_delta(first, second, tmp_path / "d", **options)
+    codes, scales = int8_codes(exact.ravel().astype(np.float64))
+    value = codes * scales.astype(np.float64).repeat(64)[: codes.size]
+    assert np.array_equal(bits(delta[fused]), as_bf16(value + 0.0))
+
+    first, second, _ = models(6, tmp_path / "not")
+    with refused(CheckpointError, fused, "element 36", "block of 64", "another dtype"):
+        compute_delta(first, second, tmp_path / "e", **options)
+    assert not (tmp_path / "e").exists()
+
+
+@pytest.mark.parametrize("scale", [None, 0.0, 0.3, -1.0, 2.0**-140, "1", float("nan")])
+def test_a_scale_that_is_no_power_of_two_is_refused(tmp_path: Path, scale: Any) -> None:
+    ones = stored(np.ones(4), "F32")
+    one_tensor(tmp_path, ones, stored(np.zeros(4), "F32"), "float8_e4m3")
+    description = tmp_path / "delta" / "drift.json"
+    told = json.loads(description.read_text())
+    told["statistics"][0]["scale"] = scale
+    description.write_text(json.dumps(told))
+    if scale == "1":
+        assert Delta.open(tmp_path / "delta")[NAME].tolist() == [1.0 / 2**-8] * 4
+        return
+    with refused(CheckpointError, "scale", NAME):
+        Delta.open(tmp_path / "delta")
+
+
+def test_scales_that_are_missing_or_of_another_shape_are_refused(tmp_path: Path) -> None:
+    ones = stored(np.ones(65), "F32")
+    one_tensor(tmp_path, ones, stored(np.zeros(65), "F32"), "int8")
+    codes = Stored("I8", (65,), bytes(65))
+    (file,) = (tmp_path / "delta").glob("*.safetensors")
+    index = tmp_path / "delta" / "delta.safetensors.index.json"
+    for scales in ({}, {f"{NAME}.scale": stored(np.ones(1), "F16")}):
+        write_file(file, {NAME: codes, **scales})
+        names = dict.fromkeys([NAME, *scales], file.name)
+        index.write_text(json.dumps({"metadata": {}, "weight_map": names}))
+        with refused(CheckpointError, f"{NAME}.scale", "compute the delta again"):
+            Delta.open(tmp_path / "delta")
+
+
+def test_more_sums_are_taken_in_the_same_pass(tmp_path: Path) -> None:
+    rng = np.random.default_rng(29)
+    a = np.where(rng.random(9001) < 0.3, 0, rng.normal(0, 1, 9001))
+    b = np.where(rng.random(9001) < 0.3, a, rng.normal(0, 1, 9001))
+    for dtype in FLOAT_DTYPES:
+        # Once as they are, once so small that float32 sums would lose them.
+        for factor in (1.0, 1e-30) if dtype != "F16" else (1.0,):
+            left, right = stored(a * factor, dtype), stored(b * factor, dtype)
+            delta, exact = one_tensor(tmp_path, left, right, "float32")
+            row = delta.stats[NAME]
+            assert row.max_abs == pytest.approx(np.abs(exact).max(), rel=1e-7)
+            assert row.zeros == np.count_nonzero(exact == 0)
+            agreeing = np.count_nonzero(left.values * right.values > 0)
+            assert row.agreeing == agreeing
+            assert row.zero_share == row.zeros / 9001
+            assert row.to_dict()["agreeing_share"] == agreeing / 9001
+            assert delta.stats.total.max_abs == row.max_abs
+            assert delta.stats.to_pandas()["zeros"].tolist() == [row.zeros]
+
+
+def test_a_delta_written_before_those_sums_opens_without_them(tmp_path: Path) -> None:
+    pair = write_pair(tmp_path)
+    compute_delta(pair.reasoning, pair.multimodal, tmp_path / "delta")
+    description = tmp_path / "delta" / "drift.json"
+    told = json.loads(description.read_text())
+    before = ("name", "shape", "delta_sq", "reasoning_sq", "multimodal_sq", "dot")
+    told["statistics"] = [
+        {key: row[key] for key in (*before, "nonfinite", "overflow")} for row in told["statistics"]
+    ]
+    description.write_text(json.dumps(told))
+    delta = Delta.open(tmp_path / "delta")
+    assert delta.stats.total.max_abs is None
+    assert math.isnan(delta.stats.by_module()[0].zero_share)
+    assert delta.stats[0].to_dict()["zero_share"] is None
+    assert delta.compression is None
+    copy = delta.save(tmp_path / "copy")
+    assert copy.stats.to_json() == told["statistics"]
+
+
+def test_the_command_writes_them_and_says_what_they_cost(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pair = write_pair(tmp_path)
+    out = tmp_path / "delta"
+    sides = [str(pair.reasoning), str(pair.multimodal)]
+    assert main(["delta", *sides, "--out", str(out), "--dtype", "int8"]) == 0
+    assert "cos(Δ, stored) 0.99" in capsys.readouterr().out
+    assert Delta.open(out).stored_dtype == "int8"
+    assert main(["check", *sides, "--dtype", "int8", "--json"]) in (0, 1)
+    plan = json.loads(capsys.readouterr().out)["plan"]
+    numel = sum(math.prod(shape) for shape in Delta.open(out).shapes.values())
+    assert plan["training_memory_nbytes"] == 2 * numel
+    assert plan["delta_nbytes"] == math.ceil(numel * (1 + 1 / 32))
