@@ -250,12 +250,12 @@ class Summed:
         return self._measure(places, progress, writer)
 
     def statistics(self, progress: ProgressCallback | None = None) -> Statistics:
-        return self.conclude(self._measure(range(len(self.shapes)), progress, None))
+        return self.conclude(self._measure(range(len(self.shapes)), progress, None), written=False)
 
-    def conclude(self, rows: Sequence[Mapping[str, Any]]) -> Statistics:
+    def conclude(self, rows: Sequence[Mapping[str, Any]], *, written: bool) -> Statistics:
         found = []
         for (name, shape), row in zip(self.shapes.items(), rows, strict=True):
-            if row["written_sq"] < (1 - share_lost(self.dtype)) * row["delta_sq"]:
+            if row["written_sq"] < (1 - share_lost(self._combined.dtype)) * row["delta_sq"]:
                 raise NonFiniteError(
                     f"{name}: part of the combined Δ is below the range of {self._combined.dtype}; "
                     "choose dtype='bfloat16' or 'float32'"

@@ -313,8 +313,11 @@ class _Backend(Protocol):
     ) -> Sequence[Mapping[str, Any]]:
         """Write the tensors of these places, the writer's first to last, and return a row each."""
 
-    def conclude(self, rows: Sequence[Mapping[str, Any]]) -> Statistics:
-        """Return the statistics that the rows of all tensors make, or refuse what they show."""
+    def conclude(self, rows: Sequence[Mapping[str, Any]], *, written: bool) -> Statistics:
+        """Return the statistics that the rows of all tensors make, or refuse what they show.
+
+        `written` says that the rows are those of tensors as they are stored.
+        """
 
 
 class Delta(Mapping[str, "torch.Tensor"]):
@@ -497,7 +500,7 @@ class Delta(Mapping[str, "torch.Tensor"]):
         combined = combine(deltas, missing_as_zero=missing_as_zero, dtype=dtype)
         return cls(
             Summed(combined),
-            dtype=combined.dtype,
+            stored_dtype=combined.dtype,
             coverage=combined.coverage(),
             sources=combined.describe(),
             alignment={},
