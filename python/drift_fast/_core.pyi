@@ -84,8 +84,9 @@ class DeltaWriter:
         *,
         max_shard_nbytes: int,
         overwrite: bool,
+        description_nbytes: int = 0,
     ) -> DeltaWriter: ...
-    def write(self, slot: int, buffer: Any) -> None: ...
+    def write(self, slot: int, buffer: Any, *, offset: int = 0) -> None: ...
     def commit(self, description: str) -> None: ...
     def abort(self) -> None: ...
 
@@ -101,9 +102,12 @@ def stream(
     pairs: list[tuple[_Source, str]],
     *,
     threads: int,
+    memory: int | None = None,
     writer: DeltaWriter | None = None,
     progress: Callable[[int, int], object] | None = None,
-) -> list[Moments]: ...
+    write: str | None = None,
+    prefetch: int | None = None,
+) -> tuple[list[Moments], int]: ...
 def subtract_into(
     reasoning: Checkpoint,
     multimodal: Checkpoint,
@@ -112,6 +116,7 @@ def subtract_into(
     *,
     dtype: str,
     threads: int,
+    memory: int | None = None,
     elements: tuple[int, int] | None = None,
 ) -> Moments: ...
 def likeness(

@@ -32,6 +32,9 @@ FORMAT_VERSION = 1
 DESCRIPTION = "drift.json"
 INDEX = "delta.safetensors.index.json"
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+MEMORY = "64MB"
+# What `drift.json` may take for one tensor beside its name.
+_ROW_NBYTES = 1024
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ def compute_delta(
     overwrite: bool = False,
     max_shard_size: int | str = "5GB",
     threads: int | None = None,
+    memory: int | str = MEMORY,
     progress: ProgressCallback | None = None,
     allow_nonfinite: bool = False,
     reader: str = "auto",
@@ -98,20 +102,29 @@ def compute_delta(
         max_shard_size: bytes, or text such as "500MB", of one file of the delta.
         threads: worker threads; None is every core this process may use. The result does not
             depend on it.
+        memory: bytes, or text such as "64MB", that all buffers of the stream and what is mapped
+            at a time may take, whatever the size of the models; where it is short, fewer threads
+            work. What grows with the number of tensors, names and statistics, comes on top, and
+            files that the system keeps in its page cache are not counted. The result does not
+            depend on it, and `Delta.peak_nbytes` says what was taken.
         progress: called on this thread with a `Progress`, about 20 times a second.
         allow_nonfinite: record NaN and infinity in the statistics instead of refusing.
-        reader: "pread", "mmap", or "auto" for the one that measured better, so far "pread". A file
-            that shrinks while it is mapped kills the process; read, it is an error.
+        reader: "pread", "mmap", or "auto": "pread" on network file systems, and elsewhere what
+            measured better, so far "pread" too. A file that shrinks while it is mapped kills the
+            process; read, it is an error.
 
     Raises:
         FileNotFoundError, CheckpointError: a source that is missing or not valid.
         AlignmentError, CoverageError: sources, or a mapping, that do not fit each other.
         NonFiniteError: NaN or infinity in a source, or a Δ beyond `dtype`'s range.
-        FileExistsError, OSError: an output that is taken, or a full disk; nothing is left behind.
-        ValueError: an argument without meaning.
+        FileExistsError, OSError: an output that is taken, or a full disk or quota, where the
+            message says how much is needed in all; nothing is left behind.
+        ValueError: an argument without meaning, or memory that not even one thread can work in,
+            where the message says the least.
     """
     _check_dtype(dtype)
     shard_nbytes = parse_size(max_shard_size)
+    memory_nbytes = parse_size(memory)
     selection = Selection.parse(modules, layers)
     threads = _thread_count(threads)
     pairing = pair_checkpoints(
@@ -132,7 +145,7 @@ def compute_delta(
         # With an output, or once statistics are asked for, the numbers themselves tell.
         _warn_of_zero(pairing)
     delta = Delta(
-        _Streamed(pairing, dtype, threads, allow_nonfinite),
+        _Streamed(pairing, dtype, threads, memory_nbytes, allow_nonfinite),
         dtype=dtype,
         coverage=pairing.coverage,
         sources=sources,
@@ -150,13 +163,17 @@ _LOST = 2**-7
 
 @dataclass(frozen=True)
 class Report:
-    """What `inspect` found: statistics and coverage; nothing was written."""
+    """What `inspect` found: statistics and coverage; nothing was written.
+
+    `peak_nbytes` is the most that the stream's buffers took at a time.
+    """
 
     stats: Statistics
     coverage: Coverage
     sources: dict[str, Any]
     nbytes: int
     alignment: dict[str, Any]
+    peak_nbytes: int
 
 
 def inspect(
@@ -171,6 +188,7 @@ def inspect(
     min_coverage: float | None = None,
     check_weights: bool = True,
     threads: int | None = None,
+    memory: int | str = MEMORY,
     progress: ProgressCallback | None = None,
     allow_nonfinite: bool = False,
     reader: str = "auto",
@@ -181,6 +199,7 @@ def inspect(
     """
     selection = Selection.parse(modules, layers)
     threads = _thread_count(threads)
+    memory_nbytes = parse_size(memory)
     pairing = pair_checkpoints(
         reasoning,
         multimodal,
@@ -192,13 +211,15 @@ def inspect(
         min_coverage=min_coverage,
     )
     pairing = _ready(pairing, reader, check_weights, progress)
-    stats = _Streamed(pairing, "float32", threads, allow_nonfinite).statistics(progress)
+    streamed = _Streamed(pairing, "float32", threads, memory_nbytes, allow_nonfinite)
+    stats, peak_nbytes = streamed.statistics(progress)
     return Report(
         stats,
         pairing.coverage,
         _describe_sources(pairing),
         pairing.nbytes,
         pairing.describe(),
+        peak_nbytes,
     )
 
 
@@ -254,15 +275,23 @@ class _Backend(Protocol):
     def read_into(
         self, name: str, buffer: Any, elements: tuple[int, int] | None = None
     ) -> None: ...
-    def statistics(self, progress: ProgressCallback | None = None) -> Statistics: ...
-    def write(self, writer: _core.DeltaWriter, progress: ProgressCallback | None) -> Statistics: ...
+    def statistics(
+        self, progress: ProgressCallback | None = None
+    ) -> tuple[Statistics, int | None]: ...
+    def write(
+        self,
+        writer: _core.DeltaWriter,
+        progress: ProgressCallback | None,
+        memory: int | None,
+    ) -> tuple[Statistics, int]: ...
 
 
 class Delta(Mapping[str, "torch.Tensor"]):
     """A mapping of tensor name to Δ, layer by layer, read or subtracted when asked for.
 
     `delta[name]` is a fresh tensor on the CPU each time; nothing is cached. Names are the
-    multimodal checkpoint's, on disk.
+    multimodal checkpoint's, on disk. `peak_nbytes` is the most that buffers took at a time when Δ
+    or its statistics were computed; None where this process did neither.
     """
 
     def __init__(
@@ -283,6 +312,7 @@ class Delta(Mapping[str, "torch.Tensor"]):
         self.alignment = alignment
         self.selection = selection
         self.path = path
+        self.peak_nbytes: int | None = None
         self._stats: Statistics | None = None
 
     @classmethod
@@ -333,18 +363,21 @@ class Delta(Mapping[str, "torch.Tensor"]):
         *,
         overwrite: bool = False,
         max_shard_size: int | str = "5GB",
+        memory: int | str | None = None,
         progress: ProgressCallback | None = None,
     ) -> Delta:
         """Write the delta to a directory and return it opened from there.
 
         The directory appears whole or not at all. It opens with any safetensors reader:
-        `delta-0000k-of-0000N.safetensors`, an index, and `drift.json`.
+        `delta-0000k-of-0000N.safetensors`, an index, and `drift.json`. `memory` is as for
+        `compute_delta`; None is what was given there, and "64MB" for a delta from disk.
 
         Raises:
             FileExistsError: `path` is taken.
-            OSError: the disk is full; nothing is left behind.
-            NonFiniteError: as `compute_delta`.
+            OSError: the disk or a quota is full; nothing is left behind.
+            NonFiniteError, ValueError: as `compute_delta`.
         """
+        memory_nbytes = None if memory is None else parse_size(memory)
         target = Path(path).absolute()
         if self.path is not None and target.exists() and target.samefile(self.path):
             raise FileExistsError(f"{target}: the delta is there already; choose another path")
@@ -354,14 +387,17 @@ class Delta(Mapping[str, "torch.Tensor"]):
             self.dtype,
             max_shard_nbytes=parse_size(max_shard_size),
             overwrite=overwrite,
+            description_nbytes=self._description_nbytes(),
         )
         try:
-            self._stats = self._backend.write(writer, progress)
+            self._stats, peak_nbytes = self._backend.write(writer, progress, memory_nbytes)
             writer.commit(json.dumps(self._describe(self._stats), indent=1) + "\n")
         except BaseException:
             writer.abort()
             raise
-        return Delta.open(target)
+        saved = Delta.open(target)
+        self.peak_nbytes = saved.peak_nbytes = peak_nbytes
+        return saved
 
     @property
     def names(self) -> list[str]:
@@ -377,7 +413,7 @@ class Delta(Mapping[str, "torch.Tensor"]):
     def stats(self) -> Statistics:
         """Norms and cosines; a delta that is not on disk reads both checkpoints once for them."""
         if self._stats is None:
-            self._stats = self._backend.statistics()
+            self._stats, self.peak_nbytes = self._backend.statistics()
         return self._stats
 
     def read_into(self, name: str, tensor: torch.Tensor, *, start: int | None = None) -> None:
@@ -448,6 +484,11 @@ class Delta(Mapping[str, "torch.Tensor"]):
         where = f" at {self.path}" if self.path else ""
         return f"Delta({len(self)} tensors, {self.dtype}, {self.selection}{where})"
 
+    def _description_nbytes(self) -> int:
+        """Return what the description will take at most, before there are statistics to put in."""
+        fixed = len(json.dumps(self._describe(Statistics([])), indent=1))
+        return fixed + sum(len(json.dumps(name)) + _ROW_NBYTES for name in self._backend.shapes)
+
     def _describe(self, stats: Statistics) -> dict[str, Any]:
         return {
             "format_version": FORMAT_VERSION,
@@ -466,10 +507,13 @@ class Delta(Mapping[str, "torch.Tensor"]):
 class _Streamed:
     """A delta that exists as two checkpoints and their pairing."""
 
-    def __init__(self, pairing: Pairing, dtype: str, threads: int, allow_nonfinite: bool) -> None:
+    def __init__(
+        self, pairing: Pairing, dtype: str, threads: int, memory: int, allow_nonfinite: bool
+    ) -> None:
         self._pairing = pairing
         self._dtype = dtype
         self._threads = threads
+        self._memory = memory
         self._allow_nonfinite = allow_nonfinite
         self._pairs = {pair.name: pair for pair in pairing.pairs}
         self.shapes = {name: pairing.shapes[name] for name in self._pairs}
@@ -490,29 +534,37 @@ class _Streamed:
             buffer,
             dtype=self._dtype,
             threads=self._threads,
+            memory=self._memory,
             elements=elements,
         )
         self._check([(name, moments)])
 
-    def write(self, writer: _core.DeltaWriter, progress: ProgressCallback | None) -> Statistics:
-        return self.statistics(progress, writer)
+    def write(
+        self,
+        writer: _core.DeltaWriter,
+        progress: ProgressCallback | None,
+        memory: int | None,
+    ) -> tuple[Statistics, int]:
+        return self.statistics(progress, writer, memory)
 
     def statistics(
         self,
         progress: ProgressCallback | None = None,
         writer: _core.DeltaWriter | None = None,
-    ) -> Statistics:
+        memory: int | None = None,
+    ) -> tuple[Statistics, int]:
         pairs, total_nbytes = self._pairing.pairs, self._pairing.nbytes
 
         def report(tensors: int, nbytes: int) -> None:
             if progress is not None:
                 progress(Progress(tensors, len(pairs), nbytes, total_nbytes))
 
-        moments = _core.stream(
+        moments, peak_nbytes = _core.stream(
             self._pairing.reasoning,
             self._pairing.multimodal,
             [(pair.source, pair.name) for pair in pairs],
             threads=self._threads,
+            memory=self._memory if memory is None else memory,
             writer=writer,
             progress=report,
         )
@@ -521,7 +573,7 @@ class _Streamed:
         stats = Statistics([row_from_moments(n, self.shapes[n], row) for n, row in named])
         if stats.total.delta_sq == 0:
             _warn_of_zero(self._pairing)
-        return stats
+        return stats, peak_nbytes
 
     def _check(self, moments: list[tuple[str, _core.Moments]]) -> None:
         if self._allow_nonfinite:
@@ -559,6 +611,10 @@ class _Streamed:
             )
 
 
+# A few mebibytes; more at a time copies no faster.
+_COPY_NUMEL = 1 << 21
+
+
 class _Stored:
     """A delta on disk."""
 
@@ -582,21 +638,35 @@ class _Stored:
     def read_into(self, name: str, buffer: Any, elements: tuple[int, int] | None = None) -> None:
         self._checkpoint.read_into(name, buffer, elements=elements)
 
-    def statistics(self, progress: ProgressCallback | None = None) -> Statistics:
-        return self._stats
+    def statistics(self, progress: ProgressCallback | None = None) -> tuple[Statistics, int | None]:
+        return self._stats, None
 
-    def write(self, writer: _core.DeltaWriter, progress: ProgressCallback | None) -> Statistics:
+    def write(
+        self,
+        writer: _core.DeltaWriter,
+        progress: ProgressCallback | None,
+        memory: int | None,
+    ) -> tuple[Statistics, int]:
         itemsize = 4 if self._dtype == "float32" else 2
         total = sum(row.numel for row in self._stats) * itemsize
+        largest = max((row.numel for row in self._stats), default=0)
+        allowed = parse_size(MEMORY) if memory is None else memory
+        if allowed < itemsize:
+            raise ValueError(f"memory of {allowed} bytes is too small: pass {itemsize} or more")
+        step = max(1, min(largest, _COPY_NUMEL, allowed // itemsize))
+        buffer = memoryview(bytearray(step * itemsize))
         done = 0
         for slot, row in enumerate(self._stats):
-            buffer = bytearray(row.numel * itemsize)
-            self._checkpoint.read_into(row.name, buffer)
-            writer.write(slot, buffer)
-            done += len(buffer)
-            if progress is not None:
-                progress(Progress(slot + 1, len(self._stats), done, total))
-        return self._stats
+            for start in range(0, max(1, row.numel), step):
+                stop = min(row.numel, start + step)
+                piece = buffer[: (stop - start) * itemsize]
+                self._checkpoint.read_into(row.name, piece, elements=(start, stop))
+                writer.write(slot, piece, offset=start * itemsize)
+                done += len(piece)
+                if progress is not None:
+                    tensors = slot + (stop == row.numel)
+                    progress(Progress(tensors, len(self._stats), done, total))
+        return self._stats, len(buffer)
 
 
 def _warn_of_zero(pairing: Pairing) -> None:

@@ -4,6 +4,7 @@
 //! crate knows bytes, names, shapes and dtypes; it knows neither torch nor Python.
 
 pub mod align;
+mod budget;
 pub mod checkpoint;
 pub mod compose;
 pub mod dtype;
@@ -11,6 +12,8 @@ pub mod error;
 pub mod kernel;
 pub mod likeness;
 pub mod memory;
+mod order;
+pub mod output;
 mod ranges;
 pub mod shard;
 pub mod stream;

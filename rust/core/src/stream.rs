@@ -1,21 +1,24 @@
-//! Run the kernel over many pairs of tensors: chunks, threads, read-ahead and page release.
+//! Run the kernel over many pairs of tensors: threads, read-ahead and page release.
 //!
-//! Owns the order of work, not the arithmetic. How a tensor is cut into chunks follows from its shape
-//! alone and moments are added in element order, so neither the thread count nor timing changes a
-//! bit.
+//! Owns what a worker does with a chunk, neither the arithmetic nor the order. How a tensor is cut
+//! follows from its shape alone and moments are added in element order, so neither the thread count
+//! nor the memory, the way of writing or timing changes a bit.
 
 use std::collections::HashSet;
 use std::ops::ControlFlow;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::mpsc::{self, RecvTimeoutError};
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{self, RecvTimeoutError, Sender};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
+use crate::budget::{Account, Demand, Plan};
 use crate::compose::Composed;
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::kernel::{self, Elements, Moments};
+use crate::order::{Chunk, Order, Origin, Taken};
+use crate::output::{Files, Job, Write};
 use crate::shard::{Shard, Tensor, subtractable};
 use crate::writer::Writer;
 
@@ -24,7 +27,11 @@ pub const CHUNK: usize = 1 << 18;
 
 /// Elements of one chunk of a composed tensor: long enough that a transposed part is read in runs of
 /// a kilobyte or more at the widths of real experts.
-const COMPOSED_CHUNK: usize = 1 << 20;
+pub(crate) const COMPOSED_CHUNK: usize = 1 << 20;
+
+/// How far ahead of the workers a disk is kept busy, both sides together. It fills the page cache,
+/// which is not the memory that [`Options::memory`] bounds.
+const PREFETCH_NBYTES: u64 = 32 << 20;
 
 /// How often the calling thread looks up from waiting.
 const TICK: Duration = Duration::from_millis(50);
@@ -46,7 +53,23 @@ pub enum Minuend<'a> {
     Composed(Composed<'a>),
 }
 
+impl Side<'_> {
+    /// Bytes of one element as it is stored.
+    pub(crate) fn element_nbytes(&self) -> usize {
+        let nbytes = (self.tensor.range.end - self.tensor.range.start) as usize;
+        nbytes.checked_div(self.tensor.numel()).unwrap_or(0)
+    }
+}
+
 impl<'a> Minuend<'a> {
+    /// Bytes of one element as it is stored.
+    pub(crate) fn element_nbytes(&self) -> usize {
+        match self {
+            Minuend::Whole(side) => side.element_nbytes(),
+            Minuend::Composed(composed) => composed.dtype().nbytes(),
+        }
+    }
+
     pub(crate) fn sides(&self) -> Box<dyn Iterator<Item = Side<'a>> + '_> {
         match self {
             Minuend::Whole(side) => Box::new(std::iter::once(*side)),
@@ -82,67 +105,110 @@ pub struct Progress {
     pub nbytes: u64,
 }
 
-struct Chunk {
-    pair: usize,
-    start: usize,
-    end: usize,
-    origin: Origin,
+/// How a run goes about it; nothing here changes a bit of the result.
+#[derive(Debug, Clone, Copy)]
+pub struct Options {
+    /// Workers at most.
+    pub threads: usize,
+    /// Bytes of all buffers, and of windows of mapped files, at most; it bounds the workers.
+    pub memory: usize,
+    /// Who writes to files, and how.
+    pub write: Write,
+    /// Bytes that a disk is asked for ahead of the workers.
+    pub prefetch_nbytes: u64,
 }
 
-/// Where a chunk's minuend lies.
-#[derive(Clone, Copy)]
-enum Origin {
-    Whole,
-    /// In this band of a composed tensor.
-    Band(usize),
-    /// Nowhere: rows without a counterpart.
-    Nothing,
+impl Options {
+    /// So many threads, in as much memory as they take.
+    pub fn new(threads: usize) -> Self {
+        Self {
+            threads,
+            memory: usize::MAX,
+            write: Write::default(),
+            prefetch_nbytes: PREFETCH_NBYTES,
+        }
+    }
 }
 
-/// Stream every pair through the kernel on `threads` threads and return the moments of each.
+/// What a run found.
+#[derive(Debug)]
+pub struct Outcome {
+    /// The moments of each pair.
+    pub moments: Vec<Moments>,
+    /// The most bytes that buffers took at a time; windows of mapped files are not among them.
+    pub peak_nbytes: usize,
+}
+
+/// Stream every pair through the kernel and return the moments of each.
 ///
 /// `tick` is called on the calling thread about twenty times a second and once at the end; when it
 /// breaks, the workers stop within a chunk and [`Error::Interrupted`] is returned.
 ///
 /// # Errors
-/// Shapes that differ, a dtype that cannot be subtracted, a failed read or write, a source that
-/// changed meanwhile, or an interruption.
+/// Shapes that differ, a dtype that cannot be subtracted, memory that one worker does not fit in, a
+/// failed read or write, a source that changed meanwhile, or an interruption.
 pub fn run(
     pairs: &[Pair<'_>],
     sink: Sink<'_>,
-    threads: usize,
+    options: &Options,
     tick: &mut dyn FnMut(Progress) -> ControlFlow<()>,
-) -> Result<Vec<Moments>> {
+) -> Result<Outcome> {
     for pair in pairs {
         check(pair)?;
     }
-    let chunks: Vec<Chunk> =
-        pairs.iter().enumerate().flat_map(|(index, pair)| cut(index, pair)).collect();
-    let output = Output::new(sink, pairs, &chunks)?;
+    let out = if let Sink::Files(writer) = &sink { Some(writer.dtype()) } else { None };
+    let plan = Plan::new(pairs, out, options)?;
+    let account = Account::default();
+    account.add(Order::window_nbytes(plan.workers));
+    let files;
+    let (output, memory): (_, (&mut [u8], usize)) = match sink {
+        Sink::None => (Output::None, (&mut [], 0)),
+        Sink::Files(writer) => {
+            files = Files::new(writer, options.write, &plan, &account);
+            (Output::Files(&files), (&mut [], 0))
+        }
+        Sink::Memory(dtype, buffer) => {
+            check_buffer(pairs, dtype, buffer)?;
+            (Output::Memory(dtype), (buffer, dtype.nbytes()))
+        }
+    };
     let work = Work {
         pairs,
-        chunks: &chunks,
-        output: &output,
-        results: chunks.iter().map(|_| OnceLock::new()).collect(),
-        remaining: remaining_per_pair(pairs.len(), &chunks),
-        next: AtomicUsize::new(0),
+        output,
+        order: Order::new(pairs, memory, plan.workers, options.prefetch_nbytes),
+        demand: plan.demand,
+        account: &account,
         stop: AtomicBool::new(false),
         nbytes: AtomicU64::new(0),
-        tensors: AtomicUsize::new(
-            pairs.iter().filter(|p| p.multimodal.tensor.numel() == 0).count(),
-        ),
         failure: Mutex::new(None),
     };
-    let threads = threads.clamp(1, chunks.len().max(1));
     let interrupted = thread::scope(|scope| {
         let (done, finished) = mpsc::channel::<()>();
+        let work = &work;
+        let queue = if let Output::Files(files) = work.output {
+            let (jobs, queue) = mpsc::channel();
+            let queue = Arc::new(Mutex::new(queue));
+            let serve = |_: &usize| {
+                let (queue, done) = (Arc::clone(&queue), done.clone());
+                let writer = move || {
+                    let stopped = || work.stop.load(Ordering::Relaxed);
+                    files.serve(&queue, stopped, |index, error| work.fail(index, error));
+                    drop(done);
+                };
+                thread::Builder::new().spawn_scoped(scope, writer).is_ok()
+            };
+            // Where none can be had, workers write.
+            let spawned = (0..options.write.writers()).take_while(serve).count();
+            (spawned > 0).then_some(jobs)
+        } else {
+            None
+        };
         let mut spawned = 0;
-        for _ in 0..threads {
-            let done = done.clone();
-            let work = &work;
+        for _ in 0..plan.workers {
+            let (done, queue) = (done.clone(), queue.clone());
             let worker = move || {
-                work.run();
-                drop(done);
+                work.run(queue.as_ref());
+                drop((queue, done));
             };
             // Where the system allows no more threads, those that there are do all of it.
             match thread::Builder::new().spawn_scoped(scope, worker) {
@@ -151,14 +217,14 @@ pub fn run(
             }
         }
         if spawned == 0 {
-            work.run();
+            work.run(queue.as_ref());
         }
-        drop(done);
-        // The channel closes when the last worker has gone, even if one panicked.
+        drop((queue, done));
+        // The channel closes when the last worker and writer have gone, even if one panicked.
         loop {
             let ended = matches!(finished.recv_timeout(TICK), Err(RecvTimeoutError::Disconnected));
             if tick(work.progress()).is_break() {
-                work.stop.store(true, Ordering::Relaxed);
+                work.stop();
                 return true;
             }
             if ended {
@@ -174,30 +240,8 @@ pub fn run(
         return Err(error);
     }
     check_unchanged(pairs)?;
-    let mut moments = vec![Moments::default(); pairs.len()];
-    for (chunk, result) in chunks.iter().zip(&work.results) {
-        let Some(result) = result.get() else { return Err(Error::Interrupted) };
-        moments[chunk.pair].add(result);
-    }
-    Ok(moments)
-}
-
-fn cut(index: usize, pair: &Pair<'_>) -> Vec<Chunk> {
-    let numel = pair.multimodal.tensor.numel();
-    let chunk = |start, end, origin| Chunk { pair: index, start, end, origin };
-    match &pair.reasoning {
-        Minuend::Whole(_) => (0..numel)
-            .step_by(CHUNK)
-            .map(|start| chunk(start, numel.min(start + CHUNK), Origin::Whole))
-            .collect(),
-        Minuend::Composed(composed) => composed
-            .runs(numel, COMPOSED_CHUNK)
-            .into_iter()
-            .map(|(run, band)| {
-                chunk(run.start, run.end, band.map_or(Origin::Nothing, Origin::Band))
-            })
-            .collect(),
-    }
+    let moments = work.order.finish().ok_or(Error::Interrupted)?;
+    Ok(Outcome { moments, peak_nbytes: account.peak_nbytes() })
 }
 
 fn check(pair: &Pair<'_>) -> Result<()> {
@@ -232,99 +276,124 @@ fn check_unchanged(pairs: &[Pair<'_>]) -> Result<()> {
     Ok(())
 }
 
-fn remaining_per_pair(pairs: usize, chunks: &[Chunk]) -> Vec<AtomicUsize> {
-    let mut counts = vec![0; pairs];
-    for chunk in chunks {
-        counts[chunk.pair] += 1;
+fn check_buffer(pairs: &[Pair<'_>], dtype: Dtype, buffer: &[u8]) -> Result<()> {
+    let numel: usize = pairs.iter().map(|pair| pair.multimodal.tensor.numel()).sum();
+    if pairs.len() == 1 && buffer.len() == numel * dtype.nbytes() {
+        return Ok(());
     }
-    counts.into_iter().map(AtomicUsize::new).collect()
+    Err(Error::Argument(format!(
+        "the buffer has {} bytes, expected {} for {numel} elements of {}",
+        buffer.len(),
+        numel * dtype.nbytes(),
+        dtype.name()
+    )))
 }
 
-/// The sink, cut so that each chunk has its own part.
+/// Where Δ goes.
+#[derive(Clone, Copy)]
 enum Output<'a> {
     None,
-    Files(&'a Writer),
-    Memory(Dtype, Vec<Mutex<&'a mut [u8]>>),
-}
-
-impl<'a> Output<'a> {
-    fn new(sink: Sink<'a>, pairs: &[Pair<'_>], chunks: &[Chunk]) -> Result<Self> {
-        match sink {
-            Sink::None => Ok(Output::None),
-            Sink::Files(writer) => Ok(Output::Files(writer)),
-            Sink::Memory(dtype, buffer) => {
-                let numel: usize = pairs.iter().map(|pair| pair.multimodal.tensor.numel()).sum();
-                if pairs.len() != 1 || buffer.len() != numel * dtype.nbytes() {
-                    return Err(Error::Argument(format!(
-                        "the buffer has {} bytes, expected {} for {numel} elements of {}",
-                        buffer.len(),
-                        numel * dtype.nbytes(),
-                        dtype.name()
-                    )));
-                }
-                let mut parts = Vec::with_capacity(chunks.len());
-                let mut rest = buffer;
-                for chunk in chunks {
-                    let (part, later) =
-                        rest.split_at_mut((chunk.end - chunk.start) * dtype.nbytes());
-                    parts.push(Mutex::new(part));
-                    rest = later;
-                }
-                Ok(Output::Memory(dtype, parts))
-            }
-        }
-    }
+    Files(&'a Files<'a>),
+    /// Into each chunk's own part of it.
+    Memory(Dtype),
 }
 
 struct Work<'a> {
     pairs: &'a [Pair<'a>],
-    chunks: &'a [Chunk],
-    output: &'a Output<'a>,
-    results: Vec<OnceLock<Moments>>,
-    remaining: Vec<AtomicUsize>,
-    next: AtomicUsize,
+    output: Output<'a>,
+    order: Order<'a>,
+    demand: Demand,
+    account: &'a Account,
     stop: AtomicBool,
     nbytes: AtomicU64,
-    tensors: AtomicUsize,
     /// The failure of the earliest chunk, so that which of several is reported depends little on timing.
     failure: Mutex<Option<(usize, Error)>>,
 }
 
 /// Buffers that a worker keeps from chunk to chunk.
-#[derive(Default)]
 struct Scratch {
     reasoning: Vec<u8>,
     runs: Vec<u8>,
     multimodal: Vec<u8>,
-    out: Vec<u8>,
 }
 
-impl Work<'_> {
-    fn run(&self) {
-        let mut scratch = Scratch::default();
-        while !self.stop.load(Ordering::Relaxed) {
-            let index = self.next.fetch_add(1, Ordering::Relaxed);
-            let Some(chunk) = self.chunks.get(index) else { return };
-            match self.chunk(index, chunk, &mut scratch) {
-                Ok(moments) => {
-                    // Each index is handed out once, so the cell is empty.
-                    let _ = self.results[index].set(moments);
-                    if self.remaining[chunk.pair].fetch_sub(1, Ordering::Relaxed) == 1 {
-                        self.tensors.fetch_add(1, Ordering::Relaxed);
-                    }
-                }
-                Err(error) => {
-                    let mut failure = self.failure.lock().unwrap_or_else(PoisonError::into_inner);
-                    if failure.as_ref().is_none_or(|(earliest, _)| index < *earliest) {
-                        *failure = Some((index, error));
-                    }
-                    self.stop.store(true, Ordering::Relaxed);
-                }
-            }
+impl Scratch {
+    fn new(demand: &Demand) -> Self {
+        // Of their full size at once: a vector that grows takes up to twice what it holds.
+        Self {
+            reasoning: Vec::with_capacity(demand.reasoning),
+            runs: Vec::with_capacity(demand.runs),
+            multimodal: Vec::with_capacity(demand.multimodal),
         }
     }
 
-    fn chunk(&self, index: usize, chunk: &Chunk, scratch: &mut Scratch) -> Result<Moments> {
+    fn nbytes(&self) -> usize {
+        self.reasoning.capacity() + self.runs.capacity() + self.multimodal.capacity()
+    }
+}
+
+impl<'a> Work<'a> {
+    fn run(&self, queue: Option<&Sender<Job<'a>>>) {
+        let mut scratch = Scratch::new(&self.demand);
+        let mut held = scratch.nbytes();
+        self.account.add(held);
+        while let Some(mut taken) = self.order.take() {
+            while let Some(chunk) = self.order.ahead() {
+                self.prefetch(&chunk);
+            }
+            match self.chunk(&mut taken, &mut scratch, queue) {
+                Ok(moments) => self.order.fold(&taken, moments),
+                Err(error) => self.fail(taken.index, error),
+            }
+            // Grown only where the plan was wrong, which the peak must show.
+            let now = scratch.nbytes();
+            self.account.add(now - held);
+            held = now;
+        }
+        self.account.remove(held);
+    }
+
+    fn fail(&self, index: usize, error: Error) {
+        let mut failure = self.failure.lock().unwrap_or_else(PoisonError::into_inner);
+        if failure.as_ref().is_none_or(|(earliest, _)| index < *earliest) {
+            *failure = Some((index, error));
+        }
+        drop(failure);
+        self.stop();
+    }
+
+    fn stop(&self) {
+        self.stop.store(true, Ordering::Relaxed);
+        self.order.stop();
+    }
+
+    fn prefetch(&self, chunk: &Chunk) {
+        let pair = &self.pairs[chunk.pair];
+        let ask = |side: Side<'_>| {
+            if let Ok((_, range)) = part(side, chunk) {
+                side.shard.prefetch(range);
+            }
+        };
+        match (&pair.reasoning, chunk.origin) {
+            (Minuend::Whole(side), _) => ask(*side),
+            (Minuend::Composed(composed), Origin::Band(band)) => {
+                for (side, range) in composed.spans(band, &(chunk.start..chunk.end)) {
+                    side.shard.prefetch(range);
+                }
+            }
+            // Of these rows nothing is read.
+            (Minuend::Composed(_), _) => return,
+        }
+        ask(pair.multimodal);
+    }
+
+    fn chunk(
+        &self,
+        taken: &mut Taken<'_>,
+        scratch: &mut Scratch,
+        queue: Option<&Sender<Job<'a>>>,
+    ) -> Result<Moments> {
+        let chunk = &taken.chunk;
         let pair = &self.pairs[chunk.pair];
         let (dtype, range) = part(pair.multimodal, chunk)?;
         let mut nbytes = range.end - range.start;
@@ -343,7 +412,7 @@ impl Work<'_> {
                 Elements { dtype: composed.dtype(), bytes: &scratch.reasoning }
             }
             (Minuend::Composed(_), _) => {
-                self.nothing(index, chunk, &mut scratch.out)?;
+                self.nothing(taken, queue)?;
                 self.nbytes.fetch_add(nbytes, Ordering::Relaxed);
                 return Ok(Moments::default());
             }
@@ -355,18 +424,16 @@ impl Work<'_> {
         let numel = chunk.end - chunk.start;
         let moments = match self.output {
             Output::None => kernel::subtract(reasoning, multimodal, None),
-            Output::Files(writer) => {
-                let dtype = writer.dtype();
-                scratch.out.resize(numel * dtype.nbytes(), 0);
-                let moments =
-                    kernel::subtract(reasoning, multimodal, Some((dtype, &mut scratch.out)));
-                writer.write_at(chunk.pair, chunk.start * dtype.nbytes(), &scratch.out)?;
+            Output::Files(files) => {
+                let dtype = files.writer().dtype();
+                let (offset, nbytes) = (chunk.start * dtype.nbytes(), numel * dtype.nbytes());
+                let mut lent = files.lend(chunk.pair, offset, nbytes)?;
+                let moments = kernel::subtract(reasoning, multimodal, Some((dtype, lent.bytes())));
+                files.put(taken.index, lent, queue)?;
                 moments
             }
-            Output::Memory(dtype, parts) => {
-                // One pair, so the chunk's index is its place in the buffer; nobody else locks it.
-                let mut out = parts[index].lock().unwrap_or_else(PoisonError::into_inner);
-                kernel::subtract(reasoning, multimodal, Some((*dtype, &mut out)))
+            Output::Memory(dtype) => {
+                kernel::subtract(reasoning, multimodal, Some((dtype, &mut *taken.memory)))
             }
         };
         self.nbytes.fetch_add(nbytes, Ordering::Relaxed);
@@ -378,27 +445,23 @@ impl Work<'_> {
     }
 
     /// Rows without a counterpart: Δ is zero there.
-    fn nothing(&self, index: usize, chunk: &Chunk, out: &mut Vec<u8>) -> Result<()> {
+    fn nothing(&self, taken: &mut Taken<'_>, queue: Option<&Sender<Job<'a>>>) -> Result<()> {
+        let Chunk { pair, start, end, .. } = taken.chunk;
         match self.output {
-            Output::None => Ok(()),
-            Output::Files(writer) => {
-                let nbytes = writer.dtype().nbytes();
-                out.clear();
-                out.resize((chunk.end - chunk.start) * nbytes, 0);
-                writer.write_at(chunk.pair, chunk.start * nbytes, out)
+            Output::None => {}
+            Output::Files(files) => {
+                let nbytes = files.writer().dtype().nbytes();
+                let mut lent = files.lend(pair, start * nbytes, (end - start) * nbytes)?;
+                lent.bytes().fill(0);
+                files.put(taken.index, lent, queue)?;
             }
-            Output::Memory(_, parts) => {
-                parts[index].lock().unwrap_or_else(PoisonError::into_inner).fill(0);
-                Ok(())
-            }
+            Output::Memory(_) => taken.memory.fill(0),
         }
+        Ok(())
     }
 
     fn progress(&self) -> Progress {
-        Progress {
-            tensors: self.tensors.load(Ordering::Relaxed),
-            nbytes: self.nbytes.load(Ordering::Relaxed),
-        }
+        Progress { tensors: self.order.tensors(), nbytes: self.nbytes.load(Ordering::Relaxed) }
     }
 }
 

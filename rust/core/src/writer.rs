@@ -8,7 +8,7 @@
 
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{Mode, OFlags};
@@ -16,7 +16,7 @@ use safetensors::tensor::{Metadata, TensorInfo};
 use serde_json::json;
 
 use crate::dtype::Dtype;
-use crate::error::{Error, Result};
+use crate::error::{Error, Limit, Result};
 
 /// The file whose presence says that a delta is whole.
 pub const DESCRIPTION: &str = "drift.json";
@@ -43,6 +43,8 @@ pub struct Writer {
     files: Vec<(PathBuf, File)>,
     /// File number and byte offset in it, for each slot.
     places: Vec<(usize, u64)>,
+    /// Bytes that all files take on the disk.
+    needed: u64,
 }
 
 /// The hidden directory, locked against another run and removed when dropped.
@@ -64,7 +66,8 @@ impl Drop for Staging {
 
 impl Writer {
     /// Reserve the space for `slots` at `target`, which must not exist, be an empty directory, or,
-    /// with `overwrite`, hold a delta. A shard takes at most `max_shard_nbytes`, or one tensor.
+    /// with `overwrite`, hold a delta. A shard takes at most `max_shard_nbytes`, or one tensor;
+    /// `description_nbytes` is room for what [`Writer::commit`] adds.
     ///
     /// # Errors
     /// A target that is taken, another run writing to it, or not enough space.
@@ -73,6 +76,7 @@ impl Writer {
         slots: &[Slot],
         dtype: Dtype,
         max_shard_nbytes: u64,
+        description_nbytes: u64,
         overwrite: bool,
     ) -> Result<Self> {
         check_target(target, overwrite)?;
@@ -90,24 +94,35 @@ impl Writer {
         } else {
             parent.to_owned()
         };
-        check_space(&home, &target, layout.iter().map(|shard| shard.nbytes()).sum())?;
-        let staging = Staging::create(&home, &name.to_string_lossy())?;
         let mut places = Vec::with_capacity(slots.len());
-        let mut files = Vec::with_capacity(layout.len());
+        let mut names = Vec::with_capacity(layout.len());
         let mut weight_map = serde_json::Map::new();
         for (number, shard) in layout.iter().enumerate() {
             let file_name = format!("delta-{:05}-of-{:05}.safetensors", number + 1, layout.len());
-            let path = staging.path.join(&file_name);
-            files.push((path.clone(), allocate(&path, shard)?));
             for (offset, slot) in shard.offsets.iter().zip(shard.slots) {
                 places.push((number, shard.header.len() as u64 + offset));
                 weight_map.insert(slot.name.clone(), json!(file_name));
             }
+            names.push(file_name);
         }
         let total: u64 = layout.iter().map(|shard| shard.data_nbytes).sum();
         let index = json!({"metadata": {"total_size": total}, "weight_map": weight_map});
-        write_new(&staging.path.join(INDEX), format!("{index:#}\n").as_bytes())?;
-        Ok(Self { target, staging, dtype, overwrite, parents, files, places })
+        let index = format!("{index:#}\n");
+        let sizes = layout.iter().map(ShardLayout::nbytes);
+        let needed =
+            check_space(&home, &target, sizes.chain([index.len() as u64, description_nbytes]))?;
+        let staging = Staging::create(&home, &name.to_string_lossy())?;
+        let mut files = Vec::with_capacity(layout.len());
+        for (name, shard) in names.iter().zip(&layout) {
+            let path = staging.path.join(name);
+            let file = allocate(&path, shard)
+                .map_err(|(action, error)| staging.failed(&path, action, error, &target, needed))?;
+            files.push((path, file));
+        }
+        let path = staging.path.join(INDEX);
+        write_new(&path, index.as_bytes())
+            .map_err(|error| staging.failed(&path, "write the index", error, &target, needed))?;
+        Ok(Self { target, staging, dtype, overwrite, parents, files, places, needed })
     }
 
     /// The dtype of every slot.
@@ -120,11 +135,34 @@ impl Writer {
     /// # Errors
     /// A failed write.
     pub fn write_at(&self, slot: usize, offset: usize, bytes: &[u8]) -> Result<()> {
+        let (file, position) = self.place(slot, offset)?;
+        let (path, file) = self.file(file);
+        file.write_all_at(bytes, position)
+            .map_err(|error| self.failed(path, "write the delta", error))
+    }
+
+    /// The number of the file that byte `offset` of a slot lies in, and its position there.
+    pub(crate) fn place(&self, slot: usize, offset: usize) -> Result<(usize, u64)> {
         let &(file, start) = self.places.get(slot).ok_or_else(|| {
             Error::Argument(format!("there is no slot {slot} among {}", self.places.len()))
         })?;
-        let (path, file) = &self.files[file];
-        file.write_all_at(bytes, start + offset as u64).map_err(Error::io(path, "write the delta"))
+        Ok((file, start + offset as u64))
+    }
+
+    /// How many files hold tensors.
+    pub(crate) fn files(&self) -> usize {
+        self.files.len()
+    }
+
+    /// One of those files, and the path that it has until [`Writer::commit`].
+    pub(crate) fn file(&self, number: usize) -> (&Path, &File) {
+        let (path, file) = &self.files[number];
+        (path, file)
+    }
+
+    /// A failed write, as an error that says what is needed in all where that is what was missing.
+    pub(crate) fn failed(&self, path: &Path, action: &'static str, error: io::Error) -> Error {
+        self.staging.failed(path, action, error, &self.target, self.needed)
     }
 
     /// Flush everything, add `drift.json` and give the directory its name.
@@ -133,9 +171,11 @@ impl Writer {
     /// A failed flush or rename, or a target that was taken meanwhile; nothing is left behind.
     pub fn commit(mut self, description: &str) -> Result<()> {
         for (path, file) in &self.files {
-            file.sync_all().map_err(Error::io(path, "flush the delta"))?;
+            file.sync_all().map_err(|error| self.failed(path, "flush the delta", error))?;
         }
-        write_new(&self.staging.path.join(DESCRIPTION), description.as_bytes())?;
+        let path = self.staging.path.join(DESCRIPTION);
+        write_new(&path, description.as_bytes())
+            .map_err(|error| self.failed(&path, "write the description", error))?;
         sync_directory(&self.staging.path)?;
         if self.staging.path.parent() == Some(&self.target) {
             self.move_files()?;
@@ -254,6 +294,28 @@ impl Staging {
         }
         Ok(staging)
     }
+
+    /// What a failed write comes to. Of a full disk, a used-up quota and a file that grew too large it
+    /// says how much is needed in all; what is free counts what goes when this is dropped.
+    fn failed(
+        &self,
+        path: &Path,
+        action: &'static str,
+        error: io::Error,
+        target: &Path,
+        needed: u64,
+    ) -> Error {
+        let Some(limit) = Limit::of(&error) else { return Error::io(path, action)(error) };
+        let held: u64 = fs::read_dir(&self.path)
+            .into_iter()
+            .flatten()
+            .filter_map(|entry| entry.and_then(|entry| entry.metadata()).ok())
+            // POSIX leaves the unit open; Linux and macOS count in 512 bytes.
+            .map(|metadata| metadata.blocks() * 512)
+            .sum();
+        let available = free_nbytes(&self.path).map_or(0, |(free, _)| free.saturating_add(held));
+        Error::NoSpace { path: target.to_owned(), needed, available, limit }
+    }
 }
 
 /// The directories above the target that had to be made, removed again unless kept.
@@ -353,15 +415,18 @@ fn shard_layout(slots: &[Slot], dtype: Dtype) -> Result<ShardLayout<'_>> {
     Ok(ShardLayout { slots, offsets, data_nbytes: end as u64, header: bytes })
 }
 
-fn allocate(path: &Path, shard: &ShardLayout<'_>) -> Result<File> {
+fn allocate(
+    path: &Path,
+    shard: &ShardLayout<'_>,
+) -> std::result::Result<File, (&'static str, io::Error)> {
     let file = OpenOptions::new()
         .read(true)
         .write(true)
         .create_new(true)
         .open(path)
-        .map_err(Error::io(path, "create the file"))?;
-    reserve(&file, shard.nbytes()).map_err(Error::io(path, "reserve space for the delta"))?;
-    file.write_all_at(&shard.header, 0).map_err(Error::io(path, "write the header"))?;
+        .map_err(|error| ("create the file", error))?;
+    reserve(&file, shard.nbytes()).map_err(|error| ("reserve space for the delta", error))?;
+    file.write_all_at(&shard.header, 0).map_err(|error| ("write the header", error))?;
     Ok(file)
 }
 
@@ -424,20 +489,36 @@ fn is_ours(name: &str) -> bool {
             .is_some_and(|(number, total)| is_count(number) && is_count(total))
 }
 
-fn check_space(parent: &Path, target: &Path, needed: u64) -> Result<()> {
-    let statistics = rustix::fs::statvfs(parent)
-        .map_err(|error| Error::io(parent, "ask for the free space")(error.into()))?;
-    let available = statistics.f_bavail.saturating_mul(statistics.f_frsize);
+/// The bytes that files of these sizes and their directory take on the disk, if they are free.
+fn check_space(parent: &Path, target: &Path, sizes: impl Iterator<Item = u64>) -> Result<u64> {
+    let (available, block) =
+        free_nbytes(parent).map_err(Error::io(parent, "ask for the free space"))?;
+    let needed = sizes
+        .chain([block])
+        .try_fold(0u64, |total, size| total.checked_add(size.checked_next_multiple_of(block)?))
+        .unwrap_or(u64::MAX);
     if needed > available {
-        return Err(Error::NoSpace { path: target.to_owned(), needed, available });
+        return Err(Error::NoSpace {
+            path: target.to_owned(),
+            needed,
+            available,
+            limit: Limit::FileSystem,
+        });
     }
-    Ok(())
+    Ok(needed)
 }
 
-fn write_new(path: &Path, bytes: &[u8]) -> Result<()> {
+/// What is free to this user, and the unit in which it is given out.
+fn free_nbytes(directory: &Path) -> io::Result<(u64, u64)> {
+    let statistics = rustix::fs::statvfs(directory)?;
+    let unit = statistics.f_frsize.max(1);
+    Ok((statistics.f_bavail.saturating_mul(unit), unit))
+}
+
+fn write_new(path: &Path, bytes: &[u8]) -> io::Result<()> {
     use std::io::Write;
-    let mut file = File::create_new(path).map_err(Error::io(path, "create the file"))?;
-    file.write_all(bytes).and_then(|()| file.sync_all()).map_err(Error::io(path, "write the file"))
+    let mut file = File::create_new(path)?;
+    file.write_all(bytes).and_then(|()| file.sync_all())
 }
 
 fn sync_directory(path: &Path) -> Result<()> {

@@ -18,7 +18,8 @@ mod _core {
     use drift_fast_core::compose::{Composed, Part};
     use drift_fast_core::likeness::likeness as likeness_core;
     use drift_fast_core::memory::{Precision, Step, measure as measure_core, subtract_all};
-    use drift_fast_core::stream::{Minuend, Pair, Progress, Side, Sink, run};
+    use drift_fast_core::output::{How, Write};
+    use drift_fast_core::stream::{Minuend, Options, Outcome, Pair, Progress, Side, Sink, run};
     use drift_fast_core::writer::Slot;
     use drift_fast_core::{Dtype, Error, Moments, Reader, checkpoint, kernel, writer};
     use pyo3::buffer::PyBuffer;
@@ -62,7 +63,7 @@ mod _core {
         #[pyo3(signature = (path, *, reader = "auto"))]
         fn new(py: Python<'_>, path: PathBuf, reader: &str) -> PyResult<Self> {
             let reader = match reader {
-                "auto" => Reader::default(),
+                "auto" => Reader::Auto,
                 "mmap" => Reader::Mmap,
                 "pread" => Reader::Pread,
                 other => {
@@ -150,13 +151,16 @@ mod _core {
     #[pymethods]
     impl DeltaWriter {
         #[new]
-        #[pyo3(signature = (target, tensors, dtype, *, max_shard_nbytes, overwrite))]
+        #[pyo3(signature = (
+            target, tensors, dtype, *, max_shard_nbytes, overwrite, description_nbytes = 0
+        ))]
         fn new(
             target: PathBuf,
             tensors: Vec<(String, Vec<usize>)>,
             dtype: &str,
             max_shard_nbytes: u64,
             overwrite: bool,
+            description_nbytes: u64,
         ) -> PyResult<Self> {
             let slots: Vec<Slot> =
                 tensors.into_iter().map(|(name, shape)| Slot { name, shape }).collect();
@@ -165,18 +169,26 @@ mod _core {
                 &slots,
                 parse_dtype(dtype)?,
                 max_shard_nbytes,
+                description_nbytes,
                 overwrite,
             )
             .map_err(to_py)?;
             Ok(Self { inner: Mutex::new(Some(inner)) })
         }
 
-        /// Write the whole of one tensor, given by its place in the list.
-        fn write(&self, py: Python<'_>, slot: usize, buffer: &Bound<'_, PyAny>) -> PyResult<()> {
+        /// Write bytes of one tensor, given by its place in the list, from byte `offset` of it on.
+        #[pyo3(signature = (slot, buffer, *, offset = 0))]
+        fn write(
+            &self,
+            py: Python<'_>,
+            slot: usize,
+            buffer: &Bound<'_, PyAny>,
+            offset: usize,
+        ) -> PyResult<()> {
             let buffer = Readable::new(buffer)?;
             let guard = self.hold()?;
             let writer = guard.as_ref().ok_or_else(finished)?;
-            py.detach(|| writer.write_at(slot, 0, buffer.bytes())).map_err(to_py)
+            py.detach(|| writer.write_at(slot, offset, buffer.bytes())).map_err(to_py)
         }
 
         /// Flush, add `drift.json` with this text, and give the directory its name.
@@ -242,33 +254,78 @@ mod _core {
         }
     }
 
-    /// Stream pairs of tensors and return one dictionary of moments for each.
+    /// Stream pairs of tensors; return one dictionary of moments for each, and the most bytes that
+    /// buffers took at a time.
+    ///
+    /// `memory` bounds the buffers and what is mapped, in bytes. `write` is "worker", "queue", "early"
+    /// or "direct", of the last three with ":N" for N writing threads; `prefetch` is how many bytes a
+    /// disk is asked for ahead.
     #[pyfunction]
-    #[pyo3(signature = (reasoning, multimodal, pairs, *, threads, writer = None, progress = None))]
+    #[pyo3(signature = (
+        reasoning, multimodal, pairs, *, threads, memory = None, writer = None, progress = None,
+        write = None, prefetch = None
+    ))]
+    #[expect(clippy::too_many_arguments, reason = "they are the keywords of a Python function")]
     fn stream<'py>(
         py: Python<'py>,
         reasoning: &Checkpoint,
         multimodal: &Checkpoint,
         pairs: Vec<(Source, String)>,
         threads: usize,
+        memory: Option<usize>,
         writer: Option<&DeltaWriter>,
         progress: Option<Py<PyAny>>,
-    ) -> PyResult<Bound<'py, PyList>> {
+        write: Option<&str>,
+        prefetch: Option<u64>,
+    ) -> PyResult<(Bound<'py, PyList>, usize)> {
         let guard = writer.map(DeltaWriter::hold).transpose()?;
         let sink = match &guard {
             None => Sink::None,
             Some(inner) => Sink::Files(inner.as_ref().ok_or_else(finished)?),
         };
         let pairs = resolve(&reasoning.inner, &multimodal.inner, &pairs)?;
-        let moments = detached(py, &pairs, sink, threads, progress)?;
-        let rows = moments.iter().map(|m| row(py, m)).collect::<PyResult<Vec<_>>>()?;
-        PyList::new(py, rows)
+        let mut options = options(threads, memory);
+        if let Some(write) = write {
+            options.write = parse_write(write)?;
+        }
+        options.prefetch_nbytes = prefetch.unwrap_or(options.prefetch_nbytes);
+        let outcome = detached(py, &pairs, sink, &options, progress)?;
+        let rows = outcome.moments.iter().map(|m| row(py, m)).collect::<PyResult<Vec<_>>>()?;
+        Ok((PyList::new(py, rows)?, outcome.peak_nbytes))
+    }
+
+    fn options(threads: usize, memory: Option<usize>) -> Options {
+        let unbounded = Options::new(threads);
+        Options { memory: memory.unwrap_or(unbounded.memory), ..unbounded }
+    }
+
+    fn parse_write(text: &str) -> PyResult<Write> {
+        let (name, writers) = text.split_once(':').unwrap_or((text, "1"));
+        let queue = |how| {
+            let writers = writers.parse().ok().filter(|writers| (1..=64).contains(writers))?;
+            Some(Write::Queue { writers, how })
+        };
+        let parsed = match name {
+            "worker" => Some(Write::Worker),
+            "queue" => queue(How::Cached),
+            "early" => queue(How::Early),
+            "direct" => queue(How::Direct),
+            _ => None,
+        };
+        parsed.ok_or_else(|| {
+            PyValueError::new_err(format!(
+                "write must be 'worker', 'queue', 'early' or 'direct', the last three with the \
+                 number of threads after a colon or without, got {text:?}"
+            ))
+        })
     }
 
     /// Fill a writable buffer with one difference, or with elements [start, stop) of it, and return
     /// the moments of those. Of a composed tensor only the whole can be asked for.
     #[pyfunction]
-    #[pyo3(signature = (reasoning, multimodal, pair, buffer, *, dtype, threads, elements = None))]
+    #[pyo3(signature = (
+        reasoning, multimodal, pair, buffer, *, dtype, threads, memory = None, elements = None
+    ))]
     #[expect(clippy::too_many_arguments, reason = "they are the keywords of a Python function")]
     fn subtract_into<'py>(
         py: Python<'py>,
@@ -278,6 +335,7 @@ mod _core {
         buffer: &Bound<'py, PyAny>,
         dtype: &str,
         threads: usize,
+        memory: Option<usize>,
         elements: Option<(usize, usize)>,
     ) -> PyResult<Bound<'py, PyDict>> {
         let mut buffer = Writable::new(buffer)?;
@@ -298,8 +356,8 @@ mod _core {
             };
         }
         let sink = Sink::Memory(parse_dtype(dtype)?, buffer.bytes());
-        let moments = detached(py, &pairs, sink, threads, None)?;
-        row(py, &moments[0])
+        let outcome = detached(py, &pairs, sink, &options(threads, memory), None)?;
+        row(py, &outcome.moments[0])
     }
 
     /// Moments of tensors in memory, pair by pair: (‖left‖², ‖right‖², left · right).
@@ -453,9 +511,9 @@ mod _core {
         py: Python<'_>,
         pairs: &[Pair<'_>],
         sink: Sink<'_>,
-        threads: usize,
+        options: &Options,
         progress: Option<Py<PyAny>>,
-    ) -> PyResult<Vec<Moments>> {
+    ) -> PyResult<Outcome> {
         let mut raised: Option<PyErr> = None;
         let mut tick = |state: Progress| {
             let answer = Python::attach(|py| {
@@ -473,7 +531,7 @@ mod _core {
                 }
             }
         };
-        let result = py.detach(|| run(pairs, sink, threads, &mut tick));
+        let result = py.detach(|| run(pairs, sink, options, &mut tick));
         match raised {
             Some(error) => Err(error),
             None => result.map_err(to_py),
