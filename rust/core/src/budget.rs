@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::order::{Chunks, Order};
-use crate::output::{Buffer, Write};
+use crate::output::Buffer;
 use crate::shard::Reader;
 use crate::stream::{CHUNK, COMPOSED_CHUNK, Minuend, Options, Pair, Side};
 
@@ -118,13 +118,20 @@ impl Plan {
         }
         let threads = options.threads.max(1);
         let chunks = Chunks::new(pairs).take(threads).count().max(1);
-        let plan = |workers| Self {
-            demand,
-            workers,
-            buffers: if out.is_some() { buffers(workers, options.write) } else { 0 },
+        let plan = |workers| {
+            let wanted = workers + 2 * options.write.writers();
+            let least = Self { demand, workers, buffers: 0 };
+            if out.is_none() {
+                return least;
+            }
+            // One in each worker's hands, and for each writer one in its hands and one that waits for
+            // it; where memory is short, workers wait for buffers that are being written.
+            let room = options.memory.saturating_sub(least.nbytes());
+            let buffers = room / Buffer::held_nbytes(demand.out);
+            Self { buffers: buffers.clamp(workers, wanted), ..least }
         };
         let fits = |plan: &Self| plan.nbytes() <= options.memory;
-        // Fewer threads than there are cores is all that this is for, so a walk will do.
+        // Workers are at most as many as somebody wants threads, so a walk will do.
         (1..=threads.min(chunks)).rev().map(plan).find(fits).ok_or_else(|| {
             Error::Argument(format!(
                 "memory of {} bytes is too small: one thread needs {} for these tensors, of which \
@@ -141,17 +148,12 @@ impl Plan {
     fn nbytes(&self) -> usize {
         let Demand { reasoning, runs, multimodal, mapped, out } = self.demand;
         let worker = reasoning + runs + multimodal + mapped;
-        // A pair of sizes that overflows is one that does not fit.
+        // A product that overflows is one that does not fit.
         worker
             .saturating_mul(self.workers)
             .saturating_add(Buffer::held_nbytes(out).saturating_mul(self.buffers))
             .saturating_add(Order::window_nbytes(self.workers))
     }
-}
-
-/// One in each worker's hands, and for each writer one in its hands and one that waits for it.
-fn buffers(workers: usize, write: Write) -> usize {
-    workers + 2 * write.writers()
 }
 
 /// Bytes of buffers that are allocated, and the most that were at a time.
