@@ -413,7 +413,9 @@ class Delta(Mapping[str, "torch.Tensor"]):
     def stats(self) -> Statistics:
         """Norms and cosines; a delta that is not on disk reads both checkpoints once for them."""
         if self._stats is None:
-            self._stats, self.peak_nbytes = self._backend.statistics()
+            self._stats, peak_nbytes = self._backend.statistics()
+            # Statistics that lay on disk took no stream.
+            self.peak_nbytes = self.peak_nbytes if peak_nbytes is None else peak_nbytes
         return self._stats
 
     def read_into(self, name: str, tensor: torch.Tensor, *, start: int | None = None) -> None:
