@@ -23,7 +23,7 @@ pub(crate) struct Demand {
     /// Read from the multimodal side.
     pub(crate) multimodal: usize,
     /// Lent by mappings, of both sides.
-    mapped: usize,
+    pub(crate) mapped: usize,
     /// Δ of one chunk on its way to a file.
     pub(crate) out: usize,
 }

@@ -144,3 +144,23 @@ impl Error {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_full_disk_a_used_up_quota_and_a_file_too_large_are_told_apart() {
+        for limit in Limit::ALL {
+            assert_eq!(Limit::of(&io::Error::from_raw_os_error(limit.errno())), Some(limit));
+            let path = PathBuf::from("delta");
+            let message = Error::NoSpace { path, needed: 12, available: 7, limit }.to_string();
+            assert!(
+                message.contains("needs 12 bytes") && message.contains("has 7 free"),
+                "{message}"
+            );
+        }
+        assert_eq!(Limit::of(&io::Error::from_raw_os_error(5)), None);
+        assert_eq!(Limit::of(&io::ErrorKind::UnexpectedEof.into()), None);
+    }
+}

@@ -239,3 +239,152 @@ impl<'a> Order<'a> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::path::{Path, PathBuf};
+
+    use super::*;
+    use crate::checkpoint::Checkpoint;
+    use crate::shard::Reader;
+    use crate::stream::Side;
+
+    /// A file of holes with one bfloat16 tensor of each size.
+    fn sparse(directory: &Path, sizes: &[usize]) -> PathBuf {
+        let mut end = 0;
+        let entries: Vec<String> = sizes
+            .iter()
+            .enumerate()
+            .map(|(number, numel)| {
+                let start = end;
+                end += 2 * numel;
+                format!(
+                    "\"{number}\":{{\"dtype\":\"BF16\",\"shape\":[{numel}],\"data_offsets\":[{start},{end}]}}"
+                )
+            })
+            .collect();
+        let header = format!("{{{}}}", entries.join(","));
+        let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+        bytes.extend(header.as_bytes());
+        let path = directory.join("a.safetensors");
+        std::fs::write(&path, &bytes).unwrap();
+        let file = std::fs::File::options().write(true).open(&path).unwrap();
+        file.set_len((bytes.len() + end) as u64).unwrap();
+        path
+    }
+
+    fn pairs<'a>(checkpoint: &'a Checkpoint, sizes: &[usize]) -> Vec<Pair<'a>> {
+        (0..sizes.len())
+            .map(|number| {
+                let (shard, tensor) = checkpoint.tensor(&number.to_string()).unwrap();
+                let side = Side { shard, tensor };
+                Pair { reasoning: Minuend::Whole(side), multimodal: side }
+            })
+            .collect()
+    }
+
+    const SIZES: [usize; 5] = [0, 3, 40 * CHUNK + 1, 0, CHUNK];
+
+    fn with_order<T>(prefetch_nbytes: u64, then: impl FnOnce(&Order<'_>) -> T) -> T {
+        let directory = tempfile::tempdir().unwrap();
+        let path = sparse(directory.path(), &SIZES);
+        let checkpoint = Checkpoint::open(&path, Reader::Pread).unwrap();
+        let pairs = pairs(&checkpoint, &SIZES);
+        then(&Order::new(&pairs, (&mut [], 0), 1, prefetch_nbytes))
+    }
+
+    fn sum(value: f64) -> Moments {
+        Moments { delta_sq: value, ..Moments::default() }
+    }
+
+    #[test]
+    fn sums_are_taken_in_element_order_in_whatever_order_chunks_come_back() {
+        // Not associative: the small values survive only if they are added first.
+        let value = |index: usize| if index == 41 { 1e17 } else { 1.0 };
+        let total = with_order(0, |order| {
+            let mut taken = Vec::new();
+            for _ in 0..WINDOW_PER_WORKER {
+                taken.push(order.take().unwrap());
+            }
+            while let Some(chunk) = taken.pop() {
+                order.fold(&chunk, sum(value(chunk.index)));
+                if taken.is_empty() {
+                    taken.extend((0..WINDOW_PER_WORKER).map_while(|_| order.take()));
+                }
+                let state = order.state();
+                assert!(state.pending.len() <= WINDOW_PER_WORKER);
+                assert!(state.pending.capacity() <= 2 * WINDOW_PER_WORKER);
+            }
+            assert_eq!(order.tensors(), SIZES.len());
+            order.state().moments.iter().map(|m| m.delta_sq).collect::<Vec<_>>()
+        });
+        let mut long = 0.0;
+        (1..=41).for_each(|index| long += value(index));
+        assert_eq!(total, [0.0, 1.0, long, 0.0, 1.0]);
+        assert_ne!(long, 1e17);
+    }
+
+    #[test]
+    fn nothing_is_handed_out_that_lies_too_far_ahead_of_the_sums() {
+        with_order(0, |order| {
+            let first = order.take().unwrap();
+            while order.state().taken < WINDOW_PER_WORKER {
+                let chunk = order.take().unwrap();
+                order.fold(&chunk, sum(1.0));
+            }
+            std::thread::scope(|scope| {
+                let next = scope.spawn(|| order.take().map(|taken| taken.index));
+                order.fold(&first, sum(1.0));
+                assert_eq!(next.join().unwrap(), Some(WINDOW_PER_WORKER));
+            });
+            order.stop();
+            assert!(order.take().is_none());
+        });
+    }
+
+    #[test]
+    fn a_worker_that_waits_for_the_sums_is_let_go_when_the_run_stops() {
+        with_order(0, |order| {
+            let held: Vec<_> = (0..WINDOW_PER_WORKER).map_while(|_| order.take()).collect();
+            assert_eq!(held.len(), WINDOW_PER_WORKER);
+            std::thread::scope(|scope| {
+                let next = scope.spawn(|| order.take().is_none());
+                order.stop();
+                assert!(next.join().unwrap());
+            });
+        });
+    }
+
+    #[test]
+    fn what_is_asked_of_the_disk_runs_ahead_by_as_many_bytes_as_it_may() {
+        let chunk = 4 * CHUNK as u64;
+        with_order(3 * chunk, |order| {
+            let places = || {
+                let mut found = Vec::new();
+                while let Some(chunk) = order.ahead() {
+                    found.push((chunk.pair, chunk.start / CHUNK));
+                }
+                found
+            };
+            let first = order.take().unwrap();
+            assert_eq!((first.chunk.pair, first.chunk.end), (1, 3));
+            assert_eq!(places(), [(2, 0), (2, 1), (2, 2)]);
+            assert_eq!(places(), []);
+            order.fold(&first, sum(0.0));
+            for next in 3..=5 {
+                order.fold(&order.take().unwrap(), sum(0.0));
+                assert_eq!(places(), [(2, next)]);
+            }
+            // Having fallen behind, it leaves out what is read already.
+            for _ in 0..5 {
+                order.fold(&order.take().unwrap(), sum(0.0));
+            }
+            assert_eq!(places(), [(2, 8), (2, 9), (2, 10)]);
+        });
+        with_order(0, |order| {
+            order.take().unwrap();
+            assert!(order.ahead().is_none());
+        });
+    }
+}

@@ -20,6 +20,9 @@ use crate::writer::Writer;
 /// and what went past it. AArch64 has pages of up to 64 KiB.
 const ALIGNMENT: usize = if cfg!(target_arch = "x86_64") { 4 << 10 } else { 64 << 10 };
 
+/// What is worth a write past the page cache: shorter ones wait for the disk too often.
+const DIRECT_NBYTES: usize = 64 << 10;
+
 /// Who writes Δ, and how.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Write {
@@ -221,20 +224,20 @@ impl<'a> Files<'a> {
         let head = (position.next_multiple_of(ALIGNMENT as u64) - position) as usize;
         let (head, rest) = bytes.split_at(head.min(bytes.len()));
         let (body, tail) = rest.split_at(rest.len() / ALIGNMENT * ALIGNMENT);
+        if body.len() < DIRECT_NBYTES || self.refused.load(Ordering::Relaxed) {
+            return file.write_all_at(bytes, position);
+        }
         file.write_all_at(head, position)?;
         let position = position + head.len() as u64;
-        match self.direct[lent.file].get_or_init(|| open_direct(path)) {
-            Some(direct) if !body.is_empty() && !self.refused.load(Ordering::Relaxed) => {
-                match direct.write_all_at(body, position) {
-                    // Opened, but of another block size, say.
-                    Err(error) if error.kind() == io::ErrorKind::InvalidInput => {
-                        self.refused.store(true, Ordering::Relaxed);
-                        file.write_all_at(body, position)?;
-                    }
-                    result => result?,
-                }
+        let direct = self.direct[lent.file].get_or_init(|| open_direct(path));
+        match direct.as_ref().map(|direct| direct.write_all_at(body, position)) {
+            // Opened all the same, but of another block size, say.
+            Some(Err(error)) if error.kind() == io::ErrorKind::InvalidInput => {
+                self.refused.store(true, Ordering::Relaxed);
+                file.write_all_at(body, position)?;
             }
-            _ => file.write_all_at(body, position)?,
+            Some(result) => result?,
+            None => file.write_all_at(body, position)?,
         }
         file.write_all_at(tail, position + body.len() as u64)
     }
@@ -264,4 +267,61 @@ fn start_writing(file: &File, position: u64, nbytes: usize) {
     }
     #[cfg(not(target_os = "linux"))]
     let _ = (file, position, nbytes);
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::budget::Demand;
+    use crate::dtype::Dtype;
+    use crate::writer::Slot;
+
+    /// Write two slots, the first of `numel` bfloat16 values, and return what is in their file.
+    fn written(numel: usize, refused: bool) -> Vec<u8> {
+        let directory = tempfile::tempdir().unwrap();
+        let slot = |name: &str, numel| Slot { name: name.to_owned(), shape: vec![numel] };
+        let slots = [slot("a", numel), slot("b", 50_000)];
+        let target = directory.path().join("delta");
+        let writer = Writer::create(&target, &slots, Dtype::BF16, 1 << 30, 0, false).unwrap();
+        let out = 2 * numel.max(50_000);
+        let plan = Plan { demand: Demand { out, ..Demand::default() }, workers: 1, buffers: 2 };
+        let write = Write::Queue { writers: 1, how: How::Direct };
+        let account = Account::default();
+        let files = Files::new(&writer, write, &plan, &account);
+        files.refused.store(refused, Ordering::Relaxed);
+        for (index, numel) in [numel, 50_000].into_iter().enumerate() {
+            let mut lent = files.lend(index, 0, 2 * numel).unwrap();
+            for (at, byte) in lent.bytes().iter_mut().enumerate() {
+                *byte = (at % 251) as u8 ^ index as u8;
+            }
+            files.put(index, lent, None).unwrap();
+        }
+        assert_eq!(account.peak_nbytes(), 2 * Buffer::held_nbytes(out));
+        std::fs::read(writer.file(0).0).unwrap()
+    }
+
+    #[test]
+    fn what_goes_past_the_page_cache_is_what_goes_through_it() {
+        for numel in [1, 2000, 40_000, 65_536, 100_001] {
+            let (direct, cached) = (written(numel, false), written(numel, true));
+            assert!(direct == cached, "{numel}");
+            let data = &direct[direct.len() - 100_000 - 2 * numel..];
+            assert!(data[..2 * numel].iter().enumerate().all(|(at, b)| *b == (at % 251) as u8));
+        }
+    }
+
+    #[test]
+    fn a_buffer_that_is_dropped_is_free_again() {
+        let directory = tempfile::tempdir().unwrap();
+        let slots = [Slot { name: "a".to_owned(), shape: vec![8] }];
+        let target = directory.path().join("delta");
+        let writer = Writer::create(&target, &slots, Dtype::BF16, 1 << 30, 0, false).unwrap();
+        let plan = Plan { demand: Demand { out: 16, ..Demand::default() }, workers: 1, buffers: 1 };
+        let files = Files::new(&writer, Write::Worker, &plan, &Account::default());
+        for _ in 0..3 {
+            assert_eq!(files.lend(0, 0, 16).unwrap().bytes().len(), 16);
+        }
+        assert!(files.lend(1, 0, 16).is_err());
+    }
 }

@@ -594,3 +594,23 @@ pub fn subtractable(shard: &Shard, tensor: &Tensor) -> Result<Dtype> {
         )
     })
 }
+
+#[cfg(all(test, target_os = "linux"))]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn disks_and_memory_are_local_and_what_a_server_holds_is_not() {
+        // ext4, XFS, Btrfs, tmpfs, overlayfs, ZFS.
+        for magic in [0xEF53, 0x5846_5342, 0x9123_683E, 0x0102_1994, 0x794C_7630, 0x2FC1_2FC1] {
+            assert!(!is_network(magic), "{magic:#x}");
+        }
+        for magic in [0x6969, 0xFF53_4D42, 0x0BD0_0BD0, 0x6573_5546, 0x4750_4653] {
+            assert!(is_network(magic), "{magic:#x}");
+        }
+        let file = tempfile::tempfile().unwrap();
+        assert_eq!(Reader::Mmap.resolve(&file), Reader::Mmap);
+        assert_ne!(Reader::Auto.resolve(&file), Reader::Auto);
+    }
+}
