@@ -102,6 +102,7 @@ class DeltaWriter:
         *,
         max_shard_nbytes: int,
         overwrite: bool,
+        description_nbytes: int = 0,
         shards: list[int] | None = None,
         join: bool = False,
     ) -> DeltaWriter: ...
@@ -127,9 +128,11 @@ def stream(
     pairs: list[tuple[_Source, str]],
     *,
     threads: int,
+    memory: int | None = None,
     writer: DeltaWriter | None = None,
     progress: Callable[[int, int], object] | None = None,
-) -> list[Moments]: ...
+    prefetch: int | None = None,
+) -> tuple[list[Moments], int]: ...
 def subtract_into(
     reasoning: Checkpoint,
     multimodal: Checkpoint,
@@ -138,6 +141,7 @@ def subtract_into(
     *,
     dtype: str,
     threads: int,
+    memory: int | None = None,
     elements: tuple[int, int] | None = None,
 ) -> Moments: ...
 def likeness(

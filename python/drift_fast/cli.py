@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from drift_fast import _core
-from drift_fast.coverage import Coverage
-from drift_fast.delta import STORED_DTYPES, compute_delta, inspect
+from drift_fast.delta import MEMORY, STORED_DTYPES, Delta, Report, compute_delta, inspect
 from drift_fast.errors import DriftError, DriftWarning
 from drift_fast.progress import ProgressBar
 from drift_fast.ranks import identify, parse_ranks
@@ -168,6 +167,12 @@ def _add_pair(parser: argparse.ArgumentParser) -> None:
     _add_selection(parser)
     parser.add_argument("--threads", type=int, help="default: every core")
     parser.add_argument(
+        "--memory",
+        default=MEMORY,
+        metavar="SIZE",
+        help=f"that buffers may take, whatever the size of the models (default {MEMORY})",
+    )
+    parser.add_argument(
         "--reader", choices=("auto", "mmap", "pread"), default="auto", help="default auto: pread"
     )
     parser.add_argument(
@@ -202,6 +207,7 @@ def _shared(options: argparse.Namespace, bar: ProgressBar) -> dict[str, Any]:
         "min_coverage": options.min_coverage,
         "check_weights": not options.no_check_weights,
         "threads": options.threads,
+        "memory": options.memory,
         "reader": options.reader,
         "strict": not options.no_strict,
         "allow_nonfinite": options.allow_nonfinite,
@@ -230,12 +236,12 @@ def _delta(options: argparse.Namespace) -> int:
     if options.plot is not None:
         delta.plot(options.plot)
     if options.json:
-        _print_json(delta.stats, delta.coverage, delta.sources, str(options.out))
+        _print_json(delta, str(options.out))
         return 0
     print(delta.stats.by_module().table())
     if delta.compression is not None:
         print(f"\n{delta.compression}")
-    print(f"\n{delta.coverage}\nwritten to {options.out}")
+    print(f"\n{delta.coverage}\nwritten to {options.out}; {_peak(delta.peak_nbytes)}")
     return 0
 
 
@@ -244,12 +250,12 @@ def _inspect(options: argparse.Namespace) -> int:
         report = inspect(options.reasoning, options.multimodal, **_shared(options, bar))
     _report_transfers(report.sources)
     if options.json:
-        _print_json(report.stats, report.coverage, report.sources, None)
+        _print_json(report, None)
         return 0
     stats = report.stats
     rows = {"module": stats.by_module(), "layer": stats.by_layer(), "tensor": stats}[options.by]
     print(Statistics([*rows, stats.total]).table())
-    print(f"\n{report.coverage}")
+    print(f"\n{report.coverage}\n{_peak(report.peak_nbytes)}")
     return 0
 
 
@@ -313,13 +319,17 @@ def _report_transfers(sources: dict[str, Any]) -> None:
             print(f"drift-fast: {source['url']}: {source['transfer']['report']}", file=sys.stderr)
 
 
-def _print_json(
-    stats: Statistics, coverage: Coverage, sources: dict[str, Any], out: str | None
-) -> None:
+def _peak(nbytes: int | None) -> str:
+    return f"buffers took {(nbytes or 0) / 1e6:.1f} MB at most"
+
+
+def _print_json(found: Delta | Report, out: str | None) -> None:
+    stats = found.stats
     result = {
         "out": out,
-        "sources": sources,
-        "coverage": coverage.to_json(),
+        "sources": found.sources,
+        "coverage": found.coverage.to_json(),
+        "peak_nbytes": found.peak_nbytes,
         "total": stats.total.to_dict(),
         "modules": [row.to_dict() for row in stats.by_module()],
         "layers": [row.to_dict() for row in stats.by_layer()],

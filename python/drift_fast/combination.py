@@ -246,11 +246,14 @@ class Summed:
         writer: _core.DeltaWriter,
         places: Sequence[int],
         progress: ProgressCallback | None,
-    ) -> list[Mapping[str, Any]]:
-        return self._measure(places, progress, writer)
+        memory: int | None,
+    ) -> tuple[list[Mapping[str, Any]], int | None]:
+        # Pieces are of one size, so there is nothing that less memory could change.
+        return self._measure(places, progress, writer), None
 
-    def statistics(self, progress: ProgressCallback | None = None) -> Statistics:
-        return self.conclude(self._measure(range(len(self.shapes)), progress, None), written=False)
+    def statistics(self, progress: ProgressCallback | None = None) -> tuple[Statistics, int | None]:
+        rows = self._measure(range(len(self.shapes)), progress, None)
+        return self.conclude(rows, written=False), None
 
     def conclude(self, rows: Sequence[Mapping[str, Any]], *, written: bool) -> Statistics:
         found = []

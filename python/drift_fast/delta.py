@@ -42,6 +42,9 @@ COMPRESSED = {"float8_e4m3": "F8_E4M3", "int8": "I8"}
 STORED_DTYPES = DTYPES | COMPRESSED
 # Elements of an int8 delta that share a scale.
 _INT8_BLOCK = 64
+MEMORY = "64MB"
+# What `drift.json` may take for one tensor beside its name.
+_ROW_NBYTES = 1024
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,7 @@ def compute_delta(
     overwrite: bool = False,
     max_shard_size: int | str = "5GB",
     threads: int | None = None,
+    memory: int | str = MEMORY,
     progress: ProgressCallback | None = None,
     allow_nonfinite: bool = False,
     reader: str = "auto",
@@ -116,10 +120,16 @@ def compute_delta(
         max_shard_size: bytes, or text such as "500MB", of one file of the delta.
         threads: worker threads; None is every core this process may use. The result does not
             depend on it.
+        memory: bytes, or text such as "64MB", that all buffers of the stream and what is mapped
+            at a time may take, whatever the size of the models; where it is short, fewer threads
+            work. What grows with the number of tensors, names and statistics, comes on top, and
+            files that the system keeps in its page cache are not counted. The result does not
+            depend on it, and `Delta.peak_nbytes` says what was taken.
         progress: called on this thread with a `Progress`, about 20 times a second.
         allow_nonfinite: record NaN and infinity in the statistics instead of refusing.
-        reader: "pread", "mmap", or "auto" for the one that measured better, so far "pread". A file
-            that shrinks while it is mapped kills the process; read, it is an error.
+        reader: "pread", "mmap", or "auto": "pread" on network file systems, and elsewhere what
+            measured better, so far "pread" too. A file that shrinks while it is mapped kills the
+            process; read, it is an error.
         ranks: who writes to `out`: "auto", all processes that a launcher (torchrun, Slurm, Open
             MPI) started or that torch.distributed joined, each its own shards, with the same bytes
             as one; None, this process alone; or (rank, size). All of them must call this with the
@@ -129,13 +139,16 @@ def compute_delta(
         FileNotFoundError, CheckpointError: a source that is missing or not valid.
         AlignmentError, CoverageError: sources, or a mapping, that do not fit each other.
         NonFiniteError: NaN or infinity in a source, or a Δ beyond `dtype`'s range.
-        FileExistsError, OSError: an output that is taken, or a full disk; nothing is left behind.
+        FileExistsError, OSError: an output that is taken, or a full disk or quota, where the
+            message says how much is needed in all; nothing is left behind.
         DriftError: of several ranks, one that did not come or give a sign of life for 60 seconds
             (or `DRIFT_FAST_RANK_TIMEOUT`), or that sees other files.
-        ValueError: an argument without meaning.
+        ValueError: an argument without meaning, or memory that not even one thread can work in,
+            where the message says the least.
     """
     _check_stored_dtype(dtype)
     shard_nbytes = parse_size(max_shard_size)
+    memory_nbytes = parse_size(memory)
     selection = Selection.parse(modules, layers)
     threads = _thread_count(threads)
     with nullcontext() if out is None else together(out, ranks) as group:
@@ -161,7 +174,7 @@ def compute_delta(
             pairs = {"pairs": [[pair.name, pair.source] for pair in pairing.pairs]}
             agree(group, seen | pairs | {"allow_nonfinite": allow_nonfinite})
         delta = Delta(
-            _Streamed(pairing, dtype, threads, allow_nonfinite),
+            _Streamed(pairing, dtype, threads, memory_nbytes, allow_nonfinite),
             stored_dtype=dtype,
             coverage=pairing.coverage,
             sources=sources,
@@ -171,7 +184,12 @@ def compute_delta(
         if out is None:
             return delta
         return delta._write(
-            out, group, overwrite=overwrite, max_shard_nbytes=shard_nbytes, progress=progress
+            out,
+            group,
+            overwrite=overwrite,
+            max_shard_nbytes=shard_nbytes,
+            memory_nbytes=None,
+            progress=progress,
         )
 
 
@@ -189,13 +207,17 @@ def share_lost(dtype: str) -> float:
 
 @dataclass(frozen=True)
 class Report:
-    """What `inspect` found: statistics and coverage; nothing was written."""
+    """What `inspect` found: statistics and coverage; nothing was written.
+
+    `peak_nbytes` is the most that the stream's buffers took at a time.
+    """
 
     stats: Statistics
     coverage: Coverage
     sources: dict[str, Any]
     nbytes: int
     alignment: dict[str, Any]
+    peak_nbytes: int
 
 
 def inspect(
@@ -210,6 +232,7 @@ def inspect(
     min_coverage: float | None = None,
     check_weights: bool = True,
     threads: int | None = None,
+    memory: int | str = MEMORY,
     progress: ProgressCallback | None = None,
     allow_nonfinite: bool = False,
     reader: str = "auto",
@@ -221,6 +244,7 @@ def inspect(
     """
     selection = Selection.parse(modules, layers)
     threads = _thread_count(threads)
+    memory_nbytes = parse_size(memory)
     pairing = pair_checkpoints(
         reasoning,
         multimodal,
@@ -232,13 +256,15 @@ def inspect(
         min_coverage=min_coverage,
     )
     pairing = _ready(pairing, reader, check_weights, progress)
-    stats = _Streamed(pairing, "float32", threads, allow_nonfinite).statistics(progress)
+    streamed = _Streamed(pairing, "float32", threads, memory_nbytes, allow_nonfinite)
+    stats, peak_nbytes = streamed.statistics(progress)
     return Report(
         stats,
         pairing.coverage,
         _describe_sources(pairing),
         pairing.nbytes,
         pairing.describe(),
+        peak_nbytes,
     )
 
 
@@ -304,14 +330,20 @@ class _Backend(Protocol):
     def read_into(
         self, name: str, buffer: Any, elements: tuple[int, int] | None = None
     ) -> None: ...
-    def statistics(self, progress: ProgressCallback | None = None) -> Statistics: ...
+    def statistics(self, progress: ProgressCallback | None = None) -> tuple[Statistics, int | None]:
+        """Return the statistics, and the most bytes that buffers took; None if nothing was read."""
+
     def write(
         self,
         writer: _core.DeltaWriter,
         places: Sequence[int],
         progress: ProgressCallback | None,
-    ) -> Sequence[Mapping[str, Any]]:
-        """Write the tensors of these places, the writer's first to last, and return a row each."""
+        memory: int | None,
+    ) -> tuple[Sequence[Mapping[str, Any]], int | None]:
+        """Write the tensors of these places, the writer's first to last.
+
+        Returns a row for each, and the most bytes that buffers took, where that is known.
+        """
 
     def conclude(self, rows: Sequence[Mapping[str, Any]], *, written: bool) -> Statistics:
         """Return the statistics that the rows of all tensors make, or refuse what they show.
@@ -326,6 +358,8 @@ class Delta(Mapping[str, "torch.Tensor"]):
     `delta[name]` is a fresh tensor on the CPU each time; nothing is cached. Names are the
     multimodal checkpoint's, on disk. `dtype` is what tensors come out as and `stored_dtype` what is
     on disk or `save` writes; they differ where Δ is compressed.
+    `peak_nbytes` is the most that buffers took at a time when Δ or its statistics were computed;
+    None where this process did neither, or summed up deltas.
     """
 
     def __init__(
@@ -347,6 +381,7 @@ class Delta(Mapping[str, "torch.Tensor"]):
         self.alignment = alignment
         self.selection = selection
         self.path = path
+        self.peak_nbytes: int | None = None
         self._stats: Statistics | None = None
 
     @classmethod
@@ -402,24 +437,32 @@ class Delta(Mapping[str, "torch.Tensor"]):
         *,
         overwrite: bool = False,
         max_shard_size: int | str = "5GB",
+        memory: int | str | None = None,
         progress: ProgressCallback | None = None,
         ranks: Ranks = "auto",
     ) -> Delta:
         """Write the delta to a directory and return it opened from there.
 
         The directory appears whole or not at all. It opens with any safetensors reader:
-        `delta-0000k-of-0000N.safetensors`, an index, and `drift.json`. `ranks` is that of
-        `compute_delta`.
+        `delta-0000k-of-0000N.safetensors`, an index, and `drift.json`. `memory` is as for
+        `compute_delta`; None is what was given there, and "64MB" for a delta from disk. `ranks` is
+        that of `compute_delta`.
 
         Raises:
             FileExistsError: `path` is taken.
-            OSError: the disk is full; nothing is left behind.
-            NonFiniteError, DriftError: as `compute_delta`.
+            OSError: the disk or a quota is full; nothing is left behind.
+            NonFiniteError, ValueError, DriftError: as `compute_delta`.
         """
         shard_nbytes = parse_size(max_shard_size)
+        memory_nbytes = None if memory is None else parse_size(memory)
         with together(path, ranks) as group:
             return self._write(
-                path, group, overwrite=overwrite, max_shard_nbytes=shard_nbytes, progress=progress
+                path,
+                group,
+                overwrite=overwrite,
+                max_shard_nbytes=shard_nbytes,
+                memory_nbytes=memory_nbytes,
+                progress=progress,
             )
 
     def _write(
@@ -429,6 +472,7 @@ class Delta(Mapping[str, "torch.Tensor"]):
         *,
         overwrite: bool,
         max_shard_nbytes: int,
+        memory_nbytes: int | None,
         progress: ProgressCallback | None,
     ) -> Delta:
         target = Path(path).absolute()
@@ -451,7 +495,8 @@ class Delta(Mapping[str, "torch.Tensor"]):
                     if progress is not None:
                         progress(state)
 
-                return self._backend.write(writer, places, watched)
+                rows, self.peak_nbytes = self._backend.write(writer, places, watched, memory_nbytes)
+                return rows
 
             write(
                 group,
@@ -460,24 +505,32 @@ class Delta(Mapping[str, "torch.Tensor"]):
                 self.stored_dtype,
                 max_shard_nbytes=max_shard_nbytes,
                 overwrite=overwrite,
+                description_nbytes=self._description_nbytes(),
                 fill=fill,
                 describe=describe,
             )
-            return Delta.open(target)
+            saved = Delta.open(target)
+            saved.peak_nbytes = self.peak_nbytes
+            return saved
         writer = _core.DeltaWriter(
             target,
             tensors,
             self.stored_dtype,
             max_shard_nbytes=max_shard_nbytes,
             overwrite=overwrite,
+            description_nbytes=self._description_nbytes(),
         )
         try:
-            rows = self._backend.write(writer, range(len(tensors)), progress)
+            rows, peak_nbytes = self._backend.write(
+                writer, range(len(tensors)), progress, memory_nbytes
+            )
             writer.commit(describe(rows))
         except BaseException:
             writer.abort()
             raise
-        return Delta.open(target)
+        saved = Delta.open(target)
+        self.peak_nbytes = saved.peak_nbytes = peak_nbytes
+        return saved
 
     @classmethod
     def combine(
@@ -521,7 +574,9 @@ class Delta(Mapping[str, "torch.Tensor"]):
     def stats(self) -> Statistics:
         """Norms and cosines; a delta that is not on disk reads both checkpoints once for them."""
         if self._stats is None:
-            self._stats = self._backend.statistics()
+            self._stats, peak_nbytes = self._backend.statistics()
+            # Statistics that lay on disk took no stream.
+            self.peak_nbytes = self.peak_nbytes if peak_nbytes is None else peak_nbytes
         return self._stats
 
     @property
@@ -599,6 +654,11 @@ class Delta(Mapping[str, "torch.Tensor"]):
         where = f" at {self.path}" if self.path else ""
         return f"Delta({len(self)} tensors, {self.stored_dtype}, {self.selection}{where})"
 
+    def _description_nbytes(self) -> int:
+        """Return what the description will take at most, before there are statistics to put in."""
+        fixed = len(json.dumps(self._describe(Statistics([])), indent=1))
+        return fixed + sum(len(json.dumps(name)) + _ROW_NBYTES for name in self._backend.shapes)
+
     def _describe(self, stats: Statistics) -> dict[str, Any]:
         return {
             "format_version": FORMAT_VERSION,
@@ -617,10 +677,13 @@ class Delta(Mapping[str, "torch.Tensor"]):
 class _Streamed:
     """A delta that exists as two checkpoints and their pairing."""
 
-    def __init__(self, pairing: Pairing, dtype: str, threads: int, allow_nonfinite: bool) -> None:
+    def __init__(
+        self, pairing: Pairing, dtype: str, threads: int, memory: int, allow_nonfinite: bool
+    ) -> None:
         self._pairing = pairing
         self._dtype = dtype
         self._threads = threads
+        self._memory = memory
         self._allow_nonfinite = allow_nonfinite
         self._pairs = {pair.name: pair for pair in pairing.pairs}
         self.shapes = {name: pairing.shapes[name] for name in self._pairs}
@@ -641,6 +704,7 @@ class _Streamed:
             buffer,
             dtype=_tensor_dtype(self._dtype),
             threads=self._threads,
+            memory=self._memory,
             elements=elements,
         )
         self._check([(name, moments)], _tensor_dtype(self._dtype))
@@ -650,18 +714,21 @@ class _Streamed:
         writer: _core.DeltaWriter,
         places: Sequence[int],
         progress: ProgressCallback | None,
-    ) -> list[_core.Moments]:
-        return self._stream(places, progress, writer)
+        memory: int | None,
+    ) -> tuple[list[_core.Moments], int]:
+        return self._stream(places, progress, writer, memory)
 
-    def statistics(self, progress: ProgressCallback | None = None) -> Statistics:
-        return self.conclude(self._stream(range(len(self._pairs)), progress), written=False)
+    def statistics(self, progress: ProgressCallback | None = None) -> tuple[Statistics, int]:
+        rows, peak_nbytes = self._stream(range(len(self._pairs)), progress)
+        return self.conclude(rows, written=False), peak_nbytes
 
     def _stream(
         self,
         places: Sequence[int],
         progress: ProgressCallback | None = None,
         writer: _core.DeltaWriter | None = None,
-    ) -> list[_core.Moments]:
+        memory: int | None = None,
+    ) -> tuple[list[_core.Moments], int]:
         pairs = [self._pairing.pairs[place] for place in places]
         total_nbytes = sum(map(self._pairing.nbytes_of, pairs))
 
@@ -674,6 +741,7 @@ class _Streamed:
             self._pairing.multimodal,
             [(pair.source, pair.name) for pair in pairs],
             threads=self._threads,
+            memory=self._memory if memory is None else memory,
             writer=writer,
             progress=report,
         )
@@ -726,6 +794,12 @@ class _Streamed:
             )
 
 
+# A few mebibytes; more at a time copies no faster.
+_COPY_NBYTES = 1 << 22
+# Of the widest type that a delta is stored as.
+_ITEMSIZE = 4
+
+
 class _Stored:
     """A delta on disk."""
 
@@ -759,42 +833,54 @@ class _Stored:
             name, buffer, scale=row.scale, elements=elements or (0, row.numel)
         )
 
-    def statistics(self, progress: ProgressCallback | None = None) -> Statistics:
-        return self._stats
+    def statistics(self, progress: ProgressCallback | None = None) -> tuple[Statistics, int | None]:
+        return self._stats, None
 
     def write(
         self,
         writer: _core.DeltaWriter,
         places: Sequence[int],
         progress: ProgressCallback | None,
-    ) -> list[Mapping[str, Any]]:
+        memory: int | None,
+    ) -> tuple[list[Mapping[str, Any]], int]:
         # As it is stored: nothing is decoded, and so nothing rounded again.
         rows = [self._stats[place] for place in places]
         suffixes = ("", ".scale") if self._dtype == "int8" else ("",)
-        names = [(row, [f"{row.name}{suffix}" for suffix in suffixes]) for row in rows]
-        size = {name: end - start for name, start, end in self._extents()}
-        total = sum(size[name] for _, some in names for name in some)
+        size = {name: (end - start, numel) for name, start, end, numel in self._extents()}
+        total = sum(size[f"{row.name}{suffix}"][0] for row in rows for suffix in suffixes)
+        allowed = parse_size(MEMORY) if memory is None else memory
+        if allowed < _ITEMSIZE:
+            raise ValueError(f"memory of {allowed} bytes is too small: pass {_ITEMSIZE} or more")
+        buffer = memoryview(bytearray(min(max(total, 1), _COPY_NBYTES, allowed)))
         done = slot = 0
-        for index, (row, some) in enumerate(names):
-            for name in some:
-                buffer = bytearray(size[name])
-                self._checkpoint.read_into(name, buffer)
-                writer.write(slot, buffer)
+        for index, row in enumerate(rows):
+            for suffix in suffixes:
+                name = f"{row.name}{suffix}"
+                nbytes, numel = size[name]
+                itemsize = nbytes // max(1, numel) or _ITEMSIZE
+                step = max(1, len(buffer) // itemsize)
+                for start in range(0, max(1, numel), step):
+                    stop = min(numel, start + step)
+                    piece = buffer[: (stop - start) * itemsize]
+                    self._checkpoint.read_into(name, piece, elements=(start, stop))
+                    writer.write(slot, piece, offset=start * itemsize)
+                    done += len(piece)
+                    if progress is not None:
+                        progress(Progress(index, len(rows), done, total))
                 slot += 1
-                done += len(buffer)
             if row.scale is not None:
                 writer.set_scale(index, row.scale)
             if progress is not None:
                 progress(Progress(index + 1, len(rows), done, total))
-        return [{} for _ in rows]
+        return [{} for _ in rows], len(buffer)
 
     def conclude(self, rows: Sequence[Mapping[str, Any]], *, written: bool) -> Statistics:
         return self._stats
 
-    def _extents(self) -> Iterator[tuple[str, int, int]]:
-        for name, _, _, _ in self._checkpoint.tensors():
+    def _extents(self) -> Iterator[tuple[str, int, int, int]]:
+        for name, _, shape, _ in self._checkpoint.tensors():
             _, start, end = self._checkpoint.place(name)
-            yield name, start, end
+            yield name, start, end, math.prod(shape)
 
 
 def _warn_of_zero(pairing: Pairing) -> None:

@@ -13,6 +13,10 @@ use crate::kernel::INT8_BLOCK;
 use crate::shard::subtractable;
 use crate::stream::Side;
 
+/// Elements that are gathered aside at a time: enough for long reads, few enough to stay in a core's
+/// cache.
+const GROUP: usize = 1 << 17;
+
 /// A rectangle of the composed tensor, and the elements of a stored one that fill it.
 #[derive(Clone, Debug)]
 pub struct Part<S> {
@@ -101,31 +105,57 @@ impl<'a> Composed<'a> {
         self.bands.iter().flatten().map(|part| part.source)
     }
 
-    /// Runs of whole rows of about `numel` elements, as ranges of elements in order, each with its
-    /// band; rows without a counterpart come with none.
-    pub(crate) fn runs(&self, total: usize, numel: usize) -> Vec<(Range<usize>, Option<usize>)> {
+    /// The end of the run of whole rows, of about `numel` elements, that begins at element `start`
+    /// of `total`, and its band; rows without a counterpart have none. Each run begins where the one
+    /// before it ends.
+    pub(crate) fn run(&self, start: usize, total: usize, numel: usize) -> (usize, Option<usize>) {
+        let step = self.step(numel);
+        let row = start / self.columns;
+        let at = self.bands.partition_point(|band| band[0].rows.end <= row);
+        let (end, band) = match self.bands.get(at).map(|band| &band[0].rows) {
+            Some(rows) if rows.start <= row => (rows.end, Some(at)),
+            Some(rows) => (rows.start, None),
+            None => (total / self.columns, None),
+        };
+        (end.min(row + step) * self.columns, band)
+    }
+
+    /// The most elements that a run has.
+    pub(crate) fn longest(&self, total: usize, numel: usize) -> usize {
+        total.min(self.step(numel) * self.columns)
+    }
+
+    /// The most bytes that [`Composed::gather`] uses aside for such runs.
+    pub(crate) fn scratch_nbytes(&self, numel: usize) -> usize {
+        let step = self.step(numel);
+        let most = self.bands.iter().flatten().map(|part| part.scratch_numel(step, self.columns));
+        most.max().unwrap_or(0) * self.dtype.nbytes()
+    }
+
+    /// Where the elements `range` of one band lie, roughly: for each part one range of its file,
+    /// from the first element to the last.
+    pub(crate) fn spans(
+        &self,
+        band: usize,
+        range: &Range<usize>,
+    ) -> impl Iterator<Item = (Side<'a>, Range<u64>)> + '_ {
+        let rows = range.start / self.columns..range.end / self.columns;
+        let nbytes = self.dtype.nbytes();
+        self.bands[band].iter().map(move |part| {
+            let first = part.offset + (rows.start - part.rows.start) * part.row_stride;
+            let last = first
+                + (rows.len() - 1) * part.row_stride
+                + (part.columns.len() - 1) * part.column_stride;
+            let start = part.source.tensor.range.start;
+            let span = start + (first * nbytes) as u64..start + ((last + 1) * nbytes) as u64;
+            (part.source, span)
+        })
+    }
+
+    fn step(&self, numel: usize) -> usize {
         // A whole number of blocks that share a scale, where a run can be one.
         let rows = INT8_BLOCK / gcd(self.columns.max(1), INT8_BLOCK);
-        let step = (numel / self.columns.max(1) / rows).max(1) * rows;
-        let mut runs = Vec::new();
-        let mut cut = |rows: Range<usize>, band: Option<usize>| {
-            let mut start = rows.start;
-            while start < rows.end {
-                let end = rows.end.min(start + step);
-                runs.push((start * self.columns..end * self.columns, band));
-                start = end;
-            }
-        };
-        let mut next = 0;
-        for (index, band) in self.bands.iter().enumerate() {
-            cut(next..band[0].rows.start, None);
-            cut(band[0].rows.clone(), Some(index));
-            next = band[0].rows.end;
-        }
-        if let Some(rows) = total.checked_div(self.columns) {
-            cut(next..rows, None);
-        }
-        runs
+        (numel / self.columns.max(1) / rows).max(1) * rows
     }
 
     /// Fill `packed` with the elements `range` of the composed tensor, which lie in one band, and
@@ -221,6 +251,18 @@ fn check_part(part: &Part<Side<'_>>, rows: usize, columns: usize) -> Result<()> 
 }
 
 impl Part<Side<'_>> {
+    /// The most elements that gathering up to `rows` rows into rows of `width` takes aside.
+    fn scratch_numel(&self, rows: usize, width: usize) -> usize {
+        let (down, across) = (rows.min(self.rows.len()), self.columns.len());
+        match (self.column_stride == 1, self.row_stride == across) {
+            (true, true) if across == width => 0,
+            (true, true) => group(across).min(down) * across,
+            (true, false) => 0,
+            // A last run of fewer rows is gathered in larger groups, but of no more elements.
+            (false, _) => down.max(GROUP).min(down * across),
+        }
+    }
+
     fn read(&self, element: usize, buffer: &mut [u8], nbytes: usize) -> Result<()> {
         let start = self.source.tensor.range.start + (element * nbytes) as u64;
         self.source.shard.read_exact_at(buffer, start)
@@ -245,11 +287,14 @@ impl Part<Side<'_>> {
                 return Ok(count as u64);
             }
             if self.row_stride == across {
-                scratch.resize(count, 0);
-                self.read(first, scratch, nbytes)?;
-                for (row, source) in scratch.chunks_exact(across * nbytes).enumerate() {
-                    let at = row * row_nbytes + column_nbytes;
-                    packed[at..at + source.len()].copy_from_slice(source);
+                let group = group(across).min(down);
+                for top in (0..down).step_by(group) {
+                    scratch.resize(group.min(down - top) * across * nbytes, 0);
+                    self.read(first + top * across, scratch, nbytes)?;
+                    for (row, source) in scratch.chunks_exact(across * nbytes).enumerate() {
+                        let at = (top + row) * row_nbytes + column_nbytes;
+                        packed[at..at + source.len()].copy_from_slice(source);
+                    }
                 }
                 return Ok(count as u64);
             }
@@ -261,21 +306,32 @@ impl Part<Side<'_>> {
             return Ok(count as u64);
         }
         // Transposed: a column of the composed tensor is a run of the stored one.
-        scratch.resize(count, 0);
-        if self.column_stride == down {
-            self.read(first, scratch, nbytes)?;
-        } else {
-            for (column, run) in scratch.chunks_exact_mut(down * nbytes).enumerate() {
-                self.read(first + column * self.column_stride, run, nbytes)?;
+        let group = group(down).min(across);
+        for left in (0..across).step_by(group) {
+            let columns = group.min(across - left);
+            scratch.resize(columns * down * nbytes, 0);
+            let first = first + left * self.column_stride;
+            if self.column_stride == down {
+                self.read(first, scratch, nbytes)?;
+            } else {
+                for (column, run) in scratch.chunks_exact_mut(down * nbytes).enumerate() {
+                    self.read(first + column * self.column_stride, run, nbytes)?;
+                }
             }
-        }
-        match nbytes {
-            2 => transpose::<2>(scratch, down, across, &mut packed[column_nbytes..], row_nbytes),
-            4 => transpose::<4>(scratch, down, across, &mut packed[column_nbytes..], row_nbytes),
-            _ => transpose::<8>(scratch, down, across, &mut packed[column_nbytes..], row_nbytes),
+            let packed = &mut packed[column_nbytes + left * nbytes..];
+            match nbytes {
+                2 => transpose::<2>(scratch, down, columns, packed, row_nbytes),
+                4 => transpose::<4>(scratch, down, columns, packed, row_nbytes),
+                _ => transpose::<8>(scratch, down, columns, packed, row_nbytes),
+            }
         }
         Ok(count as u64)
     }
+}
+
+/// How many runs of so many elements are gathered at a time.
+fn group(run: usize) -> usize {
+    (GROUP / run.max(1)).max(1)
 }
 
 /// Copy `columns` runs of `rows` elements of N bytes into rows of `row_nbytes`.

@@ -47,19 +47,17 @@ pub enum Error {
         /// Why it cannot be used and what to do.
         message: String,
     },
-    /// Not enough room for the output, found before anything was written.
-    #[error(
-        "{}: the delta needs {needed} bytes but the file system has {available} free; \
-         choose another directory, fewer modules or a narrower dtype",
-        path.display()
-    )]
+    /// Not enough room for the output, found before anything was written or in the middle of it.
+    #[error("{}: the delta needs {needed} bytes {}", path.display(), limit.describe(*available))]
     NoSpace {
         /// The output path.
         path: PathBuf,
-        /// Bytes that the delta takes.
+        /// Bytes that the delta takes in all.
         needed: u64,
-        /// Bytes that are free to this user.
+        /// Bytes that are free to this user once nothing of the delta is left behind.
         available: u64,
+        /// What set the limit.
+        limit: Limit,
     },
     /// The operating system refused to read or write.
     #[error("{}: cannot {action}: {source}", path.display())]
@@ -79,6 +77,55 @@ pub enum Error {
     Interrupted,
 }
 
+/// What keeps an output from being written whole.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Limit {
+    /// The file system is full.
+    FileSystem,
+    /// The user's or the directory's quota is used up.
+    Quota,
+    /// A file may not grow so large.
+    FileSize,
+}
+
+impl Limit {
+    const ALL: [Limit; 3] = [Limit::FileSystem, Limit::Quota, Limit::FileSize];
+
+    /// The limit that a system error speaks of, if it does.
+    pub(crate) fn of(error: &io::Error) -> Option<Self> {
+        Self::ALL.into_iter().find(|limit| error.raw_os_error() == Some(limit.errno()))
+    }
+
+    /// The system's number of the error.
+    pub fn errno(self) -> i32 {
+        use rustix::io::Errno;
+        match self {
+            Limit::FileSystem => Errno::NOSPC,
+            Limit::Quota => Errno::DQUOT,
+            Limit::FileSize => Errno::FBIG,
+        }
+        .raw_os_error()
+    }
+
+    fn describe(self, available: u64) -> String {
+        match self {
+            Limit::FileSystem => format!(
+                "but the file system has {available} free; choose another directory, fewer \
+                 modules or a narrower dtype"
+            ),
+            Limit::Quota => format!(
+                "but the quota there is used up, although the file system has {available} free; \
+                 choose another directory, fewer modules or a narrower dtype"
+            ),
+            Limit::FileSize => format!(
+                "and the file system has {available} free, but one of its files is larger than the \
+                 system allows; choose a smaller max_shard_size (--max-shard-size) or another \
+                 directory"
+            ),
+        }
+    }
+}
+
 impl Error {
     pub(crate) fn checkpoint(path: &Path, message: impl Into<String>) -> Self {
         Error::Checkpoint { path: path.to_owned(), message: message.into() }
@@ -95,5 +142,25 @@ impl Error {
             io::ErrorKind::NotFound => Error::NotFound { path, message: "no such file".to_owned() },
             _ => Error::Io { path, action, source },
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_full_disk_a_used_up_quota_and_a_file_too_large_are_told_apart() {
+        for limit in Limit::ALL {
+            assert_eq!(Limit::of(&io::Error::from_raw_os_error(limit.errno())), Some(limit));
+            let path = PathBuf::from("delta");
+            let message = Error::NoSpace { path, needed: 12, available: 7, limit }.to_string();
+            assert!(
+                message.contains("needs 12 bytes") && message.contains("has 7 free"),
+                "{message}"
+            );
+        }
+        assert_eq!(Limit::of(&io::Error::from_raw_os_error(5)), None);
+        assert_eq!(Limit::of(&io::ErrorKind::UnexpectedEof.into()), None);
     }
 }

@@ -6,9 +6,9 @@
 use std::ops::ControlFlow;
 
 use crate::error::Result;
-use crate::kernel::{Moments, exponent_for};
+use crate::kernel::exponent_for;
 use crate::storage::Storage;
-use crate::stream::{Pair, Progress, Sink, run};
+use crate::stream::{Options, Outcome, Pair, Progress, Sink, run};
 use crate::writer::Writer;
 
 /// Stored bytes of both sides that are measured before they are written; one tensor may have more.
@@ -21,34 +21,37 @@ const GROUP_NBYTES: u64 = 256 << 20;
 pub fn write(
     pairs: &[Pair<'_>],
     writer: &Writer,
-    threads: usize,
+    options: &Options,
     tick: &mut dyn FnMut(Progress) -> ControlFlow<()>,
-) -> Result<Vec<Moments>> {
+) -> Result<Outcome> {
     if writer.storage() != Storage::E4m3 {
-        return run(pairs, Sink::Files(writer, 0), threads, tick);
+        return run(pairs, Sink::Files(writer, 0), options, tick);
     }
     let mut moments = Vec::with_capacity(pairs.len());
+    let mut peak_nbytes = 0;
     let mut done = Progress::default();
     for group in groups(pairs) {
         let first = moments.len();
         // Each byte is read twice, and counts half each time.
         let mut half = 0;
-        let measured = run(group, Sink::None, threads, &mut |now| {
+        let measured = run(group, Sink::None, options, &mut |now| {
             half = now.nbytes / 2;
             tick(Progress { tensors: done.tensors, nbytes: done.nbytes + half })
         })?;
-        for (index, of_pair) in measured.iter().enumerate() {
+        for (index, of_pair) in measured.moments.iter().enumerate() {
             writer.set_exponent(first + index, exponent_for(of_pair.max_abs))?;
         }
         let mut read = 0;
-        moments.extend(run(group, Sink::Files(writer, first), threads, &mut |now| {
+        let written = run(group, Sink::Files(writer, first), options, &mut |now| {
             read = half + now.nbytes.div_ceil(2);
             tick(Progress { tensors: done.tensors + now.tensors, nbytes: done.nbytes + read })
-        })?);
+        })?;
+        peak_nbytes = peak_nbytes.max(measured.peak_nbytes).max(written.peak_nbytes);
+        moments.extend(written.moments);
         done.tensors += group.len();
         done.nbytes += read;
     }
-    Ok(moments)
+    Ok(Outcome { moments, peak_nbytes })
 }
 
 /// Neighbouring pairs of about [`GROUP_NBYTES`] together.

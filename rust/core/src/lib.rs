@@ -4,6 +4,7 @@
 //! crate knows bytes, names, shapes and dtypes; it knows neither torch nor Python.
 
 pub mod align;
+mod budget;
 pub mod checkpoint;
 pub mod compose;
 pub mod dtype;
@@ -12,6 +13,7 @@ pub mod groups;
 pub mod kernel;
 pub mod likeness;
 pub mod memory;
+mod order;
 mod ranges;
 pub mod scales;
 pub mod shard;

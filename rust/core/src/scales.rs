@@ -128,6 +128,13 @@ impl<'a> Scales<'a> {
         Ok(())
     }
 
+    /// The most bytes that [`Scales::dequantise`] uses for `numel` codes: their values and the
+    /// scales of the rows that they lie in.
+    pub(crate) fn scratch_nbytes(&self, numel: usize) -> (usize, usize) {
+        let block_rows = numel.div_ceil(self.columns.max(1)).div_ceil(self.block.0) + 1;
+        (4 * numel, 4 * block_rows * self.columns.div_ceil(self.block.1))
+    }
+
     /// Turn `codes`, which begin at element `start` of those at hand, into float32 values.
     ///
     /// # Errors

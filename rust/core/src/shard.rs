@@ -32,10 +32,13 @@ const FOLIO_NBYTES: usize = 2 << 20;
 /// How a shard's bytes reach the kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Reader {
-    /// Read into a buffer that stays in a core's cache. The default: where both were measured it
-    /// was at least as fast as mapping, warm and cold, holds fewer pages, and cannot be killed by a
-    /// file that shrinks.
+    /// [`Reader::Pread`] on network file systems, where a mapping turns a lost connection into a
+    /// killed process, and elsewhere what measured better: so far [`Reader::Pread`] too.
     #[default]
+    Auto,
+    /// Read into a buffer that stays in a core's cache. Where both were measured it was at least as
+    /// fast as mapping, warm and cold, holds fewer pages, and cannot be killed by a file that
+    /// shrinks. Reads say where they begin, so all threads share one descriptor of a file.
     Pread,
     /// Map the file and release its pages behind the reader.
     Mmap,
@@ -104,6 +107,59 @@ struct Identity {
     inode: u64,
 }
 
+/// What [`Reader::Auto`] takes on a local disk.
+const LOCAL: Reader = Reader::Pread;
+
+impl Reader {
+    fn resolve(self, file: &File) -> Self {
+        match self {
+            Reader::Auto if on_network(file) => Reader::Pread,
+            Reader::Auto => LOCAL,
+            chosen => chosen,
+        }
+    }
+}
+
+/// Whether a file lies on a file system whose data is elsewhere, as far as the system says.
+fn on_network(file: &File) -> bool {
+    #[cfg(target_os = "linux")]
+    {
+        // The low 32 bits are what every architecture has.
+        rustix::fs::fstatfs(file).is_ok_and(|found| is_network(found.f_type as u32))
+    }
+    #[cfg(not(target_os = "linux"))]
+    {
+        let _ = file;
+        false
+    }
+}
+
+/// Whether `statfs` gives this number to a file system whose data is elsewhere: linux/magic.h, and
+/// the sources of those that the kernel does not hold.
+#[cfg(target_os = "linux")]
+fn is_network(magic: u32) -> bool {
+    const NETWORK: [u32; 17] = [
+        0x6969,      // NFS
+        0x517B,      // SMB
+        0xFF53_4D42, // CIFS
+        0xFE53_4D42, // SMB2
+        0x0BD0_0BD0, // Lustre
+        0x6573_5546, // FUSE: sshfs, s3fs, GlusterFS, JuiceFS, …
+        0x0102_1997, // 9p
+        0x4750_4653, // GPFS
+        0x1983_0326, // BeeGFS
+        0x00C3_6400, // Ceph
+        0xAAD7_AAEA, // PanFS
+        0x2003_0528, // OrangeFS
+        0x5346_414F, // AFS
+        0x6B41_4653, // kAFS
+        0x7375_7245, // Coda
+        0x564C,      // NCP
+        0x0161_1970, // GFS2
+    ];
+    NETWORK.contains(&magic)
+}
+
 impl Identity {
     fn of(file: &File, path: &Path) -> Result<Self> {
         let metadata = file.metadata().map_err(Error::io(path, "read the size of the file"))?;
@@ -134,6 +190,7 @@ impl Shard {
             return Err(Error::checkpoint(path, "expected a regular file, found something else"));
         }
         let file = File::open(path).map_err(Error::io(path, "open the file"))?;
+        let reader = reader.resolve(&file);
         let identity = Identity::of(&file, path)?;
         let header = read_header(&file, path, identity.nbytes)?;
         let header_nbytes = LENGTH_NBYTES + header.len() as u64;
@@ -218,12 +275,40 @@ impl Shard {
                 }
                 Ok(&map[start as usize..range.end as usize])
             }
-            Reader::Pread => {
+            Reader::Auto | Reader::Pread => {
                 scratch.resize(nbytes, 0);
                 self.read_exact_at(scratch, start)?;
                 Ok(scratch)
             }
         }
+    }
+
+    /// How its bytes are read, never [`Reader::Auto`].
+    pub(crate) fn reader(&self) -> Reader {
+        self.reader
+    }
+
+    /// Have the system bring a range into the page cache, unless it seems to be there, and return at
+    /// once. It is advice: what fails costs time alone.
+    pub(crate) fn prefetch(&self, range: Range<u64>) {
+        #[cfg(target_os = "linux")]
+        {
+            use rustix::io::{ReadWriteFlags, preadv2};
+            let Some(last) = range.end.checked_sub(1).filter(|last| *last >= range.start) else {
+                return;
+            };
+            let mut byte = [0];
+            let mut probe = [std::io::IoSliceMut::new(&mut byte)];
+            // Asking for what is there already costs a walk over its pages, which a read of one byte
+            // that must not wait tells in advance.
+            if !matches!(preadv2(&self.file, &mut probe, last, ReadWriteFlags::NOWAIT), Ok(1)) {
+                let nbytes = std::num::NonZeroU64::new(range.end - range.start);
+                let advice = rustix::fs::Advice::WillNeed;
+                let _ = rustix::fs::fadvise(&self.file, range.start, nbytes, advice);
+            }
+        }
+        #[cfg(not(target_os = "linux"))]
+        let _ = range;
     }
 
     /// Give back the pages of a range that [`Shard::bytes`] lent, so that resident memory stays flat.
@@ -520,4 +605,24 @@ pub fn subtractable(shard: &Shard, tensor: &Tensor) -> Result<Dtype> {
             ),
         )
     })
+}
+
+#[cfg(all(test, target_os = "linux"))]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn disks_and_memory_are_local_and_what_a_server_holds_is_not() {
+        // ext4, XFS, Btrfs, tmpfs, overlayfs, ZFS.
+        for magic in [0xEF53, 0x5846_5342, 0x9123_683E, 0x0102_1994, 0x794C_7630, 0x2FC1_2FC1] {
+            assert!(!is_network(magic), "{magic:#x}");
+        }
+        for magic in [0x6969, 0xFF53_4D42, 0x0BD0_0BD0, 0x6573_5546, 0x4750_4653] {
+            assert!(is_network(magic), "{magic:#x}");
+        }
+        let file = tempfile::tempfile().unwrap();
+        assert_eq!(Reader::Mmap.resolve(&file), Reader::Mmap);
+        assert_ne!(Reader::Auto.resolve(&file), Reader::Auto);
+    }
 }

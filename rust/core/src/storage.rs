@@ -96,17 +96,38 @@ impl Encoded {
         })
     }
 
+    /// Room for `numel` elements, which is allocated at once.
+    pub(crate) fn with_room(storage: Storage, numel: usize) -> Self {
+        let (main, scales) = Self::sizes(storage, numel);
+        Self { main: Vec::with_capacity(main), scales: Vec::with_capacity(scales) }
+    }
+
+    /// Bytes that so many elements take.
+    pub(crate) fn nbytes_of(storage: Storage, numel: usize) -> usize {
+        let (main, scales) = Self::sizes(storage, numel);
+        main + scales
+    }
+
+    /// Bytes that are allocated.
+    pub(crate) fn held_nbytes(&self) -> usize {
+        self.main.capacity() + self.scales.capacity()
+    }
+
     /// Zeros for `numel` elements, in any storage.
     pub(crate) fn clear(&mut self, storage: Storage, numel: usize) {
-        let (nbytes, scales) = match storage {
-            Storage::Plain(dtype) => (dtype.nbytes(), 0),
-            Storage::E4m3 => (1, 0),
-            Storage::Int8 => (1, numel.div_ceil(INT8_BLOCK)),
-        };
+        let (main, scales) = Self::sizes(storage, numel);
         self.main.clear();
-        self.main.resize(numel * nbytes, 0);
+        self.main.resize(main, 0);
         self.scales.clear();
-        self.scales.resize(2 * scales, 0);
+        self.scales.resize(scales, 0);
+    }
+
+    fn sizes(storage: Storage, numel: usize) -> (usize, usize) {
+        match storage {
+            Storage::Plain(dtype) => (numel * dtype.nbytes(), 0),
+            Storage::E4m3 => (numel, 0),
+            Storage::Int8 => (numel, 2 * numel.div_ceil(INT8_BLOCK)),
+        }
     }
 
     /// Write what begins at element `start` of difference number `index`.

@@ -1,21 +1,23 @@
-//! Run the kernel over many pairs of tensors: chunks, threads, read-ahead and page release.
+//! Run the kernel over many pairs of tensors: threads, read-ahead and page release.
 //!
-//! Owns the order of work, not the arithmetic. How a tensor is cut into chunks follows from its shape
-//! alone and moments are added in element order, so neither the thread count nor timing changes a
-//! bit.
+//! Owns what a worker does with a chunk, neither the arithmetic nor the order. How a tensor is cut
+//! follows from its shape alone and moments are added in element order, so neither the thread count
+//! nor the memory or timing changes a bit.
 
 use std::collections::HashSet;
 use std::ops::ControlFlow;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
+use crate::budget::{Account, Demand, Plan};
 use crate::compose::Composed;
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::kernel::{self, Elements, Moments};
+use crate::order::{Chunk, Order, Origin, Taken};
 use crate::scales::{DEQUANTISED, Scales};
 use crate::shard::{Shard, Tensor, subtractable};
 use crate::storage::Encoded;
@@ -26,7 +28,11 @@ pub const CHUNK: usize = 1 << 18;
 
 /// Elements of one chunk of a composed tensor: long enough that a transposed part is read in runs of
 /// a kilobyte or more at the widths of real experts.
-const COMPOSED_CHUNK: usize = 1 << 20;
+pub(crate) const COMPOSED_CHUNK: usize = 1 << 20;
+
+/// How far ahead of the workers a disk is kept busy, both sides together. It fills the page cache,
+/// which is not the memory that [`Options::memory`] bounds.
+const PREFETCH_NBYTES: u64 = 32 << 20;
 
 /// How often the calling thread looks up from waiting.
 const TICK: Duration = Duration::from_millis(50);
@@ -42,21 +48,32 @@ pub struct Side<'a> {
     pub scales: Option<Scales<'a>>,
 }
 
+/// What a multimodal tensor is subtracted from.
+pub enum Minuend<'a> {
+    /// A tensor of its shape.
+    Whole(Side<'a>),
+    /// Parts of tensors that together have its shape.
+    Composed(Composed<'a>),
+}
+
 impl<'a> Side<'a> {
     /// The files that its values come from.
     fn shards(&self) -> impl Iterator<Item = &'a Shard> + use<'a> {
         std::iter::once(self.shard).chain(self.scales.map(|scales| scales.shard()))
     }
 
-    /// Bytes of one stored element.
-    ///
-    /// # Errors
-    /// A dtype that cannot be subtracted.
-    pub(crate) fn element_nbytes(&self) -> Result<usize> {
-        match self.scales {
-            Some(_) => Ok(1),
-            None => Ok(subtractable(self.shard, self.tensor)?.nbytes()),
-        }
+    /// Bytes of one element as it is stored.
+    pub(crate) fn element_nbytes(&self) -> usize {
+        let nbytes = (self.tensor.range.end - self.tensor.range.start) as usize;
+        nbytes.checked_div(self.tensor.numel()).unwrap_or(0)
+    }
+
+    /// The most bytes that the values of `numel` codes take, none where there are no codes.
+    pub(crate) fn dequantised_nbytes(&self, numel: usize) -> usize {
+        self.scales.map_or(0, |scales| {
+            let (values, scales) = scales.scratch_nbytes(numel);
+            values + scales
+        })
     }
 
     /// The values of stored elements, of which the first is number `start`.
@@ -82,15 +99,21 @@ pub(crate) struct Dequantised {
     values: Vec<u8>,
 }
 
-/// What a multimodal tensor is subtracted from.
-pub enum Minuend<'a> {
-    /// A tensor of its shape.
-    Whole(Side<'a>),
-    /// Parts of tensors that together have its shape.
-    Composed(Composed<'a>),
+impl Dequantised {
+    fn held_nbytes(&self) -> usize {
+        self.scales.capacity() + self.values.capacity()
+    }
 }
 
 impl<'a> Minuend<'a> {
+    /// Bytes of one element as it is stored.
+    pub(crate) fn element_nbytes(&self) -> usize {
+        match self {
+            Minuend::Whole(side) => side.element_nbytes(),
+            Minuend::Composed(composed) => composed.dtype().nbytes(),
+        }
+    }
+
     pub(crate) fn sides(&self) -> Box<dyn Iterator<Item = Side<'a>> + '_> {
         match self {
             Minuend::Whole(side) => Box::new(std::iter::once(*side)),
@@ -111,7 +134,7 @@ pub struct Pair<'a> {
 pub enum Sink<'a> {
     /// Nowhere: statistics only.
     None,
-    /// The files of a delta; its differences are the pairs in order, the first having this number.
+    /// The files of a delta; the first pair is its difference of this number.
     Files(&'a Writer, usize),
     /// One pair's difference into memory of exactly its size.
     Memory(Dtype, &'a mut [u8]),
@@ -126,64 +149,78 @@ pub struct Progress {
     pub nbytes: u64,
 }
 
-struct Chunk {
-    pair: usize,
-    start: usize,
-    end: usize,
-    origin: Origin,
+/// How a run goes about it; nothing here changes a bit of the result.
+#[derive(Debug, Clone, Copy)]
+pub struct Options {
+    /// Workers at most.
+    pub threads: usize,
+    /// Bytes of all buffers, and of windows of mapped files, at most; it bounds the workers.
+    pub memory: usize,
+    /// Bytes that a disk is asked for ahead of the workers.
+    pub prefetch_nbytes: u64,
 }
 
-/// Where a chunk's minuend lies.
-#[derive(Clone, Copy)]
-enum Origin {
-    Whole,
-    /// In this band of a composed tensor.
-    Band(usize),
-    /// Nowhere: rows without a counterpart.
-    Nothing,
+impl Options {
+    /// So many threads, in as much memory as they take.
+    pub fn new(threads: usize) -> Self {
+        Self { threads, memory: usize::MAX, prefetch_nbytes: PREFETCH_NBYTES }
+    }
 }
 
-/// Stream every pair through the kernel on `threads` threads and return the moments of each.
+/// What a run found.
+#[derive(Debug)]
+pub struct Outcome {
+    /// The moments of each pair.
+    pub moments: Vec<Moments>,
+    /// The most bytes that buffers took at a time; windows of mapped files are not among them.
+    pub peak_nbytes: usize,
+}
+
+/// Stream every pair through the kernel and return the moments of each.
 ///
 /// `tick` is called on the calling thread about twenty times a second and once at the end; when it
 /// breaks, the workers stop within a chunk and [`Error::Interrupted`] is returned.
 ///
 /// # Errors
-/// Shapes that differ, a dtype that cannot be subtracted, a failed read or write, a source that
-/// changed meanwhile, or an interruption.
+/// Shapes that differ, a dtype that cannot be subtracted, memory that one worker does not fit in, a
+/// failed read or write, a source that changed meanwhile, or an interruption.
 pub fn run(
     pairs: &[Pair<'_>],
     sink: Sink<'_>,
-    threads: usize,
+    options: &Options,
     tick: &mut dyn FnMut(Progress) -> ControlFlow<()>,
-) -> Result<Vec<Moments>> {
+) -> Result<Outcome> {
     for pair in pairs {
         check(pair, &sink)?;
     }
-    let chunks: Vec<Chunk> =
-        pairs.iter().enumerate().flat_map(|(index, pair)| cut(index, pair)).collect();
-    let output = Output::new(sink, pairs, &chunks)?;
+    let out = if let Sink::Files(writer, _) = &sink { Some(writer.storage()) } else { None };
+    let plan = Plan::new(pairs, out, options)?;
+    let account = Account::default();
+    account.add(Order::window_nbytes(plan.workers));
+    let (output, memory): (_, (&mut [u8], usize)) = match sink {
+        Sink::None => (Output::None, (&mut [], 0)),
+        Sink::Files(writer, first) => (Output::Files(writer, first), (&mut [], 0)),
+        Sink::Memory(dtype, buffer) => {
+            check_buffer(pairs, dtype, buffer)?;
+            (Output::Memory(dtype), (buffer, dtype.nbytes()))
+        }
+    };
     let work = Work {
         pairs,
-        chunks: &chunks,
-        output: &output,
-        results: chunks.iter().map(|_| OnceLock::new()).collect(),
-        remaining: remaining_per_pair(pairs.len(), &chunks),
-        next: AtomicUsize::new(0),
+        output,
+        order: Order::new(pairs, memory, plan.workers, options.prefetch_nbytes),
+        demand: plan.demand,
+        account: &account,
         stop: AtomicBool::new(false),
         nbytes: AtomicU64::new(0),
-        tensors: AtomicUsize::new(
-            pairs.iter().filter(|p| p.multimodal.tensor.numel() == 0).count(),
-        ),
         failure: Mutex::new(None),
     };
-    let threads = threads.clamp(1, chunks.len().max(1));
     let interrupted = thread::scope(|scope| {
         let (done, finished) = mpsc::channel::<()>();
+        let work = &work;
         let mut spawned = 0;
-        for _ in 0..threads {
+        for _ in 0..plan.workers {
             let done = done.clone();
-            let work = &work;
             let worker = move || {
                 work.run();
                 drop(done);
@@ -202,7 +239,7 @@ pub fn run(
         loop {
             let ended = matches!(finished.recv_timeout(TICK), Err(RecvTimeoutError::Disconnected));
             if tick(work.progress()).is_break() {
-                work.stop.store(true, Ordering::Relaxed);
+                work.stop();
                 return true;
             }
             if ended {
@@ -218,30 +255,8 @@ pub fn run(
         return Err(error);
     }
     check_unchanged(pairs)?;
-    let mut moments = vec![Moments::default(); pairs.len()];
-    for (chunk, result) in chunks.iter().zip(&work.results) {
-        let Some(result) = result.get() else { return Err(Error::Interrupted) };
-        moments[chunk.pair].add(result);
-    }
-    Ok(moments)
-}
-
-fn cut(index: usize, pair: &Pair<'_>) -> Vec<Chunk> {
-    let numel = pair.multimodal.tensor.numel();
-    let chunk = |start, end, origin| Chunk { pair: index, start, end, origin };
-    match &pair.reasoning {
-        Minuend::Whole(_) => (0..numel)
-            .step_by(CHUNK)
-            .map(|start| chunk(start, numel.min(start + CHUNK), Origin::Whole))
-            .collect(),
-        Minuend::Composed(composed) => composed
-            .runs(numel, COMPOSED_CHUNK)
-            .into_iter()
-            .map(|(run, band)| {
-                chunk(run.start, run.end, band.map_or(Origin::Nothing, Origin::Band))
-            })
-            .collect(),
-    }
+    let moments = work.order.finish().ok_or(Error::Interrupted)?;
+    Ok(Outcome { moments, peak_nbytes: account.peak_nbytes() })
 }
 
 fn check(pair: &Pair<'_>, sink: &Sink<'_>) -> Result<()> {
@@ -253,10 +268,14 @@ fn check(pair: &Pair<'_>, sink: &Sink<'_>) -> Result<()> {
         Minuend::Composed(composed) => {
             let Sink::Files(writer, _) = sink else { return Ok(()) };
             let granularity = writer.storage().granularity();
-            let runs = composed.runs(b.tensor.numel(), COMPOSED_CHUNK);
-            let Some((run, _)) = runs.iter().find(|(run, _)| run.start % granularity != 0) else {
+            let numel = b.tensor.numel();
+            let mut start = 0;
+            while start < numel && start.is_multiple_of(granularity) {
+                (start, _) = composed.run(start, numel, COMPOSED_CHUNK);
+            }
+            if start >= numel {
                 return Ok(());
-            };
+            }
             return Err(Error::tensor(
                 b.shard.path(),
                 &b.tensor.name,
@@ -264,7 +283,7 @@ fn check(pair: &Pair<'_>, sink: &Sink<'_>) -> Result<()> {
                     "it is put together from parts of which one begins at element {}, in the \
                      middle of a block of {granularity} that would share a scale; choose another \
                      dtype than int8",
-                    run.start
+                    start
                 ),
             ));
         }
@@ -305,66 +324,41 @@ fn check_unchanged(pairs: &[Pair<'_>]) -> Result<()> {
     Ok(())
 }
 
-fn remaining_per_pair(pairs: usize, chunks: &[Chunk]) -> Vec<AtomicUsize> {
-    let mut counts = vec![0; pairs];
-    for chunk in chunks {
-        counts[chunk.pair] += 1;
+fn check_buffer(pairs: &[Pair<'_>], dtype: Dtype, buffer: &[u8]) -> Result<()> {
+    let numel: usize = pairs.iter().map(|pair| pair.multimodal.tensor.numel()).sum();
+    if pairs.len() == 1 && buffer.len() == numel * dtype.nbytes() {
+        return Ok(());
     }
-    counts.into_iter().map(AtomicUsize::new).collect()
+    Err(Error::Argument(format!(
+        "the buffer has {} bytes, expected {} for {numel} elements of {}",
+        buffer.len(),
+        numel * dtype.nbytes(),
+        dtype.name()
+    )))
 }
 
-/// The sink, cut so that each chunk has its own part.
+/// Where Δ goes.
+#[derive(Clone, Copy)]
 enum Output<'a> {
     None,
     Files(&'a Writer, usize),
-    Memory(Dtype, Vec<Mutex<&'a mut [u8]>>),
-}
-
-impl<'a> Output<'a> {
-    fn new(sink: Sink<'a>, pairs: &[Pair<'_>], chunks: &[Chunk]) -> Result<Self> {
-        match sink {
-            Sink::None => Ok(Output::None),
-            Sink::Files(writer, first) => Ok(Output::Files(writer, first)),
-            Sink::Memory(dtype, buffer) => {
-                let numel: usize = pairs.iter().map(|pair| pair.multimodal.tensor.numel()).sum();
-                if pairs.len() != 1 || buffer.len() != numel * dtype.nbytes() {
-                    return Err(Error::Argument(format!(
-                        "the buffer has {} bytes, expected {} for {numel} elements of {}",
-                        buffer.len(),
-                        numel * dtype.nbytes(),
-                        dtype.name()
-                    )));
-                }
-                let mut parts = Vec::with_capacity(chunks.len());
-                let mut rest = buffer;
-                for chunk in chunks {
-                    let (part, later) =
-                        rest.split_at_mut((chunk.end - chunk.start) * dtype.nbytes());
-                    parts.push(Mutex::new(part));
-                    rest = later;
-                }
-                Ok(Output::Memory(dtype, parts))
-            }
-        }
-    }
+    /// Into each chunk's own part of it.
+    Memory(Dtype),
 }
 
 struct Work<'a> {
     pairs: &'a [Pair<'a>],
-    chunks: &'a [Chunk],
-    output: &'a Output<'a>,
-    results: Vec<OnceLock<Moments>>,
-    remaining: Vec<AtomicUsize>,
-    next: AtomicUsize,
+    output: Output<'a>,
+    order: Order<'a>,
+    demand: Demand,
+    account: &'a Account,
     stop: AtomicBool,
     nbytes: AtomicU64,
-    tensors: AtomicUsize,
     /// The failure of the earliest chunk, so that which of several is reported depends little on timing.
     failure: Mutex<Option<(usize, Error)>>,
 }
 
 /// Buffers that a worker keeps from chunk to chunk.
-#[derive(Default)]
 struct Scratch {
     reasoning: Vec<u8>,
     runs: Vec<u8>,
@@ -373,40 +367,93 @@ struct Scratch {
     out: Encoded,
 }
 
-impl Work<'_> {
-    fn run(&self) {
-        let mut scratch = Scratch::default();
-        while !self.stop.load(Ordering::Relaxed) {
-            let index = self.next.fetch_add(1, Ordering::Relaxed);
-            let Some(chunk) = self.chunks.get(index) else { return };
-            match self.chunk(index, chunk, &mut scratch) {
-                Ok(moments) => {
-                    // Each index is handed out once, so the cell is empty.
-                    let _ = self.results[index].set(moments);
-                    if self.remaining[chunk.pair].fetch_sub(1, Ordering::Relaxed) == 1 {
-                        self.tensors.fetch_add(1, Ordering::Relaxed);
-                    }
-                }
-                Err(error) => {
-                    let mut failure = self.failure.lock().unwrap_or_else(PoisonError::into_inner);
-                    if failure.as_ref().is_none_or(|(earliest, _)| index < *earliest) {
-                        *failure = Some((index, error));
-                    }
-                    self.stop.store(true, Ordering::Relaxed);
-                }
-            }
+impl Scratch {
+    fn new(demand: &Demand, output: &Output<'_>) -> Self {
+        // Of their full size at once: a vector that grows takes up to twice what it holds.
+        Self {
+            reasoning: Vec::with_capacity(demand.reasoning),
+            runs: Vec::with_capacity(demand.runs),
+            multimodal: Vec::with_capacity(demand.multimodal),
+            dequantised: <[Dequantised; 2]>::default(),
+            out: match output {
+                Output::Files(writer, _) => Encoded::with_room(writer.storage(), demand.longest),
+                _ => Encoded::default(),
+            },
         }
     }
 
-    fn chunk(&self, index: usize, chunk: &Chunk, scratch: &mut Scratch) -> Result<Moments> {
+    fn nbytes(&self) -> usize {
+        self.reasoning.capacity()
+            + self.runs.capacity()
+            + self.multimodal.capacity()
+            + self.dequantised.iter().map(Dequantised::held_nbytes).sum::<usize>()
+            + self.out.held_nbytes()
+    }
+}
+
+impl<'a> Work<'a> {
+    fn run(&self) {
+        let mut scratch = Scratch::new(&self.demand, &self.output);
+        let mut held = scratch.nbytes();
+        self.account.add(held);
+        while let Some(mut taken) = self.order.take() {
+            while let Some(chunk) = self.order.ahead() {
+                self.prefetch(&chunk);
+            }
+            match self.chunk(&mut taken, &mut scratch) {
+                Ok(moments) => self.order.fold(&taken, moments),
+                Err(error) => self.fail(taken.index, error),
+            }
+            // Grown only where the plan was wrong, which the peak must show.
+            let now = scratch.nbytes();
+            self.account.add(now - held);
+            held = now;
+        }
+        self.account.remove(held);
+    }
+
+    fn fail(&self, index: usize, error: Error) {
+        let mut failure = self.failure.lock().unwrap_or_else(PoisonError::into_inner);
+        if failure.as_ref().is_none_or(|(earliest, _)| index < *earliest) {
+            *failure = Some((index, error));
+        }
+        drop(failure);
+        self.stop();
+    }
+
+    fn stop(&self) {
+        self.stop.store(true, Ordering::Relaxed);
+        self.order.stop();
+    }
+
+    fn prefetch(&self, chunk: &Chunk) {
         let pair = &self.pairs[chunk.pair];
-        let range = part(pair.multimodal, chunk)?;
+        let ask = |side: Side<'_>| {
+            side.shard.prefetch(part(side, chunk));
+        };
+        match (&pair.reasoning, chunk.origin) {
+            (Minuend::Whole(side), _) => ask(*side),
+            (Minuend::Composed(composed), Origin::Band(band)) => {
+                for (side, range) in composed.spans(band, &(chunk.start..chunk.end)) {
+                    side.shard.prefetch(range);
+                }
+            }
+            // Of these rows nothing is read.
+            (Minuend::Composed(_), _) => return,
+        }
+        ask(pair.multimodal);
+    }
+
+    fn chunk(&self, taken: &mut Taken<'_>, scratch: &mut Scratch) -> Result<Moments> {
+        let chunk = &taken.chunk;
+        let pair = &self.pairs[chunk.pair];
+        let range = part(pair.multimodal, chunk);
         let mut nbytes = range.end - range.start;
         let mut release = None;
         let [left, right] = &mut scratch.dequantised;
         let reasoning = match (&pair.reasoning, chunk.origin) {
             (Minuend::Whole(side), _) => {
-                let range = part(*side, chunk)?;
+                let range = part(*side, chunk);
                 nbytes += range.end - range.start;
                 release = Some((side.shard, range.clone()));
                 let stored = side.shard.bytes(range, &mut scratch.reasoning)?;
@@ -419,7 +466,7 @@ impl Work<'_> {
                 Elements { dtype: composed.dtype(), bytes: &scratch.reasoning }
             }
             (Minuend::Composed(_), _) => {
-                self.nothing(index, chunk, &mut scratch.out)?;
+                self.nothing(taken, &mut scratch.out)?;
                 self.nbytes.fetch_add(nbytes, Ordering::Relaxed);
                 return Ok(Moments::default());
             }
@@ -435,10 +482,8 @@ impl Work<'_> {
                 out.write(writer, difference, chunk.start)?;
                 moments
             }
-            Output::Memory(dtype, parts) => {
-                // One pair, so the chunk's index is its place in the buffer; nobody else locks it.
-                let mut out = parts[index].lock().unwrap_or_else(PoisonError::into_inner);
-                kernel::subtract(reasoning, multimodal, Some((*dtype, &mut out)))
+            Output::Memory(dtype) => {
+                kernel::subtract(reasoning, multimodal, Some((dtype, &mut *taken.memory)))
             }
         };
         self.nbytes.fetch_add(nbytes, Ordering::Relaxed);
@@ -450,30 +495,26 @@ impl Work<'_> {
     }
 
     /// Rows without a counterpart: Δ is zero there.
-    fn nothing(&self, index: usize, chunk: &Chunk, out: &mut Encoded) -> Result<()> {
+    fn nothing(&self, taken: &mut Taken<'_>, out: &mut Encoded) -> Result<()> {
+        let Chunk { pair, start, end, .. } = taken.chunk;
         match self.output {
-            Output::None => Ok(()),
+            Output::None => {}
             Output::Files(writer, first) => {
-                out.clear(writer.storage(), chunk.end - chunk.start);
-                out.write(writer, first + chunk.pair, chunk.start)
+                out.clear(writer.storage(), end - start);
+                out.write(writer, first + pair, start)?;
             }
-            Output::Memory(_, parts) => {
-                parts[index].lock().unwrap_or_else(PoisonError::into_inner).fill(0);
-                Ok(())
-            }
+            Output::Memory(_) => taken.memory.fill(0),
         }
+        Ok(())
     }
 
     fn progress(&self) -> Progress {
-        Progress {
-            tensors: self.tensors.load(Ordering::Relaxed),
-            nbytes: self.nbytes.load(Ordering::Relaxed),
-        }
+        Progress { tensors: self.order.tensors(), nbytes: self.nbytes.load(Ordering::Relaxed) }
     }
 }
 
 /// The bytes of a chunk in its file.
-fn part(side: Side<'_>, chunk: &Chunk) -> Result<std::ops::Range<u64>> {
-    let (start, nbytes) = (side.tensor.range.start, side.element_nbytes()?);
-    Ok(start + (chunk.start * nbytes) as u64..start + (chunk.end * nbytes) as u64)
+fn part(side: Side<'_>, chunk: &Chunk) -> std::ops::Range<u64> {
+    let (start, nbytes) = (side.tensor.range.start, side.element_nbytes());
+    start + (chunk.start * nbytes) as u64..start + (chunk.end * nbytes) as u64
 }

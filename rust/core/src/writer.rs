@@ -8,7 +8,7 @@
 
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
@@ -16,7 +16,7 @@ use rustix::fs::{Mode, OFlags};
 use safetensors::tensor::{Metadata, TensorInfo};
 use serde_json::json;
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Limit, Result};
 use crate::storage::Storage;
 
 /// The file whose presence says that a delta is whole.
@@ -59,6 +59,8 @@ pub struct Writer {
     /// Of E4M3 codes, the place of each slot's scale in its file's header, and its exponent once it
     /// is known.
     scales: Vec<(u64, OnceLock<i32>)>,
+    /// Bytes that all files take on the disk.
+    needed: u64,
 }
 
 /// One process' part of a delta that several write together.
@@ -100,7 +102,8 @@ impl Drop for Staging {
 
 impl Writer {
     /// Reserve the space for `slots` at `target`, which must not exist, be an empty directory, or,
-    /// with `overwrite`, hold a delta. A shard takes at most `max_shard_nbytes`, or one tensor.
+    /// with `overwrite`, hold a delta. A shard takes at most `max_shard_nbytes`, or one tensor;
+    /// `description_nbytes` is room for what [`Writer::commit`] adds.
     ///
     /// # Errors
     /// A target that is taken, another run writing to it, or not enough space.
@@ -109,9 +112,10 @@ impl Writer {
         slots: &[Slot],
         storage: Storage,
         max_shard_nbytes: u64,
+        description_nbytes: u64,
         overwrite: bool,
     ) -> Result<Self> {
-        Self::open(target, slots, storage, max_shard_nbytes, overwrite, None)
+        Self::open(target, slots, storage, max_shard_nbytes, description_nbytes, overwrite, None)
     }
 
     /// Do the same as one of several processes. The slots of this writer are then those of its
@@ -125,10 +129,12 @@ impl Writer {
         slots: &[Slot],
         storage: Storage,
         max_shard_nbytes: u64,
+        description_nbytes: u64,
         overwrite: bool,
         part: Part<'_>,
     ) -> Result<Self> {
-        Self::open(target, slots, storage, max_shard_nbytes, overwrite, Some(part))
+        let part = Some(part);
+        Self::open(target, slots, storage, max_shard_nbytes, description_nbytes, overwrite, part)
     }
 
     fn open(
@@ -136,6 +142,7 @@ impl Writer {
         slots: &[Slot],
         storage: Storage,
         max_shard_nbytes: u64,
+        description_nbytes: u64,
         overwrite: bool,
         part: Option<Part<'_>>,
     ) -> Result<Self> {
@@ -145,37 +152,44 @@ impl Writer {
         }
         let (target, hidden) = places_of(target)?;
         let layout = layout(slots, storage, max_shard_nbytes)?;
-        let (parents, staging) = if join {
-            (Parents { made: Vec::new() }, Staging::join(hidden)?)
-        } else {
-            let parents = Parents::create(target.parent().unwrap_or(&target))?;
-            let home = hidden.parent().unwrap_or(&target);
-            check_space(home, &target, layout.iter().map(|shard| shard.nbytes()).sum())?;
-            (parents, Staging::create(hidden, part.is_some())?)
-        };
         let mut places = Vec::with_capacity(slots.len());
-        let mut files = Vec::with_capacity(layout.len());
+        let mut names = Vec::with_capacity(layout.len());
+        let mut own = Vec::new();
         let mut scales = Vec::new();
         let mut weight_map = serde_json::Map::new();
         for (number, shard) in layout.iter().enumerate() {
             let file_name = format!("delta-{:05}-of-{:05}.safetensors", number + 1, layout.len());
-            let path = staging.path.join(&file_name);
             let is_own = part.is_none_or(|part| part.shards.contains(&number));
-            if !join || is_own {
-                let file = if join { rejoin(&path, shard)? } else { allocate(&path, shard)? };
-                files.push((path, file));
-            }
             if is_own {
                 scales.extend(shard.scales.iter().map(|&at| (at, OnceLock::new())));
             }
+            // Whoever joins has only its own files open.
+            let file = if join { own.len() } else { number };
             for (offset, slot) in shard.offsets.iter().zip(shard.slots) {
                 if is_own {
-                    places.push((files.len() - 1, shard.header.len() as u64 + offset));
+                    places.push((file, shard.header.len() as u64 + offset));
                 }
                 weight_map.insert(slot.name.clone(), json!(file_name));
             }
+            names.push(file_name);
+            if is_own {
+                own.push(number);
+            }
         }
+        let total: u64 = layout.iter().map(|shard| shard.data_nbytes).sum();
+        let index = json!({"metadata": {"total_size": total}, "weight_map": weight_map});
+        let index = format!("{index:#}\n");
+        let sizes = layout.iter().map(ShardLayout::nbytes);
+        let sizes = sizes.chain([index.len() as u64, description_nbytes]);
         if join {
+            let staging = Staging::join(hidden)?;
+            let mut files = Vec::with_capacity(own.len());
+            for &number in &own {
+                let path = staging.path.join(&names[number]);
+                let file = rejoin(&path, &layout[number])?;
+                files.push((path, file));
+            }
+            let (parents, needed) = (Parents { made: Vec::new() }, sizes.sum());
             return Ok(Self {
                 target,
                 staging,
@@ -185,12 +199,23 @@ impl Writer {
                 files,
                 places,
                 scales,
+                needed,
             });
         }
-        let total: u64 = layout.iter().map(|shard| shard.data_nbytes).sum();
-        let index = json!({"metadata": {"total_size": total}, "weight_map": weight_map});
-        write_new(&staging.path.join(INDEX), format!("{index:#}\n").as_bytes())?;
-        Ok(Self { target, staging, storage, overwrite, parents, files, places, scales })
+        let parents = Parents::create(target.parent().unwrap_or(&target))?;
+        let needed = check_space(hidden.parent().unwrap_or(&target), &target, sizes)?;
+        let staging = Staging::create(hidden, part.is_some())?;
+        let mut files = Vec::with_capacity(layout.len());
+        for (name, shard) in names.iter().zip(&layout) {
+            let path = staging.path.join(name);
+            let file = allocate(&path, shard)
+                .map_err(|(action, error)| staging.failed(&path, action, error, &target, needed))?;
+            files.push((path, file));
+        }
+        let path = staging.path.join(INDEX);
+        write_new(&path, index.as_bytes())
+            .map_err(|error| staging.failed(&path, "write the index", error, &target, needed))?;
+        Ok(Self { target, staging, storage, overwrite, parents, files, places, scales, needed })
     }
 
     /// How the slots hold differences.
@@ -216,7 +241,8 @@ impl Writer {
         }
         let text = scale_text(2f64.powi(exponent));
         let (path, file) = &self.files[self.places[slot].0];
-        file.write_all_at(text.as_bytes(), *at).map_err(Error::io(path, "write the header"))
+        file.write_all_at(text.as_bytes(), *at)
+            .map_err(|error| self.failed(path, "write the header", error))
     }
 
     /// Write `bytes` at `offset` within a slot; slots may be written in any order, by any thread.
@@ -228,7 +254,16 @@ impl Writer {
             Error::Argument(format!("there is no slot {slot} among {}", self.places.len()))
         })?;
         let (path, file) = &self.files[file];
-        file.write_all_at(bytes, start + offset as u64).map_err(Error::io(path, "write the delta"))
+        let position = start + offset as u64;
+        file.write_all_at(bytes, position)
+            .map_err(|error| self.failed(path, "write the delta", error))?;
+        start_writing(file, position, bytes.len());
+        Ok(())
+    }
+
+    /// A failed write, as an error that says what is needed in all where that is what was missing.
+    fn failed(&self, path: &Path, action: &'static str, error: io::Error) -> Error {
+        self.staging.failed(path, action, error, &self.target, self.needed)
     }
 
     /// Flush the files to the disk.
@@ -237,7 +272,7 @@ impl Writer {
     /// A failed flush.
     pub fn flush(&self) -> Result<()> {
         for (path, file) in &self.files {
-            file.sync_all().map_err(Error::io(path, "flush the delta"))?;
+            file.sync_all().map_err(|error| self.failed(path, "flush the delta", error))?;
         }
         Ok(())
     }
@@ -260,7 +295,9 @@ impl Writer {
             }
             _ => {}
         }
-        write_new(&self.staging.path.join(DESCRIPTION), description.as_bytes())?;
+        let path = self.staging.path.join(DESCRIPTION);
+        write_new(&path, description.as_bytes())
+            .map_err(|error| self.failed(&path, "write the description", error))?;
         sync_directory(&self.staging.path)?;
         if self.staging.path.parent() == Some(&self.target) {
             self.move_files()?;
@@ -415,6 +452,28 @@ impl Staging {
         }
         Ok(staging)
     }
+
+    /// What a failed write comes to. Of a full disk, a used-up quota and a file that grew too large it
+    /// says how much is needed in all; what is free counts what goes when this is dropped.
+    fn failed(
+        &self,
+        path: &Path,
+        action: &'static str,
+        error: io::Error,
+        target: &Path,
+        needed: u64,
+    ) -> Error {
+        let Some(limit) = Limit::of(&error) else { return Error::io(path, action)(error) };
+        let held: u64 = fs::read_dir(&self.path)
+            .into_iter()
+            .flatten()
+            .filter_map(|entry| entry.and_then(|entry| entry.metadata()).ok())
+            // POSIX leaves the unit open; Linux and macOS count in 512 bytes.
+            .map(|metadata| metadata.blocks() * 512)
+            .sum();
+        let available = free_nbytes(&self.path).map_or(0, |(free, _)| free.saturating_add(held));
+        Error::NoSpace { path: target.to_owned(), needed, available, limit }
+    }
 }
 
 /// Open a directory; a link in its place, which someone else could have put there, is not followed.
@@ -547,15 +606,18 @@ fn scale_text(scale: f64) -> String {
     format!("{scale:<24e}")
 }
 
-fn allocate(path: &Path, shard: &ShardLayout<'_>) -> Result<File> {
+fn allocate(
+    path: &Path,
+    shard: &ShardLayout<'_>,
+) -> std::result::Result<File, (&'static str, io::Error)> {
     let file = OpenOptions::new()
         .read(true)
         .write(true)
         .create_new(true)
         .open(path)
-        .map_err(Error::io(path, "create the file"))?;
-    reserve(&file, shard.nbytes()).map_err(Error::io(path, "reserve space for the delta"))?;
-    file.write_all_at(&shard.header, 0).map_err(Error::io(path, "write the header"))?;
+        .map_err(|error| ("create the file", error))?;
+    reserve(&file, shard.nbytes()).map_err(|error| ("reserve space for the delta", error))?;
+    file.write_all_at(&shard.header, 0).map_err(|error| ("write the header", error))?;
     Ok(file)
 }
 
@@ -575,6 +637,23 @@ fn rejoin(path: &Path, shard: &ShardLayout<'_>) -> Result<File> {
         )));
     }
     Ok(file)
+}
+
+/// Have the system start writing a range to the disk, so that the flush at the end has little to do.
+///
+/// Linux does so for pages that it is told are not needed, and keeps those that are not clean. Of
+/// what was measured on two cores this took the least time (1.2 s for 3.1 GB, against 1.6 s without,
+/// 1.4 s by threads that only write and 2.0 s past the page cache).
+fn start_writing(file: &File, position: u64, nbytes: usize) {
+    // Less than this is not worth a call.
+    const LEAST_NBYTES: usize = 64 << 10;
+    #[cfg(target_os = "linux")]
+    if nbytes >= LEAST_NBYTES {
+        let nbytes = std::num::NonZeroU64::new(nbytes as u64);
+        let _ = rustix::fs::fadvise(file, position, nbytes, rustix::fs::Advice::DontNeed);
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = (file, position, nbytes, LEAST_NBYTES);
 }
 
 /// Give the file its blocks now where the file system can, so that a full disk is found here.
@@ -636,20 +715,36 @@ fn is_ours(name: &str) -> bool {
             .is_some_and(|(number, total)| is_count(number) && is_count(total))
 }
 
-fn check_space(parent: &Path, target: &Path, needed: u64) -> Result<()> {
-    let statistics = rustix::fs::statvfs(parent)
-        .map_err(|error| Error::io(parent, "ask for the free space")(error.into()))?;
-    let available = statistics.f_bavail.saturating_mul(statistics.f_frsize);
+/// The bytes that files of these sizes and their directory take on the disk, if they are free.
+fn check_space(parent: &Path, target: &Path, sizes: impl Iterator<Item = u64>) -> Result<u64> {
+    let (available, block) =
+        free_nbytes(parent).map_err(Error::io(parent, "ask for the free space"))?;
+    let needed = sizes
+        .chain([block])
+        .try_fold(0u64, |total, size| total.checked_add(size.checked_next_multiple_of(block)?))
+        .unwrap_or(u64::MAX);
     if needed > available {
-        return Err(Error::NoSpace { path: target.to_owned(), needed, available });
+        return Err(Error::NoSpace {
+            path: target.to_owned(),
+            needed,
+            available,
+            limit: Limit::FileSystem,
+        });
     }
-    Ok(())
+    Ok(needed)
 }
 
-fn write_new(path: &Path, bytes: &[u8]) -> Result<()> {
+/// What is free to this user, and the unit in which it is given out.
+fn free_nbytes(directory: &Path) -> io::Result<(u64, u64)> {
+    let statistics = rustix::fs::statvfs(directory)?;
+    let unit = statistics.f_frsize.max(1);
+    Ok((statistics.f_bavail.saturating_mul(unit), unit))
+}
+
+fn write_new(path: &Path, bytes: &[u8]) -> io::Result<()> {
     use std::io::Write;
-    let mut file = File::create_new(path).map_err(Error::io(path, "create the file"))?;
-    file.write_all(bytes).and_then(|()| file.sync_all()).map_err(Error::io(path, "write the file"))
+    let mut file = File::create_new(path)?;
+    file.write_all(bytes).and_then(|()| file.sync_all())
 }
 
 fn sync_directory(path: &Path) -> Result<()> {

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use drift_fast_core::checkpoint::Checkpoint;
 use drift_fast_core::compose::{Composed, Part};
-use drift_fast_core::stream::{Minuend, Pair, Side, Sink, run};
+use drift_fast_core::stream::{Minuend, Options, Pair, Side, Sink, run};
 use drift_fast_core::{Dtype, Error, Reader};
 use proptest::prelude::*;
 
@@ -38,7 +38,7 @@ fn side<'a>(checkpoint: &'a Checkpoint, name: &str) -> Side<'a> {
 fn difference(pair: Pair<'_>, numel: usize, threads: usize) -> drift_fast_core::Result<Vec<f32>> {
     let mut bytes = vec![0xff; numel * 4];
     let sink = Sink::Memory(Dtype::F32, &mut bytes);
-    run(&[pair], sink, threads, &mut |_| ControlFlow::Continue(()))?;
+    run(&[pair], sink, &Options::new(threads), &mut |_| ControlFlow::Continue(()))?;
     Ok(bytes.as_chunks::<4>().0.iter().map(|value| f32::from_le_bytes(*value)).collect())
 }
 

@@ -41,8 +41,6 @@ create_exception!(
     "NaN or infinity in a source, or a difference beyond the output dtype's range."
 );
 
-const ENOSPC: i32 = 28;
-
 pub(crate) fn to_py(error: Error) -> PyErr {
     let message = error.to_string();
     match error {
@@ -50,7 +48,7 @@ pub(crate) fn to_py(error: Error) -> PyErr {
         Error::Checkpoint { .. } | Error::Tensor { .. } => CheckpointError::new_err(message),
         Error::Alignment(_) => AlignmentError::new_err(message),
         Error::Exists { .. } => PyFileExistsError::new_err(message),
-        Error::NoSpace { .. } => PyOSError::new_err((ENOSPC, message)),
+        Error::NoSpace { limit, .. } => PyOSError::new_err((limit.errno(), message)),
         Error::Io { source, .. } => os_error(&source, message),
         Error::Argument(_) => PyValueError::new_err(message),
         Error::Interrupted => PyKeyboardInterrupt::new_err(message),

@@ -19,7 +19,7 @@ mod _core {
     use drift_fast_core::likeness::likeness as likeness_core;
     use drift_fast_core::memory::{Precision, Step, measure as measure_core, subtract_all};
     use drift_fast_core::storage::{self, Scale, Storage};
-    use drift_fast_core::stream::{Minuend, Pair, Progress, Side, Sink, run};
+    use drift_fast_core::stream::{Minuend, Options, Outcome, Pair, Progress, Side, Sink, run};
     use drift_fast_core::writer::Slot;
     use drift_fast_core::{
         Dtype, Error, Moments, Reader, checkpoint, dtype, groups, kernel, scales, writer,
@@ -72,7 +72,7 @@ mod _core {
             block: Option<(usize, usize)>,
         ) -> PyResult<Self> {
             let reader = match reader {
-                "auto" => Reader::default(),
+                "auto" => Reader::Auto,
                 "mmap" => Reader::Mmap,
                 "pread" => Reader::Pread,
                 other => {
@@ -197,7 +197,8 @@ mod _core {
     impl DeltaWriter {
         #[new]
         #[pyo3(signature = (
-            target, tensors, dtype, *, max_shard_nbytes, overwrite, shards = None, join = false
+            target, tensors, dtype, *, max_shard_nbytes, overwrite, description_nbytes = 0,
+            shards = None, join = false
         ))]
         #[expect(clippy::too_many_arguments, reason = "they are the keywords of a Python function")]
         fn new(
@@ -207,6 +208,7 @@ mod _core {
             dtype: &str,
             max_shard_nbytes: u64,
             overwrite: bool,
+            description_nbytes: u64,
             shards: Option<Vec<usize>>,
             join: bool,
         ) -> PyResult<Self> {
@@ -214,14 +216,20 @@ mod _core {
             let slots = slots(storage, tensors);
             let part = shards.as_deref().map(|shards| writer::Part { shards, join });
             let create = || match part {
-                None => {
-                    writer::Writer::create(&target, &slots, storage, max_shard_nbytes, overwrite)
-                }
+                None => writer::Writer::create(
+                    &target,
+                    &slots,
+                    storage,
+                    max_shard_nbytes,
+                    description_nbytes,
+                    overwrite,
+                ),
                 Some(part) => writer::Writer::create_part(
                     &target,
                     &slots,
                     storage,
                     max_shard_nbytes,
+                    description_nbytes,
                     overwrite,
                     part,
                 ),
@@ -352,41 +360,61 @@ mod _core {
         }
     }
 
-    /// Stream pairs of tensors and return one dictionary of moments for each.
+    /// Stream pairs of tensors; return one dictionary of moments for each, and the most bytes that
+    /// buffers took at a time.
+    ///
+    /// `memory` bounds the buffers and what is mapped, in bytes; `prefetch` is how many bytes a disk is
+    /// asked for ahead.
     #[pyfunction]
-    #[pyo3(signature = (reasoning, multimodal, pairs, *, threads, writer = None, progress = None))]
+    #[pyo3(signature = (
+        reasoning, multimodal, pairs, *, threads, memory = None, writer = None, progress = None,
+        prefetch = None
+    ))]
+    #[expect(clippy::too_many_arguments, reason = "they are the keywords of a Python function")]
     fn stream<'py>(
         py: Python<'py>,
         reasoning: &Checkpoint,
         multimodal: &Checkpoint,
         pairs: Vec<(Source, String)>,
         threads: usize,
+        memory: Option<usize>,
         writer: Option<&DeltaWriter>,
         progress: Option<Py<PyAny>>,
-    ) -> PyResult<Bound<'py, PyList>> {
+        prefetch: Option<u64>,
+    ) -> PyResult<(Bound<'py, PyList>, usize)> {
         let guard = writer.map(DeltaWriter::hold).transpose()?;
         let writer = match &guard {
             None => None,
             Some(inner) => Some(inner.as_ref().ok_or_else(finished)?),
         };
         let pairs = resolve(reasoning, multimodal, &pairs)?;
-        let moments = detached(py, progress, |tick| match writer {
-            None => run(&pairs, Sink::None, threads, tick),
-            Some(writer) => groups::write(&pairs, writer, threads, tick),
+        let mut options = options(threads, memory);
+        options.prefetch_nbytes = prefetch.unwrap_or(options.prefetch_nbytes);
+        let outcome = detached(py, progress, |tick| match writer {
+            None => run(&pairs, Sink::None, &options, tick),
+            Some(writer) => groups::write(&pairs, writer, &options, tick),
         })?;
         let exponent = |index| writer.and_then(|writer| writer.exponent(index));
-        let rows = moments
+        let rows = outcome
+            .moments
             .iter()
             .enumerate()
             .map(|(index, m)| row(py, m, exponent(index)))
             .collect::<PyResult<Vec<_>>>()?;
-        PyList::new(py, rows)
+        Ok((PyList::new(py, rows)?, outcome.peak_nbytes))
+    }
+
+    fn options(threads: usize, memory: Option<usize>) -> Options {
+        let unbounded = Options::new(threads);
+        Options { memory: memory.unwrap_or(unbounded.memory), ..unbounded }
     }
 
     /// Fill a writable buffer with one difference, or with elements [start, stop) of it, and return
     /// the moments of those. Of a composed tensor only the whole can be asked for.
     #[pyfunction]
-    #[pyo3(signature = (reasoning, multimodal, pair, buffer, *, dtype, threads, elements = None))]
+    #[pyo3(signature = (
+        reasoning, multimodal, pair, buffer, *, dtype, threads, memory = None, elements = None
+    ))]
     #[expect(clippy::too_many_arguments, reason = "they are the keywords of a Python function")]
     fn subtract_into<'py>(
         py: Python<'py>,
@@ -396,6 +424,7 @@ mod _core {
         buffer: &Bound<'py, PyAny>,
         dtype: &str,
         threads: usize,
+        memory: Option<usize>,
         elements: Option<(usize, usize)>,
     ) -> PyResult<Bound<'py, PyDict>> {
         let mut buffer = Writable::new(buffer)?;
@@ -425,8 +454,9 @@ mod _core {
             };
         }
         let sink = Sink::Memory(parse_dtype(dtype)?, buffer.bytes());
-        let moments = detached(py, None, |tick| run(&pairs, sink, threads, tick))?;
-        row(py, &moments[0], None)
+        let options = options(threads, memory);
+        let outcome = detached(py, None, |tick| run(&pairs, sink, &options, tick))?;
+        row(py, &outcome.moments[0], None)
     }
 
     /// Moments of tensors in memory, pair by pair: (‖left‖², ‖right‖², left · right).
@@ -581,9 +611,9 @@ mod _core {
         progress: Option<Py<PyAny>>,
         work: impl FnOnce(
             &mut dyn FnMut(Progress) -> ControlFlow<()>,
-        ) -> drift_fast_core::Result<Vec<Moments>>
+        ) -> drift_fast_core::Result<Outcome>
         + Send,
-    ) -> PyResult<Vec<Moments>> {
+    ) -> PyResult<Outcome> {
         let mut raised: Option<PyErr> = None;
         let mut tick = |state: Progress| {
             let answer = Python::attach(|py| {

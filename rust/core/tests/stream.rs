@@ -1,0 +1,259 @@
+//! The same bits whatever the threads, the memory, the reader and the way of writing, in no more
+//! memory than was allowed.
+
+#![allow(clippy::unwrap_used, clippy::panic, missing_docs)]
+
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+
+use drift_fast_core::checkpoint::Checkpoint;
+use drift_fast_core::compose::{Composed, Part};
+use drift_fast_core::kernel::{self, Elements};
+use drift_fast_core::storage::Storage;
+use drift_fast_core::stream::{CHUNK, Minuend, Options, Outcome, Pair, Side, Sink, run};
+use drift_fast_core::writer::Slot;
+use drift_fast_core::{Dtype, Error, Moments, Reader, Writer};
+
+/// Two sides of float32 tensors of many shapes; `w` is stored transposed in `a`, after one element.
+const SHAPES: [(&str, &[usize]); 9] = [
+    ("scalar", &[]),
+    ("empty", &[0, 7]),
+    ("one", &[1]),
+    ("odd", &[333, 17]),
+    ("chunk", &[CHUNK]),
+    ("more", &[CHUNK + 1]),
+    ("less", &[511, 513]),
+    ("huge", &[1201, 1021]),
+    ("last", &[3, 1, 2]),
+];
+const ROWS: usize = 1700;
+const COLUMNS: usize = 701;
+
+fn values(seed: u64, numel: usize) -> Vec<f32> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    (0..numel)
+        .map(|_| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            (state >> 40) as f32 / (1 << 24) as f32 - 0.5
+        })
+        .collect()
+}
+
+fn write(path: &Path, seed: u64, transposed: bool) {
+    let mut entries = Vec::new();
+    let mut data: Vec<u8> = Vec::new();
+    let mut add = |name: &str, shape: &[usize], values: &[f32]| {
+        let start = data.len();
+        data.extend(values.iter().flat_map(|value| value.to_le_bytes()));
+        entries.push(format!(
+            "{name:?}:{{\"dtype\":\"F32\",\"shape\":{shape:?},\"data_offsets\":[{start},{}]}}",
+            data.len()
+        ));
+    };
+    for (number, (name, shape)) in SHAPES.iter().enumerate() {
+        add(name, shape, &values(seed + number as u64, shape.iter().product()));
+    }
+    let extra = usize::from(transposed);
+    let numel = ROWS * COLUMNS + extra;
+    add(
+        "w",
+        &if transposed { vec![numel] } else { vec![ROWS, COLUMNS] },
+        &values(seed + 99, numel),
+    );
+    let header = format!("{{{}}}", entries.join(","));
+    let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+    bytes.extend(header.as_bytes());
+    bytes.extend(data);
+    std::fs::write(path, bytes).unwrap();
+}
+
+struct Files {
+    directory: tempfile::TempDir,
+}
+
+impl Files {
+    fn new() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        write(&directory.path().join("a.safetensors"), 1, true);
+        write(&directory.path().join("b.safetensors"), 1000, false);
+        Self { directory }
+    }
+
+    fn open(&self, reader: Reader) -> (Checkpoint, Checkpoint) {
+        let open = |name| Checkpoint::open(&self.directory.path().join(name), reader).unwrap();
+        (open("a.safetensors"), open("b.safetensors"))
+    }
+
+    fn target(&self) -> PathBuf {
+        self.directory.path().join("delta")
+    }
+}
+
+fn side<'a>(checkpoint: &'a Checkpoint, name: &str) -> Side<'a> {
+    let (shard, tensor) = checkpoint.tensor(name).unwrap();
+    Side { shard, tensor, scales: None }
+}
+
+fn pairs<'a>(a: &'a Checkpoint, b: &'a Checkpoint, composed: bool) -> Vec<Pair<'a>> {
+    let mut pairs: Vec<Pair<'a>> = SHAPES
+        .iter()
+        .map(|(name, _)| Pair {
+            reasoning: Minuend::Whole(side(a, name)),
+            multimodal: side(b, name),
+        })
+        .collect();
+    if composed {
+        // The first 100 rows have no counterpart; the others lie transposed in two parts.
+        let part = |columns: std::ops::Range<usize>, offset| Part {
+            source: side(a, "w"),
+            rows: 100..ROWS,
+            columns,
+            offset,
+            row_stride: 1,
+            column_stride: ROWS - 100,
+        };
+        let second = 1 + 300 * (ROWS - 100);
+        let parts = vec![part(0..300, 1), part(300..COLUMNS, second)];
+        pairs.push(Pair {
+            reasoning: Minuend::Composed(Composed::new(&[ROWS, COLUMNS], parts).unwrap()),
+            multimodal: side(b, "w"),
+        });
+    }
+    pairs
+}
+
+fn stream(
+    pairs: &[Pair<'_>],
+    sink: Sink<'_>,
+    options: &Options,
+) -> drift_fast_core::Result<Outcome> {
+    run(pairs, sink, options, &mut |_| ControlFlow::Continue(()))
+}
+
+/// Moments, peak, and the bytes of every file of the delta.
+fn written(files: &Files, reader: Reader, options: &Options) -> (Outcome, Vec<Vec<u8>>) {
+    let (a, b) = files.open(reader);
+    let pairs = pairs(&a, &b, true);
+    let storage = Storage::Plain(Dtype::F32);
+    let slots: Vec<Slot> = pairs
+        .iter()
+        .flat_map(|pair| {
+            let tensor = pair.multimodal.tensor;
+            storage.slots(tensor.name.clone(), tensor.shape.clone())
+        })
+        .collect();
+    let target = files.target();
+    let writer = Writer::create(&target, &slots, storage, 3 << 20, 0, true).unwrap();
+    let outcome = stream(&pairs, Sink::Files(&writer, 0), options).unwrap();
+    writer.commit("{}").unwrap();
+    let mut paths: Vec<PathBuf> =
+        std::fs::read_dir(&target).unwrap().map(|entry| entry.unwrap().path()).collect();
+    paths.sort();
+    (outcome, paths.iter().map(|path| std::fs::read(path).unwrap()).collect())
+}
+
+fn bits(moments: &[Moments]) -> Vec<[u64; 5]> {
+    moments
+        .iter()
+        .map(|m| {
+            [m.delta_sq, m.written_sq, m.reasoning_sq, m.multimodal_sq, m.dot].map(f64::to_bits)
+        })
+        .collect()
+}
+
+#[test]
+fn neither_threads_nor_memory_nor_reader_changes_a_bit() {
+    let files = Files::new();
+    let (first, expected) = written(&files, Reader::Pread, &Options::new(1));
+    assert!(expected.len() > 4, "several shards, an index and a description");
+    // One worker needs some 13 MiB for the composed tensor.
+    for threads in 1..=8 {
+        for (number, memory) in [14 << 20, 40 << 20, usize::MAX].into_iter().enumerate() {
+            let reader = [Reader::Pread, Reader::Mmap][(threads + number) % 2];
+            let prefetch_nbytes = [0, 1 << 20, 32 << 20][(threads + number / 2) % 3];
+            let options = Options { threads, memory, prefetch_nbytes };
+            let (outcome, found) = written(&files, reader, &options);
+            assert_eq!(bits(&outcome.moments), bits(&first.moments), "{options:?} {reader:?}");
+            assert!(found == expected, "{options:?} {reader:?}");
+            assert!(outcome.peak_nbytes <= memory, "{} {options:?}", outcome.peak_nbytes);
+        }
+    }
+}
+
+#[test]
+fn a_pair_s_sums_are_those_of_its_chunks_in_order() {
+    let files = Files::new();
+    let (a, b) = files.open(Reader::Pread);
+    let pairs = pairs(&a, &b, false);
+    let found = stream(&pairs, Sink::None, &Options::new(4)).unwrap().moments;
+    for (number, (name, shape)) in SHAPES.iter().enumerate() {
+        let numel: usize = shape.iter().product();
+        let bytes = |seed| -> Vec<u8> {
+            values(seed + number as u64, numel).iter().flat_map(|v| v.to_le_bytes()).collect()
+        };
+        let (left, right) = (bytes(1), bytes(1000));
+        let mut expected = Moments::default();
+        for (x, y) in left.chunks(CHUNK * 4).zip(right.chunks(CHUNK * 4)) {
+            let elements = |bytes| Elements::new(Dtype::F32, bytes).unwrap();
+            expected.add(&kernel::subtract(elements(x), elements(y), None));
+        }
+        assert_eq!(bits(&[found[number]]), bits(&[expected]), "{name}");
+    }
+}
+
+#[test]
+fn an_output_in_memory_is_that_of_the_files() {
+    let files = Files::new();
+    let (a, b) = files.open(Reader::Pread);
+    let pairs = pairs(&a, &b, true);
+    let (_, shards) = written(&files, Reader::Pread, &Options::new(1));
+    for pair in pairs {
+        let mut bytes = vec![0xff; pair.multimodal.tensor.numel() * 4];
+        let whole = bytes.is_empty();
+        stream(&[pair], Sink::Memory(Dtype::F32, &mut bytes), &Options::new(3)).unwrap();
+        assert!(whole || shards.iter().any(|s| s.windows(bytes.len()).any(|w| w == bytes)));
+    }
+}
+
+#[test]
+fn memory_that_one_worker_does_not_fit_in_is_refused_with_the_least_that_will_do() {
+    let files = Files::new();
+    let (a, b) = files.open(Reader::Pread);
+    let mut least = Vec::new();
+    for composed in [false, true] {
+        let pairs = pairs(&a, &b, composed);
+        let options = |memory| Options { memory, ..Options::new(8) };
+        let Err(Error::Argument(message)) = stream(&pairs, Sink::None, &options(1)) else {
+            panic!("accepted one byte");
+        };
+        let needed: usize =
+            message.split_once("memory=").unwrap().1.split_once(' ').unwrap().0.parse().unwrap();
+        assert!(
+            message.contains(if composed { "of which w " } else { "of which chunk " }),
+            "{message}"
+        );
+        assert!(stream(&pairs, Sink::None, &options(needed - 1)).is_err());
+        let outcome = stream(&pairs, Sink::None, &options(needed)).unwrap();
+        assert_eq!(outcome.peak_nbytes, needed);
+        least.push(needed);
+    }
+    // One chunk of either side in float32, against a composed tensor's longer ones.
+    assert!((2 << 20..(2 << 20) + 4096).contains(&least[0]), "{least:?}");
+    assert!(least[1] > 3 * least[0], "{least:?}");
+}
+
+#[test]
+fn more_threads_than_fit_are_not_started() {
+    let files = Files::new();
+    let (a, b) = files.open(Reader::Pread);
+    let pairs = pairs(&a, &b, false);
+    let peak = |threads, memory| {
+        let options = Options { memory, ..Options::new(threads) };
+        stream(&pairs, Sink::None, &options).unwrap().peak_nbytes
+    };
+    // Workers start one by one and the first may have done everything, so a peak is a bound.
+    assert!(peak(8, 5 << 20) <= 5 << 20);
+    assert!(peak(1, usize::MAX) < 3 << 20);
+}
