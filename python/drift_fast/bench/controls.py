@@ -2,10 +2,10 @@
 
     python -P controls.py {read,xor,write,pick} REASONING MULTIMODAL [--threads N] [--way WAY] …
 
-Owns the loops that do the least work which reads every byte of a pair, and, for `write`, writes half
-as many. There are several ways to do each; `pick` times them and names the fastest, which is the
-one to compare with. This file imports nothing of drift_fast, so that a control starts as fast as it
-can. Shard k of one side is read beside shard k of the other, up to the shorter one's end.
+Owns the loops that do the least work which reads every byte of a pair, and, for `write`, writes
+half as many. There are several ways to do each; `pick` times them and names the fastest, which is
+the one to compare with. This file imports nothing of drift_fast, so that a control starts as fast
+as it can. Shard k of one side is read beside shard k of the other, up to the shorter one's end.
 """
 
 from __future__ import annotations
@@ -111,7 +111,9 @@ class Xor:
             for index, (_, _, nbytes) in enumerate(self._spans)
             for start in range(0, nbytes, self._way.chunk)
         ]
-        files = [_Files(span, self._way, self._out, index) for index, span in enumerate(self._spans)]
+        files = [
+            _Files(span, self._way, self._out, index) for index, span in enumerate(self._spans)
+        ]
         try:
             if self._way.forked:
                 self._fork(files, chunks)
@@ -195,7 +197,7 @@ class _Files:
             left, right = buffers.left[:words], buffers.right[:words]
             for fd, buffer in zip(self._inputs, (left, right), strict=True):
                 # A regular file gives all of it but at its end or on an interruption.
-                if os.preadv(fd, [buffer], start) != nbytes:
+                if os.preadv(fd, [buffer.data], start) != nbytes:
                     raise OSError(f"fewer than {nbytes} bytes at {start}")
         out = buffers.out[:words]
         np.bitwise_xor(left, right, out=out)

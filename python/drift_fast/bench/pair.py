@@ -296,7 +296,7 @@ def _blocks() -> list[memoryview]:
     rng = np.random.default_rng(_SEED)
     common = rng.standard_normal(_BLOCK, dtype=np.float32) * np.float32(0.02)
     moved = common + rng.standard_normal(_BLOCK, dtype=np.float32) * np.float32(0.002)
-    return [memoryview(to_bfloat16(values)).cast("B") for values in (moved, common)]
+    return [to_bfloat16(values).data.cast("B") for values in (moved, common)]
 
 
 def to_bfloat16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:

@@ -46,7 +46,7 @@ class Opened:
 
         self._files: dict[str, Any] = {}
         for path in sorted(directory.glob("*.safetensors")):
-            file = safe_open(path, "pt")
+            file: Any = safe_open(path, "pt")
             self._files |= dict.fromkeys(file.keys(), file)
 
     def __iter__(self) -> Iterator[str]:
