@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-WHATS = ("ours", "xor", "tuned")
+WHATS = ("ours", "xor", "tuned", "lean")
 
 
 def prepare(
@@ -27,10 +27,11 @@ def prepare(
         from drift_fast.bench.controls import Xor
 
         return Xor(reasoning, multimodal, threads=threads, way=way, out=out).run
-    if what == "tuned":
+    if what in ("tuned", "lean"):
         from drift_fast.bench.rivals import Tuned
 
-        return Tuned(reasoning, multimodal, threads=threads, out=out).run
+        measure = what == "tuned"
+        return Tuned(reasoning, multimodal, threads=threads, out=out, measure=measure).run
     from drift_fast.delta import compute_delta, inspect
 
     if out is None:

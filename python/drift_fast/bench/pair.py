@@ -100,7 +100,7 @@ def make_pair(
     *,
     layers: int | None = None,
     renamed: bool = False,
-    reserve: int = 0,
+    outputs: int = 0,
     shard_nbytes: int = _SHARD_NBYTES,
 ) -> Pair:
     """Write what is missing of a pair under `directory` and return it; what is whole is kept.
@@ -108,7 +108,7 @@ def make_pair(
     Args:
         layers: fewer or more layers than the model has; None is as many.
         renamed: write the multimodal weights under the text model's names too.
-        reserve: bytes that must stay free beside the pair, for what is computed from it.
+        outputs: so many Δ in bfloat16 must have room beside the pair.
         shard_nbytes: a shard takes at most as much, or one tensor.
 
     Raises:
@@ -143,7 +143,8 @@ def make_pair(
         )
     spec = {"version": _VERSION, "layers": layers, **asdict(model), "shard_nbytes": shard_nbytes}
     missing = [checkpoint for checkpoint in wanted if not checkpoint.sealed(spec)]
-    _check_space(home, sum(checkpoint.nbytes for checkpoint in missing) + reserve)
+    delta_nbytes = sum(2 * math.prod(shape) for shape in shapes.values())
+    _check_space(home, sum(one.nbytes for one in missing) + outputs * delta_nbytes)
     blocks = _blocks() if missing else []
     for checkpoint in missing:
         checkpoint.write(blocks[checkpoint.side], spec, shard_nbytes)

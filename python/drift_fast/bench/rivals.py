@@ -278,7 +278,6 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--results", type=Path, help="write the statistics here, as JSON")
-    parser.add_argument("--unmeasured", action="store_true", help="tuned: Δ without statistics")
     parser.add_argument("--sample", nargs="*", default=[], help="public: names to write to --out")
     options = parser.parse_args()
     pair = options.reasoning, options.multimodal
@@ -292,9 +291,7 @@ def main() -> None:
         if options.what == "plain":
             results = plain(*pair, options.out)
         else:
-            results = Tuned(
-                *pair, threads=options.threads, out=options.out, measure=not options.unmeasured
-            ).run()
+            results = Tuned(*pair, threads=options.threads, out=options.out).run()
     if options.results is not None:
         options.results.write_text(json.dumps(results))
 
