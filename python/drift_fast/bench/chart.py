@@ -63,9 +63,12 @@ def _group(ax: Axes, group: str, rows: list[Row]) -> None:
         ax.text(max(ratio, 1) * 1.05, at, f"{ratio:.2f}×", va="center", fontsize=8)
     names = [row.label.replace("**", "") + (" (wrong)" if row.wrong else "") for row in rows]
     ax.set_yticks(range(len(rows)), names, fontsize=8)
+    mine = next(at for at, row in enumerate(rows) if row.who == "ours")
+    ax.plot(1, mine, "D", color=_OURS, markersize=6)
+    ax.get_yticklabels()[mine].set(color=_OURS, weight="bold")
     ax.invert_yaxis()
     ax.set_xscale("log")
-    ax.set_xlim(0.4, 200)
+    ax.set_xlim(min(0.5, *ratios) / 1.2, max(100, *ratios) * 2)
     ax.set_xticks(
         [0.5, 1, 2, 5, 10, 20, 50, 100], ["0.5×", "1×", "2×", "5×", "10×", "20×", "50×", "100×"]
     )

@@ -83,9 +83,10 @@ def check_statistics(
     worst, where = 0.0, ""
     for name, row in true.items():
         errors = [abs(x - y) / y for x, y in zip(found[name][:3], row[:3], strict=True)]
-        error = max(*errors, abs(found[name][3] - row[3]))
-        # Not `>`, which NaN would slip through.
-        if not error <= worst:
+        errors.append(abs(found[name][3] - row[3]))
+        # NaN would slip through a comparison.
+        error = math.inf if any(map(math.isnan, errors)) else max(errors)
+        if error > worst:
             worst, where = error, name
     wrong = "" if worst <= TOLERANCE else f"{where} is off by {worst:.1e}"
     return Verdict(worst, len(true), wrong=wrong)
