@@ -326,7 +326,7 @@ def test_memory_that_a_process_takes_is_seen_as_anonymous_or_mapped(tmp_path: Pa
     code = {
         "nothing": wait,
         "anonymous": f"held = bytearray(b'1') * 40_000_000; {wait}",
-        "mapped": "import mmap; m = mmap.mmap(open(" + repr(str(file)) + ", 'rb').fileno(), 0, "
+        "mapped": f"import mmap; f = open({str(file)!r}, 'rb'); m = mmap.mmap(f.fileno(), 0, "
         f"prot=mmap.PROT_READ); sum(m[::4096]); {wait}",
     }
     seen = {

@@ -57,6 +57,7 @@ XOR_WAYS = {
 WRITE_WAYS = {
     "pread, pwrite, 512 KiB": Way(512 << 10),
     "pread, pwrite, 1 MiB": Way(1 << 20),
+    "pread, pwrite by processes, 512 KiB": Way(512 << 10, forked=True),
     "pread, direct pwrite, 1 MiB": Way(1 << 20, direct=True),
     "pread, direct pwrite, 4 MiB": Way(4 << 20, direct=True),
 }

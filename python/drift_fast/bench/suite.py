@@ -135,7 +135,7 @@ def open_session(kind: str, options: Options, say: Say) -> Session:
         and commands.mergekit() is not None
     )
     say(f"pair {options.size} in {directory}")
-    pair = make_pair(directory, options.size, layers=options.layers, renamed=renamed, outputs=2)
+    pair = make_pair(directory, options.size, layers=options.layers, renamed=renamed, outputs=1)
     results = Results(
         kind=kind,
         size=pair.label,
@@ -172,7 +172,14 @@ def _back_memory(session: Session) -> None:
 
 
 def warm(session: Session) -> None:
-    """Read the pair once, and note if it does not stay in memory."""
+    """Read the pair once, if it can fit, and note if it does not stay in memory."""
+    available = hardware.available_nbytes()
+    if available is not None and session.pair.nbytes > available:
+        session.results.notes.append(
+            f"**Not warm**: the pair has {session.pair.nbytes / 1e9:.1f} GB, and "
+            f"{available / 1e9:.1f} GB of memory are there"
+        )
+        return
     page_cache.warm(session.pair.files)
     share = page_cache.resident(session.pair.files)
     if share is not None and share < page_cache.WARM:
