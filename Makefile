@@ -66,7 +66,7 @@ format: .venv/built
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv build dist target demo-output
+	rm -rf .venv build dist target demo-output bench-results
 
 .venv/built: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -574,7 +574,8 @@ def test_a_debug_build_is_refused(
 ) -> None:
     monkeypatch.setattr(suite, "_core", SimpleNamespace(debug_build=True))
     for more in ([], ["--scaling", "1"], ["--trace"]):
-        assert main(["bench", "--size", "tiny", "--directory", str(tmp_path), *more]) == 1
+        shared = ["--directory", str(tmp_path), "--out", str(tmp_path / "out"), *NO_RIVALS]
+        assert main(["bench", "--size", "tiny", *shared, *more]) == 1
         assert "debug build" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 

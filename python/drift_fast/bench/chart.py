@@ -46,21 +46,28 @@ def _bars(results: Results, path: Path) -> Path:
     for (group, rows), ax in zip(groups.items(), axes, strict=True):
         _group(ax, group, rows)
     if len(axes):
+        ratios = [ratio for rows in groups.values() for ratio in _ratios(rows)]
+        # One scale, which all groups share.
+        axes[-1].set_xlim(min(0.5, *ratios) / 1.2, max(100, *ratios) * 2)
         axes[-1].set_xlabel("time against ours in the same group, logarithmic")
     figure.suptitle(f"drift_fast, {results.size}, {results.threads} threads", fontsize=11)
     figure.savefig(path)
     return path
 
 
-def _group(ax: Axes, group: str, rows: list[Row]) -> None:
+def _ratios(rows: list[Row]) -> list[float]:
     base = next(row.wall for row in rows if row.who == "ours")
     assert base
-    ratios = [(row.wall or base) / base for row in rows]
+    return [(row.wall or base) / base for row in rows]
+
+
+def _group(ax: Axes, group: str, rows: list[Row]) -> None:
+    ratios = _ratios(rows)
     colours = [{"ours": _OURS, "xor": _CONTROL}.get(row.who, _RIVAL) for row in rows]
     # From one on: longer than ours to the right, shorter to the left.
     ax.barh(range(len(rows)), [ratio - 1 for ratio in ratios], left=1, color=colours, height=0.7)
     for at, ratio in enumerate(ratios):
-        ax.text(max(ratio, 1) * 1.05, at, f"{ratio:.2f}×", va="center", fontsize=8)
+        ax.text(max(ratio, 1) * 1.1, at, f"{ratio:.2f}×", va="center", fontsize=8)
     names = [row.label.replace("**", "") + (" (wrong)" if row.wrong else "") for row in rows]
     ax.set_yticks(range(len(rows)), names, fontsize=8)
     mine = next(at for at, row in enumerate(rows) if row.who == "ours")
@@ -68,7 +75,6 @@ def _group(ax: Axes, group: str, rows: list[Row]) -> None:
     ax.get_yticklabels()[mine].set(color=_OURS, weight="bold")
     ax.invert_yaxis()
     ax.set_xscale("log")
-    ax.set_xlim(min(0.5, *ratios) / 1.2, max(100, *ratios) * 2)
     ax.set_xticks(
         [0.5, 1, 2, 5, 10, 20, 50, 100], ["0.5×", "1×", "2×", "5×", "10×", "20×", "50×", "100×"]
     )

@@ -56,11 +56,16 @@ def _taken(results: Results) -> str:
     own = versions.pop("drift_fast")
     commit = versions.pop("commit", "")
     libraries = ", ".join(f"{name} {version}" for name, version in versions.items())
+    how = (
+        f"Medians (min to max) of {results.repeats}, each row in turn with the others. Compare "
+        "ratios, not times."
+    )
+    if results.kind == "trace":
+        how = "Each command was watched once and timed once."
     return (
         f"`{results.command}`, {results.date}. {machine['processor']}, {machine['cores']} cores, "
         f"{had}{machine['system']}, {machine['file_system']}; drift_fast {own}"
-        f"{f' ({commit})' if commit else ''}, {libraries}. Medians (min to max) of "
-        f"{results.repeats}, each row in turn with the others. Compare ratios, not times."
+        f"{f' ({commit})' if commit else ''}, {libraries}. {how}"
     )
 
 
