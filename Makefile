@@ -57,15 +57,16 @@ families: .venv/built
 parity: .venv/built
 	OMP_NUM_THREADS=1 $(BIN)/python docs/make_parity.py
 
+# Three minutes; BENCH='--size 1.5B --cold' or '--scaling 1,2,4,8,16' for others.
 bench: .venv/built
-	$(BIN)/python benches/delta.py
+	$(BIN)/drift-fast bench --out benches/results $(BENCH)
 
 format: .venv/built
 	cargo fmt --all
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv build dist target demo-output
+	rm -rf .venv build dist target demo-output bench-results
 
 .venv/built: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

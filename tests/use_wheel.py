@@ -19,6 +19,7 @@ assert importlib.util.find_spec("transformers") is None, "the environment is not
 shipped = {str(file) for file in files("drift-fast") or []}
 assert "drift_fast/py.typed" in shipped
 assert "drift_fast/_core.pyi" in shipped
+assert {"drift_fast/bench/rivals.py", "drift_fast/bench/controls.py"} <= shipped
 
 import torch  # noqa: E402
 

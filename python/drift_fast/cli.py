@@ -1,4 +1,4 @@
-"""The command `drift-fast`: delta, inspect, align, check, demo.
+"""The command `drift-fast`: delta, inspect, align, check, demo, bench.
 
 Results go to standard output, progress and messages to standard error. Exit status: 0 done,
 1 refused or failed, 2 wrong usage, 130 interrupted. Torch is imported by `demo`, and where tensors
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import shlex
 import sys
 import warnings
 from collections.abc import Sequence
@@ -34,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
     parser = _parser()
     options = parser.parse_args(arguments)
+    options.arguments = sys.argv[1:] if arguments is None else list(arguments)
     warnings.showwarning = _show_warning
     for stream in (sys.stdout, sys.stderr):
         # A name or symbol that the terminal cannot show is no reason to fail.
@@ -134,7 +136,47 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--seeds", type=int, default=3, help="fine-tuning sets (default 3)")
     demo.add_argument("--workers", type=int, default=2, help="processes (default 2)")
     demo.set_defaults(run=_demo)
+    _add_bench(commands)
     return parser
+
+
+def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    bench = commands.add_parser(
+        "bench",
+        help="time statistics and Δ of a synthetic pair beside rivals and what the machine allows",
+        description="Write a seeded synthetic pair, check every result against float64, and time "
+        "drift-fast beside PyTorch, transformers and mergekit, as far as they are installed, and "
+        "beside an XOR of both files. Leaves a table, JSON and a picture at --out.",
+    )
+    bench.add_argument("--size", default="0.5B", metavar="0.5B|1.5B|3B|7B", help="default 0.5B")
+    bench.add_argument("--layers", type=int, metavar="N", help="of the pair; default the model's")
+    bench.add_argument("--threads", type=int, default=2, help="of everything (default 2)")
+    bench.add_argument("--repeats", type=int, default=3, help="timed rounds (default 3)")
+    bench.add_argument("--cold", action="store_true", help="also with an empty page cache")
+    bench.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="PART",
+        help="statistics, delta, process, inside or cold; may be repeated",
+    )
+    bench.add_argument(
+        "--without",
+        action="append",
+        default=[],
+        metavar="RIVAL",
+        help="tuned, plain, public or mergekit; may be repeated",
+    )
+    bench.add_argument(
+        "--scaling", metavar="1,2,4", help="instead: ours and the XOR over these thread counts"
+    )
+    bench.add_argument("--trace", action="store_true", help="instead: our memory over time")
+    bench.add_argument(
+        "--beside", type=Path, metavar="JSON", help="a run at another size, to compare memory with"
+    )
+    bench.add_argument("--directory", type=Path, help="for pairs (default ~/.cache/drift-fast)")
+    bench.add_argument("--out", "-o", type=Path, default=Path("bench-results"), help="for results")
+    bench.set_defaults(run=_bench)
 
 
 def _add_sources(parser: argparse.ArgumentParser) -> None:
@@ -310,6 +352,37 @@ def _demo(options: argparse.Namespace) -> int:
     from drift_fast.demo import run
 
     run(options.out, seeds=options.seeds, workers=options.workers)
+    return 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from drift_fast.bench import Options, bench
+
+    counts = options.scaling.split(",") if options.scaling else []
+    try:
+        scaling = [int(count) for count in counts]
+    except ValueError as error:
+        raise ValueError(f"--scaling {options.scaling}: expected counts such as 1,2,4") from error
+    report, paths = bench(
+        Options(
+            size=options.size,
+            layers=options.layers,
+            threads=options.threads,
+            repeats=options.repeats,
+            cold=options.cold,
+            only=tuple(options.only),
+            without=tuple(options.without),
+            directory=options.directory,
+            beside=options.beside,
+            command=shlex.join(["drift-fast", *(options.arguments)]),
+        ),
+        options.out,
+        lambda line: print(f"drift-fast: {line}", file=sys.stderr),
+        scaling=scaling,
+        trace=options.trace,
+    )
+    print(report)
+    print(f"drift-fast: written to {', '.join(map(str, paths))}", file=sys.stderr)
     return 0
 
 

@@ -1,0 +1,104 @@
+"""What a run was taken on and with: processor, memory, file system, versions, commit."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from drift_fast import _core
+
+_LIBRARIES = ("numpy", "torch", "transformers", "safetensors", "mergekit", "matplotlib")
+
+
+def describe(directory: Path) -> dict[str, Any]:
+    """Return the machine, and the file system that `directory` lies on."""
+    return {
+        "processor": _processor(),
+        "machine": platform.machine(),
+        "cores": cores(),
+        "memory_nbytes": _meminfo("MemTotal"),
+        "system": f"{platform.system()} {platform.release()}",
+        "file_system": _file_system(directory),
+    }
+
+
+def cores() -> int:
+    """Return how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def available_nbytes() -> int | None:
+    """Return how much memory can be had without swapping; None where the system does not say."""
+    return _meminfo("MemAvailable")
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of everything that takes part, and the commit if there is one."""
+    found = {"drift_fast": _core.__version__, "python": platform.python_version()}
+    for name in _LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    commit = _commit()
+    return found | ({"commit": commit} if commit else {})
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() in ("model name", "Model"):
+                return value.strip()
+    except OSError:
+        pass
+    return platform.processor() or "unknown"
+
+
+def _meminfo(field: str) -> int | None:
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name == field:
+                return int(value.split()[0]) * 1024
+    except (OSError, ValueError, IndexError):
+        pass
+    return None
+
+
+def _file_system(directory: Path) -> str:
+    try:
+        mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
+    except OSError:
+        return "unknown"
+    home = directory.resolve()
+    above = [
+        (len(fields[1]), fields[2])
+        for fields in mounts
+        if len(fields) > 2 and home.is_relative_to(fields[1])
+    ]
+    return max(above)[1] if above else "unknown"
+
+
+def _commit() -> str | None:
+    """Return the checkout's commit, with a + where files differ from it; None for a wheel."""
+    here = Path(__file__).parent
+    try:
+        tracked = _git(here, "ls-files", "--error-unmatch", Path(__file__).name)
+        commit = _git(here, "rev-parse", "--short=10", "HEAD")
+        changed = _git(here, "status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit + ("+" if changed else "") if tracked else None
+
+
+def _git(directory: Path, *arguments: str) -> str:
+    return subprocess.run(
+        ["git", "-C", str(directory), *arguments], check=True, capture_output=True, text=True
+    ).stdout.strip()

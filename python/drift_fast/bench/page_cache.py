@@ -1,0 +1,89 @@
+"""What of a file lies in memory: ask, fill, empty.
+
+Owns warm and cold. *Warm* is a file that was read whole beforehand; *cold* one that was flushed and
+given up with `posix_fadvise`. Both are checked with `mincore`, since a file may not fit, or may not
+leave. What a host keeps of a virtual machine's disk is out of reach from within.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+# Below it a file is not warm; of a cold one no more than the rest may be left.
+WARM = 0.99
+
+
+def can_evict() -> bool:
+    """Return whether this system gives a file's pages up on request."""
+    return hasattr(os, "posix_fadvise")
+
+
+def warm(paths: Iterable[Path]) -> None:
+    """Read every file whole, so that it lies in memory as far as it fits."""
+    buffer = bytearray(8 << 20)
+    for path in paths:
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+
+
+def evict(paths: Iterable[Path]) -> None:
+    """Flush every file and have the system give up its pages.
+
+    Raises:
+        OSError: this system cannot.
+    """
+    if not can_evict():
+        raise OSError("this system gives no pages up on request, so nothing can be read cold")
+    for path in paths:
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(fd)
+
+
+def resident(paths: Iterable[Path]) -> float | None:
+    """Return the share of the files' pages that lie in memory; None where that cannot be asked."""
+    if not sys.platform.startswith("linux"):
+        return None
+    system = ctypes.CDLL(None, use_errno=True)
+    system.mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p)
+    held = pages = 0
+    for path in paths:
+        nbytes = path.stat().st_size
+        if nbytes == 0:
+            continue
+        count = -(-nbytes // mmap.PAGESIZE)
+        states = ctypes.create_string_buffer(count)
+        with path.open("rb") as file:
+            # A private writable mapping, since ctypes takes no address of a read-only one; no page
+            # is touched.
+            mapped = mmap.mmap(file.fileno(), nbytes, access=mmap.ACCESS_COPY)
+        window = ctypes.c_char.from_buffer(mapped)
+        failed = system.mincore(ctypes.addressof(window), nbytes, states)
+        number = ctypes.get_errno()
+        del window
+        mapped.close()
+        if failed:
+            raise OSError(number, os.strerror(number), str(path))
+        # The lowest bit says it; the others are undefined.
+        held += sum(state & 1 for state in states.raw)
+        pages += count
+    return held / pages if pages else 1.0
+
+
+def touch(nbytes: int) -> None:
+    """Take memory and write to each of its pages, so that a virtual machine's host provides it.
+
+    For a process of its own: at its end the system has the memory back.
+    """
+    with mmap.mmap(-1, nbytes) as memory:
+        for start in range(0, nbytes, mmap.PAGESIZE):
+            memory[start] = 1

@@ -1,0 +1,140 @@
+"""The tables of a run in Markdown: aims beside what was measured, then every row.
+
+Owns wording only; every figure comes from the results. A ratio is time over ours in the same group,
+so more than one is slower than ours.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from drift_fast.bench.results import Results, Row
+
+GROUPS = {
+    "process/statistics": "Statistics, warm page cache, whole processes",
+    "process/delta": "Δ written, warm page cache, whole processes",
+    "inside/statistics": "Statistics, warm page cache, in process",
+    "inside/delta": "Δ written, warm page cache, in process",
+    "cold/read": "Cold sequential reads of both files",
+    "cold/statistics": "Statistics, cold page cache, whole processes",
+    "cold/delta": "Δ written, cold page cache, whole processes",
+}
+
+
+def markdown(results: Results) -> str:
+    """Return the whole report."""
+    lines = [f"# {_title(results)}", "", _taken(results), ""]
+    lines += [f"* {note}" for note in results.notes]
+    if results.aims:
+        lines += ["", "## Aims", "", "| aim | wanted | measured | |", "|---|---|---|---|"]
+        lines += [_aim(aim) for aim in results.aims]
+    if results.kind == "scaling":
+        lines += ["", *_scaling(results)]
+    else:
+        for group, title in GROUPS.items():
+            rows = [row for row in results.rows if row.group == group]
+            if rows:
+                lines += ["", f"## {title}", "", *_table(rows, results)]
+    return "\n".join(lines) + "\n"
+
+
+def _title(results: Results) -> str:
+    pair = f"a pair of 2 × {results.nbytes / 2e9:.2f} GB in bfloat16 ({results.size})"
+    return {
+        "delta": f"Δ and statistics of {pair}",
+        "scaling": f"Over thread counts: Δ and statistics of {pair}",
+        "trace": f"Memory over time: Δ and statistics of {pair}",
+    }[results.kind]
+
+
+def _taken(results: Results) -> str:
+    machine, versions = results.hardware, dict(results.versions)
+    memory = machine["memory_nbytes"]
+    had = f"{memory / 2**30:.0f} GiB of memory, " if memory else ""
+    own = versions.pop("drift_fast")
+    commit = versions.pop("commit", "")
+    libraries = ", ".join(f"{name} {version}" for name, version in versions.items())
+    how = (
+        f"Medians (min to max) of {results.repeats}, each row in turn with the others. Compare "
+        "ratios, not times."
+    )
+    if results.kind == "trace":
+        how = "Each command was watched once and timed once."
+    return (
+        f"`{results.command}`, {results.date}. {machine['processor']}, {machine['cores']} cores, "
+        f"{had}{machine['system']}, {machine['file_system']}; drift_fast {own}"
+        f"{f' ({commit})' if commit else ''}, {libraries}. {how}"
+    )
+
+
+def _aim(aim: dict[str, Any]) -> str:
+    verdict = {True: "met", False: "**missed**", None: ""}[aim["met"]]
+    return f"| {aim['aim']} | {aim['wanted']} | {aim['measured'] or 'not measured'} | {verdict} |"
+
+
+def _table(rows: list[Row], results: Results) -> list[str]:
+    base = next((row.wall for row in rows if row.who == "ours"), None)
+    inside = rows[0].group.startswith("inside")
+    head = "| | wall s | against ours | CPU s | GB/s |"
+    lines = [
+        head + ("" if inside else " peak MB | anonymous MB | result |"),
+        "|---" * (5 if inside else 8) + "|",
+    ]
+    for row in rows:
+        cells = [row.label, *_times(row, base, results.nbytes)]
+        if not inside:
+            cells += [_mega(row.peak_nbytes), _mega(row.peak_anonymous_nbytes), _result(row)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def _times(row: Row, base: float | None, nbytes: int) -> list[str]:
+    if row.wall is None:
+        return [row.absent or "not timed", "", "", ""]
+    spread = f" ({min(row.walls):.3f} to {max(row.walls):.3f})" if len(row.walls) > 1 else ""
+    return [
+        f"{row.wall:.3f}{spread}",
+        f"{row.wall / base:.2f}×" if base else "",
+        f"{_median(row.cpus):.2f}",
+        f"{nbytes / row.wall / 1e9:.2f}",
+    ]
+
+
+def _result(row: Row) -> str:
+    if row.wrong:
+        return f"**wrong**: {row.wrong}"
+    if row.error is not None:
+        return f"within {row.error:.1e}"
+    return f"exact in {row.compared:,} values" if row.compared else ""
+
+
+def _mega(nbytes: int | None) -> str:
+    return "" if nbytes is None else f"{nbytes / 1e6:,.0f}"
+
+
+def _median(values: Iterable[float]) -> float:
+    ordered = sorted(values)
+    return ordered[len(ordered) // 2] if ordered else math.nan
+
+
+def _scaling(results: Results) -> list[str]:
+    lines = [
+        "| threads | statistics GB/s | XOR GB/s | rate against XOR | against one thread "
+        "| Δ written GB/s | XOR written GB/s | rate against XOR | against one thread |",
+        "|---" * 9 + "|",
+    ]
+    first: dict[str, float] = {}
+    for threads in dict.fromkeys(row.threads for row in results.rows):
+        cells = [str(threads)]
+        for part in ("statistics", "delta"):
+            mine, xor = (results.wall(f"inside/{part}/{who}@{threads}") for who in ("ours", "xor"))
+            if mine is None or xor is None:
+                cells += ["", "", "", ""]
+                continue
+            first.setdefault(part, mine)
+            rates = [f"{results.nbytes / wall / 1e9:.2f}" for wall in (mine, xor)]
+            cells += [*rates, f"{xor / mine:.0%}".replace("%", " %"), f"{first[part] / mine:.2f}×"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines

@@ -1,0 +1,79 @@
+"""How statistics and writing scale over thread counts, beside the XOR control at the same counts.
+
+Everything is warm and in process. For each count the control's fastest way is picked anew, since
+another may win there.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+
+from drift_fast.bench import check, commands
+from drift_fast.bench.commands import Entry
+from drift_fast.bench.results import Results, Row
+from drift_fast.bench.suite import (
+    Options,
+    Say,
+    check_entry,
+    open_session,
+    pick_way,
+    time_inside,
+)
+from drift_fast.errors import DriftError
+
+
+def run_scaling(counts: Sequence[int], options: Options, say: Say) -> Results:
+    """Run ours and the control with each count of threads, checked once with the largest.
+
+    Raises:
+        ValueError: a count below one, or none.
+        DriftError: a debug build, or results of ours that are wrong.
+        OSError: not enough space.
+    """
+    if not counts or min(counts) < 1:
+        raise ValueError(f"thread counts must be positive, got {list(counts)}")
+    session = open_session("scaling", options, say)
+    pair, results = session.pair, session.results
+    try:
+        entries: list[Entry] = []
+        most = max(counts)
+        if "statistics" in options.parts:
+            entries.append(commands.our_statistics(pair, session.work, threads=most))
+        if "delta" in options.parts:
+            sample = tuple(check.sample(pair))
+            entries.append(commands.our_delta(pair, session.work, threads=most, sample=sample))
+        true = check.truth(pair, threads=most)
+        for entry in entries:
+            row = Row(f"check/{entry.part}/ours", entry.label)
+            check_entry(session, entry, row, true)
+            if row.wrong:
+                raise DriftError(f"nothing was timed, since {row.key} is wrong: {row.wrong}")
+        for threads in counts:
+            for part in options.parts:
+                way = pick_way(session, part, threads)
+                out = session.out if part == "delta" else None
+                rows = {
+                    who: Row(f"inside/{part}/{who}@{threads}", label, threads=threads)
+                    for who, label in (("xor", f"control: XOR ({way})"), ("ours", "drift_fast"))
+                }
+                results.rows += rows.values()
+                processes = [
+                    (row, commands.inside(pair, who, threads=threads, way=way, out=out))
+                    for who, row in rows.items()
+                ]
+                time_inside(session, processes, threads)
+        picked = ", ".join(
+            f"{row.key.rpartition('@')[0].split('/')[1]} with {row.threads} "
+            f"{row.label.removeprefix('control: XOR ').strip('()')}"
+            for row in results.rows
+            if "/xor@" in row.key
+        )
+        results.notes += [
+            "In process, warm, imports and buffers ready before the clock; GB/s of the tensors "
+            "that both models have, on both sides",
+            f"The control's way, the fastest of several: {picked}",
+        ]
+    finally:
+        shutil.rmtree(session.work, ignore_errors=True)
+    return results

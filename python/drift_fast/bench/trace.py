@@ -1,0 +1,89 @@
+"""The memory of our two commands over time, sampled while they run.
+
+For the claim that memory does not depend on the size of the models: total and anonymous resident
+memory a few hundred times a second, as CSV and as a picture.
+"""
+
+from __future__ import annotations
+
+import csv
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from drift_fast.bench import check, commands, measure, page_cache
+from drift_fast.bench.aims import evaluate
+from drift_fast.bench.measure import Sample
+from drift_fast.bench.results import Results, Row
+from drift_fast.bench.suite import Options, Say, check_entry, name, open_session, time_once
+from drift_fast.errors import DriftError
+
+Traces = dict[str, tuple[Sample, ...]]
+
+
+def run_trace(options: Options, say: Say) -> tuple[Results, Traces]:
+    """Watch `inspect` and `delta` once each, check what they computed, then time each once.
+
+    Raises:
+        DriftError: a debug build, or results of ours that are wrong.
+        OSError: not enough space.
+    """
+    session = open_session("trace", options, say)
+    pair, results = session.pair, session.results
+    results.repeats = 1
+    traces: Traces = {}
+    try:
+        say("summing up in float64")
+        true = check.truth(pair, threads=options.threads)
+        baseline = measure.watch(commands.import_only(), environment=session.environment)
+        results.baseline_nbytes = baseline.nbytes
+        results.baseline_anonymous_nbytes = baseline.anonymous
+        sample = tuple(check.sample(pair))
+        for entry in (
+            commands.our_statistics(pair, session.work, threads=options.threads),
+            commands.our_delta(pair, session.work, threads=options.threads, sample=sample),
+        ):
+            if entry.part not in options.parts:
+                continue
+            row = Row(f"process/{entry.part}/ours", entry.label)
+            results.rows.append(row)
+            say(f"watching {row.key}")
+            memory = check_entry(session, entry, row, true)
+            if row.wrong:
+                raise DriftError(f"{row.key} is wrong: {row.wrong}")
+            traces[entry.label.strip("*")] = memory.samples
+            session.clear()
+            say(f"timing {row.key}")
+            time_once(session, row, entry.command)
+            session.clear()
+        share = page_cache.resident(pair.files)
+        if share is not None:
+            results.notes.append(
+                f"At the end {share:.0%} of both checkpoints lay in the page cache, which is the "
+                "system's and no process's"
+            )
+        results.notes.append(
+            f"`import drift_fast` alone peaks at {baseline.nbytes / 1e6:.1f} MB; memory was "
+            "watched in a run of its own, which is not the timed one"
+        )
+        results.aims = [
+            aim for aim in evaluate(results, options.beside) if aim["measured"] is not None
+        ]
+    finally:
+        shutil.rmtree(session.work, ignore_errors=True)
+    return results, traces
+
+
+def write_trace(results: Results, traces: Mapping[str, tuple[Sample, ...]], out: Path) -> Path:
+    """Write the samples as CSV, seconds and bytes, and return where."""
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / f"{name(results)}.csv"
+    with path.open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(("command", "seconds", "resident", "anonymous", "mapped"))
+        for label, samples in traces.items():
+            for sample in samples:
+                mapped = sample.nbytes - sample.anonymous
+                seconds = f"{sample.seconds:.4f}"
+                table.writerow((label, seconds, sample.nbytes, sample.anonymous, mapped))
+    return path
