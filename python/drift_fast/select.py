@@ -6,6 +6,7 @@ a projector, whatever its tensors are called; a pattern given as `re:…` select
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -48,6 +49,7 @@ def is_other_modality(name: str) -> bool:
     return _OTHER_MODALITY.search(name) is not None
 
 
+@functools.lru_cache(maxsize=1 << 16)
 def kind_of(name: str) -> str:
     """Return the preset that a tensor falls under, or "other"."""
     if _OTHER_MODALITY.search(name):
@@ -55,6 +57,7 @@ def kind_of(name: str) -> str:
     return next((kind for kind, pattern in _KINDS.items() if pattern.search(name)), "other")
 
 
+@functools.lru_cache(maxsize=1 << 16)
 def layer_of(name: str) -> int | None:
     """Return the number of the layer that a tensor lies in, None outside the layers."""
     found = _NUMBERED.search(name)
@@ -67,6 +70,7 @@ def container_of(name: str) -> str | None:
     return name[: found.start()] if found else None
 
 
+@functools.lru_cache(maxsize=1 << 16)
 def module_of(name: str) -> str:
     """Return the module within its layer: `self_attn.q_proj`; experts are taken together."""
     found = _NUMBERED.search(name)
