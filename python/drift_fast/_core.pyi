@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from typing import Any, TypeAlias, TypedDict, final, type_check_only
+from typing import Any, NotRequired, TypeAlias, TypedDict, final, type_check_only
 
 __all__ = [
     "Aligned",
@@ -54,6 +54,9 @@ class Moments(TypedDict):
     nonfinite_reasoning: int
     nonfinite_multimodal: int
     overflow: int
+    singular: NotRequired[list[float]]
+    singular_over_sq: NotRequired[float]
+    singular_under_sq: NotRequired[float]
 
 @final
 class Aligned:
@@ -132,6 +135,7 @@ def stream(
     writer: DeltaWriter | None = None,
     progress: Callable[[int, int], object] | None = None,
     prefetch: int | None = None,
+    singular: int | None = None,
 ) -> tuple[list[Moments], int]: ...
 def subtract_into(
     reasoning: Checkpoint,

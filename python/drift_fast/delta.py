@@ -43,6 +43,8 @@ STORED_DTYPES = DTYPES | COMPRESSED
 # Elements of an int8 delta that share a scale.
 _INT8_BLOCK = 64
 MEMORY = "64MB"
+# A sketch has room for no more.
+MOST_SINGULAR = 40
 # What `drift.json` may take for one tensor beside its name.
 _ROW_NBYTES = 1024
 
@@ -78,6 +80,7 @@ def compute_delta(
     max_shard_size: int | str = "5GB",
     threads: int | None = None,
     memory: int | str = MEMORY,
+    singular: int | None = None,
     progress: ProgressCallback | None = None,
     allow_nonfinite: bool = False,
     reader: str = "auto",
@@ -125,6 +128,10 @@ def compute_delta(
             work. What grows with the number of tensors, names and statistics, comes on top, and
             files that the system keeps in its page cache are not counted. The result does not
             depend on it, and `Delta.peak_nbytes` says what was taken.
+        singular: how many of the largest singular values of each Δ the statistics are to hold, up
+            to 40; None is none. They come from a sketch in the same pass, which takes two to four
+            times as long and more memory, and are exact for a Δ of low rank only: see
+            `Row.singular`.
         progress: called on this thread with a `Progress`, about 20 times a second.
         allow_nonfinite: record NaN and infinity in the statistics instead of refusing.
         reader: "pread", "mmap", or "auto": "pread" on network file systems, and elsewhere what
@@ -147,6 +154,7 @@ def compute_delta(
             where the message says the least.
     """
     _check_stored_dtype(dtype)
+    _check_singular(singular)
     shard_nbytes = parse_size(max_shard_size)
     memory_nbytes = parse_size(memory)
     selection = Selection.parse(modules, layers)
@@ -172,9 +180,10 @@ def compute_delta(
         if group is not None:
             seen = {side: sources[side]["shards"] for side in ("reasoning", "multimodal")}
             pairs = {"pairs": [[pair.name, pair.source] for pair in pairing.pairs]}
-            agree(group, seen | pairs | {"allow_nonfinite": allow_nonfinite})
+            options = {"allow_nonfinite": allow_nonfinite, "singular": singular}
+            agree(group, seen | pairs | options)
         delta = Delta(
-            _Streamed(pairing, dtype, threads, memory_nbytes, allow_nonfinite),
+            _Streamed(pairing, dtype, threads, memory_nbytes, allow_nonfinite, singular),
             stored_dtype=dtype,
             coverage=pairing.coverage,
             sources=sources,
@@ -191,6 +200,11 @@ def compute_delta(
             memory_nbytes=None,
             progress=progress,
         )
+
+
+def _check_singular(singular: int | None) -> None:
+    if singular is not None and not 1 <= singular <= MOST_SINGULAR:
+        raise ValueError(f"singular must be from 1 to {MOST_SINGULAR}, or None, got {singular}")
 
 
 # Rounding changes ‖Δ‖² by far less than this; a larger loss is underflow. Of E4M3, four significant
@@ -233,6 +247,7 @@ def inspect(
     check_weights: bool = True,
     threads: int | None = None,
     memory: int | str = MEMORY,
+    singular: int | None = None,
     progress: ProgressCallback | None = None,
     allow_nonfinite: bool = False,
     reader: str = "auto",
@@ -242,6 +257,7 @@ def inspect(
     Arguments and errors are those of `compute_delta`. Under a launcher each process that calls
     this reads everything for itself.
     """
+    _check_singular(singular)
     selection = Selection.parse(modules, layers)
     threads = _thread_count(threads)
     memory_nbytes = parse_size(memory)
@@ -256,7 +272,7 @@ def inspect(
         min_coverage=min_coverage,
     )
     pairing = _ready(pairing, reader, check_weights, progress)
-    streamed = _Streamed(pairing, "float32", threads, memory_nbytes, allow_nonfinite)
+    streamed = _Streamed(pairing, "float32", threads, memory_nbytes, allow_nonfinite, singular)
     stats, peak_nbytes = streamed.statistics(progress)
     return Report(
         stats,
@@ -678,12 +694,19 @@ class _Streamed:
     """A delta that exists as two checkpoints and their pairing."""
 
     def __init__(
-        self, pairing: Pairing, dtype: str, threads: int, memory: int, allow_nonfinite: bool
+        self,
+        pairing: Pairing,
+        dtype: str,
+        threads: int,
+        memory: int,
+        allow_nonfinite: bool,
+        singular: int | None,
     ) -> None:
         self._pairing = pairing
         self._dtype = dtype
         self._threads = threads
         self._memory = memory
+        self._singular = singular
         self._allow_nonfinite = allow_nonfinite
         self._pairs = {pair.name: pair for pair in pairing.pairs}
         self.shapes = {name: pairing.shapes[name] for name in self._pairs}
@@ -742,6 +765,7 @@ class _Streamed:
             [(pair.source, pair.name) for pair in pairs],
             threads=self._threads,
             memory=self._memory if memory is None else memory,
+            singular=self._singular,
             writer=writer,
             progress=report,
         )

@@ -29,6 +29,9 @@ pub fn write(
     }
     let mut moments = Vec::with_capacity(pairs.len());
     let mut peak_nbytes = 0;
+    let mut spectra = Vec::new();
+    // The first pass has them.
+    let again = Options { singular: None, ..*options };
     let mut done = Progress::default();
     for group in groups(pairs) {
         let first = moments.len();
@@ -42,16 +45,17 @@ pub fn write(
             writer.set_exponent(first + index, exponent_for(of_pair.max_abs))?;
         }
         let mut read = 0;
-        let written = run(group, Sink::Files(writer, first), options, &mut |now| {
+        let written = run(group, Sink::Files(writer, first), &again, &mut |now| {
             read = half + now.nbytes.div_ceil(2);
             tick(Progress { tensors: done.tensors + now.tensors, nbytes: done.nbytes + read })
         })?;
         peak_nbytes = peak_nbytes.max(measured.peak_nbytes).max(written.peak_nbytes);
         moments.extend(written.moments);
+        spectra.extend(measured.spectra);
         done.tensors += group.len();
         done.nbytes += read;
     }
-    Ok(Outcome { moments, peak_nbytes })
+    Ok(Outcome { moments, peak_nbytes, spectra })
 }
 
 /// Neighbouring pairs of about [`GROUP_NBYTES`] together.

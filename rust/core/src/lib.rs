@@ -18,6 +18,7 @@ mod ranges;
 pub mod scales;
 pub mod shard;
 pub mod sketch;
+mod spectrum;
 pub mod storage;
 pub mod stream;
 pub mod writer;

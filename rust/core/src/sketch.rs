@@ -42,6 +42,8 @@ pub struct Sketch {
     range: Vec<f32>,
     /// W, height × columns.
     corange: Vec<f32>,
+    /// ‖A‖² so far.
+    square: f64,
     next_row: usize,
 }
 
@@ -62,15 +64,7 @@ impl Sketch {
     /// # Errors
     /// A matrix without elements, or fewer than one or more than 40 values.
     pub fn new(rows: usize, columns: usize, singular: usize, seed: u64) -> Result<Self> {
-        let most = LARGEST_WIDTH - OVERSAMPLING;
-        if rows == 0 || columns == 0 || !(1..=most).contains(&singular) {
-            return Err(Error::Argument(format!(
-                "a sketch needs a matrix with elements and 1 to {most} singular values, got \
-                 {rows} x {columns} and {singular}"
-            )));
-        }
-        let width = (singular + OVERSAMPLING).min(rows).min(columns);
-        let height = width + EXCESS;
+        let (width, height) = Self::sizes(rows, columns, singular)?;
         Ok(Self {
             rows,
             columns,
@@ -80,8 +74,54 @@ impl Sketch {
             seed,
             range: vec![0.0; rows * width],
             corange: vec![0.0; height * columns],
+            square: 0.0,
             next_row: 0,
         })
+    }
+
+    /// A sketch that holds nothing, for [`Sketch::rows_of_range`] apart from the one that is filled.
+    ///
+    /// # Errors
+    /// As [`Sketch::new`].
+    pub fn shape_only(rows: usize, columns: usize, singular: usize, seed: u64) -> Result<Self> {
+        let (width, height) = Self::sizes(rows, columns, singular)?;
+        let (range, corange) = (Vec::new(), Vec::new());
+        let square = 0.0;
+        Ok(Self {
+            rows,
+            columns,
+            singular,
+            width,
+            height,
+            seed,
+            range,
+            corange,
+            square,
+            next_row: 0,
+        })
+    }
+
+    /// The bytes that a sketch of such a matrix holds, none where there can be no sketch.
+    pub fn nbytes_of(rows: usize, columns: usize, singular: usize) -> usize {
+        let Ok((width, height)) = Self::sizes(rows, columns, singular) else { return 0 };
+        size_of::<f32>() * (rows * width + height * columns)
+    }
+
+    /// Numbers of Y for each row, none where there can be no sketch.
+    pub fn width(rows: usize, columns: usize, singular: usize) -> usize {
+        Self::sizes(rows, columns, singular).map_or(0, |(width, _)| width)
+    }
+
+    fn sizes(rows: usize, columns: usize, singular: usize) -> Result<(usize, usize)> {
+        let most = LARGEST_WIDTH - OVERSAMPLING;
+        if rows == 0 || columns == 0 || !(1..=most).contains(&singular) {
+            return Err(Error::Argument(format!(
+                "a sketch needs a matrix with elements and 1 to {most} singular values, got \
+                 {rows} x {columns} and {singular}"
+            )));
+        }
+        let width = (singular + OVERSAMPLING).min(rows).min(columns);
+        Ok((width, width + EXCESS))
     }
 
     /// The bytes that a sketch holds.
@@ -127,6 +167,9 @@ impl Sketch {
         }
         self.range[first_row * self.width..end * self.width].copy_from_slice(range);
         for (row, line) in values.chunks_exact(self.columns).enumerate() {
+            // Row by row, so that how rows are cut changes no bit.
+            self.square +=
+                line.iter().map(|&value| f64::from(value) * f64::from(value)).sum::<f64>();
             for (place, sign) in self.column_of_left(first_row + row) {
                 let at = place * self.columns;
                 for (sum, value) in self.corange[at..at + self.columns].iter_mut().zip(line) {
@@ -138,11 +181,27 @@ impl Sketch {
         Ok(())
     }
 
-    /// The singular values, when every row was taken in; `square` is ‖A‖², which the stream knows.
+    /// Take in the next rows, which are zero.
+    ///
+    /// # Errors
+    /// Rows that are not the next ones.
+    pub fn skip(&mut self, run: &std::ops::Range<usize>) -> Result<()> {
+        if run.start != self.next_row || run.end > self.rows {
+            return Err(Error::Argument(format!(
+                "a sketch of {} rows expects row {} next, got rows {} to {}",
+                self.rows, self.next_row, run.start, run.end
+            )));
+        }
+        self.next_row = run.end;
+        Ok(())
+    }
+
+    /// The singular values, when every row was taken in.
     ///
     /// # Errors
     /// Rows that are missing, or values that are not finite.
-    pub fn singular_values(&self, square: f64) -> Result<SingularValues> {
+    pub fn singular_values(&self) -> Result<SingularValues> {
+        let square = self.square;
         if self.next_row != self.rows {
             return Err(Error::Argument(format!(
                 "a sketch of {} rows was given {} of them",
@@ -380,8 +439,7 @@ mod tests {
             let range = sketch.rows_of_range(part).unwrap();
             sketch.add(index * block, part, &range).unwrap();
         }
-        let square = values.iter().map(|&v| f64::from(v) * f64::from(v)).sum();
-        sketch.singular_values(square).unwrap()
+        sketch.singular_values().unwrap()
     }
 
     #[test]
@@ -445,13 +503,13 @@ mod tests {
         let range = sketch.rows_of_range(&[1.0; 3]).unwrap();
         assert!(sketch.add(1, &[1.0; 3], &range).is_err());
         sketch.add(0, &[1.0; 3], &range).unwrap();
-        assert!(sketch.singular_values(3.0).is_err());
+        assert!(sketch.singular_values().is_err());
         for row in 1..4 {
             let values = [f32::NAN; 3];
             let range = sketch.rows_of_range(&values).unwrap();
             sketch.add(row, &values, &range).unwrap();
         }
-        assert!(sketch.singular_values(3.0).is_err());
+        assert!(sketch.singular_values().is_err());
         assert!(sketch.add(4, &[1.0; 3], &range).is_err());
         for (rows, columns, singular) in [(0, 1, 1), (1, 0, 1), (1, 1, 0), (1, 1, 41)] {
             assert!(Sketch::new(rows, columns, singular, 0).is_err());

@@ -20,6 +20,8 @@ use crate::kernel::{self, Elements, Moments};
 use crate::order::{Chunk, Order, Origin, Taken};
 use crate::scales::{DEQUANTISED, Scales};
 use crate::shard::{Shard, Tensor, subtractable};
+use crate::sketch::SingularValues;
+use crate::spectrum::{self, Spectra};
 use crate::storage::Encoded;
 use crate::writer::Writer;
 
@@ -158,12 +160,14 @@ pub struct Options {
     pub memory: usize,
     /// Bytes that a disk is asked for ahead of the workers.
     pub prefetch_nbytes: u64,
+    /// How many of the largest singular values of each difference are sought, if any.
+    pub singular: Option<usize>,
 }
 
 impl Options {
     /// So many threads, in as much memory as they take.
     pub fn new(threads: usize) -> Self {
-        Self { threads, memory: usize::MAX, prefetch_nbytes: PREFETCH_NBYTES }
+        Self { threads, memory: usize::MAX, prefetch_nbytes: PREFETCH_NBYTES, singular: None }
     }
 }
 
@@ -174,6 +178,9 @@ pub struct Outcome {
     pub moments: Vec<Moments>,
     /// The most bytes that buffers took at a time; windows of mapped files are not among them.
     pub peak_nbytes: usize,
+    /// The largest singular values of each difference that is a finite matrix, where they were asked
+    /// for.
+    pub spectra: Vec<Option<SingularValues>>,
 }
 
 /// Stream every pair through the kernel and return the moments of each.
@@ -210,6 +217,7 @@ pub fn run(
         output,
         order: Order::new(pairs, memory, plan.workers, options.prefetch_nbytes),
         demand: plan.demand,
+        spectra: options.singular.map(|count| Spectra::new(count, pairs.len(), &account)),
         account: &account,
         stop: AtomicBool::new(false),
         nbytes: AtomicU64::new(0),
@@ -256,7 +264,8 @@ pub fn run(
     }
     check_unchanged(pairs)?;
     let moments = work.order.finish().ok_or(Error::Interrupted)?;
-    Ok(Outcome { moments, peak_nbytes: account.peak_nbytes() })
+    let spectra = work.spectra.map(Spectra::finish).unwrap_or_default();
+    Ok(Outcome { moments, peak_nbytes: account.peak_nbytes(), spectra })
 }
 
 fn check(pair: &Pair<'_>, sink: &Sink<'_>) -> Result<()> {
@@ -351,6 +360,7 @@ struct Work<'a> {
     output: Output<'a>,
     order: Order<'a>,
     demand: Demand,
+    spectra: Option<Spectra<'a>>,
     account: &'a Account,
     stop: AtomicBool,
     nbytes: AtomicU64,
@@ -365,6 +375,8 @@ struct Scratch {
     multimodal: Vec<u8>,
     dequantised: [Dequantised; 2],
     out: Encoded,
+    difference: Vec<u8>,
+    values: Vec<f32>,
 }
 
 impl Scratch {
@@ -379,6 +391,8 @@ impl Scratch {
                 Output::Files(writer, _) => Encoded::with_room(writer.storage(), demand.longest),
                 _ => Encoded::default(),
             },
+            difference: Vec::new(),
+            values: Vec::new(),
         }
     }
 
@@ -388,6 +402,8 @@ impl Scratch {
             + self.multimodal.capacity()
             + self.dequantised.iter().map(Dequantised::held_nbytes).sum::<usize>()
             + self.out.held_nbytes()
+            + self.difference.capacity()
+            + size_of::<f32>() * self.values.capacity()
     }
 }
 
@@ -424,6 +440,9 @@ impl<'a> Work<'a> {
     fn stop(&self) {
         self.stop.store(true, Ordering::Relaxed);
         self.order.stop();
+        if let Some(spectra) = &self.spectra {
+            spectra.stop();
+        }
     }
 
     fn prefetch(&self, chunk: &Chunk) {
@@ -467,6 +486,7 @@ impl<'a> Work<'a> {
             }
             (Minuend::Composed(_), _) => {
                 self.nothing(taken, &mut scratch.out)?;
+                self.sketch(&taken.chunk, scratch)?;
                 self.nbytes.fetch_add(nbytes, Ordering::Relaxed);
                 return Ok(Moments::default());
             }
@@ -491,7 +511,48 @@ impl<'a> Work<'a> {
             shard.release(range);
         }
         pair.multimodal.shard.release(range);
+        self.sketch(&taken.chunk, scratch)?;
         Ok(moments)
+    }
+
+    /// Take the rows that begin in a chunk into the pair's sketch. A row may end in the next chunk, so
+    /// what this chunk has of both sides is read again, from the page cache if not from the core's.
+    fn sketch(&self, chunk: &Chunk, scratch: &mut Scratch) -> Result<()> {
+        let pair = &self.pairs[chunk.pair];
+        let (Some(spectra), Some((rows, columns))) = (&self.spectra, spectrum::matrix(pair)) else {
+            return Ok(());
+        };
+        let run = spectrum::rows_in(chunk, columns);
+        if let (Minuend::Composed(_), Origin::Nothing) = (&pair.reasoning, chunk.origin) {
+            return spectra.add(chunk.pair, (rows, columns), run, None);
+        }
+        let elements =
+            Chunk { start: run.start * columns, end: run.end * columns, ..chunk.clone() };
+        let Scratch { reasoning, runs, multimodal, dequantised, difference, values, .. } = scratch;
+        let [left, right] = dequantised;
+        let a = match (&pair.reasoning, elements.origin) {
+            (Minuend::Whole(side), _) => {
+                let stored = side.shard.bytes(part(*side, &elements), reasoning)?;
+                side.values(elements.start, stored, left)?
+            }
+            (Minuend::Composed(composed), Origin::Band(band)) => {
+                composed.gather(band, &(elements.start..elements.end), reasoning, runs)?;
+                Elements { dtype: composed.dtype(), bytes: reasoning }
+            }
+            (Minuend::Composed(_), _) => return Ok(()),
+        };
+        let range = part(pair.multimodal, &elements);
+        let stored = pair.multimodal.shard.bytes(range.clone(), multimodal)?;
+        let b = pair.multimodal.values(elements.start, stored, right)?;
+        difference.resize((elements.end - elements.start) * Dtype::F32.nbytes(), 0);
+        kernel::subtract(a, b, Some((Dtype::F32, difference)));
+        values.clear();
+        values.extend(difference.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)));
+        if let Minuend::Whole(side) = &pair.reasoning {
+            side.shard.release(part(*side, &elements));
+        }
+        pair.multimodal.shard.release(range);
+        spectra.add(chunk.pair, (rows, columns), run, Some(values))
     }
 
     /// Rows without a counterpart: Δ is zero there.

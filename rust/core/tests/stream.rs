@@ -173,7 +173,7 @@ fn neither_threads_nor_memory_nor_reader_changes_a_bit() {
         for (number, memory) in [14 << 20, 40 << 20, usize::MAX].into_iter().enumerate() {
             let reader = [Reader::Pread, Reader::Mmap][(threads + number) % 2];
             let prefetch_nbytes = [0, 1 << 20, 32 << 20][(threads + number / 2) % 3];
-            let options = Options { threads, memory, prefetch_nbytes };
+            let options = Options { threads, memory, prefetch_nbytes, singular: None };
             let (outcome, found) = written(&files, reader, &options);
             assert_eq!(bits(&outcome.moments), bits(&first.moments), "{options:?} {reader:?}");
             assert!(found == expected, "{options:?} {reader:?}");

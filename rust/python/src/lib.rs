@@ -363,12 +363,13 @@ mod _core {
     /// Stream pairs of tensors; return one dictionary of moments for each, and the most bytes that
     /// buffers took at a time.
     ///
-    /// `memory` bounds the buffers and what is mapped, in bytes; `prefetch` is how many bytes a disk is
+    /// With `singular`, rows of finite matrices also hold so many singular values, and about what their
+    /// squares may be too large or too small by. `memory` bounds the buffers and what is mapped, in bytes; `prefetch` is how many bytes a disk is
     /// asked for ahead.
     #[pyfunction]
     #[pyo3(signature = (
         reasoning, multimodal, pairs, *, threads, memory = None, writer = None, progress = None,
-        prefetch = None
+        prefetch = None, singular = None
     ))]
     #[expect(clippy::too_many_arguments, reason = "they are the keywords of a Python function")]
     fn stream<'py>(
@@ -381,6 +382,7 @@ mod _core {
         writer: Option<&DeltaWriter>,
         progress: Option<Py<PyAny>>,
         prefetch: Option<u64>,
+        singular: Option<usize>,
     ) -> PyResult<(Bound<'py, PyList>, usize)> {
         let guard = writer.map(DeltaWriter::hold).transpose()?;
         let writer = match &guard {
@@ -390,6 +392,7 @@ mod _core {
         let pairs = resolve(reasoning, multimodal, &pairs)?;
         let mut options = options(threads, memory);
         options.prefetch_nbytes = prefetch.unwrap_or(options.prefetch_nbytes);
+        options.singular = singular;
         let outcome = detached(py, progress, |tick| match writer {
             None => run(&pairs, Sink::None, &options, tick),
             Some(writer) => groups::write(&pairs, writer, &options, tick),
@@ -399,7 +402,15 @@ mod _core {
             .moments
             .iter()
             .enumerate()
-            .map(|(index, m)| row(py, m, exponent(index)))
+            .map(|(index, m)| {
+                let row = row(py, m, exponent(index))?;
+                if let Some(Some(found)) = outcome.spectra.get(index) {
+                    row.set_item("singular", found.values.clone())?;
+                    row.set_item("singular_over_sq", found.over_sq)?;
+                    row.set_item("singular_under_sq", found.under_sq)?;
+                }
+                Ok(row)
+            })
             .collect::<PyResult<Vec<_>>>()?;
         Ok((PyList::new(py, rows)?, outcome.peak_nbytes))
     }
