@@ -487,3 +487,23 @@ def test_the_command_writes_them_and_says_what_they_cost(
     numel = sum(math.prod(shape) for shape in Delta.open(out).shapes.values())
     assert plan["training_memory_nbytes"] == 2 * numel
     assert plan["delta_nbytes"] == math.ceil(numel * (1 + 1 / 32))
+
+
+def test_a_tensor_that_is_named_as_the_scales_of_another_is_refused(tmp_path: Path) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    values = np.random.default_rng(0).normal(size=(8, 8))
+    sides = [
+        write_file(
+            tmp_path / f"{side}.safetensors",
+            {
+                one: stored_bits(round_once((values * factor).reshape(-1), "F32"), "F32", (8, 8))
+                for one in (name, f"{name}.scale")
+            },
+        )
+        for side, factor in (("a", 1.0), ("b", 0.5))
+    ]
+    options: dict[str, Any] = {"modules": "re:.*", "check_weights": False, "rows": "index"}
+    with refused(ValueError, f"{name}.scale", "another dtype"):
+        compute_delta(*sides, tmp_path / "delta", dtype="int8", max_shard_size=64, **options)
+    assert not (tmp_path / "delta").exists()
+    assert len(compute_delta(*sides, tmp_path / "delta", **options)) == 2

@@ -6,6 +6,7 @@ Owns: when a recording is replayed, and that one never writes where a gradient n
 from __future__ import annotations
 
 import gc
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def take_steps(held: Recordings, addresses: list[Any]) -> list[int]:
     """Return how many replays there had been after each step."""
     counts = []
     for one in addresses:
-        held.replay("place", one, lambda: None, priority=0)
+        held.replay("place", one, lambda: None, lambda: True, priority=0)
         held.record()
         counts.append(held.replayed)
     return counts
@@ -72,6 +73,14 @@ def test_what_moves_for_ever_is_recorded_a_few_times_only(monkeypatch: pytest.Mo
     assert take_steps(held, [200, 200, 200]) == [0, 0, 0]
 
 
+def test_what_holds_no_longer_is_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = recordings(monkeypatch)
+    for still in (True, False, False, True, True):
+        held.replay("place", 1, lambda: None, lambda still=still: still, priority=0)
+        held.record()
+    assert held.replayed == 1
+
+
 def test_what_cannot_be_recorded_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(self: Recordings, one: Any) -> Any:
         raise RuntimeError("operation not permitted when stream is capturing")
@@ -80,7 +89,8 @@ def test_what_cannot_be_recorded_is_launched(monkeypatch: pytest.MonkeyPatch) ->
     launched: list[int] = []
     held = Recordings(CPU)
     for step in range(4):
-        held.replay("place", 1, lambda step=step: launched.append(step), priority=0)
+        launch = partial(launched.append, step)
+        held.replay("place", 1, launch, lambda: True, priority=0)
         held.record()
     assert launched == [0, 1, 2, 3]
 

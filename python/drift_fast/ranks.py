@@ -324,8 +324,10 @@ def _name_it(group: Group, writer: _core.DeltaWriter, text: str) -> None:
     from hashlib import sha256
 
     group.share(sha256(text.encode()).hexdigest())
-    # Every rank knows what to look for, so the board can go with the hidden directory's name.
     group.collect()
+    # Every rank knows what to look for. The board goes first: a sign of life that is written to it
+    # while the hidden directory is tidied up would keep the delta from its name.
+    group.close()
     writer.commit(text)
 
 
@@ -335,10 +337,14 @@ def _wait_for_name(group: Group, target: str | os.PathLike[str], digest: str) ->
     from drift_fast.rendezvous import retried
 
     place = Path(target)
+    # It goes as the delta gets its name; an overwritten one of the same digest stays until then.
+    hidden = Path(_core.places_of(place)[1])
 
     def look() -> None:
         # Opening the directory makes a network file system ask anew what is in it.
         os.listdir(place.absolute().parent)
+        if hidden.exists():
+            raise FileExistsError(hidden)
         if sha256((place / "drift.json").read_bytes()).hexdigest() != digest:
             raise FileNotFoundError(place)
 

@@ -51,6 +51,9 @@ class Arithmetic(Protocol):
     dtype: torch.dtype
     # Of the streams it launches on, as CUDA counts: the lower goes first.
     priority: int
+    generation: int
+
+    def apart(self) -> contextlib.AbstractContextManager[None]: ...
 
     def measure(
         self,
@@ -71,6 +74,11 @@ class HostArithmetic:
     device = torch.device("cpu")
     dtype = torch.float64
     priority = 0
+    generation = 0
+
+    def apart(self) -> contextlib.AbstractContextManager[None]:
+        """Nothing is recorded here."""
+        return contextlib.nullcontext()
 
     def measure(
         self,
@@ -114,6 +122,22 @@ class DeviceArithmetic:
         count = streams if device.type == "cuda" and streams > 1 else 0
         self._streams = shared_streams(device, priority, count)
         self._packs: dict[tuple[int, ...], _Pack] = {}
+        # Grows whenever packs are let go of: what was recorded with them must not run again.
+        self.generation = 0
+
+    @contextlib.contextmanager
+    def apart(self) -> Iterator[None]:
+        """Launch on streams of which no kernel is launched otherwise, to record.
+
+        What torch keeps for a stream, such as the workspace of a product, then belongs to what is
+        recorded and is not given away when torch is asked to tidy up.
+        """
+        streams = self._streams
+        self._streams = shared_streams(self.device, self.priority, len(streams), "recording")
+        try:
+            yield
+        finally:
+            self._streams = streams
 
     def measure(
         self,
@@ -213,12 +237,16 @@ class DeviceArithmetic:
             yield from members
             return
         current = torch.cuda.current_stream(self.device)
-        for at, stream in enumerate(self._streams):
-            stream.wait_stream(current)
-            with torch.cuda.stream(stream):
-                yield from members[at :: len(self._streams)]
         for stream in self._streams:
-            current.wait_stream(stream)
+            stream.wait_stream(current)
+        try:
+            for at, stream in enumerate(self._streams):
+                with torch.cuda.stream(stream):
+                    yield from members[at :: len(self._streams)]
+        finally:
+            # Also after a failure: a recording cannot end while a stream has not come back.
+            for stream in self._streams:
+                current.wait_stream(stream)
 
     def _pack(self, tensors: Sequence[torch.Tensor]) -> _Pack:
         sizes = tuple(tensor.numel() for tensor in tensors)
@@ -226,6 +254,7 @@ class DeviceArithmetic:
             # Gradients that are missing, now here, now there, make ever new packs.
             if len(self._packs) >= 64:
                 self._packs.clear()
+                self.generation += 1
             self._packs[sizes] = _Pack(sizes, self.device)
         return self._packs[sizes]
 
@@ -280,8 +309,10 @@ def new_stream(device: torch.device, priority: int = 0) -> torch.cuda.Stream:
 
 
 @functools.cache
-def shared_streams(device: torch.device, priority: int, count: int) -> list[torch.cuda.Stream]:
-    """Return streams that all injections share.
+def shared_streams(
+    device: torch.device, priority: int, count: int, use: str = "launching"
+) -> list[torch.cuda.Stream]:
+    """Return the streams that all injections share for one use.
 
     torch keeps a workspace of tens of megabytes for each stream on which matrices were multiplied.
     """

@@ -219,20 +219,36 @@ class Group:
                 self.pieces[at].store(gradient)
             return
         place = start, stop, some[0].data_ptr(), id(arithmetic)
+        generation = arithmetic.generation
         addresses = (
+            generation,
             tuple(members),
             tuple((gradient.data_ptr(), gradient.dtype) for gradient in gradients),
             tuple(delta.data_ptr() for delta in some),
             (push.scale, push.loss_scale is None, push.max_push),
         )
 
+        # Not the gradients themselves: those that zero_grad frees must not live on here.
         def launch() -> None:
             flats = [gradient.view(-1) for gradient in self._gradients(start, stop).values()]
-            if [one.data_ptr() for one in flats] != [address for address, _ in addresses[1]]:
-                raise RuntimeError("the gradients have been replaced since they were injected")
             self._launch(start, stop, members, flats, some, push, arithmetic)
 
-        recordings.replay(place, addresses, launch, priority=arithmetic.priority)
+        def holds() -> bool:
+            now = self._gradients(start, stop)
+            pointers = [gradient.data_ptr() for gradient in now.values()]
+            return (
+                arithmetic.generation == generation
+                and list(now) == members
+                and pointers == [address for address, _ in addresses[2]]
+            )
+
+        def apart() -> None:
+            with arithmetic.apart():
+                launch()
+
+        recordings.replay(
+            place, addresses, launch, holds, priority=arithmetic.priority, recorded=apart
+        )
 
     def _launch(
         self,

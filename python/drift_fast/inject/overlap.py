@@ -81,6 +81,9 @@ class Overlap:
         """Start anew; the next backward pass is the first of a step."""
         self._wait()
         self.let_go()
+        for group in self._groups:
+            # What a step that was given up was about to record.
+            group.finish()
         self._pushes = None
         self._next = [0] * len(self._groups)
         # The gradients that are final, and of these the ones that were injected; a step that was

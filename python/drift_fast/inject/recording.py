@@ -28,6 +28,7 @@ _TRIES = 16
 class _Due(NamedTuple):
     addresses: Hashable
     launch: Callable[[], None]
+    holds: Callable[[], bool]
     priority: int
 
 
@@ -44,12 +45,20 @@ class Recordings:
         self.replayed = 0
 
     def replay(
-        self, place: Hashable, addresses: Hashable, launch: Callable[[], None], *, priority: int
+        self,
+        place: Hashable,
+        addresses: Hashable,
+        launch: Callable[[], None],
+        holds: Callable[[], bool],
+        *,
+        priority: int,
+        recorded: Callable[[], None] | None = None,
     ) -> None:
         """Do what `launch` does, on the current stream; as one where it was recorded.
 
-        `launch` is called now, and once more by `record`; it reads and writes at `addresses` and at
-        places that never change, and raises RuntimeError where `addresses` hold no longer.
+        `launch` is called now, and once more by `record`, unless `holds` says by then that
+        `addresses` are those of other tensors; it reads and writes there and at places that never
+        change. `recorded` is called in its place to record, if that must launch in another way.
         """
         graph = self._graphs.get(place, {}).get(addresses)
         if graph is not None:
@@ -62,12 +71,14 @@ class Recordings:
         if addresses not in seen:
             seen.append(addresses)
         elif self._tries.get(place, 0) < _TRIES:
-            self._due[place] = _Due(addresses, launch, priority)
+            self._due[place] = _Due(addresses, recorded or launch, holds, priority)
 
     def record(self) -> None:
         """Record what lay twice in one place; nothing runs, and the host waits for nothing."""
         due, self._due = self._due, {}
         for place, one in due.items():
+            if not one.holds():
+                continue
             self._tries[place] = self._tries.get(place, 0) + 1
             kept = self._graphs.setdefault(place, {})
             if len(kept) == _KEPT:
@@ -89,8 +100,9 @@ class Recordings:
         self._due.clear()
 
     def _recorded(self, one: _Due) -> torch.cuda.CUDAGraph:
-        (stream,) = shared_streams(self._device, one.priority, 1)
-        if self._pool is None:
+        (stream,) = shared_streams(self._device, one.priority, 1, "recording")
+        # A pool goes with the last recording that uses it.
+        if not any(self._graphs.values()):
             # Recordings run one after the other, so their intermediate results share memory.
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()

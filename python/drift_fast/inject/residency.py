@@ -37,6 +37,8 @@ _ROWS = 1 << 18
 # take fewer launches.
 _SLOTS, _MOST_SLOTS = 4, 8
 _SLOT_NBYTES = 1 << 28
+# To CUDA: locked for every device, not for the current one alone.
+_PORTABLE = 1
 
 
 def check_residency(residency: str) -> Residency:
@@ -280,6 +282,8 @@ class Ring:
         if self._lane is not None:
             # Buffers that are still being filled must not become someone else's memory.
             torch.cuda.current_stream(self._lane.device).wait_stream(self._lane)
+            # Nor may the host's memory be unlocked that they are filled from.
+            self._lane.synchronize()
         self._filled.clear()
         self._held.clear()
         self._sources.clear()
@@ -352,7 +356,10 @@ def _locked(owner: object, tensor: torch.Tensor) -> torch.Tensor:
     private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if os.name == "posix" else {}
     pages = torch.frombuffer(mmap.mmap(-1, nbytes, **private), dtype=torch.uint8)
     runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-    if int(runtime.cudaHostRegister(pages.data_ptr(), nbytes, 0)) != 0:
+    if int(runtime.cudaHostRegister(pages.data_ptr(), nbytes, _PORTABLE)) != 0:
+        # The refusal would come back as the error of the next kernel.
+        with contextlib.suppress(RuntimeError):
+            torch.zeros(1, device="cuda")
         return tensor.pin_memory()
     # Holding the pages here keeps their memory from being freed while it is locked.
     # At the end of the process, or in a fork of it, the system unlocks it.

@@ -72,10 +72,14 @@ impl Demand {
     fn sketch_of(pair: &Pair<'_>, longest: usize, singular: usize) -> usize {
         let Some((rows, columns)) = spectrum::matrix(pair) else { return 0 };
         let numel = longest + columns;
-        let sides = columns * (pair.reasoning.element_nbytes() + pair.multimodal.element_nbytes());
+        // A buffer that grows takes up to twice what it holds, and codes become float32.
+        let element = pair.reasoning.element_nbytes() + pair.multimodal.element_nbytes() + 8;
+        let sides = numel.saturating_mul(2 * element);
         let width = Sketch::width(rows, columns, singular);
         let share = 4 * numel.div_ceil(columns) * width;
-        sides + 8 * numel + share + Sketch::nbytes_of(rows, columns, singular)
+        let sketch = Sketch::nbytes_of(rows, columns, singular);
+        let solving = Sketch::solving_nbytes(rows, columns, singular);
+        [16 * numel, share, sketch, solving].into_iter().fold(sides, usize::saturating_add)
     }
 
     fn nbytes(&self) -> usize {

@@ -131,6 +131,9 @@ impl<'a> Scales<'a> {
     /// The most bytes that [`Scales::dequantise`] uses for `numel` codes: their values and the
     /// scales of the rows that they lie in.
     pub(crate) fn scratch_nbytes(&self, numel: usize) -> (usize, usize) {
+        if numel == 0 {
+            return (0, 0);
+        }
         let block_rows = numel.div_ceil(self.columns.max(1)).div_ceil(self.block.0) + 1;
         (4 * numel, 4 * block_rows * self.columns.div_ceil(self.block.1))
     }

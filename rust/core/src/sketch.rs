@@ -107,6 +107,12 @@ impl Sketch {
         size_of::<f32>() * (rows * width + height * columns)
     }
 
+    /// The most bytes that finding the singular values takes beside the sketch.
+    pub fn solving_nbytes(rows: usize, columns: usize, singular: usize) -> usize {
+        let Ok((width, height)) = Self::sizes(rows, columns, singular) else { return 0 };
+        (size_of::<f64>() * width).saturating_mul(rows + height)
+    }
+
     /// Numbers of Y for each row, none where there can be no sketch.
     pub fn width(rows: usize, columns: usize, singular: usize) -> usize {
         Self::sizes(rows, columns, singular).map_or(0, |(width, _)| width)

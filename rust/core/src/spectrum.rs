@@ -101,9 +101,11 @@ impl<'a> Spectra<'a> {
         if run.end == rows
             && let Some(sketch) = state.sketch.take()
         {
-            self.account.remove(sketch.nbytes());
+            let solving = Sketch::solving_nbytes(rows, columns, self.singular);
+            self.account.add(solving);
             // Of differences that are not finite there are none, and the moments say so.
             state.found = sketch.singular_values().ok();
+            self.account.remove(solving + sketch.nbytes());
         }
         Ok(())
     }

@@ -418,6 +418,8 @@ impl<'a> Work<'a> {
             }
             match self.chunk(&mut taken, &mut scratch) {
                 Ok(moments) => self.order.fold(&taken, moments),
+                // Of who waited for rows that never came; what failed has been noted by then.
+                Err(Error::Interrupted) => self.stop(),
                 Err(error) => self.fail(taken.index, error),
             }
             // Grown only where the plan was wrong, which the peak must show.

@@ -6,6 +6,7 @@
 //! run to the same target removes. Into an empty directory that exists already (where one stands,
 //! or a mount point) the files are moved one by one instead, `drift.json` last.
 
+use std::collections::HashSet;
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -27,6 +28,8 @@ pub const INDEX: &str = "delta.safetensors.index.json";
 pub const RANKS: &str = "ranks";
 /// Of the header's length, which a file begins with.
 const LENGTH_NBYTES: u64 = 8;
+/// Of a header, by the format.
+const MAX_HEADER_NBYTES: usize = 100_000_000;
 
 /// A tensor to be written.
 #[derive(Debug, Clone)]
@@ -542,6 +545,14 @@ impl ShardLayout<'_> {
 }
 
 fn layout(slots: &[Slot], storage: Storage, max_nbytes: u64) -> Result<Vec<ShardLayout<'_>>> {
+    let mut names = HashSet::new();
+    if let Some(twice) = slots.iter().find(|slot| !names.insert(slot.name.as_str())) {
+        return Err(Error::Argument(format!(
+            "two tensors of the delta would be named {:?}, as one is by its own name and one by what \
+             it holds of another; choose another dtype or leave one out",
+            twice.name
+        )));
+    }
     // What holds one Δ stays together, so that each shard can be written by another process.
     let each = storage.slot(1);
     let mut shards = Vec::new();
@@ -594,6 +605,14 @@ fn shard_layout(slots: &[Slot], storage: Storage) -> Result<ShardLayout<'_>> {
     json += "},";
     json += tensors.strip_prefix('{').unwrap_or(&tensors);
     let mut json = json.into_bytes();
+    if json.len() > MAX_HEADER_NBYTES {
+        return Err(Error::Argument(format!(
+            "the header of a file of {} tensors would take {} bytes, and the format allows \
+             {MAX_HEADER_NBYTES}; pass a smaller max_shard_size",
+            slots.len(),
+            json.len()
+        )));
+    }
     // The format pads the header with spaces so that the data starts on eight bytes.
     json.resize(json.len().next_multiple_of(8), b' ');
     let mut bytes = (json.len() as u64).to_le_bytes().to_vec();
