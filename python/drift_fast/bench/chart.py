@@ -86,10 +86,11 @@ def _group(ax: Axes, group: str, rows: list[Row]) -> None:
 
 
 def _lines(results: Results, path: Path) -> Path:
+    titles = {"statistics": "statistics", "delta": "Δ written"}
+    parts = results.timed_inside()
     figure = _figure(3.6)
-    for ax, (part, title) in zip(
-        figure.subplots(1, 2), (("statistics", "statistics"), ("delta", "Δ written")), strict=True
-    ):
+    axes = figure.subplots(1, max(1, len(parts)), squeeze=False)[0]
+    for ax, part in zip(axes, parts, strict=False):
         for who, label, colour in (("ours", "drift_fast", _OURS), ("xor", "XOR control", _CONTROL)):
             rows = [
                 row
@@ -97,8 +98,11 @@ def _lines(results: Results, path: Path) -> Path:
                 if row.key.startswith(f"inside/{part}/{who}@") and row.wall
             ]
             rates = [results.nbytes / (row.wall or 1) / 1e9 for row in rows]
-            ax.plot([row.threads for row in rows], rates, "o-", color=colour, label=label)
-        ax.set_title(title, fontsize=10, loc="left")
+            counts = [row.threads for row in rows]
+            ax.plot(counts, rates, "o-", color=colour, label=label)
+        ax.set_title(titles[part], fontsize=10, loc="left")
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(counts, [str(count) for count in counts])
         ax.set_xlabel("threads")
         ax.set_ylabel("GB/s of the pair")
         ax.set_ylim(bottom=0)

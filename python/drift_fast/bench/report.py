@@ -120,15 +120,17 @@ def _median(values: Iterable[float]) -> float:
 
 
 def _scaling(results: Results) -> list[str]:
-    lines = [
-        "| threads | statistics GB/s | XOR GB/s | rate against XOR | against one thread "
-        "| Δ written GB/s | XOR written GB/s | rate against XOR | against one thread |",
-        "|---" * 9 + "|",
-    ]
+    parts = results.timed_inside()
+    head = ["threads"]
+    for part in parts:
+        what = "statistics" if part == "statistics" else "Δ written"
+        control = "XOR" if part == "statistics" else "XOR written"
+        head += [f"{what} GB/s", f"{control} GB/s", "rate against XOR", "against one thread"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     first: dict[str, float] = {}
-    for threads in dict.fromkeys(row.threads for row in results.rows):
+    for threads in dict.fromkeys(row.threads for row in results.rows if "@" in row.key):
         cells = [str(threads)]
-        for part in ("statistics", "delta"):
+        for part in parts:
             mine, xor = (results.wall(f"inside/{part}/{who}@{threads}") for who in ("ours", "xor"))
             if mine is None or xor is None:
                 cells += ["", "", "", ""]

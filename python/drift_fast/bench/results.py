@@ -84,6 +84,15 @@ class Results:
         row = self.row(key)
         return None if row is None else row.wall
 
+    def timed_inside(self) -> list[str]:
+        """Return which of "statistics" and "delta" were timed over thread counts."""
+        keys = [row.key for row in self.rows if row.walls]
+        return [
+            part
+            for part in ("statistics", "delta")
+            if any(key.startswith(f"inside/{part}/ours@") for key in keys)
+        ]
+
     def above_baseline(self) -> int | None:
         """Return the largest peak of our own commands beyond an import, in bytes."""
         peaks = [
