@@ -17,6 +17,7 @@ import mmap
 import multiprocessing
 import os
 import shutil
+import statistics
 import sys
 import threading
 import time
@@ -33,6 +34,8 @@ Words = npt.NDArray[np.uint64]
 # Direct writing wants places and lengths that are multiples of the file system's blocks.
 _ALIGNED = 4096
 _READ_NBYTES = 8 << 20
+# Of each way, before one is picked.
+_PASSES = 3
 
 
 @dataclass(frozen=True)
@@ -223,26 +226,26 @@ def _flush(directory: Path) -> None:
 
 
 def pick(reasoning: Path, multimodal: Path, *, threads: int, out: Path | None) -> dict[str, float]:
-    """Return the seconds of each way, the best of two, fastest first; what fails is left out.
+    """Return the median seconds of each way, fastest first; what fails is left out.
 
-    A file system without direct writing, a machine without forks: there a way fails.
+    Ways take turns, so that none is timed only on a disk that still digests what was written
+    before. A file system without direct writing, a machine without forks: there a way fails.
     """
-    found = {}
-    for way in XOR_WAYS if out is None else WRITE_WAYS:
-        try:
-            control = Xor(reasoning, multimodal, threads=threads, way=way, out=out)
-            seconds = []
-            for _ in range(2):
+    found: dict[str, list[float]] = {way: [] for way in (XOR_WAYS if out is None else WRITE_WAYS)}
+    for _ in range(_PASSES):
+        for way in list(found):
+            try:
+                control = Xor(reasoning, multimodal, threads=threads, way=way, out=out)
                 start = time.perf_counter()
                 control.run()
-                seconds.append(time.perf_counter() - start)
+                found[way].append(time.perf_counter() - start)
+            except (OSError, ValueError, AttributeError):
+                del found[way]
+            finally:
                 if out is not None:
-                    shutil.rmtree(out)
-            found[way] = min(seconds)
-        except (OSError, ValueError, AttributeError):
-            if out is not None:
-                shutil.rmtree(out, ignore_errors=True)
-    return dict(sorted(found.items(), key=lambda item: item[1]))
+                    shutil.rmtree(out, ignore_errors=True)
+    medians = {way: statistics.median(seconds) for way, seconds in found.items()}
+    return dict(sorted(medians.items(), key=lambda item: item[1]))
 
 
 def _on_threads(work: Callable[[Any], None], parts: Iterable[Any]) -> None:
