@@ -306,7 +306,8 @@ class Clock:
         attaching: dict[str, float] = {}
         sums: list[int] = []
         for round_ in range(self.options.repeats):
-            self.stack.step([self.tokens], None)
+            for _ in range(3):
+                self.stack.step([self.tokens], None)
             base.append(self.run(None))
             injection, found = self.attached(delta, **options)
             if round_ == 0:

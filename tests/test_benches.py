@@ -1,0 +1,45 @@
+"""The timing scripts run from end to end on a CPU, and check what they time."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHES = Path(__file__).parents[1] / "benches"
+ERROR = r"\| {} \| 2 \| \d\.\de-0[6-9] \| \d\.\de-0[6-9] \| \d\.\de-0[6-9] \|"
+
+
+def run(script: str, *options: str) -> str:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, str(BENCHES / script), "--device", "cpu", *options]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_every_stack_over_two_processes_is_compared_with_float64_and_timed() -> None:
+    pytest.importorskip("deepspeed")
+    sizes = ("--size", "tiny", "--layers", "2", "--tokens", "32", "--steps", "1", "--repeats", "1")
+    printed = run("multi_gpu.py", "--gpus", "2", *sizes)
+    for stack in ("ddp", "fsdp2", "zero2", "zero3"):
+        assert re.search(ERROR.format(stack), printed), printed
+        assert len(re.findall(rf"\| {stack} \| 2 \| 2 \| 32 \|.*adaptive", printed)) == 2, printed
+    # One sum over processes, of two numbers for each of 20 targets.
+    assert "| 40 in 1 |" in printed
+
+
+@pytest.mark.slow
+def test_fine_tuning_with_images_is_timed_beside_the_public_way() -> None:
+    printed = run(
+        "throughput.py",
+        *("--size", "tiny", "--samples", "1", "--image", "28", "--text", "8"),
+        *("--steps", "1", "--repeats", "1"),
+    )
+    for row in ("SFT", "DRIFT, attention + MLP", "the public way, attention + MLP"):
+        assert f"| {row} | " in printed, printed
