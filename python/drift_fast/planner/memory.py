@@ -185,7 +185,7 @@ def _inner(model: Model) -> int | None:
 
 def _passes(training: Training, model: Model) -> Iterator[Part]:
     """Yield what one forward and backward pass keeps."""
-    tokens = training.batch * training.tokens
+    tokens = training.batch * (training.max_tokens or training.tokens)
     b = 4 if training.precision == "fp32" else 2
     layers, vocabulary = model.size("layers"), model.size("vocabulary size")
     hidden = model.size("hidden size")

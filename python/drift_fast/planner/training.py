@@ -41,8 +41,8 @@ _OTHER_NAMES = {
     "lr_scheduler_type": "scheduler",
     "warmup_ratio": "warmup",
     "warmup_steps": "warmup",
-    "max_length": "tokens",
-    "cutoff_len": "tokens",
+    "max_length": "max_tokens",
+    "cutoff_len": "max_tokens",
 }
 _OPTIMIZER_NAMES = {
     "adamw_torch": "adamw",
@@ -62,7 +62,8 @@ class Training:
         batch: samples of one process in one micro-batch.
         accumulation: micro-batches of one optimizer step.
         warmup: a share of all steps where less than 1, else steps.
-        tokens: of one sample, image tokens included: the mean for time, the longest for memory.
+        tokens: of one sample on average, image tokens included; time follows from it.
+        max_tokens: of the longest sample, from which memory follows; `tokens` where not given.
         image_tokens: of those, what the vision tower makes.
         dtype: that Δ is stored in.
         precision: "bf16-mixed" has float32 weights, or float32 copies under ZeRO; "bf16" has
@@ -84,6 +85,7 @@ class Training:
     scheduler: str = "cosine"
     warmup: float = 0.05
     tokens: int = 2048
+    max_tokens: int | None = None
     image_tokens: int = 0
     modules: str | tuple[str, ...] = ("attn", "mlp")
     layers: str | None = None
@@ -101,7 +103,7 @@ class Training:
     save_total_limit: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("batch", "accumulation", "tokens", "gpus", "steps", "samples"):
+        for name in ("batch", "accumulation", "tokens", "max_tokens", "gpus", "steps", "samples"):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
@@ -120,6 +122,11 @@ class Training:
                 raise ValueError(
                     f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
                 )
+        if self.max_tokens is not None and self.max_tokens < self.tokens:
+            raise ValueError(
+                f"the longest sample, max_tokens {self.max_tokens}, cannot be shorter than the mean, "
+                f"tokens {self.tokens}; give tokens=…"
+            )
         if self.image_tokens > self.tokens:
             raise ValueError(
                 f"image_tokens ({self.image_tokens}) are part of tokens ({self.tokens}), so they "
