@@ -5,11 +5,13 @@
 
 Owns two things that only a machine without accelerators needs: Accelerate ignores FSDP there, and
 with `use_cpu` transformers does not let DeepSpeed start its communication, which ZeRO-3 needs when
-weights are loaded. The script, its configuration and the launch file are as they stand.
+weights are loaded. The script, its configuration and the launch file are as they stand. What was
+attached on each rank is written to $RECIPE_REPORT-RANK.json.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import runpy
 import sys
@@ -36,6 +38,32 @@ def allow_fsdp() -> None:
     AcceleratorState.__init__ = lifted  # type: ignore[method-assign]
 
 
+def report(injections: list[Any]) -> None:
+    """Write how many parameters of which kind the last step injected."""
+    pieces = [group.pieces for injection in injections for group in injection._groups]
+    found = {
+        "injected": sum(injection.injected for injection in injections),
+        "pieces": sorted({type(piece).__name__.strip("_") for some in pieces for piece in some}),
+    }
+    path = f"{os.environ['RECIPE_REPORT']}-{os.environ['RANK']}.json"
+    Path(path).write_text(json.dumps(found))
+
+
+def keep_attached() -> list[Any]:
+    """Return a list that every injection joins which the script attaches."""
+    import drift_fast
+
+    kept: list[Any] = []
+    attach = drift_fast.attach
+
+    def keeping(*args: Any, **options: Any) -> Any:
+        kept.append(attach(*args, **options))
+        return kept[-1]
+
+    drift_fast.attach = keeping
+    return kept
+
+
 def main() -> None:
     script = sys.argv[1]
     sys.argv = sys.argv[1:]
@@ -46,7 +74,9 @@ def main() -> None:
         import deepspeed
 
         deepspeed.init_distributed(dist_backend="gloo")
+    kept = keep_attached()
     runpy.run_path(script, run_name="__main__")
+    report(kept)
 
 
 if __name__ == "__main__":

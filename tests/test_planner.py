@@ -1,4 +1,4 @@
-"""The planner: counts against transformers' own classes, rates against the files that they are from."""
+"""The planner: counts against transformers' own classes, rates against their results files."""
 
 from __future__ import annotations
 

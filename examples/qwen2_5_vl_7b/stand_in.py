@@ -2,9 +2,10 @@
 
     python stand_in.py FOLDER
 
-writes FOLDER/reasoning, FOLDER/text-base (Qwen2) and FOLDER/multimodal (Qwen2.5-VL, with a tokenizer
-of single bytes, its processor and a chat template), and FOLDER/data with pictures and train.json.
-They know nothing; what they show is that commands, configurations and launch files work.
+writes FOLDER/reasoning, FOLDER/text-base (Qwen2) and FOLDER/multimodal (Qwen2.5-VL, with a
+tokenizer of single bytes, its processor and a chat template), and FOLDER/data with pictures and
+train.json. They know nothing; what they show is that commands, configurations and launch files
+work.
 """
 
 from __future__ import annotations
@@ -122,9 +123,11 @@ def multimodal_model() -> Any:
 @torch.no_grad()
 def moved(model: Any, seed: int) -> Any:
     """Move every weight of a model by a fifth of its tensor's spread, at random."""
+    # Biases start at zero and norms at one: they have no spread yet.
     torch.manual_seed(seed)
     for weight in model.parameters():
-        weight.add_(0.2 * weight.std(correction=0) * torch.randn_like(weight))
+        spread = weight.std(correction=0).clamp_min(0.02)
+        weight.add_(0.2 * spread * torch.randn_like(weight))
     return model
 
 

@@ -6,14 +6,15 @@
 
 A configuration holds what `Recipe` names, a section `drift_fast` (a delta and any option of
 `Injection`; without it this is plain fine-tuning), and any of transformers' TrainingArguments.
-`key=value` on the command line takes precedence, `drift_fast.alpha=0.5` too. A key that none of them
-has is an error. The trained model, its processor and the training state lie in `output_dir`.
+`key=value` on the command line takes precedence, `drift_fast.alpha=0.5` too. A key that none of
+them has is an error. The trained model, its processor and the training state lie in `output_dir`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -68,8 +69,9 @@ def read(arguments: list[str]) -> tuple[Recipe, dict[str, Any], dict[str, Any] |
         # A file beside this script, or one of yours.
         beside = Path(__file__).parent / given["deepspeed"]
         given["deepspeed"] = str(beside if beside.is_file() else given["deepspeed"])
-    if "warmup_ratio" in given and int(transformers.__version__.partition(".")[0]) >= 5:
-        # Since 5.0 a share of the steps is given as steps below one.
+    known = {field.name for field in dataclasses.fields(transformers.TrainingArguments)}
+    if "warmup_ratio" in given and "warmup_ratio" not in known:
+        # transformers 5 takes a share of the steps as steps below one.
         given["warmup_steps"] = given.pop("warmup_ratio")
     return recipe, given, section
 
@@ -86,24 +88,35 @@ def scalar(text: str) -> Any:
 def load_model(recipe: Recipe, arguments: Any) -> Any:
     """Load the weights in the precision that the optimizer is to work in.
 
-    DeepSpeed and FSDP2 keep float32 copies or weights of their own; anywhere else they are loaded in
-    float32, since at a learning rate of 1e-6 updates of bfloat16 weights are rounded away.
+    DeepSpeed and FSDP2 keep float32 copies or weights of their own; anywhere else they are loaded
+    in float32, since at a learning rate of 1e-6 updates of bfloat16 weights are rounded away.
     """
     sharded = arguments.deepspeed or os.environ.get("ACCELERATE_USE_FSDP") == "true"
     low = sharded and arguments.bf16
+    # Trainer's own loading of a checkpoint looks for a Qwen2.5-VL's weights under names that they
+    # do not have on disk, and goes on from what is loaded here (seen in transformers 5.23).
+    place = last_checkpoint(arguments.output_dir) if recipe.resume else recipe.model
     model = transformers.AutoModelForImageTextToText.from_pretrained(
-        recipe.model, dtype=torch.bfloat16 if low else torch.float32
+        place, dtype=torch.bfloat16 if low else torch.float32
     )
     if recipe.freeze_vision:
         for name, parameter in model.named_parameters():
             if any(part in OTHER_MODALITY for part in name.split(".")):
                 parameter.requires_grad_(False)
-    model.config.use_cache = False
     return model
+
+
+def last_checkpoint(folder: str) -> str:
+    found = transformers.trainer_utils.get_last_checkpoint(folder)
+    if found is None:
+        raise FileNotFoundError(f"{folder}: there is no checkpoint to resume from")
+    return str(found)
 
 
 def load_processor(recipe: Recipe) -> Any:
     """Load tokenizer and image processor; pictures are scaled to the recipe's numbers of pixels."""
+    if importlib.util.find_spec("torchvision") is None:
+        raise ImportError("Qwen2.5-VL's processor needs torchvision: pip install torchvision")
     processor = transformers.AutoProcessor.from_pretrained(recipe.model)
     bounds = {"shortest_edge": recipe.min_pixels, "longest_edge": recipe.max_pixels}
     given = {name: value for name, value in bounds.items() if value is not None}
@@ -153,7 +166,8 @@ def main(arguments: list[str]) -> Any:
 
         attached = Settings.from_mapping(section)
         drift_fast.attach(trainer, attached.delta, **attached.options)
-    trainer.train(resume_from_checkpoint=recipe.resume or None)
+    folder = trainer.args.output_dir
+    trainer.train(resume_from_checkpoint=last_checkpoint(folder) if recipe.resume else None)
     trainer.save_model()
     if trainer.is_world_process_zero():
         trainer.save_state()

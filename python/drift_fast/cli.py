@@ -1,8 +1,9 @@
 """The command `drift-fast`: delta, inspect, align, check, plan, demo, bench.
 
 Results go to standard output, progress and messages to standard error. Exit status: 0 done,
-1 refused or failed, 2 wrong usage, 130 interrupted. Torch is imported by `demo`, and where tensors
-lie otherwise in one model than in the other.
+1 refused or failed, 2 wrong usage, 130 interrupted. Torch is imported by `demo`, by `plan` for a
+training configuration or a model without weights, and where tensors lie otherwise in one model than
+in the other.
 """
 
 from __future__ import annotations

@@ -23,7 +23,6 @@ from drift_fast.select import Selection
 # A change of the run, in the words of a user, and what it changes.
 _REMEDIES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("with residency host", {"residency": "host"}),
-    ("with gradient checkpointing", {"gradient_checkpointing": True}),
     ("under ZeRO-2", {"sharding": "zero2"}),
     ("under ZeRO-3", {"sharding": "zero3"}),
     ("under FSDP2", {"sharding": "fsdp2"}),
@@ -260,40 +259,53 @@ def _remarks(
 
 
 def _remedies(run: Training, model: Model, selected: int, gpu_nbytes: int) -> Iterator[str]:
-    """Yield changes, alone and with gradient checkpointing, that make the run fit."""
+    """Yield changes that make the run fit: one alone, or one with gradient checkpointing."""
 
-    def needs(changes: dict[str, Any]) -> int | None:
+    def told(label: str, **changes: Any) -> str | None:
+        if all(getattr(run, name) == value for name, value in changes.items()):
+            return None
         try:
             changed = run.changed(**changes)
         except ValueError:
             return None
+        nbytes = estimate(changed, model, selected, gpu_nbytes).device_nbytes
+        return None if nbytes > gpu_nbytes else f"{label}: {sized(nbytes)} on each GPU"
+
+    saving = told("with gradient checkpointing", gradient_checkpointing=True)
+    if saving is not None:
+        yield saving
+    for label, changes in _REMEDIES:
+        fits = told(label, **changes)
+        if fits is None and saving is None:
+            both = {**changes, "gradient_checkpointing": True}
+            fits = told(f"{label} and gradient checkpointing", **both)
+        if fits is not None:
+            yield fits
+    shorter = _tokens_that_fit(run, model, selected, gpu_nbytes)
+    if shorter is not None:
+        yield f"with samples of at most {shorter:,} tokens (max_tokens)"
+    sharding, gpus = run.sharding if run.sharded else "zero2", 2 * run.gpus
+    while gpus <= _MOST_GPUS:
+        label = f"on {gpus} GPUs under {sharding}"
+        more: dict[str, Any] = {"sharding": sharding, "gpus": gpus}
+        fits = told(label, **more) or told(
+            f"{label} and gradient checkpointing", **more, gradient_checkpointing=True
+        )
+        if fits is not None:
+            yield fits
+            return
+        gpus *= 2
+
+
+def _tokens_that_fit(run: Training, model: Model, selected: int, gpu_nbytes: int) -> int | None:
+    """Return the longest sample that fits, in steps of 256 tokens; None if even that does not."""
+
+    def nbytes(tokens: int) -> int:
+        changed = run.changed(tokens=tokens, max_tokens=None, image_tokens=0)
         return estimate(changed, model, selected, gpu_nbytes).device_nbytes
 
-    def told(label: str, changes: dict[str, Any]) -> str | None:
-        if all(getattr(run, name) == value for name, value in changes.items()):
-            return None
-        nbytes = needs(changes)
-        if nbytes is None or nbytes > gpu_nbytes:
-            return None
-        return f"{label}: {sized(nbytes)} on each GPU"
-
-    checkpointing: dict[str, Any] = {"gradient_checkpointing": True}
-    found = 0
-    for label, changes in _REMEDIES:
-        alone = told(label, changes)
-        if alone is None and "gradient_checkpointing" not in changes:
-            alone = told(f"{label} and gradient checkpointing", changes | checkpointing)
-        if alone is not None:
-            found += 1
-            yield alone
-    more: dict[str, Any] = {"sharding": run.sharding if run.sharded else "zero2"}
-    gpus = run.gpus * 2
-    while gpus <= _MOST_GPUS:
-        for extra, label in (({}, ""), (checkpointing, " and gradient checkpointing")):
-            text = told(
-                f"on {gpus} GPUs under {more['sharding']}{label}", {**more, **extra, "gpus": gpus}
-            )
-            if text is not None:
-                yield text
-                return
-        gpus *= 2
+    most = (run.max_tokens or run.tokens) // 256
+    fitting = [
+        steps for steps in range(1, min(most, 4096) + 1) if nbytes(256 * steps) <= gpu_nbytes
+    ]
+    return 256 * fitting[-1] if fitting else None

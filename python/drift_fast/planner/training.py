@@ -124,8 +124,8 @@ class Training:
                 )
         if self.max_tokens is not None and self.max_tokens < self.tokens:
             raise ValueError(
-                f"the longest sample, max_tokens {self.max_tokens}, cannot be shorter than the mean, "
-                f"tokens {self.tokens}; give tokens=…"
+                f"the longest sample, max_tokens {self.max_tokens}, cannot be shorter than the "
+                f"mean, tokens {self.tokens}; give tokens=…"
             )
         if self.image_tokens > self.tokens:
             raise ValueError(
