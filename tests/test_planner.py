@@ -17,6 +17,7 @@ from drift_fast.planner import rates
 from drift_fast.planner.counts import VISION, read_model
 from drift_fast.planner.memory import estimate, layer_nbytes_per_token
 from drift_fast.planner.training import Training, read_configuration
+from range_server import RangeServer
 from synthetic import Pair, refused
 
 ROOT = Path(__file__).parent.parent
@@ -414,6 +415,30 @@ def test_a_pair_of_checkpoints_is_planned_from_headers_and_its_delta(
     assert "measured: benches/results/delta-1.5B_2core_202611.md" in table
     assert main([*arguments, "--rms", "-1"]) == 2
     assert "rms must be" in capsys.readouterr().err
+
+
+def test_checkpoints_on_a_server_are_planned_from_their_headers_alone(
+    tmp_path: Path, pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("requests")
+    monkeypatch.setenv("DRIFT_FAST_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+    names = {"reasoning": pair.reasoning, "multimodal": pair.multimodal}
+    files = {
+        f"/{name}/{file.name}": file
+        for name, place in names.items()
+        for file in (place if place.is_dir() else place.parent).iterdir()
+        if file.is_file()
+    }
+    with RangeServer(files) as server:
+        urls = [
+            f"{server.url}/{name}" + ("" if place.is_dir() else f"/{place.name}")
+            for name, place in names.items()
+        ]
+        found = drift_fast.plan(*urls, steps=10)
+    here = drift_fast.plan(pair.reasoning, pair.multimodal, steps=10)
+    assert found["selected for Δ"].origin == "headers"
+    assert [figure.value for figure in found.figures] == [figure.value for figure in here.figures]
 
 
 # --- configurations ------------------------------------------------------------------------------

@@ -72,9 +72,10 @@ def tokenizer() -> Any:
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     inner.decoder = decoders.ByteLevel()
     inner.add_special_tokens(list(SPECIAL))
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=inner, eos_token="<|im_end|>", pad_token="<|endoftext|>"
-    )
+    # Processors of transformers 4 insist on the class; that of 5 makes a vocabulary of its own.
+    old = transformers.__version__.startswith("4.")
+    kind = transformers.Qwen2TokenizerFast if old else transformers.PreTrainedTokenizerFast
+    return kind(tokenizer_object=inner, eos_token="<|im_end|>", pad_token="<|endoftext|>")
 
 
 def processor() -> Any:
