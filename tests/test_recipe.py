@@ -186,9 +186,16 @@ def test_samples_that_are_too_long_unanswered_or_short_of_images_are_refused(
 
 
 def test_the_trainer_and_trl_train_by_the_recipe_and_the_result_loads(
-    tmp_path: Path, world: Path, recipe: dict[str, Any]
+    tmp_path: Path, world: Path, recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train = recipe["train"].main
+    attach, attached = drift_fast.attach, []
+
+    def keeping(*args: Any, **options: Any) -> Any:
+        attached.append(attach(*args, **options))
+        return attached[-1]
+
+    monkeypatch.setattr(drift_fast, "attach", keeping)
     alone: dict[str, Any] = {"num_train_epochs": 1, "deepspeed": None}
     train(arguments(world, "paper.yaml", tmp_path / "plain", drift_fast=None, **alone))
     trainer = train(arguments(world, "paper.yaml", tmp_path / "paper", **alone))
@@ -197,6 +204,7 @@ def test_the_trainer_and_trl_train_by_the_recipe_and_the_result_loads(
     assert trainer.state.max_steps == SAMPLES
     assert next(trainer.model.parameters()).dtype is torch.float32
     assert_injected(world, tmp_path / "paper", "delta", plain=tmp_path / "plain")
+    assert [injection.injected for injection in attached] == [TARGETS]
     rows = (tmp_path / "paper.csv").read_text().splitlines()
     assert any(",progress," in row for row in rows)
     train(arguments(world, "ours.yaml", tmp_path / "ours", num_train_epochs=1))
