@@ -43,6 +43,7 @@ _OTHER_NAMES = {
     "warmup_steps": "warmup",
     "max_length": "max_tokens",
     "cutoff_len": "max_tokens",
+    "activation_checkpointing": "gradient_checkpointing",
 }
 _OPTIMIZER_NAMES = {
     "adamw_torch": "adamw",
