@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from drift_fast.inject.targets import match_parameters
     from drift_fast.integrations import attach
     from drift_fast.integrations.motion import attach_motion
+    from drift_fast.planner.planning import plan
+    from drift_fast.planner.report import TrainingPlan
     from drift_fast.preflight import Preflight, check
 
 __all__ = [
@@ -47,6 +49,7 @@ __all__ = [
     "PlannedMotion",
     "Preflight",
     "Report",
+    "TrainingPlan",
     "__version__",
     "align",
     "attach",
@@ -56,6 +59,7 @@ __all__ = [
     "compute_delta",
     "inspect",
     "match_parameters",
+    "plan",
     "predict_progress",
     "schedule",
 ]
@@ -77,6 +81,8 @@ _LAZY = {
     "attach_motion": "drift_fast.integrations.motion",
     "PlannedMotion": "drift_fast.inject.motion",
     "predict_progress": "drift_fast.inject.predict",
+    "TrainingPlan": "drift_fast.planner.report",
+    "plan": "drift_fast.planner.planning",
 }
 
 

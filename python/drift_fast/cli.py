@@ -1,8 +1,9 @@
-"""The command `drift-fast`: delta, inspect, align, check, demo, bench.
+"""The command `drift-fast`: delta, inspect, align, check, plan, demo, bench.
 
 Results go to standard output, progress and messages to standard error. Exit status: 0 done,
-1 refused or failed, 2 wrong usage, 130 interrupted. Torch is imported by `demo`, and where tensors
-lie otherwise in one model than in the other.
+1 refused or failed, 2 wrong usage, 130 interrupted. Torch is imported by `demo`, by `plan` for a
+training configuration or a model without weights, and where tensors lie otherwise in one model than
+in the other.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any, TextIO
 from drift_fast import _core
 from drift_fast.delta import MEMORY, STORED_DTYPES, Delta, Report, compute_delta, inspect
 from drift_fast.errors import DriftError, DriftWarning
+from drift_fast.planner.command import add_plan
 from drift_fast.progress import ProgressBar
 from drift_fast.ranks import identify, parse_ranks
 from drift_fast.select import PRESETS
@@ -125,6 +127,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     fit.add_argument("--json", action="store_true", help="print JSON")
     fit.set_defaults(run=_check)
+
+    add_plan(commands)
 
     demo = commands.add_parser(
         "demo",

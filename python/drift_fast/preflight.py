@@ -29,7 +29,7 @@ __all__ = ["Finding", "Plan", "Preflight", "check"]
 # What the README's table shows for either command, whatever the size of the checkpoints.
 _COMPUTE_MEMORY_NBYTES = 20_000_000
 # Bytes of an element on disk and on the device, where what is compressed is bfloat16.
-_ITEMSIZE = {
+ITEMSIZE = {
     "bfloat16": (2.0, 2),
     "float16": (2.0, 2),
     "float32": (4.0, 4),
@@ -239,7 +239,7 @@ def _findings(
 
 def _plan(pairing: Pairing, second: Opened, dtype: str, rate_nbytes: int) -> Plan:
     of_second = sum(second.nbytes(pair.name) for pair in pairing.pairs)
-    on_disk, on_device = _ITEMSIZE[dtype]
+    on_disk, on_device = ITEMSIZE[dtype]
     numel = sum(math.prod(pairing.shapes[pair.name]) for pair in pairing.pairs)
     delta_nbytes = math.ceil(on_disk * numel)
     return Plan(

@@ -88,7 +88,7 @@ class Settings:
             As `from_mapping`.
         """
         file = Path(path)
-        content = _parsed(file)
+        content = parse_file(file)
         settings = cls.from_mapping(content, origin=str(file))
         return cls(str(file.parent / settings.delta), settings.options)
 
@@ -139,7 +139,7 @@ class Settings:
         return Delta.open(self.delta)
 
 
-def _parsed(file: Path) -> Any:
+def parse_file(file: Path) -> Any:
     """Return the content of a JSON or YAML file."""
     if file.suffix == ".json":
         text = file.read_text(encoding="utf-8")

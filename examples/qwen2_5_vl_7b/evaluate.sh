@@ -1,0 +1,27 @@
+#!/bin/sh
+# MathVista, MathVision, MathVerse, WeMath and LogicVista, before and after. Not run by any test: they
+# download, take GPUs, and ask a model over an API to judge (OPENAI_API_KEY).
+# sh evaluate.sh vlmevalkit PATH_OF_VLMEVALKIT | sh evaluate.sh lmms-eval [MODEL]
+set -eu
+GPUS=${GPUS:-8}
+HERE=$(pwd)
+case ${1:-} in
+vlmevalkit)
+    # Model paths in vlmevalkit.json are relative to where it is run: saves/paper is linked there.
+    cd "$2"
+    ln -sfn "$HERE/saves" saves
+    torchrun --nproc-per-node "$GPUS" run.py --config "$HERE/vlmevalkit.json" \
+        --work-dir "$HERE/evaluation" --reuse
+    ;;
+lmms-eval)
+    accelerate launch --num_processes "$GPUS" -m lmms_eval \
+        --model qwen2_5_vl \
+        --model_args "pretrained=${2:-saves/paper},max_pixels=12845056,attn_implementation=sdpa" \
+        --tasks mathvista_testmini_cot,mathvision_test,mathverse_testmini_vision_only,wemath_testmini_reasoning,logicvista_reasoning \
+        --batch_size 1 --log_samples --output_path evaluation/lmms-eval
+    ;;
+*)
+    echo "usage: sh evaluate.sh vlmevalkit PATH | lmms-eval [MODEL]" >&2
+    exit 2
+    ;;
+esac

@@ -1,0 +1,183 @@
+"""How many parameters a model has, by kind: from its headers, or from config.json alone.
+
+Owns the choice between the two. Headers come first: they are what is on disk, whatever made it, and
+need neither torch nor transformers. Where there is only a config.json, transformers builds the
+model on the meta device, which holds no element; no table of architectures is kept here, since it
+would be wrong for the next one. Invariant: a tied head is counted once, as embedding.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from drift_fast.configuration import Configuration
+from drift_fast.errors import DriftError
+from drift_fast.facts import Fact, describe, read_headers
+from drift_fast.pairing import PathLike, open_checkpoint
+from drift_fast.select import Selection, is_other_modality, kind_of, layer_of
+
+VISION = "vision tower and projector"
+OTHER = "other language parameters"
+KINDS = ("attn", "mlp", "norm", "embed", "head", OTHER, VISION)
+
+HEADERS = "headers"
+CONFIGURATION = "configuration"
+
+# Of one among several experts; experts that every token goes through are no such.
+_ROUTED = re.compile(r"(^|\.)experts(\.|$)")
+_NBITS = {"F64": 64, "F32": 32, "BF16": 16, "F16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "I8": 8, "U8": 8}
+_STATED = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+
+@dataclass(frozen=True)
+class Model:
+    """The tensors of one model and what its configuration says of the language backbone.
+
+    `origin` says where shapes come from; `dtypes` are those that are stored, of a model that has
+    no weights here those that config.json states.
+    """
+
+    given: str
+    origin: str
+    shapes: Mapping[str, tuple[int, ...]]
+    dtypes: Mapping[str, str]
+    facts: Mapping[str, Fact]
+    configuration: Configuration
+
+    @property
+    def source(self) -> str:
+        if self.origin == HEADERS:
+            return f"headers of {self.given}"
+        return f"config.json of {self.given}, built by transformers on the meta device"
+
+    def by_kind(self) -> dict[str, int]:
+        """Return elements by kind."""
+        found = dict.fromkeys(KINDS, 0)
+        for name, shape in self.shapes.items():
+            found[self.kind(name)] += math.prod(shape)
+        return found
+
+    @staticmethod
+    def kind(name: str) -> str:
+        if is_other_modality(name):
+            return VISION
+        kind = kind_of(name)
+        return OTHER if kind == "other" else kind
+
+    def selected(self, selection: Selection) -> list[str]:
+        return [name for name in self.shapes if name in selection and not is_other_modality(name)]
+
+    def numel(self, names: list[str] | None = None) -> int:
+        """Return elements, of all tensors or of some."""
+        return sum(
+            math.prod(self.shapes[name]) for name in (self.shapes if names is None else names)
+        )
+
+    def nbytes(self, names: list[str] | None = None) -> int:
+        """Return stored bytes, of all tensors or of some."""
+        kept = self.shapes if names is None else names
+        return sum(
+            math.prod(self.shapes[name]) * _NBITS.get(self.dtypes[name], 8) // 8 for name in kept
+        )
+
+    def active_numel(self) -> int:
+        """Return the language elements that every token is multiplied with.
+
+        The embedding is a look-up and does not count, unless it is the head too; of routed experts
+        the share that a token is sent to counts.
+        """
+        kinds = self.by_kind()
+        total = sum(kinds.values()) - kinds[VISION] - (kinds["embed"] if kinds["head"] else 0)
+        routed = sum(
+            math.prod(shape)
+            for name, shape in self.shapes.items()
+            if _ROUTED.search(name) and not is_other_modality(name)
+        )
+        experts, chosen = self.size("experts"), self.size("experts per token")
+        if routed and experts and chosen:
+            total -= round(routed * (1 - chosen / experts))
+        return total
+
+    def size(self, subject: str) -> int | None:
+        """Return a fact that is one number."""
+        value = self.facts[subject].value
+        return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+    def layer_numel(self) -> int:
+        """Return the elements of the largest numbered block of the language backbone."""
+        layers: dict[int, int] = {}
+        for name, shape in self.shapes.items():
+            layer = layer_of(name)
+            if layer is not None and not is_other_modality(name):
+                layers[layer] = layers.get(layer, 0) + math.prod(shape)
+        return max(layers.values(), default=0)
+
+    def outside_numel(self) -> int:
+        """Return the elements that lie in no numbered block: embedding, head, last norm."""
+        return sum(
+            math.prod(shape) for name, shape in self.shapes.items() if layer_of(name) is None
+        )
+
+
+def read_model(given: PathLike) -> Model:
+    """Read a checkpoint's headers, or a directory that has a config.json and no weights.
+
+    Raises:
+        FileNotFoundError, CheckpointError: neither, or not valid.
+        DriftError: only a config.json, and transformers cannot build the model from it.
+    """
+    path = Path(given).expanduser()
+    path = path.parent if path.name == "config.json" else path
+    if (path / "config.json").is_file() and not any(path.glob("*.safetensors*")):
+        return _from_configuration(path)
+    opened = open_checkpoint(given)
+    configuration = Configuration.read(opened.directory)
+    headers = read_headers(opened.shapes, opened.dtypes)
+    facts = describe(configuration, headers).facts
+    return Model(str(given), HEADERS, opened.shapes, opened.dtypes, facts, configuration)
+
+
+def _from_configuration(path: Path) -> Model:
+    configuration = Configuration.read(path)
+    shapes = _meta_shapes(path)
+    stated = configuration.anywhere(lambda part: part.text("dtype", "torch_dtype")) or "bfloat16"
+    dtype = _STATED.get(stated.removeprefix("torch."), "BF16")
+    dtypes = dict.fromkeys(shapes, dtype)
+    facts = describe(configuration, read_headers(shapes, dtypes)).facts
+    return Model(str(path), CONFIGURATION, shapes, dtypes, facts, configuration)
+
+
+def _meta_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the parameters that transformers gives a configuration's model."""
+    try:
+        import torch
+        import transformers
+    except ImportError as error:
+        raise DriftError(
+            f"{path} has a config.json and no weights: counting parameters from it needs "
+            "transformers (pip install 'drift-fast[trainer]'), or give a checkpoint, whose headers "
+            "are enough"
+        ) from error
+    try:
+        stated: Any = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
+        auto: Any = transformers.AutoModelForCausalLM
+        if type(stated) in transformers.AutoModelForImageTextToText._model_mapping:
+            auto = transformers.AutoModelForImageTextToText
+        name = next(iter(stated.architectures or ()), None)
+        kind = getattr(transformers, name, None) if name else None
+        with torch.device("meta"):
+            model = auto.from_config(stated) if kind is None else kind._from_config(stated)
+        model.tie_weights()
+    # Whatever a configuration makes transformers raise, it is the configuration's fault or age.
+    except Exception as error:
+        raise DriftError(
+            f"{path / 'config.json'}: transformers {transformers.__version__} cannot build this "
+            f"model ({type(error).__name__}: {str(error).partition(chr(10))[0][:200]}); give a "
+            "checkpoint, whose headers are enough"
+        ) from error
+    return {name: tuple(weight.shape) for name, weight in model.named_parameters()}

@@ -1,0 +1,112 @@
+"""Rates that were measured, each with the results file and the row that it comes from.
+
+Owns no arithmetic but the division of a row's numbers. Invariant: every number here stands in the
+committed file that it names, which `tests/test_planner.py` reads back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+_DELTA = "benches/results/delta-1.5B_2core_202611.md"
+_INJECTION = "benches/results/injection_h100_202611.md"
+H100 = "one H100 80 GB, torch 2.11"
+TWO_CORES = "two cores, virtual disk"
+
+# bfloat16 without sparsity, from NVIDIA's data sheet of the H100 SXM.
+H100_FLOPS = 989.4e12
+
+# Of the measured model: Qwen2.5-VL-7B's decoder layers, attention + MLP, as the file says.
+_LAYERS, _HIDDEN, _INNER, _KEYS = 28, 3584, 18944, 512
+_ATTENTION_NUMEL = _LAYERS * (2 * _HIDDEN * (_HIDDEN + _KEYS) + _HIDDEN + 2 * _KEYS)
+_MLP_NUMEL = _LAYERS * 3 * _HIDDEN * _INNER
+_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One row of a results file: its section and first cell, and the cells that are used."""
+
+    file: str
+    section: str
+    row: str
+    cells: tuple[float, ...]
+    hardware: str
+
+    @property
+    def source(self) -> str:
+        return f"{self.file}, {self.section}, “{self.row}” ({self.hardware})"
+
+
+@dataclass(frozen=True)
+class Streaming(Measured):
+    """Δ computed and written; the cell is GB of both checkpoints read, a second."""
+
+    @property
+    def nbytes_per_second(self) -> float:
+        return self.cells[0] * 1e9
+
+
+@dataclass(frozen=True)
+class Injecting(Measured):
+    """A forward and backward pass with and without an injection, in ms."""
+
+    numel: int = _ATTENTION_NUMEL + _MLP_NUMEL
+
+    @property
+    def seconds(self) -> float:
+        """What one injection added."""
+        return (self.cells[0] - self.cells[1]) / 1e3
+
+    @property
+    def seconds_per_numel(self) -> float:
+        return self.seconds / self.numel
+
+
+def _injecting(row: str, with_ms: float, without_ms: float, numel: int | None = None) -> Injecting:
+    given = {} if numel is None else {"numel": numel}
+    return Injecting(_INJECTION, "All of the second run", row, (with_ms, without_ms), H100, **given)
+
+
+COLD = Streaming(
+    _DELTA, "Δ written, cold page cache, whole processes", "drift-fast delta", (1.21,), TWO_CORES
+)
+WARM = Streaming(
+    _DELTA, "Δ written, warm page cache, whole processes", "drift-fast delta", (3.04,), TWO_CORES
+)
+# Statistics read and write nothing: what a Δ that is read anew in each step can at best come at.
+READ = Streaming(
+    _DELTA, "Statistics, cold page cache, whole processes", "drift-fast inspect", (1.63,), TWO_CORES
+)
+
+BOTH = _injecting("drift_fast, adaptive, attention + MLP", 217.5, 195.3)
+ATTENTION = _injecting("drift_fast, adaptive, attention only", 196.9, 194.8, _ATTENTION_NUMEL)
+# Host residencies were measured overlapped with backward only.
+BY_RESIDENCY = {
+    "device": BOTH,
+    "device-int8": _injecting("drift_fast, adaptive, attention + MLP, device-int8", 256.4, 189.5),
+    "host": _injecting(
+        "drift_fast, adaptive, attention + MLP, host, overlapped, 1GB ahead", 327.8, 188.1
+    ),
+    "host-int8": _injecting(
+        "drift_fast, adaptive, attention + MLP, host-int8, overlapped", 249.7, 202.6
+    ),
+}
+EVERY = (COLD, WARM, READ, ATTENTION, *BY_RESIDENCY.values())
+
+
+def injecting(residency: str, *, attention_only: bool) -> Injecting | None:
+    """Return the row to scale an injection from; None where nothing was measured."""
+    if residency == "device" and attention_only:
+        return ATTENTION
+    return BY_RESIDENCY.get(residency)
+
+
+def utilisation() -> tuple[float, str]:
+    """Return the share of an H100's peak that the measured pass without injection reached.
+
+    6 operations for each of the layers' elements and each token. The pass has neither head, vision
+    tower, optimizer nor communication, so a real run reaches less.
+    """
+    done = 6 * BOTH.numel * _TOKENS / (BOTH.cells[1] / 1e3)
+    return done / H100_FLOPS, f"6·N·tokens in {BOTH.cells[1]} ms, {BOTH.source}"
