@@ -198,7 +198,8 @@ class Regime:
     """Circumstances in which methods are compared.
 
     `expert` and `base` are the checkpoints that Δ is made of; `ranges` replaces those of the search
-    spaces by name. The methods are in the order of the tables.
+    spaces by name, `samples` and `steps` what the protocol says. The methods are in the order of
+    the tables.
     """
 
     label: str
@@ -207,6 +208,8 @@ class Regime:
     base: str = "base"
     lora: bool = False
     vision: bool = False
+    samples: int | None = None
+    steps: int | None = None
     ranges: Mapping[str, Interval] = field(default_factory=lambda: MappingProxyType({}))
 
 
@@ -226,21 +229,28 @@ _TELLING: Final = (
     "drift_base_reversed",
     "motion_base_unrelated",
 )
+_SMALL: Final = Interval(low=0.01, high=1.2, log=True)
+
 REGIMES: Final[dict[str, Regime]] = {
     "main": Regime(
         label="an expert and a multimodal model from one base, all of the backbone trained",
         methods=tuple(METHODS),
     ),
+    "strong": Regime(
+        label="a large Δ: the expert was trained longer and at a larger rate",
+        methods=_TELLING,
+        expert="strong",
+        ranges={"weight": _SMALL, "attn": _SMALL, "mlp": _SMALL},
+    ),
     "large": Regime(
-        label="a large Δ and a small learning rate: the expert was trained far longer and at a "
-        "larger rate, and fine-tuning moves weights by little",
+        label="a large Δ and a small learning rate, which can move weights by little of it",
         methods=_TELLING,
         expert="strong",
         ranges={
             "lr": Interval(low=1e-5, high=1e-4, log=True),
-            "attn": Interval(low=0.02, high=1.2),
-            "mlp": Interval(low=0.02, high=1.2),
-            "weight": Interval(low=0.02, high=1.2),
+            "weight": _SMALL,
+            "attn": _SMALL,
+            "mlp": _SMALL,
         },
     ),
     "lora": Regime(
@@ -249,6 +259,21 @@ REGIMES: Final[dict[str, Regime]] = {
         methods=tuple(name for name in _TELLING if not name.startswith("motion")),
         lora=True,
         ranges={"lr": Interval(low=5e-4, high=1e-2, log=True)},
+    ),
+    "more": Regime(
+        label="four times the samples and twice the steps",
+        methods=(
+            "as_is",
+            "sft",
+            "merge_sft_two",
+            "drift",
+            "drift_base",
+            "drift_base_cap",
+            "motion_base",
+            "drift_base_shuffled",
+        ),
+        samples=1024,
+        steps=400,
     ),
     "vision": Regime(label="the vision tower trained too", methods=_TELLING, vision=True),
     "sibling": Regime(

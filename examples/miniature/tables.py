@@ -125,17 +125,23 @@ def _regime(regime: str, lines: Sequence[Line]) -> Iterable[str]:
         "either Δ of the regime over attention and MLP together; the last λ column is by kind, "
         "along the Δ that the method uses (exp−base where it uses none)."
     )
+    if regime == "main":
+        yield "![answers against digits](pareto.png)"
     for baseline in BASELINES:
         if baseline not in groups:
             continue
-        rows = []
+        rows, above = [], []
         for name in ordered:
             found = [difference(groups[name], groups[baseline], measure) for measure in MEASURES]
             if name != baseline and None not in found:
                 rows.append((_label(name), _delta(name), *(c for d in found for c in _cells(d))))
+                if found[0].told == "above":
+                    above.append((_label(name), _delta(name), found[1].told))
         yield f"### Paired differences from {_label(baseline)}: {_title(regime)}"
         yield _table([("", "Δ", "answers", "higher in", "", "digits", "higher in", ""), *rows])
         yield _interval_note(lines)
+        named = [f"{label} ({delta}; digits {told})" for label, delta, told in above]
+        yield f"Answers above those of “{_label(baseline)}”: {', '.join(named) or 'none'}."
 
 
 def _summary(name: str, rows: Sequence[Line]) -> tuple[str, ...]:
@@ -170,6 +176,7 @@ def _interval_note(lines: Sequence[Line]) -> str:
 
 def _doses(lines: Sequence[Line]) -> Iterable[str]:
     yield "## Answers and digits over λ"
+    yield "![answers and digits over λ](progress.png)"
     yield _described(lines)
     rows = []
     for (name, _), same in by_key(_with_text(lines), "method", "text").items():

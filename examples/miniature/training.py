@@ -15,7 +15,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -85,7 +85,12 @@ def run(
     start = time.perf_counter()
     method, regime = METHODS[job.method], REGIMES[job.regime]
     settings = json.loads(job.settings)
-    world = _world(job.world)
+    protocol = replace(
+        protocol,
+        split=job.split,
+        samples=regime.samples or protocol.samples,
+        steps=regime.steps or protocol.steps,
+    )
     with tempfile.TemporaryDirectory() as scratch:
         source = worlds.directory(root, job.world, "multimodal")
         if method.merge is not None:
@@ -98,8 +103,7 @@ def run(
             )
     model.train(False)
     measured = time.perf_counter()
-    split = experiment.Protocol(**{**asdict(protocol), "split": job.split})
-    answers, digits = experiment.evaluate(model, world, job.set, split)
+    answers, digits = experiment.evaluate(model, _world(job.world), job.set, protocol)
     end = time.perf_counter()
     return {
         "key": job.key,
