@@ -246,7 +246,7 @@ class Miniature:
             clock=self.clock,
             done=_raise_failure,
             ready=ready,
-            begin=_begin,
+            begin=partial(_begin, self.device),
             cost=lambda job: worlds.COSTS[job[1]],
             title="checkpoint",
         )
@@ -264,7 +264,7 @@ class Miniature:
             processes=self.processes,
             clock=self.clock,
             done=self._add,
-            begin=_begin,
+            begin=partial(_begin, self.device),
             title=jobs[0].stage if jobs else "",
         )
 
@@ -358,30 +358,25 @@ def choose(lines: Sequence[Line], regime: str, methods: Sequence[str]) -> dict[s
 # What the processes of the pool do.
 
 
-def _begin() -> None:
+def _begin(device: str) -> None:
     import transformers
 
     torch.set_num_threads(1)
+    if device == "cuda":
+        # One for each process: Trainer would spread a run over all that it sees.
+        own = os.getpid() % max(1, torch.cuda.device_count())
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(own)
     warnings.filterwarnings("ignore", category=FutureWarning)
     transformers.utils.logging.set_verbosity(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
 
 
 def _train(job: tuple[int, str], *, root: Path, device: str, shrink: int) -> None:
-    worlds.train(root, *job, device=_own(device), shrink=shrink)
+    worlds.train(root, *job, device=device, shrink=shrink)
 
 
 def _run(job: Job, *, root: Path, protocol: Protocol, device: str) -> Line:
-    return training.run(job, root, protocol, device=_own(device))
-
-
-def _own(device: str) -> str:
-    """Return the device of this process; Trainer takes the current one of CUDA's."""
-    if device == "cpu":
-        return device
-    own = os.getpid() % torch.cuda.device_count()
-    torch.cuda.set_device(own)
-    return f"cuda:{own}"
+    return training.run(job, root, protocol, device=device)
 
 
 def _raise_failure(job: Any, result: Any, seconds: float) -> None:

@@ -130,18 +130,19 @@ def _regime(regime: str, lines: Sequence[Line]) -> Iterable[str]:
     for baseline in BASELINES:
         if baseline not in groups:
             continue
-        rows, above = [], []
+        rows: list[tuple[str, ...]] = []
+        above: list[str] = []
         for name in ordered:
             found = [difference(groups[name], groups[baseline], measure) for measure in MEASURES]
             if name != baseline and None not in found:
                 rows.append((_label(name), _delta(name), *(c for d in found for c in _cells(d))))
                 if found[0].told == "above":
-                    above.append((_label(name), _delta(name), found[1].told))
+                    told = [_delta(name), f"digits {found[1].told}"]
+                    above.append(f"{_label(name)} ({'; '.join(filter(None, told))})")
         yield f"### Paired differences from {_label(baseline)}: {_title(regime)}"
         yield _table([("", "Δ", "answers", "higher in", "", "digits", "higher in", ""), *rows])
         yield _interval_note(lines)
-        named = [f"{label} ({delta}; digits {told})" for label, delta, told in above]
-        yield f"Answers above those of “{_label(baseline)}”: {', '.join(named) or 'none'}."
+        yield f"Answers above those of “{_label(baseline)}”: {', '.join(above) or 'none'}."
 
 
 def _summary(name: str, rows: Sequence[Line]) -> tuple[str, ...]:
