@@ -39,8 +39,8 @@ def write(lines: Sequence[Line], out: Path) -> list[Path]:
     if others := [name for name in regimes if name != "main"]:
         grouped = {name: [line for line in tested if line["regime"] == name] for name in others}
         written.append(_pareto(grouped, out / "regimes.png"))
-    if any(line["regime"] == "main" for line in lines):
-        mine = [line for line in lines if line["regime"] == "main"]
+    mine = [line for line in lines if line["regime"] == "main" and "progress" in line]
+    if mine:
         written.append(_doses(mine, out / "progress.png"))
     return written
 

@@ -244,7 +244,7 @@ class Miniature:
             work,
             processes=self.processes,
             clock=self.clock,
-            done=_raise_failure,
+            done=self._add_checkpoint,
             ready=ready,
             begin=partial(_begin, self.device),
             cost=lambda job: worlds.COSTS[job[1]],
@@ -268,11 +268,24 @@ class Miniature:
             title=jobs[0].stage if jobs else "",
         )
 
+    def _add_checkpoint(
+        self, job: tuple[int, str], result: dict[str, float] | Exception, seconds: float
+    ) -> None:
+        if isinstance(result, Exception):
+            raise result
+        world, name = job
+        line = {"key": f"checkpoint/{world}/{name}", "stage": "checkpoints", "regime": "main"}
+        line |= {"world": world, "name": name, "set": 0, "device": self.device}
+        line |= {"measured": result, "seconds": {"train": round(seconds, 1)}}
+        self.results.add(line | {"command": self._command()})
+
+    def _command(self) -> str:
+        return " ".join(["python examples/miniature/run.py", self.profile.flag]).strip()
+
     def _add(self, job: Job, result: Line | Exception, seconds: float) -> None:
-        command = " ".join(["python examples/miniature/run.py", self.profile.flag]).strip()
         if isinstance(result, Exception):
             result = {"key": job.key, "method": job.method, "error": str(result)}
-        self.results.add(result | {"command": command})
+        self.results.add(result | {"command": self._command()})
 
     def _tuned(self, regime: str) -> int:
         left = self.run(self.tuning_jobs(regime))
@@ -294,7 +307,10 @@ class Miniature:
         Raises:
             SystemExit: there are none, with what to run.
         """
-        for path in (self.out / "settings.json", HERE / "settings.json"):
+        sources = [self.out / "settings.json"]
+        if "tune" not in self.profile.stages:
+            sources.append(HERE / "settings.json")
+        for path in sources:
             every = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
             if regime in every:
                 chosen = {name: row["settings"] for name, row in every[regime].items()}
@@ -371,17 +387,13 @@ def _begin(device: str) -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def _train(job: tuple[int, str], *, root: Path, device: str, shrink: int) -> None:
+def _train(job: tuple[int, str], *, root: Path, device: str, shrink: int) -> dict[str, float]:
     worlds.train(root, *job, device=device, shrink=shrink)
+    return worlds.measure(root, *job)
 
 
 def _run(job: Job, *, root: Path, protocol: Protocol, device: str) -> Line:
     return training.run(job, root, protocol, device=device)
-
-
-def _raise_failure(job: Any, result: Any, seconds: float) -> None:
-    if isinstance(result, Exception):
-        raise result
 
 
 def _copy_shipped(out: Path) -> None:

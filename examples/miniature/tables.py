@@ -82,13 +82,26 @@ def difference(lines: Sequence[Line], baseline: Sequence[Line], measure: str) ->
 
 
 def write(lines: Sequence[Line], failed: Sequence[Line], path: Path) -> Path:
-    """Write every table that the lines allow."""
+    """Write every table that the lines allow.
+
+    Raises:
+        ValueError: two tests of one method on one world and set, with different settings.
+    """
     parts = [
         "# Results of the miniature",
         "Generated from `results.jsonl` by `run.py --stage report`; the README says what is "
         "measured and how.",
     ]
     tested = [line for line in lines if line["stage"] == "test"]
+    for pair, rows in by_key(tested, "regime", "method", "world", "set").items():
+        if len(rows) > 1:
+            raise ValueError(
+                f"{len(rows)} tests of {'/'.join(map(str, pair))}, with the settings "
+                f"{' and '.join(str(row['settings']) for row in rows)}: it was tuned again after "
+                "it was tested; remove the lines of the tests that no longer hold"
+            )
+    if trained := [line for line in lines if line["stage"] == "checkpoints"]:
+        parts += _checkpoints(trained)
     for regime in REGIMES:
         mine = [line for line in tested if line["regime"] == regime]
         if mine:
@@ -175,6 +188,23 @@ def _interval_note(lines: Sequence[Line]) -> str:
     )
 
 
+def _checkpoints(lines: Sequence[Line]) -> Iterable[str]:
+    yield "## Checkpoints"
+    yield _described(lines)
+    rows = []
+    for (name,), mine in by_key(lines, "name").items():
+        cells = []
+        for measure in ("steps", "chains", "distance"):
+            values = [row["measured"][measure] for row in mine if measure in row["measured"]]
+            cells.append("{:.3f} ± {:.3f}".format(*mean_std(values)) if values else "")
+        rows.append((name, "", *cells, str(len(mine))))
+    yield _table([("", "", "text, two digits", "text, six digits", "distance", "worlds"), *rows])
+    yield (
+        "Shares of text folds right, and ‖W − W_parent‖/‖W_parent‖ over attention and MLP; mean ± "
+        "standard deviation over worlds."
+    )
+
+
 def _doses(lines: Sequence[Line]) -> Iterable[str]:
     yield "## Answers and digits over λ"
     yield "![answers and digits over λ](progress.png)"
@@ -233,10 +263,11 @@ def _described(lines: Sequence[Line]) -> str:
     stage = "regimes" if lines[0]["regime"] != "main" else lines[0]["stage"]
     commands = sorted({f"`{line['command']} --stage {stage} report`" for line in lines})
     one = f"{len(worlds)} world{'s' * (len(worlds) != 1)} ({', '.join(map(str, worlds))})"
-    return (
-        f"{len(lines)} runs: {one} × {len(sets)} fine-tuning set{'s' * (len(sets) != 1)}, "
-        f"on {', '.join(devices)}. Command: {', '.join(commands)}."
-    )
+    if stage == "checkpoints":
+        what = f"{len(lines)} checkpoints of {one}"
+    else:
+        what = f"{len(lines)} runs: {one} × {len(sets)} fine-tuning set{'s' * (len(sets) != 1)}"
+    return f"{what}, on {', '.join(devices)}. Command: {', '.join(commands)}."
 
 
 def _title(regime: str) -> str:

@@ -24,8 +24,10 @@ import numpy as np
 import torch
 from transformers import Qwen2ForCausalLM
 
+from drift_fast import compute_delta
 from drift_fast.demo import train_checkpoints as demo
 from drift_fast.demo import world as w
+from drift_fast.demo.experiment import decode, is_answer_right
 
 # Which checkpoint each is trained from, in an order in which they can be trained.
 PARENTS: Final[dict[str, str | None]] = {
@@ -98,6 +100,32 @@ def train(root: Path, number: int, name: str, *, device: str = "cpu", shrink: in
     shutil.rmtree(unfinished, ignore_errors=True)
     demo.save(model.cpu(), unfinished)
     unfinished.rename(target)
+
+
+def measure(root: Path, number: int, name: str) -> dict[str, float]:
+    """Return what a checkpoint knows, and how far from its parent it lies.
+
+    `steps` and `chains` are the shares right of text folds of two and of six digits, for text
+    models; `distance` is ‖W − W_parent‖/‖W_parent‖ over attention and MLP.
+    """
+    found: dict[str, float] = {}
+    path, parent = directory(root, number, name), PARENTS[name]
+    if parent is not None:
+        pair = (directory(root, number, parent), path)
+        # The multimodal model is the side that has a tower.
+        reasoning, multimodal = pair if name == "multimodal" else reversed(pair)
+        total = compute_delta(reasoning, multimodal, modules=("attn", "mlp"), threads=1).stats.total
+        found["distance"] = total.relative
+    if name != "multimodal":
+        with torch.device("cpu"):
+            model = Qwen2ForCausalLM.from_pretrained(path, dtype=torch.float32)
+        model.train(False)
+        world, generator = w.World(number), np.random.default_rng([number, 60])
+        for measure, length in (("steps", 2), ("chains", 6)):
+            folds = [world.text_fold(generator, length) for _ in range(200)]
+            right = map(is_answer_right, folds, decode(model, folds))
+            found[measure] = sum(right) / len(folds)
+    return found
 
 
 def _train(
