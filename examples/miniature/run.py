@@ -11,6 +11,8 @@ was chosen before; whatever is interrupted goes on where it stopped.
 from __future__ import annotations
 
 import argparse
+import atexit
+import gc
 import json
 import logging
 import os
@@ -195,14 +197,19 @@ class Miniature:
     def dose_jobs(self) -> list[Job]:
         """Return runs over α and over λ, on the validation worlds, at the chosen learning rates."""
         chosen = self.settings("main")
-        grid: list[tuple[str, dict[str, Any]]] = []
-        for method in ("drift", "drift_base"):
-            grid += [
-                (method, chosen[method] | {"alpha": alpha}) for alpha in self.profile.strengths
-            ]
-        for method in ("merge_sft_two", "motion_base"):
-            both = [{"attn": dose, "mlp": dose} for dose in self.profile.doses]
-            grid += [(method, chosen[method] | dose) for dose in both]
+        doses = [{"attn": dose, "mlp": dose} for dose in self.profile.doses]
+        varied: dict[str, list[dict[str, Any]]] = {
+            "drift": [{"alpha": alpha} for alpha in self.profile.strengths],
+            "drift_base": [{"alpha": alpha} for alpha in self.profile.strengths],
+            "merge_sft_two": doses,
+            "motion_base": doses,
+        }
+        grid = [
+            (method, chosen[method] | values)
+            for method, several in varied.items()
+            if method in self.profile.methods
+            for values in several
+        ]
         return [
             Job(
                 stage="dose",
@@ -378,6 +385,9 @@ def _begin(device: str) -> None:
     import transformers
 
     torch.set_num_threads(1)
+    # Trainer collects garbage around every run, and would go over all imported modules.
+    gc.freeze()
+    atexit.register(gc.unfreeze)
     if device == "cuda":
         # One for each process: Trainer would spread a run over all that it sees.
         own = os.getpid() % max(1, torch.cuda.device_count())
