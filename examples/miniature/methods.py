@@ -85,12 +85,14 @@ METHODS: Final[dict[str, Method]] = {
 
 def _add_merges() -> None:
     dropped: Space = {"weight": _WEIGHT, "density": Interval(low=0.2, high=0.9)}
+    # These average what agrees in sign, so that 1 is not the multimodal model's natural weight.
+    elected: Space = {**dropped, "multimodal_weight": Interval(low=0.6, high=2.0)}
     for name, label, space in (
         ("linear", "linear (BR2V)", {"weight": _WEIGHT}),
         ("task_arithmetic", "task arithmetic", {"weight": _WEIGHT}),
-        ("ties", "TIES", dropped),
+        ("ties", "TIES", elected),
         ("dare_linear", "DARE-linear", dropped),
-        ("dare_ties", "DARE-TIES", dropped),
+        ("dare_ties", "DARE-TIES", elected),
         ("slerp", "SLERP", {"weight": Interval(low=0.05, high=0.95)}),
     ):
         METHODS[name] = Method(

@@ -120,23 +120,34 @@ def run(
 
 
 @functools.lru_cache(maxsize=8)
-def batches(number: int, seed: int, protocol: experiment.Protocol) -> tuple[list[Batch], str]:
-    """Return every batch of one fine-tuning set in order, ready to train on, and their digest."""
+def batches(number: int, seed: int, protocol: experiment.Protocol) -> list[Batch]:
+    """Return every batch of one fine-tuning set in order, ready to train on."""
     world = _world(number)
     samples = experiment.fine_tuning_set(world, seed, protocol)
     generator = np.random.default_rng([number, 40, seed])
     count = protocol.steps * protocol.batch
     epochs = -(-count // len(samples))
     order = np.concatenate([generator.permutation(len(samples)) for _ in range(epochs)])[:count]
-    drawn = [
+    return [
         experiment.tensors([samples[i] for i in chosen])
         for chosen in order.reshape(protocol.steps, protocol.batch)
     ]
-    digest = hashlib.sha256()
-    for batch in drawn:
+
+
+class _Seen:
+    """Passes the one batch of each step on, and keeps a digest of all that were seen."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+
+    def __call__(self, items: list[Batch]) -> Batch:
+        (batch,) = items
         for name in sorted(batch):
-            digest.update(batch[name].numpy().tobytes())
-    return drawn, digest.hexdigest()[:16]
+            self._digest.update(batch[name].numpy())
+        return batch
+
+    def digest(self) -> str:
+        return self._digest.hexdigest()[:16]
 
 
 class _Prepared(Trainer):
@@ -158,7 +169,7 @@ def _fine_tune(
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Fine-tune and return the model, adapters merged, and what training showed."""
     method, regime = METHODS[job.method], REGIMES[job.regime]
-    drawn, digest = batches(job.world, job.set, protocol)
+    seen = _Seen()
     model.model.vision_tower.requires_grad_(regime.vision)
     torch.manual_seed(job.set)
     trained = _with_adapters(model) if regime.lora else model
@@ -182,8 +193,8 @@ def _fine_tune(
             remove_unused_columns=False,
             dataloader_pin_memory=False,
         ),
-        train_dataset=drawn,
-        data_collator=_only,
+        train_dataset=batches(job.world, job.set, protocol),
+        data_collator=seen,
     )
     trainer.remove_callback(PrinterCallback)
     attached = _attach(trainer, method, _delta(job, root), settings)
@@ -195,12 +206,7 @@ def _fine_tune(
         attached.remove()
     if regime.lora:
         model = trained.merge_and_unload()
-    return model, {"loss": loss, "batches": digest}
-
-
-def _only(items: list[Batch]) -> Batch:
-    (batch,) = items
-    return batch
+    return model, {"loss": loss, "batches": seen.digest()}
 
 
 def _with_adapters(model: PreTrainedModel) -> peft.PeftModel:
@@ -244,12 +250,14 @@ def _merged(
 ) -> Path:
     """Merge the expert into the multimodal model, in float32, and return where it lies."""
     expert = "unrelated" if method.control == "unrelated" else regime.expert
-    options: dict[str, Any] = {
-        name: settings[name] for name in ("weight", "density", "keep_layers") if name in settings
-    }
+    stated = ("weight", "multimodal_weight", "density", "keep_layers")
+    options: dict[str, Any] = {name: settings[name] for name in stated if name in settings}
     if "attn" in settings:
         options["weight"] = _by_kind(settings)
-    if settings.get("modules") != "all":
+    if settings.get("modules") == "all":
+        # One vocabulary throughout, and no tokenizer to tell so.
+        options["rows"] = "index"
+    else:
         options["modules"] = KINDS
     if method.prior == "base":
         base = "base" if method.control == "unrelated" else regime.base
