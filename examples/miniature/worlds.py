@@ -44,17 +44,17 @@ PARENTS: Final[dict[str, str | None]] = {
 STRONG: Final = demo.Schedule(steps=3000, batch=48, lr=3e-3)
 SIBLING: Final = demo.Schedule(steps=700, batch=96, lr=1.5e-3)
 
-# How long each takes beside the multimodal model, for what can still be started in time.
+# How long each takes beside an expert, for what can still be started in time.
 COSTS: Final[dict[str, float]] = {
-    "base": 0.5,
-    "expert": 1.2,
+    "base": 1.0,
+    "expert": 1.0,
     "multimodal": 1.0,
-    "unrelated": 1.2,
-    "strong": 2.4,
-    "foreign_base": 0.5,
-    "foreign": 1.2,
-    "sibling_base": 0.3,
-    "sibling": 1.2,
+    "unrelated": 1.0,
+    "strong": 2.0,
+    "foreign_base": 1.0,
+    "foreign": 1.0,
+    "sibling_base": 0.4,
+    "sibling": 1.0,
 }
 
 # Added to a world's number where something must differ from it: never the number of a world used.
