@@ -75,7 +75,8 @@ _ATTN: Final = Interval(low=0.2, high=1.2)
 _MLP: Final = Interval(low=0.3, high=1.6)
 _ALPHA: Final = Interval(low=0.1, high=2.0, log=True)
 _MODULES: Final = ("attn,mlp", "all")
-_WEIGHT: Final = Interval(low=0.05, high=1.2)
+# By logarithm: without fine-tuning, a tenth of Δ may already be too much.
+_WEIGHT: Final = Interval(low=0.02, high=1.2, log=True)
 
 METHODS: Final[dict[str, Method]] = {
     "as_is": Method(label="multimodal model as is", family="reference", way="as is"),
@@ -93,7 +94,7 @@ def _add_merges() -> None:
         ("ties", "TIES", elected),
         ("dare_linear", "DARE-linear", dropped),
         ("dare_ties", "DARE-TIES", elected),
-        ("slerp", "SLERP", {"weight": Interval(low=0.05, high=0.95)}),
+        ("slerp", "SLERP", {"weight": Interval(low=0.02, high=0.95, log=True)}),
     ):
         METHODS[name] = Method(
             label=f"merge: {label}",

@@ -302,7 +302,9 @@ class Miniature:
 
     def _choose(self, regime: str) -> None:
         """Write down what was best of the trials of each method."""
-        found = choose(self.results.lines(), regime, self.methods(regime))
+        keys = {job.key for job in self.tuning_jobs(regime)}
+        tried = [line for line in self.results.lines() if line["key"] in keys]
+        found = choose(tried, self.methods(regime))
         path = self.out / "settings.json"
         every = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         every[regime] = found
@@ -339,20 +341,19 @@ class Miniature:
             print(f"wrote {path}")
 
 
-def choose(lines: Sequence[Line], regime: str, methods: Sequence[str]) -> dict[str, Any]:
-    """Return for each method with a search space the settings that did best in tuning.
+def choose(lines: Sequence[Line], methods: Sequence[str]) -> dict[str, Any]:
+    """Return for each method with a search space the settings that did best in its trials.
 
     The score is the mean over validation worlds of answers right, or of answers and digits; of
     equals, the first trial's.
     """
-    tuning = [line for line in lines if line["stage"] == "tune" and line["regime"] == regime]
     chosen = {}
     for name in methods:
         method = METHODS[name]
         if not method.space:
             continue
         measures = ("answers", "digits") if method.chosen_by != "answers" else ("answers",)
-        mine = [line for line in tuning if line["method"] == (method.like or name)]
+        mine = [line for line in lines if line["method"] == (method.like or name)]
         tried = {
             settings: rows
             for (settings,), rows in by_key(
