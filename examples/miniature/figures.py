@@ -64,11 +64,15 @@ def _pareto(regimes: dict[str, list[Line]], path: Path) -> Path:
             [points[n][0] for n in front], [points[n][1] for n in front], where="pre",
             color="0.7", linewidth=1, zorder=0,
         )  # fmt: skip
+        middle = statistics.fmean(axes.get_xlim())
         for at, name in enumerate(dict.fromkeys([*front, *_LABELLED])):
             if name in points:
+                # Towards the middle, so that no label leaves the panel.
+                left = points[name][0] < middle
                 axes.annotate(
                     _name(name), points[name], fontsize=7, textcoords="offset points",
-                    xytext=(-5, 5 if at % 2 == 0 else -9), ha="right",
+                    xytext=(5 if left else -5, 5 if at % 2 == 0 else -9),
+                    ha="left" if left else "right",
                 )  # fmt: skip
         pairs = len({(line["world"], line["set"]) for line in lines})
         axes.set_title(f"{REGIMES[regime].label}\n{pairs} pairs", fontsize=8, loc="left")

@@ -39,7 +39,7 @@ from methods import METHODS, REGIMES, trials, tuned
 from pool import Clock, Line, Results, by_key, execute
 from training import Job
 
-from drift_fast import demo
+from drift_fast import DriftWarning, demo
 from drift_fast.demo.experiment import Protocol
 
 HERE: Final = Path(__file__).parent
@@ -394,6 +394,8 @@ def _begin(device: str) -> None:
         own = os.getpid() % max(1, torch.cuda.device_count())
         os.environ["CUDA_VISIBLE_DEVICES"] = str(own)
     warnings.filterwarnings("ignore", category=FutureWarning)
+    # The library says of models without a common base what the regime is there to measure.
+    warnings.filterwarnings("ignore", "matched weights", DriftWarning)
     transformers.utils.logging.set_verbosity(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
 
