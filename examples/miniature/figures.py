@@ -75,7 +75,7 @@ def _pareto(regimes: dict[str, list[Line]], path: Path) -> Path:
                     ha="left" if left else "right",
                 )  # fmt: skip
         pairs = len({(line["world"], line["set"]) for line in lines})
-        axes.set_title(f"{REGIMES[regime].label}\n{pairs} pairs", fontsize=8, loc="left")
+        axes.set_title(f"{REGIMES[regime].label}\npairs: {pairs}", fontsize=8, loc="left")
         axes.set_xlabel("digits read right")
         axes.set_ylabel("answers right")
         axes.grid(color="0.93")

@@ -87,6 +87,7 @@ def write(lines: Sequence[Line], failed: Sequence[Line], path: Path) -> Path:
     Raises:
         ValueError: two tests of one method on one world and set, with different settings.
     """
+    others = [regime for regime in REGIMES if regime != "main"]
     parts = [
         "# Results of the miniature",
         "Generated from `results.jsonl` by `run.py --stage report`; the README says what is "
@@ -106,6 +107,8 @@ def write(lines: Sequence[Line], failed: Sequence[Line], path: Path) -> Path:
         mine = [line for line in tested if line["regime"] == regime]
         if mine:
             parts += _regime(regime, mine)
+    if any(line["regime"] in others for line in tested):
+        parts += ["## All other regimes", "![answers against digits by regime](regimes.png)"]
     if any(line["stage"] == "dose" for line in lines):
         parts += _doses([line for line in lines if line["stage"] == "dose"])
     for regime in REGIMES:
