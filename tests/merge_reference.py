@@ -1,9 +1,9 @@
 """An independent float64 restatement of merging, from the papers' equations, for tests only.
 
-Owns: linear interpolation and task arithmetic (Ilharco et al., arXiv 2212.04089), TIES (Yadav et al.,
-arXiv 2306.01708), DARE (Yu et al., arXiv 2311.03099) and spherical interpolation (Shoemake, 1985), in
-NumPy float64, whole tensors at a time, by sorting and masking. Does not own: anything the library
-computes; it imports nothing from drift_fast.
+Owns: linear interpolation and task arithmetic (Ilharco et al., arXiv 2212.04089), TIES (Yadav et
+al., arXiv 2306.01708), DARE (Yu et al., arXiv 2311.03099) and spherical interpolation (Shoemake,
+1985), in NumPy float64, whole tensors at a time, by sorting and masking. Does not own: anything the
+library computes; it imports nothing from drift_fast.
 
 Letters: R the reasoning model, M the multimodal model, B the base or None, w and v their weights.
 """

@@ -559,6 +559,4 @@ def test_codes_cannot_be_merged_into(tmp_path: Path, out: Path) -> None:
 
 
 def test_the_public_name_is_the_function() -> None:
-    import drift_fast.merging
-
-    assert drift_fast.merge is drift_fast.merging.merge
+    assert drift_fast.merge is merge

@@ -1,8 +1,8 @@
-"""Merges of two text models beside mergekit's, where it is installed (`mergekit-yaml` on the path).
+"""Merges of two text models beside mergekit's, where `mergekit-yaml` is on the path.
 
-mergekit computes in the tensors' own dtype, here float32, and this library in float64; so values agree
-to float32's accuracy, but for the few elements of which that decides whether they are trimmed.
-docs/merging.md says where the two differ on purpose.
+mergekit computes in the tensors' own dtype, here float32, and this library in float64; so values
+agree to float32's accuracy, but for the few elements of which that decides whether they are
+trimmed. docs/merging.md says where the two differ on purpose.
 """
 
 from __future__ import annotations
@@ -226,7 +226,7 @@ def test_dare_is_the_same_where_nothing_is_dropped(
 def test_dare_drops_other_elements_but_as_many_and_rescales_them_about_as_much(
     models: dict[str, Path], tmp_path: Path
 ) -> None:
-    """theirs scales what is left to the L1 norm of the whole, here it is 1 / density as published."""
+    """theirs scales what is left to the L1 norm of the whole; here it is 1 / density."""
     own = {"weight": 1.0, "density": 0.25}
     found = theirs(
         tmp_path,
@@ -244,6 +244,8 @@ def test_dare_drops_other_elements_but_as_many_and_rescales_them_about_as_much(
         multimodal_weight=0.0,
     )
     base, r = values(models["base"]), values(models["r"])
+    # Of few elements the norm tells little.
+    base = {name: tensor for name, tensor in base.items() if tensor.size > 1000}
     for result, accuracy in ((mine, 1e-3), (found, 0.2)):
         moved = np.concatenate([(result[name] - base[name]).reshape(-1) for name in base])
         task = np.concatenate([(r[name] - base[name]).reshape(-1) for name in base])

@@ -1,4 +1,4 @@
-"""The directory that a merge leaves: what is in it, that it loads, and that it is whole or absent."""
+"""The directory that a merge leaves: what is in it, that it loads, that it is whole or absent."""
 
 from __future__ import annotations
 
