@@ -161,7 +161,7 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         action="append",
         default=[],
         metavar="PART",
-        help="statistics, delta, process, inside or cold; may be repeated",
+        help="statistics, delta, merge (not usual), process, inside or cold; may be repeated",
     )
     bench.add_argument(
         "--without",
