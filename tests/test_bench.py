@@ -249,6 +249,8 @@ def test_one_wrong_bit_of_a_delta_is_found(tiny: Pair, tmp_path: Path) -> None:
 
 
 def test_a_merge_is_compared_bit_for_bit_or_to_float32(tiny: Pair, tmp_path: Path) -> None:
+    import drift_fast
+
     out = tmp_path / "merged"
     weight = commands.MERGE_WEIGHT
     drift_fast.merge("linear", tiny.reasoning, tiny.multimodal, out, weight=weight, rows="index")

@@ -225,6 +225,25 @@ def test_any_mix_of_dtypes_is_merged_into_any(
     assert tensors[tower][0] == "BF16"
 
 
+def test_a_result_just_beside_a_midpoint_is_rounded_once(tmp_path: Path, out: Path) -> None:
+    """By way of float32 it would become the midpoint and go to even."""
+    three = write_three(tmp_path)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    values = np.tile([1 + 2**-8 - 2**-40, 1 + 2**-8, 1 + 2**-8 + 2**-40, 1 + 3 * 2**-8], 16)
+    text = {**three.text, name: stored(values.reshape(8, 8), "F64")}
+    merge(
+        "layer_swap",
+        write_checkpoint(tmp_path / "wide", text),
+        three.multimodal,
+        out,
+        keep_layers=0,
+        check_weights=False,
+    )
+    dtype, _, body = stored_tensors(out)[name.replace("model.", PREFIX, 1)]
+    assert dtype == "BF16"
+    assert list(np.frombuffer(body, "<u2")[:4]) == [0x3F80, 0x3F80, 0x3F81, 0x3F82]
+
+
 def test_tensors_far_apart_go_along_the_great_circle_and_near_ones_along_the_line(
     tmp_path: Path, out: Path
 ) -> None:
