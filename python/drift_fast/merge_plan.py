@@ -47,7 +47,7 @@ class MergedTensor:
     overflow: int = 0
 
     def to_json(self) -> dict[str, Any]:
-        """Return what is known of it for `merge.json`; the kind and the layer follow from the name."""
+        """Return what is known of it for `merge.json`; its name tells the kind and the layer."""
         derived = {"kind", "layer"}
         return {
             key: value
@@ -96,7 +96,7 @@ class Blended:
 
 @dataclass(frozen=True)
 class Plan:
-    """All tensors of the multimodal checkpoint in file order, those merged, and why others are not."""
+    """Every tensor of the multimodal checkpoint in file order: merged, or why it is not."""
 
     recipe: Recipe
     names: list[str]
@@ -217,7 +217,7 @@ class Plan:
     def refuse_nonfinite(
         self, found: list[_core.Found | None], paths: tuple[Path, Path, Path | None]
     ) -> None:
-        """Refuse NaN and infinities, in sources or in results.
+        """Refuse NaN and infinities, in sources or in results; `paths` are R's, M's and B's.
 
         Raises:
             NonFiniteError: there are some.
@@ -250,8 +250,7 @@ class Plan:
             if row["overflow"]:
                 remedy = "; choose dtype='float32'" if one.dtype == "float16" else ""
                 yield (
-                    f"{name}: {row['overflow']} results are beyond the range of "
-                    f"{one.dtype}{remedy}"
+                    f"{name}: {row['overflow']} results are beyond the range of {one.dtype}{remedy}"
                 )
 
 

@@ -1,8 +1,9 @@
 """Merge a text reasoning model into a multimodal one, without loading either.
 
-Owns `merge` and `Merged`. The result is a checkpoint of its own: every tensor of the multimodal one,
-merged or byte for byte, with its configuration and tokenizer. It appears whole or not at all. What a
-method computes is `recipe`'s to check and the core's to do; docs/merging.md has the equations.
+Owns `merge` and `Merged`. The result is a checkpoint of its own: every tensor of the multimodal
+one, merged or byte for byte, with its configuration and tokenizer. It appears whole or not at all.
+What a method takes is `recipe`'s to check, what it computes the core's; docs/merging.md has the
+equations.
 """
 
 from __future__ import annotations
@@ -123,8 +124,8 @@ def merge(
     settings, and `merge.json`, which says what was done. Pickles and code are never taken along.
 
     Args:
-        base: the text model that the reasoning model was tuned from. Without one, `ties` and `dare_*`
-            have a single task vector, R − M, and no sign to elect.
+        base: the text model that the reasoning model was tuned from. Without one, `ties` and
+            `dare_*` have a single task vector, R − M, and no sign to elect.
         weight: one number, or one for each kind of module (`attn`, `mlp`, `norm`, `embed`, `head`,
             and `all` for what is not named). Kinds that a mapping does not name stay the multimodal
             model's. `linear` and `slerp` need one; otherwise None is 1.
@@ -238,8 +239,9 @@ def merge(
             progress=report,
         )
         if not allow_nonfinite:
+            paths = (first.sources[0].path, first.sources[1].path)
             path_of_base = None if of_base is None else of_base.sources[0].path
-            plan.refuse_nonfinite(found, (*(one.path for one in first.sources), path_of_base))
+            plan.refuse_nonfinite(found, (*paths, path_of_base))
         tensors = plan.tensors(found)
         described["tensors"] = [tensor.to_json() for tensor in tensors]
         for name in carried.files:

@@ -86,14 +86,18 @@ class Recipe:
         if weight is not None and not known.takes_weight:
             raise ValueError(f"{method} takes tensors as they are; leave weight out")
         if weight is None and known.weight is None:
-            raise ValueError(f"{method} needs a weight: how much of the reasoning model, from 0 to 1")
+            raise ValueError(
+                f"{method} needs a weight: how much of the reasoning model, from 0 to 1"
+            )
         for given, taken, name in (
             (density, known.takes_density, "density"),
             (seed, known.takes_seed, "seed"),
             (keep_layers, method == "layer_swap", "keep_layers"),
         ):
             if given is not None and not taken:
-                takers = [other for other, one in METHODS.items() if getattr(one, f"takes_{name}", 0)]
+                takers = [
+                    other for other, one in METHODS.items() if getattr(one, f"takes_{name}", 0)
+                ]
                 raise ValueError(
                     f"{method} has no use for {name}, which "
                     f"{', '.join(takers) or 'layer_swap'} takes"
@@ -102,10 +106,8 @@ class Recipe:
             density = _density(density, method)
         return cls(
             method,
-            _weights(known.weight if weight is None else weight),
-            1.0
-            if multimodal_weight is None
-            else _number(multimodal_weight, "multimodal_weight"),
+            _weights(weight if weight is not None else known.weight or 0.0),
+            1.0 if multimodal_weight is None else _number(multimodal_weight, "multimodal_weight"),
             density,
             _whole(0 if seed is None else seed, "seed", most=2**64 - 1),
             _keep_layers(keep_layers) if method == "layer_swap" else None,

@@ -48,7 +48,7 @@ pub enum Error {
         message: String,
     },
     /// Not enough room for the output, found before anything was written or in the middle of it.
-    #[error("{}: the {what} needs {needed} bytes {}", path.display(), limit.describe(*available))]
+    #[error("{}: the {what} needs {needed} bytes {}", path.display(), limit.describe(*available, what))]
     NoSpace {
         /// The output path.
         path: PathBuf,
@@ -109,15 +109,17 @@ impl Limit {
         .raw_os_error()
     }
 
-    fn describe(self, available: u64) -> String {
+    fn describe(self, available: u64, what: &str) -> String {
+        // A merged model has all tensors, whichever of them are merged.
+        let narrower = if what == "delta" { ", fewer modules" } else { "" };
         match self {
             Limit::FileSystem => format!(
-                "but the file system has {available} free; choose another directory, fewer \
-                 modules or a narrower dtype"
+                "but the file system has {available} free; choose another directory{narrower} or a \
+                 narrower dtype"
             ),
             Limit::Quota => format!(
                 "but the quota there is used up, although the file system has {available} free; \
-                 choose another directory, fewer modules or a narrower dtype"
+                 choose another directory{narrower} or a narrower dtype"
             ),
             Limit::FileSize => format!(
                 "and the file system has {available} free, but one of its files is larger than the \
