@@ -7,7 +7,8 @@ SOURCES := pyproject.toml Cargo.toml Cargo.lock $(shell find rust -name '*.rs' -
 OLDEST_TESTS := $(addprefix tests/test_,$(addsuffix .py,families alignment trainer injection_names \
 	hub remote remote_delta))
 
-.PHONY: demo test test-slow test-oldest test-wheel families parity lint bench format clean
+.PHONY: demo test test-slow test-oldest test-wheel families parity lint bench reproduce \
+	reproduce-full format clean
 
 demo: .venv/built
 	$(BIN)/drift-fast demo --out demo-output
@@ -60,6 +61,15 @@ parity: .venv/built
 # Three minutes; BENCH='--size 1.5B --cold' or '--scaling 1,2,4,8,16' for others.
 bench: .venv/built
 	$(BIN)/drift-fast bench --out benches/results $(BENCH)
+
+# The comparison with SFT and merging in small: five minutes on two cores. See examples/miniature.
+reproduce: .venv/built
+	$(BIN)/python examples/miniature/run.py --out build/miniature $(MINIATURE)
+
+# All of it: an hour or so on 16 cores, and resumed if run again. MINIATURE='--minutes 9' stops early.
+reproduce-full: .venv/built
+	$(BIN)/python examples/miniature/run.py --full --out build/miniature-full \
+		--processes $$(nproc) $(MINIATURE)
 
 format: .venv/built
 	cargo fmt --all

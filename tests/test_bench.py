@@ -248,6 +248,37 @@ def test_one_wrong_bit_of_a_delta_is_found(tiny: Pair, tmp_path: Path) -> None:
     assert not check.check_delta(tiny, out, names[:2]).wrong
 
 
+def test_a_merge_is_compared_bit_for_bit_or_to_float32(tiny: Pair, tmp_path: Path) -> None:
+    import drift_fast
+
+    out = tmp_path / "merged"
+    weight = commands.MERGE_WEIGHT
+    drift_fast.merge("linear", tiny.reasoning, tiny.multimodal, out, weight=weight, rows="index")
+    names = check.sample(tiny)
+    numel = sum(math.prod(tiny.shapes[name]) for name in names)
+    for exact in (True, False):
+        found = check.check_merge(tiny, out, names, weight, exact=exact)
+        assert found == check.Verdict(None, 10, numel)
+    assert "differ" in check.check_merge(tiny, out, names, 0.5, exact=False).wrong
+
+    file = pairs.shards(out)[0]
+    content = bytearray(file.read_bytes())
+    at = check.Stored(out)._places[tiny.multimodal_name(names[3])][1]
+    content[at] ^= 1
+    file.write_bytes(content)
+    assert "1 of" in check.check_merge(tiny, out, names, weight, exact=True).wrong
+    assert not check.check_merge(tiny, out, names, weight, exact=False).wrong
+    content[at + 1] ^= 0x80
+    file.write_bytes(content)
+    assert "1 of" in check.check_merge(tiny, out, names, weight, exact=False).wrong
+    assert "is missing" in check.check_merge(tiny, tmp_path, names, weight, exact=True).wrong
+
+
+def test_the_merges_are_run_only_when_asked_for() -> None:
+    assert Options().parts == ["statistics", "delta"]
+    assert Options(only=("merge",)).parts == ["merge"]
+
+
 def test_a_delta_that_lacks_a_tensor_is_wrong(tiny: Pair, tmp_path: Path) -> None:
     assert "is missing" in check.check_delta(tiny, tmp_path, check.sample(tiny)).wrong
 
@@ -511,6 +542,8 @@ def reaching(pair: Pair, factor: float) -> Results:
         "process/delta/tuned": 1.8,
         "process/delta/mergekit": 10.0,
         "process/delta/public": 6.0,
+        "process/merge/ours": 1.0,
+        "process/merge/mergekit": 8.0,
         "cold/read/one after the other": 1.9,
         "cold/read/both at a time": 0.9,
         "cold/statistics/ours": 1.0,

@@ -12,12 +12,14 @@ __all__ = [
     "CoverageError",
     "DeltaWriter",
     "DriftError",
+    "ModelWriter",
     "NonFiniteError",
     "__version__",
     "align",
     "debug_build",
     "likeness",
     "measure",
+    "merge",
     "places_of",
     "shards",
     "stream",
@@ -115,6 +117,51 @@ class DeltaWriter:
     def commit(self, description: str) -> None: ...
     def abort(self) -> None: ...
 
+@final
+class ModelWriter:
+    def __new__(
+        cls,
+        target: str | os.PathLike[str],
+        multimodal: Checkpoint,
+        tensors: list[tuple[str, str | None]],
+        *,
+        max_shard_nbytes: int,
+        overwrite: bool,
+        description_nbytes: int,
+        files: list[tuple[str, int]],
+    ) -> ModelWriter: ...
+    def add(self, name: str, buffer: Any) -> None: ...
+    def commit(self, description: str) -> None: ...
+    def abort(self) -> None: ...
+
+# Source in the reasoning checkpoint and in the base, dtype of the result, and both weights.
+_Blended: TypeAlias = tuple[_Source, _Source | None, str, float, float]
+
+@type_check_only
+class Found(TypedDict):
+    merged: int
+    nonfinite_reasoning: int
+    nonfinite_multimodal: int
+    nonfinite_base: int
+    overflow: int
+    kept_reasoning: int | None
+    kept_multimodal: int | None
+    cosine: float | None
+
+def merge(
+    reasoning: Checkpoint,
+    multimodal: Checkpoint,
+    base: Checkpoint | None,
+    tensors: list[tuple[str, _Blended | None]],
+    writer: ModelWriter,
+    *,
+    method: str,
+    density: float | None = None,
+    seed: int = 0,
+    threads: int,
+    memory: int | None = None,
+    progress: Callable[[int, int], object] | None = None,
+) -> tuple[list[Found | None], int]: ...
 def align(
     left: list[tuple[str, list[int]]],
     right: list[tuple[str, list[int]]],

@@ -1,4 +1,4 @@
-"""The command `drift-fast`: delta, inspect, align, check, plan, demo, bench.
+"""The command `drift-fast`: delta, inspect, align, check, plan, merge, demo, bench.
 
 Results go to standard output, progress and messages to standard error. Exit status: 0 done,
 1 refused or failed, 2 wrong usage, 130 interrupted. Torch is imported by `demo`, by `plan` for a
@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from drift_fast import _core
+from drift_fast.cli_merge import add_merge
 from drift_fast.delta import MEMORY, STORED_DTYPES, Delta, Report, compute_delta, inspect
 from drift_fast.errors import DriftError, DriftWarning
+from drift_fast.mapping import parse_mapping
 from drift_fast.planner.command import add_plan
 from drift_fast.progress import ProgressBar
 from drift_fast.ranks import identify, parse_ranks
@@ -46,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(options.run(options))
     except KeyboardInterrupt:
-        print("drift-fast: interrupted; no delta was left behind", file=sys.stderr)
+        print("drift-fast: interrupted; nothing was left behind", file=sys.stderr)
         return 130
     except (DriftError, OSError, ValueError, ImportError) as error:
         print(f"drift-fast: {_message(error)}", file=sys.stderr)
@@ -128,6 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("--json", action="store_true", help="print JSON")
     fit.set_defaults(run=_check)
 
+    add_merge(commands, _WHAT, _MODULES_HELP)
     add_plan(commands)
 
     demo = commands.add_parser(
@@ -162,7 +165,7 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         action="append",
         default=[],
         metavar="PART",
-        help="statistics, delta, process, inside or cold; may be repeated",
+        help="statistics, delta, merge (not usual), process, inside or cold; may be repeated",
     )
     bench.add_argument(
         "--without",
@@ -242,19 +245,11 @@ def _add_pair(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
-def _mapping(text: str | None) -> str | list[tuple[str, str]] | None:
-    """Return prefix pairs, written first:second and parted by commas, or the path of a map file."""
-    if text is None or ":" not in text or Path(text).exists():
-        return text
-    pairs = [pair.partition(":") for pair in text.split(",")]
-    return [(first, second) for first, _, second in pairs]
-
-
 def _shared(options: argparse.Namespace, bar: ProgressBar) -> dict[str, Any]:
     return {
         "modules": options.modules,
         "layers": options.layers,
-        "mapping": _mapping(options.mapping),
+        "mapping": parse_mapping(options.mapping),
         "rows": options.rows,
         "min_coverage": options.min_coverage,
         "check_weights": not options.no_check_weights,
@@ -318,7 +313,7 @@ def _align(options: argparse.Namespace) -> int:
     found = align(
         options.reasoning,
         options.multimodal,
-        mapping=_mapping(options.mapping),
+        mapping=parse_mapping(options.mapping),
         check_weights=not options.no_check_weights,
     )
     if options.json:
@@ -342,7 +337,7 @@ def _check(options: argparse.Namespace) -> int:
             options.model,
             modules=options.modules,
             layers=options.layers,
-            mapping=_mapping(options.mapping),
+            mapping=parse_mapping(options.mapping),
             rows=options.rows,
             dtype=options.dtype,
             read_rate=options.read_rate,

@@ -194,3 +194,11 @@ def _once(items: list[tuple[str, object]]) -> dict[str, object]:
         twice = next(name for name, _ in items if name in seen or seen.add(name))  # type: ignore[func-returns-value]
         raise ValueError(f"{twice!r} is named twice")
     return names
+
+
+def parse_mapping(text: str | None) -> str | list[tuple[str, str]] | None:
+    """Return prefix pairs, written first:second and parted by commas, or the path of a map file."""
+    if text is None or ":" not in text or Path(text).exists():
+        return text
+    pairs = [pair.partition(":") for pair in text.split(",")]
+    return [(first, second) for first, _, second in pairs]

@@ -310,8 +310,14 @@ def comparable(pairs: list[Pair], left: Opened, right: Opened, selection: Select
     ]
 
 
-def fetch(pairing: Pairing, reader: str, progress: FetchProgress | None = None) -> Pairing:
-    """Download what the pairs need of checkpoints that are not on this machine.
+def fetch(
+    pairing: Pairing,
+    reader: str,
+    progress: FetchProgress | None = None,
+    *,
+    needed: tuple[set[str], set[str]] | None = None,
+) -> Pairing:
+    """Download what the pairs need of checkpoints that are not on this machine, or what is named.
 
     Raises:
         CheckpointError: a server that fails, or a file that changed there.
@@ -322,7 +328,7 @@ def fetch(pairing: Pairing, reader: str, progress: FetchProgress | None = None) 
         pairing.opened,
         pairing.sources,
         (pairing.reasoning, pairing.multimodal),
-        pairing.needed(),
+        pairing.needed() if needed is None else needed,
         strict=True,
     ):
         if source.remote is None:

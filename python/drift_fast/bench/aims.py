@@ -128,6 +128,12 @@ AIMS = (
             ("the public way", "public", 6),
         )
     ),
+    Aim(
+        "merged model written (linear), warm, whole process, against mergekit",
+        8,
+        _ratio(f"{_PROCESS}/merge/mergekit", f"{_PROCESS}/merge/ours"),
+        _times,
+    ),
     Aim("statistics, cold: rate against a cold sequential read of both files", 0.9, _cold, _share),
     Aim(
         "peak memory, anonymous + mapped, above `import drift_fast`", 64, _memory, _megabytes, True

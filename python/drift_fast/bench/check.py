@@ -126,6 +126,40 @@ def check_delta(pair: Pair, directory: Path, names: Iterable[str]) -> Verdict:
     return Verdict(None, tensors, values, wrong)
 
 
+def check_merge(
+    pair: Pair, directory: Path, names: Iterable[str], weight: float, *, exact: bool
+) -> Verdict:
+    """Compare the sampled tensors of a linear merge, under either checkpoint's names.
+
+    Bit for bit if `exact`; else one value in a thousand may differ by its last bit and by what
+    float32 makes of both operands.
+    """
+    a, b, out = Stored(pair.reasoning), Stored(pair.multimodal), Stored(directory)
+    tensors = values = 0
+    for name in names:
+        prefixed = pair.multimodal_name(name)
+        place = prefixed if prefixed in out else name
+        if place not in out:
+            return Verdict(wrong=f"{prefixed} is missing")
+        if out.shape(place) != ("BF16", pair.shapes[name]):
+            return Verdict(wrong=f"{prefixed} is {out.shape(place)}")
+        got, different, far = out.bits(place), 0, 0
+        for start, (x, y) in enumerate(_chunks(a.bits(name), b.bits(prefixed))):
+            wanted = round_to_bfloat16((1 - weight) * y + weight * x)
+            part = got[start * _CHUNK : start * _CHUNK + len(wanted)]
+            different += int(np.count_nonzero(part != wanted))
+            error = np.abs(widened(part) - widened(wanted))
+            allowance = 2**-7 * np.abs(widened(wanted)) + 2**-22 * (np.abs(x) + np.abs(y))
+            far += int(np.count_nonzero(~(error <= allowance)))
+        tensors, values = tensors + 1, values + len(got)
+        allowed = 0 if exact else len(got) // 1000 + 1
+        if different > allowed or far:
+            return Verdict(
+                None, tensors, values, f"{different} of {len(got)} values of {prefixed} differ"
+            )
+    return Verdict(None, tensors, values)
+
+
 def _chunks(left: Bits, right: Bits) -> Iterator[tuple[Floats, Floats]]:
     for start in range(0, len(left), _CHUNK):
         yield widened(left[start : start + _CHUNK]), widened(right[start : start + _CHUNK])

@@ -9,16 +9,19 @@ import importlib.util
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from drift_fast.bench import hardware
 from drift_fast.bench.controls import READ_WAYS
 from drift_fast.bench.pair import Pair
-from drift_fast.bench.rivals import mergekit_configuration
+from drift_fast.bench.rivals import mergekit_configuration, mergekit_linear
 
 RIVALS = ("tuned", "plain", "public", "mergekit")
+# Of the reasoning model in the merges that are timed. At a round one such as 0.3, weights some
+# units in the last place apart meet on midpoints, where the last bit of float32 decides.
+MERGE_WEIGHT = 0.3141592653
 _HERE = Path(__file__).parent
 
 
@@ -188,6 +191,38 @@ def delta_entries(
     ]
 
 
+def merge_entries(
+    pair: Pair, work: Path, *, threads: int, way: str, sample: tuple[str, ...]
+) -> list[Entry]:
+    """Return what merges linearly and writes a whole model, the control first."""
+    out = work / "out"
+    mine = [sys.executable, "-m", "drift_fast", "merge", "linear"]
+    mine += [str(pair.reasoning), str(pair.multimodal), "--weight", str(MERGE_WEIGHT)]
+    mine += ["--rows", "index", "--threads", str(threads), "--out", str(out)]
+    plain = _script("rivals.py", "merge", pair, threads)
+    plain += ["--weight", str(MERGE_WEIGHT), "--out", str(out)]
+    theirs, absent = _mergekit_command(
+        pair, work, out, threads, lambda a, b: mergekit_linear(a, b, MERGE_WEIGHT)
+    )
+
+    def merges(who: str, label: str, command: Sequence[str], absent: str = "") -> Entry:
+        whole = tuple(command)
+        return Entry("merge", who, label, whole, whole, out, sample=sample, absent=absent)
+
+    xor = tuple(control(pair, "write", threads=threads, way=way, out=out))
+    return [
+        Entry("merge", "xor", f"control: XOR, written and flushed ({way})", xor, (), out=out),
+        merges("ours", "**drift-fast merge linear**", mine),
+        merges(
+            "plain",
+            "plain safe_open + PyTorch + save_file",
+            plain,
+            _missing("torch", "safetensors") or _too_large(pair.delta_nbytes),
+        ),
+        merges("mergekit", "mergekit, linear", theirs, absent or _too_large(pair.nbytes)),
+    ]
+
+
 def torch_missing() -> str:
     """Return why the PyTorch rivals cannot run, or nothing."""
     return _missing("torch", "safetensors")
@@ -201,17 +236,7 @@ def cold_reads(pair: Pair) -> Mapping[str, list[str]]:
 def _mergekit_entry(
     pair: Pair, work: Path, out: Path, threads: int, sample: tuple[str, ...]
 ) -> Entry:
-    found = mergekit()
-    absent = "" if found else "mergekit is not installed"
-    if pair.renamed is None and not absent:
-        absent = "no checkpoint under the text model's names was made"
-    command: tuple[str, ...] = ()
-    if found and pair.renamed is not None:
-        work.mkdir(parents=True, exist_ok=True)
-        configuration = work / "mergekit.yaml"
-        configuration.write_text(mergekit_configuration(pair.reasoning, pair.renamed))
-        flags = ("--lazy-unpickle", "--no-copy-tokenizer", "--no-write-model-card", "--quiet")
-        command = (found, str(configuration), str(out), *flags, "--num-threads", str(threads))
+    command, absent = _mergekit_command(pair, work, out, threads, mergekit_configuration)
     return Entry(
         "delta",
         "mergekit",
@@ -222,6 +247,23 @@ def _mergekit_entry(
         sample=sample,
         absent=absent or _too_large(pair.nbytes),
     )
+
+
+def _mergekit_command(
+    pair: Pair, work: Path, out: Path, threads: int, configure: Callable[[Path, Path], str]
+) -> tuple[tuple[str, ...], str]:
+    """Return mergekit's command with a configuration written to `work`, or why there is none."""
+    found = mergekit()
+    if not found:
+        return (), "mergekit is not installed"
+    if pair.renamed is None:
+        return (), "no checkpoint under the text model's names was made"
+    text = configure(pair.reasoning, pair.renamed)
+    work.mkdir(parents=True, exist_ok=True)
+    configuration = work / f"{configure.__name__.strip('<>')}.yaml"
+    configuration.write_text(text)
+    flags = ("--lazy-unpickle", "--no-copy-tokenizer", "--no-write-model-card", "--quiet")
+    return (found, str(configuration), str(out), *flags, "--num-threads", str(threads)), ""
 
 
 def _script(name: str, what: str, pair: Pair, threads: int) -> list[str]:

@@ -15,11 +15,13 @@ from drift_fast.bench.results import Results, Row
 GROUPS = {
     "process/statistics": "Statistics, warm page cache, whole processes",
     "process/delta": "Δ written, warm page cache, whole processes",
+    "process/merge": "Merged model written (linear), warm page cache, whole processes",
     "inside/statistics": "Statistics, warm page cache, in process",
     "inside/delta": "Δ written, warm page cache, in process",
     "cold/read": "Cold sequential reads of both files",
     "cold/statistics": "Statistics, cold page cache, whole processes",
     "cold/delta": "Δ written, cold page cache, whole processes",
+    "cold/merge": "Merged model written (linear), cold page cache, whole processes",
 }
 
 

@@ -1,11 +1,12 @@
 """What else computes statistics or Δ of a pair, each run as a process of its own.
 
-    python -P rivals.py {plain,tuned,public} REASONING MULTIMODAL [--out DIR] [--results JSON] …
+    python -P rivals.py {plain,tuned,public,merge} REASONING MULTIMODAL [--out DIR] …
 
 *plain* is what one would write in a notebook; *tuned* is PyTorch streaming as fast as we could make
 it; *public* is what the method's public code does: two whole models through `from_pretrained`, then
-a loop over their state dictionaries, attention and MLP only, in memory. mergekit comes with a
-command of its own, so only its configuration is written here.
+a loop over their state dictionaries, attention and MLP only, in memory. *merge* is a linear merge
+as one would write it in a notebook. mergekit comes with a command of its own, so only its
+configuration is written here.
 
 This file imports nothing of drift_fast, so that a rival is not charged for it. `results` holds the
 statistics by the multimodal checkpoint's names: ‖Δ‖, ‖W_reason‖, ‖W_multimodal‖ and the cosine.
@@ -80,6 +81,23 @@ def plain(reasoning: Path, multimodal: Path, out: Path | None) -> Results:
         out.mkdir(parents=True)
         save_file(written, out / "delta.safetensors")
     return results
+
+
+def merge(reasoning: Path, multimodal: Path, weight: float, out: Path) -> None:
+    """Merge one tensor at a time in float32, keep the rest, and save the whole model at the end."""
+    import torch
+    from safetensors.torch import save_file
+
+    written = {}
+    a, b = Opened(reasoning), Opened(multimodal)
+    for name in b:
+        source, tensor = backbone_name(name), b[name]
+        if source is not None:
+            merged = (1 - weight) * tensor.float() + weight * a[source].float()
+            tensor = merged.to(torch.bfloat16)
+        written[name] = tensor
+    out.mkdir(parents=True)
+    save_file(written, out / "model.safetensors", metadata={"format": "pt"})
 
 
 class Tuned:
@@ -270,14 +288,30 @@ dtype: bfloat16
 """
 
 
+def mergekit_linear(reasoning: Path, renamed: Path, weight: float) -> str:
+    """Return the YAML of a linear merge, computed in float32 as the others do."""
+    return f"""\
+merge_method: linear
+models:
+  - model: {json.dumps(str(reasoning))}
+    parameters: {{weight: {weight}}}
+  - model: {json.dumps(str(renamed))}
+    parameters: {{weight: {1 - weight}}}
+parameters: {{normalize: false}}
+dtype: float32
+out_dtype: bfloat16
+"""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=("plain", "tuned", "public"))
+    parser.add_argument("what", choices=("plain", "tuned", "public", "merge"))
     parser.add_argument("reasoning", type=Path)
     parser.add_argument("multimodal", type=Path)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--results", type=Path, help="write the statistics here, as JSON")
+    parser.add_argument("--weight", type=float, help="merge: of the reasoning model")
     parser.add_argument("--sample", nargs="*", default=[], help="public: names to write to --out")
     options = parser.parse_args()
     pair = options.reasoning, options.multimodal
@@ -288,6 +322,9 @@ def main() -> None:
         import torch
 
         torch.set_num_threads(options.threads)
+        if options.what == "merge":
+            merge(*pair, options.weight, options.out)
+            return
         if options.what == "plain":
             results = plain(*pair, options.out)
         else:

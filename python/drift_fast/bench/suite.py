@@ -30,7 +30,9 @@ from drift_fast.errors import DriftError
 
 # A row that takes longer is timed in half of the rounds.
 SLOW_SECONDS = 4.0
-PARTS = ("statistics", "delta")
+PARTS = ("statistics", "delta", "merge")
+# Without one being named; a merge takes as long again, and is asked for.
+USUAL = PARTS[:2]
 SETTINGS = ("process", "inside", "cold")
 Say = Callable[[str], object]
 
@@ -74,7 +76,7 @@ class Options:
     @property
     def parts(self) -> list[str]:
         """The parts to run."""
-        return [part for part in PARTS if part in self.only] or list(PARTS)
+        return [part for part in PARTS if part in self.only] or list(USUAL)
 
     @property
     def settings(self) -> list[str]:
@@ -130,7 +132,7 @@ def open_session(kind: str, options: Options, say: Say) -> Session:
     directory = options.directory or cache_directory()
     renamed = (
         kind == "delta"
-        and "delta" in options.parts
+        and not {"delta", "merge"}.isdisjoint(options.parts)
         and "mergekit" not in options.without
         and commands.mergekit() is not None
     )
@@ -217,7 +219,7 @@ def run_table(options: Options, say: Say) -> Results:
 
 def pick_way(session: Session, part: str, threads: int) -> str:
     """Return the fastest way of the XOR control with so many threads."""
-    out = session.out if part == "delta" else None
+    out = session.out if part in ("delta", "merge") else None
     command = commands.control(session.pair, "pick", threads=threads, out=out)
     found: dict[str, float] = json.loads(
         subprocess.run(
@@ -241,6 +243,14 @@ def _entries(session: Session, ways: Mapping[str, str]) -> list[Entry]:
             session.work,
             threads=options.threads,
             way=ways["delta"],
+            sample=tuple(check.sample(pair)),
+        )
+    if "merge" in options.parts:
+        found += commands.merge_entries(
+            pair,
+            session.work,
+            threads=options.threads,
+            way=ways["merge"],
             sample=tuple(check.sample(pair)),
         )
     return [
@@ -290,6 +300,11 @@ def check_entry(
     if entry.results is not None:
         verdict = check.check_statistics(_statistics(entry), true)
         row.error, row.wrong = verdict.error, verdict.wrong
+    elif entry.part == "merge" and entry.sample and entry.out is not None:
+        weight = commands.MERGE_WEIGHT
+        exact = entry.who == "ours"
+        verdict = check.check_merge(session.pair, entry.out, entry.sample, weight, exact=exact)
+        row.compared, row.wrong = verdict.values, verdict.wrong
     elif entry.sample and entry.out is not None:
         verdict = check.check_delta(session.pair, entry.out, entry.sample)
         row.compared, row.wrong = verdict.values, verdict.wrong
@@ -344,7 +359,8 @@ def _inside(session: Session, ways: Mapping[str, str]) -> None:
     }
     missing = "left out" if "tuned" in options.without else commands.torch_missing()
     absent = {"tuned": missing, "lean": missing}
-    for part in options.parts:
+    # A merge is timed as a process only.
+    for part in (part for part in options.parts if part != "merge"):
         out = session.out if part == "delta" else None
         rows = {
             who: Row(f"inside/{part}/{who}", label, absent=absent.get(who, ""))
@@ -438,6 +454,12 @@ def _explain(session: Session) -> None:
         "mergekit pairs by name only, so it gets the multimodal weights under the text model's "
         "names; GB/s count the bytes of the tensors that both models have, on both sides",
     ]
+    if "merge" in session.options.parts:
+        session.results.notes.append(
+            "Merges write all of the backbone, ours and the plain one the vision tower too. "
+            "Ours is compared bit for bit with float64 rounded once; the others compute in float32 "
+            "and may differ in the last bit of one value in a thousand"
+        )
     if "cold" in session.options.settings:
         session.results.notes.append(
             "Cold: both checkpoints flushed and given up with posix_fadvise before each run, "

@@ -277,10 +277,10 @@ def decode(model: PreTrainedModel, problems: Sequence[w.Problem]) -> list[list[i
     if len(widths) != 1:
         raise ValueError(f"prompts of one batch must be equally long, got {sorted(widths)}")
     batch = w.collate(problems)
-    ids = torch.from_numpy(batch.input_ids[:, : widths.pop()])
+    ids = torch.from_numpy(batch.input_ids[:, : widths.pop()]).to(model.device)
     images = {}
     if batch.pixel_values is not None:
-        images["pixel_values"] = torch.from_numpy(batch.pixel_values)
+        images["pixel_values"] = torch.from_numpy(batch.pixel_values).to(model.device)
     output = model(input_ids=ids, use_cache=True, **images)
     replies = [output.logits[:, -1:].argmax(-1)]
     for _ in range(max(len(p.target) for p in problems) - 1):

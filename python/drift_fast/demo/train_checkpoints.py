@@ -193,7 +193,8 @@ def fit(
         cosine = 0.5 * (1 + math.cos(math.pi * step / schedule.steps))
         for group in optimizer.param_groups:
             group["lr"] = schedule.lr * warm * cosine
-        loss = model(**tensors(draw(generator, schedule.batch))).loss
+        batch = tensors(draw(generator, schedule.batch))
+        loss = model(**{name: value.to(model.device) for name, value in batch.items()}).loss
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -107,13 +107,13 @@ impl Demand {
 }
 
 /// A chunk of a stored tensor, in a buffer or in a mapping.
-enum Window {
+pub(crate) enum Window {
     Read(usize),
     Mapped(usize),
 }
 
 impl Window {
-    fn of(side: &Side<'_>, numel: usize) -> Self {
+    pub(crate) fn of(side: &Side<'_>, numel: usize) -> Self {
         let nbytes = numel * side.element_nbytes();
         match side.shard.reader() {
             Reader::Mmap => Window::Mapped(nbytes),
@@ -121,11 +121,11 @@ impl Window {
         }
     }
 
-    fn read(&self) -> usize {
+    pub(crate) fn read(&self) -> usize {
         if let Window::Read(nbytes) = self { *nbytes } else { 0 }
     }
 
-    fn mapped(&self) -> usize {
+    pub(crate) fn mapped(&self) -> usize {
         if let Window::Mapped(nbytes) = self { *nbytes } else { 0 }
     }
 }

@@ -48,13 +48,15 @@ pub enum Error {
         message: String,
     },
     /// Not enough room for the output, found before anything was written or in the middle of it.
-    #[error("{}: the delta needs {needed} bytes {}", path.display(), limit.describe(*available))]
+    #[error("{}: the {what} needs {needed} bytes {}", path.display(), limit.describe(*available, what))]
     NoSpace {
         /// The output path.
         path: PathBuf,
-        /// Bytes that the delta takes in all.
+        /// What is being written.
+        what: &'static str,
+        /// Bytes that it takes in all.
         needed: u64,
-        /// Bytes that are free to this user once nothing of the delta is left behind.
+        /// Bytes that are free to this user once nothing of it is left behind.
         available: u64,
         /// What set the limit.
         limit: Limit,
@@ -107,15 +109,17 @@ impl Limit {
         .raw_os_error()
     }
 
-    fn describe(self, available: u64) -> String {
+    fn describe(self, available: u64, what: &str) -> String {
+        // A merged model has all tensors, whichever of them are merged.
+        let narrower = if what == "delta" { ", fewer modules" } else { "" };
         match self {
             Limit::FileSystem => format!(
-                "but the file system has {available} free; choose another directory, fewer \
-                 modules or a narrower dtype"
+                "but the file system has {available} free; choose another directory{narrower} or a \
+                 narrower dtype"
             ),
             Limit::Quota => format!(
                 "but the quota there is used up, although the file system has {available} free; \
-                 choose another directory, fewer modules or a narrower dtype"
+                 choose another directory{narrower} or a narrower dtype"
             ),
             Limit::FileSize => format!(
                 "and the file system has {available} free, but one of its files is larger than the \
@@ -154,7 +158,9 @@ mod tests {
         for limit in Limit::ALL {
             assert_eq!(Limit::of(&io::Error::from_raw_os_error(limit.errno())), Some(limit));
             let path = PathBuf::from("delta");
-            let message = Error::NoSpace { path, needed: 12, available: 7, limit }.to_string();
+            let what = "delta";
+            let message =
+                Error::NoSpace { path, what, needed: 12, available: 7, limit }.to_string();
             assert!(
                 message.contains("needs 12 bytes") && message.contains("has 7 free"),
                 "{message}"

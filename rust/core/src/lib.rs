@@ -13,6 +13,7 @@ pub mod groups;
 pub mod kernel;
 pub mod likeness;
 pub mod memory;
+pub mod merge;
 mod order;
 mod ranges;
 pub mod scales;

@@ -60,7 +60,7 @@ pub enum Minuend<'a> {
 
 impl<'a> Side<'a> {
     /// The files that its values come from.
-    fn shards(&self) -> impl Iterator<Item = &'a Shard> + use<'a> {
+    pub(crate) fn shards(&self) -> impl Iterator<Item = &'a Shard> + use<'a> {
         std::iter::once(self.shard).chain(self.scales.map(|scales| scales.shard()))
     }
 
@@ -102,7 +102,7 @@ pub(crate) struct Dequantised {
 }
 
 impl Dequantised {
-    fn held_nbytes(&self) -> usize {
+    pub(crate) fn held_nbytes(&self) -> usize {
         self.scales.capacity() + self.values.capacity()
     }
 }
@@ -312,7 +312,7 @@ fn check(pair: &Pair<'_>, sink: &Sink<'_>) -> Result<()> {
     Ok(())
 }
 
-fn check_side(side: Side<'_>) -> Result<()> {
+pub(crate) fn check_side(side: Side<'_>) -> Result<()> {
     match side.scales {
         Some(scales) => scales.check(),
         None => subtractable(side.shard, side.tensor).map(|_| ()),

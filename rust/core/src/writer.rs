@@ -1,4 +1,5 @@
-//! A delta on disk: sharded safetensors and an index, written aside and renamed whole.
+//! A delta or a merged model on disk: sharded safetensors and an index, written aside and renamed
+//! whole.
 //!
 //! Everything goes into a hidden directory beside the target, which takes the target's name only
 //! once every byte is flushed. So a reader sees a whole delta or none, a mapping of an overwritten
@@ -17,13 +18,66 @@ use rustix::fs::{Mode, OFlags};
 use safetensors::tensor::{Metadata, TensorInfo};
 use serde_json::json;
 
+use crate::dtype::Dtype;
 use crate::error::{Error, Limit, Result};
 use crate::storage::Storage;
 
-/// The file whose presence says that a delta is whole.
-pub const DESCRIPTION: &str = "drift.json";
-/// The index of a delta's shards.
-pub const INDEX: &str = "delta.safetensors.index.json";
+/// What the files of an output are called, and what messages call it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Naming {
+    what: &'static str,
+    stem: &'static str,
+    index: &'static str,
+    /// The file whose presence says that the output is whole.
+    description: &'static str,
+}
+
+impl Naming {
+    /// Those of a delta.
+    pub const DELTA: Naming = Naming {
+        what: "delta",
+        stem: "delta",
+        index: "delta.safetensors.index.json",
+        description: "drift.json",
+    };
+    /// Those that transformers looks for, and `merge.json`; other files may be added.
+    pub const MODEL: Naming = Naming {
+        what: "merged model",
+        stem: "model",
+        index: "model.safetensors.index.json",
+        description: "merge.json",
+    };
+
+    /// Whether a file of that name belongs to an output, of which `carried` were added.
+    fn is_ours(&self, name: &str, carried: &[String]) -> bool {
+        let is_count =
+            |text: &str| text.len() >= 5 && text.bytes().all(|byte| byte.is_ascii_digit());
+        let shard = name
+            .strip_prefix(self.stem)
+            .and_then(|rest| rest.strip_prefix('-'))
+            .and_then(|rest| rest.strip_suffix(".safetensors"));
+        [self.description, self.index].contains(&name)
+            || carried.iter().any(|one| one == name)
+            || shard
+                .and_then(|middle| middle.split_once("-of-"))
+                .is_some_and(|(number, total)| is_count(number) && is_count(total))
+    }
+
+    /// The files that were added to a finished output, as its description lists them under `files`.
+    fn carried(&self, target: &Path) -> Vec<String> {
+        #[derive(serde::Deserialize)]
+        struct Description {
+            files: Vec<String>,
+        }
+        if *self != Naming::MODEL {
+            return Vec::new();
+        }
+        fs::read(target.join(self.description))
+            .ok()
+            .and_then(|text| serde_json::from_slice::<Description>(&text).ok())
+            .map_or_else(Vec::new, |description| description.files)
+    }
+}
 /// The directory within the hidden one through which several processes agree; see [`Part`].
 pub const RANKS: &str = "ranks";
 /// Of the header's length, which a file begins with.
@@ -52,11 +106,14 @@ impl Slot {
 #[derive(Debug)]
 pub struct Writer {
     target: PathBuf,
+    naming: Naming,
     staging: Staging,
     storage: Storage,
     overwrite: bool,
     parents: Parents,
     files: Vec<(PathBuf, File)>,
+    /// Names of the files that were added.
+    added: Vec<String>,
     /// File number and byte offset in it, for each slot.
     places: Vec<(usize, u64)>,
     /// Of E4M3 codes, the place of each slot's scale in its file's header, and its exponent once it
@@ -89,6 +146,7 @@ pub struct ShardPlan {
 #[derive(Debug)]
 struct Staging {
     path: PathBuf,
+    naming: Naming,
     renamed: bool,
     /// None where another process has it.
     lock: Option<File>,
@@ -118,7 +176,29 @@ impl Writer {
         description_nbytes: u64,
         overwrite: bool,
     ) -> Result<Self> {
-        Self::open(target, slots, storage, max_shard_nbytes, description_nbytes, overwrite, None)
+        let naming = Naming::DELTA;
+        let limits = (max_shard_nbytes, description_nbytes);
+        Self::open(target, naming, slots, storage, limits, overwrite, &[], None)
+    }
+
+    /// Reserve the space for a model of `slots`, and for the files `added` of these sizes, which
+    /// [`Writer::add`] then writes; the rest is as for [`Writer::create`], but that with `overwrite`
+    /// the target may hold a merged model.
+    ///
+    /// # Errors
+    /// Those of [`Writer::create`].
+    pub fn create_model(
+        target: &Path,
+        slots: &[Slot],
+        max_shard_nbytes: u64,
+        description_nbytes: u64,
+        overwrite: bool,
+        added: &[(String, u64)],
+    ) -> Result<Self> {
+        let naming = Naming::MODEL;
+        let limits = (max_shard_nbytes, description_nbytes);
+        let storage = Storage::Plain(Dtype::F32);
+        Self::open(target, naming, slots, storage, limits, overwrite, added, None)
     }
 
     /// Do the same as one of several processes. The slots of this writer are then those of its
@@ -136,24 +216,27 @@ impl Writer {
         overwrite: bool,
         part: Part<'_>,
     ) -> Result<Self> {
-        let part = Some(part);
-        Self::open(target, slots, storage, max_shard_nbytes, description_nbytes, overwrite, part)
+        let naming = Naming::DELTA;
+        let limits = (max_shard_nbytes, description_nbytes);
+        Self::open(target, naming, slots, storage, limits, overwrite, &[], Some(part))
     }
 
+    #[expect(clippy::too_many_arguments, reason = "the public functions name them")]
     fn open(
         target: &Path,
+        naming: Naming,
         slots: &[Slot],
         storage: Storage,
-        max_shard_nbytes: u64,
-        description_nbytes: u64,
+        (max_shard_nbytes, description_nbytes): (u64, u64),
         overwrite: bool,
+        added: &[(String, u64)],
         part: Option<Part<'_>>,
     ) -> Result<Self> {
         let join = part.is_some_and(|part| part.join);
         if !join {
-            check_target(target, overwrite)?;
+            check_target(target, naming, overwrite)?;
         }
-        let (target, hidden) = places_of(target)?;
+        let (target, hidden) = places(target, naming)?;
         let layout = layout(slots, storage, max_shard_nbytes)?;
         let mut places = Vec::with_capacity(slots.len());
         let mut names = Vec::with_capacity(layout.len());
@@ -161,7 +244,8 @@ impl Writer {
         let mut scales = Vec::new();
         let mut weight_map = serde_json::Map::new();
         for (number, shard) in layout.iter().enumerate() {
-            let file_name = format!("delta-{:05}-of-{:05}.safetensors", number + 1, layout.len());
+            let file_name =
+                format!("{}-{:05}-of-{:05}.safetensors", naming.stem, number + 1, layout.len());
             let is_own = part.is_none_or(|part| part.shards.contains(&number));
             if is_own {
                 scales.extend(shard.scales.iter().map(|&at| (at, OnceLock::new())));
@@ -184,6 +268,7 @@ impl Writer {
         let index = format!("{index:#}\n");
         let sizes = layout.iter().map(ShardLayout::nbytes);
         let sizes = sizes.chain([index.len() as u64, description_nbytes]);
+        let sizes = sizes.chain(added.iter().map(|(_, nbytes)| *nbytes));
         if join {
             let staging = Staging::join(hidden)?;
             let mut files = Vec::with_capacity(own.len());
@@ -195,19 +280,22 @@ impl Writer {
             let (parents, needed) = (Parents { made: Vec::new() }, sizes.sum());
             return Ok(Self {
                 target,
+                naming,
                 staging,
                 storage,
                 overwrite,
                 parents,
                 files,
+                added: Vec::new(),
                 places,
                 scales,
                 needed,
             });
         }
         let parents = Parents::create(target.parent().unwrap_or(&target))?;
-        let needed = check_space(hidden.parent().unwrap_or(&target), &target, sizes)?;
-        let staging = Staging::create(hidden, part.is_some())?;
+        let needed = check_space(hidden.parent().unwrap_or(&target), &target, naming, sizes)?;
+        let added: Vec<String> = added.iter().map(|(name, _)| name.clone()).collect();
+        let staging = Staging::create(hidden, naming, &added, part.is_some())?;
         let mut files = Vec::with_capacity(layout.len());
         for (name, shard) in names.iter().zip(&layout) {
             let path = staging.path.join(name);
@@ -215,10 +303,34 @@ impl Writer {
                 .map_err(|(action, error)| staging.failed(&path, action, error, &target, needed))?;
             files.push((path, file));
         }
-        let path = staging.path.join(INDEX);
+        let path = staging.path.join(naming.index);
         write_new(&path, index.as_bytes())
             .map_err(|error| staging.failed(&path, "write the index", error, &target, needed))?;
-        Ok(Self { target, staging, storage, overwrite, parents, files, places, scales, needed })
+        Ok(Self {
+            target,
+            naming,
+            staging,
+            storage,
+            overwrite,
+            parents,
+            files,
+            added,
+            places,
+            scales,
+            needed,
+        })
+    }
+
+    /// Write one of the files that were announced to [`Writer::create_model`].
+    ///
+    /// # Errors
+    /// A name that was not announced, or a failed write.
+    pub fn add(&self, name: &str, bytes: &[u8]) -> Result<()> {
+        if !self.added.iter().any(|added| added == name) {
+            return Err(Error::Argument(format!("{name:?} was not announced as a file to add")));
+        }
+        let path = self.staging.path.join(name);
+        write_new(&path, bytes).map_err(|error| self.failed(&path, "write the file", error))
     }
 
     /// How the slots hold differences.
@@ -259,7 +371,7 @@ impl Writer {
         let (path, file) = &self.files[file];
         let position = start + offset as u64;
         file.write_all_at(bytes, position)
-            .map_err(|error| self.failed(path, "write the delta", error))?;
+            .map_err(|error| self.failed(path, "write the output", error))?;
         start_writing(file, position, bytes.len());
         Ok(())
     }
@@ -275,12 +387,12 @@ impl Writer {
     /// A failed flush.
     pub fn flush(&self) -> Result<()> {
         for (path, file) in &self.files {
-            file.sync_all().map_err(|error| self.failed(path, "flush the delta", error))?;
+            file.sync_all().map_err(|error| self.failed(path, "flush the output", error))?;
         }
         Ok(())
     }
 
-    /// Flush everything, add `drift.json` and give the directory its name.
+    /// Flush everything, add the description and give the directory its name.
     ///
     /// # Errors
     /// A failed flush or rename, or a target that was taken meanwhile; nothing is left behind.
@@ -298,14 +410,14 @@ impl Writer {
             }
             _ => {}
         }
-        let path = self.staging.path.join(DESCRIPTION);
+        let path = self.staging.path.join(self.naming.description);
         write_new(&path, description.as_bytes())
             .map_err(|error| self.failed(&path, "write the description", error))?;
         sync_directory(&self.staging.path)?;
         if self.staging.path.parent() == Some(&self.target) {
             self.move_files()?;
         } else {
-            check_target(&self.target, self.overwrite)?;
+            check_target(&self.target, self.naming, self.overwrite)?;
             self.rename()?;
         }
         self.staging.renamed = true;
@@ -317,7 +429,9 @@ impl Writer {
     fn move_files(&self) -> Result<()> {
         let staging = &self.staging.path;
         let shards = self.files.iter().filter_map(|(path, _)| path.file_name());
-        let names = shards.chain([INDEX.as_ref(), DESCRIPTION.as_ref()]);
+        let added = self.added.iter().map(|name| name.as_ref());
+        let Naming { index, description, .. } = self.naming;
+        let names = shards.chain(added).chain([index.as_ref(), description.as_ref()]);
         let mut moved = Vec::new();
         for name in names {
             let to = self.target.join(name);
@@ -330,7 +444,7 @@ impl Writer {
                 for path in moved {
                     let _ = fs::remove_file(path);
                 }
-                return Err(Error::io(&to, "move the finished delta")(error));
+                return Err(Error::io(&to, "move the finished output")(error));
             }
             moved.push(to);
         }
@@ -340,15 +454,15 @@ impl Writer {
 
     fn rename(&mut self) -> Result<()> {
         let (from, to) = (&self.staging.path, &self.target);
-        if !to.join(DESCRIPTION).exists() {
-            return fs::rename(from, to).map_err(Error::io(to, "rename the finished delta"));
+        if !to.join(self.naming.description).exists() {
+            return fs::rename(from, to).map_err(Error::io(to, "rename the finished output"));
         }
         // Where the system can, both change names at once, and the old one then goes.
         #[cfg(target_os = "linux")]
         {
             use rustix::fs::{CWD, RenameFlags, renameat_with};
             // Locked while it goes, since another run would take it for its own hidden directory.
-            let old = File::open(to).map_err(Error::io(to, "open the old delta"))?;
+            let old = File::open(to).map_err(Error::io(to, "open the old output"))?;
             let locked = old.try_lock().is_ok();
             if locked && renameat_with(CWD, from, CWD, to, RenameFlags::EXCHANGE).is_ok() {
                 self.staging.renamed = true;
@@ -360,12 +474,12 @@ impl Writer {
         // Elsewhere the old delta steps aside under a hidden name and goes once the new one stands.
         let aside = from.with_extension("replaced");
         let _ = fs::remove_dir_all(&aside);
-        fs::rename(to, &aside).map_err(Error::io(to, "move the old delta aside"))?;
+        fs::rename(to, &aside).map_err(Error::io(to, "move the old output aside"))?;
         if let Err(error) = fs::rename(from, to) {
             let _ = fs::rename(&aside, to);
-            return Err(Error::io(to, "rename the finished delta")(error));
+            return Err(Error::io(to, "rename the finished output")(error));
         }
-        fs::remove_dir_all(&aside).map_err(Error::io(&aside, "remove the old delta"))
+        fs::remove_dir_all(&aside).map_err(Error::io(&aside, "remove the old output"))
     }
 }
 
@@ -374,12 +488,17 @@ impl Writer {
 /// # Errors
 /// A path that names no place for a delta.
 pub fn places_of(target: &Path) -> Result<(PathBuf, PathBuf)> {
+    places(target, Naming::DELTA)
+}
+
+fn places(target: &Path, naming: Naming) -> Result<(PathBuf, PathBuf)> {
     let target = std::path::absolute(target).map_err(Error::io(target, "resolve the path"))?;
     let (Some(parent), Some(name)) = (target.parent(), target.file_name()) else {
-        return Err(Error::Argument(format!("{} is not a place for a delta", target.display())));
+        let message = format!("{} is not a place for a {}", target.display(), naming.what);
+        return Err(Error::Argument(message));
     };
     let hidden = format!(".{}.incomplete", name.to_string_lossy());
-    let within = target.is_dir() && !target.join(DESCRIPTION).exists();
+    let within = target.is_dir() && !target.join(naming.description).exists();
     let hidden = if within { target.join(hidden) } else { parent.join(hidden) };
     Ok((target, hidden))
 }
@@ -402,10 +521,10 @@ impl Staging {
     /// Open what another process created, without its lock.
     fn join(path: PathBuf) -> Result<Self> {
         open_directory(&path)?;
-        Ok(Self { path, renamed: false, lock: None })
+        Ok(Self { path, naming: Naming::DELTA, renamed: false, lock: None })
     }
 
-    fn create(path: PathBuf, keep_ranks: bool) -> Result<Self> {
+    fn create(path: PathBuf, naming: Naming, added: &[String], keep_ranks: bool) -> Result<Self> {
         match fs::create_dir(&path) {
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
                 return Err(Error::io(&path, "create the directory")(error));
@@ -419,9 +538,11 @@ impl Staging {
             Err(TryLockError::WouldBlock) => {
                 return Err(Error::Exists {
                     path,
-                    message: "another run is writing this delta; wait for it or choose another \
-                              output directory"
-                        .to_owned(),
+                    message: format!(
+                        "another run is writing this {}; wait for it or choose another output \
+                         directory",
+                        naming.what
+                    ),
                 });
             }
             Err(TryLockError::Error(error)) => {
@@ -440,7 +561,7 @@ impl Staging {
         }
         for entry in &entries {
             let is_file = entry.file_type().is_ok_and(|kind| kind.is_file());
-            if !is_file || !is_ours(&entry.file_name().to_string_lossy()) {
+            if !is_file || !naming.is_ours(&entry.file_name().to_string_lossy(), added) {
                 let message = format!(
                     "holds {}, which no run of drift_fast left there; move it away or choose \
                      another output directory",
@@ -449,7 +570,7 @@ impl Staging {
                 return Err(Error::Exists { path, message });
             }
         }
-        let staging = Self { path, renamed: false, lock: Some(lock) };
+        let staging = Self { path, naming, renamed: false, lock: Some(lock) };
         for entry in entries {
             fs::remove_file(entry.path()).map_err(Error::io(&entry.path(), "remove"))?;
         }
@@ -475,7 +596,8 @@ impl Staging {
             .map(|metadata| metadata.blocks() * 512)
             .sum();
         let available = free_nbytes(&self.path).map_or(0, |(free, _)| free.saturating_add(held));
-        Error::NoSpace { path: target.to_owned(), needed, available, limit }
+        let what = self.naming.what;
+        Error::NoSpace { path: target.to_owned(), what, needed, available, limit }
     }
 }
 
@@ -548,7 +670,7 @@ fn layout(slots: &[Slot], storage: Storage, max_nbytes: u64) -> Result<Vec<Shard
     let mut names = HashSet::new();
     if let Some(twice) = slots.iter().find(|slot| !names.insert(slot.name.as_str())) {
         return Err(Error::Argument(format!(
-            "two tensors of the delta would be named {:?}, as one is by its own name and one by what \
+            "two tensors would be named {:?}, as one is by its own name and one by what \
              it holds of another; choose another dtype or leave one out",
             twice.name
         )));
@@ -570,7 +692,7 @@ fn layout(slots: &[Slot], storage: Storage, max_nbytes: u64) -> Result<Vec<Shard
         shards.push(shard_layout(&slots[start..], storage)?);
     }
     if shards.is_empty() {
-        return Err(Error::Argument("a delta needs at least one tensor".to_owned()));
+        return Err(Error::Argument("an output needs at least one tensor".to_owned()));
     }
     Ok(shards)
 }
@@ -587,8 +709,8 @@ fn shard_layout(slots: &[Slot], storage: Storage) -> Result<ShardLayout<'_>> {
         entries.push((slot.name.clone(), TensorInfo { dtype, shape, data_offsets: (start, end) }));
     }
     let tensors = Metadata::new(None, entries)
-        .map_err(|error| Error::Argument(format!("cannot lay out the delta: {error}")))?;
-    let failed = |error| Error::Argument(format!("cannot write the delta's header: {error}"));
+        .map_err(|error| Error::Argument(format!("cannot lay out the output: {error}")))?;
+    let failed = |error| Error::Argument(format!("cannot write the output's header: {error}"));
     let tensors = serde_json::to_string(&tensors).map_err(failed)?;
     // Written by hand: the order of a map of several entries would differ from run to run.
     let mut json = r#"{"__metadata__":{"format":"pt""#.to_owned();
@@ -635,7 +757,7 @@ fn allocate(
         .create_new(true)
         .open(path)
         .map_err(|error| ("create the file", error))?;
-    reserve(&file, shard.nbytes()).map_err(|error| ("reserve space for the delta", error))?;
+    reserve(&file, shard.nbytes()).map_err(|error| ("reserve space for the output", error))?;
     file.write_all_at(&shard.header, 0).map_err(|error| ("write the header", error))?;
     Ok(file)
 }
@@ -690,7 +812,7 @@ fn reserve(file: &File, nbytes: u64) -> io::Result<()> {
     file.set_len(nbytes)
 }
 
-fn check_target(target: &Path, overwrite: bool) -> Result<()> {
+fn check_target(target: &Path, naming: Naming, overwrite: bool) -> Result<()> {
     let refuse =
         |message: &str| Err(Error::Exists { path: target.to_owned(), message: message.to_owned() });
     let Ok(metadata) = fs::symlink_metadata(target) else { return Ok(()) };
@@ -705,37 +827,34 @@ fn check_target(target: &Path, overwrite: bool) -> Result<()> {
     let staging = format!(".{}.incomplete", target.file_name().unwrap_or_default().display());
     names.retain(|name| *name != staging);
     let is_empty = names.is_empty();
-    let is_delta = target.join(DESCRIPTION).is_file() && target.join(INDEX).is_file();
-    let stranger = names.iter().find(|name| !is_ours(name));
-    if let (true, true, Some(stranger)) = (is_delta, overwrite, stranger) {
+    let what = naming.what;
+    let is_whole = target.join(naming.description).is_file() && target.join(naming.index).is_file();
+    let carried = if is_whole { naming.carried(target) } else { Vec::new() };
+    let stranger = names.iter().find(|name| !naming.is_ours(name, &carried));
+    if let (true, true, Some(stranger)) = (is_whole, overwrite, stranger) {
         return refuse(&format!(
-            "the delta's directory also holds {stranger}, which overwriting would remove; move it \
+            "the {what}'s directory also holds {stranger}, which overwriting would remove; move it \
              away or choose another path"
         ));
     }
-    match (is_empty, is_delta, overwrite) {
+    match (is_empty, is_whole, overwrite) {
         (true, _, _) | (_, true, true) => Ok(()),
-        (_, true, false) => {
-            refuse("a delta is there already; pass overwrite=True (--overwrite) to replace it")
-        }
+        (_, true, false) => refuse(&format!(
+            "a {what} is there already; pass overwrite=True (--overwrite) to replace it"
+        )),
         (_, false, _) => {
             refuse("the output directory exists and is not empty; choose another path")
         }
     }
 }
 
-/// Whether a file of that name belongs to a delta.
-fn is_ours(name: &str) -> bool {
-    let is_count = |text: &str| text.len() >= 5 && text.bytes().all(|byte| byte.is_ascii_digit());
-    let shard = name.strip_prefix("delta-").and_then(|rest| rest.strip_suffix(".safetensors"));
-    [DESCRIPTION, INDEX].contains(&name)
-        || shard
-            .and_then(|middle| middle.split_once("-of-"))
-            .is_some_and(|(number, total)| is_count(number) && is_count(total))
-}
-
 /// The bytes that files of these sizes and their directory take on the disk, if they are free.
-fn check_space(parent: &Path, target: &Path, sizes: impl Iterator<Item = u64>) -> Result<u64> {
+fn check_space(
+    parent: &Path,
+    target: &Path,
+    naming: Naming,
+    sizes: impl Iterator<Item = u64>,
+) -> Result<u64> {
     let (available, block) =
         free_nbytes(parent).map_err(Error::io(parent, "ask for the free space"))?;
     let needed = sizes
@@ -745,6 +864,7 @@ fn check_space(parent: &Path, target: &Path, sizes: impl Iterator<Item = u64>) -
     if needed > available {
         return Err(Error::NoSpace {
             path: target.to_owned(),
+            what: naming.what,
             needed,
             available,
             limit: Limit::FileSystem,

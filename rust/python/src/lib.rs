@@ -18,8 +18,9 @@ mod _core {
     use drift_fast_core::compose::{Composed, Part};
     use drift_fast_core::likeness::likeness as likeness_core;
     use drift_fast_core::memory::{Precision, Step, measure as measure_core, subtract_all};
+    use drift_fast_core::merge::{Blend, Job, Method, run as run_merge};
     use drift_fast_core::storage::{self, Scale, Storage};
-    use drift_fast_core::stream::{Minuend, Options, Outcome, Pair, Progress, Side, Sink, run};
+    use drift_fast_core::stream::{Minuend, Options, Pair, Progress, Side, Sink, run};
     use drift_fast_core::writer::Slot;
     use drift_fast_core::{
         Dtype, Error, Moments, Reader, checkpoint, dtype, groups, kernel, scales, writer,
@@ -287,14 +288,20 @@ mod _core {
     }
 
     impl DeltaWriter {
-        /// Waiting here could deadlock: whoever holds the writer may be waiting for the interpreter.
         fn hold(&self) -> PyResult<MutexGuard<'_, Option<writer::Writer>>> {
-            match self.inner.try_lock() {
-                Ok(guard) => Ok(guard),
-                Err(TryLockError::Poisoned(poisoned)) => Ok(poisoned.into_inner()),
-                Err(TryLockError::WouldBlock) => {
-                    Err(PyRuntimeError::new_err("this delta is being written by another call"))
-                }
+            hold(&self.inner)
+        }
+    }
+
+    /// Waiting here could deadlock: whoever holds the writer may be waiting for the interpreter.
+    fn hold(
+        writer: &Mutex<Option<writer::Writer>>,
+    ) -> PyResult<MutexGuard<'_, Option<writer::Writer>>> {
+        match writer.try_lock() {
+            Ok(guard) => Ok(guard),
+            Err(TryLockError::Poisoned(poisoned)) => Ok(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) => {
+                Err(PyRuntimeError::new_err("this output is being written by another call"))
             }
         }
     }
@@ -324,7 +331,7 @@ mod _core {
     }
 
     fn finished() -> PyErr {
-        PyRuntimeError::new_err("this delta was committed or aborted already")
+        PyRuntimeError::new_err("this output was committed or aborted already")
     }
 
     /// Pair two lists of (name, shape).
@@ -569,36 +576,211 @@ mod _core {
         multimodal: &'a Checkpoint,
         pairs: &[(Source, String)],
     ) -> PyResult<Vec<Pair<'a>>> {
-        let side = |checkpoint: &'a Checkpoint, name: &str| {
-            checkpoint.inner.side(name, checkpoint.block).map_err(to_py)
-        };
         pairs
             .iter()
             .map(|(source, name)| {
                 let multimodal = side(multimodal, name)?;
-                let reasoning = match source {
-                    Source::Whole(name) => Minuend::Whole(side(reasoning, name)?),
-                    Source::Parts(parts) => {
-                        let parts = parts
-                            .iter()
-                            .map(|(name, top, bottom, left, right, offset, down, across)| {
-                                Ok(Part {
-                                    source: side(reasoning, name)?,
-                                    rows: *top..*bottom,
-                                    columns: *left..*right,
-                                    offset: *offset,
-                                    row_stride: *down,
-                                    column_stride: *across,
-                                })
-                            })
-                            .collect::<PyResult<_>>()?;
-                        let shape = &multimodal.tensor.shape;
-                        Minuend::Composed(Composed::new(shape, parts).map_err(to_py)?)
-                    }
-                };
+                let reasoning = minuend(reasoning, source, &multimodal.tensor.shape)?;
                 Ok(Pair { reasoning, multimodal })
             })
             .collect()
+    }
+
+    fn side<'a>(checkpoint: &'a Checkpoint, name: &str) -> PyResult<Side<'a>> {
+        checkpoint.inner.side(name, checkpoint.block).map_err(to_py)
+    }
+
+    /// What a tensor of that shape is paired with.
+    fn minuend<'a>(
+        checkpoint: &'a Checkpoint,
+        source: &Source,
+        shape: &[usize],
+    ) -> PyResult<Minuend<'a>> {
+        let parts = match source {
+            Source::Whole(name) => return Ok(Minuend::Whole(side(checkpoint, name)?)),
+            Source::Parts(parts) => parts,
+        };
+        let parts = parts
+            .iter()
+            .map(|(name, top, bottom, left, right, offset, down, across)| {
+                Ok(Part {
+                    source: side(checkpoint, name)?,
+                    rows: *top..*bottom,
+                    columns: *left..*right,
+                    offset: *offset,
+                    row_stride: *down,
+                    column_stride: *across,
+                })
+            })
+            .collect::<PyResult<_>>()?;
+        Ok(Minuend::Composed(Composed::new(shape, parts).map_err(to_py)?))
+    }
+
+    /// A merged model's directory being written; it takes its name at `commit`.
+    #[pyclass(frozen, module = "drift_fast._core")]
+    struct ModelWriter {
+        inner: Mutex<Option<writer::Writer>>,
+    }
+
+    #[pymethods]
+    impl ModelWriter {
+        /// Reserve the space for tensors of the multimodal checkpoint, each in the given dtype or in
+        /// its own, and for files of the given sizes.
+        #[new]
+        #[pyo3(signature = (
+            target, multimodal, tensors, *, max_shard_nbytes, overwrite, description_nbytes, files
+        ))]
+        #[expect(clippy::too_many_arguments, reason = "they are the keywords of a Python function")]
+        fn new(
+            py: Python<'_>,
+            target: PathBuf,
+            multimodal: &Checkpoint,
+            tensors: Vec<(String, Option<String>)>,
+            max_shard_nbytes: u64,
+            overwrite: bool,
+            description_nbytes: u64,
+            files: Vec<(String, u64)>,
+        ) -> PyResult<Self> {
+            let slots = tensors
+                .into_iter()
+                .map(|(name, dtype)| {
+                    let tensor = multimodal.inner.tensor(&name).map_err(to_py)?.1;
+                    let plain =
+                        |dtype| Storage::Plain(dtype).slots(name.clone(), tensor.shape.clone());
+                    Ok(match dtype {
+                        Some(dtype) => plain(parse_dtype(&dtype)?),
+                        None => vec![Slot {
+                            name: name.clone(),
+                            shape: tensor.shape.clone(),
+                            dtype: tensor.dtype,
+                        }],
+                    })
+                })
+                .collect::<PyResult<Vec<_>>>()?
+                .concat();
+            let create = || {
+                writer::Writer::create_model(
+                    &target,
+                    &slots,
+                    max_shard_nbytes,
+                    description_nbytes,
+                    overwrite,
+                    &files,
+                )
+            };
+            let inner = py.detach(create).map_err(to_py)?;
+            Ok(Self { inner: Mutex::new(Some(inner)) })
+        }
+
+        /// Write one of the files that were announced.
+        fn add(&self, py: Python<'_>, name: &str, buffer: &Bound<'_, PyAny>) -> PyResult<()> {
+            let buffer = Readable::new(buffer)?;
+            let guard = hold(&self.inner)?;
+            let writer = guard.as_ref().ok_or_else(finished)?;
+            py.detach(|| writer.add(name, buffer.bytes())).map_err(to_py)
+        }
+
+        /// Flush, add `merge.json` with this text, and give the directory its name.
+        fn commit(&self, py: Python<'_>, description: &str) -> PyResult<()> {
+            let writer = hold(&self.inner)?.take().ok_or_else(finished)?;
+            py.detach(|| writer.commit(description)).map_err(to_py)
+        }
+
+        /// Remove what was written, unless it was committed.
+        fn abort(&self) -> PyResult<()> {
+            drop(hold(&self.inner)?.take());
+            Ok(())
+        }
+    }
+
+    /// What is merged into a tensor: sources in the reasoning checkpoint and the base, the dtype of
+    /// the result, and both weights.
+    type Blended = (Source, Option<Source>, String, f64, f64);
+
+    /// Merge tensors into a writer's slots, in their order, or copy those that nothing is given for;
+    /// return what was found of each merged one, and the most bytes that buffers took at a time.
+    #[pyfunction]
+    #[pyo3(signature = (
+        reasoning, multimodal, base, tensors, writer, *, method, density = None, seed = 0, threads,
+        memory = None, progress = None
+    ))]
+    #[expect(clippy::too_many_arguments, reason = "they are the keywords of a Python function")]
+    fn merge<'py>(
+        py: Python<'py>,
+        reasoning: &Checkpoint,
+        multimodal: &Checkpoint,
+        base: Option<&Checkpoint>,
+        tensors: Vec<(String, Option<Blended>)>,
+        writer: &ModelWriter,
+        method: &str,
+        density: Option<f64>,
+        seed: u64,
+        threads: usize,
+        memory: Option<usize>,
+        progress: Option<Py<PyAny>>,
+    ) -> PyResult<(Vec<Option<Bound<'py, PyDict>>>, usize)> {
+        let needs =
+            || density.ok_or_else(|| PyValueError::new_err(format!("{method} needs a density")));
+        let method = match method {
+            "layer_swap" => Method::Take,
+            "linear" => Method::Linear,
+            "task_arithmetic" => Method::TaskArithmetic,
+            "slerp" => Method::Slerp,
+            "ties" => Method::Ties { density: needs()? },
+            "dare_linear" => Method::DareLinear { density: needs()?, seed },
+            "dare_ties" => Method::DareTies { density: needs()?, seed },
+            other => return Err(PyValueError::new_err(format!("unknown method {other:?}"))),
+        };
+        let jobs = tensors
+            .iter()
+            .map(|(name, blended)| {
+                let Some((source, of_base, dtype, weight, multimodal_weight)) = blended else {
+                    let (shard, tensor) = multimodal.inner.tensor(name).map_err(to_py)?;
+                    let multimodal = Side { shard, tensor, scales: None };
+                    return Ok(Job { multimodal, blend: None });
+                };
+                let target = side(multimodal, name)?;
+                let shape = &target.tensor.shape;
+                let base = match (base, of_base) {
+                    (Some(base), Some(source)) => Some(minuend(base, source, shape)?),
+                    (None, None) => None,
+                    _ => {
+                        return Err(PyValueError::new_err("a base and a tensor of it go together"));
+                    }
+                };
+                let blend = Blend {
+                    reasoning: minuend(reasoning, source, shape)?,
+                    base,
+                    dtype: parse_dtype(dtype)?,
+                    weight: *weight,
+                    multimodal_weight: *multimodal_weight,
+                };
+                Ok(Job { multimodal: target, blend: Some(blend) })
+            })
+            .collect::<PyResult<Vec<_>>>()?;
+        let guard = hold(&writer.inner)?;
+        let writer = guard.as_ref().ok_or_else(finished)?;
+        let options = options(threads, memory);
+        let outcome =
+            detached(py, progress, |tick| run_merge(&jobs, method, writer, &options, tick))?;
+        let rows = outcome
+            .found
+            .iter()
+            .map(|found| {
+                let Some(found) = found else { return Ok(None) };
+                let row = PyDict::new(py);
+                row.set_item("merged", found.merged)?;
+                row.set_item("nonfinite_reasoning", found.nonfinite_reasoning)?;
+                row.set_item("nonfinite_multimodal", found.nonfinite_multimodal)?;
+                row.set_item("nonfinite_base", found.nonfinite_base)?;
+                row.set_item("overflow", found.overflow)?;
+                row.set_item("kept_reasoning", found.kept_reasoning)?;
+                row.set_item("kept_multimodal", found.kept_multimodal)?;
+                row.set_item("cosine", found.cosine)?;
+                Ok(Some(row))
+            })
+            .collect::<PyResult<Vec<_>>>()?;
+        Ok((rows, outcome.peak_nbytes))
     }
 
     /// Correlate samples of each pair's reasoning tensor with those of every multimodal one.
@@ -617,14 +799,12 @@ mod _core {
     }
 
     /// Run with the interpreter detached, coming back for signals and the progress callback.
-    fn detached(
+    fn detached<T: Send>(
         py: Python<'_>,
         progress: Option<Py<PyAny>>,
-        work: impl FnOnce(
-            &mut dyn FnMut(Progress) -> ControlFlow<()>,
-        ) -> drift_fast_core::Result<Outcome>
+        work: impl FnOnce(&mut dyn FnMut(Progress) -> ControlFlow<()>) -> drift_fast_core::Result<T>
         + Send,
-    ) -> PyResult<Outcome> {
+    ) -> PyResult<T> {
         let mut raised: Option<PyErr> = None;
         let mut tick = |state: Progress| {
             let answer = Python::attach(|py| {

@@ -9,6 +9,7 @@
 //! [`LANES`] sums, then folded into float64. A block whose sums overflow or underflow float32, or
 //! that holds NaN or infinity, is done again in float64.
 
+pub(crate) mod blend;
 mod compressed;
 #[cfg(target_arch = "x86_64")]
 mod f16c;

@@ -1,0 +1,163 @@
+"""Pictures of the lines of results: answers against perception, and both over λ.
+
+Owns the drawing only. The colours are Okabe and Ito's, told apart with any colour vision, and the
+markers differ as well.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from matplotlib.figure import Figure
+from methods import METHODS, REGIMES
+from pool import Line, by_key
+
+# By family: colour, marker.
+_FAMILIES: Final = {
+    "reference": ("#000000", "o"),
+    "merge": ("#999999", "v"),
+    "merge, then SFT": ("#0072B2", "s"),
+    "injection": ("#D55E00", "D"),
+    "motion": ("#009E73", "P"),
+    "control": ("#CC79A7", "x"),
+}
+_LABELLED: Final = ("as_is", "sft", "merge_sft_two", "drift", "drift_base", "motion_base")
+_SHORT: Final = {"multimodal": "exp−mm", "base": "exp−base"}
+
+
+def write(lines: Sequence[Line], out: Path) -> list[Path]:
+    """Draw what the lines allow, and return what was written."""
+    written = []
+    tested = [line for line in lines if line["stage"] == "test"]
+    regimes = [name for name in REGIMES if any(line["regime"] == name for line in tested)]
+    if "main" in regimes:
+        mine = [line for line in tested if line["regime"] == "main"]
+        written.append(_pareto({"main": mine}, out / "pareto.png"))
+    if others := [name for name in regimes if name != "main"]:
+        grouped = {name: [line for line in tested if line["regime"] == name] for name in others}
+        written.append(_pareto(grouped, out / "regimes.png"))
+    mine = [line for line in lines if line["regime"] == "main" and "progress" in line]
+    if mine:
+        written.append(_doses(mine, out / "progress.png"))
+    return written
+
+
+def _pareto(regimes: dict[str, list[Line]], path: Path) -> Path:
+    """Draw each method's mean answers over its mean digits, and the front of both."""
+    columns = min(2, len(regimes))
+    rows = -(-len(regimes) // columns)
+    figure: Any = Figure(figsize=(7.5 * columns, 5.4 * rows), dpi=130, layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes, (regime, lines) in zip(panels, regimes.items(), strict=False):
+        points = {
+            name: tuple(statistics.fmean(row[m] for row in rows) for m in ("digits", "answers"))
+            for (name,), rows in by_key(lines, "method").items()
+        }
+        for name, (digits, answers) in points.items():
+            colour, marker = _FAMILIES[METHODS[name].family]
+            axes.plot(digits, answers, marker, color=colour, markersize=6)
+        front = _front(points)
+        axes.step(
+            [points[n][0] for n in front], [points[n][1] for n in front], where="pre",
+            color="0.7", linewidth=1, zorder=0,
+        )  # fmt: skip
+        middle = statistics.fmean(axes.get_xlim())
+        for at, name in enumerate(dict.fromkeys([*front, *_LABELLED])):
+            if name in points:
+                # Towards the middle, so that no label leaves the panel.
+                left = points[name][0] < middle
+                axes.annotate(
+                    _name(name), points[name], fontsize=7, textcoords="offset points",
+                    xytext=(5 if left else -5, 5 if at % 2 == 0 else -9),
+                    ha="left" if left else "right",
+                )  # fmt: skip
+        pairs = len({(line["world"], line["set"]) for line in lines})
+        axes.set_title(f"{REGIMES[regime].label}\npairs: {pairs}", fontsize=8, loc="left")
+        axes.set_xlabel("digits read right")
+        axes.set_ylabel("answers right")
+        axes.grid(color="0.93")
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in panels[len(regimes) :]:
+        axes.set_visible(False)
+    present = {METHODS[line["method"]].family for lines in regimes.values() for line in lines}
+    for family, (colour, marker) in _FAMILIES.items():
+        if family in present:
+            panels[0].plot([], [], marker, color=colour, label=family)
+    figure.legend(loc="outside lower center", ncols=6, frameon=False, fontsize=8)
+    figure.savefig(path)
+    return path
+
+
+def _front(points: dict[str, tuple[float, ...]]) -> list[str]:
+    """Return the methods that no other beats or equals on both measures, by digits."""
+    best = [
+        name
+        for name, (digits, answers) in points.items()
+        if not any(
+            (d >= digits and a >= answers) and (d > digits or a > answers)
+            for d, a in points.values()
+        )
+    ]
+    return sorted(best, key=lambda name: points[name])
+
+
+def _doses(lines: Sequence[Line], path: Path) -> Path:
+    """Draw both measures over the final λ: every run, and the means of the runs over α and λ."""
+    figure: Any = Figure(figsize=(12.0, 8.0), dpi=130, layout="constrained")
+    panels = figure.subplots(2, 2, sharey="row", sharex=True)
+    for column, prior in enumerate(("multimodal", "base")):
+        for row, (measure, told) in enumerate(
+            (("answers", "answers right"), ("digits", "digits read right"))
+        ):
+            axes = panels[row, column]
+            for family, (colour, marker) in _FAMILIES.items():
+                mine = [line for line in lines if METHODS[line["method"]].family == family]
+                axes.plot(
+                    [line["progress"][prior]["all"] for line in mine],
+                    [line[measure] for line in mine],
+                    marker, color=colour, markersize=3, alpha=0.35, linestyle="none",
+                )  # fmt: skip
+            _curves(axes, lines, prior, measure)
+            axes.axvline(1.0, color="0.85", linewidth=0.8, zorder=0)
+            axes.set_ylabel(told)
+            axes.spines[["top", "right"]].set_visible(False)
+        panels[0, column].set_title(f"Δ = {_SHORT[prior]}", fontsize=10, loc="left")
+        panels[1, column].set_xlabel("final progress λ along Δ (1 = all of Δ)")
+        panels[1, column].set_xlim(-0.5, 2.2)
+    present = {METHODS[line["method"]].family for line in lines}
+    for family, (colour, marker) in _FAMILIES.items():
+        if family in present:
+            panels[0, 0].plot([], [], marker, color=colour, label=family)
+    figure.legend(loc="outside lower center", ncols=6, frameon=False, fontsize=8)
+    figure.savefig(path)
+    return path
+
+
+def _curves(axes: Any, lines: Sequence[Line], prior: str, measure: str) -> None:
+    """Join the means of the runs in which only α or only λ was varied."""
+    doses = [line for line in lines if line["stage"] == "dose"]
+    for (name,), rows in by_key(doses, "method").items():
+        if METHODS[name].prior != prior:
+            continue
+        texts = [{**row, "text": str(row["settings"])} for row in rows]
+        points = sorted(
+            tuple(
+                statistics.fmean(values)
+                for values in (
+                    [row["progress"][prior]["all"] for row in same],
+                    [row[measure] for row in same],
+                )
+            )
+            for same in by_key(texts, "text").values()
+        )
+        colour, _ = _FAMILIES[METHODS[name].family]
+        axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.6)
+
+
+def _name(name: str) -> str:
+    prior = METHODS[name].prior
+    return METHODS[name].label + ("" if prior is None else f" ({_SHORT[prior]})")

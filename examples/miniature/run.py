@@ -1,0 +1,474 @@
+"""Run the miniature: train its worlds, tune, test, and write tables and figures.
+
+Owns the order of the stages, which worlds and sets each uses, and the command line. Invariant: what
+is chosen is chosen from runs on the validation worlds alone, and the test worlds are run with what
+was chosen before; whatever is interrupted goes on where it stopped.
+
+    python examples/miniature/run.py --out build/miniature          # five minutes on two cores
+    python examples/miniature/run.py --full --out build/miniature-full --processes 32
+"""
+
+from __future__ import annotations
+
+import argparse
+import atexit
+import gc
+import json
+import logging
+import os
+import shutil
+import sys
+import tarfile
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+# Before torch is loaded, here and in every process of the pool: each has one core.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import figures
+import tables
+import torch
+import training
+import worlds
+from methods import METHODS, REGIMES, trials, tuned
+from pool import Clock, Line, Results, by_key, execute
+from training import Job
+
+from drift_fast import DriftWarning, demo
+from drift_fast.demo.experiment import Protocol
+
+HERE: Final = Path(__file__).parent
+STAGES: Final = ("checkpoints", "tune", "test", "dose", "regimes", "report")
+# Fine-tuning sets of tuning have numbers that no test has.
+TUNING_SET: Final = 100
+# λ that merges are given, and α of injections, for the curve of answers over λ.
+DOSES: Final = (0.125, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
+STRENGTHS: Final = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """How much is run. `shrink` divides the steps in which checkpoints are trained."""
+
+    flag: str
+    test_worlds: tuple[int, ...]
+    validation_worlds: tuple[int, ...]
+    sets: int
+    trials: int
+    regime_trials: int
+    methods: tuple[str, ...]
+    regimes: tuple[str, ...]
+    stages: tuple[str, ...]
+    doses: tuple[float, ...] = DOSES
+    strengths: tuple[float, ...] = STRENGTHS
+    protocol: Protocol = field(default_factory=Protocol)
+    shrink: int = 1
+
+
+FULL: Final = Profile(
+    flag="--full",
+    test_worlds=(1, 2, 3, 4),
+    validation_worlds=(11, 12),
+    sets=3,
+    trials=12,
+    regime_trials=8,
+    methods=tuple(METHODS),
+    regimes=tuple(name for name in REGIMES if name != "main"),
+    stages=STAGES,
+)
+# The demo's world, whose checkpoints are shipped, and settings that were chosen before.
+FAST: Final = Profile(
+    flag="",
+    test_worlds=(0,),
+    validation_worlds=(0,),
+    sets=3,
+    trials=6,
+    regime_trials=0,
+    methods=(
+        "as_is",
+        "sft",
+        "linear",
+        "task_arithmetic",
+        "drift",
+        "drift_base",
+        "drift_base_cap",
+        "merge_sft_two",
+        "motion_base",
+        "drift_base_shuffled",
+    ),
+    regimes=(),
+    stages=("test", "dose", "report"),
+    doses=(0.5, 1.0, 1.5),
+    strengths=(0.2, 0.4, 0.8, 1.6),
+)
+
+
+class Miniature:
+    """One profile in one directory."""
+
+    def __init__(
+        self, profile: Profile, out: Path, *, processes: int, device: str, clock: Clock
+    ) -> None:
+        self.profile = profile
+        self.out = out
+        self.processes = processes
+        self.device = device
+        self.clock = clock
+        out.mkdir(parents=True, exist_ok=True)
+        self.results = Results(out / "results.jsonl")
+        _copy_shipped(out)
+
+    def stage(self, name: str) -> int:
+        """Run a stage, and return how many of its jobs are left for the next time."""
+        match name:
+            case "checkpoints":
+                names = {n for job in self.all_jobs() for n in training.needed(job)}
+                return self.train(sorted(names))
+            case "tune":
+                return self._tuned("main")
+            case "test":
+                return self.run(self.test_jobs("main"))
+            case "dose":
+                return self.run(self.dose_jobs())
+            case "regimes":
+                left = 0
+                for regime in self.profile.regimes:
+                    left += self._tuned(regime)
+                    if left == 0:
+                        left += self.run(self.test_jobs(regime))
+                return left
+            case "report":
+                self.report()
+                return 0
+        raise ValueError(f"unknown stage {name!r}")
+
+    # The jobs.
+
+    def methods(self, regime: str) -> list[str]:
+        """Return the methods of a regime that this profile runs."""
+        return [
+            name
+            for name in REGIMES[regime].methods
+            if regime != "main" or name in self.profile.methods
+        ]
+
+    def tuning_jobs(self, regime: str) -> list[Job]:
+        """Return every trial of every method, on the validation worlds."""
+        count = self.profile.trials if regime == "main" else self.profile.regime_trials
+        present = set(self.methods(regime))
+        return [
+            Job(
+                stage="tune",
+                regime=regime,
+                world=world,
+                set=TUNING_SET,
+                method=method,
+                settings=json.dumps(settings),
+                split="validation",
+            )
+            for world in self.profile.validation_worlds
+            for method in tuned(regime)
+            if method in present
+            for settings in trials(regime, method, count)
+        ]
+
+    def test_jobs(self, regime: str) -> list[Job]:
+        """Return the runs on the test worlds, set by set, with the settings that were chosen."""
+        chosen = self.settings(regime)
+        return [
+            Job(
+                stage="test",
+                regime=regime,
+                world=world,
+                set=number,
+                method=method,
+                settings=json.dumps(chosen[method]),
+            )
+            for number in range(self.profile.sets)
+            for world in self.profile.test_worlds
+            for method in self.methods(regime)
+        ]
+
+    def dose_jobs(self) -> list[Job]:
+        """Return runs over α and over λ, on the validation worlds, at the chosen learning rates."""
+        chosen = self.settings("main")
+        doses = [{"attn": dose, "mlp": dose} for dose in self.profile.doses]
+        varied: dict[str, list[dict[str, Any]]] = {
+            "drift": [{"alpha": alpha} for alpha in self.profile.strengths],
+            "drift_base": [{"alpha": alpha} for alpha in self.profile.strengths],
+            "merge_sft_two": doses,
+            "motion_base": doses,
+        }
+        grid = [
+            (method, chosen[method] | values)
+            for method, several in varied.items()
+            if method in self.profile.methods
+            for values in several
+        ]
+        return [
+            Job(
+                stage="dose",
+                regime="main",
+                world=world,
+                set=TUNING_SET + 1,
+                method=method,
+                settings=json.dumps(settings),
+                split="validation",
+            )
+            for world in self.profile.validation_worlds
+            for method, settings in grid
+        ]
+
+    def all_jobs(self) -> list[Job]:
+        """Return one job of every kind, for what they need; settings do not matter."""
+        every = set(self.profile.test_worlds) | set(self.profile.validation_worlds)
+        return [
+            Job(stage="test", regime=regime, world=world, set=0, method=method)
+            for regime in ("main", *self.profile.regimes)
+            for world in sorted(every)
+            for method in self.methods(regime)
+        ]
+
+    # What is done with them.
+
+    def train(self, names: Sequence[str]) -> int:
+        """Train what checkpoints are missing."""
+        numbers = sorted({*self.profile.test_worlds, *self.profile.validation_worlds})
+        jobs = worlds.missing(self.out, numbers, list(names))
+
+        def ready(job: tuple[int, str]) -> bool:
+            parent = worlds.PARENTS[job[1]]
+            return parent is None or worlds.exists(self.out, job[0], parent)
+
+        work = partial(_train, root=self.out, device=self.device, shrink=self.profile.shrink)
+        return execute(
+            jobs,
+            work,
+            processes=self.processes,
+            clock=self.clock,
+            done=self._add_checkpoint,
+            ready=ready,
+            begin=partial(_begin, self.device),
+            cost=lambda job: worlds.COSTS[job[1]],
+            title="checkpoint",
+        )
+
+    def run(self, jobs: Sequence[Job]) -> int:
+        """Run what of the jobs has no result yet."""
+        needed = {(job.world, name) for job in jobs for name in training.needed(job)}
+        absent = sorted(f"{w}/{n}" for w, n in needed if not worlds.exists(self.out, w, n))
+        if absent:
+            raise SystemExit(f"run --stage checkpoints first; missing: {', '.join(absent)}")
+        work = partial(_run, root=self.out, protocol=self.profile.protocol, device=self.device)
+        return execute(
+            [job for job in jobs if not self.results.done(job.key)],
+            work,
+            processes=self.processes,
+            clock=self.clock,
+            done=self._add,
+            begin=partial(_begin, self.device),
+            title=jobs[0].stage if jobs else "",
+        )
+
+    def _add_checkpoint(
+        self, job: tuple[int, str], result: dict[str, float] | Exception, seconds: float
+    ) -> None:
+        if isinstance(result, Exception):
+            raise result
+        world, name = job
+        line = {"key": f"checkpoint/{world}/{name}", "stage": "checkpoints", "regime": "main"}
+        line |= {"world": world, "name": name, "set": 0, "device": self.device}
+        line |= {"measured": result, "seconds": {"train": round(seconds, 1)}}
+        self.results.add(line | {"command": self._command()})
+
+    def _command(self) -> str:
+        return " ".join(["python examples/miniature/run.py", self.profile.flag]).strip()
+
+    def _add(self, job: Job, result: Line | Exception, seconds: float) -> None:
+        if isinstance(result, Exception):
+            result = {"key": job.key, "method": job.method, "error": str(result)}
+        self.results.add(result | {"command": self._command()})
+
+    def _tuned(self, regime: str) -> int:
+        left = self.run(self.tuning_jobs(regime))
+        if left == 0:
+            self._choose(regime)
+        return left
+
+    def _choose(self, regime: str) -> None:
+        """Write down what was best of the trials of each method."""
+        keys = {job.key for job in self.tuning_jobs(regime)}
+        tried = [line for line in self.results.lines() if line["key"] in keys]
+        found = choose(tried, self.methods(regime))
+        path = self.out / "settings.json"
+        every = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        every[regime] = found
+        path.write_text(json.dumps(every, indent=1) + "\n", encoding="utf-8")
+
+    def settings(self, regime: str) -> dict[str, dict[str, Any]]:
+        """Return the chosen settings of each method: those of this directory, or as shipped.
+
+        Raises:
+            SystemExit: there are none, with what to run.
+        """
+        sources = [self.out / "settings.json"]
+        if "tune" not in self.profile.stages:
+            sources.append(HERE / "settings.json")
+        for path in sources:
+            every = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+            if regime in every:
+                chosen = {name: row["settings"] for name, row in every[regime].items()}
+                untuned = {n: {} for n in self.methods(regime) if not METHODS[n].space}
+                absent = [n for n in self.methods(regime) if n not in chosen | untuned]
+                if not absent:
+                    return untuned | chosen
+        raise SystemExit(
+            f"no settings for every method of {regime!r}: finish --stage "
+            f"{'tune' if regime == 'main' else 'regimes'} first"
+        )
+
+    def report(self) -> None:
+        """Write tables and figures from the lines there are."""
+        lines, failed = self.results.lines(), self.results.failed()
+        written = [tables.write(lines, failed, self.out / "results.md")]
+        written += figures.write(lines, self.out)
+        for path in written:
+            print(f"wrote {path}")
+
+
+def choose(lines: Sequence[Line], methods: Sequence[str]) -> dict[str, Any]:
+    """Return for each method with a search space the settings that did best in its trials.
+
+    The score is the mean over validation worlds of answers right, or of answers and digits; of
+    equals, the first trial's.
+    """
+    chosen = {}
+    for name in methods:
+        method = METHODS[name]
+        if not method.space:
+            continue
+        measures = ("answers", "digits") if method.chosen_by != "answers" else ("answers",)
+        mine = [line for line in lines if line["method"] == (method.like or name)]
+        tried = {
+            settings: rows
+            for (settings,), rows in by_key(
+                ({**line, "text": json.dumps(line["settings"])} for line in mine), "text"
+            ).items()
+        }
+        if not tried:
+            continue
+
+        def score(settings: str, tried: Any = tried, measures: Any = measures) -> float:
+            rows = tried[settings]
+            return sum(row[measure] for row in rows for measure in measures) / len(rows)
+
+        best = max(tried, key=score)
+        rows = tried[best]
+        chosen[name] = {
+            "settings": json.loads(best),
+            "answers": sum(row["answers"] for row in rows) / len(rows),
+            "digits": sum(row["digits"] for row in rows) / len(rows),
+            "trials": len(tried),
+            "worlds": sorted({row["world"] for row in rows}),
+        }
+    return chosen
+
+
+# What the processes of the pool do.
+
+
+def _begin(device: str) -> None:
+    import transformers
+
+    torch.set_num_threads(1)
+    # Trainer collects garbage around every run, and would go over all imported modules.
+    gc.freeze()
+    atexit.register(gc.unfreeze)
+    if device == "cuda":
+        # One for each process: Trainer would spread a run over all that it sees.
+        own = os.getpid() % max(1, torch.cuda.device_count())
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(own)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    # The library says of models without a common base what the regime is there to measure.
+    warnings.filterwarnings("ignore", "matched weights", DriftWarning)
+    transformers.utils.logging.set_verbosity(logging.ERROR)
+    transformers.utils.logging.disable_progress_bar()
+
+
+def _train(job: tuple[int, str], *, root: Path, device: str, shrink: int) -> dict[str, float]:
+    worlds.train(root, *job, device=device, shrink=shrink)
+    return worlds.measure(root, *job)
+
+
+def _run(job: Job, *, root: Path, protocol: Protocol, device: str) -> Line:
+    return training.run(job, root, protocol, device=device)
+
+
+def _copy_shipped(out: Path) -> None:
+    for name in ("base", "expert", "multimodal"):
+        target = worlds.directory(out, 0, name)
+        if not target.exists():
+            shutil.copytree(demo.CHECKPOINTS / name, target)
+
+
+# Moving a directory between machines.
+
+
+def pack(out: Path, archive: Path) -> None:
+    """Write lines, settings, tables and figures, but no checkpoints, to a tar.gz."""
+    with tarfile.open(archive, "w:gz") as tar:
+        for path in sorted(out.iterdir()):
+            if path.is_file():
+                tar.add(path, path.name)
+
+
+def unpack(archive: Path, out: Path) -> None:
+    """Take up what `pack` wrote, in place of what is there."""
+    out.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(archive) as tar:
+        tar.extractall(out, filter="data")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the stages asked for; 0 if all of them finished, 3 if there was no time for all."""
+    parser = argparse.ArgumentParser(description="Run the miniature experiment.")
+    parser.add_argument("--out", type=Path, required=True, help="directory of results")
+    parser.add_argument("--full", action="store_true", help="every world, method and regime")
+    parser.add_argument("--stage", nargs="+", choices=STAGES, help="default: all that it needs")
+    parser.add_argument("--processes", type=int, default=2, help="runs at a time, one core each")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--minutes", type=float, help="start nothing that would end later")
+    parser.add_argument("--regimes", nargs="+", choices=FULL.regimes, help="only these")
+    parser.add_argument("--pack", type=Path, metavar="FILE", help="write results as a tar.gz")
+    parser.add_argument("--unpack", type=Path, metavar="FILE", help="go on from such a file")
+    options = parser.parse_args(arguments)
+    profile = FULL if options.full else FAST
+    if options.regimes:
+        profile = replace(profile, regimes=tuple(options.regimes))
+    clock = Clock(options.minutes)
+    if options.unpack is not None:
+        unpack(options.unpack, options.out)
+    miniature = Miniature(
+        profile, options.out, processes=options.processes, device=options.device, clock=clock
+    )
+    left = 0
+    for stage in options.stage or profile.stages:
+        if stage == "report" or left == 0:
+            left += miniature.stage(stage)
+    if options.pack is not None:
+        pack(options.out, options.pack)
+    if left:
+        print(f"{left} jobs are left: run the same command again", file=sys.stderr)
+    failed = len(miniature.results.failed())
+    if failed:
+        print(f"{failed} runs failed; they are listed in results.md", file=sys.stderr)
+    return 3 if left else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

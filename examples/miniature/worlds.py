@@ -1,0 +1,178 @@
+"""The checkpoints of every world: what a fine-tuning starts from and what it is drawn towards.
+
+Owns which checkpoints a world has, how each is trained and where it lies. The task, the
+architectures and the training loop are the demo's. Does not know any method. Invariant: every
+checkpoint is trained once, from the world's number alone, and is bf16 safetensors as real ones are.
+
+* ``base``, ``expert``, ``multimodal``: as in the demo.
+* ``unrelated``: an expert like the first, from the same base, for another world's operations.
+* ``strong``: an expert trained from the base far longer and with a larger learning rate, so that
+  its Δ is large beside what fine-tuning can move.
+* ``foreign_base``, ``foreign``: base and expert from other initial weights.
+* ``sibling_base``, ``sibling``: the base continued on single steps of the whole tables, and an
+  expert from that one.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import torch
+from transformers import Qwen2ForCausalLM
+
+from drift_fast import compute_delta
+from drift_fast.demo import train_checkpoints as demo
+from drift_fast.demo import world as w
+from drift_fast.demo.experiment import decode, is_answer_right
+
+# Which checkpoint each is trained from, in an order in which they can be trained.
+PARENTS: Final[dict[str, str | None]] = {
+    "base": None,
+    "expert": "base",
+    "multimodal": "base",
+    "unrelated": "base",
+    "strong": "base",
+    "foreign_base": None,
+    "foreign": "foreign_base",
+    "sibling_base": "base",
+    "sibling": "sibling_base",
+}
+STRONG: Final = demo.Schedule(steps=3000, batch=48, lr=3e-3)
+SIBLING: Final = demo.Schedule(steps=700, batch=96, lr=1.5e-3)
+
+# How long each takes beside an expert, for what can still be started in time.
+COSTS: Final[dict[str, float]] = {
+    "base": 1.0,
+    "expert": 1.0,
+    "multimodal": 1.0,
+    "unrelated": 1.0,
+    "strong": 2.0,
+    "foreign_base": 1.0,
+    "foreign": 1.0,
+    "sibling_base": 0.4,
+    "sibling": 1.0,
+}
+
+# Added to a world's number where something must differ from it: never the number of a world used.
+_OTHER: Final = 5000
+
+
+def directory(root: Path, world: int, name: str) -> Path:
+    """Return where a world's checkpoint lies."""
+    return root / "checkpoints" / str(world) / name
+
+
+def exists(root: Path, world: int, name: str) -> bool:
+    """Whether a checkpoint has been trained."""
+    return (directory(root, world, name) / "config.json").exists()
+
+
+def missing(root: Path, worlds: list[int], names: list[str]) -> list[tuple[int, str]]:
+    """Return (world, name) of what is not trained yet, parents included and first."""
+    needed = set(names)
+    for name in reversed(PARENTS):
+        parent = PARENTS[name]
+        if name in needed and parent is not None:
+            needed.add(parent)
+    ordered = [name for name in PARENTS if name in needed]
+    return [(world, name) for name in ordered for world in worlds if not exists(root, world, name)]
+
+
+def train(root: Path, number: int, name: str, *, device: str = "cpu", shrink: int = 1) -> None:
+    """Train one checkpoint and write it whole or not at all; `shrink` divides its steps."""
+    world = w.World(number)
+    parent = PARENTS[name]
+    with torch.device(device):
+        base = None
+        if parent is not None:
+            # What was written, which is rounded to bf16.
+            base = Qwen2ForCausalLM.from_pretrained(
+                directory(root, number, parent), dtype=torch.float32
+            )
+        model = _train(world, name, base, shrink)
+    target = directory(root, number, name)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = target.with_name(f".{name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    demo.save(model.cpu(), unfinished)
+    unfinished.rename(target)
+
+
+def measure(root: Path, number: int, name: str) -> dict[str, float]:
+    """Return what a checkpoint knows, and how far from its parent it lies.
+
+    `steps` and `chains` are the shares right of text folds of two and of six digits, for text
+    models; `distance` is ‖W − W_parent‖/‖W_parent‖ over attention and MLP.
+    """
+    found: dict[str, float] = {}
+    path, parent = directory(root, number, name), PARENTS[name]
+    if parent is not None:
+        pair = (directory(root, number, parent), path)
+        # The multimodal model is the side that has a tower.
+        reasoning, multimodal = pair if name == "multimodal" else reversed(pair)
+        total = compute_delta(reasoning, multimodal, modules=("attn", "mlp"), threads=1).stats.total
+        found["distance"] = total.relative
+    if name != "multimodal":
+        with torch.device("cpu"):
+            model = Qwen2ForCausalLM.from_pretrained(path, dtype=torch.float32)
+        model.train(False)
+        world, generator = w.World(number), np.random.default_rng([number, 60])
+        for measure, length in (("steps", 2), ("chains", 6)):
+            folds = [world.text_fold(generator, length) for _ in range(200)]
+            right = map(is_answer_right, folds, decode(model, folds))
+            found[measure] = sum(right) / len(folds)
+    return found
+
+
+def _train(
+    world: w.World, name: str, base: Qwen2ForCausalLM | None, shrink: int
+) -> torch.nn.Module:
+    def short(schedule: demo.Schedule) -> demo.Schedule:
+        return demo.Schedule(
+            steps=max(1, schedule.steps // shrink),
+            batch=schedule.batch,
+            lr=schedule.lr,
+            warmup=schedule.warmup,
+            weight_decay=schedule.weight_decay,
+        )
+
+    if name == "base":
+        return demo.train_base(world, short(demo.BASE_SCHEDULE))
+    if name == "foreign_base":
+        return demo.train_base(_reseeded(world), short(demo.BASE_SCHEDULE))
+    if base is None:
+        raise ValueError(f"{name} is trained from another checkpoint, none was given")
+    if name == "sibling_base":
+        return _continued(world, base, short(SIBLING))
+    if name == "multimodal":
+        return demo.train_multimodal(world, base, short(demo.MULTIMODAL_SCHEDULE))
+    schedule = short(STRONG if name == "strong" else demo.EXPERT_SCHEDULE)
+    if name == "unrelated":
+        return demo.train_expert(w.World(world.seed + _OTHER), base, schedule)
+    return demo.train_expert(world, base, schedule)
+
+
+def _reseeded(world: w.World) -> w.World:
+    """Return the same tables with other initial weights and other draws."""
+    other = copy.copy(world)
+    other.seed = world.seed + _OTHER
+    return other
+
+
+def _continued(world: w.World, base: Qwen2ForCausalLM, schedule: demo.Schedule) -> Qwen2ForCausalLM:
+    """Train the base further on single steps of the whole tables, as a base for mathematics is."""
+
+    def draw(generator: np.random.Generator, count: int) -> list[w.Problem]:
+        copies = count // 4
+        return [world.text_fold(generator, 2) for _ in range(count - copies)] + [
+            world.text_copy(generator, 2) for _ in range(copies)
+        ]
+
+    demo.fit(
+        base, draw, schedule, generator=np.random.default_rng([world.seed, 13]), name="sibling"
+    )
+    return base

@@ -1,0 +1,273 @@
+"""Which tensors a merge changes, by how much, and what is to be said of each.
+
+Owns the way from two pairings to a list of tensors for the core; opens nothing and writes nothing.
+Every tensor of the multimodal checkpoint is in it once, merged or with the reason that it is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from drift_fast import _core
+from drift_fast.coverage import listed
+from drift_fast.errors import AlignmentError, CheckpointError, NonFiniteError
+from drift_fast.matching import Pair
+from drift_fast.pairing import Opened, Pairing, PathLike
+from drift_fast.recipe import OTHERWISE, Recipe
+from drift_fast.select import Layers, Modules, Selection, kind_of, layer_of
+
+DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+
+
+@dataclass(frozen=True)
+class MergedTensor:
+    """What became of one tensor.
+
+    `sources` are the reasoning checkpoint's names, none where the tensor was carried over, and then
+    `reason` says why. `merged` counts elements with a counterpart. `kept_reasoning` and
+    `kept_multimodal` count what trimming or dropping left of each task vector, and `cosine` is that
+    of both tensors, each where the method has it. `nonfinite` counts NaN and infinities of the
+    sources, `overflow` results beyond the dtype.
+    """
+
+    name: str
+    kind: str
+    layer: int | None
+    sources: tuple[str, ...] = ()
+    weight: float | None = None
+    reason: str = ""
+    merged: int = 0
+    kept_reasoning: int | None = None
+    kept_multimodal: int | None = None
+    cosine: float | None = None
+    nonfinite: int = 0
+    overflow: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what is known of it for `merge.json`; its name tells the kind and the layer."""
+        derived = {"kind", "layer"}
+        return {
+            key: value
+            for key, value in asdict(self).items()
+            if key not in derived and value not in (None, "", (), 0)
+        }
+
+
+@dataclass(frozen=True)
+class _Later(Selection):
+    """A selection of decoder layers from a number on."""
+
+    first: int = 0
+
+    def __contains__(self, name: str) -> bool:
+        layer = layer_of(name)
+        return layer is not None and layer >= self.first and super().__contains__(name)
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}, layers from {self.first} on"
+
+
+def selection_of(recipe: Recipe, modules: Modules | None, layers: Layers) -> Selection:
+    """Return which tensors are merged: what was asked for, or the kinds that have a weight.
+
+    Raises:
+        ValueError: modules or layers that `Selection` refuses.
+    """
+    if modules is None:
+        modules = [OTHERWISE] if OTHERWISE in recipe.weight else list(recipe.weight)
+    found = Selection.parse(modules, layers)
+    if recipe.keep_layers is None:
+        return found
+    return _Later(found.modules, found.layers, recipe.keep_layers)
+
+
+@dataclass(frozen=True)
+class Blended:
+    """A tensor that is merged: where its values come from, and with which weight."""
+
+    pair: Pair
+    of_base: Pair | None
+    weight: float
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every tensor of the multimodal checkpoint in file order: merged, or why it is not."""
+
+    recipe: Recipe
+    names: list[str]
+    nbytes: Mapping[str, int]
+    blended: Mapping[str, Blended]
+    reasons: Mapping[str, str]
+
+    @classmethod
+    def of(
+        cls,
+        recipe: Recipe,
+        pairing: Pairing,
+        of_base: Pairing | None,
+        *,
+        dtype: str | None,
+        strict: bool,
+    ) -> Plan:
+        """Put together what the pairings found.
+
+        Raises:
+            AlignmentError: when strict, a tensor that the base has no counterpart for.
+            CheckpointError: a tensor that cannot be merged into, such as 8-bit codes.
+            ValueError: a selected tensor that the weights name no number for.
+        """
+        right = pairing.opened[1]
+        bases = {} if of_base is None else {pair.name: pair for pair in of_base.pairs}
+        reasons = dict(pairing.coverage.unmatched_multimodal)
+        blended = {}
+        missing = []
+        for pair in pairing.pairs:
+            name = pair.name
+            weight = recipe.weight_of(name)
+            if weight is None:
+                raise ValueError(
+                    f"{name} is selected and weight has no number for {kind_of(name)!r}; add one, "
+                    f"or one for {OTHERWISE!r}, or leave modules out to merge what weight names"
+                )
+            if of_base is not None and name not in bases:
+                reasons[name] = "the base has no counterpart"
+                missing.append((name, reasons[name]))
+                continue
+            stored = right.dtypes[name]
+            if stored not in DTYPES:
+                raise CheckpointError(
+                    f"{right.source.path}: {name} is stored as {stored}, which cannot be merged "
+                    f"into; merge into a checkpoint of {', '.join(DTYPES)}, or leave it out with "
+                    "modules=… or layers=…"
+                )
+            blended[name] = Blended(pair, bases.get(name), weight, dtype or DTYPES[stored])
+        if of_base is not None and missing and (strict or not blended):
+            raise AlignmentError(
+                f"{len(missing)} tensors have no counterpart in the base "
+                f"{of_base.sources[0].path}:{listed(missing)}\nChoose the base that the reasoning "
+                "model was tuned from, or pass strict=False to carry them over"
+            )
+        names = [name for name, *_ in right.checkpoint.tensors()]
+        places = {name: right.checkpoint.place(name) for name in names}
+        nbytes = {name: end - start for name, (_, start, end) in places.items()}
+        return cls(recipe, names, nbytes, blended, reasons)
+
+    def slots(self) -> list[tuple[str, str | None]]:
+        """Return each tensor and the dtype of its result, None for its own."""
+        return [
+            (name, self.blended[name].dtype if name in self.blended else None)
+            for name in self.names
+        ]
+
+    def jobs(self) -> list[tuple[str, _core._Blended | None]]:
+        """Return each tensor as the core takes it."""
+        return [(name, self._job(name)) for name in self.names]
+
+    def _job(self, name: str) -> _core._Blended | None:
+        one = self.blended.get(name)
+        if one is None:
+            return None
+        return (
+            one.pair.source,
+            None if one.of_base is None else one.of_base.source,
+            one.dtype,
+            one.weight,
+            self.recipe.multimodal_weight,
+        )
+
+    @property
+    def total_nbytes(self) -> int:
+        """Bytes as the core counts its progress: for each model that is read, the tensor's own."""
+        return sum(self.nbytes[name] * self._models(name) for name in self.names)
+
+    def _models(self, name: str) -> int:
+        one = self.blended.get(name)
+        return 1 if one is None else 2 if one.of_base is None else 3
+
+    def tensors(self, found: list[_core.Found | None]) -> tuple[MergedTensor, ...]:
+        """Return what became of each tensor."""
+        return tuple(self._tensor(*item) for item in zip(self.names, found, strict=True))
+
+    def _tensor(self, name: str, row: _core.Found | None) -> MergedTensor:
+        one = self.blended.get(name)
+        if one is None or row is None:
+            reason = self.reasons.get(name, "block scales of a tensor that is carried over")
+            return MergedTensor(name, kind_of(name), layer_of(name), reason=reason)
+        return MergedTensor(
+            name,
+            kind_of(name),
+            layer_of(name),
+            tuple(one.pair.sources),
+            one.weight,
+            merged=row["merged"],
+            kept_reasoning=row["kept_reasoning"],
+            kept_multimodal=row["kept_multimodal"],
+            cosine=row["cosine"],
+            nonfinite=row["nonfinite_reasoning"]
+            + row["nonfinite_multimodal"]
+            + row["nonfinite_base"],
+            overflow=row["overflow"],
+        )
+
+    def refuse_nonfinite(
+        self, found: list[_core.Found | None], paths: tuple[Path, Path, Path | None]
+    ) -> None:
+        """Refuse NaN and infinities, in sources or in results; `paths` are R's, M's and B's.
+
+        Raises:
+            NonFiniteError: there are some.
+        """
+        problems = list(self._problems(found, paths))
+        if problems:
+            more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
+            raise NonFiniteError(
+                "; ".join(problems[:8])
+                + more
+                + ". Pass allow_nonfinite=True to count them in the report instead"
+            )
+
+    def _problems(
+        self, found: list[_core.Found | None], paths: tuple[Path, Path, Path | None]
+    ) -> Iterator[str]:
+        for name, row in zip(self.names, found, strict=True):
+            if row is None:
+                continue
+            one = self.blended[name]
+            sources = " and ".join(one.pair.sources[:3])
+            bases = " and ".join(one.of_base.sources[:3]) if one.of_base else ""
+            for count, there, path in (
+                (row["nonfinite_reasoning"], sources, paths[0]),
+                (row["nonfinite_multimodal"], name, paths[1]),
+                (row["nonfinite_base"], bases, paths[2]),
+            ):
+                if count:
+                    yield f"{there} has {count} NaN or infinite values in {path}"
+            if row["overflow"]:
+                remedy = "; choose dtype='float32'" if one.dtype == "float16" else ""
+                yield (
+                    f"{name}: {row['overflow']} results are beyond the range of {one.dtype}{remedy}"
+                )
+
+
+def refuse_in_place(out: PathLike, sources: list[Opened]) -> None:
+    """Refuse an output that is a source, or lies inside one.
+
+    Raises:
+        ValueError: it is or does.
+    """
+    target = Path(out).expanduser().resolve()
+    for opened in sources:
+        path = opened.source.path.resolve()
+        directory = opened.directory.resolve()
+        # Beside a single file there is room for other things.
+        within = path.is_dir() and path in target.parents
+        if within or target in (path, directory):
+            raise ValueError(
+                f"{out}: the output is{' inside' if within else ''} {opened.source.path}, a source "
+                "of this merge, which it must not change; choose another directory"
+            )

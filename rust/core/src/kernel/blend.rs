@@ -1,0 +1,247 @@
+//! The arithmetic of merging, on at most a block of float64 values at a time.
+//!
+//! Owns formulas, loads and the one rounding; knows neither names nor files. Everything is float64
+//! in one stated order of operations and without fused multiply-add, so that every processor gives
+//! the same bits. Each function is compiled for the baseline and for AVX2, as the rest of
+//! [`super`] is.
+
+use super::{BLOCK, Elements, ieee, wide};
+use crate::dtype::{Bf16, Dtype, F16, F32, Narrow, f32_to_bf16, f32_to_f16, f64_to_f32_odd};
+
+/// A block of values.
+pub(crate) type Values = [f64; BLOCK];
+
+/// Keeps the IEEE 754 default environment on this thread until dropped.
+pub(crate) struct Environment {
+    _ieee: ieee::DefaultFloat,
+}
+
+impl Environment {
+    pub(crate) fn enter() -> Self {
+        Self { _ieee: ieee::DefaultFloat::enter() }
+    }
+}
+
+/// Define functions that are compiled once more for AVX2 and take that where the processor has it.
+macro_rules! vectorised {
+    ($($(#[$doc:meta])* fn $name:ident($($arg:ident: $type:ty),* $(,)?) $(-> $result:ty)? $body:block)*) => {
+        $(
+            $(#[$doc])*
+            #[allow(clippy::too_many_arguments)]
+            pub(crate) fn $name($($arg: $type),*) $(-> $result)? {
+                #[inline(always)]
+                fn inner($($arg: $type),*) $(-> $result)? $body
+                #[cfg(target_arch = "x86_64")]
+                if std::arch::is_x86_feature_detected!("avx2") {
+                    #[target_feature(enable = "avx2")]
+                    fn avx2($($arg: $type),*) $(-> $result)? { inner($($arg),*) }
+                    // SAFETY: the processor has AVX2, which is all that the function asks for.
+                    #[allow(unsafe_code)]
+                    return unsafe { avx2($($arg),*) };
+                }
+                inner($($arg),*)
+            }
+        )*
+    };
+}
+
+#[inline(always)]
+fn load_all<T: Narrow>(bytes: &[u8], out: &mut [f64]) {
+    let bytes = &bytes[..T::NBYTES * out.len()];
+    for (index, value) in out.iter_mut().enumerate() {
+        *value = f64::from(T::load(bytes, index));
+    }
+}
+
+vectorised! {
+    /// The values of elements, exactly.
+    fn widen(elements: Elements<'_>, out: &mut [f64]) {
+        match elements.dtype {
+            Dtype::BF16 => load_all::<Bf16>(elements.bytes, out),
+            Dtype::F16 => load_all::<F16>(elements.bytes, out),
+            Dtype::F32 => load_all::<F32>(elements.bytes, out),
+            Dtype::F64 => {
+                for (index, value) in out.iter_mut().enumerate() {
+                    *value = wide::load(&elements, index);
+                }
+            }
+        }
+    }
+
+    /// Round each value once, to nearest and ties to even.
+    fn round(values: &[f64], dtype: Dtype, bytes: &mut [u8]) {
+        match dtype {
+            Dtype::BF16 => {
+                for (out, &value) in bytes.as_chunks_mut::<2>().0.iter_mut().zip(values) {
+                    *out = f32_to_bf16(f64_to_f32_odd(value)).to_le_bytes();
+                }
+            }
+            Dtype::F16 => {
+                for (out, &value) in bytes.as_chunks_mut::<2>().0.iter_mut().zip(values) {
+                    *out = f32_to_f16(f64_to_f32_odd(value)).to_le_bytes();
+                }
+            }
+            Dtype::F32 => {
+                for (out, &value) in bytes.as_chunks_mut::<4>().0.iter_mut().zip(values) {
+                    *out = (value as f32).to_le_bytes();
+                }
+            }
+            Dtype::F64 => {
+                for (out, &value) in bytes.as_chunks_mut::<8>().0.iter_mut().zip(values) {
+                    *out = value.to_le_bytes();
+                }
+            }
+        }
+    }
+
+    /// How many values are NaN or infinite.
+    fn nonfinite(values: &[f64]) -> u64 {
+        let mut count = 0u64;
+        for value in values {
+            count += u64::from(!value.is_finite());
+        }
+        count
+    }
+
+    /// The largest magnitude; NaN counts as none.
+    fn largest(values: &[f64]) -> f64 {
+        let mut lanes = [0f64; 8];
+        let (chunks, rest) = values.as_chunks::<8>();
+        for chunk in chunks {
+            for (lane, value) in lanes.iter_mut().zip(chunk) {
+                *lane = lane.max(value.abs());
+            }
+        }
+        rest.iter().chain(&lanes).fold(0.0, |most, value| most.max(value.abs()))
+    }
+
+    /// Left minus right.
+    fn difference(left: &[f64], right: &[f64], out: &mut [f64]) {
+        for ((out, x), y) in out.iter_mut().zip(left).zip(right) {
+            *out = x - y;
+        }
+    }
+
+    /// a·x + b·y.
+    fn weighted(a: f64, x: &[f64], b: f64, y: &[f64], out: &mut [f64]) {
+        for ((out, x), y) in out.iter_mut().zip(x).zip(y) {
+            *out = a * x + b * y;
+        }
+    }
+
+    /// start + w·step.
+    fn moved(start: &[f64], w: f64, step: &[f64], out: &mut [f64]) {
+        for ((out, start), step) in out.iter_mut().zip(start).zip(step) {
+            *out = start + w * step;
+        }
+    }
+
+    /// base + (w·first + v·second).
+    fn added(base: &[f64], w: f64, first: &[f64], v: f64, second: &[f64], out: &mut [f64]) {
+        for (((out, base), first), second) in out.iter_mut().zip(base).zip(first).zip(second) {
+            *out = base + (w * first + v * second);
+        }
+    }
+
+    /// base + the mean of those of w·first and v·second that are not zero and have the sign of their
+    /// sum; where the sum is zero nothing is added.
+    fn elected(base: &[f64], w: f64, first: &[f64], v: f64, second: &[f64], out: &mut [f64]) {
+        for (((out, base), first), second) in out.iter_mut().zip(base).zip(first).zip(second) {
+            let (x, y) = (w * first, v * second);
+            let sum = x + y;
+            let up = f64::from(u8::from(sum > 0.0));
+            let down = f64::from(u8::from(sum < 0.0));
+            let sign = up - down;
+            let (with_x, with_y) = (x * sign > 0.0, y * sign > 0.0);
+            let count = f64::from(u8::from(with_x)) + f64::from(u8::from(with_y));
+            let total = if with_x { x } else { 0.0 } + if with_y { y } else { 0.0 };
+            *out = base + total / count.max(1.0);
+        }
+    }
+
+    /// Set to zero what is smaller in magnitude than the threshold, and return how many are left.
+    fn trim(values: &mut [f64], threshold: f64) -> u64 {
+        let mut kept = 0u64;
+        for value in values {
+            // Not the complement: of NaN neither is true, and it stays to be seen.
+            let drop = value.abs() < threshold;
+            kept += u64::from(!drop);
+            *value = if drop { 0.0 } else { *value };
+        }
+        kept
+    }
+
+    /// Keep each value for whose number the random number is below the limit, divided by the share
+    /// that is kept; the rest becomes zero. Returns how many are left.
+    fn drop_out(values: &mut [f64], key: u64, first: u64, limit: u64, density: f64) -> u64 {
+        let mut kept = 0u64;
+        for (value, index) in values.iter_mut().zip(first..) {
+            let keep = random(key, index) < limit;
+            kept += u64::from(keep);
+            *value = if keep { *value / density } else { 0.0 };
+        }
+        kept
+    }
+
+    /// (Σx², Σy², Σxy), summed in eight lanes.
+    fn products(x: &[f64], y: &[f64]) -> [f64; 3] {
+        let mut sums = [[0f64; 8]; 3];
+        let ((x_chunks, x_rest), (y_chunks, y_rest)) = (x.as_chunks::<8>(), y.as_chunks::<8>());
+        for (x, y) in x_chunks.iter().zip(y_chunks) {
+            for lane in 0..8 {
+                sums[0][lane] += x[lane] * x[lane];
+                sums[1][lane] += y[lane] * y[lane];
+                sums[2][lane] += x[lane] * y[lane];
+            }
+        }
+        for (lane, (x, y)) in x_rest.iter().zip(y_rest).enumerate() {
+            sums[0][lane] += x * x;
+            sums[1][lane] += y * y;
+            sums[2][lane] += x * y;
+        }
+        sums.map(|lanes| lanes.iter().sum())
+    }
+}
+
+/// Bits of a random number.
+pub(crate) const RANDOM_NBITS: u32 = 53;
+
+/// The random number of an index, of 53 bits: SplitMix64 (Steele, Lea and Flood, "Fast splittable
+/// pseudorandom number generators", 2014) at state key + (index + 1)·γ, so that each can be had
+/// without those before it.
+#[inline(always)]
+pub(crate) fn random(key: u64, index: u64) -> u64 {
+    let mut z = key.wrapping_add(index.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    (z ^ (z >> 31)) >> (64 - RANDOM_NBITS)
+}
+
+/// What sorts magnitudes: the bits of a float64 without its sign.
+#[inline(always)]
+pub(crate) fn magnitude(value: f64) -> u64 {
+    value.to_bits() & !(1 << 63)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn random_numbers_are_those_of_the_published_generator() {
+        // The first outputs of java.util.SplittableRandom's mixer for seed 1234567.
+        let expected: [u64; 3] = [6457827717110365317, 3203168211198807973, 9817491932198370423];
+        for (index, value) in expected.into_iter().enumerate() {
+            assert_eq!(random(1234567, index as u64), value >> 11);
+        }
+    }
+
+    #[test]
+    fn an_elected_sign_takes_the_mean_of_those_that_have_it_and_a_draw_takes_nothing() {
+        let mut out = [0.0; 6];
+        let first = [3.0, -1.0, 2.0, 0.0, -4.0, 0.0];
+        let second = [1.0, 4.0, -2.0, 5.0, -2.0, 0.0];
+        elected(&[10.0; 6], 1.0, &first, 1.0, &second, &mut out);
+        assert_eq!(out, [12.0, 14.0, 10.0, 15.0, 7.0, 10.0]);
+    }
+}

@@ -1,0 +1,227 @@
+"""The miniature end to end at a tiny size: pairs are equal, tables follow from the lines."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import statistics
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+if any(importlib.util.find_spec(name) is None for name in ("peft", "accelerate", "sklearn")):
+    pytest.skip("the miniature needs peft, accelerate and sklearn", allow_module_level=True)
+
+HERE = Path(__file__).parent.parent / "examples" / "miniature"
+OWN = ("figures", "methods", "pool", "run", "tables", "training", "worlds")
+
+
+@pytest.fixture(scope="module")
+def miniature() -> Iterator[Any]:
+    """The example's modules, which it imports by bare names, and none of them left behind."""
+    sys.path.insert(0, str(HERE))
+    try:
+        yield importlib.import_module("run")
+    finally:
+        sys.path.remove(str(HERE))
+        for name in OWN:
+            sys.modules.pop(name, None)
+
+
+def tiny(miniature: Any) -> Any:
+    protocol = miniature.Protocol(
+        samples=24, steps=4, batch=4, answers_per_length=4, readings_per_length=4
+    )
+    return replace(
+        miniature.FAST,
+        sets=2,
+        trials=2,
+        methods=(
+            "as_is",
+            "sft",
+            "task_arithmetic",
+            "merge_sft_two",
+            "drift_base",
+            "drift_base_reversed",
+            "motion_base",
+            "drift_base_balanced",
+        ),
+        strengths=(0.5,),
+        doses=(1.0,),
+        protocol=protocol,
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(miniature: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    one = miniature.Miniature(
+        tiny(miniature),
+        tmp_path_factory.mktemp("miniature"),
+        processes=1,
+        device="cpu",
+        clock=miniature.Clock(None),
+    )
+    for stage in ("checkpoints", "tune", "test", "dose", "report"):
+        assert one.stage(stage) == 0
+    assert not one.results.failed()
+    return one
+
+
+def of(lines: list[dict[str, Any]], **fields: Any) -> list[dict[str, Any]]:
+    return [line for line in lines if all(line[k] == v for k, v in fields.items())]
+
+
+def test_every_method_of_the_profile_is_run_on_every_world_and_set(finished: Any) -> None:
+    tested = of(finished.results.lines(), stage="test")
+    pairs = {(line["method"], line["world"], line["set"]) for line in tested}
+    assert pairs == {(m, 0, s) for m in finished.profile.methods for s in (0, 1)}
+    assert len(tested) == len(pairs)
+
+
+def test_methods_of_one_set_train_on_equal_batches_and_other_sets_on_others(finished: Any) -> None:
+    trained = [line for line in of(finished.results.lines(), stage="test") if "batches" in line]
+    digests = {s: {line["batches"] for line in of(trained, set=s)} for s in (0, 1)}
+    assert len(trained) == 12
+    assert [len(found) for found in digests.values()] == [1, 1]
+    assert digests[0] != digests[1]
+
+
+def test_what_is_chosen_is_the_best_trial_and_never_from_a_test(finished: Any) -> None:
+    lines = finished.results.lines()
+    tried = of(lines, stage="tune", method="sft")
+    best = max(tried, key=lambda line: line["answers"])
+    assert finished.settings("main")["sft"] == best["settings"]
+    assert {line["split"] for line in of(lines, stage="tune")} == {"validation"}
+    assert not {line["set"] for line in of(lines, stage="tune")} & {0, 1}
+    balanced = finished.settings("main")["drift_base_balanced"]
+    score = {
+        json.dumps(line["settings"]): line["answers"] + line["digits"]
+        for line in of(lines, stage="tune", method="drift_base")
+    }
+    assert score[json.dumps(balanced)] == max(score.values())
+
+
+def test_tables_follow_from_the_lines(finished: Any) -> None:
+    written = (finished.out / "results.md").read_text(encoding="utf-8")
+    rows = of(finished.results.lines(), stage="test", method="drift_base")
+    answers = [row["answers"] for row in rows]
+    cell = f"{statistics.fmean(answers):.3f} ± {statistics.stdev(answers):.3f}"
+    assert f"| DRIFT adaptive | exp−base | {cell} |" in written
+    sft = {row["set"]: row for row in of(finished.results.lines(), stage="test", method="sft")}
+    gains = [row["digits"] - sft[row["set"]]["digits"] for row in rows]
+    (row,) = [r for r in written.split("### ")[1].splitlines() if "| DRIFT adaptive | exp−b" in r]
+    assert f"{statistics.fmean(gains):+.3f} ± " in row
+    assert f"{sum(gain > 0 for gain in gains)}/2" in row
+    for name in ("pareto.png", "progress.png"):
+        assert (finished.out / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_progress_ends_where_each_method_should(finished: Any) -> None:
+    lines = of(finished.results.lines(), stage="test", set=0)
+    progress = {line["method"]: line["progress"]["base"] for line in lines}
+    assert progress["as_is"]["all"] == 0.0
+    settings = finished.settings("main")
+    for name in ("merge_sft_two", "motion_base"):
+        for kind in ("attn", "mlp"):
+            assert progress[name][kind] == pytest.approx(settings[name][kind], abs=0.05)
+    assert progress["drift_base"]["all"] > 0 > progress["drift_base_reversed"]["all"]
+    assert progress["task_arithmetic"]["all"] == pytest.approx(
+        settings["task_arithmetic"]["weight"], abs=0.01
+    )
+
+
+def test_a_second_call_runs_nothing_and_a_failed_run_is_run_again(
+    finished: Any, miniature: Any
+) -> None:
+    before = finished.results.path.read_bytes()
+    assert finished.stage("test") == 0
+    assert finished.results.path.read_bytes() == before
+    key = of(finished.results.lines(), stage="test", method="as_is", set=0)[0]["key"]
+    copy = finished.out / "copy.jsonl"
+    copy.write_bytes(before + b'{"key": "unfini')
+    results = type(finished.results)(copy)
+    assert results.done(key)
+    results.add({"key": key, "method": "as_is", "error": "no room"})
+    results = type(results)(copy)
+    assert not results.done(key)
+    assert [line["error"] for line in results.failed()] == ["no room"]
+    assert len(results.lines()) == len(finished.results.lines()) - 1
+
+
+def test_results_can_be_packed_and_taken_up_elsewhere(
+    finished: Any, miniature: Any, tmp_path: Path
+) -> None:
+    miniature.pack(finished.out, tmp_path / "results.tar.gz")
+    miniature.unpack(tmp_path / "results.tar.gz", tmp_path / "other")
+    for name in ("results.jsonl", "settings.json", "results.md"):
+        assert (tmp_path / "other" / name).read_bytes() == (finished.out / name).read_bytes()
+
+
+def test_nothing_starts_that_the_clock_does_not_allow(miniature: Any) -> None:
+    ran: list[int] = []
+    left = miniature.execute(
+        [1, 2],
+        ran.append,
+        processes=1,
+        clock=miniature.Clock(0.0),
+        done=lambda job, result, seconds: None,
+    )
+    assert (left, ran) == (2, [])
+
+
+# The arithmetic of pairs.
+
+
+def pairs(worlds: list[list[float]]) -> list[dict[str, Any]]:
+    return [
+        {"world": w, "set": s, "answers": value}
+        for w, sets in enumerate(worlds)
+        for s, value in enumerate(sets)
+    ]
+
+
+def test_an_interval_is_over_the_means_of_worlds(miniature: Any) -> None:
+    found = miniature.tables.difference(
+        pairs([[0.5, 0.7], [0.3, 0.3]]), pairs([[0.4, 0.4], [0.3, 0.4]]), "answers"
+    )
+    # World means +0.2 and −0.05: mean 0.075, deviation 0.1768, t of one degree of freedom.
+    assert found.mean == pytest.approx(0.075)
+    assert found.interval == pytest.approx(12.706 * statistics.stdev([0.2, -0.05]) / math.sqrt(2))
+    assert (found.wins, found.ties, found.pairs) == (2, 1, 4)
+    assert found.told == "not told apart"
+
+
+def test_pairs_that_the_baseline_lacks_are_left_out(miniature: Any) -> None:
+    found = miniature.tables.difference(
+        pairs([[0.5, 0.9], [0.6]]), pairs([[0.4], [0.4]]), "answers"
+    )
+    assert found.pairs == 2
+    assert found.mean == pytest.approx(0.15)
+
+
+# The methods.
+
+
+def test_every_method_has_equal_trials_within_its_space(miniature: Any) -> None:
+    from methods import METHODS, Interval, space_of, trials, tuned
+
+    for regime in ("main", "large"):
+        for name in tuned(regime):
+            tried = trials(regime, name, 12)
+            assert len({json.dumps(t) for t in tried}) == len(tried)
+            assert len(tried) == (6 if name == "layer_swap" else 12)
+            for settings in tried:
+                for key, values in space_of(regime, name).items():
+                    if isinstance(values, Interval):
+                        assert values.low <= settings[key] <= values.high
+                    else:
+                        assert settings[key] in values
+    assert trials("main", "merge_sft_two", 12) == trials("main", "motion_base", 12)
+    for method in METHODS.values():
+        if method.like is not None:
+            assert METHODS[method.like].space == method.space
