@@ -15,6 +15,7 @@ import pytest
 
 from drift_fast import CheckpointError, Delta, compute_delta, inspect
 from drift_fast.cli import main
+from drift_fast.merging import merge
 from range_server import HubServer, RangeServer
 from synthetic import Pair, contents, language_model, moved, vision_tower, write_checkpoint
 
@@ -278,3 +279,21 @@ def test_offline_nothing_is_asked_of_the_hub(hub: HubServer, tmp_path: Path) -> 
     assert done.returncode == 1
     assert "HF_HUB_OFFLINE" in done.stderr
     assert not hub.requests
+
+
+def test_a_merge_of_urls_is_that_of_the_files(
+    server: RangeServer, local: Pair, tmp_path: Path
+) -> None:
+    """Everything of the multimodal model is downloaded, with the settings that go along."""
+    for name in ("config.json", "chat_template.jinja"):
+        (local.multimodal / name).write_text("{}")
+        server.files[f"/vlm/{name}"] = b"{}"
+    options: dict[str, Any] = {"weight": 0.5, "modules": "attn"}
+    expected = merge("linear", local.reasoning, local.multimodal, tmp_path / "a", **options)
+    found = merge("linear", f"{server.url}/text/", f"{server.url}/vlm", tmp_path / "b", **options)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    assert found.merged == expected.merged
+    assert found.files == expected.files == ("chat_template.jinja", "config.json")
+    transfer = found.sources["reasoning"]["transfer"]
+    assert transfer["downloaded_nbytes"] < size_of(local.reasoning) / 4
+    assert found.sources["multimodal"]["url"] == f"{server.url}/vlm"

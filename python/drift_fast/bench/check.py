@@ -132,10 +132,12 @@ def check_merge(
     """Compare the sampled tensors of a linear merge, under either checkpoint's names.
 
     Bit for bit if `exact`; else one value in a thousand may differ by its last bit and by what
-    float32 makes of both operands.
+    float32 makes of both operands; the verdict's error is then the largest difference, relative to
+    the sum of both magnitudes.
     """
     a, b, out = Stored(pair.reasoning), Stored(pair.multimodal), Stored(directory)
     tensors = values = 0
+    worst = 0.0
     for name in names:
         prefixed = pair.multimodal_name(name)
         place = prefixed if prefixed in out else name
@@ -149,6 +151,7 @@ def check_merge(
             part = got[start * _CHUNK : start * _CHUNK + len(wanted)]
             different += int(np.count_nonzero(part != wanted))
             error = np.abs(widened(part) - widened(wanted))
+            worst = max(worst, float(np.max(error / (np.abs(x) + np.abs(y) + 1e-300), initial=0)))
             allowance = 2**-7 * np.abs(widened(wanted)) + 2**-22 * (np.abs(x) + np.abs(y))
             far += int(np.count_nonzero(~(error <= allowance)))
         tensors, values = tensors + 1, values + len(got)
@@ -157,7 +160,7 @@ def check_merge(
             return Verdict(
                 None, tensors, values, f"{different} of {len(got)} values of {prefixed} differ"
             )
-    return Verdict(None, tensors, values)
+    return Verdict(worst or None, tensors, values)
 
 
 def _chunks(left: Bits, right: Bits) -> Iterator[tuple[Floats, Floats]]:

@@ -304,7 +304,7 @@ def check_entry(
         weight = commands.MERGE_WEIGHT
         exact = entry.who == "ours"
         verdict = check.check_merge(session.pair, entry.out, entry.sample, weight, exact=exact)
-        row.compared, row.wrong = verdict.values, verdict.wrong
+        row.error, row.compared, row.wrong = verdict.error, verdict.values, verdict.wrong
     elif entry.sample and entry.out is not None:
         verdict = check.check_delta(session.pair, entry.out, entry.sample)
         row.compared, row.wrong = verdict.values, verdict.wrong

@@ -136,6 +136,6 @@ mod tests {
     #[test]
     fn two_lists_of_ranges_meet_where_both_have_elements() {
         assert_eq!(common(&[0..4, 6..10], &[2..7, 9..20]), [2..4, 6..7, 9..10]);
-        assert_eq!(common(&[0..4], &[4..9]), []);
+        assert_eq!(common(&[0..4, 5..6], &[4..5, 6..9]), []);
     }
 }

@@ -8,6 +8,7 @@
 
 mod gather;
 mod passes;
+mod step;
 mod trim;
 mod work;
 

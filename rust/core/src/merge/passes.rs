@@ -58,7 +58,7 @@ pub(super) fn length(job: &Job<'_>) -> usize {
     }
 }
 
-/// Elements that have a counterpart, as far as the shapes tell.
+/// Whether a side is put together from parts.
 fn is_composed(blend: &Blend<'_>) -> bool {
     std::iter::once(&blend.reasoning)
         .chain(&blend.base)

@@ -1,4 +1,4 @@
-//! What a worker does with a chunk, and what is known of the tensors of a batch between passes.
+//! Hand out chunks pass by pass, read them, and keep what is known of the tensors of a batch.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -6,13 +6,13 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 use super::gather::{Room, common, part, present};
 use super::passes::{Chunk, Pass, Schedule, length, step};
+use super::step::{Blocks, Sides, Step};
 use super::trim::{Counts, Interval, SAMPLE, SAMPLE_RUNS};
-use super::{Blend, Found, Job, Method, PARALLEL, key, limit};
+use super::{Blend, Found, Job, Method, PARALLEL, key};
 use crate::budget::Account;
-use crate::dtype::Dtype;
 use crate::error::{Error, Result};
-use crate::kernel::blend::{self, Environment, Values};
-use crate::kernel::{BLOCK, Elements};
+use crate::kernel::BLOCK;
+use crate::kernel::blend::{self, Environment};
 use crate::stream::{CHUNK, Minuend, Progress};
 use crate::writer::Writer;
 
@@ -25,16 +25,6 @@ pub(super) struct Scratch {
     values: Box<Blocks>,
     counts: [Counts; 2],
     sample: [Vec<u64>; 2],
-}
-
-/// Values of one block.
-struct Blocks {
-    m: Values,
-    r: Values,
-    b: Values,
-    /// The task vectors.
-    tasks: [Values; 2],
-    out: Values,
 }
 
 impl Scratch {
@@ -394,7 +384,7 @@ impl<'a> Work<'a> {
             job.multimodal.shard.prefetch(start.min(end)..end);
             return;
         };
-        if chunk.index > 0 && matches!(chunk.pass, Pass::Write) && !blend_reads_once(self.method) {
+        if chunk.index > 0 && matches!(chunk.pass, Pass::Write) && !reads_once(self.method) {
             return;
         }
         let total = length(job);
@@ -578,7 +568,7 @@ impl<'a> Work<'a> {
 }
 
 /// Whether the pass that writes is the one that reads a tensor first.
-fn blend_reads_once(method: Method) -> bool {
+fn reads_once(method: Method) -> bool {
     !matches!(method, Method::Ties { .. } | Method::Slerp)
 }
 
@@ -613,182 +603,5 @@ impl Known {
             // Also where one of them is zero and the cosine has no value.
             [1.0 - w, w]
         };
-    }
-}
-
-impl Found {
-    fn add(&mut self, other: &Found) {
-        let sum = |left: Option<u64>, right: Option<u64>| match (left, right) {
-            (None, None) => None,
-            (left, right) => Some(left.unwrap_or(0) + right.unwrap_or(0)),
-        };
-        self.merged += other.merged;
-        self.nonfinite_reasoning += other.nonfinite_reasoning;
-        self.nonfinite_multimodal += other.nonfinite_multimodal;
-        self.nonfinite_base += other.nonfinite_base;
-        self.overflow += other.overflow;
-        self.kept_reasoning = sum(self.kept_reasoning, other.kept_reasoning);
-        self.kept_multimodal = sum(self.kept_multimodal, other.kept_multimodal);
-    }
-}
-
-/// The elements of a chunk on every side.
-struct Sides<'a> {
-    m: Elements<'a>,
-    r: Elements<'a>,
-    b: Option<Elements<'a>>,
-    /// The number of the first element.
-    start: usize,
-}
-
-impl Sides<'_> {
-    /// Load block after block of the elements that have a counterpart; `then` gets the number of the
-    /// first element and how many there are.
-    fn each(
-        &self,
-        present: &[Range<usize>],
-        values: &mut Blocks,
-        mut then: impl FnMut(&mut Blocks, usize, usize),
-    ) {
-        for run in present {
-            for element in run.clone().step_by(BLOCK) {
-                let len = BLOCK.min(run.end - element);
-                let (start, end) = (element - self.start, element - self.start + len);
-                blend::widen(self.m.slice(start, end), &mut values.m[..len]);
-                blend::widen(self.r.slice(start, end), &mut values.r[..len]);
-                if let Some(b) = &self.b {
-                    blend::widen(b.slice(start, end), &mut values.b[..len]);
-                }
-                then(values, element, len);
-            }
-        }
-    }
-
-    /// Σr², Σm², Σrm, block by block; what is not finite is left out.
-    fn products(&self, present: &[Range<usize>], values: &mut Blocks) -> [f64; 3] {
-        let mut sums = [0.0; 3];
-        self.each(present, values, |Blocks { m, r, .. }, _, len| {
-            let (m, r) = (&mut m[..len], &mut r[..len]);
-            if blend::nonfinite(m) + blend::nonfinite(r) > 0 {
-                for (m, r) in m.iter_mut().zip(r.iter_mut()) {
-                    if !m.is_finite() || !r.is_finite() {
-                        (*m, *r) = (0.0, 0.0);
-                    }
-                }
-            }
-            for (sum, product) in sums.iter_mut().zip(blend::products(r, m)) {
-                *sum += product;
-            }
-        });
-        sums
-    }
-}
-
-impl Blocks {
-    /// Compute a task vector: 0 is the reasoning model's, 1 the multimodal model's.
-    fn task(&mut self, task: usize, len: usize, has_base: bool) {
-        let from = if has_base { &self.b } else { &self.m };
-        let of = if task == 0 { &self.r } else { &self.m };
-        blend::difference(&of[..len], &from[..len], &mut self.tasks[task][..len]);
-    }
-}
-
-/// How the blocks of a tensor are merged.
-struct Step<'a, 'b> {
-    method: Method,
-    blend: &'b Blend<'a>,
-    thresholds: [f64; 2],
-    factors: [f64; 2],
-    keys: [u64; 2],
-}
-
-impl Step<'_, '_> {
-    fn block(
-        &self,
-        values: &mut Blocks,
-        element: usize,
-        len: usize,
-        has_base: bool,
-        bytes: &mut [u8],
-        dtype: Dtype,
-    ) -> Found {
-        let (w, v) = (self.blend.weight, self.blend.multimodal_weight);
-        let mut found = Found {
-            nonfinite_reasoning: blend::nonfinite(&values.r[..len]),
-            nonfinite_multimodal: blend::nonfinite(&values.m[..len]),
-            nonfinite_base: if has_base { blend::nonfinite(&values.b[..len]) } else { 0 },
-            ..Found::default()
-        };
-        match self.method {
-            Method::Take => values.out[..len].copy_from_slice(&values.r[..len]),
-            Method::Linear => {
-                let Blocks { m, r, out, .. } = values;
-                blend::weighted(1.0 - w, &m[..len], w, &r[..len], &mut out[..len]);
-            }
-            Method::Slerp => {
-                let Blocks { m, r, out, .. } = values;
-                let [of_m, of_r] = self.factors;
-                blend::weighted(of_m, &m[..len], of_r, &r[..len], &mut out[..len]);
-            }
-            Method::TaskArithmetic if !has_base || v == 1.0 => {
-                values.task(0, len, has_base);
-                let Blocks { m, tasks, out, .. } = values;
-                blend::moved(&m[..len], w, &tasks[0][..len], &mut out[..len]);
-            }
-            Method::TaskArithmetic => {
-                values.task(0, len, true);
-                values.task(1, len, true);
-                let Blocks { b, tasks: [r, m], out, .. } = values;
-                blend::added(&b[..len], w, &r[..len], v, &m[..len], &mut out[..len]);
-            }
-            Method::Ties { .. } | Method::DareLinear { .. } | Method::DareTies { .. } => {
-                let mut kept = [None; 2];
-                for task in 0..1 + usize::from(has_base) {
-                    values.task(task, len, has_base);
-                    kept[task] = Some(self.thin(task, &mut values.tasks[task][..len], element));
-                }
-                [found.kept_reasoning, found.kept_multimodal] = kept;
-                let Blocks { m, b, tasks: [first, second], out, .. } = values;
-                let (first, second) = (&first[..len], &second[..len]);
-                let out = &mut out[..len];
-                match (has_base, self.method) {
-                    (false, _) => blend::moved(&m[..len], w, first, out),
-                    (true, Method::DareLinear { .. }) => {
-                        blend::added(&b[..len], w, first, v, second, out);
-                    }
-                    (true, _) => blend::elected(&b[..len], w, first, v, second, out),
-                }
-            }
-        }
-        let out = &values.out[..len];
-        blend::round(out, dtype, bytes);
-        let inputs = found.nonfinite_reasoning + found.nonfinite_multimodal + found.nonfinite_base;
-        if inputs > 0 || blend::largest(out) > dtype.max_finite() {
-            found.overflow = values.overflow(len, has_base, Elements { dtype, bytes });
-        }
-        found
-    }
-
-    /// Trim a task vector, or drop and rescale, and return how many elements are kept.
-    fn thin(&self, task: usize, vector: &mut [f64], element: usize) -> u64 {
-        match self.method {
-            Method::DareLinear { density, .. } | Method::DareTies { density, .. } => {
-                blend::drop_out(vector, self.keys[task], element as u64, limit(density), density)
-            }
-            _ => blend::trim(vector, self.thresholds[task]),
-        }
-    }
-}
-
-impl Blocks {
-    /// How many of the results are not finite although everything they are made of is.
-    fn overflow(&self, len: usize, has_base: bool, written: Elements<'_>) -> u64 {
-        (0..len)
-            .filter(|&i| {
-                let base = !has_base || self.b[i].is_finite();
-                let sources = self.m[i].is_finite() && self.r[i].is_finite() && base;
-                sources && !written.value(i).is_finite()
-            })
-            .count() as u64
     }
 }

@@ -1,0 +1,195 @@
+//! The arithmetic of a chunk: blocks of values on every side, task vectors, and each method's result.
+
+use std::ops::Range;
+
+use super::{Blend, Found, Method, limit};
+use crate::dtype::Dtype;
+use crate::kernel::blend::{self, Values};
+use crate::kernel::{BLOCK, Elements};
+
+/// Values of one block.
+pub(super) struct Blocks {
+    pub(super) m: Values,
+    pub(super) r: Values,
+    pub(super) b: Values,
+    /// The task vectors.
+    pub(super) tasks: [Values; 2],
+    pub(super) out: Values,
+}
+
+/// The elements of a chunk on every side.
+pub(super) struct Sides<'a> {
+    pub(super) m: Elements<'a>,
+    pub(super) r: Elements<'a>,
+    pub(super) b: Option<Elements<'a>>,
+    /// The number of the first element.
+    pub(super) start: usize,
+}
+
+impl Sides<'_> {
+    /// Load block after block of the elements that have a counterpart; `then` gets the number of the
+    /// first element and how many there are.
+    pub(super) fn each(
+        &self,
+        present: &[Range<usize>],
+        values: &mut Blocks,
+        mut then: impl FnMut(&mut Blocks, usize, usize),
+    ) {
+        for run in present {
+            for element in run.clone().step_by(BLOCK) {
+                let len = BLOCK.min(run.end - element);
+                let (start, end) = (element - self.start, element - self.start + len);
+                blend::widen(self.m.slice(start, end), &mut values.m[..len]);
+                blend::widen(self.r.slice(start, end), &mut values.r[..len]);
+                if let Some(b) = &self.b {
+                    blend::widen(b.slice(start, end), &mut values.b[..len]);
+                }
+                then(values, element, len);
+            }
+        }
+    }
+
+    /// Σr², Σm², Σrm, block by block; what is not finite is left out.
+    pub(super) fn products(&self, present: &[Range<usize>], values: &mut Blocks) -> [f64; 3] {
+        let mut sums = [0.0; 3];
+        self.each(present, values, |Blocks { m, r, .. }, _, len| {
+            let (m, r) = (&mut m[..len], &mut r[..len]);
+            if blend::nonfinite(m) + blend::nonfinite(r) > 0 {
+                for (m, r) in m.iter_mut().zip(r.iter_mut()) {
+                    if !m.is_finite() || !r.is_finite() {
+                        (*m, *r) = (0.0, 0.0);
+                    }
+                }
+            }
+            for (sum, product) in sums.iter_mut().zip(blend::products(r, m)) {
+                *sum += product;
+            }
+        });
+        sums
+    }
+}
+
+impl Blocks {
+    /// Compute a task vector: 0 is the reasoning model's, 1 the multimodal model's.
+    pub(super) fn task(&mut self, task: usize, len: usize, has_base: bool) {
+        let from = if has_base { &self.b } else { &self.m };
+        let of = if task == 0 { &self.r } else { &self.m };
+        blend::difference(&of[..len], &from[..len], &mut self.tasks[task][..len]);
+    }
+}
+
+/// How the blocks of a tensor are merged.
+pub(super) struct Step<'a, 'b> {
+    pub(super) method: Method,
+    pub(super) blend: &'b Blend<'a>,
+    pub(super) thresholds: [f64; 2],
+    pub(super) factors: [f64; 2],
+    pub(super) keys: [u64; 2],
+}
+
+impl Step<'_, '_> {
+    pub(super) fn block(
+        &self,
+        values: &mut Blocks,
+        element: usize,
+        len: usize,
+        has_base: bool,
+        bytes: &mut [u8],
+        dtype: Dtype,
+    ) -> Found {
+        let (w, v) = (self.blend.weight, self.blend.multimodal_weight);
+        let mut found = Found {
+            nonfinite_reasoning: blend::nonfinite(&values.r[..len]),
+            nonfinite_multimodal: blend::nonfinite(&values.m[..len]),
+            nonfinite_base: if has_base { blend::nonfinite(&values.b[..len]) } else { 0 },
+            ..Found::default()
+        };
+        match self.method {
+            Method::Take => values.out[..len].copy_from_slice(&values.r[..len]),
+            Method::Linear => {
+                let Blocks { m, r, out, .. } = values;
+                blend::weighted(1.0 - w, &m[..len], w, &r[..len], &mut out[..len]);
+            }
+            Method::Slerp => {
+                let Blocks { m, r, out, .. } = values;
+                let [of_m, of_r] = self.factors;
+                blend::weighted(of_m, &m[..len], of_r, &r[..len], &mut out[..len]);
+            }
+            Method::TaskArithmetic if !has_base || v == 1.0 => {
+                values.task(0, len, has_base);
+                let Blocks { m, tasks, out, .. } = values;
+                blend::moved(&m[..len], w, &tasks[0][..len], &mut out[..len]);
+            }
+            Method::TaskArithmetic => {
+                values.task(0, len, true);
+                values.task(1, len, true);
+                let Blocks { b, tasks: [r, m], out, .. } = values;
+                blend::added(&b[..len], w, &r[..len], v, &m[..len], &mut out[..len]);
+            }
+            Method::Ties { .. } | Method::DareLinear { .. } | Method::DareTies { .. } => {
+                let mut kept = [None; 2];
+                for (task, kept) in kept.iter_mut().enumerate().take(1 + usize::from(has_base)) {
+                    values.task(task, len, has_base);
+                    *kept = Some(self.thin(task, &mut values.tasks[task][..len], element));
+                }
+                [found.kept_reasoning, found.kept_multimodal] = kept;
+                let Blocks { m, b, tasks: [first, second], out, .. } = values;
+                let (first, second) = (&first[..len], &second[..len]);
+                let out = &mut out[..len];
+                match (has_base, self.method) {
+                    (false, _) => blend::moved(&m[..len], w, first, out),
+                    (true, Method::DareLinear { .. }) => {
+                        blend::added(&b[..len], w, first, v, second, out);
+                    }
+                    (true, _) => blend::elected(&b[..len], w, first, v, second, out),
+                }
+            }
+        }
+        let out = &values.out[..len];
+        blend::round(out, dtype, bytes);
+        let inputs = found.nonfinite_reasoning + found.nonfinite_multimodal + found.nonfinite_base;
+        if inputs > 0 || blend::largest(out) > dtype.max_finite() {
+            found.overflow = values.overflow(len, has_base, Elements { dtype, bytes });
+        }
+        found
+    }
+
+    /// Trim a task vector, or drop and rescale, and return how many elements are kept.
+    pub(super) fn thin(&self, task: usize, vector: &mut [f64], element: usize) -> u64 {
+        match self.method {
+            Method::DareLinear { density, .. } | Method::DareTies { density, .. } => {
+                blend::drop_out(vector, self.keys[task], element as u64, limit(density), density)
+            }
+            _ => blend::trim(vector, self.thresholds[task]),
+        }
+    }
+}
+
+impl Blocks {
+    /// How many of the results are not finite although everything they are made of is.
+    pub(super) fn overflow(&self, len: usize, has_base: bool, written: Elements<'_>) -> u64 {
+        (0..len)
+            .filter(|&i| {
+                let base = !has_base || self.b[i].is_finite();
+                let sources = self.m[i].is_finite() && self.r[i].is_finite() && base;
+                sources && !written.value(i).is_finite()
+            })
+            .count() as u64
+    }
+}
+
+impl Found {
+    pub(super) fn add(&mut self, other: &Found) {
+        let sum = |left: Option<u64>, right: Option<u64>| match (left, right) {
+            (None, None) => None,
+            (left, right) => Some(left.unwrap_or(0) + right.unwrap_or(0)),
+        };
+        self.merged += other.merged;
+        self.nonfinite_reasoning += other.nonfinite_reasoning;
+        self.nonfinite_multimodal += other.nonfinite_multimodal;
+        self.nonfinite_base += other.nonfinite_base;
+        self.overflow += other.overflow;
+        self.kept_reasoning = sum(self.kept_reasoning, other.kept_reasoning);
+        self.kept_multimodal = sum(self.kept_multimodal, other.kept_multimodal);
+    }
+}
