@@ -22,6 +22,7 @@ pub mod sketch;
 mod spectrum;
 pub mod storage;
 pub mod stream;
+mod workers;
 pub mod writer;
 
 pub use checkpoint::Checkpoint;

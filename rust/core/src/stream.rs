@@ -7,9 +7,7 @@
 use std::collections::HashSet;
 use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Mutex, PoisonError};
-use std::thread;
 use std::time::Duration;
 
 use crate::budget::{Account, Demand, Plan};
@@ -23,6 +21,7 @@ use crate::shard::{Shard, Tensor, subtractable};
 use crate::sketch::SingularValues;
 use crate::spectrum::{self, Spectra};
 use crate::storage::Encoded;
+use crate::workers;
 use crate::writer::Writer;
 
 /// Elements of one chunk: half a mebibyte of bfloat16 from either side, which stays in a core's cache.
@@ -223,38 +222,8 @@ pub fn run(
         nbytes: AtomicU64::new(0),
         failure: Mutex::new(None),
     };
-    let interrupted = thread::scope(|scope| {
-        let (done, finished) = mpsc::channel::<()>();
-        let work = &work;
-        let mut spawned = 0;
-        for _ in 0..plan.workers {
-            let done = done.clone();
-            let worker = move || {
-                work.run();
-                drop(done);
-            };
-            // Where the system allows no more threads, those that there are do all of it.
-            match thread::Builder::new().spawn_scoped(scope, worker) {
-                Ok(_) => spawned += 1,
-                Err(_) => break,
-            }
-        }
-        if spawned == 0 {
-            work.run();
-        }
-        drop(done);
-        // The channel closes when the last worker has gone, even if one panicked.
-        loop {
-            let ended = matches!(finished.recv_timeout(TICK), Err(RecvTimeoutError::Disconnected));
-            if tick(work.progress()).is_break() {
-                work.stop();
-                return true;
-            }
-            if ended {
-                return false;
-            }
-        }
-    });
+    let interrupted =
+        workers::run(plan.workers, TICK, &|| work.run(), &|| work.stop(), || tick(work.progress()));
     if interrupted {
         return Err(Error::Interrupted);
     }

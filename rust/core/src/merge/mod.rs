@@ -14,8 +14,6 @@ mod work;
 
 use std::collections::HashSet;
 use std::ops::ControlFlow;
-use std::sync::mpsc::{self, RecvTimeoutError};
-use std::thread;
 use std::time::Duration;
 
 use sha2::{Digest, Sha256};
@@ -26,6 +24,7 @@ use crate::error::{Error, Result};
 use crate::kernel::blend::RANDOM_NBITS;
 use crate::shard::Shard;
 use crate::stream::{Minuend, Options, Progress, Side, check_side};
+use crate::workers;
 use crate::writer::Writer;
 use passes::Schedule;
 use work::Work;
@@ -207,40 +206,10 @@ pub fn run(
     let account = Account::default();
     let schedule = Schedule::new(jobs, method, options)?;
     account.add(schedule.state_nbytes());
-    let workers = schedule.workers();
+    let count = schedule.workers();
     let work = Work::new(jobs, method, writer, schedule, &account, options.prefetch_nbytes);
-    let interrupted = thread::scope(|scope| {
-        let (done, finished) = mpsc::channel::<()>();
-        let work = &work;
-        let mut spawned = 0;
-        for _ in 0..workers {
-            let done = done.clone();
-            let worker = move || {
-                work.run();
-                drop(done);
-            };
-            // Where the system allows no more threads, those that there are do all of it.
-            match thread::Builder::new().spawn_scoped(scope, worker) {
-                Ok(_) => spawned += 1,
-                Err(_) => break,
-            }
-        }
-        if spawned == 0 {
-            work.run();
-        }
-        drop(done);
-        // The channel closes when the last worker has gone, even if one panicked.
-        loop {
-            let ended = matches!(finished.recv_timeout(TICK), Err(RecvTimeoutError::Disconnected));
-            if tick(work.progress()).is_break() {
-                work.stop();
-                return true;
-            }
-            if ended {
-                return false;
-            }
-        }
-    });
+    let interrupted =
+        workers::run(count, TICK, &|| work.run(), &|| work.stop(), || tick(work.progress()));
     if interrupted {
         return Err(Error::Interrupted);
     }

@@ -1,0 +1,128 @@
+//! Threads that share one piece of work, watched over by the thread that asked for it.
+//!
+//! Owns starting, watching and ending them; what they do, and how they are told to stop, is the
+//! caller's. Invariant: no worker outlives the call, and one that panics stops the others, which
+//! might otherwise wait for what it was to give.
+
+use std::ops::ControlFlow;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
+use std::time::Duration;
+
+/// Run `work` on `count` threads until all have returned; say whether `tick` broke it off.
+///
+/// `tick` runs on this thread, at least every `every` and once at the end. `stop` must make every
+/// `work` return soon, and may be called more than once and from any thread.
+///
+/// # Panics
+/// If a worker did, once all have returned.
+pub(crate) fn run(
+    count: usize,
+    every: Duration,
+    work: &(dyn Fn() + Sync),
+    stop: &(dyn Fn() + Sync),
+    mut tick: impl FnMut() -> ControlFlow<()>,
+) -> bool {
+    thread::scope(|scope| {
+        let (done, finished) = mpsc::channel::<()>();
+        let mut spawned = 0;
+        for _ in 0..count {
+            let done = done.clone();
+            let worker = move || {
+                let guard = StopOnPanic(stop);
+                work();
+                drop((guard, done));
+            };
+            // Where the system allows no more threads, those that there are do all of it.
+            match thread::Builder::new().spawn_scoped(scope, worker) {
+                Ok(_) => spawned += 1,
+                Err(_) => break,
+            }
+        }
+        if spawned == 0 {
+            work();
+        }
+        drop(done);
+        // The channel closes when the last worker has gone, even if one panicked.
+        loop {
+            let ended = matches!(finished.recv_timeout(every), Err(RecvTimeoutError::Disconnected));
+            if tick().is_break() {
+                stop();
+                return true;
+            }
+            if ended {
+                return false;
+            }
+        }
+    })
+}
+
+struct StopOnPanic<'a>(&'a (dyn Fn() + Sync));
+
+impl Drop for StopOnPanic<'_> {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            (self.0)();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::panic::{self, AssertUnwindSafe};
+    use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+    use super::*;
+
+    const EVERY: Duration = Duration::from_millis(5);
+
+    fn wait_for(flag: &AtomicBool) {
+        while !flag.load(Ordering::SeqCst) {
+            thread::yield_now();
+        }
+    }
+
+    #[test]
+    fn a_worker_that_panics_stops_those_that_wait_for_it() {
+        let (stopped, started) = (AtomicBool::new(false), AtomicUsize::new(0));
+        let work = || {
+            if started.fetch_add(1, Ordering::SeqCst) == 0 {
+                panic!("as one in a kernel would");
+            }
+            wait_for(&stopped);
+        };
+        let stop = || stopped.store(true, Ordering::SeqCst);
+        let hook = panic::take_hook();
+        panic::set_hook(Box::new(|_| {}));
+        let ended = panic::catch_unwind(AssertUnwindSafe(|| {
+            run(3, EVERY, &work, &stop, || ControlFlow::Continue(()))
+        }));
+        panic::set_hook(hook);
+        assert!(ended.is_err() && stopped.load(Ordering::SeqCst));
+    }
+
+    #[test]
+    fn a_tick_that_breaks_off_stops_everyone() {
+        let stopped = AtomicBool::new(false);
+        let stop = || stopped.store(true, Ordering::SeqCst);
+        let mut ticks = 0;
+        let broken = run(2, EVERY, &|| wait_for(&stopped), &stop, || {
+            ticks += 1;
+            if ticks == 3 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        });
+        assert!(broken && ticks == 3);
+    }
+
+    #[test]
+    fn work_that_ends_is_not_broken_off_and_ticks_at_least_once() {
+        let (count, mut ticks) = (AtomicUsize::new(0), 0);
+        let work = || {
+            count.fetch_add(1, Ordering::SeqCst);
+        };
+        let broken = run(4, Duration::from_secs(60), &work, &|| {}, || {
+            ticks += 1;
+            ControlFlow::Continue(())
+        });
+        assert!(!broken && count.load(Ordering::SeqCst) == 4 && ticks == 1);
+    }
+}
