@@ -54,6 +54,9 @@ UNSAFE = {
     "optimizer.pt": "pickle",
     "scaler.pkl": "pickle",
     "notes.txt": "mine",
+    "license.py": "raise SystemExit",
+    "NOTICE.pkl": "pickle",
+    "licence.safetensors": "weights",
     "merge.json": "{}",
     "drift.json": "{}",
 }
@@ -118,7 +121,7 @@ def test_settings_go_along_and_code_pickles_and_strangers_do_not(
         (sources[1] / name).write_text(text)
     (sources[1] / "additional").mkdir()
     (sources[1] / "vocab.json").symlink_to(sources[1] / "config.json")
-    with pytest.warns(DriftWarning, match=r"modeling_evil\.py"):
+    with pytest.warns(DriftWarning, match=r"license\.py, modeling_evil\.py"):
         merged = merge("linear", *sources, out, **ATTN)
     assert set(merged.files) == SAFE.keys() | {"vocab.json"}
     assert set(merged.left_behind) == UNSAFE.keys() | {"additional/"}
@@ -131,6 +134,78 @@ def test_settings_go_along_and_code_pickles_and_strangers_do_not(
         "merge.json",
         "model.safetensors.index.json",
     }
+
+
+def test_a_link_out_of_the_model_stays_behind_and_the_hubs_blobs_go_along(
+    tmp_path: Path, out: Path
+) -> None:
+    reasoning, written = write_sources(tmp_path / "written")
+    cache = tmp_path / "models--a--b"
+    model, blobs = cache / "snapshots" / "0123", cache / "blobs"
+    model.parent.mkdir(parents=True)
+    written.rename(model)
+    blobs.mkdir()
+    (model / "config.json").rename(blobs / "c0ffee")
+    (model / "config.json").symlink_to("../../blobs/c0ffee")
+    secret = tmp_path / "secret"
+    secret.write_text("{}")
+    (model / "NOTICE").symlink_to(secret)
+    with pytest.warns(DriftWarning, match="links out of .* NOTICE"):
+        merged = merge("linear", reasoning, model, out, **ATTN)
+    assert merged.files == ("config.json",)
+    assert merged.left_behind == ("NOTICE",)
+    assert (out / "config.json").read_text() == SAFE["config.json"]
+    (model / "config.json").unlink()
+    (model / "config.json").symlink_to(secret)
+    with refused(FileNotFoundError, "config.json but a link to elsewhere"):
+        merge("linear", reasoning, model, tmp_path / "other", **ATTN)
+
+
+def with_tied_head(directory: Path, head: str | None = None) -> tuple[Path, Path]:
+    """A pair whose configuration ties the head; the multimodal model stores one nevertheless."""
+    rng = np.random.default_rng(5)
+    text = language_model(rng, head=None)
+    vlm = moved(rng, text)
+    embedding = vlm["model.language_model.embed_tokens.weight"]
+    vlm["lm_head.weight"] = embedding if head is None else stored(rng.normal(0, 1, (16, 8)), head)
+    pair = write_checkpoint(directory / "text", text), write_checkpoint(directory / "vlm", vlm)
+    for path in pair:
+        (path / "config.json").write_text('{"model_type": "llama", "tie_word_embeddings": true}')
+    return pair
+
+
+@pytest.mark.parametrize("method", ["linear", "dare_linear"])
+def test_a_stored_head_that_is_tied_leaves_no_old_head_beside_a_merged_embedding(
+    tmp_path: Path, out: Path, method: str
+) -> None:
+    options = {"density": 0.5} if method == "dare_linear" else {}
+    pair = with_tied_head(tmp_path)
+    merged = merge(method, *pair, out, weight=0.5, rows="index", **options)
+    rows = {tensor.name: tensor for tensor in merged.tensors}
+    assert rows["model.language_model.embed_tokens.weight"].sources
+    assert "tied" in rows["lm_head.weight"].reason
+    assert "left out" in rows["lm_head.weight"].reason
+    assert "lm_head.weight" not in stored_tensors(out)
+    kept = merge("linear", *pair, tmp_path / "kept", **ATTN)
+    assert "lm_head.weight" in kept.carried
+    assert "lm_head.weight" in stored_tensors(tmp_path / "kept")
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F32"])
+def test_a_head_that_is_tied_and_differs_is_refused(tmp_path: Path, out: Path, dtype: str) -> None:
+    pair = with_tied_head(tmp_path, head=dtype)
+    with refused(CheckpointError, "ties lm_head.weight", "differ", "tie_word_embeddings"):
+        merge("linear", *pair, out, weight=0.5, rows="index")
+    assert not out.exists()
+
+
+def test_a_home_directory_is_found(
+    sources: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    merged = merge("linear", *sources, "~/merged", **ATTN)
+    assert merged.path == tmp_path / "merged"
+    assert (tmp_path / "merged/merge.json").is_file()
 
 
 def test_no_warning_where_there_is_no_code(sources: tuple[Path, Path], out: Path) -> None:
@@ -228,7 +303,37 @@ def test_a_merged_model_is_replaced_only_when_asked_and_nothing_else_ever(
     assert stored_tensors(empty).keys() == stored_tensors(out).keys()
 
 
+@pytest.mark.parametrize("named", ["thesis.txt", "model-00001-of-00009.safetensors", "vocab.json"])
+def test_a_list_that_anybody_may_have_written_removes_nothing(
+    sources: tuple[Path, Path], out: Path, named: str
+) -> None:
+    merge("linear", *sources, out, **ATTN)
+    described = json.loads((out / "merge.json").read_text())
+    (out / "merge.json").write_text(json.dumps(described | {"files": ["config.json", named]}))
+    # No merge leaves a directory, or a file of another name.
+    mine = out / named if named.endswith(".txt") else out / named / "mine"
+    mine.parent.mkdir(exist_ok=True)
+    mine.write_text("mine")
+    with refused(FileExistsError, named):
+        merge("linear", *sources, out, **ATTN, overwrite=True)
+    assert mine.read_text() == "mine"
+
+
 # ------------------------------------------------------------------ whole or not at all
+
+
+def test_what_a_killed_run_left_of_another_model_is_removed(
+    sources: tuple[Path, Path], out: Path
+) -> None:
+    left = out.parent / f".{out.name}.incomplete"
+    left.mkdir(parents=True)
+    for name in ("vocab.json", "LICENSE", "model-00001-of-00001.safetensors"):
+        (left / name).write_text("half")
+    merge("linear", *sources, out, **ATTN)
+    assert everything_under(out.parent) == {
+        out.name,
+        *(f"{out.name}/{name}" for name in everything_under(out)),
+    }
 
 
 def test_an_interruption_leaves_nothing(sources: tuple[Path, Path], out: Path) -> None:

@@ -1,54 +1,25 @@
 """Which files of the multimodal model go along with a merge, and which are left behind.
 
-Owns a list of names that hold settings, text or a tokenizer. A file that can run code (`.py`, a
-pickle) or that holds weights is never taken; links are followed, as the Hub's cache consists of
-them, but only to regular files.
+What may go along by its name is the core's list: settings, text, tokenizers and licences, never a
+file that can run code or that holds weights. Owns where such a file may lie: links are followed
+within the model's directory and to the blobs of the Hub's cache, which consists of them, and to
+nowhere else, since what goes along may be published.
 """
 
 from __future__ import annotations
 
-import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from drift_fast import _core
 from drift_fast.errors import CheckpointError, DriftWarning
 
 if TYPE_CHECKING:
     from drift_fast.pairing import Opened
 
-# As transformers, sentencepiece, tiktoken and mistral-common name them; a remote model is asked for
-# each of them.
-NAMES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "tokenizer.model",
-    "tokenizer.model.v3",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "tekken.json",
-    "tiktoken.model",
-    "qwen.tiktoken",
-    "chat_template.json",
-    "chat_template.jinja",
-    "preprocessor_config.json",
-    "image_processor_config.json",
-    "video_preprocessor_config.json",
-    "feature_extractor_config.json",
-    "processor_config.json",
-    "audio_tokenizer_config.json",
-    "configuration.json",
-)
 _INDEX = "model.safetensors.index.json"
-_LICENCE = re.compile(r"(licen[cs]e|notice)([._-][\w.-]*)?", re.IGNORECASE)
 # Far above what a tokenizer of a quarter of a million tokens takes.
 _LIMIT_NBYTES = 500_000_000
 
@@ -59,6 +30,8 @@ class Carried:
 
     files: dict[str, tuple[Path, int]]
     left_behind: list[str]
+    # Of those left behind, links to somewhere else that have a name that would go along.
+    outside: list[str]
 
     @property
     def code(self) -> list[str]:
@@ -90,16 +63,16 @@ def carried_over(multimodal: Opened) -> Carried:
     """
     directory, remote = multimodal.directory, multimodal.source.remote
     if remote is not None:
-        for name in NAMES:
+        for name in _core.accompanying_names():
             remote.optional_file(name)
     weights = {Path(shard).name for *_, shard in multimodal.checkpoint.tensors()} | {_INDEX}
     files: dict[str, tuple[Path, int]] = {}
-    left_behind = []
+    left_behind, outside = [], []
     for path in sorted(directory.iterdir()):
         name = path.name
         if name in weights or name.startswith("."):
             continue
-        if (name in NAMES or _LICENCE.fullmatch(name)) and path.is_file():
+        if _core.may_go_along(name) and path.is_file() and _is_within(path, directory):
             nbytes = path.stat().st_size
             if nbytes > _LIMIT_NBYTES:
                 raise CheckpointError(
@@ -109,20 +82,39 @@ def carried_over(multimodal: Opened) -> Carried:
             files[name] = (path, nbytes)
         elif not name.endswith(".ranges.json"):
             left_behind.append(f"{name}/" if path.is_dir() else name)
+            if _core.may_go_along(name) and path.is_symlink():
+                outside.append(name)
     if "config.json" not in files:
+        linked = " but a link to elsewhere" if "config.json" in outside else ""
         raise FileNotFoundError(
-            f"{directory}: there is no config.json beside the multimodal weights, so the merged "
-            "model could not be loaded; give the directory that save_pretrained wrote"
+            f"{directory}: there is no config.json{linked} beside the multimodal weights, so the "
+            "merged model could not be loaded; give the directory that save_pretrained wrote"
         )
-    return Carried(files, left_behind)
+    return Carried(files, left_behind, outside)
 
 
-def warn_of_code(carried: Carried) -> None:
-    """Warn where the multimodal model comes with code, which does not go along."""
+def _is_within(path: Path, directory: Path) -> bool:
+    """Tell whether a file's bytes lie in the model's directory, or in its Hub cache's blobs."""
+    found, home = path.resolve(), directory.resolve()
+    # …/models--NAME/snapshots/REVISION/config.json is a link to …/models--NAME/blobs/HASH.
+    snapshots = home.parent
+    of_a_cache = snapshots.name == "snapshots" and found.parent == snapshots.parent / "blobs"
+    return found.is_relative_to(home) or of_a_cache
+
+
+def warn_of_what_stays(carried: Carried) -> None:
+    """Warn of code that the model comes with, and of links to elsewhere: neither goes along."""
     if carried.code:
         warnings.warn(
             f"the multimodal model comes with code ({', '.join(carried.code)}), which is never "
             "copied: a model that needs it loads only once you have put it beside the merged one",
+            DriftWarning,
+            stacklevel=3,
+        )
+    if carried.outside:
+        warnings.warn(
+            f"left behind, since they are links out of the multimodal model's directory: "
+            f"{', '.join(carried.outside)}; put the files themselves there if they belong to it",
             DriftWarning,
             stacklevel=3,
         )

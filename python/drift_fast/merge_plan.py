@@ -6,6 +6,7 @@ Every tensor of the multimodal checkpoint is in it once, merged or with the reas
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,9 +18,12 @@ from drift_fast.errors import AlignmentError, CheckpointError, NonFiniteError
 from drift_fast.matching import Pair
 from drift_fast.pairing import Opened, Pairing, PathLike
 from drift_fast.recipe import OTHERWISE, Recipe
+from drift_fast.rows import TIED
 from drift_fast.select import Layers, Modules, Selection, kind_of, layer_of
 
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+LEFT_OUT_AS_TIED = "left out: tied to the embedding by the configuration, which is merged"
+_COMPARED_NBYTES = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -96,13 +100,18 @@ class Blended:
 
 @dataclass(frozen=True)
 class Plan:
-    """Every tensor of the multimodal checkpoint in file order: merged, or why it is not."""
+    """Every tensor of the multimodal checkpoint in file order: merged, or why it is not.
+
+    `tied` are heads that are stored beside the merged embedding which they are tied to, each with
+    that embedding's name. They are not written, or the loaded model would have an old head.
+    """
 
     recipe: Recipe
     names: list[str]
     nbytes: Mapping[str, int]
     blended: Mapping[str, Blended]
     reasons: Mapping[str, str]
+    tied: Mapping[str, str]
 
     @classmethod
     def of(
@@ -152,21 +161,42 @@ class Plan:
                 f"{of_base.sources[0].path}:{listed(missing)}\nChoose the base that the reasoning "
                 "model was tuned from, or pass strict=False to carry them over"
             )
+        tied = _tied(reasons, blended, right)
+        reasons |= dict.fromkeys(tied, LEFT_OUT_AS_TIED)
         names = [name for name, *_ in right.checkpoint.tensors()]
         places = {name: right.checkpoint.place(name) for name in names}
         nbytes = {name: end - start for name, (_, start, end) in places.items()}
-        return cls(recipe, names, nbytes, blended, reasons)
+        return cls(recipe, names, nbytes, blended, reasons, tied)
 
     def slots(self) -> list[tuple[str, str | None]]:
         """Return each tensor and the dtype of its result, None for its own."""
         return [
             (name, self.blended[name].dtype if name in self.blended else None)
-            for name in self.names
+            for name in self.written
         ]
+
+    @property
+    def written(self) -> list[str]:
+        """Names of the tensors of the output."""
+        return [name for name in self.names if name not in self.tied]
+
+    def check_tied(self, checkpoint: _core.Checkpoint, path: Path) -> None:
+        """Refuse a head that is tied by the configuration and is not the embedding's copy.
+
+        Raises:
+            CheckpointError: there is one.
+        """
+        for head, embedding in self.tied.items():
+            if not _equal(checkpoint, head, embedding):
+                raise CheckpointError(
+                    f"{path}: the configuration ties {head} to {embedding}, and they "
+                    "differ; set tie_word_embeddings to false in its config.json to merge both, or "
+                    "leave the embedding as it is with modules=('attn', 'mlp', 'norm')"
+                )
 
     def jobs(self) -> list[tuple[str, _core._Blended | None]]:
         """Return each tensor as the core takes it."""
-        return [(name, self._job(name)) for name in self.names]
+        return [(name, self._job(name)) for name in self.written]
 
     def _job(self, name: str) -> _core._Blended | None:
         one = self.blended.get(name)
@@ -183,7 +213,7 @@ class Plan:
     @property
     def total_nbytes(self) -> int:
         """Bytes as the core counts its progress: for each model that is read, the tensor's own."""
-        return sum(self.nbytes[name] * self._models(name) for name in self.names)
+        return sum(self.nbytes[name] * self._models(name) for name in self.written)
 
     def _models(self, name: str) -> int:
         one = self.blended.get(name)
@@ -191,7 +221,8 @@ class Plan:
 
     def tensors(self, found: list[_core.Found | None]) -> tuple[MergedTensor, ...]:
         """Return what became of each tensor."""
-        return tuple(self._tensor(*item) for item in zip(self.names, found, strict=True))
+        rows = dict(zip(self.written, found, strict=True))
+        return tuple(self._tensor(name, rows.get(name)) for name in self.names)
 
     def _tensor(self, name: str, row: _core.Found | None) -> MergedTensor:
         one = self.blended.get(name)
@@ -234,7 +265,7 @@ class Plan:
     def _problems(
         self, found: list[_core.Found | None], paths: tuple[Path, Path, Path | None]
     ) -> Iterator[str]:
-        for name, row in zip(self.names, found, strict=True):
+        for name, row in zip(self.written, found, strict=True):
             if row is None:
                 continue
             one = self.blended[name]
@@ -254,13 +285,48 @@ class Plan:
                 )
 
 
+def _tied(
+    reasons: Mapping[str, str], blended: Mapping[str, Blended], right: Opened
+) -> dict[str, str]:
+    """Return stored heads that are one parameter with a merged embedding, and that embedding."""
+    shapes = {name: tuple(shape) for name, _, shape, _ in right.checkpoint.tensors()}
+    embeddings = [name for name in blended if kind_of(name) == "embed"]
+    return {
+        head: embedding
+        for head, reason in reasons.items()
+        if reason == TIED and head in shapes
+        for embedding in embeddings
+        if shapes[head] == shapes[embedding]
+    }
+
+
+def _equal(checkpoint: _core.Checkpoint, first: str, second: str) -> bool:
+    """Tell whether two tensors of a checkpoint have the same dtype and bytes."""
+    dtypes = {name: dtype for name, dtype, *_ in checkpoint.tensors()}
+    if dtypes[first] != dtypes[second]:
+        return False
+    places = [checkpoint.place(name) for name in (first, second)]
+    with contextlib.ExitStack() as stack:
+        files = []
+        for path, start, _ in places:
+            files.append(stack.enter_context(Path(path).open("rb")))
+            files[-1].seek(start)
+        rest = places[0][2] - places[0][1]
+        while rest:
+            a, b = (file.read(min(rest, _COMPARED_NBYTES)) for file in files)
+            if a != b or not a:
+                return False
+            rest -= len(a)
+    return True
+
+
 def refuse_in_place(out: PathLike, sources: list[Opened]) -> None:
     """Refuse an output that is a source, or lies inside one.
 
     Raises:
         ValueError: it is or does.
     """
-    target = Path(out).expanduser().resolve()
+    target = Path(out).resolve()
     for opened in sources:
         path = opened.source.path.resolve()
         directory = opened.directory.resolve()

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from drift_fast import _core
-from drift_fast.carryover import carried_over, warn_of_code
+from drift_fast.carryover import carried_over, warn_of_what_stays
 from drift_fast.coverage import Coverage
 from drift_fast.delta import (
     MEMORY,
@@ -160,6 +160,7 @@ def merge(
         ValueError: an argument without meaning, such as an output inside a source, or memory that
             not even one thread can work in.
     """
+    out = Path(out).expanduser()
     recipe = Recipe.parse(
         method,
         has_base=base is not None,
@@ -188,12 +189,13 @@ def merge(
     first, of_base = pairings["reasoning"], pairings.get("base")
     plan = Plan.of(recipe, first, of_base, dtype=dtype, strict=strict)
     carried = carried_over(right)
-    warn_of_code(carried)
+    warn_of_what_stays(carried)
     _warn_of_configurations(first)
     for role, pairing in pairings.items():
         fetched = _fetched(pairing, plan, reader, progress)
         pairings[role] = verify(fetched) if check_weights else fetched
     first, of_base = pairings["reasoning"], pairings.get("base")
+    plan.check_tied(first.multimodal, first.sources[1].path)
     sources = _describe_sources(first)
     if of_base is not None:
         sources["base"] = _describe_sources(of_base)["reasoning"]
@@ -210,7 +212,7 @@ def merge(
         "left_behind": carried.left_behind,
     }
     writer = _core.ModelWriter(
-        Path(out),
+        out,
         first.multimodal,
         plan.slots(),
         max_shard_nbytes=shard_nbytes,
@@ -222,7 +224,7 @@ def merge(
 
     def report(tensors: int, nbytes: int) -> None:
         if progress is not None:
-            progress(Progress(tensors, len(plan.names), nbytes, plan.total_nbytes, "merging"))
+            progress(Progress(tensors, len(plan.written), nbytes, plan.total_nbytes, "merging"))
 
     try:
         found, peak_nbytes = _core.merge(
@@ -251,7 +253,7 @@ def merge(
         writer.abort()
         raise
     return Merged(
-        path=Path(out).absolute(),
+        path=out.absolute(),
         method=method,
         parameters=recipe.describe(),
         tensors=tensors,

@@ -3,6 +3,7 @@
 //! Data goes one way: [`Checkpoint`] → [`align()`](align::align) → [`stream`] → [`Writer`]. This
 //! crate knows bytes, names, shapes and dtypes; it knows neither torch nor Python.
 
+pub mod accompany;
 pub mod align;
 mod budget;
 pub mod checkpoint;

@@ -18,6 +18,7 @@ use rustix::fs::{Mode, OFlags};
 use safetensors::tensor::{Metadata, TensorInfo};
 use serde_json::json;
 
+use crate::accompany;
 use crate::dtype::Dtype;
 use crate::error::{Error, Limit, Result};
 use crate::storage::Storage;
@@ -63,7 +64,13 @@ impl Naming {
                 .is_some_and(|(number, total)| is_count(number) && is_count(total))
     }
 
-    /// The files that were added to a finished output, as its description lists them under `files`.
+    /// Whether a run that was cut off can have left a file of that name, whatever it merged.
+    fn may_be_left(&self, name: &str) -> bool {
+        self.is_ours(name, &[]) || (*self == Naming::MODEL && accompany::may_go_along(name))
+    }
+
+    /// The files that were added to a finished output, as its description lists them under `files`:
+    /// those of them that a merge can have added, since anybody may have written that list.
     fn carried(&self, target: &Path) -> Vec<String> {
         #[derive(serde::Deserialize)]
         struct Description {
@@ -76,6 +83,9 @@ impl Naming {
             .ok()
             .and_then(|text| serde_json::from_slice::<Description>(&text).ok())
             .map_or_else(Vec::new, |description| description.files)
+            .into_iter()
+            .filter(|name| accompany::may_go_along(name))
+            .collect()
     }
 }
 /// The directory within the hidden one through which several processes agree; see [`Part`].
@@ -295,7 +305,7 @@ impl Writer {
         let parents = Parents::create(target.parent().unwrap_or(&target))?;
         let needed = check_space(hidden.parent().unwrap_or(&target), &target, naming, sizes)?;
         let added: Vec<String> = added.iter().map(|(name, _)| name.clone()).collect();
-        let staging = Staging::create(hidden, naming, &added, part.is_some())?;
+        let staging = Staging::create(hidden, naming, part.is_some())?;
         let mut files = Vec::with_capacity(layout.len());
         for (name, shard) in names.iter().zip(&layout) {
             let path = staging.path.join(name);
@@ -524,7 +534,7 @@ impl Staging {
         Ok(Self { path, naming: Naming::DELTA, renamed: false, lock: None })
     }
 
-    fn create(path: PathBuf, naming: Naming, added: &[String], keep_ranks: bool) -> Result<Self> {
+    fn create(path: PathBuf, naming: Naming, keep_ranks: bool) -> Result<Self> {
         match fs::create_dir(&path) {
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
                 return Err(Error::io(&path, "create the directory")(error));
@@ -561,7 +571,7 @@ impl Staging {
         }
         for entry in &entries {
             let is_file = entry.file_type().is_ok_and(|kind| kind.is_file());
-            if !is_file || !naming.is_ours(&entry.file_name().to_string_lossy(), added) {
+            if !is_file || !naming.may_be_left(&entry.file_name().to_string_lossy()) {
                 let message = format!(
                     "holds {}, which no run of drift_fast left there; move it away or choose \
                      another output directory",
@@ -822,16 +832,18 @@ fn check_target(target: &Path, naming: Naming, overwrite: bool) -> Result<()> {
     let mut names = Vec::new();
     for entry in fs::read_dir(target).map_err(Error::io(target, "list the output directory"))? {
         let entry = entry.map_err(Error::io(target, "list the output directory"))?;
-        names.push(entry.file_name().to_string_lossy().into_owned());
+        let is_file = entry.file_type().is_ok_and(|kind| kind.is_file());
+        names.push((entry.file_name().to_string_lossy().into_owned(), is_file));
     }
     let staging = format!(".{}.incomplete", target.file_name().unwrap_or_default().display());
-    names.retain(|name| *name != staging);
+    names.retain(|(name, _)| *name != staging);
     let is_empty = names.is_empty();
     let what = naming.what;
     let is_whole = target.join(naming.description).is_file() && target.join(naming.index).is_file();
     let carried = if is_whole { naming.carried(target) } else { Vec::new() };
-    let stranger = names.iter().find(|name| !naming.is_ours(name, &carried));
-    if let (true, true, Some(stranger)) = (is_whole, overwrite, stranger) {
+    // A link or a directory is none of ours, whatever it is called.
+    let stranger = names.iter().find(|(name, is_file)| !is_file || !naming.is_ours(name, &carried));
+    if let (true, true, Some((stranger, _))) = (is_whole, overwrite, stranger) {
         return refuse(&format!(
             "the {what}'s directory also holds {stranger}, which overwriting would remove; move it \
              away or choose another path"

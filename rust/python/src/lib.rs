@@ -23,7 +23,7 @@ mod _core {
     use drift_fast_core::stream::{Minuend, Options, Pair, Progress, Side, Sink, run};
     use drift_fast_core::writer::Slot;
     use drift_fast_core::{
-        Dtype, Error, Moments, Reader, checkpoint, dtype, groups, kernel, scales, writer,
+        Dtype, Error, Moments, Reader, accompany, checkpoint, dtype, groups, kernel, scales, writer,
     };
     use pyo3::buffer::PyBuffer;
     use pyo3::exceptions::{PyRuntimeError, PyValueError};
@@ -308,6 +308,18 @@ mod _core {
 
     fn slots(storage: Storage, tensors: Vec<(String, Vec<usize>)>) -> Vec<Slot> {
         tensors.into_iter().flat_map(|(name, shape)| storage.slots(name, shape)).collect()
+    }
+
+    /// Names of files that may go along when a model is merged, licences aside.
+    #[pyfunction]
+    fn accompanying_names() -> Vec<&'static str> {
+        accompany::NAMES.to_vec()
+    }
+
+    /// Whether a file of that name may go along when a model is merged.
+    #[pyfunction]
+    fn may_go_along(name: &str) -> bool {
+        accompany::may_go_along(name)
     }
 
     /// The files that a delta of these tensors has: first tensor, end tensor, bytes.

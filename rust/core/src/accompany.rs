@@ -1,0 +1,76 @@
+//! Files beside a model's weights that may go along when it is merged.
+//!
+//! Owns the list: settings, text and tokenizers, by name. A file that can run code (`.py`, a
+//! pickle) or that holds weights is never on it, whatever it is called.
+
+/// As transformers, sentencepiece, tiktoken and mistral-common name them.
+pub const NAMES: [&str; 25] = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "tokenizer.model.v3",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
+    "tiktoken.model",
+    "qwen.tiktoken",
+    "chat_template.json",
+    "chat_template.jinja",
+    "preprocessor_config.json",
+    "image_processor_config.json",
+    "video_preprocessor_config.json",
+    "feature_extractor_config.json",
+    "processor_config.json",
+    "audio_tokenizer_config.json",
+    "configuration.json",
+];
+
+const LICENCES: [&str; 3] = ["license", "licence", "notice"];
+const TEXTS: [&str; 4] = [".txt", ".md", ".rst", ".html"];
+
+/// Whether a file of that name may go along: one of [`NAMES`], or a licence as text.
+pub fn may_go_along(name: &str) -> bool {
+    NAMES.contains(&name) || is_licence(&name.to_ascii_lowercase())
+}
+
+/// `LICENSE`, `notice.txt`, `LICENSE-MODEL.md`: no other ending, which could be that of code.
+fn is_licence(name: &str) -> bool {
+    let Some(rest) = LICENCES.iter().find_map(|word| name.strip_prefix(word)) else { return false };
+    let rest = TEXTS.iter().find_map(|ending| rest.strip_suffix(ending)).unwrap_or(rest);
+    let of_a_word = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_');
+    rest.is_empty() || (rest.starts_with(['-', '_']) && rest.bytes().all(of_a_word))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn settings_and_licences_go_along_and_nothing_that_could_run() {
+        for name in ["config.json", "qwen.tiktoken", "LICENSE", "licence.txt", "LICENSE-MODEL.md"] {
+            assert!(may_go_along(name), "{name}");
+        }
+        for name in [
+            "license.py",
+            "license.pkl",
+            "NOTICE.bin",
+            "licence.safetensors",
+            "license.py.txt",
+            "LICENSE-x.py",
+            "LICENSES/a.txt",
+            "notice_../x",
+            "modeling.py",
+            "Config.json",
+            "",
+        ] {
+            assert!(!may_go_along(name), "{name}");
+        }
+    }
+}
