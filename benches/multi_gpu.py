@@ -23,6 +23,7 @@ import math
 import os
 import platform
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -413,8 +414,13 @@ def launch(options: argparse.Namespace, stack: str, processes: int, directory: P
     environment = {**os.environ, "NCCL_NVLS_ENABLE": "0", "TOKENIZERS_PARALLELISM": "false"}
     if options.device == "cpu":
         environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        subprocess.run(command, env=environment, check=False, timeout=options.limit)
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    try:
+        process.wait(options.limit)
+    except subprocess.TimeoutExpired:
+        # Its workers too: they would hold the GPUs while the next stack is timed.
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
     if not file.is_file():
         return {"stack": stack, "world": processes, "rows": [], "failure": "no report"}
     return json.loads(file.read_text())

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import gc
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -242,7 +243,8 @@ def render(training: Training, rows: list[Row], peak: float) -> str:
     """Return the results as Markdown."""
     options = training.options
     name = torch.cuda.get_device_name() if training.cuda else "CPU"
-    base = statistics.median(time for row in rows for time in row.base)
+    every = [time for row in rows for time in row.base]
+    base = statistics.median(every)
     lines = [
         f"# Fine-tuning Qwen2.5-VL-{options.size} with images: {name}",
         "",
@@ -258,13 +260,15 @@ def render(training: Training, rows: list[Row], peak: float) -> str:
         "",
         "| | tokens/s | step ms | SFT beside it, ms | added | Δ on the device, GB |",
         "|---|---|---|---|---|---|",
-        f"| SFT | {training.tokens / base * 1e3:,.0f} | {base:.1f} | | | |",
+        f"| SFT | {training.tokens / base * 1e3:,.0f} "
+        f"| {base:.1f} ({min(every):.1f} to {max(every):.1f}) | | | |",
     ]
     for row in rows:
         middle, beside = statistics.median(row.times), statistics.median(row.base)
         lines.append(
             f"| {row.label} | {training.tokens / middle * 1e3:,.0f} "
-            f"| {middle:.1f} ({min(row.times):.1f} to {max(row.times):.1f}) | {beside:.1f} "
+            f"| {middle:.1f} ({min(row.times):.1f} to {max(row.times):.1f}) "
+            f"| {beside:.1f} ({min(row.base):.1f} to {max(row.base):.1f}) "
             f"| {middle / beside - 1:+.1%} | {max(row.memory, 0.0):.2f} |"
         )
     return "\n".join([*lines, "", f"Peak memory of all: {peak:.1f} GB."]) + "\n"
@@ -283,9 +287,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    options.command = f"python benches/throughput.py --samples {options.samples} --image " + (
-        f"{options.image} --text {options.text} --steps {options.steps}"
-    )
+    options.command = " ".join(["python benches/throughput.py", *sys.argv[1:]])
     training = Training(options)
     # Allocations settle.
     training.timed(3)
