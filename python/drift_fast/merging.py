@@ -145,7 +145,7 @@ def merge(
             alone; None is 0.
         keep_layers: how many of the first decoder layers `layer_swap` leaves alone.
         modules: which tensors are merged, as for `compute_delta`; None is every language tensor, or
-            the kinds that `weight` names.
+            the kinds that `weight` names; buffers are merged only where a pattern names them.
         layers: which layers are merged, as for `compute_delta`.
         mapping, rows, check_weights, reader: as for `compute_delta`. Rows of embeddings and heads
             without a counterpart stay the multimodal model's.
