@@ -46,10 +46,11 @@ def slerp(r: Array, m: Array, b: None, *, w: float, **_: Any) -> Array:
 
 
 def top(task: Array, density: float) -> Mask:
-    """The k largest magnitudes of a tensor and all that equal the k-th."""
-    k = max(1, int(density * task.size))
-    magnitudes = np.abs(task).reshape(-1)
-    return np.asarray(np.abs(task) >= np.sort(magnitudes)[magnitudes.size - k])
+    """The k largest finite magnitudes, all that equal the k-th, and what is not finite."""
+    magnitudes = np.abs(task)
+    finite = np.sort(magnitudes[np.isfinite(magnitudes)])
+    k = max(1, int(density * finite.size))
+    return np.asarray(~(magnitudes < finite[finite.size - k]))
 
 
 def elect(tasks: list[Array]) -> Array:

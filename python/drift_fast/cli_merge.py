@@ -56,6 +56,9 @@ def add_merge(
     parser.add_argument("--modules", help=f"{modules_help.partition(';')[0]}; default all")
     parser.add_argument("--layers", help="such as 0-3,8; default all")
     parser.add_argument("--mapping", metavar="MAP", help="as for delta")
+    parser.add_argument(
+        "--base-mapping", metavar="MAP", help="for --base; default --mapping where it holds"
+    )
     parser.add_argument("--rows", choices=("token", "index"), help="as for delta")
     parser.add_argument("--dtype", choices=DTYPES.values(), help="default: each tensor's own")
     parser.add_argument("--threads", type=int, help="default: every core")
@@ -106,6 +109,7 @@ def _run(options: argparse.Namespace) -> int:
             modules=options.modules,
             layers=options.layers,
             mapping=parse_mapping(options.mapping),
+            base_mapping=parse_mapping(options.base_mapping),
             rows=options.rows,
             dtype=options.dtype,
             memory=options.memory,

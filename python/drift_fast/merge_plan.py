@@ -7,6 +7,8 @@ Every tensor of the multimodal checkpoint is in it once, merged or with the reas
 from __future__ import annotations
 
 import contextlib
+import re
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,12 +16,17 @@ from typing import Any
 
 from drift_fast import _core
 from drift_fast.coverage import listed
-from drift_fast.errors import AlignmentError, CheckpointError, NonFiniteError
+from drift_fast.errors import AlignmentError, CheckpointError, DriftWarning, NonFiniteError
+from drift_fast.layout import Shape
 from drift_fast.matching import Pair
 from drift_fast.pairing import Opened, Pairing, PathLike
 from drift_fast.recipe import OTHERWISE, Recipe
 from drift_fast.rows import TIED
 from drift_fast.select import Layers, Modules, Selection, kind_of, layer_of
+
+# Whole numbers and truth values, as the format names them.
+_WHOLE = re.compile(r"[IU]\d+|BOOL")
+_POSITIONS = ("inv_freq", "original_inv_freq")
 
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 LEFT_OUT_AS_TIED = "left out: tied to the embedding by the configuration, which is merged"
@@ -98,6 +105,49 @@ class Blended:
     dtype: str
 
 
+def _buffer(pair: Pair, left: Opened, right: Opened, selection: Selection) -> str:
+    """Return why a pair is no weight to be merged, or nothing; what a pattern names is meant."""
+    name = pair.name
+    if any(one.startswith("re:") and name in Selection((one,), None) for one in selection.modules):
+        return ""
+    if name.rpartition(".")[2] in _POSITIONS:
+        return "a buffer of position frequencies, no weight"
+    stored = [right.dtypes[name], *(left.dtypes[source] for source in pair.sources)]
+    whole = next((dtype for dtype in stored if _WHOLE.fullmatch(dtype)), None)
+    if whole is None or _is_packed(name):
+        return ""
+    return f"a buffer of {whole}, no weight"
+
+
+def _is_packed(name: str) -> bool:
+    """Whether whole numbers of this name are a quantised weight, such as `q_proj.qweight`."""
+    module = name.rpartition(".")[0]
+    unpacked = (name, f"{module}.weight", re.sub(r"_(blocks|scales)$", "", name))
+    return any(kind_of(one) != "other" for one in unpacked)
+
+
+def _warn_of_routers(blended: Mapping[str, Blended], shapes: Mapping[str, Shape]) -> None:
+    """Warn of routers that stay the multimodal model's while the experts they choose are merged."""
+    blocks = {name.partition(".experts.")[0] for name in blended if ".experts." in name}
+    routers = [
+        name
+        for name in shapes
+        if name not in blended
+        and kind_of(name) == "other"
+        and any(name.startswith(f"{block}.") for block in blocks)
+    ]
+    if routers:
+        warnings.warn(
+            f"{len(routers)} tensors that choose among experts stay the multimodal model's while "
+            f"those experts are merged: {', '.join(routers[:8])}"
+            f"{f' and {len(routers) - 8} more' if len(routers) > 8 else ''}. Merge them too with "
+            "modules=[…] and a pattern such as r're:\\.(gate|router)\\.', and, where weight is a "
+            f"mapping, a number for {OTHERWISE!r}",
+            DriftWarning,
+            stacklevel=4,
+        )
+
+
 @dataclass(frozen=True)
 class Plan:
     """Every tensor of the multimodal checkpoint in file order: merged, or why it is not.
@@ -128,15 +178,19 @@ class Plan:
         Raises:
             AlignmentError: when strict, a tensor that the base has no counterpart for.
             CheckpointError: a tensor that cannot be merged into, such as 8-bit codes.
-            ValueError: a selected tensor that the weights name no number for.
+            ValueError: a selected tensor that the weights name no number for, or a number for a
+                kind that nothing merged is of.
         """
         right = pairing.opened[1]
         bases = {} if of_base is None else {pair.name: pair for pair in of_base.pairs}
         reasons = dict(pairing.coverage.unmatched_multimodal)
-        blended = {}
+        blended: dict[str, Blended] = {}
         missing = []
         for pair in pairing.pairs:
             name = pair.name
+            if buffer := _buffer(pair, *pairing.opened, pairing.selection):
+                reasons[name] = buffer
+                continue
             weight = recipe.weight_of(name)
             if weight is None:
                 raise ValueError(
@@ -163,6 +217,8 @@ class Plan:
             )
         tied = _tied(reasons, blended, right)
         reasons |= dict.fromkeys(tied, LEFT_OUT_AS_TIED)
+        recipe.refuse_unused(blended)
+        _warn_of_routers(blended, right.shapes)
         names = [name for name, *_ in right.checkpoint.tensors()]
         places = {name: right.checkpoint.place(name) for name in names}
         nbytes = {name: end - start for name, (_, start, end) in places.items()}

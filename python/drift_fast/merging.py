@@ -26,12 +26,21 @@ from drift_fast.delta import (
     _warn_of_configurations,
     parse_size,
 )
-from drift_fast.mapping import MappingLike
+from drift_fast.errors import AlignmentError
+from drift_fast.mapping import MappingLike, resolve
 from drift_fast.merge_plan import DTYPES, MergedTensor, Plan, refuse_in_place, selection_of
-from drift_fast.pairing import Pairing, PathLike, fetch, open_checkpoint, pair_checkpoints, verify
+from drift_fast.pairing import (
+    Opened,
+    Pairing,
+    PathLike,
+    fetch,
+    open_checkpoint,
+    pair_checkpoints,
+    verify,
+)
 from drift_fast.recipe import Recipe, Weight
 from drift_fast.rows import Rows
-from drift_fast.select import Layers, Modules
+from drift_fast.select import Layers, Modules, Selection
 
 FORMAT_VERSION = 1
 # What `merge.json` may take for one tensor beside its names.
@@ -91,6 +100,7 @@ def merge(
     modules: Modules | None = None,
     layers: Layers = None,
     mapping: MappingLike | None = None,
+    base_mapping: MappingLike | None = None,
     rows: Rows = None,
     dtype: str | None = None,
     memory: int | str = MEMORY,
@@ -135,10 +145,12 @@ def merge(
             alone; None is 0.
         keep_layers: how many of the first decoder layers `layer_swap` leaves alone.
         modules: which tensors are merged, as for `compute_delta`; None is every language tensor, or
-            the kinds that `weight` names.
+            the kinds that `weight` names; buffers are merged only where a pattern names them.
         layers: which layers are merged, as for `compute_delta`.
         mapping, rows, check_weights, reader: as for `compute_delta`. Rows of embeddings and heads
             without a counterpart stay the multimodal model's.
+        base_mapping: as `mapping`, from the base's names; None is `mapping` where it holds for the
+            base, which mostly has the reasoning model's names, and else by names and shapes.
         dtype: of the merged tensors, "bfloat16", "float16", "float32" or "float64"; None is the one
             that each has in the multimodal checkpoint.
         memory: bytes, or text such as "64MB", that all buffers may take, as for `compute_delta`.
@@ -170,6 +182,8 @@ def merge(
         seed=seed,
         keep_layers=keep_layers,
     )
+    if base_mapping is not None and base is None:
+        raise ValueError("base_mapping says which tensors of the base are which; it needs base=…")
     if dtype is not None and dtype not in DTYPES.values():
         raise ValueError(f"dtype must be one of {', '.join(DTYPES.values())}, got {dtype!r}")
     shard_nbytes, memory_nbytes = parse_size(max_shard_size), parse_size(memory)
@@ -182,8 +196,14 @@ def merge(
         )
     }
     if base is not None:
-        pairings["base"] = pair_checkpoints(
-            base, right, selection, strict=strict, reader=reader, rows=rows
+        pairings["base"] = _pair_base(
+            open_checkpoint(base, reader),
+            right,
+            selection,
+            mapping=mapping,
+            base_mapping=base_mapping,
+            strict=strict,
+            rows=rows,
         )
     refuse_in_place(out, [right, *(pairing.opened[0] for pairing in pairings.values())])
     first, of_base = pairings["reasoning"], pairings.get("base")
@@ -263,6 +283,32 @@ def merge(
         sources=sources,
         peak_nbytes=peak_nbytes,
     )
+
+
+def _pair_base(
+    base: Opened,
+    right: Opened,
+    selection: Selection,
+    *,
+    mapping: MappingLike | None,
+    base_mapping: MappingLike | None,
+    strict: bool,
+    rows: Rows,
+) -> Pairing:
+    """Pair the base with the multimodal model, as is stated for it or for the reasoning model."""
+    stated, why = base_mapping, ""
+    if stated is None and mapping is not None:
+        try:
+            if any(resolve(mapping, base.shapes, right.shapes).values()):
+                stated = mapping
+        except AlignmentError as error:
+            why = f"\nIt was paired by names, since the mapping does not hold for it: {error}"
+    try:
+        return pair_checkpoints(base, right, selection, strict=strict, mapping=stated, rows=rows)
+    except AlignmentError as error:
+        raise AlignmentError(
+            f"the base: {error}{why}\nA mapping for the base is given as base_mapping=…"
+        ) from error
 
 
 def _fetched(

@@ -1,13 +1,13 @@
 """What a merge is asked to do: the method, its numbers, and the weight of each tensor.
 
 Owns the checks of arguments that need no checkpoint. A number that the method has no use for is
-refused, so that nothing is ignored in silence.
+refused, and so is a weight that no merged tensor has, so that nothing is ignored in silence.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -116,6 +116,21 @@ class Recipe:
     def weight_of(self, name: str) -> float | None:
         """Return the reasoning model's weight of a tensor; None where there is no number for it."""
         return self.weight.get(kind_of(name), self.weight.get(OTHERWISE))
+
+    def refuse_unused(self, merged: Iterable[str]) -> None:
+        """Refuse a weight that none of the tensors that are merged has.
+
+        Raises:
+            ValueError: a kind with a number that no name is of.
+        """
+        kinds = {kind_of(name) for name in merged}
+        unused = [kind for kind in self.weight if kind != OTHERWISE and kind not in kinds]
+        if unused:
+            raise ValueError(
+                f"weight has a number for {', '.join(map(repr, unused))}, and nothing that is "
+                f"merged is of that kind; what is merged is of {', '.join(sorted(kinds))}. Leave "
+                "the number out, or select such tensors with modules=… or layers=…"
+            )
 
     def describe(self) -> dict[str, Any]:
         """Return what was asked for, for `merge.json`."""

@@ -144,7 +144,7 @@ vectorised! {
     }
 
     /// base + the mean of those of w·first and v·second that are not zero and have the sign of their
-    /// sum; where the sum is zero nothing is added.
+    /// sum; where the sum is zero nothing is added, and where it is NaN the result is.
     fn elected(base: &[f64], w: f64, first: &[f64], v: f64, second: &[f64], out: &mut [f64]) {
         for (((out, base), first), second) in out.iter_mut().zip(base).zip(first).zip(second) {
             let (x, y) = (w * first, v * second);
@@ -155,7 +155,9 @@ vectorised! {
             let (with_x, with_y) = (x * sign > 0.0, y * sign > 0.0);
             let count = f64::from(u8::from(with_x)) + f64::from(u8::from(with_y));
             let total = if with_x { x } else { 0.0 } + if with_y { y } else { 0.0 };
-            *out = base + total / count.max(1.0);
+            let mean = total / count.max(1.0);
+            // A comparison with NaN is false, so it would count as zero.
+            *out = base + if sum.is_nan() { sum } else { mean };
         }
     }
 
@@ -243,5 +245,15 @@ mod tests {
         let second = [1.0, 4.0, -2.0, 5.0, -2.0, 0.0];
         elected(&[10.0; 6], 1.0, &first, 1.0, &second, &mut out);
         assert_eq!(out, [12.0, 14.0, 10.0, 15.0, 7.0, 10.0]);
+    }
+
+    #[test]
+    fn what_is_not_a_number_on_either_side_is_elected() {
+        let mut out = [0.0; 4];
+        let first = [f64::NAN, 1.0, f64::INFINITY, f64::INFINITY];
+        let second = [1.0, f64::NAN, f64::NEG_INFINITY, -1.0];
+        elected(&[10.0; 4], 1.0, &first, 1.0, &second, &mut out);
+        assert!(out[..3].iter().all(|value| value.is_nan()), "{out:?}");
+        assert_eq!(out[3], f64::INFINITY);
     }
 }

@@ -129,6 +129,19 @@ pub(super) fn common(left: &[Range<usize>], right: &[Range<usize>]) -> Vec<Range
     found
 }
 
+/// What rising ranges leave of some elements.
+pub(super) fn absent(present: &[Range<usize>], elements: &Range<usize>) -> Vec<Range<usize>> {
+    let mut found = Vec::new();
+    let mut start = elements.start;
+    for run in present.iter().chain(std::iter::once(&(elements.end..elements.end))) {
+        if start < run.start {
+            found.push(start..run.start);
+        }
+        start = run.end;
+    }
+    found
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -137,5 +150,14 @@ mod tests {
     fn two_lists_of_ranges_meet_where_both_have_elements() {
         assert_eq!(common(&[0..4, 6..10], &[2..7, 9..20]), [2..4, 6..7, 9..10]);
         assert_eq!(common(&[0..4, 5..6], &[4..5, 6..9]), []);
+    }
+
+    #[test]
+    fn what_ranges_leave_is_between_and_around_them() {
+        assert_eq!(absent(&[2..4, 4..5, 7..9], &(1..9)), [1..2, 5..7]);
+        assert_eq!(absent(&[0..4, 6..7], &(0..9)), [4..6, 7..9]);
+        let all = std::slice::from_ref(&(3..9));
+        assert_eq!(absent(&[], &(3..9)), all);
+        assert_eq!(absent(all, &(3..9)), []);
     }
 }

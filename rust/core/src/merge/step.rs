@@ -166,6 +166,20 @@ impl Step<'_, '_> {
 }
 
 impl Blocks {
+    /// Write what stays the multimodal model's in the result's dtype, and return how many finite values
+    /// are beyond it.
+    pub(super) fn stay(&mut self, m: Elements<'_>, bytes: &mut [u8], dtype: Dtype) -> u64 {
+        let values = &mut self.m[..bytes.len() / dtype.nbytes()];
+        blend::widen(m, values);
+        blend::round(values, dtype, bytes);
+        if blend::largest(values) <= dtype.max_finite() {
+            return 0;
+        }
+        let written = Elements { dtype, bytes };
+        let lost = |(i, value): &(usize, &f64)| value.is_finite() && !written.value(*i).is_finite();
+        values.iter().enumerate().filter(lost).count() as u64
+    }
+
     /// How many of the results are not finite although everything they are made of is.
     pub(super) fn overflow(&self, len: usize, has_base: bool, written: Elements<'_>) -> u64 {
         (0..len)

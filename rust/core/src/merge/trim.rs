@@ -2,8 +2,10 @@
 //!
 //! An interval that holds it is cut into bins, and each pass over the values counts what falls into
 //! which and the least and the greatest of each bin; the bin that holds the k-th largest is the next
-//! interval. A sample makes a good first guess. What comes out is a value of the tensor whichever way
-//! the guess falls and in whichever order chunks are counted.
+//! interval. A sample makes a good first guess, and is never more than that: only what a pass over all
+//! values has counted is an answer. What comes out is a value of the tensor whichever way the guess
+//! falls and in whichever order chunks are counted. NaN and infinities have no place among magnitudes;
+//! they are left out, and k is counted over the others.
 
 /// Bins of one pass.
 const BINS: usize = 2048;
@@ -18,6 +20,8 @@ const MARGIN: f64 = 0.02;
 pub(super) struct Interval {
     low: u64,
     high: u64,
+    /// Whether it is known from a pass over all values to hold the k-th largest.
+    counted: bool,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -33,30 +37,39 @@ const EMPTY: Bin = Bin { count: 0, least: u64::MAX, greatest: 0 };
 #[derive(Debug)]
 pub(super) struct Counts {
     above: u64,
+    below: u64,
     bins: Vec<Bin>,
 }
 
-impl Interval {
-    /// Every magnitude there is.
-    pub(super) const ALL: Interval = Interval { low: 0, high: u64::MAX >> 1 };
+/// How many of the largest of so many values a share is: at least one, and no more than there are.
+fn rank(density: f64, numel: u64) -> u64 {
+    ((density * numel as f64) as u64).max(1).min(numel)
+}
 
-    /// Where the k-th largest of `numel` probably lies, judging by some of them.
-    pub(super) fn guess(sample: &mut [u64], k: u64, numel: u64) -> Self {
+impl Interval {
+    /// Every finite magnitude.
+    pub(super) const ALL: Interval = Interval { low: 0, high: f64::MAX.to_bits(), counted: false };
+
+    /// Where the least of the largest, of which there are a share of `density`, probably lies,
+    /// judging by some magnitudes.
+    pub(super) fn guess(sample: &mut Vec<u64>, density: f64) -> Self {
+        sample.retain(|&magnitude| magnitude <= Self::ALL.high);
         if sample.is_empty() {
             return Self::ALL;
         }
         sample.sort_unstable();
         let last = (sample.len() - 1) as f64;
         let place = |share: f64| sample[(share.clamp(0.0, 1.0) * last) as usize];
-        let share = 1.0 - k as f64 / numel as f64;
+        let share = 1.0 - density;
         let low = if share <= MARGIN { 0 } else { place(share - MARGIN) };
         let high = if share >= 1.0 - MARGIN { Self::ALL.high } else { place(share + MARGIN) };
-        Self { low, high }
+        Self { low, high, counted: false }
     }
 
-    /// The value, once there is but one.
+    /// The value, once there is but one. A guess is none, however narrow: in bfloat16 a sample is
+    /// often of one value around the place that is sought.
     pub(super) fn only(&self) -> Option<u64> {
-        (self.low == self.high).then_some(self.low)
+        (self.counted && self.low == self.high).then_some(self.low)
     }
 
     /// By how many bits a distance from the lower end is shifted to give its bin.
@@ -66,51 +79,65 @@ impl Interval {
     }
 
     /// Narrow it by what a pass over all values counted.
-    pub(super) fn narrowed(&self, counts: &Counts, k: u64) -> Self {
+    pub(super) fn narrowed(&self, counts: &Counts, density: f64) -> Self {
+        let known = |low, high| Self { low, high, counted: true };
+        let k = rank(density, counts.numel());
+        if k == 0 {
+            // Nothing is finite, so there is nothing to trim.
+            return known(0, 0);
+        }
         if k <= counts.above {
-            return Self { low: self.high + 1, high: Self::ALL.high };
+            return known(self.high + 1, Self::ALL.high);
         }
         let mut seen = counts.above;
         for bin in counts.bins.iter().rev() {
             seen += bin.count;
             if k <= seen {
-                return Self { low: bin.least, high: bin.greatest };
+                return known(bin.least, bin.greatest);
             }
         }
         // The guess was too high. Of no more than all values, one is the k-th.
-        Self { low: 0, high: self.low.saturating_sub(1) }
+        known(0, self.low.saturating_sub(1))
     }
 }
 
 impl Counts {
     pub(super) fn new() -> Self {
-        Self { above: 0, bins: vec![EMPTY; BINS] }
+        Self { above: 0, below: 0, bins: vec![EMPTY; BINS] }
     }
 
     /// Bytes that one takes.
     pub(super) const NBYTES: usize = BINS * size_of::<Bin>();
 
     pub(super) fn clear(&mut self) {
-        self.above = 0;
+        (self.above, self.below) = (0, 0);
         self.bins.fill(EMPTY);
+    }
+
+    /// How many finite magnitudes were counted.
+    fn numel(&self) -> u64 {
+        self.above + self.below + self.bins.iter().map(|bin| bin.count).sum::<u64>()
     }
 
     pub(super) fn count(&mut self, within: Interval, magnitudes: impl Iterator<Item = u64>) {
         let shift = within.shift();
         for magnitude in magnitudes {
             if magnitude > within.high {
-                self.above += 1;
+                self.above += u64::from(magnitude <= Interval::ALL.high);
             } else if magnitude >= within.low {
                 let bin = &mut self.bins[((magnitude - within.low) >> shift) as usize];
                 bin.count += 1;
                 bin.least = bin.least.min(magnitude);
                 bin.greatest = bin.greatest.max(magnitude);
+            } else {
+                self.below += 1;
             }
         }
     }
 
     pub(super) fn add(&mut self, other: &Counts) {
         self.above += other.above;
+        self.below += other.below;
         for (bin, other) in self.bins.iter_mut().zip(&other.bins) {
             bin.count += other.count;
             bin.least = bin.least.min(other.least);
@@ -122,17 +149,25 @@ impl Counts {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kernel::blend::magnitude;
 
-    fn kth(values: &[u64], k: u64, mut interval: Interval) -> (u64, usize) {
-        for pass in 1.. {
+    /// The answer as the passes find it: asked for before anything is counted, as they do.
+    fn kth(values: &[u64], density: f64, mut interval: Interval) -> (u64, usize) {
+        let mut passes = 0;
+        loop {
+            if let Some(value) = interval.only() {
+                return (value, passes);
+            }
             let mut counts = Counts::new();
             counts.count(interval, values.iter().copied());
-            interval = interval.narrowed(&counts, k);
-            if let Some(value) = interval.only() {
-                return (value, pass);
-            }
+            interval = interval.narrowed(&counts, density);
+            passes += 1;
+            assert!(passes <= 9, "an interval that does not shrink");
         }
-        unreachable!("an interval that does not shrink");
+    }
+
+    fn guessed(low: u64, high: u64) -> Interval {
+        Interval { low, high, counted: false }
     }
 
     #[test]
@@ -140,7 +175,7 @@ mod tests {
         let mut state = 7u64;
         let mut next = || {
             state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-            state >> 1
+            (state >> 1) % (Interval::ALL.high + 1)
         };
         let wild: Vec<u64> = (0..5000).map(|_| next()).collect();
         let few: Vec<u64> = (0..5000).map(|_| next() % 5).collect();
@@ -148,22 +183,41 @@ mod tests {
         for values in [wild, few, near, vec![0; 9], vec![Interval::ALL.high; 3]] {
             let mut sorted = values.clone();
             sorted.sort_unstable_by(|a, b| b.cmp(a));
-            let numel = values.len() as u64;
-            for k in [1, 2, numel / 3 + 1, numel / 2 + 1, numel] {
-                let k = k.min(numel);
+            for density in [1e-9, 2.0 / 5000.0, 0.3, 0.5, 1.0] {
+                let k = rank(density, values.len() as u64);
                 let expected = sorted[k as usize - 1];
                 let mut sample = values[..values.len().min(64)].to_vec();
                 for guess in [
                     Interval::ALL,
-                    Interval::guess(&mut sample, k, numel),
-                    Interval { low: 1, high: 2 },
-                    Interval { low: 1 << 62, high: (1 << 62) + 9 },
+                    Interval::guess(&mut sample, density),
+                    guessed(0, 0),
+                    guessed(3, 3),
+                    guessed(1, 2),
+                    guessed(1 << 62, (1 << 62) + 9),
+                    guessed(Interval::ALL.high, Interval::ALL.high),
                 ] {
-                    let (found, passes) = kth(&values, k, guess);
-                    assert_eq!(found, expected);
-                    assert!(passes <= 9, "{passes}");
+                    assert_eq!(kth(&values, density, guess).0, expected);
                 }
             }
+        }
+    }
+
+    #[test]
+    fn a_guess_is_no_answer_even_where_the_sample_is_of_one_value() {
+        let mut values = vec![0; 900];
+        values.extend(1..=100);
+        let guess = Interval::guess(&mut vec![0; 64], 0.05);
+        assert_eq!((guess.low, guess.high, guess.only()), (0, 0, None));
+        assert_eq!(kth(&values, 0.05, guess).0, 51);
+    }
+
+    #[test]
+    fn what_is_not_finite_is_neither_counted_nor_an_answer() {
+        let mut values = vec![magnitude(f64::NAN), magnitude(f64::INFINITY)];
+        assert_eq!(kth(&values, 0.5, Interval::ALL).0, 0);
+        values.extend(1..=10);
+        for guess in [Interval::ALL, guessed(5, 5), guessed(20, 30)] {
+            assert_eq!(kth(&values, 0.2, guess).0, 9);
         }
     }
 }

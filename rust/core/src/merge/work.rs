@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
-use super::gather::{Room, common, part, present};
+use super::gather::{Room, absent, common, part, present};
 use super::passes::{Chunk, Pass, Schedule, length, step};
 use super::step::{Blocks, Sides, Step};
 use super::trim::{Counts, Interval, SAMPLE, SAMPLE_RUNS};
@@ -62,8 +62,8 @@ impl Scratch {
 #[derive(Default)]
 struct Known {
     found: Found,
-    /// For each task vector that is trimmed: how many are kept, where the least of them lies, what
-    /// this pass counted, and the sample.
+    /// For each task vector that is trimmed: the share that is kept, where the least of it lies, and
+    /// what this pass counted.
     trims: Vec<Trim>,
     /// Σr², Σm², Σrm of each chunk.
     products: Vec<[f64; 3]>,
@@ -71,7 +71,7 @@ struct Known {
 }
 
 struct Trim {
-    k: u64,
+    density: f64,
     interval: Interval,
     counts: Counts,
 }
@@ -282,10 +282,9 @@ impl<'a> Work<'a> {
             known.found.merged = merged as u64;
             match self.method {
                 Method::Ties { density } if merged > 0 => {
-                    let k = ((density * merged as f64) as u64).clamp(1, merged as u64);
                     let vectors = if blend.base.is_some() { 2 } else { 1 };
                     known.trims.extend((0..vectors).map(|_| Trim {
-                        k,
+                        density,
                         interval: Interval::ALL,
                         counts: Counts::new(),
                     }));
@@ -312,7 +311,7 @@ impl<'a> Work<'a> {
             Pass::Narrow => {
                 for trim in state.known.iter_mut().flat_map(|known| &mut known.trims) {
                     if trim.interval.only().is_none() {
-                        trim.interval = trim.interval.narrowed(&trim.counts, trim.k);
+                        trim.interval = trim.interval.narrowed(&trim.counts, trim.density);
                         trim.counts.clear();
                     }
                 }
@@ -511,12 +510,9 @@ impl<'a> Work<'a> {
                 }
             });
         }
-        let k = match self.method {
-            Method::Ties { density } => ((density * total as f64) as u64).max(1),
-            _ => return Ok(Gave::Nothing),
-        };
+        let Method::Ties { density } = self.method else { return Ok(Gave::Nothing) };
         let [first, second] = sample;
-        let guess = |magnitudes: &mut Vec<u64>| Interval::guess(magnitudes, k, total as u64);
+        let guess = |magnitudes: &mut Vec<u64>| Interval::guess(magnitudes, density);
         Ok(Gave::Sample([guess(first), guess(second)]))
     }
 
@@ -547,14 +543,13 @@ impl<'a> Work<'a> {
         let dtype = blend.dtype;
         let nbytes = dtype.nbytes();
         let mut found = Found::default();
-        let covered: usize = present.iter().map(Range::len).sum();
-        if covered < chunk.range.len() {
-            // Rows without a counterpart stay the multimodal model's.
-            for start in (0..chunk.range.len()).step_by(BLOCK) {
-                let end = chunk.range.len().min(start + BLOCK);
-                let m = &mut values.m[..end - start];
-                blend::widen(sides.m.slice(start, end), m);
-                blend::round(m, dtype, &mut out[start * nbytes..end * nbytes]);
+        // Rows without a counterpart stay the multimodal model's.
+        for run in absent(present, &chunk.range) {
+            for element in run.clone().step_by(BLOCK) {
+                let len = BLOCK.min(run.end - element);
+                let at = element - sides.start;
+                let bytes = &mut out[at * nbytes..(at + len) * nbytes];
+                found.overflow += values.stay(sides.m.slice(at, at + len), bytes, dtype);
             }
         }
         sides.each(present, values, |values, element, len| {
