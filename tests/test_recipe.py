@@ -430,9 +430,23 @@ def test_configurations_launch_files_and_the_readme_agree() -> None:
         content = json.loads((RECIPE / f"zero{stage}.json").read_text())
         assert content["zero_optimization"]["stage"] == stage
     assert yaml.safe_load((RECIPE / "fsdp2.yaml").read_text())["fsdp_config"]["fsdp_version"] == 2
-    sets = json.loads((RECIPE / "vlmevalkit.json").read_text())["data"]
-    assert len(sets) == 5
+    evaluation = json.loads((RECIPE / "vlmevalkit.json").read_text())
+    assert len(evaluation["data"]) == 5
+    # VLMEvalKit chooses between Qwen2-VL and Qwen2.5-VL by the path's text.
+    places = [model["model_path"] for model in evaluation["model"].values()]
+    assert all("2.5" in place or "2_5" in place for place in places)
+    linked = re.search(r'ln -sfn "\$HERE/saves" (\S+)', (RECIPE / "evaluate.sh").read_text())
+    assert linked is not None
+    assert f"{linked[1]}/paper" in places
     readme = (RECIPE / "README.md").read_text(encoding="utf-8")
+    # What is quoted of the demo stands in the table that it links.
+    demo = (RECIPE.parent.parent / "README.md").read_text(encoding="utf-8")
+    quoted = re.search(
+        r"ended at (\S+ ± \S+).* (\S+ ± \S+),\s+and kept (\S+) against (\S+)", readme
+    )
+    assert quoted is not None
+    assert f"| {quoted[1]} | {quoted[3]} ± " in demo
+    assert f"| {quoted[2]} | {quoted[4]} ± " in demo
     assert not [
         file.name
         for file in RECIPE.iterdir()
