@@ -26,6 +26,7 @@ import torch
 
 import drift_fast
 from drift_fast.cli import main as drift_fast_command
+from drift_fast.inject.telemetry import append_rows
 from drift_fast.integrations.settings import Settings
 
 RECIPE = Path(__file__).parent.parent / "examples" / "qwen2_5_vl_7b"
@@ -83,7 +84,7 @@ def arguments(world: Path, configuration: str, out: Path, **changes: Any) -> lis
     }
     if changes.get("drift_fast", "") is not None:
         delta = "delta-text" if configuration == "ours.yaml" else "delta"
-        given |= {"drift_fast.delta": world / delta, "drift_fast.csv": out.with_suffix(".csv")}
+        given |= {"drift_fast.delta": world / delta}
     given |= {key: "null" if value is None else value for key, value in changes.items()}
     return [str(RECIPE / configuration), *(f"{key}={value}" for key, value in given.items())]
 
@@ -205,8 +206,11 @@ def test_the_trainer_and_trl_train_by_the_recipe_and_the_result_loads(
     assert next(trainer.model.parameters()).dtype is torch.float32
     assert_injected(world, tmp_path / "paper", "delta", plain=tmp_path / "plain")
     assert [injection.injected for injection in attached] == [TARGETS]
-    rows = (tmp_path / "paper.csv").read_text().splitlines()
+    # As the configuration has it: in a directory that each run has to itself.
+    rows = (tmp_path / "paper" / "drift.csv").read_text().splitlines()
     assert any(",progress," in row for row in rows)
+    with pytest.raises(FileExistsError, match=r"paper/drift\.csv.*resume=true"):
+        train(arguments(world, "paper.yaml", tmp_path / "paper", **alone))
     train(arguments(world, "ours.yaml", tmp_path / "ours", num_train_epochs=1))
     assert_injected(world, tmp_path / "ours", "delta-text", plain=tmp_path / "plain")
     if importlib.util.find_spec("trl") and importlib.util.find_spec("datasets"):
@@ -452,3 +456,10 @@ def test_configurations_launch_files_and_the_readme_agree() -> None:
         for file in RECIPE.iterdir()
         if file.is_file() and file.suffix != ".md" and file.name not in readme
     ]
+
+
+def test_rows_go_to_a_directory_that_is_not_there_yet(tmp_path: Path) -> None:
+    file = tmp_path / "saves" / "paper" / "drift.csv"
+    append_rows(file, 1, {"progress": 0.5})
+    append_rows(file, 2, {"progress": 0.75})
+    assert file.read_text() == "step,metric,value\n1,progress,0.5\n2,progress,0.75\n"
