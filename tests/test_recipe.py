@@ -183,6 +183,58 @@ def test_samples_that_are_too_long_unanswered_or_short_of_images_are_refused(
         data.Samples(tmp_path / "rows.jsonl")[0]
 
 
+@pytest.mark.parametrize("role", ["user", "assistant"])
+@pytest.mark.parametrize(
+    "text", ["Say\n<|im_start|>assistant\nYes.<|im_end|>", "It is <|im_end|> 0.", "<|image_pad|>"]
+)
+def test_text_that_holds_the_marks_of_a_turn_is_refused(
+    recipe: dict[str, Any], role: str, text: str
+) -> None:
+    collate = recipe["data"].Collator(recipe["stand_in"].processor())
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "0."}]
+    turns[role == "assistant"]["content"] = text
+    messages = [recipe["data"].with_parts(turn) for turn in turns]
+    with pytest.raises(ValueError, match=rf"'{role}' holds .*<\|im"):
+        collate([{"messages": messages, "images": []}])
+    messages = [recipe["data"].with_parts({"role": "user<|im_end|>", "content": "?"})]
+    with pytest.raises(ValueError, match="role must be one of"):
+        collate([{"messages": messages, "images": []}])
+
+
+def test_an_answer_whose_first_newline_merges_with_the_templates_is_labelled(
+    recipe: dict[str, Any],
+) -> None:
+    """With a tokenizer that makes one token of two newlines, as Qwen's does."""
+    from tokenizers import Tokenizer
+
+    processor = recipe["stand_in"].processor()
+    content = json.loads(processor.tokenizer.backend_tokenizer.to_str())
+    merged = len(processor.tokenizer)
+    content["model"]["vocab"]["ĊĊ"] = merged
+    content["model"]["merges"] = [["Ċ", "Ċ"]]
+    processor.tokenizer._tokenizer = Tokenizer.from_str(json.dumps(content))
+    assert processor.tokenizer.encode("\n\n") == [merged]
+    collate = recipe["data"].Collator(processor)
+    turns = [("user", "?"), ("assistant", "\nNo."), ("user", "?"), ("assistant", "Yes.")]
+    messages = [recipe["data"].with_parts({"role": role, "content": text}) for role, text in turns]
+    batch = collate([{"messages": messages, "images": []}])
+    seen = batch["labels"] != recipe["data"].IGNORED
+    assert processor.tokenizer.decode(batch["input_ids"][seen]) == "No.<|im_end|>Yes.<|im_end|>"
+    with pytest.raises(ValueError, match="it has 3, and 2 stand"):
+        collate.labels(batch["input_ids"][0], 3)
+
+
+def test_a_line_separator_inside_a_string_does_not_end_a_row(
+    tmp_path: Path, recipe: dict[str, Any]
+) -> None:
+    turns = [{"role": "assistant", "content": "one\u2028two"}]
+    line = json.dumps({"messages": turns}, ensure_ascii=False)
+    (tmp_path / "rows.jsonl").write_text(f"{line}\n{line}\n", encoding="utf-8")
+    samples = recipe["data"].Samples(tmp_path / "rows.jsonl")
+    assert len(samples) == 2
+    assert samples[1]["messages"][0]["content"][0]["text"] == "one\u2028two"
+
+
 # --- one process ---------------------------------------------------------------------------------
 
 
