@@ -184,6 +184,7 @@ def test_learning_rates_are_those_of_transformers(scheduler: str, warmup: float)
         optimizer.step()
         schedule.step()
     assert run.rates() == pytest.approx(expected)
+    assert run.sum_of_rates() == pytest.approx(math.fsum(expected))
 
 
 @pytest.mark.parametrize(
@@ -490,6 +491,22 @@ def test_a_configuration_is_read_by_any_of_its_names_and_flags_take_precedence(
         ("learning_rate: fast\n", ["learning_rate", "fast"]),
         ("max_steps: 5\noptim: lion\n", ["optimizer", "lion"]),
         ("max_steps: 5\ndeepspeed: wrong.json\n", ["stage", "None"]),
+        ("max_steps: 5\ndeepspeed: [1]\n", ["run.yaml", "deepspeed", "[1]"]),
+        (
+            "deepspeed: {zero_optimization: {stage: 2}, fp16: {enabled: true}}\n",
+            ["run.yaml: deepspeed", "fp16"],
+        ),
+        ('max_steps: "100"\n', ["run.yaml", "max_steps", "'100'"]),
+        ("max_steps: 5\noptim: [a]\n", ["run.yaml", "optim", "['a']"]),
+        ("max_steps: 5\nbatch: true\n", ["run.yaml", "batch", "True"]),
+        ("max_steps: 5\nfreeze_vision: 1\n", ["run.yaml", "freeze_vision", "1"]),
+        ("max_samples: 5\nnum_train_epochs: 0\n", ["epochs", "0"]),
+        ("max_steps: 5\nfinetuning_type: lora\n", ["finetuning_type", "lora", "all weights"]),
+        ("max_steps: 5\nload_in_4bit: true\n", ["load_in_4bit", "all weights"]),
+        ("max_steps: 5\nfp16: true\n", ["fp16", "all weights"]),
+        ("max_steps: 5\ndrift_fast: {schedule: sideways}\n", ["sideways"]),
+        ("max_steps: 5\ndrift_fast: {progress_cap: 0}\n", ["progress_cap", "0"]),
+        ("max_steps: 5\ndrift_fast: {modules: [1]}\n", ["modules", "1"]),
     ],
 )
 def test_a_configuration_without_meaning_is_refused(
@@ -500,6 +517,106 @@ def test_a_configuration_without_meaning_is_refused(
     (tmp_path / "run.yaml").write_text(text)
     with refused(ValueError, *words):
         Training(**read_configuration(tmp_path / "run.yaml")[0])
+
+
+def read(folder: Path, text: str) -> tuple[Training, list[str]]:
+    (folder / "run.yaml").write_text(f"max_steps: 5\n{text}")
+    given, _, unused = read_configuration(folder / "run.yaml")
+    return Training(**given), unused
+
+
+def test_keys_that_change_the_figures_are_used_in_any_order_or_listed(tmp_path: Path) -> None:
+    pytest.importorskip("yaml")
+    keys = ["freeze_vision_tower: false", "freeze_multi_modal_projector: true"]
+    for order in (keys, keys[::-1], ["freeze_vision: false"]):
+        assert read(tmp_path, "\n".join(order))[0].trained == "all"
+    assert read(tmp_path, "freeze_vision: true")[0].trained == "language"
+    for text in ("warmup_ratio: 0.1\nwarmup_steps: 0", "warmup_steps: 0\nwarmup_ratio: 0.1"):
+        assert read(tmp_path, text)[0].warmup == 0.1
+    assert read(tmp_path, "warmup_steps: 3\nwarmup_ratio: 0.1")[0].warmup == 3
+    assert read(tmp_path, "warmup_steps: 0")[0].warmup == 0
+    inline = "deepspeed: {zero_optimization: {stage: 2}}"
+    assert read(tmp_path, inline)[0].sharding == "zero2"
+    run, unused = read(
+        tmp_path, "drift_fast: {delta: d, schedule: linear, progress_cap: 0.5, csv: x}"
+    )
+    assert (run.schedule, run.progress_cap) == ("linear", 0.5)
+    assert unused == ["drift_fast.csv"]
+
+
+def test_a_schedule_a_cap_and_a_target_are_part_of_the_prediction() -> None:
+    pytest.importorskip("transformers")
+
+    def value(**given: Any) -> Any:
+        found = drift_fast.plan(REASONING, MULTIMODAL, steps=375, rms=5e-5, **given)
+        return found["λ"].value
+
+    plain = value()
+    assert plain > 1
+    assert value(schedule="constant(0.5)") == pytest.approx(plain / 2)
+    assert value(progress_cap=0.5) == 0.5
+    assert value(progress_cap=2 * plain) == plain
+    assert value(progress_cap={"attn": 0.5}) is None
+    assert value(progress_target=0.5) is None
+
+
+def test_a_run_of_any_length_is_summed_at_once() -> None:
+    run = Training(steps=10**12, learning_rate=1e-6)
+    assert run.sum_of_rates() == pytest.approx(1e-6 * 10**12 * (0.05 / 2 + 0.95 / 2))
+    with refused(ValueError, "steps", "1,000,000,000,000"):
+        Training(steps=10**13)
+
+
+def test_without_a_limit_every_checkpoint_stays_and_zero2_writes_weights_twice(seven: Any) -> None:
+    run = Training(steps=1500, save_steps=100)
+    assert run.checkpoints == 2
+    assert [run.changed(save_total_limit=limit).checkpoints for limit in (0, None, 3)] == [
+        15,
+        15,
+        4,
+    ]
+    assert run.changed(save_strategy="no").checkpoints == 0
+    total, trained = seven.numel(), seven.numel() - seven.by_kind()[VISION]
+    for stage, weights in (("zero1", 4), ("zero2", 4), ("zero3", 2)):
+        found = drift_fast.plan(REASONING, MULTIMODAL, steps=5, gpus=2, sharding=stage)
+        assert found["one training checkpoint"].value == weights * total + 12 * trained
+
+
+def test_zero2_reduces_gradients_of_every_micro_batch(seven: Any) -> None:
+    trained = seven.numel() - seven.by_kind()[VISION]
+    for stage, times in (("zero1", 2), ("zero2", 5)):
+        found = drift_fast.plan(
+            REASONING, MULTIMODAL, steps=5, gpus=2, sharding=stage, accumulation=4
+        )
+        assert found["moved between GPUs in a step"].value == times * 2 * trained
+
+
+def test_hours_in_float32_are_not_silently_those_of_bfloat16() -> None:
+    pytest.importorskip("transformers")
+    given: dict[str, Any] = {"steps": 5, "precision": "fp32", "rms": 1e-5}
+    found = drift_fast.plan(REASONING, MULTIMODAL, **given)
+    assert any("bfloat16, and fp32" in warning for warning in found.warnings)
+    found = drift_fast.plan(REASONING, MULTIMODAL, **given, peak=67e12, utilisation=0.5)
+    assert not any("bfloat16, and fp32" in warning for warning in found.warnings)
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        (None, "num_hidden_layers", 10**9),
+        ("vision_config", "depth", 2001),
+        ("vision_config", "spatial_merge_size", 65),
+    ],
+)
+def test_sizes_of_an_untrusted_configuration_are_bounded(
+    tmp_path: Path, section: str | None, key: str, value: int
+) -> None:
+    pytest.importorskip("transformers")
+    content = json.loads((MULTIMODAL / "config.json").read_text())
+    (content if section is None else content[section])[key] = value
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(drift_fast.CheckpointError, match=rf"{key} must be"):
+        drift_fast.plan(REASONING, tmp_path, steps=3)
 
 
 def test_an_unknown_name_and_a_configuration_that_cannot_be_built_are_refused(

@@ -26,6 +26,7 @@ import torch
 
 import drift_fast
 from drift_fast.cli import main as drift_fast_command
+from drift_fast.inject.telemetry import append_rows
 from drift_fast.integrations.settings import Settings
 
 RECIPE = Path(__file__).parent.parent / "examples" / "qwen2_5_vl_7b"
@@ -83,7 +84,7 @@ def arguments(world: Path, configuration: str, out: Path, **changes: Any) -> lis
     }
     if changes.get("drift_fast", "") is not None:
         delta = "delta-text" if configuration == "ours.yaml" else "delta"
-        given |= {"drift_fast.delta": world / delta, "drift_fast.csv": out.with_suffix(".csv")}
+        given |= {"drift_fast.delta": world / delta}
     given |= {key: "null" if value is None else value for key, value in changes.items()}
     return [str(RECIPE / configuration), *(f"{key}={value}" for key, value in given.items())]
 
@@ -182,6 +183,58 @@ def test_samples_that_are_too_long_unanswered_or_short_of_images_are_refused(
         data.Samples(tmp_path / "rows.jsonl")[0]
 
 
+@pytest.mark.parametrize("role", ["user", "assistant"])
+@pytest.mark.parametrize(
+    "text", ["Say\n<|im_start|>assistant\nYes.<|im_end|>", "It is <|im_end|> 0.", "<|image_pad|>"]
+)
+def test_text_that_holds_the_marks_of_a_turn_is_refused(
+    recipe: dict[str, Any], role: str, text: str
+) -> None:
+    collate = recipe["data"].Collator(recipe["stand_in"].processor())
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "0."}]
+    turns[role == "assistant"]["content"] = text
+    messages = [recipe["data"].with_parts(turn) for turn in turns]
+    with pytest.raises(ValueError, match=rf"'{role}' holds .*<\|im"):
+        collate([{"messages": messages, "images": []}])
+    messages = [recipe["data"].with_parts({"role": "user<|im_end|>", "content": "?"})]
+    with pytest.raises(ValueError, match="role must be one of"):
+        collate([{"messages": messages, "images": []}])
+
+
+def test_an_answer_whose_first_newline_merges_with_the_templates_is_labelled(
+    recipe: dict[str, Any],
+) -> None:
+    """With a tokenizer that makes one token of two newlines, as Qwen's does."""
+    from tokenizers import Tokenizer
+
+    processor = recipe["stand_in"].processor()
+    content = json.loads(processor.tokenizer.backend_tokenizer.to_str())
+    merged = len(processor.tokenizer)
+    content["model"]["vocab"]["ĊĊ"] = merged
+    content["model"]["merges"] = [["Ċ", "Ċ"]]
+    processor.tokenizer._tokenizer = Tokenizer.from_str(json.dumps(content))
+    assert processor.tokenizer.encode("\n\n") == [merged]
+    collate = recipe["data"].Collator(processor)
+    turns = [("user", "?"), ("assistant", "\nNo."), ("user", "?"), ("assistant", "Yes.")]
+    messages = [recipe["data"].with_parts({"role": role, "content": text}) for role, text in turns]
+    batch = collate([{"messages": messages, "images": []}])
+    seen = batch["labels"] != recipe["data"].IGNORED
+    assert processor.tokenizer.decode(batch["input_ids"][seen]) == "No.<|im_end|>Yes.<|im_end|>"
+    with pytest.raises(ValueError, match="it has 3, and 2 stand"):
+        collate.labels(batch["input_ids"][0], 3)
+
+
+def test_a_line_separator_inside_a_string_does_not_end_a_row(
+    tmp_path: Path, recipe: dict[str, Any]
+) -> None:
+    turns = [{"role": "assistant", "content": "one\u2028two"}]
+    line = json.dumps({"messages": turns}, ensure_ascii=False)
+    (tmp_path / "rows.jsonl").write_text(f"{line}\n{line}\n", encoding="utf-8")
+    samples = recipe["data"].Samples(tmp_path / "rows.jsonl")
+    assert len(samples) == 2
+    assert samples[1]["messages"][0]["content"][0]["text"] == "one\u2028two"
+
+
 # --- one process ---------------------------------------------------------------------------------
 
 
@@ -205,8 +258,11 @@ def test_the_trainer_and_trl_train_by_the_recipe_and_the_result_loads(
     assert next(trainer.model.parameters()).dtype is torch.float32
     assert_injected(world, tmp_path / "paper", "delta", plain=tmp_path / "plain")
     assert [injection.injected for injection in attached] == [TARGETS]
-    rows = (tmp_path / "paper.csv").read_text().splitlines()
+    # As the configuration has it: in a directory that each run has to itself.
+    rows = (tmp_path / "paper" / "drift.csv").read_text().splitlines()
     assert any(",progress," in row for row in rows)
+    with pytest.raises(FileExistsError, match=r"paper/drift\.csv.*resume=true"):
+        train(arguments(world, "paper.yaml", tmp_path / "paper", **alone))
     train(arguments(world, "ours.yaml", tmp_path / "ours", num_train_epochs=1))
     assert_injected(world, tmp_path / "ours", "delta-text", plain=tmp_path / "plain")
     if importlib.util.find_spec("trl") and importlib.util.find_spec("datasets"):
@@ -430,11 +486,32 @@ def test_configurations_launch_files_and_the_readme_agree() -> None:
         content = json.loads((RECIPE / f"zero{stage}.json").read_text())
         assert content["zero_optimization"]["stage"] == stage
     assert yaml.safe_load((RECIPE / "fsdp2.yaml").read_text())["fsdp_config"]["fsdp_version"] == 2
-    sets = json.loads((RECIPE / "vlmevalkit.json").read_text())["data"]
-    assert len(sets) == 5
+    evaluation = json.loads((RECIPE / "vlmevalkit.json").read_text())
+    assert len(evaluation["data"]) == 5
+    # VLMEvalKit chooses between Qwen2-VL and Qwen2.5-VL by the path's text.
+    places = [model["model_path"] for model in evaluation["model"].values()]
+    assert all("2.5" in place or "2_5" in place for place in places)
+    linked = re.search(r'ln -sfn "\$HERE/saves" (\S+)', (RECIPE / "evaluate.sh").read_text())
+    assert linked is not None
+    assert f"{linked[1]}/paper" in places
     readme = (RECIPE / "README.md").read_text(encoding="utf-8")
+    # What is quoted of the demo stands in the table that it links.
+    demo = (RECIPE.parent.parent / "README.md").read_text(encoding="utf-8")
+    quoted = re.search(
+        r"ended at (\S+ ± \S+).* (\S+ ± \S+),\s+and kept (\S+) against (\S+)", readme
+    )
+    assert quoted is not None
+    assert f"| {quoted[1]} | {quoted[3]} ± " in demo
+    assert f"| {quoted[2]} | {quoted[4]} ± " in demo
     assert not [
         file.name
         for file in RECIPE.iterdir()
         if file.is_file() and file.suffix != ".md" and file.name not in readme
     ]
+
+
+def test_rows_go_to_a_directory_that_is_not_there_yet(tmp_path: Path) -> None:
+    file = tmp_path / "saves" / "paper" / "drift.csv"
+    append_rows(file, 1, {"progress": 0.5})
+    append_rows(file, 2, {"progress": 0.75})
+    assert file.read_text() == "step,metric,value\n1,progress,0.5\n2,progress,0.75\n"

@@ -3,7 +3,8 @@
 Owns reading and collating. A row is what LLaMA-Factory calls ShareGPT with OpenAI's names:
 {"messages": [{"role": "user", "content": "<image>What is x?"}, {"role": "assistant", …}],
 "images": ["figures/1.png"]}. Invariant: the loss sees the tokens of assistant turns, with the mark
-that ends each, and nothing else; a sample without one of them, or one that is too long, is refused.
+that ends each, and nothing else; a sample without one of them, one that is too long, or one whose
+text holds the marks themselves is refused.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from PIL import Image
 
 PLACEHOLDER = "<image>"
 IGNORED = -100
-# How Qwen's chat template opens and closes a turn.
-OPENS, CLOSES = "<|im_start|>assistant\n", "<|im_end|>"
+# How Qwen's chat template opens and closes a turn; a newline follows the role.
+STARTS, ASSISTANT, CLOSES = "<|im_start|>", "assistant", "<|im_end|>"
+ROLES = ("system", "user", ASSISTANT)
 
 
 class Samples(torch.utils.data.Dataset):  # type: ignore[type-arg]
@@ -30,8 +32,11 @@ class Samples(torch.utils.data.Dataset):  # type: ignore[type-arg]
         self.images = Path(images) if images else self.path.parent
         text = self.path.read_text(encoding="utf-8")
         lines = text.lstrip().startswith("{")
+        # JSON strings may hold U+2028 and others that splitlines takes for ends of lines.
         self.rows = (
-            [json.loads(line) for line in text.splitlines() if line] if lines else json.loads(text)
+            [json.loads(line) for line in text.split("\n") if line.strip()]
+            if lines
+            else json.loads(text)
         )
 
     def __len__(self) -> int:
@@ -74,10 +79,14 @@ class Collator:
         self.max_length = max_length
         tokenizer = processor.tokenizer
         tokenizer.padding_side = "right"
-        self._opens = tokenizer.encode(OPENS, add_special_tokens=False)
+        self._opens = tokenizer.encode(STARTS + ASSISTANT, add_special_tokens=False)
         (self._closes,) = tokenizer.encode(CLOSES, add_special_tokens=False)
+        special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+        self._special = sorted({*special, *tokenizer.all_special_tokens, STARTS, CLOSES})
 
     def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        for sample in samples:
+            self._check(sample["messages"])
         texts = [
             self.processor.apply_chat_template(sample["messages"], tokenize=False)
             for sample in samples
@@ -92,24 +101,54 @@ class Collator:
                 f"a sample has {longest} tokens, more than max_length={self.max_length}; raise it, "
                 "lower max_pixels, or leave the sample out"
             )
-        batch["labels"] = torch.stack([self.labels(row) for row in batch["input_ids"]])
+        turns = [
+            sum(turn["role"] == ASSISTANT for turn in sample["messages"]) for sample in samples
+        ]
+        rows = zip(batch["input_ids"], turns, strict=True)
+        batch["labels"] = torch.stack([self.labels(row, expected) for row, expected in rows])
         return batch
 
-    def labels(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return a row of token ids with all but the assistant's turns replaced by −100."""
+    def _check(self, messages: Sequence[dict[str, Any]]) -> None:
+        """Refuse text that the template's own marks could not be told from."""
+        for turn in messages:
+            if turn["role"] not in ROLES:
+                raise ValueError(f"a turn's role must be one of {ROLES}, got {turn['role']!r}")
+            for text in (part["text"] for part in turn["content"] if part["type"] == "text"):
+                found = [mark for mark in self._special if mark in text]
+                if found:
+                    raise ValueError(
+                        f"a turn of {turn['role']!r} holds {', '.join(found)}, which the tokenizer "
+                        "would take for the end or start of a turn, or an image; write it "
+                        f"otherwise or leave the sample out: {text[:80]!r}…"
+                    )
+
+    def labels(self, tokens: torch.Tensor, turns: int) -> torch.Tensor:
+        """Return a row of token ids with all but the assistant's turns replaced by −100.
+
+        The token that holds the newline behind the role is not labelled. Where an answer starts
+        with a newline, Qwen's tokenizer makes one token of both.
+
+        turns: how many the sample has.
+        """
         ids = tokens.tolist()
         labels = torch.full_like(tokens, IGNORED)
-        at, width = 0, len(self._opens)
-        while at + width <= len(ids):
+        at, found, width = 0, 0, len(self._opens)
+        while at + width < len(ids):
             if ids[at : at + width] != self._opens:
                 at += 1
                 continue
-            start = at + width
+            start = at + width + 1
+            if self._closes not in ids[start:]:
+                break
             end = ids.index(self._closes, start) + 1
             labels[start:end] = tokens[start:end]
-            at = end
-        if (labels == IGNORED).all():
-            raise ValueError(f"no turn of an assistant, marked by {OPENS!r}, in a sample")
+            at, found = end, found + 1
+        if not turns or found != turns:
+            raise ValueError(
+                f"no turn of an assistant in a sample: it has {turns}, and {found} stand between "
+                f"{STARTS + ASSISTANT!r} and {CLOSES!r} in its text; the loss needs at least one, "
+                "and all of them"
+            )
         return labels
 
 

@@ -7,9 +7,10 @@ GPUS=${GPUS:-8}
 HERE=$(pwd)
 case ${1:-} in
 vlmevalkit)
-    # Model paths in vlmevalkit.json are relative to where it is run: saves/paper is linked there.
+    # Model paths in vlmevalkit.json are relative to where it is run, and VLMEvalKit tells a Qwen2.5-VL
+    # from a Qwen2-VL by its path alone: saves/paper is linked there under a name that says which it is.
     cd "$2"
-    ln -sfn "$HERE/saves" saves
+    ln -sfn "$HERE/saves" saves-qwen2_5_vl
     torchrun --nproc-per-node "$GPUS" run.py --config "$HERE/vlmevalkit.json" \
         --work-dir "$HERE/evaluation" --reuse
     ;;

@@ -7,7 +7,8 @@
 A configuration holds what `Recipe` names, a section `drift_fast` (a delta and any option of
 `Injection`; without it this is plain fine-tuning), and any of transformers' TrainingArguments.
 `key=value` on the command line takes precedence, `drift_fast.alpha=0.5` too. A key that none of
-them has is an error. The trained model, its processor and the training state lie in `output_dir`.
+them has is an error. The trained model, its processor and the training state lie in `output_dir`,
+and so does the injection's `csv` where it is a relative path.
 """
 
 from __future__ import annotations
@@ -157,16 +158,30 @@ def build(recipe: Recipe, arguments: dict[str, Any]) -> Any:
     )
 
 
+def in_output_dir(path: str, folder: str, *, resume: bool) -> str:
+    """Return where a run's CSV file lies: rows of two runs in one file could not be told apart."""
+    file = Path(folder) / path
+    if file.exists() and not resume:
+        raise FileExistsError(
+            f"{file} holds the rows of a run before this one: move it away, choose another "
+            "output_dir, or go on from that run's checkpoint with resume=true"
+        )
+    return str(file)
+
+
 def main(arguments: list[str]) -> Any:
     """Train and save; return the Trainer."""
     recipe, settings, section = read(arguments)
     trainer = build(recipe, settings)
+    folder = trainer.args.output_dir
     if section is not None:
         from drift_fast.integrations.settings import Settings
 
         attached = Settings.from_mapping(section)
-        drift_fast.attach(trainer, attached.delta, **attached.options)
-    folder = trainer.args.output_dir
+        options = dict(attached.options)
+        if options.get("csv") is not None:
+            options["csv"] = in_output_dir(options["csv"], folder, resume=recipe.resume)
+        drift_fast.attach(trainer, attached.delta, **options)
     trainer.train(resume_from_checkpoint=last_checkpoint(folder) if recipe.resume else None)
     trainer.save_model()
     if trainer.is_world_process_zero():

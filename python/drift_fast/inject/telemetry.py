@@ -80,8 +80,12 @@ def summary(metrics: Mapping[str, float], groups: Sequence[Group]) -> dict[str, 
 
 
 def append_rows(path: str | os.PathLike[str], step: int, metrics: Mapping[str, float]) -> None:
-    """Append one row of step, metric and value for each metric to a CSV file."""
+    """Append one row of step, metric and value for each metric to a CSV file.
+
+    Its directory is made where there is none.
+    """
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     fresh = not path.exists() or path.stat().st_size == 0
     with path.open("a", newline="") as file:
         writer = csv.writer(file)

@@ -28,7 +28,10 @@ _NAMES = {
     "layers": ("0-3,8", "of Δ; default all"),
     "gpus": ("N", "default 1"),
     "alpha": ("X", "default 1"),
-    "save_total_limit": ("N", "training checkpoints kept (1)"),
+    "save_total_limit": ("N", "training checkpoints kept (1); 0 keeps all"),
+    "save_steps": ("X", "steps between checkpoints, or a share of all below 1 (500)"),
+    "schedule": ("TEXT", "of α, such as linear or window(0,0.3); λ follows from it"),
+    "progress_cap": ("X", "λ that the injection stops at"),
 }
 _CHOICES = {
     "scheduler": (run.SCHEDULERS, "default cosine"),
@@ -39,9 +42,11 @@ _CHOICES = {
     "optimizer": (run.OPTIMIZERS, "default adamw"),
     "offload": (run.OFFLOADS, "to host memory (none)"),
     "residency": (run.RESIDENCIES, "of Δ (auto)"),
+    "save_strategy": (run.SAVING, "when checkpoints are written (steps)"),
     "scale": (("absolute", "gradnorm", "adaptive", "project"), "default adaptive"),
 }
-_FLOATS = {"epochs", "learning_rate", "warmup", "alpha"}
+_FLOATS = {"epochs", "learning_rate", "warmup", "alpha", "save_steps", "progress_cap"}
+_TEXTS = {"layers", "schedule"}
 
 
 def add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -72,7 +77,7 @@ def add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     )
     parser.add_argument("--modules", help="of Δ: attn, mlp, …, as for delta (attn,mlp)")
     for name, (metavar, told) in _NAMES.items():
-        kind: Any = str if name == "layers" else float if name in _FLOATS else int
+        kind: Any = str if name in _TEXTS else float if name in _FLOATS else int
         parser.add_argument(_flag(name), type=kind, metavar=metavar, help=told)
     for name, (choices, told) in _CHOICES.items():
         parser.add_argument(_flag(name), choices=choices, help=told)

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from drift_fast.configuration import Configuration
-from drift_fast.errors import DriftError
+from drift_fast.configuration import Configuration, Section
+from drift_fast.errors import CheckpointError, DriftError
 from drift_fast.facts import Fact, describe, read_headers
 from drift_fast.pairing import PathLike, open_checkpoint
 from drift_fast.select import Selection, is_other_modality, kind_of, layer_of
@@ -31,6 +31,8 @@ CONFIGURATION = "configuration"
 # Of one among several experts; experts that every token goes through are no such.
 _ROUTED = re.compile(r"(^|\.)experts(\.|$)")
 _NBITS = {"F64": 64, "F32": 32, "BF16": 16, "F16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "I8": 8, "U8": 8}
+_LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth")
+_MOST_LAYERS = 2_000
 _STATED = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
@@ -144,12 +146,28 @@ def read_model(given: PathLike) -> Model:
 
 def _from_configuration(path: Path) -> Model:
     configuration = Configuration.read(path)
+    _check_layers(path, configuration.around[-1])
     shapes = _meta_shapes(path)
     stated = configuration.anywhere(lambda part: part.text("dtype", "torch_dtype")) or "bfloat16"
     dtype = _STATED.get(stated.removeprefix("torch."), "BF16")
     dtypes = dict.fromkeys(shapes, dtype)
     facts = describe(configuration, read_headers(shapes, dtypes)).facts
     return Model(str(path), CONFIGURATION, shapes, dtypes, facts, configuration)
+
+
+def _check_layers(path: Path, section: Section) -> None:
+    """Refuse more layers than a model has: each is built, and a config.json is not trusted."""
+    for key in _LAYERS:
+        stated = section.size(key)
+        found = stated if isinstance(stated, list) else [stated or 0]
+        if max(found) > _MOST_LAYERS:
+            raise CheckpointError(
+                f"{path / 'config.json'}: {section.name + '.' if section.name else ''}{key} must "
+                f"be at most {_MOST_LAYERS:,}, found {max(found):,}; correct the entry or download "
+                "config.json again"
+            )
+    for inner in section.sections().values():
+        _check_layers(path, inner)
 
 
 def _meta_shapes(path: Path) -> dict[str, tuple[int, ...]]:

@@ -10,10 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from drift_fast.errors import CheckpointError
 from drift_fast.planner import rates
 from drift_fast.planner.counts import VISION, Model
 from drift_fast.planner.report import Figure, Origin, sized
 from drift_fast.planner.training import Training
+
+# Patches along one side of a token; models have 2, and a config.json is not trusted.
+_MOST_MERGED = 64
 
 
 def figures(
@@ -73,8 +77,12 @@ def _communication(run: Training, model: Model) -> tuple[int, str]:
     if run.sharding == "ddp":
         itemsize = 2 if run.precision == "bf16" else 4
         return 2 * itemsize * trained, f"2·{itemsize}·T, gradients reduced"
-    if run.sharding in ("zero1", "zero2"):
+    if run.sharding == "zero1":
         return 2 * wide * trained, f"{wide}·T reduced and {wide}·T gathered"
+    if run.sharding == "zero2":
+        # Gradients that are not kept whole cannot wait for the last micro-batch.
+        moved = (run.accumulation + 1) * wide * trained
+        return moved, f"micro-batches·{wide}·T reduced, and {wide}·T gathered"
     # Weights are gathered for each forward and each backward pass.
     reduced = 4 if run.sharding == "fsdp2" and run.precision != "bf16" else wide
     of_pass = 2 * wide * total + reduced * trained
@@ -100,4 +108,11 @@ def _patches_per_token(model: Model) -> int:
     outer = model.configuration.around[-1]
     vision = outer.section("vision_config")
     merge = None if vision is None else vision.size("spatial_merge_size")
-    return merge**2 if isinstance(merge, int) else 1
+    if not isinstance(merge, int):
+        return 1
+    if not 1 <= merge <= _MOST_MERGED:
+        raise CheckpointError(
+            f"{model.given}: vision_config.spatial_merge_size must be from 1 to {_MOST_MERGED}, "
+            f"found {merge}; correct the entry or download config.json again"
+        )
+    return merge**2

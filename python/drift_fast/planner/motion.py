@@ -12,12 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from drift_fast.inject.predict import USEFUL, predict_progress, rms
+from drift_fast.inject.schedule import parse_schedule
 from drift_fast.planner.report import Figure, Origin
 from drift_fast.planner.training import Training
 from drift_fast.select import Selection
 
 SECTION = "Motion along Δ (λ is 1 where weights have moved by all of Δ)"
 _FORMULA = "c(α)·Σlr/rms(Δ), c measured in a miniature of 0.8M parameters with AdamW and `adaptive`"
+
+_MOST_SCHEDULED = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ def size_of(delta: str | Path | None, given: float | None, selection: Selection)
 
 def figures(training: Training, size: Size | None) -> Iterator[Figure]:
     """Yield Σlr, and λ or what it depends on."""
-    total = math.fsum(training.rates())
+    total = training.sum_of_rates()
     yield Figure(
         SECTION,
         "Σ learning rates",
@@ -72,13 +75,23 @@ def figures(training: Training, size: Size | None) -> Iterator[Figure]:
         f"{training.optimizer_steps:,} steps, warm-up {training.warmup:g}",
     )
     why = _unpredictable(training)
+    if training.schedule is not None and not why:
+        factor = parse_schedule(training.schedule)
+        steps = training.optimizer_steps
+        total = math.fsum(rate * factor(at, steps) for at, rate in enumerate(training.rates()))
+        source = f"of each step: {training.schedule}"
+        yield Figure(SECTION, "Σ learning rates × schedule", total, "", "estimated", source)
+        if total < 0:
+            why = "the schedule is negative on the whole: it pushes away from Δ"
     if why:
         yield Figure(SECTION, "λ", None, "", "unknown", why)
         return
     if size is not None:
         yield Figure(SECTION, "rms(Δ)", size.total, "", _origin(size), size.source)
         value = _progress(training, total, size.total)
-        yield Figure(SECTION, "λ", value, "", "estimated", _FORMULA)
+        capped = "" if training.progress_cap is None else f"; at most {training.progress_cap:g}"
+        capped += ", the progress_cap" if capped else ""
+        yield Figure(SECTION, "λ", value, "", "estimated", _FORMULA + capped)
         for kind, of_kind in size.by_kind.items():
             value = _progress(training, total, of_kind)
             source = f"the same, rms(Δ) {of_kind:.3g}"
@@ -126,11 +139,19 @@ def _unpredictable(training: Training) -> str:
         return "c was measured for AdamW; SGD moves in proportion to the gradient"
     if training.scale != "adaptive":
         return f"c was measured for the scale `adaptive`, not for {training.scale!r}"
+    if training.progress_target is not None:
+        return f"α follows progress_target ({training.progress_target}), as far as it can"
+    if isinstance(training.progress_cap, Mapping):
+        return f"progress_cap differs by module: {dict(training.progress_cap)}"
+    if training.schedule is not None and training.optimizer_steps > _MOST_SCHEDULED:
+        return f"a schedule is followed for at most {_MOST_SCHEDULED:,} steps"
     return ""
 
 
 def _progress(training: Training, total: float, of: float) -> float:
-    return predict_progress(training.alpha, total, of)
+    found = predict_progress(training.alpha, total, of)
+    cap = training.progress_cap
+    return found if cap is None or isinstance(cap, Mapping) else min(found, cap)
 
 
 def _origin(size: Size) -> Origin:

@@ -116,6 +116,7 @@ def plan(
     fits = None if gpu_nbytes is None else memory.device_nbytes <= gpu_nbytes
     warnings = [
         *_remarks(run, models, selection, memory),
+        *_speed_remarks(run, peak, utilisation),
         *motion.remarks(of_motion),
     ]
     remedies: list[str] = []
@@ -213,22 +214,32 @@ def _disk(run: Training, models: tuple[Model, Model], names: list[str]) -> Itera
     trained = total - (multimodal.by_kind()[VISION] if run.trained == "language" else 0)
     itemsize = 4 if run.precision != "bf16" else 2
     state = {"adamw": 2 * itemsize, "adamw8bit": 2, "sgd": 0}[run.optimizer]
-    # ZeRO writes 16-bit weights and, with the states, its float32 copies.
-    weights = 2 * total + 4 * trained if run.sharding.startswith("zero") else itemsize * total
+    zero = run.sharding.startswith("zero")
+    low = 2 if run.precision == "bf16" or (zero and run.precision != "fp32") else 4
+    # With the states ZeRO writes its float32 copies, and below stage 3, where each process has all
+    # weights, these a second time beside the model's own file.
+    times = 2 if run.sharding in ("zero1", "zero2") else 1
+    weights = times * low * total + 4 * trained if zero else itemsize * total
     one = weights + state * trained
+    formula = f"{times * low}·P + 4·T" if zero else f"{itemsize}·P"
     yield Figure(
-        section, "one training checkpoint", one, "bytes", "estimated", "weights, copies and states"
+        section,
+        "one training checkpoint",
+        one,
+        "bytes",
+        "estimated",
+        f"{formula} and {state}·T of states",
     )
-    kept = run.save_total_limit + 1 if run.save_total_limit else 0
+    kept = run.checkpoints
+    told = "and one more while it is written" if run.save_total_limit else "which keeps all"
     yield Figure(
         section,
         "training checkpoints",
         kept * one,
         "bytes",
         "estimated",
-        f"save_total_limit {run.save_total_limit}, and one more while it is written",
+        f"{kept:,}: save_total_limit {run.save_total_limit}, {told}",
     )
-    low = 2 if run.sharding.startswith("zero") or run.precision == "bf16" else 4
     yield Figure(section, "trained model", low * total, "bytes", "estimated", f"{low}·P")
     on_disk = math.ceil(ITEMSIZE[run.dtype][0] * multimodal.numel(names))
     whole = multimodal.nbytes() + models[0].nbytes(selected) + on_disk + kept * one + low * total
@@ -256,6 +267,14 @@ def _remarks(
         yield "residency disk was not measured on a GPU"
     if not run.gradient_checkpointing and not any(p.name == "activations" for p in memory.device):
         yield "config.json does not state the sizes that activations follow from: they are left out"
+
+
+def _speed_remarks(run: Training, peak: float, utilisation: float | None) -> Iterator[str]:
+    if run.precision == "fp32" and (peak == rates.H100_FLOPS or utilisation is None):
+        yield (
+            "hours are reckoned at a peak and a utilisation in bfloat16, and fp32 takes several "
+            "times as long: give peak (--peak-tflops) and utilisation of float32"
+        )
 
 
 def _remedies(run: Training, model: Model, selected: int, gpu_nbytes: int) -> Iterator[str]:
