@@ -225,3 +225,112 @@ def test_every_method_has_equal_trials_within_its_space(miniature: Any) -> None:
     for method in METHODS.values():
         if method.like is not None:
             assert METHODS[method.like].space == method.space
+
+
+# What is refused, and what is run again. Nothing here trains.
+
+
+def made_up(miniature: Any, out: Path, **changes: Any) -> Any:
+    profile = replace(tiny(miniature), methods=("as_is", "sft"), sets=1, **changes)
+    return miniature.Miniature(profile, out, processes=1, device="cpu", clock=miniature.Clock(None))
+
+
+def stand_in(job: Any, **_: Any) -> dict[str, Any]:
+    """A line as a run has, without the run."""
+    line = {"key": job.key, **vars(job), "settings": json.loads(job.settings)}
+    return line | {"answers": 0.5, "digits": 0.5, "device": "cpu", "seconds": {"train": 7.0}}
+
+
+def test_a_failed_trial_leaves_the_tuning_unfinished_until_it_is_run_again(
+    miniature: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = made_up(miniature, tmp_path)
+    bad = one.tuning_jobs("main")[1].key
+
+    def failing(job: Any, **_: Any) -> dict[str, Any]:
+        if job.key == bad:
+            raise ValueError("no room")
+        return stand_in(job)
+
+    monkeypatch.setattr(miniature, "_run", failing)
+    assert one.stage("tune") == 1
+    assert not (tmp_path / "settings.json").exists()
+    monkeypatch.setattr(miniature, "_run", stand_in)
+    assert one.stage("tune") == 0
+    assert json.loads((tmp_path / "settings.json").read_text())["main"]["sft"]["trials"] == 2
+
+
+def test_a_command_of_which_a_run_failed_does_not_exit_with_zero(
+    miniature: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(job: Any, **_: Any) -> dict[str, Any]:
+        raise ValueError("no room")
+
+    monkeypatch.setattr(miniature, "FAST", made_up(miniature, tmp_path).profile)
+    monkeypatch.setattr(miniature, "_run", failing)
+    command = ["--out", str(tmp_path), "--processes", "1", "--stage", "test"]
+    assert miniature.main(command) == 3
+    monkeypatch.setattr(miniature, "_run", stand_in)
+    assert miniature.main(command) == 0
+
+
+def test_settings_are_chosen_only_where_every_trial_has_every_validation_world(
+    miniature: Any,
+) -> None:
+    tried = [
+        {"method": "sft", "world": w, "settings": {"lr": lr}, "answers": lr, "digits": 1.0}
+        for w in (11, 12)
+        for lr in (0.1, 0.2)
+    ]
+    assert miniature.choose(tried, ["sft"], (11, 12))["sft"]["settings"] == {"lr": 0.2}
+    with pytest.raises(
+        ValueError, match=r"expected one run on each .* \[11, 12\], found .* \[11\]"
+    ):
+        miniature.choose(tried[:3], ["sft"], (11, 12))
+    with pytest.raises(ValueError, match="no trial of 'sft'"):
+        miniature.choose([], ["sft"], (11, 12))
+
+
+def test_of_equal_trials_the_first_is_chosen_in_whatever_order_they_ended(
+    miniature: Any, tmp_path: Path
+) -> None:
+    one = made_up(miniature, tmp_path)
+    for job in reversed(one.tuning_jobs("main")):
+        one._add(job, stand_in(job), 1.0)
+    one._choose("main")
+    first = json.loads(one.tuning_jobs("main")[0].settings)
+    assert one.settings("main")["sft"] == first
+
+
+def test_how_long_runs_take_is_known_from_earlier_lines(
+    miniature: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(miniature, "_run", stand_in)
+    one = made_up(miniature, tmp_path)
+    one.results.add(stand_in(replace(one.tuning_jobs("main")[0], set=99)))
+    one.clock = miniature.Clock(0.1)
+    # Seven seconds a run, and six in all.
+    assert one.stage("tune") == 2
+
+
+def test_a_checkpoint_is_measured_before_it_has_its_name(
+    miniature: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worlds = miniature.worlds
+
+    def killed(*_: Any) -> dict[str, float]:
+        assert not worlds.exists(tmp_path, 7, "base")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(worlds, "measure", killed)
+    with pytest.raises(KeyboardInterrupt):
+        worlds.train(tmp_path, 7, "base", shrink=10_000)
+    assert not worlds.exists(tmp_path, 7, "base")
+    monkeypatch.setattr(worlds, "measure", lambda *_: {"steps": 0.5})
+    worlds.train(tmp_path, 7, "base", shrink=10_000)
+    one = made_up(miniature, tmp_path, test_worlds=(7,), validation_worlds=(7,))
+    one.clock = miniature.Clock(0.0)
+    one.train(["base"])
+    (line,) = one.results.lines()
+    assert line["key"] == "checkpoint/7/base"
+    assert line["measured"] == {"steps": 0.5}

@@ -87,15 +87,17 @@ def execute(
     ready: Callable[[Any], bool] = lambda job: True,
     begin: Callable[[], None] | None = None,
     cost: Callable[[Any], float] = lambda job: 1.0,
+    longest: float = 0.0,
     title: str = "",
 ) -> int:
     """Run jobs in order, as many at a time as there are processes; return how many are left.
 
     A job starts when it is `ready`, and if the clock allows the longest that one of its `cost` has
-    taken so far. `done` is called here with the job, its result (an exception if it failed) and
-    the seconds. One process is this one.
+    taken so far, `longest` being the seconds for each unit of cost in earlier calls. `done` is
+    called here with the job, its result (an exception if it failed) and the seconds; a job that
+    failed is not one that is left. One process is this one.
     """
-    waiting, slowest = list(jobs), 0.0
+    waiting, slowest = list(jobs), longest
     finished = 0
 
     def allowed(job: Any) -> bool:

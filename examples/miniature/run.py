@@ -124,7 +124,7 @@ class Miniature:
         _copy_shipped(out)
 
     def stage(self, name: str) -> int:
-        """Run a stage, and return how many of its jobs are left for the next time."""
+        """Run a stage, and return how many of its jobs have no result, failed ones included."""
         match name:
             case "checkpoints":
                 names = {n for job in self.all_jobs() for n in training.needed(job)}
@@ -136,12 +136,11 @@ class Miniature:
             case "dose":
                 return self.run(self.dose_jobs())
             case "regimes":
-                left = 0
-                for regime in self.profile.regimes:
-                    left += self._tuned(regime)
-                    if left == 0:
-                        left += self.run(self.test_jobs(regime))
-                return left
+                # Where a trial failed or had no time, that regime alone waits with its tests.
+                return sum(
+                    self._tuned(regime) or self.run(self.test_jobs(regime))
+                    for regime in self.profile.regimes
+                )
             case "report":
                 self.report()
                 return 0
@@ -237,7 +236,7 @@ class Miniature:
     # What is done with them.
 
     def train(self, names: Sequence[str]) -> int:
-        """Train what checkpoints are missing."""
+        """Train what checkpoints are missing, and take up what was measured of those there are."""
         numbers = sorted({*self.profile.test_worlds, *self.profile.validation_worlds})
         jobs = worlds.missing(self.out, numbers, list(names))
 
@@ -246,6 +245,11 @@ class Miniature:
             return parent is None or worlds.exists(self.out, job[0], parent)
 
         work = partial(_train, root=self.out, device=self.device, shrink=self.profile.shrink)
+        for world, name in worlds.family(numbers, list(names)):
+            found = worlds.measured(self.out, world, name)
+            if found is not None and not self.results.done(f"checkpoint/{world}/{name}"):
+                # A command was stopped between the rename and its line.
+                self._add_checkpoint((world, name), found, found["seconds"])
         return execute(
             jobs,
             work,
@@ -255,35 +259,55 @@ class Miniature:
             ready=ready,
             begin=partial(_begin, self.device),
             cost=lambda job: worlds.COSTS[job[1]],
+            longest=max(
+                (
+                    line["seconds"]["train"] / worlds.COSTS[line["name"]]
+                    for line in self.results.lines()
+                    if (line["stage"], line["device"]) == ("checkpoints", self.device)
+                ),
+                default=0.0,
+            ),
             title="checkpoint",
         )
 
     def run(self, jobs: Sequence[Job]) -> int:
-        """Run what of the jobs has no result yet."""
+        """Run what of the jobs has no result yet, and return how many have none afterwards."""
         needed = {(job.world, name) for job in jobs for name in training.needed(job)}
         absent = sorted(f"{w}/{n}" for w, n in needed if not worlds.exists(self.out, w, n))
         if absent:
             raise SystemExit(f"run --stage checkpoints first; missing: {', '.join(absent)}")
         work = partial(_run, root=self.out, protocol=self.profile.protocol, device=self.device)
-        return execute(
+        execute(
             [job for job in jobs if not self.results.done(job.key)],
             work,
             processes=self.processes,
             clock=self.clock,
             done=self._add,
             begin=partial(_begin, self.device),
+            longest=self._longest(jobs[0].regime) if jobs else 0.0,
             title=jobs[0].stage if jobs else "",
         )
+        return sum(not self.results.done(job.key) for job in jobs)
+
+    def _longest(self, regime: str) -> float:
+        """Return the seconds of the longest run of a regime on this device; 0 of none."""
+        taken = [
+            sum(line["seconds"].values())
+            for line in self.results.lines()
+            if (line["regime"], line["device"]) == (regime, self.device)
+            and line["stage"] != "checkpoints"
+        ]
+        return max(taken, default=0.0)
 
     def _add_checkpoint(
-        self, job: tuple[int, str], result: dict[str, float] | Exception, seconds: float
+        self, job: tuple[int, str], result: worlds.Measured | Exception, seconds: float
     ) -> None:
         if isinstance(result, Exception):
             raise result
         world, name = job
         line = {"key": f"checkpoint/{world}/{name}", "stage": "checkpoints", "regime": "main"}
-        line |= {"world": world, "name": name, "set": 0, "device": self.device}
-        line |= {"measured": result, "seconds": {"train": round(seconds, 1)}}
+        line |= {"world": world, "name": name, "set": 0, "device": result["device"]}
+        line |= {"measured": result["knows"], "seconds": {"train": round(seconds, 1)}}
         self.results.add(line | {"command": self._command()})
 
     def _command(self) -> str:
@@ -302,9 +326,10 @@ class Miniature:
 
     def _choose(self, regime: str) -> None:
         """Write down what was best of the trials of each method."""
-        keys = {job.key for job in self.tuning_jobs(regime)}
-        tried = [line for line in self.results.lines() if line["key"] in keys]
-        found = choose(tried, self.methods(regime))
+        finished = {line["key"]: line for line in self.results.lines()}
+        # In the order of the trials, in which they need not have ended.
+        tried = [finished[job.key] for job in self.tuning_jobs(regime)]
+        found = choose(tried, self.methods(regime), self.profile.validation_worlds)
         path = self.out / "settings.json"
         every = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         every[regime] = found
@@ -335,17 +360,29 @@ class Miniature:
     def report(self) -> None:
         """Write tables and figures from the lines there are."""
         lines, failed = self.results.lines(), self.results.failed()
+        trial = {
+            job.key: at
+            for regime in ("main", *self.profile.regimes)
+            for at, job in enumerate(self.tuning_jobs(regime))
+        }
+        # In the order of the trials, so that of equals the table names the one that was chosen.
+        lines.sort(key=lambda line: trial.get(line["key"], -1))
         written = [tables.write(lines, failed, self.out / "results.md")]
         written += figures.write(lines, self.out)
         for path in written:
             print(f"wrote {path}")
 
 
-def choose(lines: Sequence[Line], methods: Sequence[str]) -> dict[str, Any]:
+def choose(
+    lines: Sequence[Line], methods: Sequence[str], validation: Sequence[int]
+) -> dict[str, Any]:
     """Return for each method with a search space the settings that did best in its trials.
 
-    The score is the mean over validation worlds of answers right, or of answers and digits; of
-    equals, the first trial's.
+    The score is the mean over the validation worlds of answers right, or of answers and digits; of
+    equals, the first trial's in the order of the lines.
+
+    Raises:
+        ValueError: a method without trials, or a trial that lacks a validation world.
     """
     chosen = {}
     for name in methods:
@@ -361,11 +398,21 @@ def choose(lines: Sequence[Line], methods: Sequence[str]) -> dict[str, Any]:
             ).items()
         }
         if not tried:
-            continue
+            raise ValueError(
+                f"{name}: no trial of {method.like or name!r}: finish its tuning first"
+            )
+        for settings, rows in tried.items():
+            found = sorted(row["world"] for row in rows)
+            if found != sorted(validation):
+                raise ValueError(
+                    f"{name}, trial {settings}: expected one run on each validation world "
+                    f"{sorted(validation)}, found runs on {found}: finish its tuning first"
+                )
 
         def score(settings: str, tried: Any = tried, measures: Any = measures) -> float:
             rows = tried[settings]
-            return sum(row[measure] for row in rows for measure in measures) / len(rows)
+            # Rounded, so that the order of a sum makes no winner of equals.
+            return round(sum(row[m] for row in rows for m in measures) / len(rows), 9)
 
         best = max(tried, key=score)
         rows = tried[best]
@@ -400,9 +447,8 @@ def _begin(device: str) -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def _train(job: tuple[int, str], *, root: Path, device: str, shrink: int) -> dict[str, float]:
-    worlds.train(root, *job, device=device, shrink=shrink)
-    return worlds.measure(root, *job)
+def _train(job: tuple[int, str], *, root: Path, device: str, shrink: int) -> worlds.Measured:
+    return worlds.train(root, *job, device=device, shrink=shrink)
 
 
 def _run(job: Job, *, root: Path, protocol: Protocol, device: str) -> Line:
@@ -435,7 +481,7 @@ def unpack(archive: Path, out: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the stages asked for; 0 if all of them finished, 3 if there was no time for all."""
+    """Run the stages asked for; 0 if all of them finished, 3 if some jobs failed or had no time."""
     parser = argparse.ArgumentParser(description="Run the miniature experiment.")
     parser.add_argument("--out", type=Path, required=True, help="directory of results")
     parser.add_argument("--full", action="store_true", help="every world, method and regime")

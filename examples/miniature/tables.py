@@ -229,14 +229,17 @@ def _doses(lines: Sequence[Line]) -> Iterable[str]:
 
 def _tuning(regime: str, lines: Sequence[Line]) -> Iterable[str]:
     yield f"## Trials: {_title(regime)}"
-    yield _described(lines) + " Best first by answers; the first is what the test uses."
+    yield _described(lines) + (
+        " Best by answers, which is what the test uses; a row “tuned for answers and digits” "
+        "has the best of the same trials by the sum of both."
+    )
     rows = []
     for (name,), mine in by_key(_with_text(lines), "method").items():
         tried = [
             (same[0]["settings"], *(statistics.fmean(r[m] for r in same) for m in MEASURES))
             for same in by_key(mine, "text").values()
         ]
-        tried.sort(key=lambda row: -row[1])
+        tried.sort(key=lambda row: -round(row[1], 9))
         best, *others = tried
         worst = min((row[1] for row in others), default=best[1])
         middle = statistics.median(row[1] for row in tried)
