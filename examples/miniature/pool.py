@@ -12,7 +12,7 @@ import multiprocessing
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any, Final
@@ -64,9 +64,12 @@ class Results:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(("\n" if broken and self.path.stat().st_size else "") + text + "\n")
 
-    def done(self, key: str) -> bool:
-        """Whether a run has finished without an error."""
-        return key in self._lines and "error" not in self._lines[key]
+    def done(self, key: str, expected: Mapping[str, Any] | None = None) -> bool:
+        """Whether a run has finished without an error, and its line has the `expected` fields."""
+        line = self._lines.get(key, {"error": "not run"})
+        return "error" not in line and all(
+            line.get(name) == value for name, value in (expected or {}).items()
+        )
 
     def lines(self) -> list[Line]:
         """Return the lines of finished runs."""

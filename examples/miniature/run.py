@@ -13,14 +13,17 @@ from __future__ import annotations
 import argparse
 import atexit
 import gc
+import hashlib
+import itertools
 import json
 import logging
+import multiprocessing
 import os
 import shutil
 import sys
 import tarfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -68,6 +71,13 @@ class Profile:
     strengths: tuple[float, ...] = STRENGTHS
     protocol: Protocol = field(default_factory=Protocol)
     shrink: int = 1
+
+    @property
+    def digest(self) -> str:
+        """What tells lines of one profile from another's: worlds, sets, budgets and `shrink`."""
+        stated = [self.flag, self.test_worlds, self.validation_worlds, self.sets]
+        stated += [self.trials, self.regime_trials, self.shrink]
+        return hashlib.sha256(json.dumps(stated).encode()).hexdigest()[:16]
 
 
 FULL: Final = Profile(
@@ -121,7 +131,37 @@ class Miniature:
         self.clock = clock
         out.mkdir(parents=True, exist_ok=True)
         self.results = Results(out / "results.jsonl")
+        self._refuse_others()
         _copy_shipped(out)
+
+    def _refuse_others(self) -> None:
+        for line in (*self.results.lines(), *self.results.failed()):
+            # Lines of the first version have no digest, but the command.
+            same = line.get("profile", self.profile.digest) == self.profile.digest
+            if not same or line.get("command") != self._command():
+                raise SystemExit(
+                    f"{self.results.path}: expected lines of profile {self.profile.digest} of "
+                    f"`{self._command()}`, found {line['key']} of {line.get('profile', 'none')} of "
+                    f"`{line.get('command')}`: give another --out, or the command that began it"
+                )
+
+    def _refuse_earlier(self) -> None:
+        """Let lines without digests be reported, and not be mixed with others."""
+        for line in (*self.results.lines(), *self.results.failed()):
+            if "profile" not in line:
+                raise SystemExit(
+                    f"{self.results.path}: {line['key']} was written by an earlier version and "
+                    "does not say of which checkpoints: such lines can be reported (--stage "
+                    "report), not added to; give another --out"
+                )
+
+    def _expected(self, job: Job) -> dict[str, Any]:
+        """Return what the line of a job would say, run now, of what it follows from."""
+        found = training.provenance(job, self.out, self.profile.protocol)
+        return {**found, "profile": self.profile.digest}
+
+    def _done(self, job: Job) -> bool:
+        return self.results.done(job.key, self._expected(job))
 
     def stage(self, name: str) -> int:
         """Run a stage, and return how many of its jobs have no result, failed ones included."""
@@ -237,6 +277,7 @@ class Miniature:
 
     def train(self, names: Sequence[str]) -> int:
         """Train what checkpoints are missing, and take up what was measured of those there are."""
+        self._refuse_earlier()
         numbers = sorted({*self.profile.test_worlds, *self.profile.validation_worlds})
         jobs = worlds.missing(self.out, numbers, list(names))
 
@@ -247,8 +288,11 @@ class Miniature:
         work = partial(_train, root=self.out, device=self.device, shrink=self.profile.shrink)
         for world, name in worlds.family(numbers, list(names)):
             found = worlds.measured(self.out, world, name)
-            if found is not None and not self.results.done(f"checkpoint/{world}/{name}"):
-                # A command was stopped between the rename and its line.
+            if found is None:
+                continue
+            expected = {"digest": worlds.digest(self.out, world, name)}
+            if not self.results.done(f"checkpoint/{world}/{name}", expected):
+                # A command was stopped between the rename and its line, or others were unpacked.
                 self._add_checkpoint((world, name), found, found["seconds"])
         return execute(
             jobs,
@@ -257,7 +301,7 @@ class Miniature:
             clock=self.clock,
             done=self._add_checkpoint,
             ready=ready,
-            begin=partial(_begin, self.device),
+            begin=_beginning(self.device),
             cost=lambda job: worlds.COSTS[job[1]],
             longest=max(
                 (
@@ -271,23 +315,27 @@ class Miniature:
         )
 
     def run(self, jobs: Sequence[Job]) -> int:
-        """Run what of the jobs has no result yet, and return how many have none afterwards."""
+        """Run what of the jobs has no result yet, and return how many have none afterwards.
+
+        A result of other checkpoints, or by another protocol, is none.
+        """
+        self._refuse_earlier()
         needed = {(job.world, name) for job in jobs for name in training.needed(job)}
         absent = sorted(f"{w}/{n}" for w, n in needed if not worlds.exists(self.out, w, n))
         if absent:
             raise SystemExit(f"run --stage checkpoints first; missing: {', '.join(absent)}")
         work = partial(_run, root=self.out, protocol=self.profile.protocol, device=self.device)
         execute(
-            [job for job in jobs if not self.results.done(job.key)],
+            [job for job in jobs if not self._done(job)],
             work,
             processes=self.processes,
             clock=self.clock,
             done=self._add,
-            begin=partial(_begin, self.device),
+            begin=_beginning(self.device),
             longest=self._longest(jobs[0].regime) if jobs else 0.0,
             title=jobs[0].stage if jobs else "",
         )
-        return sum(not self.results.done(job.key) for job in jobs)
+        return sum(not self._done(job) for job in jobs)
 
     def _longest(self, regime: str) -> float:
         """Return the seconds of the longest run of a regime on this device; 0 of none."""
@@ -308,6 +356,7 @@ class Miniature:
         line = {"key": f"checkpoint/{world}/{name}", "stage": "checkpoints", "regime": "main"}
         line |= {"world": world, "name": name, "set": 0, "device": result["device"]}
         line |= {"measured": result["knows"], "seconds": {"train": round(seconds, 1)}}
+        line |= {"digest": worlds.digest(self.out, world, name), "profile": self.profile.digest}
         self.results.add(line | {"command": self._command()})
 
     def _command(self) -> str:
@@ -316,7 +365,7 @@ class Miniature:
     def _add(self, job: Job, result: Line | Exception, seconds: float) -> None:
         if isinstance(result, Exception):
             result = {"key": job.key, "method": job.method, "error": str(result)}
-        self.results.add(result | {"command": self._command()})
+        self.results.add(result | self._expected(job) | {"command": self._command()})
 
     def _tuned(self, regime: str) -> int:
         left = self.run(self.tuning_jobs(regime))
@@ -347,7 +396,12 @@ class Miniature:
         for path in sources:
             every = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
             if regime in every:
-                chosen = {name: row["settings"] for name, row in every[regime].items()}
+                rows = every[regime]
+                chosen = {
+                    name: rows[row.get("like", name)]["settings"]
+                    for name, row in rows.items()
+                    if row.get("like", name) in rows
+                }
                 untuned = {n: {} for n in self.methods(regime) if not METHODS[n].space}
                 absent = [n for n in self.methods(regime) if n not in chosen | untuned]
                 if not absent:
@@ -367,7 +421,8 @@ class Miniature:
         }
         # In the order of the trials, so that of equals the table names the one that was chosen.
         lines.sort(key=lambda line: trial.get(line["key"], -1))
-        written = [tables.write(lines, failed, self.out / "results.md")]
+        shared = sorted({*self.profile.test_worlds} & {*self.profile.validation_worlds})
+        written = [tables.write(lines, failed, self.out / "results.md", tuned_on=shared)]
         written += figures.write(lines, self.out)
         for path in written:
             print(f"wrote {path}")
@@ -378,8 +433,9 @@ def choose(
 ) -> dict[str, Any]:
     """Return for each method with a search space the settings that did best in its trials.
 
-    The score is the mean over the validation worlds of answers right, or of answers and digits; of
-    equals, the first trial's in the order of the lines.
+    A control has the name of the method it is like instead, whose settings it takes. The score is
+    the mean over the validation worlds of answers right, or of answers and digits; of equals, the
+    first trial's in the order of the lines.
 
     Raises:
         ValueError: a method without trials, or a trial that lacks a validation world.
@@ -388,6 +444,9 @@ def choose(
     for name in methods:
         method = METHODS[name]
         if not method.space:
+            continue
+        if method.control is not None:
+            chosen[name] = {"like": method.like}
             continue
         measures = ("answers", "digits") if method.chosen_by != "answers" else ("answers",)
         mine = [line for line in lines if line["method"] == (method.like or name)]
@@ -429,17 +488,48 @@ def choose(
 # What the processes of the pool do.
 
 
-def _begin(device: str) -> None:
+def cards(environment: Mapping[str, str], count: int) -> list[str]:
+    """Return the GPUs that may be used: those the user left visible, or the `count` there are.
+
+    Raises:
+        SystemExit: none.
+    """
+    stated = environment.get("CUDA_VISIBLE_DEVICES")
+    found = [str(number) for number in range(count)]
+    if stated is not None:
+        found = [name.strip() for name in stated.split(",")]
+        # CUDA reads the list up to its first entry that is none.
+        found = list(itertools.takewhile(lambda name: name not in ("", "-1"), found))
+    if not found:
+        raise SystemExit(
+            f"--device cuda: expected a GPU, found {count} and CUDA_VISIBLE_DEVICES {stated!r}; "
+            "set it to what may be used, or give --device cpu"
+        )
+    return found
+
+
+def _beginning(device: str) -> Callable[[], None]:
+    """Return what each process of one pool begins with."""
+    if device != "cuda":
+        return partial(_begin, [], None)
+    usable = cards(os.environ, torch.cuda.device_count())
+    return partial(_begin, usable, multiprocessing.get_context("spawn").Value("i", 0))
+
+
+def _begin(usable: Sequence[str], counter: Any) -> None:
+    """Set a process up; `counter`, shared by the pool, gives each in turn one of its GPUs."""
     import transformers
 
     torch.set_num_threads(1)
     # Trainer collects garbage around every run, and would go over all imported modules.
     gc.freeze()
     atexit.register(gc.unfreeze)
-    if device == "cuda":
+    if usable:
         # One for each process: Trainer would spread a run over all that it sees.
-        own = os.getpid() % max(1, torch.cuda.device_count())
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(own)
+        with counter.get_lock():
+            own = counter.value
+            counter.value += 1
+        os.environ["CUDA_VISIBLE_DEVICES"] = usable[own % len(usable)]
     warnings.filterwarnings("ignore", category=FutureWarning)
     # The library says of models without a common base what the regime is there to measure.
     warnings.filterwarnings("ignore", "matched weights", DriftWarning)

@@ -16,6 +16,8 @@ checkpoint is trained once, from the world's number alone, and is bf16 safetenso
 from __future__ import annotations
 
 import copy
+import functools
+import hashlib
 import json
 import shutil
 import time
@@ -82,6 +84,20 @@ def directory(root: Path, world: int, name: str) -> Path:
 def exists(root: Path, world: int, name: str) -> bool:
     """Whether a checkpoint has been trained."""
     return (directory(root, world, name) / "config.json").exists()
+
+
+def digest(root: Path, world: int, name: str) -> str:
+    """Return the start of the SHA-256 of the bytes of a checkpoint's safetensors."""
+    paths = sorted(directory(root, world, name).glob("*.safetensors"))
+    return _digest(tuple((path, path.stat().st_mtime_ns) for path in paths))
+
+
+@functools.lru_cache(maxsize=256)
+def _digest(paths: tuple[tuple[Path, int], ...]) -> str:
+    found = hashlib.sha256()
+    for path, _ in paths:
+        found.update(path.read_bytes())
+    return found.hexdigest()[:16]
 
 
 def family(worlds: list[int], names: list[str]) -> list[tuple[int, str]]:
