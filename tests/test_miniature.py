@@ -225,3 +225,257 @@ def test_every_method_has_equal_trials_within_its_space(miniature: Any) -> None:
     for method in METHODS.values():
         if method.like is not None:
             assert METHODS[method.like].space == method.space
+
+
+# What is refused, and what is run again. Nothing here trains.
+
+
+def made_up(miniature: Any, out: Path, **changes: Any) -> Any:
+    profile = replace(tiny(miniature), methods=("as_is", "sft"), sets=1, **changes)
+    return miniature.Miniature(profile, out, processes=1, device="cpu", clock=miniature.Clock(None))
+
+
+def stand_in(job: Any, **_: Any) -> dict[str, Any]:
+    """A line as a run has, without the run."""
+    line = {"key": job.key, **vars(job), "settings": json.loads(job.settings)}
+    return line | {"answers": 0.5, "digits": 0.5, "device": "cpu", "seconds": {"train": 7.0}}
+
+
+def test_a_failed_trial_leaves_the_tuning_unfinished_until_it_is_run_again(
+    miniature: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = made_up(miniature, tmp_path)
+    bad = one.tuning_jobs("main")[1].key
+
+    def failing(job: Any, **_: Any) -> dict[str, Any]:
+        if job.key == bad:
+            raise ValueError("no room")
+        return stand_in(job)
+
+    monkeypatch.setattr(miniature, "_run", failing)
+    assert one.stage("tune") == 1
+    assert not (tmp_path / "settings.json").exists()
+    monkeypatch.setattr(miniature, "_run", stand_in)
+    assert one.stage("tune") == 0
+    assert json.loads((tmp_path / "settings.json").read_text())["main"]["sft"]["trials"] == 2
+
+
+def test_a_command_of_which_a_run_failed_does_not_exit_with_zero(
+    miniature: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(job: Any, **_: Any) -> dict[str, Any]:
+        raise ValueError("no room")
+
+    monkeypatch.setattr(miniature, "FAST", made_up(miniature, tmp_path).profile)
+    monkeypatch.setattr(miniature, "_run", failing)
+    command = ["--out", str(tmp_path), "--processes", "1", "--stage", "test"]
+    assert miniature.main(command) == 3
+    monkeypatch.setattr(miniature, "_run", stand_in)
+    assert miniature.main(command) == 0
+
+
+def test_settings_are_chosen_only_where_every_trial_has_every_validation_world(
+    miniature: Any,
+) -> None:
+    tried = [
+        {"method": "sft", "world": w, "settings": {"lr": lr}, "answers": lr, "digits": 1.0}
+        for w in (11, 12)
+        for lr in (0.1, 0.2)
+    ]
+    assert miniature.choose(tried, ["sft"], (11, 12))["sft"]["settings"] == {"lr": 0.2}
+    with pytest.raises(
+        ValueError, match=r"expected one run on each .* \[11, 12\], found .* \[11\]"
+    ):
+        miniature.choose(tried[:3], ["sft"], (11, 12))
+    with pytest.raises(ValueError, match="no trial of 'sft'"):
+        miniature.choose([], ["sft"], (11, 12))
+
+
+def test_of_equal_trials_the_first_is_chosen_in_whatever_order_they_ended(
+    miniature: Any, tmp_path: Path
+) -> None:
+    one = made_up(miniature, tmp_path)
+    for job in reversed(one.tuning_jobs("main")):
+        one._add(job, stand_in(job), 1.0)
+    one._choose("main")
+    first = json.loads(one.tuning_jobs("main")[0].settings)
+    assert one.settings("main")["sft"] == first
+
+
+def test_how_long_runs_take_is_known_from_earlier_lines(
+    miniature: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(miniature, "_run", stand_in)
+    one = made_up(miniature, tmp_path)
+    earlier = replace(one.tuning_jobs("main")[0], set=99)
+    one._add(earlier, stand_in(earlier) | {"seconds": {"train": 30.0, "evaluate": 10.0}}, 40.0)
+    # Forty seconds a run, and thirty in all; of the first run ever, less is expected.
+    one.clock = miniature.Clock(0.5)
+    assert one.stage("tune") == 2
+
+
+def test_a_checkpoint_is_measured_before_it_has_its_name(
+    miniature: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worlds = miniature.worlds
+
+    def killed(*_: Any) -> dict[str, float]:
+        assert not worlds.exists(tmp_path, 7, "base")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(worlds, "measure", killed)
+    with pytest.raises(KeyboardInterrupt):
+        worlds.train(tmp_path, 7, "base", shrink=10_000)
+    assert not worlds.exists(tmp_path, 7, "base")
+    monkeypatch.setattr(worlds, "measure", lambda *_: {"steps": 0.5})
+    worlds.train(tmp_path, 7, "base", shrink=10_000)
+    one = made_up(miniature, tmp_path, test_worlds=(7,), validation_worlds=(7,))
+    one.clock = miniature.Clock(0.0)
+    one.train(["base"])
+    (line,) = one.results.lines()
+    assert line["key"] == "checkpoint/7/base"
+    assert line["measured"] == {"steps": 0.5}
+
+
+def test_an_unrelated_delta_has_the_norms_of_the_one_it_stands_for(
+    miniature: Any, tmp_path: Path
+) -> None:
+    import shutil
+
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    made_up(miniature, tmp_path)
+    training, worlds = miniature.training, miniature.worlds
+    expert = worlds.directory(tmp_path, 0, "expert")
+    generator = torch.Generator().manual_seed(0)
+    for name, size in (("unrelated", 0.01), ("strong", 0.1)):
+        shutil.copytree(expert, worlds.directory(tmp_path, 0, name))
+        for path in sorted(worlds.directory(tmp_path, 0, name).glob("*.safetensors")):
+            state = {
+                key: (t.float() + size * torch.randn(t.shape, generator=generator)).to(t.dtype)
+                for key, t in load_file(path).items()
+            }
+            save_file(state, path, metadata={"format": "pt"})
+    job = training.Job(stage="test", regime="strong", world=0, set=0, method="drift_base_unrelated")
+    control = training._delta(job, tmp_path)
+    true = training._delta(replace(job, method="drift_base"), tmp_path)
+    assert set(control) == set(true)
+    for name in true:
+        given, wanted = control[name].double(), true[name].double()
+        assert float(given.norm()) == pytest.approx(float(wanted.norm()), rel=1e-3)
+        assert float(given.flatten() @ wanted.flatten()) < 0.9 * float(wanted.norm() ** 2)
+    merged = training._merged(
+        replace(job, method="merge_sft_two_unrelated"),
+        tmp_path,
+        training.METHODS["merge_sft_two_unrelated"],
+        training.REGIMES["strong"],
+        {"attn": 1.0, "mlp": 1.0},
+        tmp_path / "merged",
+    )
+    before, after = (
+        {k: v for path in at.glob("*.safetensors") for k, v in load_file(path).items()}
+        for at in (worlds.directory(tmp_path, 0, "multimodal"), merged)
+    )
+    moved = sum(float((after[n].double() - before[n].double()).norm() ** 2) for n in before)
+    wanted = sum(float(true[name].double().norm() ** 2) for name in true)
+    assert moved == pytest.approx(wanted, rel=1e-2)
+
+
+def test_a_line_of_other_checkpoints_or_another_protocol_is_run_again(
+    miniature: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(miniature, "_run", stand_in)
+    one = made_up(miniature, tmp_path)
+    assert one.stage("tune") == 0
+    ran: list[str] = []
+    monkeypatch.setattr(miniature, "_run", lambda job, **_: ran.append(job.key) or stand_in(job))
+    assert made_up(miniature, tmp_path).stage("tune") == 0
+    assert ran == []
+    other = made_up(miniature, tmp_path, protocol=replace(one.profile.protocol, batch=2))
+    assert other.stage("tune") == 0
+    assert len(ran) == 2
+    path = sorted(miniature.worlds.directory(tmp_path, 0, "expert").glob("*.safetensors"))[0]
+    path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+    assert other.stage("tune") == 0
+    assert len(ran) == 4
+
+
+def test_a_directory_of_another_profile_is_refused_and_earlier_lines_are_only_reported(
+    miniature: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(miniature, "_run", stand_in)
+    one = made_up(miniature, tmp_path)
+    assert one.stage("tune") == 0
+    for changes in ({"trials": 3}, {"flag": "--full"}):
+        with pytest.raises(SystemExit, match="give another --out"):
+            made_up(miniature, tmp_path, **changes)
+    lines = [json.loads(text) for text in one.results.path.read_text().splitlines()]
+    kept = [{k: v for k, v in line.items() if k != "profile"} for line in lines]
+    one.results.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    earlier = made_up(miniature, tmp_path)
+    with pytest.raises(SystemExit, match="earlier version"):
+        earlier.stage("tune")
+    written = miniature.tables.write(earlier.results.lines(), [], tmp_path / "results.md")
+    assert "2 lines are of an earlier version" in written.read_text(encoding="utf-8")
+    with pytest.raises(SystemExit, match="give another --out"):
+        made_up(miniature, tmp_path, flag="--full")
+
+
+def test_lines_that_are_no_pair_are_not_subtracted(miniature: Any) -> None:
+    line = pairs([[0.5]])[0] | {"key": "a", "batches": "1", "protocol": "2", "profile": "3"}
+    line["checkpoints"] = {"base": "4"}
+    alike = line | {"checkpoints": {"base": "4", "unrelated": "5"}}
+    assert miniature.tables.difference([alike], [line], "answers").pairs == 1
+    for changes in (
+        {"batches": "x"},
+        {"protocol": "x"},
+        {"profile": "x"},
+        {"checkpoints": {"base": "x"}},
+    ):
+        with pytest.raises(ValueError, match="are no pair"):
+            miniature.tables.difference([line | changes], [line], "answers")
+
+
+def test_gpus_are_those_the_user_left_visible_and_are_taken_in_turn(
+    miniature: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert miniature.cards({}, 2) == ["0", "1"]
+    assert miniature.cards({"CUDA_VISIBLE_DEVICES": "3, GPU-5d,-1,0"}, 2) == ["3", "GPU-5d"]
+    for stated in ("", "-1"):
+        with pytest.raises(SystemExit, match="expected a GPU"):
+            miniature.cards({"CUDA_VISIBLE_DEVICES": stated}, 0)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-5d")
+    monkeypatch.setattr(miniature.gc, "freeze", lambda: None)
+    begin = miniature._beginning("cuda")
+    seen = []
+    for _ in range(3):
+        begin()
+        seen.append(miniature.os.environ["CUDA_VISIBLE_DEVICES"])
+    assert seen == ["3", "GPU-5d", "3"]
+
+
+def test_the_shipped_settings_of_a_control_are_those_of_what_it_controls(
+    miniature: Any, tmp_path: Path
+) -> None:
+    shipped = json.loads((HERE / "settings.json").read_text(encoding="utf-8"))["main"]
+    assert shipped["drift_base_shuffled"] == {"like": "drift_base"}
+    one = miniature.Miniature(
+        miniature.FAST, tmp_path, processes=1, device="cpu", clock=miniature.Clock(None)
+    )
+    settings = one.settings("main")
+    assert settings["drift_base_shuffled"] == settings["drift_base"]
+
+
+def test_the_report_names_the_hardware_once_and_that_it_was_tuned_on_its_test_world(
+    finished: Any,
+) -> None:
+    import torch
+    import transformers
+
+    written = (finished.out / "results.md").read_text(encoding="utf-8")
+    told = f"on cpu with torch {torch.__version__}, transformers {transformers.__version__}"
+    assert written.count(told) == written.count("on cpu") == 1
+    assert "Tuned and tested on the same world (0)" in written
+    saved = json.loads((finished.out / "settings.json").read_text(encoding="utf-8"))["main"]
+    assert saved["drift_base_reversed"] == {"like": "drift_base"}

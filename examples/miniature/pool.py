@@ -12,7 +12,7 @@ import multiprocessing
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any, Final
@@ -64,9 +64,12 @@ class Results:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(("\n" if broken and self.path.stat().st_size else "") + text + "\n")
 
-    def done(self, key: str) -> bool:
-        """Whether a run has finished without an error."""
-        return key in self._lines and "error" not in self._lines[key]
+    def done(self, key: str, expected: Mapping[str, Any] | None = None) -> bool:
+        """Whether a run has finished without an error, and its line has the `expected` fields."""
+        line = self._lines.get(key, {"error": "not run"})
+        return "error" not in line and all(
+            line.get(name) == value for name, value in (expected or {}).items()
+        )
 
     def lines(self) -> list[Line]:
         """Return the lines of finished runs."""
@@ -87,15 +90,17 @@ def execute(
     ready: Callable[[Any], bool] = lambda job: True,
     begin: Callable[[], None] | None = None,
     cost: Callable[[Any], float] = lambda job: 1.0,
+    longest: float = 0.0,
     title: str = "",
 ) -> int:
     """Run jobs in order, as many at a time as there are processes; return how many are left.
 
     A job starts when it is `ready`, and if the clock allows the longest that one of its `cost` has
-    taken so far. `done` is called here with the job, its result (an exception if it failed) and
-    the seconds. One process is this one.
+    taken so far, `longest` being the seconds for each unit of cost in earlier calls. `done` is
+    called here with the job, its result (an exception if it failed) and the seconds; a job that
+    failed is not one that is left. One process is this one.
     """
-    waiting, slowest = list(jobs), 0.0
+    waiting, slowest = list(jobs), longest
     finished = 0
 
     def allowed(job: Any) -> bool:

@@ -13,14 +13,17 @@ from __future__ import annotations
 import argparse
 import atexit
 import gc
+import hashlib
+import itertools
 import json
 import logging
+import multiprocessing
 import os
 import shutil
 import sys
 import tarfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -68,6 +71,13 @@ class Profile:
     strengths: tuple[float, ...] = STRENGTHS
     protocol: Protocol = field(default_factory=Protocol)
     shrink: int = 1
+
+    @property
+    def digest(self) -> str:
+        """What tells lines of one profile from another's: worlds, sets, budgets and `shrink`."""
+        stated = [self.flag, self.test_worlds, self.validation_worlds, self.sets]
+        stated += [self.trials, self.regime_trials, self.shrink]
+        return hashlib.sha256(json.dumps(stated).encode()).hexdigest()[:16]
 
 
 FULL: Final = Profile(
@@ -121,10 +131,40 @@ class Miniature:
         self.clock = clock
         out.mkdir(parents=True, exist_ok=True)
         self.results = Results(out / "results.jsonl")
+        self._refuse_others()
         _copy_shipped(out)
 
+    def _refuse_others(self) -> None:
+        for line in (*self.results.lines(), *self.results.failed()):
+            # Lines of the first version have no digest, but the command.
+            same = line.get("profile", self.profile.digest) == self.profile.digest
+            if not same or line.get("command") != self._command():
+                raise SystemExit(
+                    f"{self.results.path}: expected lines of profile {self.profile.digest} of "
+                    f"`{self._command()}`, found {line['key']} of {line.get('profile', 'none')} of "
+                    f"`{line.get('command')}`: give another --out, or the command that began it"
+                )
+
+    def _refuse_earlier(self) -> None:
+        """Let lines without digests be reported, and not be mixed with others."""
+        for line in (*self.results.lines(), *self.results.failed()):
+            if "profile" not in line:
+                raise SystemExit(
+                    f"{self.results.path}: {line['key']} was written by an earlier version and "
+                    "does not say of which checkpoints: such lines can be reported (--stage "
+                    "report), not added to; give another --out"
+                )
+
+    def _expected(self, job: Job) -> dict[str, Any]:
+        """Return what the line of a job would say, run now, of what it follows from."""
+        found = training.provenance(job, self.out, self.profile.protocol)
+        return {**found, "profile": self.profile.digest}
+
+    def _done(self, job: Job) -> bool:
+        return self.results.done(job.key, self._expected(job))
+
     def stage(self, name: str) -> int:
-        """Run a stage, and return how many of its jobs are left for the next time."""
+        """Run a stage, and return how many of its jobs have no result, failed ones included."""
         match name:
             case "checkpoints":
                 names = {n for job in self.all_jobs() for n in training.needed(job)}
@@ -136,12 +176,11 @@ class Miniature:
             case "dose":
                 return self.run(self.dose_jobs())
             case "regimes":
-                left = 0
-                for regime in self.profile.regimes:
-                    left += self._tuned(regime)
-                    if left == 0:
-                        left += self.run(self.test_jobs(regime))
-                return left
+                # Where a trial failed or had no time, that regime alone waits with its tests.
+                return sum(
+                    self._tuned(regime) or self.run(self.test_jobs(regime))
+                    for regime in self.profile.regimes
+                )
             case "report":
                 self.report()
                 return 0
@@ -237,7 +276,8 @@ class Miniature:
     # What is done with them.
 
     def train(self, names: Sequence[str]) -> int:
-        """Train what checkpoints are missing."""
+        """Train what checkpoints are missing, and take up what was measured of those there are."""
+        self._refuse_earlier()
         numbers = sorted({*self.profile.test_worlds, *self.profile.validation_worlds})
         jobs = worlds.missing(self.out, numbers, list(names))
 
@@ -246,6 +286,14 @@ class Miniature:
             return parent is None or worlds.exists(self.out, job[0], parent)
 
         work = partial(_train, root=self.out, device=self.device, shrink=self.profile.shrink)
+        for world, name in worlds.family(numbers, list(names)):
+            found = worlds.measured(self.out, world, name)
+            if found is None:
+                continue
+            expected = {"digest": worlds.digest(self.out, world, name)}
+            if not self.results.done(f"checkpoint/{world}/{name}", expected):
+                # A command was stopped between the rename and its line, or others were unpacked.
+                self._add_checkpoint((world, name), found, found["seconds"])
         return execute(
             jobs,
             work,
@@ -253,37 +301,62 @@ class Miniature:
             clock=self.clock,
             done=self._add_checkpoint,
             ready=ready,
-            begin=partial(_begin, self.device),
+            begin=_beginning(self.device),
             cost=lambda job: worlds.COSTS[job[1]],
+            longest=max(
+                (
+                    line["seconds"]["train"] / worlds.COSTS[line["name"]]
+                    for line in self.results.lines()
+                    if (line["stage"], line["device"]) == ("checkpoints", self.device)
+                ),
+                default=0.0,
+            ),
             title="checkpoint",
         )
 
     def run(self, jobs: Sequence[Job]) -> int:
-        """Run what of the jobs has no result yet."""
+        """Run what of the jobs has no result yet, and return how many have none afterwards.
+
+        A result of other checkpoints, or by another protocol, is none.
+        """
+        self._refuse_earlier()
         needed = {(job.world, name) for job in jobs for name in training.needed(job)}
         absent = sorted(f"{w}/{n}" for w, n in needed if not worlds.exists(self.out, w, n))
         if absent:
             raise SystemExit(f"run --stage checkpoints first; missing: {', '.join(absent)}")
         work = partial(_run, root=self.out, protocol=self.profile.protocol, device=self.device)
-        return execute(
-            [job for job in jobs if not self.results.done(job.key)],
+        execute(
+            [job for job in jobs if not self._done(job)],
             work,
             processes=self.processes,
             clock=self.clock,
             done=self._add,
-            begin=partial(_begin, self.device),
+            begin=_beginning(self.device),
+            longest=self._longest(jobs[0].regime) if jobs else 0.0,
             title=jobs[0].stage if jobs else "",
         )
+        return sum(not self._done(job) for job in jobs)
+
+    def _longest(self, regime: str) -> float:
+        """Return the seconds of the longest run of a regime on this device; 0 of none."""
+        taken = [
+            sum(line["seconds"].values())
+            for line in self.results.lines()
+            if (line["regime"], line["device"]) == (regime, self.device)
+            and line["stage"] != "checkpoints"
+        ]
+        return max(taken, default=0.0)
 
     def _add_checkpoint(
-        self, job: tuple[int, str], result: dict[str, float] | Exception, seconds: float
+        self, job: tuple[int, str], result: worlds.Measured | Exception, seconds: float
     ) -> None:
         if isinstance(result, Exception):
             raise result
         world, name = job
         line = {"key": f"checkpoint/{world}/{name}", "stage": "checkpoints", "regime": "main"}
-        line |= {"world": world, "name": name, "set": 0, "device": self.device}
-        line |= {"measured": result, "seconds": {"train": round(seconds, 1)}}
+        line |= {"world": world, "name": name, "set": 0, "device": result["device"]}
+        line |= {"measured": result["knows"], "seconds": {"train": round(seconds, 1)}}
+        line |= {"digest": worlds.digest(self.out, world, name), "profile": self.profile.digest}
         self.results.add(line | {"command": self._command()})
 
     def _command(self) -> str:
@@ -292,7 +365,7 @@ class Miniature:
     def _add(self, job: Job, result: Line | Exception, seconds: float) -> None:
         if isinstance(result, Exception):
             result = {"key": job.key, "method": job.method, "error": str(result)}
-        self.results.add(result | {"command": self._command()})
+        self.results.add(result | self._expected(job) | {"command": self._command()})
 
     def _tuned(self, regime: str) -> int:
         left = self.run(self.tuning_jobs(regime))
@@ -302,9 +375,10 @@ class Miniature:
 
     def _choose(self, regime: str) -> None:
         """Write down what was best of the trials of each method."""
-        keys = {job.key for job in self.tuning_jobs(regime)}
-        tried = [line for line in self.results.lines() if line["key"] in keys]
-        found = choose(tried, self.methods(regime))
+        finished = {line["key"]: line for line in self.results.lines()}
+        # In the order of the trials, in which they need not have ended.
+        tried = [finished[job.key] for job in self.tuning_jobs(regime)]
+        found = choose(tried, self.methods(regime), self.profile.validation_worlds)
         path = self.out / "settings.json"
         every = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         every[regime] = found
@@ -322,7 +396,12 @@ class Miniature:
         for path in sources:
             every = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
             if regime in every:
-                chosen = {name: row["settings"] for name, row in every[regime].items()}
+                rows = every[regime]
+                chosen = {
+                    name: rows[row.get("like", name)]["settings"]
+                    for name, row in rows.items()
+                    if row.get("like", name) in rows
+                }
                 untuned = {n: {} for n in self.methods(regime) if not METHODS[n].space}
                 absent = [n for n in self.methods(regime) if n not in chosen | untuned]
                 if not absent:
@@ -335,22 +414,39 @@ class Miniature:
     def report(self) -> None:
         """Write tables and figures from the lines there are."""
         lines, failed = self.results.lines(), self.results.failed()
-        written = [tables.write(lines, failed, self.out / "results.md")]
+        trial = {
+            job.key: at
+            for regime in ("main", *self.profile.regimes)
+            for at, job in enumerate(self.tuning_jobs(regime))
+        }
+        # In the order of the trials, so that of equals the table names the one that was chosen.
+        lines.sort(key=lambda line: trial.get(line["key"], -1))
+        shared = sorted({*self.profile.test_worlds} & {*self.profile.validation_worlds})
+        written = [tables.write(lines, failed, self.out / "results.md", tuned_on=shared)]
         written += figures.write(lines, self.out)
         for path in written:
             print(f"wrote {path}")
 
 
-def choose(lines: Sequence[Line], methods: Sequence[str]) -> dict[str, Any]:
+def choose(
+    lines: Sequence[Line], methods: Sequence[str], validation: Sequence[int]
+) -> dict[str, Any]:
     """Return for each method with a search space the settings that did best in its trials.
 
-    The score is the mean over validation worlds of answers right, or of answers and digits; of
-    equals, the first trial's.
+    A control has the name of the method it is like instead, whose settings it takes. The score is
+    the mean over the validation worlds of answers right, or of answers and digits; of equals, the
+    first trial's in the order of the lines.
+
+    Raises:
+        ValueError: a method without trials, or a trial that lacks a validation world.
     """
     chosen = {}
     for name in methods:
         method = METHODS[name]
         if not method.space:
+            continue
+        if method.control is not None:
+            chosen[name] = {"like": method.like}
             continue
         measures = ("answers", "digits") if method.chosen_by != "answers" else ("answers",)
         mine = [line for line in lines if line["method"] == (method.like or name)]
@@ -361,11 +457,21 @@ def choose(lines: Sequence[Line], methods: Sequence[str]) -> dict[str, Any]:
             ).items()
         }
         if not tried:
-            continue
+            raise ValueError(
+                f"{name}: no trial of {method.like or name!r}: finish its tuning first"
+            )
+        for settings, rows in tried.items():
+            found = sorted(row["world"] for row in rows)
+            if found != sorted(validation):
+                raise ValueError(
+                    f"{name}, trial {settings}: expected one run on each validation world "
+                    f"{sorted(validation)}, found runs on {found}: finish its tuning first"
+                )
 
         def score(settings: str, tried: Any = tried, measures: Any = measures) -> float:
             rows = tried[settings]
-            return sum(row[measure] for row in rows for measure in measures) / len(rows)
+            # Rounded, so that the order of a sum makes no winner of equals.
+            return round(sum(row[m] for row in rows for m in measures) / len(rows), 9)
 
         best = max(tried, key=score)
         rows = tried[best]
@@ -382,17 +488,48 @@ def choose(lines: Sequence[Line], methods: Sequence[str]) -> dict[str, Any]:
 # What the processes of the pool do.
 
 
-def _begin(device: str) -> None:
+def cards(environment: Mapping[str, str], count: int) -> list[str]:
+    """Return the GPUs that may be used: those the user left visible, or the `count` there are.
+
+    Raises:
+        SystemExit: none.
+    """
+    stated = environment.get("CUDA_VISIBLE_DEVICES")
+    found = [str(number) for number in range(count)]
+    if stated is not None:
+        found = [name.strip() for name in stated.split(",")]
+        # CUDA reads the list up to its first entry that is none.
+        found = list(itertools.takewhile(lambda name: name not in ("", "-1"), found))
+    if not found:
+        raise SystemExit(
+            f"--device cuda: expected a GPU, found {count} and CUDA_VISIBLE_DEVICES {stated!r}; "
+            "set it to what may be used, or give --device cpu"
+        )
+    return found
+
+
+def _beginning(device: str) -> Callable[[], None]:
+    """Return what each process of one pool begins with."""
+    if device != "cuda":
+        return partial(_begin, [], None)
+    usable = cards(os.environ, torch.cuda.device_count())
+    return partial(_begin, usable, multiprocessing.get_context("spawn").Value("i", 0))
+
+
+def _begin(usable: Sequence[str], counter: Any) -> None:
+    """Set a process up; `counter`, shared by the pool, gives each in turn one of its GPUs."""
     import transformers
 
     torch.set_num_threads(1)
     # Trainer collects garbage around every run, and would go over all imported modules.
     gc.freeze()
     atexit.register(gc.unfreeze)
-    if device == "cuda":
+    if usable:
         # One for each process: Trainer would spread a run over all that it sees.
-        own = os.getpid() % max(1, torch.cuda.device_count())
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(own)
+        with counter.get_lock():
+            own = counter.value
+            counter.value += 1
+        os.environ["CUDA_VISIBLE_DEVICES"] = usable[own % len(usable)]
     warnings.filterwarnings("ignore", category=FutureWarning)
     # The library says of models without a common base what the regime is there to measure.
     warnings.filterwarnings("ignore", "matched weights", DriftWarning)
@@ -400,9 +537,8 @@ def _begin(device: str) -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def _train(job: tuple[int, str], *, root: Path, device: str, shrink: int) -> dict[str, float]:
-    worlds.train(root, *job, device=device, shrink=shrink)
-    return worlds.measure(root, *job)
+def _train(job: tuple[int, str], *, root: Path, device: str, shrink: int) -> worlds.Measured:
+    return worlds.train(root, *job, device=device, shrink=shrink)
 
 
 def _run(job: Job, *, root: Path, protocol: Protocol, device: str) -> Line:
@@ -435,7 +571,7 @@ def unpack(archive: Path, out: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the stages asked for; 0 if all of them finished, 3 if there was no time for all."""
+    """Run the stages asked for; 0 if all of them finished, 3 if some jobs failed or had no time."""
     parser = argparse.ArgumentParser(description="Run the miniature experiment.")
     parser.add_argument("--out", type=Path, required=True, help="directory of results")
     parser.add_argument("--full", action="store_true", help="every world, method and regime")

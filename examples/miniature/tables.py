@@ -57,13 +57,18 @@ def mean_std(values: Sequence[float]) -> tuple[float, float]:
 
 
 def difference(lines: Sequence[Line], baseline: Sequence[Line], measure: str) -> Difference | None:
-    """Return the paired difference of two methods, over the pairs that both have; None of none."""
-    reference = {(line["world"], line["set"]): line[measure] for line in baseline}
+    """Return the paired difference of two methods, over the pairs that both have; None of none.
+
+    Raises:
+        ValueError: the lines of a pair are of other checkpoints, batches, protocols or profiles.
+    """
+    reference = {(line["world"], line["set"]): line for line in baseline}
     pairs: dict[int, list[float]] = {}
     for line in lines:
         at = (line["world"], line["set"])
         if at in reference:
-            pairs.setdefault(line["world"], []).append(line[measure] - reference[at])
+            _check_pair(line, reference[at])
+            pairs.setdefault(line["world"], []).append(line[measure] - reference[at][measure])
     every = [value for values in pairs.values() for value in values]
     if not every:
         return None
@@ -81,8 +86,25 @@ def difference(lines: Sequence[Line], baseline: Sequence[Line], measure: str) ->
     )
 
 
-def write(lines: Sequence[Line], failed: Sequence[Line], path: Path) -> Path:
-    """Write every table that the lines allow.
+def _check_pair(line: Line, other: Line) -> None:
+    stated = [(name, line.get(name), other.get(name)) for name in ("protocol", "profile")]
+    # What is not trained has no batches, and only the unrelated Δ has a checkpoint more.
+    if "batches" in line and "batches" in other:
+        stated.append(("batches", line["batches"], other["batches"]))
+    mine, theirs = line.get("checkpoints", {}), other.get("checkpoints", {})
+    stated += [(f"checkpoint {n}", mine[n], theirs[n]) for n in mine if n in theirs]
+    for name, found, expected in stated:
+        if found != expected:
+            raise ValueError(
+                f"{line['key']} and {other['key']} are no pair: {name} {found} and {expected}; run "
+                "their stage again, which runs anew what is of other checkpoints or protocols"
+            )
+
+
+def write(
+    lines: Sequence[Line], failed: Sequence[Line], path: Path, *, tuned_on: Sequence[int] = ()
+) -> Path:
+    """Write every table that the lines allow; `tuned_on` are the test worlds also tuned on.
 
     Raises:
         ValueError: two tests of one method on one world and set, with different settings.
@@ -93,6 +115,13 @@ def write(lines: Sequence[Line], failed: Sequence[Line], path: Path) -> Path:
         "Generated from `results.jsonl` by `run.py --stage report`; the README says what is "
         "measured and how.",
     ]
+    parts += _circumstances(lines)
+    if tuned_on:
+        parts.append(
+            f"**Tuned and tested on the same world ({', '.join(map(str, tuned_on))})**, though "
+            "with other fine-tuning sets and other images. Intervals are over the sets of that "
+            "world and say nothing of other worlds; `--full` tests on worlds that no trial saw."
+        )
     tested = [line for line in lines if line["stage"] == "test"]
     for pair, rows in by_key(tested, "regime", "method", "world", "set").items():
         if len(rows) > 1:
@@ -124,6 +153,31 @@ def write(lines: Sequence[Line], failed: Sequence[Line], path: Path) -> Path:
     return path
 
 
+def _circumstances(lines: Sequence[Line]) -> Iterable[str]:
+    """Name the hardware and the libraries of the runs, once for all tables."""
+    rows = [
+        {"device": line["device"].partition(":")[0], "with": _versions(line)}
+        for line in lines
+        if "versions" in line
+    ]
+    told = [
+        f"{len(same)} on {device} with {versions}"
+        for (device, versions), same in by_key(rows, "device", "with").items()
+    ]
+    if told:
+        yield f"Runs: {'; '.join(told)}."
+    if earlier := sum("profile" not in line for line in lines):
+        yield (
+            f"{earlier} lines are of an earlier version: they do not say of which checkpoints and "
+            "which protocol they are, so that this was not compared."
+        )
+
+
+def _versions(line: Line) -> str:
+    names = ("torch", "transformers", "drift_fast")
+    return ", ".join(f"{n} {line['versions'][n]}" for n in names if n in line["versions"])
+
+
 def _regime(regime: str, lines: Sequence[Line]) -> Iterable[str]:
     groups = {name: rows for (name,), rows in by_key(lines, "method").items()}
     ordered = [name for name in METHODS if name in groups]
@@ -141,6 +195,8 @@ def _regime(regime: str, lines: Sequence[Line]) -> Iterable[str]:
         "either Δ of the regime over attention and MLP together; the last λ column is by kind, "
         "along the Δ that the method uses (exp−base where it uses none)."
     )
+    if any(METHODS[name].control == "unrelated" for name in ordered):
+        yield from _unrelated_note(regime, lines)
     if regime == "main":
         yield "![answers against digits](pareto.png)"
     for baseline in BASELINES:
@@ -159,6 +215,29 @@ def _regime(regime: str, lines: Sequence[Line]) -> Iterable[str]:
         yield _table([("", "Δ", "answers", "higher in", "", "digits", "higher in", ""), *rows])
         yield _interval_note(lines)
         yield f"Answers above those of “{_label(baseline)}”: {', '.join(above) or 'none'}."
+
+
+def _unrelated_note(regime: str, lines: Sequence[Line]) -> Iterable[str]:
+    """Say what the unrelated Δ has in common with the one that it stands for."""
+    own = [line for line in lines if METHODS[line["method"]].control == "unrelated"]
+    if not all("profile" in line for line in own):
+        yield (
+            "“Unrelated Δ”: in lines of an earlier version, as these are, it has its own norm, not "
+            "that of the Δ that it stands for."
+        )
+        return
+    note = (
+        "“Unrelated Δ”: each tensor has the norm of the tensor of Δ that it stands for; that "
+        "expert was trained from the common base as the expert of the main comparison was."
+    )
+    if REGIMES[regime].base != "base":
+        note += (
+            " Here Δ comes from another base and the control's from the common one, so that they "
+            "differ in lineage as well as in operations."
+        )
+    elif REGIMES[regime].expert != "expert":
+        note += " The expert of this regime was trained longer, so that they differ in that too."
+    yield note
 
 
 def _summary(name: str, rows: Sequence[Line]) -> tuple[str, ...]:
@@ -229,14 +308,17 @@ def _doses(lines: Sequence[Line]) -> Iterable[str]:
 
 def _tuning(regime: str, lines: Sequence[Line]) -> Iterable[str]:
     yield f"## Trials: {_title(regime)}"
-    yield _described(lines) + " Best first by answers; the first is what the test uses."
+    yield _described(lines) + (
+        " Best by answers, which is what the test uses; a row “tuned for answers and digits” "
+        "has the best of the same trials by the sum of both."
+    )
     rows = []
     for (name,), mine in by_key(_with_text(lines), "method").items():
         tried = [
             (same[0]["settings"], *(statistics.fmean(r[m] for r in same) for m in MEASURES))
             for same in by_key(mine, "text").values()
         ]
-        tried.sort(key=lambda row: -row[1])
+        tried.sort(key=lambda row: -round(row[1], 9))
         best, *others = tried
         worst = min((row[1] for row in others), default=best[1])
         middle = statistics.median(row[1] for row in tried)
@@ -262,7 +344,6 @@ def _described(lines: Sequence[Line]) -> str:
     """Say which runs a table is of, and what to run for it."""
     worlds = sorted({line["world"] for line in lines})
     sets = {line["set"] for line in lines}
-    devices = sorted({line["device"].partition(":")[0] for line in lines})
     stage = "regimes" if lines[0]["regime"] != "main" else lines[0]["stage"]
     commands = sorted({f"`{line['command']} --stage {stage} report`" for line in lines})
     one = f"{len(worlds)} world{'s' * (len(worlds) != 1)} ({', '.join(map(str, worlds))})"
@@ -270,7 +351,7 @@ def _described(lines: Sequence[Line]) -> str:
         what = f"{len(lines)} checkpoints of {one}"
     else:
         what = f"{len(lines)} runs: {one} × {len(sets)} fine-tuning set{'s' * (len(sets) != 1)}"
-    return f"{what}, on {', '.join(devices)}. Command: {', '.join(commands)}."
+    return f"{what}. Command: {', '.join(commands)}."
 
 
 def _title(regime: str) -> str:

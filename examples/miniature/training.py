@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import shutil
 import tempfile
 import time
 import warnings
@@ -22,8 +23,10 @@ from typing import Any, Final
 import numpy as np
 import peft
 import torch
+import transformers
 import worlds
 from methods import METHODS, REGIMES, Method, Regime
+from safetensors.torch import load_file, save_file
 from torch.utils.data import SequentialSampler
 from transformers import (
     LlavaForConditionalGeneration,
@@ -74,6 +77,27 @@ def needed(job: Job) -> list[str]:
     return [*names, "unrelated"] if METHODS[job.method].control == "unrelated" else names
 
 
+def provenance(job: Job, root: Path, protocol: experiment.Protocol) -> dict[str, Any]:
+    """Return digests of what a run follows from: the checkpoints it reads, and the protocol."""
+    regime = REGIMES[job.regime]
+    stated = [asdict(_protocol(job, protocol)), regime.lora, regime.vision, LORA_RANK]
+    names = sorted(set(needed(job)))
+    return {
+        "checkpoints": {name: worlds.digest(root, job.world, name) for name in names},
+        "protocol": hashlib.sha256(json.dumps(stated).encode()).hexdigest()[:16],
+    }
+
+
+def _protocol(job: Job, protocol: experiment.Protocol) -> experiment.Protocol:
+    regime = REGIMES[job.regime]
+    return replace(
+        protocol,
+        split=job.split,
+        samples=regime.samples or protocol.samples,
+        steps=regime.steps or protocol.steps,
+    )
+
+
 def run(
     job: Job, root: Path, protocol: experiment.Protocol, *, device: str = "cpu"
 ) -> dict[str, Any]:
@@ -85,12 +109,7 @@ def run(
     start = time.perf_counter()
     method, regime = METHODS[job.method], REGIMES[job.regime]
     settings = json.loads(job.settings)
-    protocol = replace(
-        protocol,
-        split=job.split,
-        samples=regime.samples or protocol.samples,
-        steps=regime.steps or protocol.steps,
-    )
+    protocol = _protocol(job, protocol)
     with tempfile.TemporaryDirectory() as scratch:
         source = worlds.directory(root, job.world, "multimodal")
         if method.merge is not None:
@@ -115,7 +134,11 @@ def run(
         **trained,
         "seconds": {"train": round(measured - start, 2), "evaluate": round(end - measured, 2)},
         "device": device,
-        "versions": {"torch": torch.__version__, "drift_fast": drift_fast.__version__},
+        "versions": {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "drift_fast": drift_fast.__version__,
+        },
     }
 
 
@@ -262,11 +285,14 @@ def _merged(
     if method.prior == "base":
         base = "base" if method.control == "unrelated" else regime.base
         options["base"] = worlds.directory(root, job.world, base)
+    source = worlds.directory(root, job.world, expert)
+    if method.control == "unrelated":
+        source = _rescaled_expert(job, root, out.with_name("unrelated"))
     if method.merge in ("dare_linear", "dare_ties"):
         options["seed"] = job.set
     drift_fast.merge(
         method.merge,
-        worlds.directory(root, job.world, expert),
+        source,
         worlds.directory(root, job.world, "multimodal"),
         out,
         dtype="float32",
@@ -281,12 +307,9 @@ def _delta(job: Job, root: Path) -> Any:
     method, regime = METHODS[job.method], REGIMES[job.regime]
     if not (method.injects or method.moves):
         return None
-    if method.control == "unrelated":
-        return _streamed(
-            worlds.directory(root, job.world, "unrelated"),
-            worlds.directory(root, job.world, method.prior),
-        )
     delta = _true_delta(root, job.world, regime, method.prior)
+    if method.control == "unrelated":
+        return Rescaled(_unrelated_delta(root, job.world, method.prior), delta)
     if method.control == "reversed":
         return drift_fast.combine([(delta, -1.0)])
     return Shuffled(delta, seed=job.set) if method.control == "shuffled" else delta
@@ -301,8 +324,62 @@ def _true_delta(
     )
 
 
+def _unrelated_delta(root: Path, world: int, prior: experiment.Prior) -> drift_fast.Delta:
+    return _streamed(
+        worlds.directory(root, world, "unrelated"), worlds.directory(root, world, prior)
+    )
+
+
+def _rescaled_expert(job: Job, root: Path, out: Path) -> Path:
+    """Write, in float32, the base plus the control's Δ, which a merge takes for its expert."""
+    base = worlds.directory(root, job.world, "base")
+    state = {
+        name: tensor.float()
+        for path in sorted(base.glob("*.safetensors"))
+        for name, tensor in load_file(path).items()
+    }
+    delta = Rescaled(
+        _unrelated_delta(root, job.world, "base"),
+        _true_delta(root, job.world, REGIMES[job.regime], "base"),
+    )
+    for name in delta:
+        state[name] += delta[name]
+    out.mkdir()
+    shutil.copyfile(base / "config.json", out / "config.json")
+    save_file(state, out / "model.safetensors", metadata={"format": "pt"})
+    return out
+
+
 def _streamed(expert: Path, reference: Path) -> drift_fast.Delta:
     return drift_fast.compute_delta(expert, reference, modules=KINDS, threads=1)
+
+
+class Rescaled(Mapping[str, torch.Tensor]):
+    """A delta, each tensor of it with the norm of the one that it stands for; float32.
+
+    Raises:
+        ValueError: when such a tensor is read, one of zeros that stands for one that is not.
+    """
+
+    def __init__(self, delta: drift_fast.Delta, stands_for: drift_fast.Delta) -> None:
+        self._delta = delta
+        self._stands_for = stands_for
+        self.shapes = dict(stands_for.shapes)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        tensor = self._delta[name].float()
+        norm, wanted = tensor.norm(), self._stands_for[name].float().norm()
+        if wanted == 0:
+            return torch.zeros_like(tensor)
+        if norm == 0:
+            raise ValueError(f"{name}: expected a control of norm {wanted:.3g}, found only zeros")
+        return tensor * (wanted / norm)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
 
 
 class Shuffled(Mapping[str, torch.Tensor]):

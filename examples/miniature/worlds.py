@@ -16,9 +16,13 @@ checkpoint is trained once, from the world's number alone, and is bf16 safetenso
 from __future__ import annotations
 
 import copy
+import functools
+import hashlib
+import json
 import shutil
+import time
 from pathlib import Path
-from typing import Final
+from typing import Final, TypedDict
 
 import numpy as np
 import torch
@@ -57,8 +61,19 @@ COSTS: Final[dict[str, float]] = {
     "sibling": 1.0,
 }
 
+# What was measured of a checkpoint, beside its weights.
+MEASURED: Final = "measured.json"
+
 # Added to a world's number where something must differ from it: never the number of a world used.
 _OTHER: Final = 5000
+
+
+class Measured(TypedDict):
+    """What a checkpoint knows (see `measure`), and the seconds and the device that it took."""
+
+    knows: dict[str, float]
+    seconds: float
+    device: str
 
 
 def directory(root: Path, world: int, name: str) -> Path:
@@ -71,19 +86,42 @@ def exists(root: Path, world: int, name: str) -> bool:
     return (directory(root, world, name) / "config.json").exists()
 
 
-def missing(root: Path, worlds: list[int], names: list[str]) -> list[tuple[int, str]]:
-    """Return (world, name) of what is not trained yet, parents included and first."""
+def digest(root: Path, world: int, name: str) -> str:
+    """Return the start of the SHA-256 of the bytes of a checkpoint's safetensors."""
+    paths = sorted(directory(root, world, name).glob("*.safetensors"))
+    return _digest(tuple((path, path.stat().st_mtime_ns) for path in paths))
+
+
+@functools.lru_cache(maxsize=256)
+def _digest(paths: tuple[tuple[Path, int], ...]) -> str:
+    found = hashlib.sha256()
+    for path, _ in paths:
+        found.update(path.read_bytes())
+    return found.hexdigest()[:16]
+
+
+def family(worlds: list[int], names: list[str]) -> list[tuple[int, str]]:
+    """Return (world, name) of checkpoints and of what they are trained from, parents first."""
     needed = set(names)
     for name in reversed(PARENTS):
         parent = PARENTS[name]
         if name in needed and parent is not None:
             needed.add(parent)
     ordered = [name for name in PARENTS if name in needed]
-    return [(world, name) for name in ordered for world in worlds if not exists(root, world, name)]
+    return [(world, name) for name in ordered for world in worlds]
 
 
-def train(root: Path, number: int, name: str, *, device: str = "cpu", shrink: int = 1) -> None:
-    """Train one checkpoint and write it whole or not at all; `shrink` divides its steps."""
+def missing(root: Path, worlds: list[int], names: list[str]) -> list[tuple[int, str]]:
+    """Return (world, name) of what is not trained yet, parents included and first."""
+    return [(world, name) for world, name in family(worlds, names) if not exists(root, world, name)]
+
+
+def train(root: Path, number: int, name: str, *, device: str = "cpu", shrink: int = 1) -> Measured:
+    """Train and measure one checkpoint; `shrink` divides its steps.
+
+    It is written whole or not at all, and what was measured of it with it.
+    """
+    start = time.perf_counter()
     world = w.World(number)
     parent = PARENTS[name]
     with torch.device(device):
@@ -99,17 +137,27 @@ def train(root: Path, number: int, name: str, *, device: str = "cpu", shrink: in
     unfinished = target.with_name(f".{name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     demo.save(model.cpu(), unfinished)
+    knows = measure(root, number, name, unfinished)
+    found = Measured(knows=knows, seconds=time.perf_counter() - start, device=device)
+    (unfinished / MEASURED).write_text(json.dumps(found) + "\n", encoding="utf-8")
     unfinished.rename(target)
+    return found
 
 
-def measure(root: Path, number: int, name: str) -> dict[str, float]:
-    """Return what a checkpoint knows, and how far from its parent it lies.
+def measured(root: Path, number: int, name: str) -> Measured | None:
+    """Return what `train` measured of a checkpoint; None where it was not trained here."""
+    path = directory(root, number, name) / MEASURED
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def measure(root: Path, number: int, name: str, path: Path) -> dict[str, float]:
+    """Return what a checkpoint that lies in `path` knows, and how far from its parent it is.
 
     `steps` and `chains` are the shares right of text folds of two and of six digits, for text
     models; `distance` is ‖W − W_parent‖/‖W_parent‖ over attention and MLP.
     """
     found: dict[str, float] = {}
-    path, parent = directory(root, number, name), PARENTS[name]
+    parent = PARENTS[name]
     if parent is not None:
         pair = (directory(root, number, parent), path)
         # The multimodal model is the side that has a tower.
