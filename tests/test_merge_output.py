@@ -186,6 +186,7 @@ def test_a_stored_head_that_is_tied_leaves_no_old_head_beside_a_merged_embedding
     assert "tied" in rows["lm_head.weight"].reason
     assert "left out" in rows["lm_head.weight"].reason
     assert "lm_head.weight" not in stored_tensors(out)
+    assert stored_tensors(out).keys() == {*merged.merged, *merged.carried}
     kept = merge("linear", *pair, tmp_path / "kept", **ATTN)
     assert "lm_head.weight" in kept.carried
     assert "lm_head.weight" in stored_tensors(tmp_path / "kept")

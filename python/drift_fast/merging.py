@@ -28,7 +28,14 @@ from drift_fast.delta import (
 )
 from drift_fast.errors import AlignmentError
 from drift_fast.mapping import MappingLike, resolve
-from drift_fast.merge_plan import DTYPES, MergedTensor, Plan, refuse_in_place, selection_of
+from drift_fast.merge_plan import (
+    DTYPES,
+    LEFT_OUT_AS_TIED,
+    MergedTensor,
+    Plan,
+    refuse_in_place,
+    selection_of,
+)
 from drift_fast.pairing import (
     Opened,
     Pairing,
@@ -72,8 +79,15 @@ class Merged:
 
     @property
     def carried(self) -> list[str]:
-        """Names of the tensors that are the multimodal model's byte for byte, in file order."""
-        return [tensor.name for tensor in self.tensors if not tensor.sources]
+        """Names of the tensors that are the multimodal model's byte for byte, in file order.
+
+        A stored head that is tied to a merged embedding is in `tensors` and in no output.
+        """
+        return [
+            tensor.name
+            for tensor in self.tensors
+            if not tensor.sources and tensor.reason != LEFT_OUT_AS_TIED
+        ]
 
     def __str__(self) -> str:
         weights = self.parameters.get("weight", {})
