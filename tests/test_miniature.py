@@ -479,3 +479,26 @@ def test_the_report_names_the_hardware_once_and_that_it_was_tuned_on_its_test_wo
     assert "Tuned and tested on the same world (0)" in written
     saved = json.loads((finished.out / "settings.json").read_text(encoding="utf-8"))["main"]
     assert saved["drift_base_reversed"] == {"like": "drift_base"}
+
+
+def test_a_regime_with_a_failed_trial_waits_and_the_others_do_not(
+    miniature: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = made_up(miniature, tmp_path, regimes=("lora", "vision"), regime_trials=2)
+    bad = one.tuning_jobs("lora")[0].key
+
+    def failing(job: Any, **_: Any) -> dict[str, Any]:
+        if job.key == bad:
+            raise ValueError("no room")
+        return stand_in(job)
+
+    monkeypatch.setattr(miniature.training, "needed", lambda job: ["base", "expert", "multimodal"])
+    monkeypatch.setattr(miniature, "_run", failing)
+    assert one.stage("regimes") == 1
+    tested = of(one.results.lines(), stage="test")
+    assert {line["regime"] for line in tested} == {"vision"}
+    assert list(json.loads((tmp_path / "settings.json").read_text())) == ["vision"]
+    monkeypatch.setattr(miniature, "_run", stand_in)
+    assert one.stage("regimes") == 0
+    tested = of(one.results.lines(), stage="test", regime="lora")
+    assert {line["method"] for line in tested} == set(one.methods("lora"))

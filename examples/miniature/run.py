@@ -23,7 +23,7 @@ import shutil
 import sys
 import tarfile
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -82,7 +82,7 @@ class Profile:
 
 FULL: Final = Profile(
     flag="--full",
-    test_worlds=(1, 2, 3, 4),
+    test_worlds=tuple(range(1, 9)),
     validation_worlds=(11, 12),
     sets=3,
     trials=12,
@@ -170,17 +170,13 @@ class Miniature:
                 names = {n for job in self.all_jobs() for n in training.needed(job)}
                 return self.train(sorted(names))
             case "tune":
-                return self._tuned("main")
+                return self._tuned(["main"])
             case "test":
                 return self.run(self.test_jobs("main"))
             case "dose":
                 return self.run(self.dose_jobs())
             case "regimes":
-                # Where a trial failed or had no time, that regime alone waits with its tests.
-                return sum(
-                    self._tuned(regime) or self.run(self.test_jobs(regime))
-                    for regime in self.profile.regimes
-                )
+                return self._regimes()
             case "report":
                 self.report()
                 return 0
@@ -332,17 +328,18 @@ class Miniature:
             clock=self.clock,
             done=self._add,
             begin=_beginning(self.device),
-            longest=self._longest(jobs[0].regime) if jobs else 0.0,
+            longest=self._longest({job.regime for job in jobs}),
             title=jobs[0].stage if jobs else "",
         )
-        return sum(not self._done(job) for job in jobs)
+        return self._left(jobs)
 
-    def _longest(self, regime: str) -> float:
-        """Return the seconds of the longest run of a regime on this device; 0 of none."""
+    def _longest(self, regimes: Set[str]) -> float:
+        """Return the seconds of the longest run of some regimes on this device; 0 of none."""
         taken = [
             sum(line["seconds"].values())
             for line in self.results.lines()
-            if (line["regime"], line["device"]) == (regime, self.device)
+            if line["regime"] in regimes
+            and line["device"] == self.device
             and line["stage"] != "checkpoints"
         ]
         return max(taken, default=0.0)
@@ -367,11 +364,27 @@ class Miniature:
             result = {"key": job.key, "method": job.method, "error": str(result)}
         self.results.add(result | self._expected(job) | {"command": self._command()})
 
-    def _tuned(self, regime: str) -> int:
-        left = self.run(self.tuning_jobs(regime))
-        if left == 0:
-            self._choose(regime)
+    def _regimes(self) -> int:
+        """Tune in all regimes, then test in those whose every trial has a result.
+
+        Each in one go, so that no process waits for the last run of one regime before the next.
+        """
+        left = self._tuned(self.profile.regimes)
+        ready = [
+            regime for regime in self.profile.regimes if self._left(self.tuning_jobs(regime)) == 0
+        ]
+        return left + self.run([job for regime in ready for job in self.test_jobs(regime)])
+
+    def _tuned(self, regimes: Sequence[str]) -> int:
+        """Run the trials of some regimes, and choose in those where none is left."""
+        left = self.run([job for regime in regimes for job in self.tuning_jobs(regime)])
+        for regime in regimes:
+            if self._left(self.tuning_jobs(regime)) == 0:
+                self._choose(regime)
         return left
+
+    def _left(self, jobs: Sequence[Job]) -> int:
+        return sum(not self._done(job) for job in jobs)
 
     def _choose(self, regime: str) -> None:
         """Write down what was best of the trials of each method."""
