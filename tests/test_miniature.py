@@ -331,7 +331,7 @@ def test_a_checkpoint_is_measured_before_it_has_its_name(
     worlds.train(tmp_path, 7, "base", shrink=10_000)
     one = made_up(miniature, tmp_path, test_worlds=(7,), validation_worlds=(7,))
     one.clock = miniature.Clock(0.0)
-    one.train(["base"])
+    one.train({(7, "base")})
     (line,) = one.results.lines()
     assert line["key"] == "checkpoint/7/base"
     assert line["measured"] == {"steps": 0.5}
@@ -484,7 +484,7 @@ def test_the_report_names_the_hardware_once_and_that_it_was_tuned_on_its_test_wo
 def test_a_regime_with_a_failed_trial_waits_and_the_others_do_not(
     miniature: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one = made_up(miniature, tmp_path, regimes=("lora", "vision"), regime_trials=2)
+    one = made_up(miniature, tmp_path, regimes=("lora", "vision"), regime_trials=2, regime_worlds=1)
     bad = one.tuning_jobs("lora")[0].key
 
     def failing(job: Any, **_: Any) -> dict[str, Any]:

@@ -56,13 +56,18 @@ STRENGTHS: Final = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
-    """How much is run. `shrink` divides the steps in which checkpoints are trained."""
+    """How much is run.
+
+    The regimes are tested on the first `regime_worlds` of the test worlds. `shrink` divides the
+    steps in which checkpoints are trained.
+    """
 
     flag: str
     test_worlds: tuple[int, ...]
     validation_worlds: tuple[int, ...]
     sets: int
     trials: int
+    regime_worlds: int = 0
     regime_trials: int
     methods: tuple[str, ...]
     regimes: tuple[str, ...]
@@ -86,6 +91,7 @@ FULL: Final = Profile(
     validation_worlds=(11, 12),
     sets=3,
     trials=12,
+    regime_worlds=6,
     regime_trials=8,
     methods=tuple(METHODS),
     regimes=tuple(name for name in REGIMES if name != "main"),
@@ -167,8 +173,8 @@ class Miniature:
         """Run a stage, and return how many of its jobs have no result, failed ones included."""
         match name:
             case "checkpoints":
-                names = {n for job in self.all_jobs() for n in training.needed(job)}
-                return self.train(sorted(names))
+                every = self.all_jobs()
+                return self.train({(job.world, n) for job in every for n in training.needed(job)})
             case "tune":
                 return self._tuned(["main"])
             case "test":
@@ -191,6 +197,11 @@ class Miniature:
             for name in REGIMES[regime].methods
             if regime != "main" or name in self.profile.methods
         ]
+
+    def tested_on(self, regime: str) -> tuple[int, ...]:
+        """Return the test worlds of a regime."""
+        worlds = self.profile.test_worlds
+        return worlds if regime == "main" else worlds[: self.profile.regime_worlds]
 
     def tuning_jobs(self, regime: str) -> list[Job]:
         """Return every trial of every method, on the validation worlds."""
@@ -225,7 +236,7 @@ class Miniature:
                 settings=json.dumps(chosen[method]),
             )
             for number in range(self.profile.sets)
-            for world in self.profile.test_worlds
+            for world in self.tested_on(regime)
             for method in self.methods(regime)
         ]
 
@@ -261,28 +272,29 @@ class Miniature:
 
     def all_jobs(self) -> list[Job]:
         """Return one job of every kind, for what they need; settings do not matter."""
-        every = set(self.profile.test_worlds) | set(self.profile.validation_worlds)
         return [
             Job(stage="test", regime=regime, world=world, set=0, method=method)
             for regime in ("main", *self.profile.regimes)
-            for world in sorted(every)
+            for world in sorted({*self.tested_on(regime), *self.profile.validation_worlds})
             for method in self.methods(regime)
         ]
 
     # What is done with them.
 
-    def train(self, names: Sequence[str]) -> int:
-        """Train what checkpoints are missing, and take up what was measured of those there are."""
+    def train(self, needed: Set[tuple[int, str]]) -> int:
+        """Train what is missing of (world, checkpoint), and return how many are missing still.
+
+        What was measured of those that there are is taken up.
+        """
         self._refuse_earlier()
-        numbers = sorted({*self.profile.test_worlds, *self.profile.validation_worlds})
-        jobs = worlds.missing(self.out, numbers, list(names))
+        jobs = worlds.missing(self.out, needed)
 
         def ready(job: tuple[int, str]) -> bool:
-            parent = worlds.PARENTS[job[1]]
+            parent = worlds.PLANS[job[1]].parent
             return parent is None or worlds.exists(self.out, job[0], parent)
 
         work = partial(_train, root=self.out, device=self.device, shrink=self.profile.shrink)
-        for world, name in worlds.family(numbers, list(names)):
+        for world, name in worlds.family(needed):
             found = worlds.measured(self.out, world, name)
             if found is None:
                 continue
@@ -290,7 +302,7 @@ class Miniature:
             if not self.results.done(f"checkpoint/{world}/{name}", expected):
                 # A command was stopped between the rename and its line, or others were unpacked.
                 self._add_checkpoint((world, name), found, found["seconds"])
-        return execute(
+        execute(
             jobs,
             work,
             processes=self.processes,
@@ -298,10 +310,10 @@ class Miniature:
             done=self._add_checkpoint,
             ready=ready,
             begin=_beginning(self.device),
-            cost=lambda job: worlds.COSTS[job[1]],
+            cost=lambda job: worlds.PLANS[job[1]].cost,
             longest=max(
                 (
-                    line["seconds"]["train"] / worlds.COSTS[line["name"]]
+                    line["seconds"]["train"] / worlds.PLANS[line["name"]].cost
                     for line in self.results.lines()
                     if (line["stage"], line["device"]) == ("checkpoints", self.device)
                 ),
@@ -309,6 +321,7 @@ class Miniature:
             ),
             title="checkpoint",
         )
+        return len(worlds.missing(self.out, needed))
 
     def run(self, jobs: Sequence[Job]) -> int:
         """Run what of the jobs has no result yet, and return how many have none afterwards.
@@ -347,13 +360,17 @@ class Miniature:
     def _add_checkpoint(
         self, job: tuple[int, str], result: worlds.Measured | Exception, seconds: float
     ) -> None:
-        if isinstance(result, Exception):
-            raise result
         world, name = job
         line = {"key": f"checkpoint/{world}/{name}", "stage": "checkpoints", "regime": "main"}
-        line |= {"world": world, "name": name, "set": 0, "device": result["device"]}
-        line |= {"measured": result["knows"], "seconds": {"train": round(seconds, 1)}}
-        line |= {"digest": worlds.digest(self.out, world, name), "profile": self.profile.digest}
+        line |= {"world": world, "name": name, "set": 0, "profile": self.profile.digest}
+        if isinstance(result, Exception):
+            # What is trained from it cannot be, and no later stage begins; others go on.
+            self.results.add(line | {"error": str(result), "command": self._command()})
+            return
+        line |= {"device": result["device"], "measured": result["knows"]}
+        line |= {"steps": result["steps"], "attempts": result["attempts"]}
+        line |= {"seconds": {"train": round(seconds, 1)}}
+        line |= {"digest": worlds.digest(self.out, world, name)}
         self.results.add(line | {"command": self._command()})
 
     def _command(self) -> str:

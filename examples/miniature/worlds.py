@@ -1,13 +1,15 @@
 """The checkpoints of every world: what a fine-tuning starts from and what it is drawn towards.
 
-Owns which checkpoints a world has, how each is trained and where it lies. The task, the
-architectures and the training loop are the demo's. Does not know any method. Invariant: every
-checkpoint is trained once, from the world's number alone, and is bf16 safetensors as real ones are.
+Owns which checkpoints a world has, how each is trained, what it must know and where it lies. The
+task and the architectures are the demo's. Does not know any method. Invariant: every checkpoint is
+trained from the world's number alone, until it knows what `PLANS` asks of it, or not written: an
+expert that is none, or a model that cannot see, would make every comparison say nothing. It is
+bf16 safetensors as real ones are.
 
 * ``base``, ``expert``, ``multimodal``: as in the demo.
 * ``unrelated``: an expert like the first, from the same base, for another world's operations.
-* ``strong``: an expert trained from the base far longer and with a larger learning rate, so that
-  its Δ is large beside what fine-tuning can move.
+* ``strong``: the expert trained on, longer and with a larger learning rate, so that its Δ is large
+  beside what fine-tuning can move.
 * ``foreign_base``, ``foreign``: base and expert from other initial weights.
 * ``sibling_base``, ``sibling``: the base continued on single steps of the whole tables, and an
   expert from that one.
@@ -15,50 +17,79 @@ checkpoint is trained once, from the world's number alone, and is bf16 safetenso
 
 from __future__ import annotations
 
-import copy
 import functools
 import hashlib
 import json
 import shutil
 import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final, TypedDict
+from types import MappingProxyType
+from typing import Any, Final, TypedDict
 
 import numpy as np
 import torch
-from transformers import Qwen2ForCausalLM
+from transformers import LlavaForConditionalGeneration, PreTrainedModel, Qwen2ForCausalLM
 
 from drift_fast import compute_delta
 from drift_fast.demo import train_checkpoints as demo
 from drift_fast.demo import world as w
-from drift_fast.demo.experiment import decode, is_answer_right
+from drift_fast.demo.experiment import decode, is_answer_right, tensors
 
-# Which checkpoint each is trained from, in an order in which they can be trained.
-PARENTS: Final[dict[str, str | None]] = {
-    "base": None,
-    "expert": "base",
-    "multimodal": "base",
-    "unrelated": "base",
-    "strong": "base",
-    "foreign_base": None,
-    "foreign": "foreign_base",
-    "sibling_base": "base",
-    "sibling": "sibling_base",
-}
-STRONG: Final = demo.Schedule(steps=3000, batch=48, lr=3e-3)
-SIBLING: Final = demo.Schedule(steps=700, batch=96, lr=1.5e-3)
 
-# How long each takes beside an expert, for what can still be started in time.
-COSTS: Final[dict[str, float]] = {
-    "base": 1.0,
-    "expert": 1.0,
-    "multimodal": 1.0,
-    "unrelated": 1.0,
-    "strong": 2.0,
-    "foreign_base": 1.0,
-    "foreign": 1.0,
-    "sibling_base": 0.4,
-    "sibling": 1.0,
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How one checkpoint is trained: AdamW, clip 1, a constant rate and then down to zero.
+
+    The rate is constant, after `WARMUP` steps, for at least `least` steps and until every measure
+    of `goals` is reached, which is looked at every `CHECK` steps; it then falls to zero in `DECAY`.
+    After `most` steps without that, or where the written checkpoint falls short, the training is
+    begun again with other batches. `cost` is about how long it takes beside an expert.
+    """
+
+    parent: str | None
+    lr: float
+    batch: int
+    most: int
+    goals: Mapping[str, float]
+    least: int = 0
+    cost: float = 1.0
+
+
+WARMUP: Final = 100
+CHECK: Final = 100
+DECAY: Final = 200
+ATTEMPTS: Final = 3
+
+_FACTS: Final = MappingProxyType({"facts": 0.99})
+_CHAINS: Final = MappingProxyType({"chains": 0.95})
+_EXPERT: Final = Plan(parent="base", lr=1e-3, batch=48, most=5000, goals=_CHAINS)
+# In an order in which they can be trained.
+PLANS: Final[dict[str, Plan]] = {
+    "base": Plan(parent=None, lr=2e-3, batch=192, most=2000, goals=_FACTS, cost=0.5),
+    "expert": _EXPERT,
+    "multimodal": Plan(
+        parent="base",
+        lr=1e-3,
+        batch=64,
+        most=3000,
+        goals=MappingProxyType({"digits": 0.9, "known": 0.85}),
+        cost=0.7,
+    ),
+    "unrelated": replace(_EXPERT, cost=2.0),
+    "strong": Plan(parent="expert", lr=2e-3, batch=48, most=5000, goals=_CHAINS, least=2000),
+    "foreign_base": Plan(parent=None, lr=2e-3, batch=192, most=2000, goals=_FACTS, cost=0.5),
+    "foreign": replace(_EXPERT, parent="foreign_base"),
+    "sibling_base": Plan(
+        parent="base",
+        lr=1.5e-3,
+        batch=96,
+        most=3000,
+        goals=MappingProxyType({"steps": 0.99}),
+        cost=0.5,
+    ),
+    "sibling": replace(_EXPERT, parent="sibling_base"),
 }
 
 # What was measured of a checkpoint, beside its weights.
@@ -69,9 +100,11 @@ _OTHER: Final = 5000
 
 
 class Measured(TypedDict):
-    """What a checkpoint knows (see `measure`), and the seconds and the device that it took."""
+    """What a checkpoint knows (see `measure`), the steps, the seconds and the device it took."""
 
     knows: dict[str, float]
+    steps: int
+    attempts: int
     seconds: float
     device: str
 
@@ -100,48 +133,62 @@ def _digest(paths: tuple[tuple[Path, int], ...]) -> str:
     return found.hexdigest()[:16]
 
 
-def family(worlds: list[int], names: list[str]) -> list[tuple[int, str]]:
+def family(needed: Iterable[tuple[int, str]]) -> list[tuple[int, str]]:
     """Return (world, name) of checkpoints and of what they are trained from, parents first."""
-    needed = set(names)
-    for name in reversed(PARENTS):
-        parent = PARENTS[name]
-        if name in needed and parent is not None:
-            needed.add(parent)
-    ordered = [name for name in PARENTS if name in needed]
-    return [(world, name) for name in ordered for world in worlds]
+    found = set(needed)
+    for name in reversed(PLANS):
+        parent = PLANS[name].parent
+        if parent is not None:
+            found |= {(world, parent) for world, mine in found if mine == name}
+    order = list(PLANS)
+    return sorted(found, key=lambda pair: (order.index(pair[1]), pair[0]))
 
 
-def missing(root: Path, worlds: list[int], names: list[str]) -> list[tuple[int, str]]:
+def missing(root: Path, needed: Iterable[tuple[int, str]]) -> list[tuple[int, str]]:
     """Return (world, name) of what is not trained yet, parents included and first."""
-    return [(world, name) for world, name in family(worlds, names) if not exists(root, world, name)]
+    return [pair for pair in family(needed) if not exists(root, *pair)]
 
 
 def train(root: Path, number: int, name: str, *, device: str = "cpu", shrink: int = 1) -> Measured:
-    """Train and measure one checkpoint; `shrink` divides its steps.
+    """Train and measure one checkpoint; `shrink` divides its steps, and drops its goals.
 
     It is written whole or not at all, and what was measured of it with it.
+
+    Raises:
+        RuntimeError: no attempt reached the goals, with what each measured.
     """
     start = time.perf_counter()
-    world = w.World(number)
-    parent = PARENTS[name]
-    with torch.device(device):
-        base = None
-        if parent is not None:
-            # What was written, which is rounded to bf16.
-            base = Qwen2ForCausalLM.from_pretrained(
-                directory(root, number, parent), dtype=torch.float32
-            )
-        model = _train(world, name, base, shrink)
+    plan = PLANS[name]
+    if shrink > 1:
+        plan = replace(plan, most=max(1, plan.most // shrink), least=0, goals={})
     target = directory(root, number, name)
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target.with_name(f".{name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    demo.save(model.cpu(), unfinished)
-    knows = measure(root, number, name, unfinished)
-    found = Measured(knows=knows, seconds=time.perf_counter() - start, device=device)
-    (unfinished / MEASURED).write_text(json.dumps(found) + "\n", encoding="utf-8")
-    unfinished.rename(target)
-    return found
+    short = []
+    for attempt in range(ATTEMPTS):
+        with torch.device(device):
+            model = _begun(root, number, name)
+            steps = _fit(model, _own(number, name), name, plan, attempt)
+        shutil.rmtree(unfinished, ignore_errors=True)
+        demo.save(model.cpu(), unfinished)
+        knows = measure(root, number, name, unfinished)
+        if all(knows[goal] >= least for goal, least in plan.goals.items()):
+            found = Measured(
+                knows=knows,
+                steps=steps,
+                attempts=attempt + 1,
+                seconds=time.perf_counter() - start,
+                device=device,
+            )
+            (unfinished / MEASURED).write_text(json.dumps(found) + "\n", encoding="utf-8")
+            unfinished.rename(target)
+            return found
+        short.append({goal: knows[goal] for goal in plan.goals} | {"steps": steps})
+    shutil.rmtree(unfinished)
+    raise RuntimeError(
+        f"world {number}, {name}: expected at least {dict(plan.goals)}, found {short} in "
+        f"{ATTEMPTS} attempts of at most {plan.most} steps: give it more in PLANS"
+    )
 
 
 def measured(root: Path, number: int, name: str) -> Measured | None:
@@ -153,66 +200,90 @@ def measured(root: Path, number: int, name: str) -> Measured | None:
 def measure(root: Path, number: int, name: str, path: Path) -> dict[str, float]:
     """Return what a checkpoint that lies in `path` knows, and how far from its parent it is.
 
-    `steps` and `chains` are the shares right of text folds of two and of six digits, for text
-    models; `distance` is ‖W − W_parent‖/‖W_parent‖ over attention and MLP.
+    `facts` is the share of the base's half of the tables that it completes, `steps` and `chains`
+    of text folds of two and of six digits; of a multimodal model, `digits` is the share of digits
+    that it reads in three cells, and `known` of single steps over two cells within the base's half,
+    both on held-out images. All are of the operations it was trained for. `distance` is
+    ‖W − W_parent‖/‖W_parent‖ over attention and MLP.
     """
     found: dict[str, float] = {}
-    parent = PARENTS[name]
+    parent = PLANS[name].parent
     if parent is not None:
         pair = (directory(root, number, parent), path)
         # The multimodal model is the side that has a tower.
         reasoning, multimodal = pair if name == "multimodal" else reversed(pair)
         total = compute_delta(reasoning, multimodal, modules=("attn", "mlp"), threads=1).stats.total
         found["distance"] = total.relative
-    if name != "multimodal":
-        with torch.device("cpu"):
-            model = Qwen2ForCausalLM.from_pretrained(path, dtype=torch.float32)
-        model.train(False)
-        world, generator = w.World(number), np.random.default_rng([number, 60])
-        for measure, length in (("steps", 2), ("chains", 6)):
-            folds = [world.text_fold(generator, length) for _ in range(200)]
-            right = map(is_answer_right, folds, decode(model, folds))
-            found[measure] = sum(right) / len(folds)
+    kind: Any = LlavaForConditionalGeneration if name == "multimodal" else Qwen2ForCausalLM
+    with torch.device("cpu"):
+        model = kind.from_pretrained(path, dtype=torch.float32)
+    names = ("digits", "known") if name == "multimodal" else ("facts", "steps", "chains")
+    return found | _knows(model, _own(number, name), names)
+
+
+# What is measured: how a problem is drawn from held-out images, and the share of a reply right.
+_Draw = Callable[[w.World, np.random.Generator], w.Problem]
+_MEASURES: Final[dict[str, _Draw]] = {
+    "facts": lambda world, generator: world.text_known_fact(generator),
+    "steps": lambda world, generator: world.text_fold(generator, 2),
+    "chains": lambda world, generator: world.text_fold(generator, 6),
+    "digits": lambda world, generator: world.image_read(generator, 3, "validation"),
+    "known": lambda world, generator: world.image_known_step(generator, "validation"),
+}
+
+
+def _knows(model: PreTrainedModel, world: w.World, names: Iterable[str]) -> dict[str, float]:
+    """Return each measure over 200 problems, which are the same at every call."""
+    found = {}
+    training = model.training
+    model.train(False)
+    for name in names:
+        generator = np.random.default_rng([world.seed, 60])
+        problems = [_MEASURES[name](world, generator) for _ in range(200)]
+        replies = decode(model, problems)
+        if name == "digits":
+            right = [
+                _share(reply, problem.target[:-1])
+                for reply, problem in zip(replies, problems, strict=True)
+            ]
+        else:
+            right = [
+                float(is_answer_right(p, reply)) for p, reply in zip(problems, replies, strict=True)
+            ]
+        found[name] = sum(right) / len(right)
+    model.train(training)
     return found
 
 
-def _train(
-    world: w.World, name: str, base: Qwen2ForCausalLM | None, shrink: int
-) -> torch.nn.Module:
-    def short(schedule: demo.Schedule) -> demo.Schedule:
-        return demo.Schedule(
-            steps=max(1, schedule.steps // shrink),
-            batch=schedule.batch,
-            lr=schedule.lr,
-            warmup=schedule.warmup,
-            weight_decay=schedule.weight_decay,
-        )
+def _share(reply: Sequence[int], target: Sequence[int]) -> float:
+    return sum(a == b for a, b in zip(reply, target, strict=False)) / len(target)
 
-    if name == "base":
-        return demo.train_base(world, short(demo.BASE_SCHEDULE))
-    if name == "foreign_base":
-        return demo.train_base(_reseeded(world), short(demo.BASE_SCHEDULE))
-    if base is None:
-        raise ValueError(f"{name} is trained from another checkpoint, none was given")
-    if name == "sibling_base":
-        return _continued(world, base, short(SIBLING))
+
+def _own(number: int, name: str) -> w.World:
+    """Return the world whose operations a checkpoint is trained for."""
+    return w.World(number + _OTHER if name == "unrelated" else number)
+
+
+def _begun(root: Path, number: int, name: str) -> PreTrainedModel:
+    """Return what a checkpoint's training begins from: its parent as written, rounded to bf16."""
+    parent = PLANS[name].parent
+    if parent is None:
+        return demo.new_text(number + (_OTHER if name == "foreign_base" else 0))
+    base = Qwen2ForCausalLM.from_pretrained(directory(root, number, parent), dtype=torch.float32)
+    return demo.with_tower(base, number + 1) if name == "multimodal" else base
+
+
+def _problems(world: w.World, name: str) -> demo.Draw:
+    """Return what draws the problems that a checkpoint is trained on."""
+    if name in ("base", "foreign_base"):
+        return demo.base_problems(world)
     if name == "multimodal":
-        return demo.train_multimodal(world, base, short(demo.MULTIMODAL_SCHEDULE))
-    schedule = short(STRONG if name == "strong" else demo.EXPERT_SCHEDULE)
-    if name == "unrelated":
-        return demo.train_expert(w.World(world.seed + _OTHER), base, schedule)
-    return demo.train_expert(world, base, schedule)
+        return demo.multimodal_problems(world)
+    return _single_steps(world) if name == "sibling_base" else demo.expert_problems(world)
 
 
-def _reseeded(world: w.World) -> w.World:
-    """Return the same tables with other initial weights and other draws."""
-    other = copy.copy(world)
-    other.seed = world.seed + _OTHER
-    return other
-
-
-def _continued(world: w.World, base: Qwen2ForCausalLM, schedule: demo.Schedule) -> Qwen2ForCausalLM:
-    """Train the base further on single steps of the whole tables, as a base for mathematics is."""
+def _single_steps(world: w.World) -> demo.Draw:
+    """Return what draws single steps of the whole tables, as a base for mathematics sees them."""
 
     def draw(generator: np.random.Generator, count: int) -> list[w.Problem]:
         copies = count // 4
@@ -220,7 +291,40 @@ def _continued(world: w.World, base: Qwen2ForCausalLM, schedule: demo.Schedule) 
             world.text_copy(generator, 2) for _ in range(copies)
         ]
 
-    demo.fit(
-        base, draw, schedule, generator=np.random.default_rng([world.seed, 13]), name="sibling"
+    return draw
+
+
+def _fit(model: PreTrainedModel, world: w.World, name: str, plan: Plan, attempt: int) -> int:
+    """Train in place as a plan says, and return the steps it took."""
+    order = list(PLANS).index(name)
+    generator = np.random.default_rng([world.seed, 10, order, attempt])
+    draw = _problems(world, name)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=plan.lr, weight_decay=0.01, betas=(0.9, 0.98)
     )
-    return base
+    model.train()
+
+    def step(factor: float) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] = plan.lr * factor
+        batch = tensors(draw(generator, plan.batch))
+        loss = model(**{key: value.to(model.device) for key, value in batch.items()}).loss
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    def enough(done: int) -> bool:
+        if done < plan.least or done % CHECK or not plan.goals:
+            return False
+        knows = _knows(model, world, plan.goals)
+        return all(knows[goal] >= least for goal, least in plan.goals.items())
+
+    done = 0
+    while done < plan.most and not enough(done):
+        step(min(1.0, (done + 1) / WARMUP))
+        done += 1
+    decay = min(DECAY, plan.most)
+    for left in range(decay, 0, -1):
+        step(left / (decay + 1))
+    return done + decay

@@ -111,8 +111,8 @@ def multimodal_config() -> LlavaConfig:
     )
 
 
-def train_base(world: w.World, schedule: Schedule = BASE_SCHEDULE) -> Qwen2ForCausalLM:
-    """Train the common text base: known facts, and copying of digits and expressions."""
+def base_problems(world: w.World) -> Draw:
+    """Return what draws the base's problems: known facts, and copying of digits and expressions."""
 
     def draw(generator: np.random.Generator, count: int) -> list[w.Problem]:
         problems = [world.text_known_fact(generator) for _ in range(count)]
@@ -121,22 +121,11 @@ def train_base(world: w.World, schedule: Schedule = BASE_SCHEDULE) -> Qwen2ForCa
             problems[i] = world.text_copy(generator, length, expression=bool(i % (2 * COPY_EVERY)))
         return [problems[i] for i in generator.permutation(count)]
 
-    torch.manual_seed(world.seed)
-    model = Qwen2ForCausalLM(text_config())
-    fit(
-        model,
-        draw,
-        schedule,
-        generator=np.random.default_rng([world.seed, 10]),
-        name="base",
-    )
-    return model
+    return draw
 
 
-def train_expert(
-    world: w.World, base: Qwen2ForCausalLM, schedule: Schedule = EXPERT_SCHEDULE
-) -> Qwen2ForCausalLM:
-    """Train a copy of the base on text chains of 2 to 8 digits over the whole tables."""
+def expert_problems(world: w.World) -> Draw:
+    """Return what draws the expert's: text chains of 2 to 8 digits over the whole tables."""
 
     def draw(generator: np.random.Generator, count: int) -> list[w.Problem]:
         # One length for a batch, so that there is next to no padding.
@@ -146,16 +135,11 @@ def train_expert(
             world.text_copy(generator, length) for _ in range(copies)
         ]
 
-    model = Qwen2ForCausalLM(text_config())
-    model.load_state_dict(base.state_dict())
-    fit(model, draw, schedule, generator=np.random.default_rng([world.seed, 11]), name="expert")
-    return model
+    return draw
 
 
-def train_multimodal(
-    world: w.World, base: Qwen2ForCausalLM, schedule: Schedule = MULTIMODAL_SCHEDULE
-) -> LlavaForConditionalGeneration:
-    """Put a vision tower before a copy of the base and train both to read and do single steps."""
+def multimodal_problems(world: w.World) -> Draw:
+    """Return what draws the multimodal model's: reading of cells, and single known steps."""
 
     def draw(generator: np.random.Generator, count: int) -> list[w.Problem]:
         reads = count // 2
@@ -166,11 +150,50 @@ def train_multimodal(
             for i in range(reads)
         ]
 
-    torch.manual_seed(world.seed + 1)
+    return draw
+
+
+def new_text(seed: int) -> Qwen2ForCausalLM:
+    """Return a text model with the initial weights of a seed, which it sets for all of torch."""
+    torch.manual_seed(seed)
+    return Qwen2ForCausalLM(text_config())
+
+
+def with_tower(base: Qwen2ForCausalLM, seed: int) -> LlavaForConditionalGeneration:
+    """Put a vision tower of a seed, which is set for all of torch, before a copy of the base."""
+    torch.manual_seed(seed)
     model = LlavaForConditionalGeneration(multimodal_config())
     model.model.language_model.load_state_dict(base.model.state_dict())
     model.lm_head.load_state_dict(base.lm_head.state_dict())
-    fit(model, draw, schedule, generator=np.random.default_rng([world.seed, 12]), name="multimodal")
+    return model
+
+
+def train_base(world: w.World, schedule: Schedule = BASE_SCHEDULE) -> Qwen2ForCausalLM:
+    """Train the common text base."""
+    model = new_text(world.seed)
+    generator = np.random.default_rng([world.seed, 10])
+    fit(model, base_problems(world), schedule, generator=generator, name="base")
+    return model
+
+
+def train_expert(
+    world: w.World, base: Qwen2ForCausalLM, schedule: Schedule = EXPERT_SCHEDULE
+) -> Qwen2ForCausalLM:
+    """Train a copy of the base as the text expert."""
+    model = Qwen2ForCausalLM(text_config())
+    model.load_state_dict(base.state_dict())
+    generator = np.random.default_rng([world.seed, 11])
+    fit(model, expert_problems(world), schedule, generator=generator, name="expert")
+    return model
+
+
+def train_multimodal(
+    world: w.World, base: Qwen2ForCausalLM, schedule: Schedule = MULTIMODAL_SCHEDULE
+) -> LlavaForConditionalGeneration:
+    """Put a vision tower before a copy of the base and train both to read and do single steps."""
+    model = with_tower(base, world.seed + 1)
+    generator = np.random.default_rng([world.seed, 12])
+    fit(model, multimodal_problems(world), schedule, generator=generator, name="multimodal")
     return model
 
 
