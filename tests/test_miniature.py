@@ -502,3 +502,48 @@ def test_a_regime_with_a_failed_trial_waits_and_the_others_do_not(
     assert one.stage("regimes") == 0
     tested = of(one.results.lines(), stage="test", regime="lora")
     assert {line["method"] for line in tested} == set(one.methods("lora"))
+
+
+def test_a_checkpoint_that_does_not_know_enough_is_begun_again_and_never_written(
+    miniature: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worlds = miniature.worlds
+    plan = replace(worlds.PLANS["base"], most=1, batch=4)
+    monkeypatch.setitem(worlds.PLANS, "base", plan)
+    begun: list[int] = []
+    fit = worlds._fit
+
+    def counted(*given: Any) -> Any:
+        begun.append(given[-1])
+        return fit(*given)
+
+    monkeypatch.setattr(worlds, "_fit", counted)
+    with pytest.raises(RuntimeError, match=r"world 7, base: .*'facts': 0.99.* in 3 attempts"):
+        worlds.train(tmp_path, 7, "base")
+    assert begun == [0, 1, 2]
+    assert not list(worlds.directory(tmp_path, 7, "base").parent.iterdir())
+    monkeypatch.setitem(worlds.PLANS, "base", replace(plan, goals={"facts": 0.0}))
+    found = worlds.train(tmp_path, 7, "base")
+    assert (found["attempts"], found["steps"]) == (1, 1)
+    assert worlds.exists(tmp_path, 7, "base")
+
+
+def test_a_failed_checkpoint_does_not_stop_the_others_and_is_trained_again(
+    miniature: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worlds = miniature.worlds
+    one = made_up(miniature, tmp_path, test_worlds=(7, 8), validation_worlds=(7,))
+    train = worlds.train
+
+    def failing(root: Path, number: int, name: str, **_: Any) -> Any:
+        if (number, name) == (7, "base"):
+            raise RuntimeError("expected at least")
+        return train(root, number, name, shrink=10_000)
+
+    monkeypatch.setattr(worlds, "train", failing)
+    assert one.train({(7, "expert"), (8, "base")}) == 2
+    assert worlds.exists(tmp_path, 8, "base")
+    assert [line["key"] for line in one.results.failed()] == ["checkpoint/7/base"]
+    monkeypatch.setattr(worlds, "train", lambda *a, **_: train(*a, shrink=10_000))
+    assert one.train({(7, "expert"), (8, "base")}) == 0
+    assert not one.results.failed()

@@ -263,6 +263,19 @@ REGIMES: Final[dict[str, Regime]] = {
         lora=True,
         ranges={"lr": Interval(low=5e-4, high=1e-2, log=True)},
     ),
+    "vision": Regime(label="the vision tower trained too", methods=_TELLING, vision=True),
+    "sibling": Regime(
+        label="an expert continued from another base, which was continued from the common one",
+        methods=_TELLING,
+        expert="sibling",
+        base="sibling_base",
+    ),
+    "foreign": Regime(
+        label="an expert and its base from other initial weights",
+        methods=_TELLING,
+        expert="foreign",
+        base="foreign_base",
+    ),
     "more": Regime(
         label="four times the samples and twice the steps",
         methods=(
@@ -277,19 +290,6 @@ REGIMES: Final[dict[str, Regime]] = {
         ),
         samples=1024,
         steps=400,
-    ),
-    "vision": Regime(label="the vision tower trained too", methods=_TELLING, vision=True),
-    "sibling": Regime(
-        label="an expert continued from another base, which was continued from the common one",
-        methods=_TELLING,
-        expert="sibling",
-        base="sibling_base",
-    ),
-    "foreign": Regime(
-        label="an expert and its base from other initial weights",
-        methods=_TELLING,
-        expert="foreign",
-        base="foreign_base",
     ),
 }
 
