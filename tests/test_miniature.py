@@ -547,3 +547,33 @@ def test_a_failed_checkpoint_does_not_stop_the_others_and_is_trained_again(
     monkeypatch.setattr(worlds, "train", lambda *a, **_: train(*a, shrink=10_000))
     assert one.train({(7, "expert"), (8, "base")}) == 0
     assert not one.results.failed()
+
+
+def test_a_line_says_what_lambda_was_to_be_expected(finished: Any) -> None:
+    import drift_fast
+
+    line = of(finished.results.lines(), stage="test", method="drift_base", set=0)[0]
+    # One step of warm-up rounded down to none, then a cosine of four steps.
+    factors = [0.5 * (1 + math.cos(math.pi * step / 4)) for step in range(4)]
+    assert line["rates"] == pytest.approx(line["settings"]["lr"] * sum(factors))
+    worlds = finished.results.path.parent / "checkpoints" / "0"
+    delta = drift_fast.compute_delta(
+        worlds / "expert", worlds / "base", modules=("attn", "mlp"), threads=1
+    )
+    squares = sum(float(delta[name].double().square().sum()) for name in delta)
+    count = sum(delta[name].numel() for name in delta)
+    assert line["progress"]["base"]["rms"] == pytest.approx((squares / count) ** 0.5, rel=1e-5)
+    (row,) = [
+        row
+        for row in (finished.out / "results.md").read_text(encoding="utf-8").splitlines()
+        if row.startswith("| 0.5 |")
+    ]
+    doses = [
+        line
+        for line in of(finished.results.lines(), method="drift_base")
+        if 0.42 < line["settings"]["alpha"] < 0.59
+    ]
+    found = [
+        x["progress"]["base"]["all"] * x["progress"]["base"]["rms"] / x["rates"] for x in doses
+    ]
+    assert f"{statistics.median(found):.3f}" in row

@@ -17,6 +17,8 @@ from typing import Any, Final
 from methods import METHODS, REGIMES
 from pool import Line, by_key
 
+from drift_fast import predict_progress
+
 # What every other method is compared with, pair by pair, where it was run.
 BASELINES: Final = ("sft", "merge_sft_two")
 MEASURES: Final = ("answers", "digits")
@@ -140,6 +142,7 @@ def write(
         parts += ["## All other regimes", "![answers against digits by regime](regimes.png)"]
     if any(line["stage"] == "dose" for line in lines):
         parts += _doses([line for line in lines if line["stage"] == "dose"])
+    parts += _predicted(lines)
     for regime in REGIMES:
         trials = [line for line in lines if (line["stage"], line["regime"]) == ("tune", regime)]
         if trials:
@@ -325,6 +328,47 @@ def _doses(lines: Sequence[Line]) -> Iterable[str]:
     yield _table(
         [("", "Δ", "settings", "final λ", "answers right", "digits read right", "runs"), *rows]
     )
+
+
+def _predicted(lines: Sequence[Line]) -> Iterable[str]:
+    """Compare the λ that injections ended at with what was to be expected of them beforehand."""
+    mine = [
+        line
+        for line in lines
+        if line.get("method") in ("drift", "drift_base")
+        and not REGIMES[line["regime"]].lora
+        and "rates" in line
+    ]
+    if not mine:
+        return
+    groups: dict[int, list[tuple[Line, float]]] = {}
+    for line in mine:
+        along = line["progress"][METHODS[line["method"]].prior or "base"]
+        found = along["all"] * along["rms"] / line["rates"]
+        alpha = line["settings"]["alpha"]
+        groups.setdefault(math.floor(2 * math.log2(alpha) + 0.5), []).append((line, found))
+    rows: list[tuple[str, ...]] = []
+    for _, group in sorted(groups.items()):
+        alphas = sorted({line["settings"]["alpha"] for line, _ in group})
+        rates = sorted({line["settings"]["lr"] for line, _ in group})
+        found = sorted(c for _, c in group)
+        foreseen = [predict_progress(line["settings"]["alpha"], 1.0, 1.0) for line, _ in group]
+        rows.append(
+            (_span(alphas), _span(rates), f"{statistics.median(found):.3f}",
+             f"{found[0]:.3f} to {found[-1]:.3f}", f"{statistics.median(foreseen):.3f}",
+             str(len(group)))
+        )  # fmt: skip
+    yield "## λ foreseen and found"
+    yield (
+        f"{len(mine)} runs of DRIFT adaptive on attention and MLP, with either Δ, in every stage "
+        "and regime but LoRA. c = λ·rms(Δ)/Σlr, beside the one that `predict_progress` takes."
+    )
+    yield _table([("α", "lr", "c, median", "lowest to highest", "foreseen", "runs"), *rows])
+
+
+def _span(values: Sequence[float]) -> str:
+    first, last = values[0], values[-1]
+    return f"{first:g}" if first == last else f"{first:g} to {last:g}"
 
 
 def _tuning(regime: str, lines: Sequence[Line]) -> Iterable[str]:

@@ -33,6 +33,9 @@ from transformers import (
     PreTrainedModel,
     PrinterCallback,
     Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
     TrainingArguments,
 )
 
@@ -105,6 +108,7 @@ def run(
 
     λ is ⟨θ − θ_0, Δ⟩/‖Δ‖², θ_0 being the multimodal checkpoint before any merge, for
     Δ = expert − multimodal and Δ = expert − base of the regime, over all its tensors and by kind.
+    `rates` is the sum of the learning rates of all steps.
     """
     start = time.perf_counter()
     method, regime = METHODS[job.method], REGIMES[job.regime]
@@ -173,6 +177,18 @@ class _Seen:
         return self._digest.hexdigest()[:16]
 
 
+class _Rates(TrainerCallback):
+    """Adds the learning rates of all optimizer steps up."""
+
+    def __init__(self) -> None:
+        self.total = 0.0
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.total += float(kwargs["optimizer"].param_groups[0]["lr"])
+
+
 class _Prepared(Trainer):
     """Takes whole batches from its data set, in order."""
 
@@ -220,6 +236,8 @@ def _fine_tune(
         data_collator=seen,
     )
     trainer.remove_callback(PrinterCallback)
+    rates = _Rates()
+    trainer.add_callback(rates)
     attached = _attach(trainer, method, _delta(job, root), settings)
     with warnings.catch_warnings():
         # Where λ ends is a column of the tables.
@@ -229,7 +247,7 @@ def _fine_tune(
         attached.remove()
     if regime.lora:
         model = trained.merge_and_unload()
-    return model, {"loss": loss, "batches": seen.digest()}
+    return model, {"loss": loss, "batches": seen.digest(), "rates": rates.total}
 
 
 def _with_adapters(model: PreTrainedModel) -> peft.PeftModel:
@@ -427,7 +445,8 @@ def _references(
 
 @torch.no_grad()
 def _progress(model: PreTrainedModel, root: Path, job: Job) -> dict[str, dict[str, float]]:
-    """Return for each prior λ over all tensors and by kind, and how far the weights are in ‖Δ‖."""
+    """Return for each prior λ over all tensors and by kind, how far the weights are in ‖Δ‖, and
+    the root mean square of Δ's elements."""
     weights = dict(model.named_parameters())
     result = {}
     for prior, tensors in _references(root, job.world, job.regime).items():
@@ -444,5 +463,6 @@ def _progress(model: PreTrainedModel, root: Path, job: Job) -> dict[str, dict[st
             "all": sum(along.values()) / total,
             **{kind: along[kind] / squares[kind] for kind in KINDS},
             "distance": (moved / total) ** 0.5,
+            "rms": (total / sum(delta.numel() for _, _, delta in tensors)) ** 0.5,
         }
     return result
