@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 from methods import METHODS, REGIMES
 from pool import Line, by_key
 
@@ -24,8 +25,22 @@ _FAMILIES: Final = {
     "motion": ("#009E73", "P"),
     "control": ("#CC79A7", "x"),
 }
-_LABELLED: Final = ("as_is", "sft", "merge_sft_two", "drift", "drift_base", "motion_base")
+_LABELLED: Final = (
+    "as_is",
+    "sft",
+    "merge_sft_two",
+    "drift",
+    "drift_base",
+    "drift_base_cap",
+    "motion_base",
+)
+# Where a label may lie about its point, the first that is free taken: points right and up.
+_PLACES: Final = tuple(
+    (right * 7, up) for up in (4, -9, 11, -16, 20, -25, 31, -36) for right in (1, -1)
+)
 _SHORT: Final = {"multimodal": "exp−mm", "base": "exp−base"}
+# What leads from a label that lies apart to its point.
+_LEADER: Final = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.6}
 
 
 def write(lines: Sequence[Line], out: Path) -> list[Path]:
@@ -51,6 +66,7 @@ def _pareto(regimes: dict[str, list[Line]], path: Path) -> Path:
     rows = -(-len(regimes) // columns)
     figure: Any = Figure(figsize=(7.5 * columns, 5.4 * rows), dpi=130, layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    labelled: dict[Any, tuple[dict[str, tuple[float, ...]], list[str]]] = {}
     for axes, (regime, lines) in zip(panels, regimes.items(), strict=False):
         points = {
             name: tuple(statistics.fmean(row[m] for row in rows) for m in ("digits", "answers"))
@@ -64,16 +80,7 @@ def _pareto(regimes: dict[str, list[Line]], path: Path) -> Path:
             [points[n][0] for n in front], [points[n][1] for n in front], where="pre",
             color="0.7", linewidth=1, zorder=0,
         )  # fmt: skip
-        middle = statistics.fmean(axes.get_xlim())
-        for at, name in enumerate(dict.fromkeys([*front, *_LABELLED])):
-            if name in points:
-                # Towards the middle, so that no label leaves the panel.
-                left = points[name][0] < middle
-                axes.annotate(
-                    _name(name), points[name], fontsize=7, textcoords="offset points",
-                    xytext=(5 if left else -5, 5 if at % 2 == 0 else -9),
-                    ha="left" if left else "right",
-                )  # fmt: skip
+        labelled[axes] = (points, list(dict.fromkeys([*front, *_LABELLED])))
         pairs = len({(line["world"], line["set"]) for line in lines})
         axes.set_title(f"{REGIMES[regime].label}\npairs: {pairs}", fontsize=8, loc="left")
         axes.set_xlabel("digits read right")
@@ -88,8 +95,39 @@ def _pareto(regimes: dict[str, list[Line]], path: Path) -> Path:
         if family in present:
             panels[0].plot([], [], marker, color=colour, label=family)
     figure.legend(loc="outside lower center", ncols=6, frameon=False, fontsize=8)
+    # Only a figure that has been laid out knows where its points lie.
+    figure.draw_without_rendering()
+    for axes, (points, names) in labelled.items():
+        _label(axes, points, names)
     figure.savefig(path)
     return path
+
+
+def _label(axes: Any, points: dict[str, tuple[float, ...]], names: Sequence[str]) -> None:
+    """Name points, each where its label covers no other point or label, if there is a place."""
+
+    def write(name: str, place: tuple[int, int], **line: Any) -> Any:
+        return axes.annotate(
+            _name(name), points[name], xytext=place, textcoords="offset points", fontsize=7,
+            ha="left" if place[0] > 0 else "right", in_layout=False, **line,
+        )  # fmt: skip
+
+    pixels = axes.transData.transform(list(points.values()))
+    taken = [Bbox.from_bounds(x - 7, y - 7, 14, 14) for x, y in pixels]
+    for name in names:
+        if name not in points:
+            continue
+        covered: dict[tuple[int, int], tuple[int, Bbox]] = {}
+        for place in _PLACES:
+            text = write(name, place)
+            box = text.get_window_extent()
+            text.remove()
+            outside = box.x0 < axes.bbox.x0 or box.x1 > axes.bbox.x1
+            covered[place] = (box.count_overlaps(taken) + 100 * outside, box)
+        place = min(covered, key=lambda at: covered[at][0])
+        far = abs(place[1]) > 9
+        write(name, place, arrowprops=_LEADER if far else None)
+        taken.append(covered[place][1])
 
 
 def _front(points: dict[str, tuple[float, ...]]) -> list[str]:

@@ -20,7 +20,7 @@ from pool import Line, by_key
 from drift_fast import predict_progress
 
 # What every other method is compared with, pair by pair, where it was run.
-BASELINES: Final = ("sft", "merge_sft_two")
+BASELINES: Final = ("sft", "merge_sft_two", "merge_sft_mm")
 MEASURES: Final = ("answers", "digits")
 _PRIORS: Final = {"multimodal": "exp−mm", "base": "exp−base"}
 
@@ -214,10 +214,12 @@ def _regime(regime: str, lines: Sequence[Line]) -> Iterable[str]:
                 if found[0].told == "above":
                     told = [_delta(name), f"digits {found[1].told}"]
                     above.append(f"{_label(name)} ({'; '.join(filter(None, told))})")
-        yield f"### Paired differences from {_label(baseline)}: {_title(regime)}"
+        prior = _delta(baseline)
+        against = _label(baseline) + (f" ({prior})" if prior else "")
+        yield f"### Paired differences from {against}: {_title(regime)}"
         yield _table([("", "Δ", "answers", "higher in", "", "digits", "higher in", ""), *rows])
         yield _interval_note(lines)
-        yield f"Answers above those of “{_label(baseline)}”: {', '.join(above) or 'none'}."
+        yield f"Answers above those of “{against}”: {', '.join(above) or 'none'}."
 
 
 def _unrelated_note(regime: str, lines: Sequence[Line]) -> Iterable[str]:
