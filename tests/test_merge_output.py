@@ -19,8 +19,8 @@ import pytest
 
 from drift_fast import CheckpointError, DriftWarning, NonFiniteError, _core
 from drift_fast.cli import main
-from drift_fast.delta import Progress
 from drift_fast.merging import merge
+from drift_fast.progress import Progress
 from synthetic import (
     contents,
     everything_under,

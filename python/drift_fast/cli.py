@@ -20,7 +20,7 @@ from typing import Any, TextIO
 
 from drift_fast import _core
 from drift_fast.cli_merge import add_merge
-from drift_fast.delta import MEMORY, STORED_DTYPES, Delta, Report, compute_delta, inspect
+from drift_fast.delta import Delta, Report, compute_delta, inspect
 from drift_fast.errors import DriftError, DriftWarning
 from drift_fast.mapping import parse_mapping
 from drift_fast.planner.command import add_plan
@@ -28,6 +28,7 @@ from drift_fast.progress import ProgressBar
 from drift_fast.ranks import identify, parse_ranks
 from drift_fast.select import PRESETS
 from drift_fast.statistics import Statistics
+from drift_fast.storage import MEMORY, STORED_DTYPES
 
 _WHAT = "file, directory, Hub id (org/name[@revision]) or URL"
 _MODULES_HELP = (

@@ -8,24 +8,33 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from drift_fast import _core
+from drift_fast.backends import Backend, Stored, Streamed, describe_sources, warn_of_zero
 from drift_fast.coverage import Coverage
-from drift_fast.errors import CheckpointError, DriftWarning, NonFiniteError
+from drift_fast.errors import CheckpointError, DriftWarning
 from drift_fast.mapping import MappingLike
 from drift_fast.pairing import Pairing, PathLike, fetch, pair_checkpoints, verify
+from drift_fast.progress import Progress, ProgressCallback
 from drift_fast.ranks import Ranks, agree, first, together
 from drift_fast.rows import Rows
 from drift_fast.select import Layers, Modules, Selection
-from drift_fast.statistics import Compression, Statistics, row_from_moments
+from drift_fast.statistics import Compression, Statistics
+from drift_fast.storage import (
+    DESCRIPTION,
+    FORMAT_VERSION,
+    MEMORY,
+    check_stored_dtype,
+    parse_size,
+    tensor_dtype,
+    thread_count,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -33,34 +42,10 @@ if TYPE_CHECKING:
     from drift_fast.combination import Summands
     from drift_fast.rendezvous import Group
 
-FORMAT_VERSION = 1
-DESCRIPTION = "drift.json"
-INDEX = "delta.safetensors.index.json"
-DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-# On disk only; they come out as bfloat16.
-COMPRESSED = {"float8_e4m3": "F8_E4M3", "int8": "I8"}
-STORED_DTYPES = DTYPES | COMPRESSED
-# Elements of an int8 delta that share a scale.
-_INT8_BLOCK = 64
-MEMORY = "64MB"
 # A sketch has room for no more.
 MOST_SINGULAR = 40
 # What `drift.json` may take for one tensor beside its name.
 _ROW_NBYTES = 1024
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a stream or a download has come: tensors and bytes, done and in all."""
-
-    tensors: int
-    total_tensors: int
-    nbytes: int
-    total_nbytes: int
-    stage: str = "reading"
-
-
-ProgressCallback = Callable[[Progress], object]
 
 
 def compute_delta(
@@ -153,12 +138,12 @@ def compute_delta(
         ValueError: an argument without meaning, or memory that not even one thread can work in,
             where the message says the least.
     """
-    _check_stored_dtype(dtype)
+    check_stored_dtype(dtype)
     _check_singular(singular)
     shard_nbytes = parse_size(max_shard_size)
     memory_nbytes = parse_size(memory)
     selection = Selection.parse(modules, layers)
-    threads = _thread_count(threads)
+    threads = thread_count(threads)
     with nullcontext() if out is None else together(out, ranks) as group:
         pairing = pair_checkpoints(
             reasoning,
@@ -171,19 +156,19 @@ def compute_delta(
             min_coverage=min_coverage,
         )
         pairing = _ready(pairing, reader, check_weights, progress, group)
-        sources = _describe_sources(pairing)
+        sources = describe_sources(pairing)
         shards = sources["reasoning"]["shards"]
         whole = all("sha256_of_samples" in shard for shard in shards)
         if out is None and whole and shards == sources["multimodal"]["shards"]:
             # With an output, or once statistics are asked for, the numbers themselves tell.
-            _warn_of_zero(pairing)
+            warn_of_zero(pairing)
         if group is not None:
             seen = {side: sources[side]["shards"] for side in ("reasoning", "multimodal")}
             pairs = {"pairs": [[pair.name, pair.source] for pair in pairing.pairs]}
             options = {"allow_nonfinite": allow_nonfinite, "singular": singular}
             agree(group, seen | pairs | options)
         delta = Delta(
-            _Streamed(pairing, dtype, threads, memory_nbytes, allow_nonfinite, singular),
+            Streamed(pairing, dtype, threads, memory_nbytes, allow_nonfinite, singular),
             stored_dtype=dtype,
             coverage=pairing.coverage,
             sources=sources,
@@ -205,18 +190,6 @@ def compute_delta(
 def _check_singular(singular: int | None) -> None:
     if singular is not None and not 1 <= singular <= MOST_SINGULAR:
         raise ValueError(f"singular must be from 1 to {MOST_SINGULAR}, or None, got {singular}")
-
-
-# Rounding changes ‖Δ‖² by far less than this; a larger loss is underflow. Of E4M3, four significant
-# bits, every element can lose a sixteenth; of int8 the largest of a block half a step of 127, and
-# all others less than that together.
-_LOST = {"float8_e4m3": 1 - (15 / 16) ** 2, "int8": 2**-5}
-_LOST_OF_16_BITS = 2**-7
-
-
-def share_lost(dtype: str) -> float:
-    """Return the share of ‖Δ‖² that rounding to `dtype` may take away at most."""
-    return _LOST.get(dtype, _LOST_OF_16_BITS)
 
 
 @dataclass(frozen=True)
@@ -259,7 +232,7 @@ def inspect(
     """
     _check_singular(singular)
     selection = Selection.parse(modules, layers)
-    threads = _thread_count(threads)
+    threads = thread_count(threads)
     memory_nbytes = parse_size(memory)
     pairing = pair_checkpoints(
         reasoning,
@@ -272,12 +245,12 @@ def inspect(
         min_coverage=min_coverage,
     )
     pairing = _ready(pairing, reader, check_weights, progress)
-    streamed = _Streamed(pairing, "float32", threads, memory_nbytes, allow_nonfinite, singular)
+    streamed = Streamed(pairing, "float32", threads, memory_nbytes, allow_nonfinite, singular)
     stats, peak_nbytes = streamed.statistics(progress)
     return Report(
         stats,
         pairing.coverage,
-        _describe_sources(pairing),
+        describe_sources(pairing),
         pairing.nbytes,
         pairing.describe(),
         peak_nbytes,
@@ -301,14 +274,14 @@ def _ready(
         if progress is not None:
             progress(Progress(0, len(pairing.pairs), done, total, "downloading"))
 
-    _warn_of_configurations(pairing)
+    warn_of_configurations(pairing)
     pairing = first(group, lambda: fetch(pairing, reader, report))
     if check_weights and (group is None or group.rank == 0):
         return verify(pairing)
     return pairing
 
 
-def _warn_of_configurations(pairing: Pairing) -> None:
+def warn_of_configurations(pairing: Pairing) -> None:
     """Warn of what `check` calls breaking, which names and shapes do not show."""
     directories = [opened.directory for opened in pairing.opened]
     if not all((directory / "config.json").exists() for directory in directories):
@@ -338,36 +311,6 @@ def _warn_of_configurations(pairing: Pairing) -> None:
         )
 
 
-class _Backend(Protocol):
-    """Where a delta's tensors come from."""
-
-    @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
-    def read_into(
-        self, name: str, buffer: Any, elements: tuple[int, int] | None = None
-    ) -> None: ...
-    def statistics(self, progress: ProgressCallback | None = None) -> tuple[Statistics, int | None]:
-        """Return the statistics, and the most bytes that buffers took; None if nothing was read."""
-
-    def write(
-        self,
-        writer: _core.DeltaWriter,
-        places: Sequence[int],
-        progress: ProgressCallback | None,
-        memory: int | None,
-    ) -> tuple[Sequence[Mapping[str, Any]], int | None]:
-        """Write the tensors of these places, the writer's first to last.
-
-        Returns a row for each, and the most bytes that buffers took, where that is known.
-        """
-
-    def conclude(self, rows: Sequence[Mapping[str, Any]], *, written: bool) -> Statistics:
-        """Return the statistics that the rows of all tensors make, or refuse what they show.
-
-        `written` says that the rows are those of tensors as they are stored.
-        """
-
-
 class Delta(Mapping[str, "torch.Tensor"]):
     """A mapping of tensor name to Δ, layer by layer, read or subtracted when asked for.
 
@@ -380,7 +323,7 @@ class Delta(Mapping[str, "torch.Tensor"]):
 
     def __init__(
         self,
-        backend: _Backend,
+        backend: Backend,
         *,
         stored_dtype: str,
         coverage: Coverage,
@@ -391,7 +334,7 @@ class Delta(Mapping[str, "torch.Tensor"]):
     ) -> None:
         self._backend = backend
         self.stored_dtype = stored_dtype
-        self.dtype = _tensor_dtype(stored_dtype)
+        self.dtype = tensor_dtype(stored_dtype)
         self.coverage = coverage
         self.sources = sources
         self.alignment = alignment
@@ -425,7 +368,7 @@ class Delta(Mapping[str, "torch.Tensor"]):
                 )
             stats = Statistics.from_json(stored["statistics"])
             coverage = Coverage.from_json(stored["coverage"])
-            dtype = _check_stored_dtype(stored["dtype"])
+            dtype = check_stored_dtype(stored["dtype"])
             for row in stats if dtype == "float8_e4m3" else ():
                 # The exponents under which every code is a bfloat16.
                 mantissa, exponent = math.frexp(row.scale or 0.0)
@@ -444,7 +387,7 @@ class Delta(Mapping[str, "torch.Tensor"]):
                 f"{description}: not a valid description of a delta "
                 f"({type(error).__name__}: {error}); compute the delta again"
             ) from error
-        backend = _Stored(directory, dtype, stats)
+        backend = Stored(directory, dtype, stats)
         return cls(backend, stored_dtype=dtype, coverage=coverage, path=directory, **fields)
 
     def save(
@@ -688,287 +631,3 @@ class Delta(Mapping[str, "torch.Tensor"]):
             "coverage": self.coverage.to_json(),
             "statistics": stats.to_json(),
         }
-
-
-class _Streamed:
-    """A delta that exists as two checkpoints and their pairing."""
-
-    def __init__(
-        self,
-        pairing: Pairing,
-        dtype: str,
-        threads: int,
-        memory: int,
-        allow_nonfinite: bool,
-        singular: int | None,
-    ) -> None:
-        self._pairing = pairing
-        self._dtype = dtype
-        self._threads = threads
-        self._memory = memory
-        self._singular = singular
-        self._allow_nonfinite = allow_nonfinite
-        self._pairs = {pair.name: pair for pair in pairing.pairs}
-        self.shapes = {name: pairing.shapes[name] for name in self._pairs}
-
-    def read_into(self, name: str, buffer: Any, elements: tuple[int, int] | None = None) -> None:
-        source = self._pairs[name].source
-        if elements is not None and not isinstance(source, str):
-            # What is put together from parts is put together whole.
-            size = len(buffer) // max(1, elements[1] - elements[0])
-            whole = bytearray(math.prod(self.shapes[name]) * size)
-            self.read_into(name, whole)
-            memoryview(buffer)[:] = whole[elements[0] * size : elements[1] * size]
-            return
-        moments = _core.subtract_into(
-            self._pairing.reasoning,
-            self._pairing.multimodal,
-            (source, name),
-            buffer,
-            dtype=_tensor_dtype(self._dtype),
-            threads=self._threads,
-            memory=self._memory,
-            elements=elements,
-        )
-        self._check([(name, moments)], _tensor_dtype(self._dtype))
-
-    def write(
-        self,
-        writer: _core.DeltaWriter,
-        places: Sequence[int],
-        progress: ProgressCallback | None,
-        memory: int | None,
-    ) -> tuple[list[_core.Moments], int]:
-        return self._stream(places, progress, writer, memory)
-
-    def statistics(self, progress: ProgressCallback | None = None) -> tuple[Statistics, int]:
-        rows, peak_nbytes = self._stream(range(len(self._pairs)), progress)
-        return self.conclude(rows, written=False), peak_nbytes
-
-    def _stream(
-        self,
-        places: Sequence[int],
-        progress: ProgressCallback | None = None,
-        writer: _core.DeltaWriter | None = None,
-        memory: int | None = None,
-    ) -> tuple[list[_core.Moments], int]:
-        pairs = [self._pairing.pairs[place] for place in places]
-        total_nbytes = sum(map(self._pairing.nbytes_of, pairs))
-
-        def report(tensors: int, nbytes: int) -> None:
-            if progress is not None:
-                progress(Progress(tensors, len(pairs), nbytes, total_nbytes))
-
-        return _core.stream(
-            self._pairing.reasoning,
-            self._pairing.multimodal,
-            [(pair.source, pair.name) for pair in pairs],
-            threads=self._threads,
-            memory=self._memory if memory is None else memory,
-            singular=self._singular,
-            writer=writer,
-            progress=report,
-        )
-
-    def conclude(self, rows: Sequence[Any], *, written: bool) -> Statistics:
-        named = list(zip(self._pairs, rows, strict=True))
-        self._check(named, self._dtype)
-        compressed = written and self._dtype in COMPRESSED
-        stats = Statistics(
-            [row_from_moments(n, self.shapes[n], row, compressed=compressed) for n, row in named]
-        )
-        if stats.total.delta_sq == 0:
-            _warn_of_zero(self._pairing)
-        return stats
-
-    def _check(self, moments: list[tuple[str, _core.Moments]], dtype: str) -> None:
-        if self._allow_nonfinite:
-            return
-        found = []
-        first, second = (source.path for source in self._pairing.sources)
-        for name, row in moments:
-            sides = (
-                (row["nonfinite_reasoning"], " and ".join(self._pairs[name].sources[:3]), first),
-                (row["nonfinite_multimodal"], name, second),
-            )
-            for count, there, path in sides:
-                if count:
-                    found.append(f"{there} has {count} NaN or infinite values in {path}")
-            squares = row["delta_sq"] + row["reasoning_sq"] + row["multimodal_sq"]
-            if row["overflow"] == 0 and not math.isfinite(squares):
-                found.append(f"{name}: the sum of its squares is beyond float64")
-            if row["written_sq"] < (1 - share_lost(dtype)) * row["delta_sq"]:
-                share = 1 - math.sqrt(row["written_sq"] / row["delta_sq"])
-                found.append(
-                    f"{name}: {share:.1%} of ‖Δ‖ is below the range of {dtype}; "
-                    "choose dtype='bfloat16' or 'float32'"
-                )
-            if row["overflow"]:
-                narrow = dtype == "float16" or dtype in COMPRESSED
-                found.append(
-                    f"{name}: {row['overflow']} differences are beyond the range of {dtype}"
-                    + ("; choose dtype='bfloat16' or 'float32'" if narrow else "")
-                )
-        if found:
-            more = f"; and {len(found) - 8} more" if len(found) > 8 else ""
-            raise NonFiniteError(
-                "; ".join(found[:8])
-                + more
-                + ". Pass allow_nonfinite=True to record them in the statistics instead"
-            )
-
-
-# A few mebibytes; more at a time copies no faster.
-_COPY_NBYTES = 1 << 22
-# Of the widest type that a delta is stored as.
-_ITEMSIZE = 4
-
-
-class _Stored:
-    """A delta on disk."""
-
-    def __init__(self, directory: Path, dtype: str, stats: Statistics) -> None:
-        self._dtype = dtype
-        self._checkpoint = _core.Checkpoint(directory / INDEX, reader="auto")
-        self._stats = stats
-        found = {name: (kind, tuple(shape)) for name, kind, shape, _ in self._checkpoint.tensors()}
-        expected = {row.name: (STORED_DTYPES[dtype], row.shape) for row in stats}
-        if dtype == "int8":
-            expected |= {
-                f"{row.name}.scale": ("F16", (-(-row.numel // _INT8_BLOCK),)) for row in stats
-            }
-        if found != expected:
-            names = sorted(
-                name for name in found.keys() | expected if found.get(name) != expected.get(name)
-            )
-            raise CheckpointError(
-                f"{directory}: {DESCRIPTION} and the shards disagree on {len(names)} tensors, "
-                f"{names[0]} first: expected {_shown(expected.get(names[0]))}, "
-                f"found {_shown(found.get(names[0]))}; compute the delta again"
-            )
-        self.shapes = {row.name: row.shape for row in stats}
-
-    def read_into(self, name: str, buffer: Any, elements: tuple[int, int] | None = None) -> None:
-        if self._dtype not in COMPRESSED:
-            self._checkpoint.read_into(name, buffer, elements=elements)
-            return
-        row = self._stats[name]
-        self._checkpoint.decode_into(
-            name, buffer, scale=row.scale, elements=elements or (0, row.numel)
-        )
-
-    def statistics(self, progress: ProgressCallback | None = None) -> tuple[Statistics, int | None]:
-        return self._stats, None
-
-    def write(
-        self,
-        writer: _core.DeltaWriter,
-        places: Sequence[int],
-        progress: ProgressCallback | None,
-        memory: int | None,
-    ) -> tuple[list[Mapping[str, Any]], int]:
-        # As it is stored: nothing is decoded, and so nothing rounded again.
-        rows = [self._stats[place] for place in places]
-        suffixes = ("", ".scale") if self._dtype == "int8" else ("",)
-        size = {name: (end - start, numel) for name, start, end, numel in self._extents()}
-        total = sum(size[f"{row.name}{suffix}"][0] for row in rows for suffix in suffixes)
-        allowed = parse_size(MEMORY) if memory is None else memory
-        if allowed < _ITEMSIZE:
-            raise ValueError(f"memory of {allowed} bytes is too small: pass {_ITEMSIZE} or more")
-        buffer = memoryview(bytearray(min(max(total, 1), _COPY_NBYTES, allowed)))
-        done = slot = 0
-        for index, row in enumerate(rows):
-            for suffix in suffixes:
-                name = f"{row.name}{suffix}"
-                nbytes, numel = size[name]
-                itemsize = nbytes // max(1, numel) or _ITEMSIZE
-                step = max(1, len(buffer) // itemsize)
-                for start in range(0, max(1, numel), step):
-                    stop = min(numel, start + step)
-                    piece = buffer[: (stop - start) * itemsize]
-                    self._checkpoint.read_into(name, piece, elements=(start, stop))
-                    writer.write(slot, piece, offset=start * itemsize)
-                    done += len(piece)
-                    if progress is not None:
-                        progress(Progress(index, len(rows), done, total))
-                slot += 1
-            if row.scale is not None:
-                writer.set_scale(index, row.scale)
-            if progress is not None:
-                progress(Progress(index + 1, len(rows), done, total))
-        return [{} for _ in rows], len(buffer)
-
-    def conclude(self, rows: Sequence[Mapping[str, Any]], *, written: bool) -> Statistics:
-        return self._stats
-
-    def _extents(self) -> Iterator[tuple[str, int, int, int]]:
-        for name, _, shape, _ in self._checkpoint.tensors():
-            _, start, end = self._checkpoint.place(name)
-            yield name, start, end, math.prod(shape)
-
-
-def _warn_of_zero(pairing: Pairing) -> None:
-    first, second = (source.path for source in pairing.sources)
-    warnings.warn(
-        f"Δ is zero everywhere: what is paired of {first} and {second} is the same; an injection "
-        "along it does nothing",
-        DriftWarning,
-        stacklevel=4,
-    )
-
-
-def _shown(entry: tuple[str, tuple[int, ...]] | None) -> str:
-    return "nothing" if entry is None else f"{entry[0]} {list(entry[1])}"
-
-
-def _describe_sources(pairing: Pairing) -> dict[str, Any]:
-    described = {}
-    checkpoints = (pairing.reasoning, pairing.multimodal)
-    for side, source, checkpoint in zip(
-        ("reasoning", "multimodal"), pairing.sources, checkpoints, strict=True
-    ):
-        shards = []
-        for file, nbytes, digest in checkpoint.fingerprint():
-            # Of a file that was downloaded in part, only the header is sure to be there.
-            partial = (Path(checkpoint.path) / f"{file}.ranges.json").exists()
-            digest_of = "sha256_of_header" if partial else "sha256_of_samples"
-            shards.append({"file": file, "nbytes": nbytes, digest_of: digest} | source.mark(file))
-        described[side] = source.describe() | {"shards": shards}
-    return described
-
-
-def _check_stored_dtype(dtype: str) -> str:
-    if dtype not in STORED_DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(STORED_DTYPES)}, got {dtype!r}")
-    return dtype
-
-
-def _tensor_dtype(stored: str) -> str:
-    return "bfloat16" if stored in COMPRESSED else stored
-
-
-def _thread_count(threads: int | None) -> int:
-    if threads is None:
-        affinity = getattr(os, "sched_getaffinity", None)
-        return len(affinity(0)) if affinity else os.cpu_count() or 1
-    if threads < 1:
-        raise ValueError(f"threads must be at least 1, got {threads}")
-    return threads
-
-
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
-def parse_size(size: int | str) -> int:
-    """Return bytes from a number or from text such as "500MB" or "4GiB".
-
-    Raises:
-        ValueError: neither, or not positive.
-    """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(size))
-    if found is None or found[2].upper() not in _UNITS:
-        raise ValueError(f"a size must look like 5000000, '500MB' or '4GiB', got {size!r}")
-    nbytes = int(float(found[1]) * _UNITS[found[2].upper()])
-    if nbytes < 1:
-        raise ValueError(f"a size must be positive, got {size!r}")
-    return nbytes

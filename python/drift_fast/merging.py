@@ -15,17 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from drift_fast import _core
+from drift_fast.backends import describe_sources
 from drift_fast.carryover import carried_over, warn_of_what_stays
 from drift_fast.coverage import Coverage
-from drift_fast.delta import (
-    MEMORY,
-    Progress,
-    ProgressCallback,
-    _describe_sources,
-    _thread_count,
-    _warn_of_configurations,
-    parse_size,
-)
+from drift_fast.delta import warn_of_configurations
 from drift_fast.errors import AlignmentError
 from drift_fast.mapping import MappingLike, resolve
 from drift_fast.merge_plan import (
@@ -45,9 +38,11 @@ from drift_fast.pairing import (
     pair_checkpoints,
     verify,
 )
+from drift_fast.progress import Progress, ProgressCallback
 from drift_fast.recipe import Recipe, Weight
 from drift_fast.rows import Rows
 from drift_fast.select import Layers, Modules, Selection
+from drift_fast.storage import MEMORY, parse_size, thread_count
 
 FORMAT_VERSION = 1
 # What `merge.json` may take for one tensor beside its names.
@@ -201,7 +196,7 @@ def merge(
     if dtype is not None and dtype not in DTYPES.values():
         raise ValueError(f"dtype must be one of {', '.join(DTYPES.values())}, got {dtype!r}")
     shard_nbytes, memory_nbytes = parse_size(max_shard_size), parse_size(memory)
-    threads = _thread_count(threads)
+    threads = thread_count(threads)
     selection = selection_of(recipe, modules, layers)
     right = open_checkpoint(multimodal, reader)
     pairings = {
@@ -224,15 +219,15 @@ def merge(
     plan = Plan.of(recipe, first, of_base, dtype=dtype, strict=strict)
     carried = carried_over(right)
     warn_of_what_stays(carried)
-    _warn_of_configurations(first)
+    warn_of_configurations(first)
     for role, pairing in pairings.items():
         fetched = _fetched(pairing, plan, reader, progress)
         pairings[role] = verify(fetched) if check_weights else fetched
     first, of_base = pairings["reasoning"], pairings.get("base")
     plan.check_tied(first.multimodal, first.sources[1].path)
-    sources = _describe_sources(first)
+    sources = describe_sources(first)
     if of_base is not None:
-        sources["base"] = _describe_sources(of_base)["reasoning"]
+        sources["base"] = describe_sources(of_base)["reasoning"]
     described: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "drift_fast_version": _core.__version__,

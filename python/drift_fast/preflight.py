@@ -16,13 +16,13 @@ from typing import Any
 from drift_fast.compare import Finding, Side, compare
 from drift_fast.configuration import Configuration, printable
 from drift_fast.coverage import Coverage
-from drift_fast.delta import STORED_DTYPES, parse_size
 from drift_fast.errors import AlignmentError, CoverageError
 from drift_fast.facts import STATED, Fact
 from drift_fast.mapping import MappingLike
 from drift_fast.pairing import Opened, Pairing, PathLike, open_checkpoint, pair_checkpoints
 from drift_fast.rows import Rows
 from drift_fast.select import Layers, Modules, Selection
+from drift_fast.storage import STORED_DTYPES, parse_size
 
 __all__ = ["Finding", "Plan", "Preflight", "check"]
 

@@ -1,15 +1,29 @@
-"""A progress bar on a terminal, and nothing in a pipe."""
+"""How far a stream has come, and a bar of it on a terminal; nothing in a pipe."""
 
 from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from types import TracebackType
 from typing import TextIO
 
-from drift_fast.delta import Progress
-
 _BAR = 24
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a stream or a download has come: tensors and bytes, done and in all."""
+
+    tensors: int
+    total_tensors: int
+    nbytes: int
+    total_nbytes: int
+    stage: str = "reading"
+
+
+ProgressCallback = Callable[[Progress], object]
 
 
 class ProgressBar:

@@ -18,7 +18,6 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from drift_fast.delta import parse_size
 from drift_fast.errors import DriftError
 from drift_fast.inject.attachment import Attachment
 from drift_fast.inject.control import CapBy, Control, LayerAlpha, PerModule
@@ -44,6 +43,7 @@ from drift_fast.inject.telemetry import measure as measure_progress
 from drift_fast.inject.telemetry import summary as summarise
 from drift_fast.mapping import MappingLike
 from drift_fast.select import EVERYTHING, Layers, Modules, Selection
+from drift_fast.storage import parse_size
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from drift_fast.delta import parse_size
 from drift_fast.errors import DriftError, DriftWarning
 from drift_fast.inject.arithmetic import flattened
 from drift_fast.inject.attachment import Attachment
@@ -41,6 +40,7 @@ from drift_fast.inject.targets import (
 )
 from drift_fast.mapping import MappingLike
 from drift_fast.select import EVERYTHING, Layers, Modules, Selection, kind_of
+from drift_fast.storage import parse_size
 
 logger = logging.getLogger(__name__)
 

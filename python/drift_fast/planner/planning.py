@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from drift_fast.delta import MEMORY, parse_size
 from drift_fast.pairing import PathLike
 from drift_fast.planner import hours, motion, rates
 from drift_fast.planner.counts import VISION, Model, read_model
@@ -19,6 +18,7 @@ from drift_fast.planner.report import Figure, Origin, TrainingPlan, sized
 from drift_fast.planner.training import Training, read_configuration
 from drift_fast.preflight import ITEMSIZE
 from drift_fast.select import Selection
+from drift_fast.storage import MEMORY, parse_size
 
 # A change of the run, in the words of a user, and what it changes.
 _REMEDIES: tuple[tuple[str, dict[str, Any]], ...] = (

@@ -1,0 +1,309 @@
+"""Where a delta's tensors come from: two checkpoints that are subtracted, or files of a delta.
+
+Owns `Streamed` and `Stored`, which `drift_fast.delta.Delta` reads through; sums of deltas are in
+`drift_fast.combination`. Knows nothing of directories of deltas and their descriptions.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from drift_fast import _core
+from drift_fast.errors import CheckpointError, DriftWarning, NonFiniteError
+from drift_fast.pairing import Pairing
+from drift_fast.progress import Progress, ProgressCallback
+from drift_fast.statistics import Statistics, row_from_moments
+from drift_fast.storage import (
+    COMPRESSED,
+    DESCRIPTION,
+    INDEX,
+    INT8_BLOCK,
+    MEMORY,
+    STORED_DTYPES,
+    parse_size,
+    share_lost,
+    tensor_dtype,
+)
+
+
+class Backend(Protocol):
+    """Where a delta's tensors come from."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+    def read_into(
+        self, name: str, buffer: Any, elements: tuple[int, int] | None = None
+    ) -> None: ...
+    def statistics(self, progress: ProgressCallback | None = None) -> tuple[Statistics, int | None]:
+        """Return the statistics, and the most bytes that buffers took; None if nothing was read."""
+
+    def write(
+        self,
+        writer: _core.DeltaWriter,
+        places: Sequence[int],
+        progress: ProgressCallback | None,
+        memory: int | None,
+    ) -> tuple[Sequence[Mapping[str, Any]], int | None]:
+        """Write the tensors of these places, the writer's first to last.
+
+        Returns a row for each, and the most bytes that buffers took, where that is known.
+        """
+
+    def conclude(self, rows: Sequence[Mapping[str, Any]], *, written: bool) -> Statistics:
+        """Return the statistics that the rows of all tensors make, or refuse what they show.
+
+        `written` says that the rows are those of tensors as they are stored.
+        """
+
+
+class Streamed:
+    """A delta that exists as two checkpoints and their pairing."""
+
+    def __init__(
+        self,
+        pairing: Pairing,
+        dtype: str,
+        threads: int,
+        memory: int,
+        allow_nonfinite: bool,
+        singular: int | None,
+    ) -> None:
+        self._pairing = pairing
+        self._dtype = dtype
+        self._threads = threads
+        self._memory = memory
+        self._singular = singular
+        self._allow_nonfinite = allow_nonfinite
+        self._pairs = {pair.name: pair for pair in pairing.pairs}
+        self.shapes = {name: pairing.shapes[name] for name in self._pairs}
+
+    def read_into(self, name: str, buffer: Any, elements: tuple[int, int] | None = None) -> None:
+        source = self._pairs[name].source
+        if elements is not None and not isinstance(source, str):
+            # What is put together from parts is put together whole.
+            size = len(buffer) // max(1, elements[1] - elements[0])
+            whole = bytearray(math.prod(self.shapes[name]) * size)
+            self.read_into(name, whole)
+            memoryview(buffer)[:] = whole[elements[0] * size : elements[1] * size]
+            return
+        moments = _core.subtract_into(
+            self._pairing.reasoning,
+            self._pairing.multimodal,
+            (source, name),
+            buffer,
+            dtype=tensor_dtype(self._dtype),
+            threads=self._threads,
+            memory=self._memory,
+            elements=elements,
+        )
+        self._check([(name, moments)], tensor_dtype(self._dtype))
+
+    def write(
+        self,
+        writer: _core.DeltaWriter,
+        places: Sequence[int],
+        progress: ProgressCallback | None,
+        memory: int | None,
+    ) -> tuple[list[_core.Moments], int]:
+        return self._stream(places, progress, writer, memory)
+
+    def statistics(self, progress: ProgressCallback | None = None) -> tuple[Statistics, int]:
+        rows, peak_nbytes = self._stream(range(len(self._pairs)), progress)
+        return self.conclude(rows, written=False), peak_nbytes
+
+    def _stream(
+        self,
+        places: Sequence[int],
+        progress: ProgressCallback | None = None,
+        writer: _core.DeltaWriter | None = None,
+        memory: int | None = None,
+    ) -> tuple[list[_core.Moments], int]:
+        pairs = [self._pairing.pairs[place] for place in places]
+        total_nbytes = sum(map(self._pairing.nbytes_of, pairs))
+
+        def report(tensors: int, nbytes: int) -> None:
+            if progress is not None:
+                progress(Progress(tensors, len(pairs), nbytes, total_nbytes))
+
+        return _core.stream(
+            self._pairing.reasoning,
+            self._pairing.multimodal,
+            [(pair.source, pair.name) for pair in pairs],
+            threads=self._threads,
+            memory=self._memory if memory is None else memory,
+            singular=self._singular,
+            writer=writer,
+            progress=report,
+        )
+
+    def conclude(self, rows: Sequence[Any], *, written: bool) -> Statistics:
+        named = list(zip(self._pairs, rows, strict=True))
+        self._check(named, self._dtype)
+        compressed = written and self._dtype in COMPRESSED
+        stats = Statistics(
+            [row_from_moments(n, self.shapes[n], row, compressed=compressed) for n, row in named]
+        )
+        if stats.total.delta_sq == 0:
+            warn_of_zero(self._pairing)
+        return stats
+
+    def _check(self, moments: list[tuple[str, _core.Moments]], dtype: str) -> None:
+        if self._allow_nonfinite:
+            return
+        found = []
+        first, second = (source.path for source in self._pairing.sources)
+        for name, row in moments:
+            sides = (
+                (row["nonfinite_reasoning"], " and ".join(self._pairs[name].sources[:3]), first),
+                (row["nonfinite_multimodal"], name, second),
+            )
+            for count, there, path in sides:
+                if count:
+                    found.append(f"{there} has {count} NaN or infinite values in {path}")
+            squares = row["delta_sq"] + row["reasoning_sq"] + row["multimodal_sq"]
+            if row["overflow"] == 0 and not math.isfinite(squares):
+                found.append(f"{name}: the sum of its squares is beyond float64")
+            if row["written_sq"] < (1 - share_lost(dtype)) * row["delta_sq"]:
+                share = 1 - math.sqrt(row["written_sq"] / row["delta_sq"])
+                found.append(
+                    f"{name}: {share:.1%} of ‖Δ‖ is below the range of {dtype}; "
+                    "choose dtype='bfloat16' or 'float32'"
+                )
+            if row["overflow"]:
+                narrow = dtype == "float16" or dtype in COMPRESSED
+                found.append(
+                    f"{name}: {row['overflow']} differences are beyond the range of {dtype}"
+                    + ("; choose dtype='bfloat16' or 'float32'" if narrow else "")
+                )
+        if found:
+            more = f"; and {len(found) - 8} more" if len(found) > 8 else ""
+            raise NonFiniteError(
+                "; ".join(found[:8])
+                + more
+                + ". Pass allow_nonfinite=True to record them in the statistics instead"
+            )
+
+
+# A few mebibytes; more at a time copies no faster.
+_COPY_NBYTES = 1 << 22
+# Of the widest type that a delta is stored as.
+_ITEMSIZE = 4
+
+
+class Stored:
+    """A delta on disk."""
+
+    def __init__(self, directory: Path, dtype: str, stats: Statistics) -> None:
+        self._dtype = dtype
+        self._checkpoint = _core.Checkpoint(directory / INDEX, reader="auto")
+        self._stats = stats
+        found = {name: (kind, tuple(shape)) for name, kind, shape, _ in self._checkpoint.tensors()}
+        expected = {row.name: (STORED_DTYPES[dtype], row.shape) for row in stats}
+        if dtype == "int8":
+            expected |= {
+                f"{row.name}.scale": ("F16", (-(-row.numel // INT8_BLOCK),)) for row in stats
+            }
+        if found != expected:
+            names = sorted(
+                name for name in found.keys() | expected if found.get(name) != expected.get(name)
+            )
+            raise CheckpointError(
+                f"{directory}: {DESCRIPTION} and the shards disagree on {len(names)} tensors, "
+                f"{names[0]} first: expected {_shown(expected.get(names[0]))}, "
+                f"found {_shown(found.get(names[0]))}; compute the delta again"
+            )
+        self.shapes = {row.name: row.shape for row in stats}
+
+    def read_into(self, name: str, buffer: Any, elements: tuple[int, int] | None = None) -> None:
+        if self._dtype not in COMPRESSED:
+            self._checkpoint.read_into(name, buffer, elements=elements)
+            return
+        row = self._stats[name]
+        self._checkpoint.decode_into(
+            name, buffer, scale=row.scale, elements=elements or (0, row.numel)
+        )
+
+    def statistics(self, progress: ProgressCallback | None = None) -> tuple[Statistics, int | None]:
+        return self._stats, None
+
+    def write(
+        self,
+        writer: _core.DeltaWriter,
+        places: Sequence[int],
+        progress: ProgressCallback | None,
+        memory: int | None,
+    ) -> tuple[list[Mapping[str, Any]], int]:
+        # As it is stored: nothing is decoded, and so nothing rounded again.
+        rows = [self._stats[place] for place in places]
+        suffixes = ("", ".scale") if self._dtype == "int8" else ("",)
+        size = {name: (end - start, numel) for name, start, end, numel in self._extents()}
+        total = sum(size[f"{row.name}{suffix}"][0] for row in rows for suffix in suffixes)
+        allowed = parse_size(MEMORY) if memory is None else memory
+        if allowed < _ITEMSIZE:
+            raise ValueError(f"memory of {allowed} bytes is too small: pass {_ITEMSIZE} or more")
+        buffer = memoryview(bytearray(min(max(total, 1), _COPY_NBYTES, allowed)))
+        done = slot = 0
+        for index, row in enumerate(rows):
+            for suffix in suffixes:
+                name = f"{row.name}{suffix}"
+                nbytes, numel = size[name]
+                itemsize = nbytes // max(1, numel) or _ITEMSIZE
+                step = max(1, len(buffer) // itemsize)
+                for start in range(0, max(1, numel), step):
+                    stop = min(numel, start + step)
+                    piece = buffer[: (stop - start) * itemsize]
+                    self._checkpoint.read_into(name, piece, elements=(start, stop))
+                    writer.write(slot, piece, offset=start * itemsize)
+                    done += len(piece)
+                    if progress is not None:
+                        progress(Progress(index, len(rows), done, total))
+                slot += 1
+            if row.scale is not None:
+                writer.set_scale(index, row.scale)
+            if progress is not None:
+                progress(Progress(index + 1, len(rows), done, total))
+        return [{} for _ in rows], len(buffer)
+
+    def conclude(self, rows: Sequence[Mapping[str, Any]], *, written: bool) -> Statistics:
+        return self._stats
+
+    def _extents(self) -> Iterator[tuple[str, int, int, int]]:
+        for name, _, shape, _ in self._checkpoint.tensors():
+            _, start, end = self._checkpoint.place(name)
+            yield name, start, end, math.prod(shape)
+
+
+def warn_of_zero(pairing: Pairing) -> None:
+    """Warn that what is paired of two checkpoints is the same."""
+    first, second = (source.path for source in pairing.sources)
+    warnings.warn(
+        f"Δ is zero everywhere: what is paired of {first} and {second} is the same; an injection "
+        "along it does nothing",
+        DriftWarning,
+        stacklevel=4,
+    )
+
+
+def _shown(entry: tuple[str, tuple[int, ...]] | None) -> str:
+    return "nothing" if entry is None else f"{entry[0]} {list(entry[1])}"
+
+
+def describe_sources(pairing: Pairing) -> dict[str, Any]:
+    """Return what tells the two checkpoints of a pairing again, file by file."""
+    described = {}
+    checkpoints = (pairing.reasoning, pairing.multimodal)
+    for side, source, checkpoint in zip(
+        ("reasoning", "multimodal"), pairing.sources, checkpoints, strict=True
+    ):
+        shards = []
+        for file, nbytes, digest in checkpoint.fingerprint():
+            # Of a file that was downloaded in part, only the header is sure to be there.
+            partial = (Path(checkpoint.path) / f"{file}.ranges.json").exists()
+            digest_of = "sha256_of_header" if partial else "sha256_of_samples"
+            shards.append({"file": file, "nbytes": nbytes, digest_of: digest} | source.mark(file))
+        described[side] = source.describe() | {"shards": shards}
+    return described
