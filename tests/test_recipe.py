@@ -527,10 +527,14 @@ def test_configurations_launch_files_and_the_readme_agree() -> None:
     assert yaml.safe_load((RECIPE / "fsdp2.yaml").read_text())["fsdp_config"]["fsdp_version"] == 2
     evaluation = json.loads((RECIPE / "vlmevalkit.json").read_text())
     assert len(evaluation["data"]) == 5
-    # VLMEvalKit chooses between Qwen2-VL and Qwen2.5-VL by the path's text.
+    # Both tools let answers be as long.
+    script = (RECIPE / "evaluate.sh").read_text()
+    limits = {model["max_new_tokens"] for model in evaluation["model"].values()}
+    assert {int(limit) for limit in re.findall(r"max_new_tokens=(\d+)", script)} == limits
+    # Older VLMEvalKits choose between Qwen2-VL and Qwen2.5-VL by the path's text.
     places = [model["model_path"] for model in evaluation["model"].values()]
     assert all("2.5" in place or "2_5" in place for place in places)
-    linked = re.search(r'ln -sfn "\$HERE/saves" (\S+)', (RECIPE / "evaluate.sh").read_text())
+    linked = re.search(r'ln -sfn "\$HERE/saves" (\S+)', script)
     assert linked is not None
     assert f"{linked[1]}/paper" in places
     readme = (RECIPE / "README.md").read_text(encoding="utf-8")
