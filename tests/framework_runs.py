@@ -4,8 +4,9 @@
 
 Owns: the shortest run of each framework, from its own entry point, with its own extension point.
 Frameworks change global state and pin their libraries, hence the process; what it compares with is
-test_frameworks.py's. FOLDER holds `multimodal/` (model and tokenizer) and `delta/`; the weights
-after the step are written to FOLDER/<run>.safetensors.
+test_frameworks.py's. FOLDER holds `multimodal/` (model and tokenizer) and `delta/`, with images
+`data/` too; the weights before and after the step are written to FOLDER/start.safetensors and
+FOLDER/<run>.safetensors.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+RECIPE = Path(__file__).parent.parent / "examples" / "qwen2_5_vl_7b"
 RATE = 1000.0
 ALPHA = 0.7
 CLIP = 0.01
@@ -31,6 +33,10 @@ def messages() -> list[list[str]]:
     return [[f"{3 * i} + {i * i}?", f"It is {3 * i + i * i}."] for i in range(SAMPLES)]
 
 
+def weights(model: Any) -> dict[str, torch.Tensor]:
+    return {name: torch.clone(p.detach().float()) for name, p in model.named_parameters()}
+
+
 def trained_by(run: Any, keep: dict[str, Any]) -> None:
     """Run, and keep the Trainer, whose own callback tells which it is."""
     from transformers import Trainer
@@ -39,6 +45,7 @@ def trained_by(run: Any, keep: dict[str, Any]) -> None:
 
     def train(self: Any, *args: Any, **kwargs: Any) -> Any:
         keep["trainer"] = self
+        keep["start"] = weights(self.model)
         return original(self, *args, **kwargs)
 
     Trainer.train = train
@@ -52,15 +59,33 @@ def llamafactory(folder: Path, injected: bool, keep: dict[str, Any]) -> None:
     rows = [{"instruction": ask, "input": "", "output": answer} for ask, answer in messages()]
     (folder / "rows.json").write_text(json.dumps(rows))
     (folder / "dataset_info.json").write_text(json.dumps({"rows": {"file_name": "rows.json"}}))
+    run_llamafactory(folder, injected, keep, {"dataset": "rows", "template": "empty"})
+
+
+def llamafactory_images(folder: Path, injected: bool, keep: dict[str, Any]) -> None:
+    (folder / "data" / "dataset_info.json").write_text((RECIPE / "dataset_info.json").read_text())
+    images = {
+        "dataset_dir": str(folder / "data"),
+        "dataset": "reasoning_with_images",
+        "template": "qwen2_vl",
+        "image_max_pixels": 1024,
+        "image_min_pixels": 64,
+        "freeze_vision_tower": True,
+        "freeze_multi_modal_projector": True,
+    }
+    run_llamafactory(folder, injected, keep, images)
+
+
+def run_llamafactory(
+    folder: Path, injected: bool, keep: dict[str, Any], more: dict[str, Any]
+) -> None:
     arguments: dict[str, Any] = {
         "model_name_or_path": str(folder / "multimodal"),
         "stage": "sft",
         "do_train": True,
         "finetuning_type": "full",
-        "dataset": "rows",
         "dataset_dir": str(folder),
-        "template": "empty",
-        "cutoff_len": 64,
+        "cutoff_len": 256,
         "output_dir": str(folder / f"out_{injected}"),
         "per_device_train_batch_size": SAMPLES // 2,
         "gradient_accumulation_steps": 2,
@@ -74,6 +99,7 @@ def llamafactory(folder: Path, injected: bool, keep: dict[str, Any]) -> None:
         "report_to": "none",
         "use_cpu": True,
         "infer_dtype": "float32",
+        **more,
     }
     if injected:
         from drift_fast.integrations.llamafactory import run
@@ -183,17 +209,19 @@ def axolotl(folder: Path, injected: bool, keep: dict[str, Any]) -> None:
 def main() -> None:
     framework, place, how = sys.argv[1:]
     folder, keep = Path(place), {}
-    {"llamafactory": llamafactory, "swift": swift, "axolotl": axolotl}[framework](
-        folder, how == "injected", keep
-    )
+    runs = {
+        "llamafactory": llamafactory,
+        "llamafactory_images": llamafactory_images,
+        "swift": swift,
+        "axolotl": axolotl,
+    }
+    runs[framework](folder, how == "injected", keep)
     trainer = keep["trainer"]
     assert trainer.state.global_step == 1
     logged = any("drift/progress" in row for row in trainer.state.log_history)
     assert logged == (how == "injected"), trainer.state.log_history
-    weights = {name: p.detach().float() for name, p in trainer.model.named_parameters()}
-    save_file(
-        {n: torch.clone(w).contiguous() for n, w in weights.items()}, folder / f"{how}.safetensors"
-    )
+    save_file(keep["start"], folder / "start.safetensors")
+    save_file(weights(trainer.model), folder / f"{how}.safetensors")
 
 
 if __name__ == "__main__":

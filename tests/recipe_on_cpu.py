@@ -2,11 +2,12 @@
 
     accelerate launch --config_file fsdp2.yaml … recipe_on_cpu.py train.py …
     torchrun … recipe_on_cpu.py train.py … deepspeed=zero3.json
+    torchrun … recipe_on_cpu.py drift_fast.integrations.llamafactory … deepspeed=zero3.json
 
 Owns two things that only a machine without accelerators needs: Accelerate ignores FSDP there, and
 with `use_cpu` transformers does not let DeepSpeed start its communication, which ZeRO-3 needs when
-weights are loaded. The script, its configuration and the launch file are as they stand. What was
-attached on each rank is written to $RECIPE_REPORT-RANK.json.
+weights are loaded. The script or module, its configuration and the launch file are as they stand.
+What was attached on each rank is written to $RECIPE_REPORT-RANK.json.
 """
 
 from __future__ import annotations
@@ -52,22 +53,26 @@ def report(injections: list[Any]) -> None:
 def keep_attached() -> list[Any]:
     """Return a list that every injection joins which the script attaches."""
     import drift_fast
+    from drift_fast import integrations
 
     kept: list[Any] = []
-    attach = drift_fast.attach
+    attach = integrations.attach
 
     def keeping(*args: Any, **options: Any) -> Any:
         kept.append(attach(*args, **options))
         return kept[-1]
 
-    drift_fast.attach = keeping
+    # Scripts call the one, frameworks' integrations the other.
+    drift_fast.attach = integrations.attach = keeping
     return kept
 
 
 def main() -> None:
     script = sys.argv[1]
     sys.argv = sys.argv[1:]
-    sys.path.insert(0, str(Path(script).parent))
+    is_file = Path(script).is_file()
+    if is_file:
+        sys.path.insert(0, str(Path(script).parent))
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         allow_fsdp()
     if any(argument.startswith("deepspeed=") for argument in sys.argv):
@@ -75,7 +80,8 @@ def main() -> None:
 
         deepspeed.init_distributed(dist_backend="gloo")
     kept = keep_attached()
-    runpy.run_path(script, run_name="__main__")
+    run = runpy.run_path if is_file else runpy.run_module
+    run(script, run_name="__main__")
     report(kept)
 
 

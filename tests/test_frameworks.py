@@ -436,7 +436,28 @@ def test_another_vendors_engine_is_not_replaced(monkeypatch: pytest.MonkeyPatch)
 
 # --- the real packages --------------------------------------------------------------------------
 
-PACKAGES = {"llamafactory": "llamafactory", "swift": "ms-swift", "axolotl": "axolotl"}
+PACKAGES = {
+    "llamafactory": "llamafactory",
+    "llamafactory_images": "llamafactory",
+    "swift": "ms-swift",
+    "axolotl": "axolotl",
+}
+# Stand-ins and their Δ; with images a Qwen2.5-VL and pictures.
+PREPARE = """
+import sys
+sys.path.insert(0, {folder!r})
+import tiny
+tiny.pair({out!r}, text_only=True)
+tiny.tokenizer().save_pretrained({out!r} + "/multimodal")
+"""
+PREPARE_IMAGES = """
+import sys
+sys.path.insert(0, {folder!r} + "/qwen2_5_vl_7b")
+import drift_fast, stand_in
+stand_in.write({out!r}, samples=8)
+pair = [{out!r} + "/reasoning", {out!r} + "/multimodal"]
+drift_fast.compute_delta(*pair, {out!r} + "/delta", modules="attn,mlp", dtype="float32")
+"""
 
 
 def installed(package: str) -> bool:
@@ -457,10 +478,9 @@ def test_a_step_of_the_real_framework_is_injected_then_clipped(
     from safetensors.torch import load_file
 
     examples = Path(__file__).parent.parent / "examples"
-    prepare = (
-        f"import sys; sys.path.insert(0, {str(examples)!r}); import tiny; "
-        f"tiny.pair({str(tmp_path)!r}, text_only=True); "
-        f"tiny.tokenizer().save_pretrained({str(tmp_path / 'multimodal')!r})"
+    images = framework.endswith("_images")
+    prepare = (PREPARE_IMAGES if images else PREPARE).format(
+        folder=str(examples), out=str(tmp_path)
     )
     environment = dict(
         os.environ,
@@ -483,11 +503,15 @@ def test_a_step_of_the_real_framework_is_injected_then_clipped(
         )
         assert done.returncode == 0, done.stderr[-4000:]
         runs[how] = load_file(tmp_path / f"{how}.safetensors")
-    start = load_file(tmp_path / "multimodal" / "model.safetensors")
+    start = load_file(tmp_path / "start.safetensors")
     delta = drift_fast.Delta.open(tmp_path / "delta")
+    # Δ has the names on disk, which lack what transformers puts in front of the language model.
     found, plain = (
         {
-            name: (reference.exact(start[name]) - reference.exact(weight)) / framework_runs.RATE
+            name.replace(".language_model.", "."): (
+                reference.exact(start[name]) - reference.exact(weight)
+            )
+            / framework_runs.RATE
             for name, weight in runs[how].items()
         }
         for how in ("injected", "plain")

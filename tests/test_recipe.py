@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 import io
 import json
+import math
 import os
 import re
 import subprocess
@@ -409,38 +410,76 @@ def test_the_llamafactory_configuration_reaches_run_exp_and_its_trainer_is_injec
     assert rows[-1]["drift/progress"] > 0.0
 
 
-LLAMAFACTORY = """
-import sys, yaml
-from drift_fast.integrations.llamafactory import run
-path, world, out = sys.argv[1:]
-given = yaml.safe_load(open(path, encoding="utf-8"))
-given.pop("deepspeed")
-given["drift_fast"]["delta"] = f"{world}/delta"
-run(given | {
-    "model_name_or_path": f"{world}/multimodal", "dataset_dir": f"{world}/data",
-    "media_dir": f"{world}/data", "image_max_pixels": 1024, "image_min_pixels": 64,
-    "output_dir": out, "learning_rate": 2e-3, "num_train_epochs": 1.0, "logging_steps": 1,
-    "save_strategy": "no", "use_cpu": True, "preprocessing_num_workers": 1,
-})
-"""
+LLAMAFACTORY_LAUNCHES = {
+    "one process": ("null", 1, False),
+    "two processes under ZeRO-2, as it stands": ("zero2.json", 2, False),
+    "two processes under ZeRO-3": ("zero3.json", 2, True),
+}
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", LLAMAFACTORY_LAUNCHES)
 def test_the_llamafactory_configuration_trains_in_llamafactory_itself(
-    tmp_path: Path, world: Path
+    tmp_path: Path, world: Path, name: str
 ) -> None:
-    if importlib.util.find_spec("llamafactory") is None:
-        pytest.skip("llamafactory is not installed; its interface is tested above")
+    deepspeed, processes, wrapped = LLAMAFACTORY_LAUNCHES[name]
+    needed = ["llamafactory"] + (["deepspeed", "ninja"] if processes > 1 else [])
+    for package in needed:
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed; the interface is tested above")
     (world / "data" / "dataset_info.json").write_text((RECIPE / "dataset_info.json").read_text())
-    done = subprocess.run(
-        [sys.executable, "-c", LLAMAFACTORY, RECIPE / "llamafactory.yaml", world, tmp_path],
-        env=dict(os.environ, OMP_NUM_THREADS="1", DISABLE_VERSION_CHECK="1"),
-        timeout=280,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert_injected(world, tmp_path, "delta")
+    text = (RECIPE / "llamafactory.yaml").read_text(encoding="utf-8")
+    own, _, _ = text.partition("\ndrift_fast:")
+    (tmp_path / "plain.yaml").write_text(own)
+    given = {
+        "model_name_or_path": world / "multimodal",
+        "dataset_dir": world / "data",
+        "image_max_pixels": 1024,
+        "image_min_pixels": 64,
+        "preprocessing_num_workers": 1,
+        "num_train_epochs": 1,
+        "deepspeed": deepspeed if deepspeed == "null" else RECIPE / deepspeed,
+        # Its command line would make a truth value of save_strategy=no.
+        **{key: value for key, value in QUICK.items() if key != "save_strategy"},
+    }
+    launcher = []
+    if processes > 1:
+        launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        launcher += [str(Path(__file__).with_name("recipe_on_cpu.py"))] if wrapped else ["-m"]
+    # What LLaMA-Factory's own command starts, and what stands in its place.
+    runs = {
+        "plain": ("llamafactory.launcher", tmp_path / "plain.yaml", {}),
+        "injected": (
+            "drift_fast.integrations.llamafactory",
+            RECIPE / "llamafactory.yaml",
+            {"drift_fast.delta": world / "delta"},
+        ),
+    }
+    for how, (module, file, section) in runs.items():
+        out = tmp_path / how
+        changes = {**given, **section, "output_dir": out}
+        overrides = [f"{key}={value}" for key, value in changes.items()]
+        done = subprocess.run(
+            [sys.executable, "-m", *launcher, module, str(file), *overrides],
+            env=dict(
+                os.environ,
+                OMP_NUM_THREADS="1",
+                DS_ACCELERATOR="cpu",
+                RECIPE_REPORT=str(out),
+                PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            ),
+            timeout=280,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        assert len(history(out)) == SAMPLES // processes
+        assert all(math.isfinite(row["loss"]) for row in history(out))
+    assert_injected(world, tmp_path / "injected", "delta", plain=tmp_path / "plain")
+    if wrapped:
+        for rank in range(processes):
+            report = json.loads(Path(f"{tmp_path / 'injected'}-{rank}.json").read_text())
+            assert report == {"injected": TARGETS, "pieces": ["FullyPartitioned"]}
 
 
 # --- files ---------------------------------------------------------------------------------------
@@ -488,10 +527,14 @@ def test_configurations_launch_files_and_the_readme_agree() -> None:
     assert yaml.safe_load((RECIPE / "fsdp2.yaml").read_text())["fsdp_config"]["fsdp_version"] == 2
     evaluation = json.loads((RECIPE / "vlmevalkit.json").read_text())
     assert len(evaluation["data"]) == 5
-    # VLMEvalKit chooses between Qwen2-VL and Qwen2.5-VL by the path's text.
+    # Both tools let answers be as long.
+    script = (RECIPE / "evaluate.sh").read_text()
+    limits = {model["max_new_tokens"] for model in evaluation["model"].values()}
+    assert {int(limit) for limit in re.findall(r"max_new_tokens=(\d+)", script)} == limits
+    # Older VLMEvalKits choose between Qwen2-VL and Qwen2.5-VL by the path's text.
     places = [model["model_path"] for model in evaluation["model"].values()]
     assert all("2.5" in place or "2_5" in place for place in places)
-    linked = re.search(r'ln -sfn "\$HERE/saves" (\S+)', (RECIPE / "evaluate.sh").read_text())
+    linked = re.search(r'ln -sfn "\$HERE/saves" (\S+)', script)
     assert linked is not None
     assert f"{linked[1]}/paper" in places
     readme = (RECIPE / "README.md").read_text(encoding="utf-8")

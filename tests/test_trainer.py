@@ -319,6 +319,24 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path: Path) -> N
     assert injection.metrics()["progress"] == pytest.approx(expected, rel=1e-3)
 
 
+def test_a_resumed_run_whose_weights_were_not_loaded_is_warned_of(
+    tmp_path: Path,
+    build: Callable[[], torch.nn.Module],
+    delta: drift_fast.Delta,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    arguments = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    trainer = make_trainer(build(), tmp_path, **arguments)
+    drift_fast.attach(trainer, delta)
+    trainer.train()
+    trainer = make_trainer(build(), tmp_path, **arguments)
+    drift_fast.attach(trainer, delta)
+    # As transformers does where a checkpoint's names are not the model's.
+    monkeypatch.setattr(trainer, "_load_from_checkpoint", lambda *args, **kwargs: None)
+    with pytest.warns(drift_fast.DriftWarning, match=r"at step 2 at λ = .*were not loaded"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "runs" / "checkpoint-2"))
+
+
 def test_a_second_run_has_the_schedule_from_its_start(
     tmp_path: Path, build: Callable[[], torch.nn.Module], delta: drift_fast.Delta
 ) -> None:

@@ -6,9 +6,10 @@
 The configuration is LLaMA-Factory's own with one more section, `drift_fast:`, which is taken out
 before LLaMA-Factory reads it; a callback passed to `run_exp` attaches. Nothing is patched.
 
-Tested with llamafactory 0.9.5 (transformers 5.6): `run_exp` on a tiny Qwen2, full SFT, one process,
-torchaudio replaced by an empty module; where it is not installed, against a `run_exp` that builds a
-Trainer with the callbacks it is given. Megatron (`use_mca`), HyperParallel and Ray are not tested.
+Tested with llamafactory 0.9.5 on transformers 5.6: full SFT of a tiny Qwen2 and a tiny Qwen2.5-VL,
+the latter also on two processes under ZeRO-2 and ZeRO-3; where it is not installed, against a
+`run_exp` that builds a Trainer with the callbacks it is given. Megatron (`use_mca`), HyperParallel
+and Ray are not tested.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def run(arguments: dict[str, Any] | None = None, callbacks: list[Any] | None = N
     given = read_args(arguments)
     if not isinstance(given, dict) or SECTION not in given:
         raise ValueError(
-            f"expected a YAML or JSON file with a section `{SECTION}:` that names a delta; without "
+            f"expected a YAML file with a section `{SECTION}:` that names a delta; without "
             "an injection, run llamafactory-cli train"
         )
     arguments = {key: value for key, value in given.items() if key != SECTION}

@@ -30,6 +30,9 @@ logger = logging.getLogger(__name__)
 
 # Where the trainer's state, which every checkpoint holds, keeps that of the injection.
 _KEY = "drift_fast.Injection"
+# Weights that were not loaded lie at λ = 0 but for rounding; no step takes back nine tenths of λ.
+_NOTICEABLE = 1e-4
+_KEPT = 0.1
 
 
 class _Driven(Injection):
@@ -122,6 +125,7 @@ class _Driven(Injection):
         saved = (state.stateful_callbacks or {}).get(_KEY)
         if state.global_step > 0 and isinstance(saved, Mapping):
             self.load_state_dict(saved)
+            self._warn_of_lost_weights(state)
         elif state.global_step > 0:
             warnings.warn(
                 f"the run resumes at step {state.global_step} from a checkpoint without the state "
@@ -138,6 +142,27 @@ class _Driven(Injection):
             cap = self._options.get("progress_target") or self._options.get("progress_cap")
             stops_at = float(cap) if isinstance(cap, int | float) and math.isfinite(cap) else None
             self._forecast = Forecast(self._drive[-1], stops_at=stops_at)
+
+    def _warn_of_lost_weights(self, state: Any) -> None:
+        """Warn where a resumed run has the weights that the run before it started from.
+
+        The Trainer warns of missing keys and goes on where it does not find a checkpoint's weights
+        under the model's own names. The run would then begin anew, late in its schedules.
+        """
+        logged = [row["drift/progress"] for row in state.log_history if "drift/progress" in row]
+        # Every process has read the same log, so that all of them measure, or none.
+        if not logged or abs(logged[-1]) < _NOTICEABLE:
+            return
+        found = self.metrics()["progress"]
+        if abs(found) < _KEPT * abs(logged[-1]):
+            warnings.warn(
+                f"the run resumes at step {state.global_step} at λ = {found:.3g}, where λ = "
+                f"{logged[-1]:.3g} was logged before: the checkpoint's weights were not loaded "
+                "into the model. Look for the Trainer's warning of missing keys, load the model "
+                "from the checkpoint, and resume once more",
+                DriftWarning,
+                stacklevel=2,
+            )
 
     def _planned_drive(self, total: int) -> list[float]:
         """Return Σ of learning rate times the schedule's factor up to each step, in some unit.
