@@ -2,11 +2,14 @@
 //!
 //! Owns formulas, loads and the one rounding; knows neither names nor files. Everything is float64
 //! in one stated order of operations and without fused multiply-add, so that every processor gives
-//! the same bits. Each function is compiled for the baseline and for AVX2, as the rest of
-//! [`super`] is.
+//! the same bits. Each function is compiled for the baseline, for AVX2 and for AVX-512.
 
-use super::{BLOCK, Elements, ieee, wide};
+use super::{Elements, ieee, wide};
 use crate::dtype::{Bf16, Dtype, F16, F32, Narrow, f32_to_bf16, f32_to_f16, f64_to_f32_odd};
+
+/// Values that are loaded, merged and rounded at a time: few enough that all sides of them stay in the
+/// first cache.
+pub(crate) const BLOCK: usize = 512;
 
 /// A block of values.
 pub(crate) type Values = [f64; BLOCK];
@@ -22,7 +25,44 @@ impl Environment {
     }
 }
 
-/// Define functions that are compiled once more for AVX2 and take that where the processor has it.
+/// Sets of instructions that the functions below are compiled for, the widest last.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Level {
+    Baseline,
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
+}
+
+impl Level {
+    /// The widest that the processor has.
+    #[inline(always)]
+    fn of_processor() -> Self {
+        #[cfg(target_arch = "x86_64")]
+        {
+            use std::arch::is_x86_feature_detected as has;
+            if has!("avx512f") && has!("avx512bw") && has!("avx512dq") && has!("avx512vl") {
+                return Self::Avx512;
+            }
+            if has!("avx2") {
+                return Self::Avx2;
+            }
+        }
+        Self::Baseline
+    }
+
+    /// The widest to use, which tests can lower on their thread.
+    #[inline(always)]
+    fn used() -> Self {
+        #[cfg(test)]
+        return Self::of_processor().min(tests::WIDEST.get().unwrap_or(Self::of_processor()));
+        #[cfg(not(test))]
+        Self::of_processor()
+    }
+}
+
+/// Define functions that are compiled for every level, and take the widest that the processor has.
 macro_rules! vectorised {
     ($($(#[$doc:meta])* fn $name:ident($($arg:ident: $type:ty),* $(,)?) $(-> $result:ty)? $body:block)*) => {
         $(
@@ -32,14 +72,22 @@ macro_rules! vectorised {
                 #[inline(always)]
                 fn inner($($arg: $type),*) $(-> $result)? $body
                 #[cfg(target_arch = "x86_64")]
-                if std::arch::is_x86_feature_detected!("avx2") {
-                    #[target_feature(enable = "avx2")]
-                    fn avx2($($arg: $type),*) $(-> $result)? { inner($($arg),*) }
-                    // SAFETY: the processor has AVX2, which is all that the function asks for.
+                #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+                fn avx512($($arg: $type),*) $(-> $result)? { inner($($arg),*) }
+                #[cfg(target_arch = "x86_64")]
+                #[target_feature(enable = "avx2")]
+                fn avx2($($arg: $type),*) $(-> $result)? { inner($($arg),*) }
+                match Level::used() {
+                    // SAFETY: the processor has all that the function asks for.
+                    #[cfg(target_arch = "x86_64")]
                     #[allow(unsafe_code)]
-                    return unsafe { avx2($($arg),*) };
+                    Level::Avx512 => unsafe { avx512($($arg),*) },
+                    // SAFETY: as above.
+                    #[cfg(target_arch = "x86_64")]
+                    #[allow(unsafe_code)]
+                    Level::Avx2 => unsafe { avx2($($arg),*) },
+                    Level::Baseline => inner($($arg),*),
                 }
-                inner($($arg),*)
             }
         )*
     };
@@ -103,16 +151,10 @@ vectorised! {
         count
     }
 
-    /// The largest magnitude; NaN counts as none.
+    /// The largest magnitude; NaN where one is NaN.
     fn largest(values: &[f64]) -> f64 {
-        let mut lanes = [0f64; 8];
-        let (chunks, rest) = values.as_chunks::<8>();
-        for chunk in chunks {
-            for (lane, value) in lanes.iter_mut().zip(chunk) {
-                *lane = lane.max(value.abs());
-            }
-        }
-        rest.iter().chain(&lanes).fold(0.0, |most, value| most.max(value.abs()))
+        // Bits without the sign are in the order of magnitudes, and those of NaN above all.
+        f64::from_bits(values.iter().fold(0, |most, &value| most.max(magnitude(value))))
     }
 
     /// Left minus right.
@@ -227,7 +269,89 @@ pub(crate) fn magnitude(value: f64) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use std::cell::Cell;
+
     use super::*;
+
+    thread_local! {
+        /// The widest level that this thread uses; None is the processor's.
+        pub(super) static WIDEST: Cell<Option<Level>> = const { Cell::new(None) };
+    }
+
+    /// Values of every kind, a few of them again and again, in an odd number.
+    #[cfg(target_arch = "x86_64")]
+    fn values(key: u64) -> Vec<f64> {
+        let special = [0.0, -0.0, 1.5, -1.5, 5e-324, 3e38, -7e38, 1e-41, 65520.0, f64::MAX];
+        (0..517)
+            .map(|index| match random(key, index) % 16 {
+                0 => f64::from_bits(random(key, index + 1000) << 11),
+                1 => [f64::NAN, f64::INFINITY, f64::NEG_INFINITY][index as usize % 3],
+                2..5 => special[index as usize % special.len()],
+                _ => random(key, index + 2000) as f64 / 2f64.powi(52) - 1.0,
+            })
+            .collect()
+    }
+
+    /// What every function makes of some values, as bits.
+    #[cfg(target_arch = "x86_64")]
+    fn everything(key: u64) -> Vec<u64> {
+        let (x, y, z) = (values(key), values(key + 1), values(key + 2));
+        let mut found = Vec::new();
+        let mut out = vec![0.0; x.len()];
+        let mut keep = |out: &[f64]| {
+            // Which NaN comes of two is the processor's to say.
+            let bits = |v: &f64| if v.is_nan() { f64::NAN.to_bits() } else { v.to_bits() };
+            found.extend(out.iter().map(bits));
+        };
+        difference(&x, &y, &mut out);
+        keep(&out);
+        weighted(0.7, &x, 0.3, &y, &mut out);
+        keep(&out);
+        moved(&x, 0.3, &y, &mut out);
+        keep(&out);
+        added(&x, 0.3, &y, 0.7, &z, &mut out);
+        keep(&out);
+        elected(&x, 0.3, &y, 0.7, &z, &mut out);
+        keep(&out);
+        out.copy_from_slice(&x);
+        let trimmed = trim(&mut out, 0.4);
+        keep(&out);
+        out.copy_from_slice(&x);
+        let dropped = drop_out(&mut out, key, 3, 1 << 52, 0.5);
+        keep(&out);
+        keep(&products(&x, &y));
+        keep(&[largest(&x), largest(&x[..1])]);
+        keep(&[trimmed as f64, dropped as f64, nonfinite(&x) as f64]);
+        for dtype in [Dtype::BF16, Dtype::F16, Dtype::F32, Dtype::F64] {
+            let mut bytes = vec![0u8; x.len() * dtype.nbytes()];
+            round(&x, dtype, &mut bytes);
+            widen(Elements { dtype, bytes: &bytes }, &mut out);
+            keep(&out);
+        }
+        found
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[test]
+    fn every_level_gives_the_same_bits() {
+        for key in 0..40 {
+            let found = [Level::Baseline, Level::Avx2, Level::Avx512].map(|level| {
+                WIDEST.set(Some(level));
+                everything(key)
+            });
+            WIDEST.set(None);
+            assert_eq!(found[0], found[1], "{key}");
+            assert_eq!(found[0], found[2], "{key}");
+        }
+    }
+
+    #[test]
+    fn the_largest_magnitude_is_not_a_number_where_a_value_is_none() {
+        assert_eq!(largest(&[1.0, -3.0, 2.0]), 3.0);
+        assert_eq!(largest(&[1.0, f64::NEG_INFINITY]), f64::INFINITY);
+        assert!(largest(&[f64::INFINITY, -f64::NAN, 1.0]).is_nan());
+        assert_eq!(largest(&[]), 0.0);
+    }
 
     #[test]
     fn random_numbers_are_those_of_the_published_generator() {

@@ -4,8 +4,8 @@ use std::ops::Range;
 
 use super::{Blend, Found, Method, limit};
 use crate::dtype::Dtype;
-use crate::kernel::blend::{self, Values};
-use crate::kernel::{BLOCK, Elements};
+use crate::kernel::Elements;
+use crate::kernel::blend::{self, BLOCK, Values};
 
 /// Values of one block.
 pub(super) struct Blocks {
@@ -148,7 +148,8 @@ impl Step<'_, '_> {
         let out = &values.out[..len];
         blend::round(out, dtype, bytes);
         let inputs = found.nonfinite_reasoning + found.nonfinite_multimodal + found.nonfinite_base;
-        if inputs > 0 || blend::largest(out) > dtype.max_finite() {
+        let largest = blend::largest(out);
+        if inputs > 0 || largest.is_nan() || largest > dtype.max_finite() {
             found.overflow = values.overflow(len, has_base, Elements { dtype, bytes });
         }
         found

@@ -11,7 +11,7 @@ use super::trim::{Counts, Interval, SAMPLE, SAMPLE_RUNS};
 use super::{Blend, Found, Job, Method, PARALLEL, key};
 use crate::budget::Account;
 use crate::error::{Error, Result};
-use crate::kernel::BLOCK;
+use crate::kernel::blend::BLOCK;
 use crate::kernel::blend::{self, Environment};
 use crate::stream::{CHUNK, Minuend, Progress};
 use crate::writer::Writer;
