@@ -35,7 +35,7 @@ from transformers import LlavaForConditionalGeneration, PreTrainedModel, Qwen2Fo
 from drift_fast import compute_delta
 from drift_fast.demo import train_checkpoints as demo
 from drift_fast.demo import world as w
-from drift_fast.demo.experiment import decode, is_answer_right, tensors
+from drift_fast.demo.experiment import decode, is_answer_right
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -305,14 +305,7 @@ def _fit(model: PreTrainedModel, world: w.World, name: str, plan: Plan, attempt:
     model.train()
 
     def step(factor: float) -> None:
-        for group in optimizer.param_groups:
-            group["lr"] = plan.lr * factor
-        batch = tensors(draw(generator, plan.batch))
-        loss = model(**{key: value.to(model.device) for key, value in batch.items()}).loss
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        demo.take_step(model, optimizer, draw(generator, plan.batch), plan.lr * factor)
 
     def enough(done: int) -> bool:
         if done < plan.least or done % CHECK or not plan.goals:

@@ -214,20 +214,30 @@ def fit(
     for step in range(schedule.steps):
         warm = min(1.0, (step + 1) / schedule.warmup)
         cosine = 0.5 * (1 + math.cos(math.pi * step / schedule.steps))
-        for group in optimizer.param_groups:
-            group["lr"] = schedule.lr * warm * cosine
-        batch = tensors(draw(generator, schedule.batch))
-        loss = model(**{name: value.to(model.device) for name, value in batch.items()}).loss
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        problems = draw(generator, schedule.batch)
+        loss = take_step(model, optimizer, problems, schedule.lr * warm * cosine)
         if (step + 1) % 250 == 0:
             logger.info(
                 "%s: step %d of %d, loss %.4f, %.0f s",
                 name, step + 1, schedule.steps, loss.item(), time.perf_counter() - start,
             )  # fmt: skip
     model.train(False)
+
+
+def take_step(
+    model: PreTrainedModel, optimizer: torch.optim.Optimizer, problems: list[w.Problem], lr: float
+) -> torch.Tensor:
+    """Take one step on some problems, clipped at 1, and return the loss before it."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    batch = {name: value.to(model.device) for name, value in tensors(problems).items()}
+    loss = model(**batch).loss
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    found: torch.Tensor = loss.detach()
+    return found
 
 
 def save(model: PreTrainedModel, out: Path) -> None:
