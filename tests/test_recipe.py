@@ -311,6 +311,26 @@ LAUNCHES = {
 }
 
 
+def launch(command: list[str], out: Path) -> None:
+    """Run a module as a user would, on CPUs; ranks report what they attached beside `out`."""
+    done = subprocess.run(
+        [sys.executable, "-m", *command],
+        env=dict(
+            os.environ,
+            OMP_NUM_THREADS="1",
+            HF_HUB_OFFLINE="1",
+            DS_ACCELERATOR="cpu",
+            RECIPE_REPORT=str(out),
+            # DeepSpeed looks for ninja there.
+            PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        ),
+        timeout=280,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LAUNCHES)
 def test_two_processes_train_under_the_recipes_launch_files(
@@ -340,22 +360,7 @@ def test_two_processes_train_under_the_recipes_launch_files(
         if out == plain:
             changes["drift_fast"] = None
         command = [*start, *script, str(RECIPE / "train.py")]
-        done = subprocess.run(
-            [sys.executable, "-m", *command, *arguments(world, configuration, out, **changes)],
-            env=dict(
-                os.environ,
-                OMP_NUM_THREADS="1",
-                HF_HUB_OFFLINE="1",
-                DS_ACCELERATOR="cpu",
-                RECIPE_REPORT=str(out),
-                # DeepSpeed looks for ninja there.
-                PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-            ),
-            timeout=280,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
+        launch([*command, *arguments(world, configuration, out, **changes)], out)
     delta = "delta-text" if configuration == "ours.yaml" else "delta"
     assert_injected(world, injected, delta, plain=plain)
     assert len(history(injected)) == SAMPLES // 2
@@ -459,20 +464,7 @@ def test_the_llamafactory_configuration_trains_in_llamafactory_itself(
         out = tmp_path / how
         changes = {**given, **section, "output_dir": out}
         overrides = [f"{key}={value}" for key, value in changes.items()]
-        done = subprocess.run(
-            [sys.executable, "-m", *launcher, module, str(file), *overrides],
-            env=dict(
-                os.environ,
-                OMP_NUM_THREADS="1",
-                DS_ACCELERATOR="cpu",
-                RECIPE_REPORT=str(out),
-                PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-            ),
-            timeout=280,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
+        launch([*launcher, module, str(file), *overrides], out)
         assert len(history(out)) == SAMPLES // processes
         assert all(math.isfinite(row["loss"]) for row in history(out))
     assert_injected(world, tmp_path / "injected", "delta", plain=tmp_path / "plain")

@@ -67,7 +67,7 @@ class Profile:
     validation_worlds: tuple[int, ...]
     sets: int
     trials: int
-    regime_worlds: int = 0
+    regime_worlds: int
     regime_trials: int
     methods: tuple[str, ...]
     regimes: tuple[str, ...]
@@ -104,6 +104,7 @@ FAST: Final = Profile(
     validation_worlds=(0,),
     sets=3,
     trials=6,
+    regime_worlds=0,
     regime_trials=0,
     methods=(
         "as_is",

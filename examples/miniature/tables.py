@@ -306,10 +306,10 @@ def _checkpoints(lines: Sequence[Line]) -> Iterable[str]:
     yield _table([head, *rows])
     yield (
         "Mean ± standard deviation over worlds. Shares right of the operations that a checkpoint "
-        "was trained for: facts that the base knows, text folds of two and of six digits; of the "
-        "multimodal model, on held-out images, digits read and single known steps. Distance: "
-        "‖W − W_parent‖/‖W_parent‖ over attention and MLP. “Begun again”: trainings that did not "
-        "reach their goals (`worlds.py`) and were repeated with other batches."
+        "was trained for: facts of the half that a base is taught, text folds of two and of six "
+        "digits; of the multimodal model, on held-out images, digits read and single known steps. "
+        "Distance: ‖W − W_parent‖/‖W_parent‖ over attention and MLP. “Begun again”: trainings that "
+        "did not reach their goals (`worlds.py`) and were repeated with other batches."
     )
 
 
