@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import shutil
 import statistics
 import sys
 from collections.abc import Iterator
@@ -222,6 +223,14 @@ def test_every_method_has_equal_trials_within_its_space(miniature: Any) -> None:
                     else:
                         assert settings[key] in values
     assert trials("main", "merge_sft_two", 12) == trials("main", "motion_base", 12)
+    # What states λ is tried twice as often where Δ is large, half of it over the main ranges.
+    assert trials("strong", "drift", 8) == trials("main", "drift", 8)
+    first, again = trials("strong", "merge_sft_mm", 8)[:8], trials("strong", "merge_sft_mm", 8)[8:]
+    assert len(again) == 8
+    assert min(min(t["attn"], t["mlp"]) for t in first) < 0.05
+    for key, values in space_of("main", "merge_sft_mm").items():
+        assert isinstance(values, Interval)
+        assert all(values.low <= settings[key] <= values.high for settings in again)
     for method in METHODS.values():
         if method.like is not None:
             assert METHODS[method.like].space == method.space
@@ -399,6 +408,57 @@ def test_a_line_of_other_checkpoints_or_another_protocol_is_run_again(
     path.write_bytes(path.read_bytes()[:-1] + b"\x01")
     assert other.stage("tune") == 0
     assert len(ran) == 4
+
+
+def test_results_are_added_to_where_only_the_checkpoints_of_what_is_left_are(
+    miniature: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worlds = miniature.worlds
+    monkeypatch.setattr(miniature, "_run", stand_in)
+    trained: list[tuple[int, str]] = []
+
+    def train(root: Path, number: int, name: str, **_: Any) -> dict[str, Any]:
+        trained.append((number, name))
+        path = worlds.directory(root, number, name)
+        path.mkdir(parents=True)
+        (path / "config.json").write_text("{}")
+        (path / "model.safetensors").write_bytes(f"{number} {name}".encode())
+        return {"knows": {}, "steps": 1, "attempts": 1, "seconds": 1.0, "device": "cpu"}
+
+    monkeypatch.setattr(worlds, "train", train)
+    there, here = tmp_path / "there", tmp_path / "here"
+    changes = {"test_worlds": (7,), "validation_worlds": (8,)}
+    one = made_up(miniature, there, **changes)
+    assert (one.stage("checkpoints"), one.stage("tune")) == (0, 0)
+    miniature.pack(there, tmp_path / "packed.tar.gz")
+    miniature.unpack(tmp_path / "packed.tar.gz", here)
+    shutil.copytree(there / "checkpoints" / "7", here / "checkpoints" / "7")
+    trained.clear()
+    other = made_up(miniature, here, **changes)
+    # The trials are done, on checkpoints whose digests their own lines name: nothing is missing.
+    assert other.stage("checkpoints") == 0
+    assert trained == []
+    assert (other.stage("tune"), other.stage("test")) == (0, 0)
+    # Another one in their place, however, is noticed.
+    train(here, 8, "multimodal")
+    path = worlds.directory(here, 8, "multimodal") / "model.safetensors"
+    path.write_bytes(b"other")
+    with pytest.raises(SystemExit, match="missing: 8/base, 8/expert"):
+        other.stage("tune")
+
+
+def test_a_parent_is_not_trained_anew_under_what_was_trained_from_another(
+    miniature: Any, tmp_path: Path
+) -> None:
+    worlds = miniature.worlds
+    one = made_up(miniature, tmp_path, test_worlds=(7,), validation_worlds=(7,))
+    path = worlds.directory(tmp_path, 7, "expert")
+    path.mkdir(parents=True)
+    (path / "config.json").write_text("{}")
+    assert worlds.missing(tmp_path, {(7, "expert")}) == []
+    assert worlds.missing(tmp_path, {(7, "strong")}) == [(7, "strong")]
+    with pytest.raises(SystemExit, match="7/expert, trained from one that is not there"):
+        one.train({(7, "base"), (7, "expert")})
 
 
 def test_a_directory_of_another_profile_is_refused_and_earlier_lines_are_only_reported(

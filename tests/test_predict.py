@@ -16,7 +16,17 @@ from synthetic import refused
 
 @pytest.mark.parametrize(
     ("alpha", "c"),
-    [(0.0, 0.0), (0.1, 0.07), (0.2, 0.13), (0.4, 0.22), (0.8, 0.37), (1.0, 0.42), (0.3, 0.175)],
+    [
+        (0.0, 0.0),
+        (0.05, 0.054),
+        (0.25, 0.225),
+        (0.78, 0.47),
+        (1.66, 0.59),
+        (3.2, 0.66),
+        (9.0, 0.66),
+        (0.025, 0.027),
+        (0.455, 0.327),
+    ],
 )
 def test_prediction_is_the_measured_coefficient_times_learning_rates_over_rms(
     alpha: float, c: float
@@ -35,9 +45,9 @@ def test_more_alpha_never_predicts_less_motion_and_the_way_back_is_the_same(
 
 
 def test_a_7b_run_of_public_settings_needs_a_tiny_delta_to_move() -> None:
-    # As the miniature's notes extrapolate: lr 1e-6 over 375 steps, cosine.
+    # lr 1e-6 over 375 steps, cosine: λ is useful only where Δ's elements are below a thousandth.
     total = sum(1e-6 * (1 + math.cos(math.pi * step / 375)) / 2 for step in range(375))
-    assert predict_progress(1.0, total, 3e-4) == pytest.approx(0.26, abs=0.02)
+    assert predict_progress(1.0, total, 3e-4) == pytest.approx(0.32, abs=0.01)
 
 
 def test_rms_is_of_the_elements() -> None:

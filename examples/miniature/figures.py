@@ -29,14 +29,19 @@ _LABELLED: Final = (
     "as_is",
     "sft",
     "merge_sft_two",
+    "merge_sft_mm",
     "drift",
     "drift_base",
+    "drift_base_window",
     "drift_base_cap",
     "motion_base",
 )
 # Where a label may lie about its point, the first that is free taken: points right and up.
 _PLACES: Final = tuple(
-    (right * 7, up) for up in (4, -9, 11, -16, 20, -25, 31, -36) for right in (1, -1)
+    (right, up)
+    for far in (7, 40, 80)
+    for up in (4, -9, 14, -19, 25, -30, 37, -42, 50, -55, 64, -69)
+    for right in (far, -far)
 )
 _SHORT: Final = {"multimodal": "exp−mm", "base": "exp−base"}
 # What leads from a label that lies apart to its point.
@@ -114,18 +119,24 @@ def _label(axes: Any, points: dict[str, tuple[float, ...]], names: Sequence[str]
 
     pixels = axes.transData.transform(list(points.values()))
     taken = [Bbox.from_bounds(x - 7, y - 7, 14, 14) for x, y in pixels]
-    for name in names:
-        if name not in points:
+    named: set[tuple[float, ...]] = set()
+    for name in sorted(names, key=lambda name: METHODS[name].like is not None):
+        # Methods of equal settings share a point, and the name of the tuned one says enough.
+        if name not in points or points[name] in named:
             continue
+        named.add(points[name])
         covered: dict[tuple[int, int], tuple[int, Bbox]] = {}
         for place in _PLACES:
             text = write(name, place)
             box = text.get_window_extent()
             text.remove()
-            outside = box.x0 < axes.bbox.x0 or box.x1 > axes.bbox.x1
+            outside = not (
+                axes.bbox.x0 <= box.x0 <= box.x1 <= axes.bbox.x1
+                and axes.bbox.y0 <= box.y0 <= box.y1 <= axes.bbox.y1
+            )
             covered[place] = (box.count_overlaps(taken) + 100 * outside, box)
         place = min(covered, key=lambda at: covered[at][0])
-        far = abs(place[1]) > 9
+        far = abs(place[1]) > 9 or abs(place[0]) > 7
         write(name, place, arrowprops=_LEADER if far else None)
         taken.append(covered[place][1])
 

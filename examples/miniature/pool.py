@@ -66,10 +66,15 @@ class Results:
 
     def done(self, key: str, expected: Mapping[str, Any] | None = None) -> bool:
         """Whether a run has finished without an error, and its line has the `expected` fields."""
-        line = self._lines.get(key, {"error": "not run"})
-        return "error" not in line and all(
+        line = self.get(key)
+        return line is not None and all(
             line.get(name) == value for name, value in (expected or {}).items()
         )
+
+    def get(self, key: str) -> Line | None:
+        """Return the line of a run that finished without an error, or None."""
+        line = self._lines.get(key)
+        return None if line is None or "error" in line else line
 
     def lines(self) -> list[Line]:
         """Return the lines of finished runs."""

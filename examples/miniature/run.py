@@ -46,7 +46,11 @@ from drift_fast import DriftWarning, demo
 from drift_fast.demo.experiment import Protocol
 
 HERE: Final = Path(__file__).parent
+# Of each method, by name.
+Settings = dict[str, dict[str, Any]]
+
 STAGES: Final = ("checkpoints", "tune", "test", "dose", "regimes", "report")
+OTHERS: Final = tuple(name for name in REGIMES if name != "main")
 # Fine-tuning sets of tuning have numbers that no test has.
 TUNING_SET: Final = 100
 # λ that merges are given, and α of injections, for the curve of answers over λ.
@@ -94,7 +98,7 @@ FULL: Final = Profile(
     regime_worlds=6,
     regime_trials=8,
     methods=tuple(METHODS),
-    regimes=tuple(name for name in REGIMES if name != "main"),
+    regimes=tuple(name for name in REGIMES if name not in ("main", "more")),
     stages=STAGES,
 )
 # The demo's world, whose checkpoints are shipped, and settings that were chosen before.
@@ -164,8 +168,18 @@ class Miniature:
 
     def _expected(self, job: Job) -> dict[str, Any]:
         """Return what the line of a job would say, run now, of what it follows from."""
-        found = training.provenance(job, self.out, self.profile.protocol)
+        found = training.provenance(job, self.profile.protocol, self._digest)
         return {**found, "profile": self.profile.digest}
+
+    def _digest(self, world: int, name: str) -> str:
+        """Return a checkpoint's digest; of one that is not here, what its line says, or none.
+
+        Results can thus be added to where only the checkpoints of what is left were brought.
+        """
+        if worlds.exists(self.out, world, name):
+            return worlds.digest(self.out, world, name)
+        line = self.results.get(f"checkpoint/{world}/{name}")
+        return "none" if line is None else line["digest"]
 
     def _done(self, job: Job) -> bool:
         return self.results.done(job.key, self._expected(job))
@@ -174,8 +188,8 @@ class Miniature:
         """Run a stage, and return how many of its jobs have no result, failed ones included."""
         match name:
             case "checkpoints":
-                every = self.all_jobs()
-                return self.train({(job.world, n) for job in every for n in training.needed(job)})
+                left = [job for job in self.all_jobs() if not self._done(job)]
+                return self.train({(job.world, n) for job in left for n in training.needed(job)})
             case "tune":
                 return self._tuned(["main"])
             case "test":
@@ -224,9 +238,9 @@ class Miniature:
             for settings in trials(regime, method, count)
         ]
 
-    def test_jobs(self, regime: str) -> list[Job]:
+    def test_jobs(self, regime: str, settings: Settings | None = None) -> list[Job]:
         """Return the runs on the test worlds, set by set, with the settings that were chosen."""
-        chosen = self.settings(regime)
+        chosen = self.settings(regime) if settings is None else settings
         return [
             Job(
                 stage="test",
@@ -234,7 +248,7 @@ class Miniature:
                 world=world,
                 set=number,
                 method=method,
-                settings=json.dumps(chosen[method]),
+                settings=json.dumps(chosen.get(method, {})),
             )
             for number in range(self.profile.sets)
             for world in self.tested_on(regime)
@@ -272,13 +286,12 @@ class Miniature:
         ]
 
     def all_jobs(self) -> list[Job]:
-        """Return one job of every kind, for what they need; settings do not matter."""
-        return [
-            Job(stage="test", regime=regime, world=world, set=0, method=method)
-            for regime in ("main", *self.profile.regimes)
-            for world in sorted({*self.tested_on(regime), *self.profile.validation_worlds})
-            for method in self.methods(regime)
-        ]
+        """Return the jobs of all stages; tests have no settings where none are chosen yet."""
+        regimes = ("main", *self.profile.regimes)
+        jobs = [job for regime in regimes for job in self.tuning_jobs(regime)]
+        for regime in regimes:
+            jobs += self.test_jobs(regime, self.chosen(regime) or {})
+        return jobs if self.chosen("main") is None else jobs + self.dose_jobs()
 
     # What is done with them.
 
@@ -289,13 +302,19 @@ class Miniature:
         """
         self._refuse_earlier()
         jobs = worlds.missing(self.out, needed)
+        orphans = worlds.orphans(self.out, jobs)
+        if orphans:
+            raise SystemExit(
+                f"{self.out / 'checkpoints'}: {', '.join(orphans)}, trained from one that is not "
+                "there: bring what it was trained from, or remove it to have both trained anew"
+            )
 
         def ready(job: tuple[int, str]) -> bool:
             parent = worlds.PLANS[job[1]].parent
             return parent is None or worlds.exists(self.out, job[0], parent)
 
         work = partial(_train, root=self.out, device=self.device, shrink=self.profile.shrink)
-        for world, name in worlds.family(needed):
+        for world, name in itertools.product(sorted({w for w, _ in needed}), worlds.PLANS):
             found = worlds.measured(self.out, world, name)
             if found is None:
                 continue
@@ -330,13 +349,14 @@ class Miniature:
         A result of other checkpoints, or by another protocol, is none.
         """
         self._refuse_earlier()
-        needed = {(job.world, name) for job in jobs for name in training.needed(job)}
+        waiting = [job for job in jobs if not self._done(job)]
+        needed = {(job.world, name) for job in waiting for name in training.needed(job)}
         absent = sorted(f"{w}/{n}" for w, n in needed if not worlds.exists(self.out, w, n))
         if absent:
             raise SystemExit(f"run --stage checkpoints first; missing: {', '.join(absent)}")
         work = partial(_run, root=self.out, protocol=self.profile.protocol, device=self.device)
         execute(
-            [job for job in jobs if not self._done(job)],
+            waiting,
             work,
             processes=self.processes,
             clock=self.clock,
@@ -415,12 +435,22 @@ class Miniature:
         every[regime] = found
         path.write_text(json.dumps(every, indent=1) + "\n", encoding="utf-8")
 
-    def settings(self, regime: str) -> dict[str, dict[str, Any]]:
+    def settings(self, regime: str) -> Settings:
         """Return the chosen settings of each method: those of this directory, or as shipped.
 
         Raises:
             SystemExit: there are none, with what to run.
         """
+        found = self.chosen(regime)
+        if found is None:
+            raise SystemExit(
+                f"no settings for every method of {regime!r}: finish --stage "
+                f"{'tune' if regime == 'main' else 'regimes'} first"
+            )
+        return found
+
+    def chosen(self, regime: str) -> Settings | None:
+        """Return what `settings` does, or None where some method has none."""
         sources = [self.out / "settings.json"]
         if "tune" not in self.profile.stages:
             sources.append(HERE / "settings.json")
@@ -437,10 +467,7 @@ class Miniature:
                 absent = [n for n in self.methods(regime) if n not in chosen | untuned]
                 if not absent:
                     return untuned | chosen
-        raise SystemExit(
-            f"no settings for every method of {regime!r}: finish --stage "
-            f"{'tune' if regime == 'main' else 'regimes'} first"
-        )
+        return None
 
     def report(self) -> None:
         """Write tables and figures from the lines there are."""
@@ -610,7 +637,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--processes", type=int, default=2, help="runs at a time, one core each")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--minutes", type=float, help="start nothing that would end later")
-    parser.add_argument("--regimes", nargs="+", choices=FULL.regimes, help="only these")
+    parser.add_argument("--regimes", nargs="+", choices=OTHERS, help="only these")
     parser.add_argument("--pack", type=Path, metavar="FILE", help="write results as a tar.gz")
     parser.add_argument("--unpack", type=Path, metavar="FILE", help="go on from such a file")
     options = parser.parse_args(arguments)

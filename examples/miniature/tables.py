@@ -20,7 +20,7 @@ from pool import Line, by_key
 from drift_fast import predict_progress
 
 # What every other method is compared with, pair by pair, where it was run.
-BASELINES: Final = ("sft", "merge_sft_two", "merge_sft_mm")
+BASELINES: Final = ("sft", "merge_sft_two", "merge_sft_mm", "drift_base")
 MEASURES: Final = ("answers", "digits")
 _PRIORS: Final = {"multimodal": "exp−mm", "base": "exp−base"}
 
@@ -317,16 +317,18 @@ def _doses(lines: Sequence[Line]) -> Iterable[str]:
     yield "## Answers and digits over λ"
     yield "![answers and digits over λ](progress.png)"
     yield _described(lines)
-    rows = []
+    found: list[tuple[int, float, tuple[str, ...]]] = []
     for (name, _), same in by_key(_with_text(lines), "method", "text").items():
         settings = same[0]["settings"]
         prior = METHODS[name].prior or "base"
         reached = statistics.fmean(row["progress"][prior]["all"] for row in same)
-        rows.append(
-            (_label(name), _delta(name), _settings(settings), f"{reached:.3f}",
-             *(f"{statistics.fmean(row[m] for row in same):.3f}" for m in MEASURES),
-             str(len(same)))
+        cells = (
+            _label(name), _delta(name), _settings(settings), f"{reached:.3f}",
+            *(f"{statistics.fmean(row[m] for row in same):.3f}" for m in MEASURES),
+            str(len(same)),
         )  # fmt: skip
+        found.append((list(METHODS).index(name), reached, cells))
+    rows = [cells for *_, cells in sorted(found)]
     yield _table(
         [("", "Δ", "settings", "final λ", "answers right", "digits read right", "runs"), *rows]
     )

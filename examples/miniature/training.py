@@ -15,7 +15,7 @@ import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -80,13 +80,18 @@ def needed(job: Job) -> list[str]:
     return [*names, "unrelated"] if METHODS[job.method].control == "unrelated" else names
 
 
-def provenance(job: Job, root: Path, protocol: experiment.Protocol) -> dict[str, Any]:
-    """Return digests of what a run follows from: the checkpoints it reads, and the protocol."""
+def provenance(
+    job: Job, protocol: experiment.Protocol, digest: Callable[[int, str], str]
+) -> dict[str, Any]:
+    """Return digests of what a run follows from: the checkpoints it reads, and the protocol.
+
+    `digest` tells that of a world's checkpoint.
+    """
     regime = REGIMES[job.regime]
     stated = [asdict(_protocol(job, protocol)), regime.lora, regime.vision, LORA_RANK]
     names = sorted(set(needed(job)))
     return {
-        "checkpoints": {name: worlds.digest(root, job.world, name) for name in names},
+        "checkpoints": {name: digest(job.world, name) for name in names},
         "protocol": hashlib.sha256(json.dumps(stated).encode()).hexdigest()[:16],
     }
 

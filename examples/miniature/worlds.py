@@ -133,20 +133,35 @@ def _digest(paths: tuple[tuple[Path, int], ...]) -> str:
     return found.hexdigest()[:16]
 
 
-def family(needed: Iterable[tuple[int, str]]) -> list[tuple[int, str]]:
-    """Return (world, name) of checkpoints and of what they are trained from, parents first."""
-    found = set(needed)
-    for name in reversed(PLANS):
-        parent = PLANS[name].parent
-        if parent is not None:
-            found |= {(world, parent) for world, mine in found if mine == name}
+def _in_order(pairs: Iterable[tuple[int, str]]) -> list[tuple[int, str]]:
     order = list(PLANS)
-    return sorted(found, key=lambda pair: (order.index(pair[1]), pair[0]))
+    return sorted(pairs, key=lambda pair: (order.index(pair[1]), pair[0]))
 
 
 def missing(root: Path, needed: Iterable[tuple[int, str]]) -> list[tuple[int, str]]:
-    """Return (world, name) of what is not trained yet, parents included and first."""
-    return [pair for pair in family(needed) if not exists(root, *pair)]
+    """Return (world, name) of what is not there, and of what it is trained from, parents first."""
+    absent = {pair for pair in needed if not exists(root, *pair)}
+    for name in reversed(PLANS):
+        parent = PLANS[name].parent
+        if parent is not None:
+            begun = {(world, parent) for world, mine in absent if mine == name}
+            absent |= {pair for pair in begun if not exists(root, *pair)}
+    return _in_order(absent)
+
+
+def orphans(root: Path, absent: Iterable[tuple[int, str]]) -> list[str]:
+    """Return "world/name" of what was trained from one of those that are `absent`.
+
+    Trained again, and elsewhere, a parent may come out otherwise: a Δ from it to such a checkpoint
+    would be of two models that have nothing to do with each other.
+    """
+    gone = set(absent)
+    return [
+        f"{world}/{name}"
+        for world in sorted({world for world, _ in gone})
+        for name, plan in PLANS.items()
+        if (world, plan.parent) in gone and exists(root, world, name)
+    ]
 
 
 def train(root: Path, number: int, name: str, *, device: str = "cpu", shrink: int = 1) -> Measured:
