@@ -19,7 +19,18 @@ if any(importlib.util.find_spec(name) is None for name in ("peft", "accelerate",
     pytest.skip("the miniature needs peft, accelerate and sklearn", allow_module_level=True)
 
 HERE = Path(__file__).parent.parent / "examples" / "miniature"
-OWN = ("figures", "methods", "pool", "run", "tables", "training", "worlds")
+OWN = (
+    "choosing",
+    "figures",
+    "methods",
+    "pool",
+    "processes",
+    "profiles",
+    "run",
+    "tables",
+    "training",
+    "worlds",
+)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +46,7 @@ def miniature() -> Iterator[Any]:
 
 
 def tiny(miniature: Any) -> Any:
-    protocol = miniature.Protocol(
+    protocol = miniature.training.experiment.Protocol(
         samples=24, steps=4, batch=4, answers_per_length=4, readings_per_length=4
     )
     return replace(
@@ -500,18 +511,19 @@ def test_lines_that_are_no_pair_are_not_subtracted(miniature: Any) -> None:
 def test_gpus_are_those_the_user_left_visible_and_are_taken_in_turn(
     miniature: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert miniature.cards({}, 2) == ["0", "1"]
-    assert miniature.cards({"CUDA_VISIBLE_DEVICES": "3, GPU-5d,-1,0"}, 2) == ["3", "GPU-5d"]
+    processes = importlib.import_module("processes")
+    assert processes.cards({}, 2) == ["0", "1"]
+    assert processes.cards({"CUDA_VISIBLE_DEVICES": "3, GPU-5d,-1,0"}, 2) == ["3", "GPU-5d"]
     for stated in ("", "-1"):
         with pytest.raises(SystemExit, match="expected a GPU"):
-            miniature.cards({"CUDA_VISIBLE_DEVICES": stated}, 0)
+            processes.cards({"CUDA_VISIBLE_DEVICES": stated}, 0)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-5d")
-    monkeypatch.setattr(miniature.gc, "freeze", lambda: None)
-    begin = miniature._beginning("cuda")
+    monkeypatch.setattr(processes.gc, "freeze", lambda: None)
+    begin = processes.beginning("cuda")
     seen = []
     for _ in range(3):
         begin()
-        seen.append(miniature.os.environ["CUDA_VISIBLE_DEVICES"])
+        seen.append(processes.os.environ["CUDA_VISIBLE_DEVICES"])
     assert seen == ["3", "GPU-5d", "3"]
 
 

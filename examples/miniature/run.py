@@ -1,6 +1,6 @@
 """Run the miniature: train its worlds, tune, test, and write tables and figures.
 
-Owns the order of the stages, which worlds and sets each uses, and the command line. Invariant: what
+Owns the order of the stages, which jobs each has, and the command line. Invariant: what
 is chosen is chosen from runs on the validation worlds alone, and the test worlds are run with what
 was chosen before; whatever is interrupted goes on where it stopped.
 
@@ -11,20 +11,14 @@ was chosen before; whatever is interrupted goes on where it stopped.
 from __future__ import annotations
 
 import argparse
-import atexit
-import gc
-import hashlib
 import itertools
 import json
-import logging
-import multiprocessing
 import os
 import shutil
 import sys
 import tarfile
-import warnings
-from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence, Set
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -35,98 +29,19 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import figures
 import tables
-import torch
 import training
 import worlds
+from choosing import Settings, choose
 from methods import METHODS, REGIMES, trials, tuned
-from pool import Clock, Line, Results, by_key, execute
+from pool import Clock, Line, Results, execute
+from processes import beginning
+from profiles import FAST, FULL, OTHERS, STAGES, TUNING_SET, Profile
 from training import Job
 
-from drift_fast import DriftWarning, demo
+from drift_fast import demo
 from drift_fast.demo.experiment import Protocol
 
 HERE: Final = Path(__file__).parent
-# Of each method, by name.
-Settings = dict[str, dict[str, Any]]
-
-STAGES: Final = ("checkpoints", "tune", "test", "dose", "regimes", "report")
-OTHERS: Final = tuple(name for name in REGIMES if name != "main")
-# Fine-tuning sets of tuning have numbers that no test has.
-TUNING_SET: Final = 100
-# λ that merges are given, and α of injections, for the curve of answers over λ.
-DOSES: Final = (0.125, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
-STRENGTHS: Final = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Profile:
-    """How much is run.
-
-    The regimes are tested on the first `regime_worlds` of the test worlds. `shrink` divides the
-    steps in which checkpoints are trained.
-    """
-
-    flag: str
-    test_worlds: tuple[int, ...]
-    validation_worlds: tuple[int, ...]
-    sets: int
-    trials: int
-    regime_worlds: int
-    regime_trials: int
-    methods: tuple[str, ...]
-    regimes: tuple[str, ...]
-    stages: tuple[str, ...]
-    doses: tuple[float, ...] = DOSES
-    strengths: tuple[float, ...] = STRENGTHS
-    protocol: Protocol = field(default_factory=Protocol)
-    shrink: int = 1
-
-    @property
-    def digest(self) -> str:
-        """What tells lines of one profile from another's: worlds, sets, budgets and `shrink`."""
-        stated = [self.flag, self.test_worlds, self.validation_worlds, self.sets]
-        stated += [self.trials, self.regime_trials, self.shrink]
-        return hashlib.sha256(json.dumps(stated).encode()).hexdigest()[:16]
-
-
-FULL: Final = Profile(
-    flag="--full",
-    test_worlds=tuple(range(1, 9)),
-    validation_worlds=(11, 12),
-    sets=3,
-    trials=12,
-    regime_worlds=6,
-    regime_trials=8,
-    methods=tuple(METHODS),
-    regimes=tuple(name for name in REGIMES if name not in ("main", "more")),
-    stages=STAGES,
-)
-# The demo's world, whose checkpoints are shipped, and settings that were chosen before.
-FAST: Final = Profile(
-    flag="",
-    test_worlds=(0,),
-    validation_worlds=(0,),
-    sets=3,
-    trials=6,
-    regime_worlds=0,
-    regime_trials=0,
-    methods=(
-        "as_is",
-        "sft",
-        "linear",
-        "task_arithmetic",
-        "drift",
-        "drift_base",
-        "drift_base_cap",
-        "merge_sft_two",
-        "motion_base",
-        "drift_base_shuffled",
-    ),
-    regimes=(),
-    stages=("test", "dose", "report"),
-    doses=(0.5, 1.0, 1.5),
-    strengths=(0.2, 0.4, 0.8, 1.6),
-)
 
 
 class Miniature:
@@ -329,7 +244,7 @@ class Miniature:
             clock=self.clock,
             done=self._add_checkpoint,
             ready=ready,
-            begin=_beginning(self.device),
+            begin=beginning(self.device),
             cost=lambda job: worlds.PLANS[job[1]].cost,
             longest=max(
                 (
@@ -361,7 +276,7 @@ class Miniature:
             processes=self.processes,
             clock=self.clock,
             done=self._add,
-            begin=_beginning(self.device),
+            begin=beginning(self.device),
             longest=self._longest({job.regime for job in jobs}),
             title=jobs[0].stage if jobs else "",
         )
@@ -486,113 +401,7 @@ class Miniature:
             print(f"wrote {path}")
 
 
-def choose(
-    lines: Sequence[Line], methods: Sequence[str], validation: Sequence[int]
-) -> dict[str, Any]:
-    """Return for each method with a search space the settings that did best in its trials.
-
-    A control has the name of the method it is like instead, whose settings it takes. The score is
-    the mean over the validation worlds of answers right, or of answers and digits; of equals, the
-    first trial's in the order of the lines.
-
-    Raises:
-        ValueError: a method without trials, or a trial that lacks a validation world.
-    """
-    chosen = {}
-    for name in methods:
-        method = METHODS[name]
-        if not method.space:
-            continue
-        if method.control is not None:
-            chosen[name] = {"like": method.like}
-            continue
-        measures = ("answers", "digits") if method.chosen_by != "answers" else ("answers",)
-        mine = [line for line in lines if line["method"] == (method.like or name)]
-        tried = {
-            settings: rows
-            for (settings,), rows in by_key(
-                ({**line, "text": json.dumps(line["settings"])} for line in mine), "text"
-            ).items()
-        }
-        if not tried:
-            raise ValueError(
-                f"{name}: no trial of {method.like or name!r}: finish its tuning first"
-            )
-        for settings, rows in tried.items():
-            found = sorted(row["world"] for row in rows)
-            if found != sorted(validation):
-                raise ValueError(
-                    f"{name}, trial {settings}: expected one run on each validation world "
-                    f"{sorted(validation)}, found runs on {found}: finish its tuning first"
-                )
-
-        def score(settings: str, tried: Any = tried, measures: Any = measures) -> float:
-            rows = tried[settings]
-            # Rounded, so that the order of a sum makes no winner of equals.
-            return round(sum(row[m] for row in rows for m in measures) / len(rows), 9)
-
-        best = max(tried, key=score)
-        rows = tried[best]
-        chosen[name] = {
-            "settings": json.loads(best),
-            "answers": sum(row["answers"] for row in rows) / len(rows),
-            "digits": sum(row["digits"] for row in rows) / len(rows),
-            "trials": len(tried),
-            "worlds": sorted({row["world"] for row in rows}),
-        }
-    return chosen
-
-
 # What the processes of the pool do.
-
-
-def cards(environment: Mapping[str, str], count: int) -> list[str]:
-    """Return the GPUs that may be used: those the user left visible, or the `count` there are.
-
-    Raises:
-        SystemExit: none.
-    """
-    stated = environment.get("CUDA_VISIBLE_DEVICES")
-    found = [str(number) for number in range(count)]
-    if stated is not None:
-        found = [name.strip() for name in stated.split(",")]
-        # CUDA reads the list up to its first entry that is none.
-        found = list(itertools.takewhile(lambda name: name not in ("", "-1"), found))
-    if not found:
-        raise SystemExit(
-            f"--device cuda: expected a GPU, found {count} and CUDA_VISIBLE_DEVICES {stated!r}; "
-            "set it to what may be used, or give --device cpu"
-        )
-    return found
-
-
-def _beginning(device: str) -> Callable[[], None]:
-    """Return what each process of one pool begins with."""
-    if device != "cuda":
-        return partial(_begin, [], None)
-    usable = cards(os.environ, torch.cuda.device_count())
-    return partial(_begin, usable, multiprocessing.get_context("spawn").Value("i", 0))
-
-
-def _begin(usable: Sequence[str], counter: Any) -> None:
-    """Set a process up; `counter`, shared by the pool, gives each in turn one of its GPUs."""
-    import transformers
-
-    torch.set_num_threads(1)
-    # Trainer collects garbage around every run, and would go over all imported modules.
-    gc.freeze()
-    atexit.register(gc.unfreeze)
-    if usable:
-        # One for each process: Trainer would spread a run over all that it sees.
-        with counter.get_lock():
-            own = counter.value
-            counter.value += 1
-        os.environ["CUDA_VISIBLE_DEVICES"] = usable[own % len(usable)]
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    # The library says of models without a common base what the regime is there to measure.
-    warnings.filterwarnings("ignore", "matched weights", DriftWarning)
-    transformers.utils.logging.set_verbosity(logging.ERROR)
-    transformers.utils.logging.disable_progress_bar()
 
 
 def _train(job: tuple[int, str], *, root: Path, device: str, shrink: int) -> worlds.Measured:
