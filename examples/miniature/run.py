@@ -17,7 +17,7 @@ import os
 import shutil
 import sys
 import tarfile
-from collections.abc import Sequence, Set
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -366,23 +366,32 @@ class Miniature:
 
     def chosen(self, regime: str) -> Settings | None:
         """Return what `settings` does, or None where some method has none."""
-        sources = [self.out / "settings.json"]
+        for rows in self._sources(regime):
+            chosen = {
+                name: rows[row.get("like", name)]["settings"]
+                for name, row in rows.items()
+                if row.get("like", name) in rows
+            }
+            untuned = {n: {} for n in self.methods(regime) if not METHODS[n].space}
+            if not [n for n in self.methods(regime) if n not in chosen | untuned]:
+                return untuned | chosen
+        return None
+
+    def _sources(self, regime: str) -> Iterator[Settings]:
+        """Yield what was chosen and from which trials: in this directory, then what is shipped."""
+        paths = [self.out / "settings.json"]
         if "tune" not in self.profile.stages:
-            sources.append(HERE / "settings.json")
-        for path in sources:
+            paths.append(HERE / "settings.json")
+        for path in paths:
             every = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
             if regime in every:
-                rows = every[regime]
-                chosen = {
-                    name: rows[row.get("like", name)]["settings"]
-                    for name, row in rows.items()
-                    if row.get("like", name) in rows
-                }
-                untuned = {n: {} for n in self.methods(regime) if not METHODS[n].space}
-                absent = [n for n in self.methods(regime) if n not in chosen | untuned]
-                if not absent:
-                    return untuned | chosen
-        return None
+                yield every[regime]
+
+    def tuned_on(self) -> list[int]:
+        """Return the test worlds on which settings were chosen that are used."""
+        rows = next(self._sources("main"), {})
+        found = {world for row in rows.values() for world in row.get("worlds", ())}
+        return sorted(found & {*self.profile.test_worlds})
 
     def report(self) -> None:
         """Write tables and figures from the lines there are."""
@@ -394,8 +403,7 @@ class Miniature:
         }
         # In the order of the trials, so that of equals the table names the one that was chosen.
         lines.sort(key=lambda line: trial.get(line["key"], -1))
-        shared = sorted({*self.profile.test_worlds} & {*self.profile.validation_worlds})
-        written = [tables.write(lines, failed, self.out / "results.md", tuned_on=shared)]
+        written = [tables.write(lines, failed, self.out / "results.md", tuned_on=self.tuned_on())]
         written += figures.write(lines, self.out)
         for path in written:
             print(f"wrote {path}")

@@ -132,14 +132,14 @@ def write(
                 f"{' and '.join(str(row['settings']) for row in rows)}: it was tuned again after "
                 "it was tested; remove the lines of the tests that no longer hold"
             )
+    if any(line["regime"] in others for line in tested):
+        parts += _overview(tested)
     if trained := [line for line in lines if line["stage"] == "checkpoints"]:
         parts += _checkpoints(trained)
     for regime in REGIMES:
         mine = [line for line in tested if line["regime"] == regime]
         if mine:
             parts += _regime(regime, mine)
-    if any(line["regime"] in others for line in tested):
-        parts += ["## All other regimes", "![answers against digits by regime](regimes.png)"]
     if any(line["stage"] == "dose" for line in lines):
         parts += _doses([line for line in lines if line["stage"] == "dose"])
     parts += _predicted(lines)
@@ -220,6 +220,29 @@ def _regime(regime: str, lines: Sequence[Line]) -> Iterable[str]:
         yield _table([("", "Δ", "answers", "higher in", "", "digits", "higher in", ""), *rows])
         yield _interval_note(lines)
         yield f"Answers above those of “{against}”: {', '.join(above) or 'none'}."
+
+
+def _overview(tested: Sequence[Line]) -> Iterable[str]:
+    """Put all regimes side by side, for the methods that more than one of them has."""
+    groups = by_key(tested, "method", "regime")
+    regimes = [regime for regime in REGIMES if any(key[1] == regime for key in groups)]
+    rows = []
+    for name in METHODS:
+        cells = []
+        for regime in regimes:
+            mine = groups.get((name, regime), [])
+            cells.append(
+                " / ".join(f"{statistics.fmean(row[m] for row in mine):.3f}" for m in MEASURES)
+                if mine
+                else ""
+            )
+        if sum(map(bool, cells)) > 1:
+            rows.append((_label(name), _delta(name), *cells))
+    yield "## All regimes side by side"
+    yield "![answers against digits by regime](regimes.png)"
+    yield _table([("", "Δ", *regimes), *rows])
+    told = "; ".join(f"`{regime}`: {REGIMES[regime].label}" for regime in regimes)
+    yield f"Means of answers / digits right, of what each regime's own section tells. {told}."
 
 
 def _unrelated_note(regime: str, lines: Sequence[Line]) -> Iterable[str]:
