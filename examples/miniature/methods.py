@@ -12,7 +12,7 @@ import itertools
 import math
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Final, Literal
 
@@ -183,6 +183,13 @@ def _add_dependents() -> None:
     _like("merge_sft_two", "unrelated", control="unrelated", family="control")
     for name in ("sft", "drift", "drift_base", "drift_base_cap", "merge_sft_two", "motion_base"):
         _like(name, "balanced", chosen_by="answers and digits")
+    # Whether a motion differs from the merge that it resembles by what it does, or by its tuning.
+    for name in ("merge_sft_two", "merge_sft_mm"):
+        METHODS[f"{name}_as_motion"] = replace(
+            METHODS[name],
+            label="merge, then SFT: with the settings of planned motion (exp−base)",
+            like="motion_base",
+        )
 
 
 def _like(name: str, suffix: str, **changes: Any) -> None:
@@ -245,7 +252,7 @@ REGIMES: Final[dict[str, Regime]] = {
     ),
     "strong": Regime(
         label="a large Δ: the expert was trained longer and at a larger rate",
-        methods=_TELLING,
+        methods=(*_TELLING, "merge_sft_two_as_motion", "merge_sft_mm_as_motion"),
         expert="strong",
         ranges={"weight": _SMALL, "attn": _SMALL, "mlp": _SMALL},
         # Of eight trials by logarithm only one had both λ above a half, and it had a small rate:
