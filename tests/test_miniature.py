@@ -537,6 +537,9 @@ def test_the_shipped_settings_of_a_control_are_those_of_what_it_controls(
     )
     settings = one.settings("main")
     assert settings["drift_base_shuffled"] == settings["drift_base"]
+    # And none of them was found on the world that the fast form tests on.
+    assert shipped["sft"]["worlds"]
+    assert one.tuned_on() == []
 
 
 def test_the_report_names_the_hardware_once_and_that_it_was_tuned_on_its_test_world(

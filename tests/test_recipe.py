@@ -530,14 +530,13 @@ def test_configurations_launch_files_and_the_readme_agree() -> None:
     assert linked is not None
     assert f"{linked[1]}/paper" in places
     readme = (RECIPE / "README.md").read_text(encoding="utf-8")
-    # What is quoted of the demo stands in the table that it links.
-    demo = (RECIPE.parent.parent / "README.md").read_text(encoding="utf-8")
-    quoted = re.search(
-        r"ended at (\S+ ± \S+).* (\S+ ± \S+),\s+and kept (\S+) against (\S+)", readme
-    )
+    # What is quoted of the miniature stands in the table that it was taken from.
+    tables = RECIPE.parent / "miniature" / "full" / "results.md"
+    results = tables.read_text(encoding="utf-8").partition("### Paired differences")[0]
+    quoted = re.search(r"got (\.\d+) of the answers right\s+and (\.\d+) along", readme)
     assert quoted is not None
-    assert f"| {quoted[1]} | {quoted[3]} ± " in demo
-    assert f"| {quoted[2]} | {quoted[4]} ± " in demo
+    assert f"| DRIFT adaptive | exp−base | 0{quoted[1]} ± " in results
+    assert f"| DRIFT adaptive | exp−mm | 0{quoted[2]} ± " in results
     assert not [
         file.name
         for file in RECIPE.iterdir()

@@ -210,8 +210,8 @@ class Regime:
 
     `expert` and `base` are the checkpoints that Δ is made of; `ranges` replaces those of the search
     spaces by name, `samples` and `steps` what the protocol says. Methods that have any of `again`
-    in their space are tried as often again, over these ranges. The methods are in the order of the
-    tables.
+    in their space are tried as often again, over these ranges. `worlds` is how many of the test
+    worlds it is tested on at most. The methods are in the order of the tables.
     """
 
     label: str
@@ -224,6 +224,7 @@ class Regime:
     steps: int | None = None
     ranges: Mapping[str, Interval] = field(default_factory=lambda: MappingProxyType({}))
     again: Mapping[str, Interval] = field(default_factory=lambda: MappingProxyType({}))
+    worlds: int = 6
 
 
 _TELLING: Final = (
@@ -283,12 +284,15 @@ REGIMES: Final[dict[str, Regime]] = {
         methods=_TELLING,
         expert="sibling",
         base="sibling_base",
+        # Two checkpoints more in every world.
+        worlds=4,
     ),
     "foreign": Regime(
         label="an expert and its base from other initial weights",
         methods=_TELLING,
         expert="foreign",
         base="foreign_base",
+        worlds=4,
     ),
     "more": Regime(
         label="four times the samples and twice the steps",

@@ -29,8 +29,8 @@ STRENGTHS: Final = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
 class Profile:
     """How much is run.
 
-    The regimes are tested on the first `regime_worlds` of the test worlds. `shrink` divides the
-    steps in which checkpoints are trained.
+    The regimes are tested on the first `regime_worlds` of the test worlds, or fewer where they say
+    so. `shrink` divides the steps in which checkpoints are trained.
     """
 
     flag: str

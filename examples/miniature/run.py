@@ -131,7 +131,8 @@ class Miniature:
     def tested_on(self, regime: str) -> tuple[int, ...]:
         """Return the test worlds of a regime."""
         worlds = self.profile.test_worlds
-        return worlds if regime == "main" else worlds[: self.profile.regime_worlds]
+        most = min(self.profile.regime_worlds, REGIMES[regime].worlds)
+        return worlds if regime == "main" else worlds[:most]
 
     def tuning_jobs(self, regime: str) -> list[Job]:
         """Return every trial of every method, on the validation worlds."""
