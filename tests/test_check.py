@@ -444,7 +444,7 @@ def test_r1_distill_and_qwen_vl_fit_and_their_bases_are_noted(
     assert subjects(report, "note") == {"RoPE θ", "max_position_embeddings"}
     theta = finding(report, "RoPE θ")
     assert (theta.reasoning.value, theta.multimodal.value) == (10_000, 1_000_000)
-    assert_says(theta, "different bases", "Qwen2.5-Math", "BASE", "may be the better direction")
+    assert_says(theta, "different bases", "Qwen2.5-Math", "BASE", "compare both")
     assert report.pairs == 28 * 10
     assert report.coverage is not None
     assert report.coverage.fraction == 1.0
@@ -589,7 +589,7 @@ def test_two_sizes_of_one_family_do_not_fit(seven: dict[str, Path], tmp_path: Pa
 
 # Subject, what each side's configuration has in place of TINY's, severity and words. Shapes stay.
 FACTS: list[tuple[str, JSON, JSON, str, tuple[str, ...]]] = [
-    ("RoPE θ", {}, {"rope_theta": 1e6}, "note", ("base", "direction")),
+    ("RoPE θ", {}, {"rope_theta": 1e6}, "note", ("base", "compare both")),
     ("RoPE θ", {"rope_theta": "absent"}, {}, "same", ()),
     (
         "RoPE scaling",

@@ -33,6 +33,8 @@ from drift_fast.integrations.settings import Settings
 RECIPE = Path(__file__).parent.parent / "examples" / "qwen2_5_vl_7b"
 # Each attention has four weights and three biases.
 LAYERS, TARGETS = 2, 14
+# And each MLP three weights.
+BOTH = TARGETS + 3 * LAYERS
 SAMPLES = 8
 SHARE = "injection's share"
 QUICK = {"learning_rate": "2e-3", "logging_steps": "1", "use_cpu": "true", "save_strategy": "no"}
@@ -59,10 +61,10 @@ def recipe() -> Iterator[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory, recipe: dict[str, Any]) -> Path:
-    """Stand-ins, checked and subtracted as prepare.sh does."""
+    """Stand-ins, checked and subtracted as prepare.sh and prepare_ours.sh do."""
     folder: Path = recipe["stand_in"].write(tmp_path_factory.mktemp("recipe"), samples=SAMPLES)
-    script = (RECIPE / "prepare.sh").read_text()
-    places = {"REASONING": "reasoning", "MULTIMODAL": "multimodal", "TEXT_BASE": "text-base"}
+    script = "".join((RECIPE / name).read_text() for name in ("prepare.sh", "prepare_ours.sh"))
+    places = {"REASONING": "reasoning", "MULTIMODAL": "multimodal"}
     commands = [line for line in script.splitlines() if line.startswith("drift-fast ")]
     assert [command.split()[1] for command in commands] == ["check", "delta"] * 2
     for command in commands:
@@ -84,7 +86,7 @@ def arguments(world: Path, configuration: str, out: Path, **changes: Any) -> lis
         "output_dir": out,
     }
     if changes.get("drift_fast", "") is not None:
-        delta = "delta-text" if configuration == "ours.yaml" else "delta"
+        delta = "delta-both" if configuration == "ours.yaml" else "delta"
         given |= {"drift_fast.delta": world / delta}
     given |= {key: "null" if value is None else value for key, value in changes.items()}
     return [str(RECIPE / configuration), *(f"{key}={value}" for key, value in given.items())]
@@ -265,7 +267,7 @@ def test_the_trainer_and_trl_train_by_the_recipe_and_the_result_loads(
     with pytest.raises(FileExistsError, match=r"paper/drift\.csv.*resume=true"):
         train(arguments(world, "paper.yaml", tmp_path / "paper", **alone))
     train(arguments(world, "ours.yaml", tmp_path / "ours", num_train_epochs=1))
-    assert_injected(world, tmp_path / "ours", "delta-text", plain=tmp_path / "plain")
+    assert_injected(world, tmp_path / "ours", "delta-both", plain=tmp_path / "plain")
     if importlib.util.find_spec("trl") and importlib.util.find_spec("datasets"):
         train(arguments(world, "paper.yaml", tmp_path / "trl", trl="true", **alone))
         assert_injected(world, tmp_path / "trl", "delta", plain=tmp_path / "plain")
@@ -361,13 +363,14 @@ def test_two_processes_train_under_the_recipes_launch_files(
             changes["drift_fast"] = None
         command = [*start, *script, str(RECIPE / "train.py")]
         launch([*command, *arguments(world, configuration, out, **changes)], out)
-    delta = "delta-text" if configuration == "ours.yaml" else "delta"
+    delta = "delta-both" if configuration == "ours.yaml" else "delta"
     assert_injected(world, injected, delta, plain=plain)
     assert len(history(injected)) == SAMPLES // 2
     if wrapped:
         reports = [json.loads(Path(f"{injected}-{rank}.json").read_text()) for rank in range(2)]
         kind = "Sharded" if launcher == "accelerate" else "FullyPartitioned"
-        assert [report["injected"] for report in reports] == [TARGETS] * 2
+        injections = BOTH if configuration == "ours.yaml" else TARGETS
+        assert [report["injected"] for report in reports] == [injections] * 2
         assert [report["pieces"] for report in reports] == [[kind]] * 2
 
 
@@ -508,7 +511,7 @@ def test_configurations_launch_files_and_the_readme_agree() -> None:
     for name in ("paper.yaml", "ours.yaml", "llamafactory.yaml"):
         content = yaml.safe_load((RECIPE / name).read_text(encoding="utf-8"))
         settings = Settings.from_mapping(content["drift_fast"], origin=name)
-        assert settings.options["modules"] == "attn"
+        assert settings.options["modules"] == ("attn,mlp" if name == "ours.yaml" else "attn")
         assert content["learning_rate"] == 1e-6
         assert content["num_train_epochs"] == 3
         assert (content["lr_scheduler_type"], content["warmup_ratio"]) == ("cosine", 0.05)
@@ -533,10 +536,10 @@ def test_configurations_launch_files_and_the_readme_agree() -> None:
     # What is quoted of the miniature stands in the table that it was taken from.
     tables = RECIPE.parent / "miniature" / "full" / "results.md"
     results = tables.read_text(encoding="utf-8").partition("### Paired differences")[0]
-    quoted = re.search(r"got (\.\d+) of the answers right\s+and (\.\d+) along", readme)
+    quoted = re.search(r"got\s+(\.\d+) of the answers .* alone (\.\d+)\. ", readme)
     assert quoted is not None
-    assert f"| DRIFT adaptive | exp−base | 0{quoted[1]} ± " in results
-    assert f"| DRIFT adaptive | exp−mm | 0{quoted[2]} ± " in results
+    assert f"| DRIFT adaptive | exp−mm | 0{quoted[1]} ± " in results
+    assert f"| DRIFT adaptive, attention only | exp−mm | 0{quoted[2]} ± " in results
     assert not [
         file.name
         for file in RECIPE.iterdir()

@@ -85,7 +85,8 @@ def _pareto(regimes: dict[str, list[Line]], path: Path) -> Path:
             [points[n][0] for n in front], [points[n][1] for n in front], where="pre",
             color="0.7", linewidth=1, zorder=0,
         )  # fmt: skip
-        labelled[axes] = (points, list(dict.fromkeys([*front, *_LABELLED])))
+        named = [name for name in front if METHODS[name].control is None]
+        labelled[axes] = (points, list(dict.fromkeys([*named, *_LABELLED])))
         pairs = len({(line["world"], line["set"]) for line in lines})
         axes.set_title(f"{REGIMES[regime].label}\npairs: {pairs}", fontsize=8, loc="left")
         axes.set_xlabel("digits read right")

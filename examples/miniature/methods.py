@@ -187,7 +187,7 @@ def _add_dependents() -> None:
     for name in ("merge_sft_two", "merge_sft_mm"):
         METHODS[f"{name}_as_motion"] = replace(
             METHODS[name],
-            label="merge, then SFT: with the settings of planned motion (exp−base)",
+            label="merge, then SFT: settings of planned motion",
             like="motion_base",
         )
 

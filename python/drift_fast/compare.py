@@ -59,7 +59,7 @@ _MEANING: dict[str, tuple[Severity, str]] = {
     "RoPE scaling": (
         "note",
         "positions are stretched otherwise on each side, so Δ also carries what training for long "
-        "context changed; Δ of {a} − its own base may be the better direction",
+        "context changed; Δ of {a} − its own base leaves that out",
     ),
     "partial rotary factor": (
         "breaks",
@@ -116,8 +116,8 @@ _MEANING: dict[str, tuple[Severity, str]] = {
 _THETA_PAIR = (
     "the two descend from different bases, as DeepSeek-R1-Distill-Qwen-7B (from Qwen2.5-Math, "
     "θ = 10,000) and Qwen2.5-VL-7B (θ = 1,000,000) do, so Δ also carries the difference of the "
-    "bases; Δ of {a} − its own base may be the better direction: drift-fast check REASONING BASE "
-    "MULTIMODAL"
+    "bases; Δ of {a} − its own base leaves that out, and with it what that base had learned, so "
+    "compare both in short runs: drift-fast check REASONING BASE MULTIMODAL"
 )
 _THETA_REFERENCE = (
     "{b} may not be the base that {a} was trained from, or long context was trained in between, "
