@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib.util
 import json
 import math
@@ -540,6 +541,34 @@ def test_the_shipped_settings_of_a_control_are_those_of_what_it_controls(
     # And none of them was found on the world that the fast form tests on.
     assert shipped["sft"]["worlds"]
     assert one.tuned_on() == []
+
+
+@pytest.mark.parametrize("form", ["full", "fast"])
+def test_the_published_tables_follow_from_the_published_lines(
+    form: str, miniature: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    published = HERE / form
+    packed = published / "results.jsonl.gz"
+    lines = gzip.decompress(packed.read_bytes()) if packed.exists() else None
+    (tmp_path / "results.jsonl").write_bytes(lines or (published / "results.jsonl").read_bytes())
+    monkeypatch.setattr(miniature.figures, "write", lambda *_: [])
+    profile = miniature.FULL if form == "full" else miniature.FAST
+    one = miniature.Miniature(
+        profile, tmp_path, processes=1, device="cpu", clock=miniature.Clock(None)
+    )
+    # None failed, each is what the profile asks for, and nothing is missing.
+    assert not one.results.failed()
+    keys = {line["key"] for line in one.results.lines() if line["stage"] != "checkpoints"}
+    shipped = json.loads((HERE / "settings.json").read_text(encoding="utf-8"))
+    (tmp_path / "settings.json").write_text(json.dumps(shipped), encoding="utf-8")
+    regimes = ("main", *profile.regimes)
+    asked = [job for regime in regimes for job in one.test_jobs(regime)] + one.dose_jobs()
+    if "tune" in profile.stages:
+        asked += [job for regime in regimes for job in one.tuning_jobs(regime)]
+    assert keys == {job.key for job in asked}
+    one.report()
+    written = [(folder / "results.md").read_text("utf-8") for folder in (tmp_path, published)]
+    assert written[0] == written[1]
 
 
 def test_the_report_names_the_hardware_once_and_that_it_was_tuned_on_its_test_world(
