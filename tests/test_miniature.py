@@ -559,9 +559,13 @@ def test_the_published_tables_follow_from_the_published_lines(
     # None failed, each is what the profile asks for, and nothing is missing.
     assert not one.results.failed()
     keys = {line["key"] for line in one.results.lines() if line["stage"] != "checkpoints"}
-    shipped = json.loads((HERE / "settings.json").read_text(encoding="utf-8"))
-    (tmp_path / "settings.json").write_text(json.dumps(shipped), encoding="utf-8")
     regimes = ("main", *profile.regimes)
+    if "tune" in profile.stages:
+        # What is shipped is what was best of the published trials.
+        for regime in regimes:
+            one._choose(regime)
+        chosen = json.loads((tmp_path / "settings.json").read_text(encoding="utf-8"))
+        assert chosen == json.loads((HERE / "settings.json").read_text(encoding="utf-8"))
     asked = [job for regime in regimes for job in one.test_jobs(regime)] + one.dose_jobs()
     if "tune" in profile.stages:
         asked += [job for regime in regimes for job in one.tuning_jobs(regime)]
@@ -569,6 +573,31 @@ def test_the_published_tables_follow_from_the_published_lines(
     one.report()
     written = [(folder / "results.md").read_text("utf-8") for folder in (tmp_path, published)]
     assert written[0] == written[1]
+
+
+def test_the_readme_quotes_the_published_table() -> None:
+    """Every pair of answers and digits in the project's README, against results.md."""
+    text = (HERE / "full" / "results.md").read_text(encoding="utf-8")
+    main = text.partition("## An expert and a multimodal model from one base")[2]
+    found = {}
+    for row in main.partition("###")[0].splitlines():
+        cells = [cell.strip() for cell in row.strip("| ").split("|")]
+        if len(cells) == 8 and cells[2][:1] == "0":
+            means = [cell.partition(" ")[0].removeprefix("0") for cell in cells[2:4]]
+            found[cells[0], cells[1]] = " / ".join(means)
+    two = "merge, then SFT: λ of attention and of MLP"
+    quoted = {
+        "DRIFT, `adaptive`": ["DRIFT adaptive"] * 2,
+        "DRIFT, `adaptive`, first 30 % of steps": ["DRIFT adaptive, first 30 %"] * 2,
+        "planned motion (`attach_motion`)": ["planned motion, first 10 %"] * 2,
+        "merge, then SFT": [two] * 2,
+        "the best merge without fine-tuning": ["merge: linear (BR2V)", "merge: task arithmetic"],
+        "DRIFT with the Δ of an expert for something else": ["DRIFT adaptive, unrelated Δ"] * 2,
+    }
+    readme = (HERE.parent.parent / "README.md").read_text(encoding="utf-8")
+    assert f"| SFT, without Δ | {found['SFT', '']} | |" in readme
+    for label, (mm, base) in quoted.items():
+        assert f"| {label} | {found[mm, 'exp−mm']} | {found[base, 'exp−base']} |" in readme
 
 
 def test_the_report_names_the_hardware_once_and_that_it_was_tuned_on_its_test_world(

@@ -17,7 +17,7 @@ import os
 import shutil
 import sys
 import tarfile
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Sequence, Set
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -367,31 +367,28 @@ class Miniature:
 
     def chosen(self, regime: str) -> Settings | None:
         """Return what `settings` does, or None where some method has none."""
-        for rows in self._sources(regime):
-            chosen = {
-                name: rows[row.get("like", name)]["settings"]
-                for name, row in rows.items()
-                if row.get("like", name) in rows
-            }
-            untuned = {n: {} for n in self.methods(regime) if not METHODS[n].space}
-            if not [n for n in self.methods(regime) if n not in chosen | untuned]:
-                return untuned | chosen
-        return None
+        untuned: Settings = {n: {} for n in self.methods(regime) if not METHODS[n].space}
+        rows = self._rows(regime)
+        return None if rows is None else untuned | _resolved(rows)
 
-    def _sources(self, regime: str) -> Iterator[Settings]:
-        """Yield what was chosen and from which trials: in this directory, then what is shipped."""
+    def _rows(self, regime: str) -> Settings | None:
+        """Return what was chosen, and from which trials: of this directory, or as shipped."""
         paths = [self.out / "settings.json"]
         if "tune" not in self.profile.stages:
             paths.append(HERE / "settings.json")
+        tuned = {name for name in self.methods(regime) if METHODS[name].space}
         for path in paths:
             every = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-            if regime in every:
-                yield every[regime]
+            rows: Settings = every.get(regime, {})
+            if rows and tuned <= _resolved(rows).keys():
+                return rows
+        return None
 
     def tuned_on(self) -> list[int]:
-        """Return the test worlds on which settings were chosen that are used."""
-        rows = next(self._sources("main"), {})
-        found = {world for row in rows.values() for world in row.get("worlds", ())}
+        """Return the test worlds that were tuned on, here or where the settings are from."""
+        found = {line["world"] for line in self.results.lines() if line["stage"] == "tune"}
+        for row in (self._rows("main") or {}).values():
+            found.update(row.get("worlds", ()))
         return sorted(found & {*self.profile.test_worlds})
 
     def report(self) -> None:
@@ -408,6 +405,15 @@ class Miniature:
         written += figures.write(lines, self.out)
         for path in written:
             print(f"wrote {path}")
+
+
+def _resolved(rows: Settings) -> Settings:
+    """Return the settings of each method, a control's being those of what it is like."""
+    return {
+        name: rows[row.get("like", name)]["settings"]
+        for name, row in rows.items()
+        if row.get("like", name) in rows
+    }
 
 
 # What the processes of the pool do.
