@@ -28,7 +28,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from drift_fast import Injection, _core
 from drift_fast.inject.targets import DeltaLike
-from drift_fast.select import Selection
+from drift_fast.selection import Selection
 
 
 class RandomDelta(Mapping[str, torch.Tensor]):

@@ -30,7 +30,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 import drift_fast
 from drift_fast import Injection
 from drift_fast.bench.pair import SIZES
-from drift_fast.select import Selection
+from drift_fast.selection import Selection
 
 # The vision tower of every Qwen2.5-VL; the tiny one is for trying this script out.
 VISION = {

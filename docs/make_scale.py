@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from drift_fast import _core
-from drift_fast.ranks import balance
-from drift_fast.select import Selection
-from drift_fast.storage import parse_size
+from drift_fast.delta.parallel import balance
+from drift_fast.selection import Selection
+from drift_fast.sizes import parse_size
 
 PAGE = Path(__file__).parent / "scale.md"
 RANKS = (1, 2, 8, 32)

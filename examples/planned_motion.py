@@ -9,8 +9,8 @@ import tiny
 import torch
 from transformers import Trainer, TrainingArguments
 
-from drift_fast.inject.motion import PlannedMotion
-from drift_fast.integrations.motion import attach_motion
+from drift_fast.inject.motion.motion import PlannedMotion
+from drift_fast.integrations.trainer_motion import attach_motion
 
 # λ by module kind; each needs trials on validation data of its own.
 PROGRESS = {"attn": 0.7, "mlp": 1.25}

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import drift_fast
-from drift_fast.inject.arithmetic import DeviceArithmetic
+from drift_fast.inject.compute.arithmetic import DeviceArithmetic
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -229,7 +229,7 @@ def arithmetic(kind: str) -> Iterator[None]:
     """
     with pytest.MonkeyPatch.context() as patches:
         if kind == "device":
-            patches.setattr("drift_fast.inject.loading.make_arithmetic", DeviceArithmetic)
+            patches.setattr("drift_fast.inject.placement.load.make_arithmetic", DeviceArithmetic)
         yield
 
 

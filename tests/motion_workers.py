@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from drift_fast.inject.motion import PlannedMotion
+from drift_fast.inject.motion.motion import PlannedMotion
 from injection_models import Backbone, regression_batch, regression_loss
 from sharded_workers import engine_step, make_engine, micro_batches
 

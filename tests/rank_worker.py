@@ -35,7 +35,7 @@ def main(arguments: dict[str, Any]) -> None:
 
     if "silence" in arguments:
         # Ranks may be slow to start on a busy machine, but once met, a short silence tells.
-        from drift_fast.rendezvous import Group
+        from drift_fast.delta.rendezvous import Group
 
         meet = Group.meet
 

@@ -296,7 +296,7 @@ class Engine(Training):
     """A DeepSpeed engine, whose own optimizer step is where an injection would run."""
 
     def __init__(self, options: dict[str, Any]) -> None:
-        from drift_fast.inject import zero
+        from drift_fast.inject.shards import zero
 
         self.micro_batches = options.get("gradient_accumulation_steps", 1)
         self.engine, self.plain = make_engine(options)
@@ -307,7 +307,7 @@ class Engine(Training):
         self.pieces = dict(zip(names, pieces, strict=True))
 
     def step(self, batches: list[torch.Tensor], moment: Callable[[float], None]) -> None:
-        from drift_fast.inject import zero
+        from drift_fast.inject.shards import zero
 
         original = self.optimizer.step
 
@@ -333,7 +333,7 @@ class Engine(Training):
         return result
 
     def publish(self) -> None:
-        from drift_fast.inject import zero
+        from drift_fast.inject.shards import zero
 
         zero.publish(self.optimizer)
 
@@ -367,7 +367,7 @@ class Fsdp(Training):
         from torch.distributed.fsdp.wrap import ModuleWrapPolicy
         from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
-        from drift_fast.inject import fsdp1
+        from drift_fast.inject.shards import fsdp1
 
         options = dict(options)
         self.micro_batches = options.pop("accumulate", 1)
@@ -504,7 +504,7 @@ def injected_step(training: Training, injection: Any, scale: str, take: Callable
 
 def engine_injections(variants: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Attach to an engine, take a step, and detach."""
-    from drift_fast.integrations.deepspeed import attach_engine
+    from drift_fast.integrations.deepspeed_engine import attach_engine
 
     report = {}
     for name, options in variants.items():
@@ -556,7 +556,7 @@ def fsdp_injections(variants: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 def overflow(stage: int) -> dict[str, Any]:
     """Take steps whose float16 gradients overflow, until the loss scale is low enough."""
-    from drift_fast.integrations.deepspeed import attach_engine
+    from drift_fast.integrations.deepspeed_engine import attach_engine
 
     scaling = {"enabled": True, "initial_scale_power": 24, "hysteresis": 1}
     training = Engine({"zero": {"stage": stage}, "fp16": scaling})
@@ -617,7 +617,7 @@ def _refusal(call: Callable[..., Any], *arguments: Any) -> str:
 
 def engine_refusals(variants: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Return how attaching is refused."""
-    from drift_fast.integrations.deepspeed import attach_engine
+    from drift_fast.integrations.deepspeed_engine import attach_engine
 
     report = {}
     for name, options in variants.items():

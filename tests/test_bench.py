@@ -36,7 +36,7 @@ from drift_fast.bench.commands import Entry
 from drift_fast.bench.pair import Pair, make_pair
 from drift_fast.bench.results import Results, Row, above_baseline_of
 from drift_fast.bench.suite import Session
-from drift_fast.cli import main
+from drift_fast.cli.main import main
 from synthetic import refused, round_once
 
 LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")

@@ -20,11 +20,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from drift_fast import CheckpointError, check
-from drift_fast.configuration import Configuration
-from drift_fast.facts import _OTHER_PARTIAL_ROTARY, _OTHER_THETA, describe, read_headers
-from drift_fast.pairing import fetch, pair_checkpoints
-from drift_fast.preflight import Finding, Preflight
-from drift_fast.select import Selection
+from drift_fast.alignment.pairing import fetch, pair_checkpoints
+from drift_fast.checkpoints.config_json import Configuration
+from drift_fast.preflight.check import Finding, Preflight
+from drift_fast.preflight.facts import _OTHER_PARTIAL_ROTARY, _OTHER_THETA, describe, read_headers
+from drift_fast.selection import Selection
 from range_server import RangeServer
 from synthetic import refused, write_raw, write_sparse
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 import drift_fast
 from drift_fast import CoverageError, Delta, compute_delta
-from drift_fast.combination import Combined, combine
+from drift_fast.delta.combine import Combined, combine
 from injection_models import Backbone, delta_towards, train
 from synthetic import Pair, refused, round_once, write_pair
 
@@ -155,7 +155,7 @@ def test_scalars_empty_and_non_contiguous_tensors_keep_their_order() -> None:
 
 
 def test_long_tensors_are_summed_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("drift_fast.combination._PIECE", 7)
+    monkeypatch.setattr("drift_fast.delta.combine._PIECE", 7)
     values = torch.arange(100.0).reshape(4, 25)
     combined = combine([(Tensors({"x": values}), 1.0), (Tensors({"x": values * values}), 0.5)])
     assert torch.equal(combined["x"], values + 0.5 * values * values)
@@ -262,7 +262,7 @@ def test_a_combined_delta_is_saved_with_the_bits_of_the_sum(
     deltas: list[Delta], out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # No multiple of any row, so that pieces cut through tensors.
-    monkeypatch.setattr("drift_fast.combination._PIECE", 13)
+    monkeypatch.setattr("drift_fast.delta.combine._PIECE", 13)
     first, second = deltas
     assert first.path is not None
     weights = {first.path: 0.7, second: -1.3}

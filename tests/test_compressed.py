@@ -18,8 +18,8 @@ import torch
 
 import drift_fast
 from drift_fast import CheckpointError, Delta, NonFiniteError, compute_delta
-from drift_fast.cli import main
-from drift_fast.combination import combine
+from drift_fast.cli.main import main
+from drift_fast.delta.combine import combine
 from synthetic import (
     FLOAT_DTYPES,
     Stored,

@@ -21,8 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import drift_fast
 from drift_fast import DriftError
 from drift_fast.inject import schedule
-from drift_fast.inject.control import Control, limit
-from drift_fast.inject.strength import per_target
+from drift_fast.inject.strength.control import Control, limit
+from drift_fast.inject.strength.per_module import per_target
 from synthetic import refused
 
 LAYERS = 4

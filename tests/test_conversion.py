@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-from drift_fast.conversion import convert, convert_checkpoint
+from drift_fast.alignment.transformers_layout import convert, convert_checkpoint
 
 TINY = {
     "vocab_size": 32,

@@ -17,7 +17,7 @@ from torch import nn
 
 import drift_fast
 from drift_fast import AlignmentError, CoverageError
-from drift_fast.cli import main
+from drift_fast.cli.main import main
 from families import (
     FAMILIES,
     LAYERS,

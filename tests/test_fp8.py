@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from drift_fast import AlignmentError, CheckpointError, NonFiniteError, compute_delta, inspect
-from drift_fast.alignment import align
-from drift_fast.preflight import check
+from drift_fast.alignment.report import align
+from drift_fast.preflight.check import check
 from synthetic import (
     Pair,
     Stored,

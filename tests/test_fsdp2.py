@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import nn
 
 from drift_fast import Delta, Injection
-from drift_fast.inject.pieces import Sharded
+from drift_fast.inject.shards.base import Sharded
 from injection_models import Backbone, delta_towards, regression_batch, regression_loss
 
 Report = dict[str, Any]
@@ -273,7 +273,7 @@ def check_gradients(folder: Path) -> Report:
 def check_residencies(folder: Path) -> Report:
     """The same, where parts of Δ live elsewhere and one rank's are large, another's are not."""
     report: Report = {}
-    with mock.patch("drift_fast.inject.loading.SMALL", BETWEEN):
+    with mock.patch("drift_fast.inject.placement.load.SMALL", BETWEEN):
         for where in ("device", "disk", "device-int8", "host-int8"):
             for shape in ("uneven", "empty"):
                 twins = Twins(folder, shape, residency=where, prefetch=1)
@@ -352,7 +352,7 @@ def check_missing_gradients(folder: Path) -> Report:
 
 def check_a_step_that_fails(folder: Path) -> Report:
     """A step that fails on every process half way, and the next one."""
-    from drift_fast.inject.arithmetic import HostArithmetic
+    from drift_fast.inject.compute.arithmetic import HostArithmetic
 
     twins = Twins(folder, "uneven")
     twins.backward(5)
@@ -395,9 +395,10 @@ def check_one_failure_is_everyone_s(folder: Path) -> Report:
     note("a file that was cut short", opened)
     with (
         mock.patch(
-            "drift_fast.inject.loading.Ring", side_effect=MemoryError("full") if rank == 1 else None
+            "drift_fast.inject.placement.load.Ring",
+            side_effect=MemoryError("full") if rank == 1 else None,
         ),
-        mock.patch("drift_fast.inject.loading.SMALL", BETWEEN),
+        mock.patch("drift_fast.inject.placement.load.SMALL", BETWEEN),
     ):
         note("no memory for Δ", saved(folder, "uneven"), residency="disk")
     note("nothing is wrong any more", saved(folder, "uneven"))
@@ -483,7 +484,7 @@ def check_tensor_parallel(folder: Path) -> Report:
     """Rows and columns over two processes, which see the same batch."""
     report: Report = {}
     for where in ("device", "disk"):
-        with mock.patch("drift_fast.inject.loading.SMALL", BETWEEN):
+        with mock.patch("drift_fast.inject.placement.load.SMALL", BETWEEN):
             twins = Twins(
                 folder,
                 "even",
@@ -749,7 +750,7 @@ def check_both_on_one_dimension(folder: Path) -> Report:
         def shard(model: Any, mesh: Any = mesh) -> Any:
             return fully_sharded(tensor_parallel(model, mesh["tensor"]), mesh["data"])
 
-        with mock.patch("drift_fast.inject.loading.SMALL", BETWEEN):
+        with mock.patch("drift_fast.inject.placement.load.SMALL", BETWEEN):
             twins = Twins(folder, "even", shard, residency=where, prefetch=1)
             report[where] = compare_parts(twins, share=data, shares=2)
     return report

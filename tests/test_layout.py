@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from drift_fast.layout import Layout, Part, compose, covered, matrix, whole
+from drift_fast.alignment.layout import Layout, Part, compose, covered, matrix, whole
 
 Array = npt.NDArray[np.int64]
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 import drift_fast
 from drift_fast import AlignmentError, CoverageError, DriftWarning, align, compute_delta, inspect
-from drift_fast.cli import main
-from drift_fast.mapping import read_map
+from drift_fast.alignment.mapping import read_map
+from drift_fast.cli.main import main
 from synthetic import (
     Pair,
     Stored,
@@ -255,7 +255,7 @@ class Only:
 def test_a_map_file_gives_back_what_was_written(
     tmp_path_factory: pytest.TempPathFactory, pairs: dict[str, str | None]
 ) -> None:
-    from drift_fast.mapping import write_map
+    from drift_fast.alignment.mapping import write_map
 
     path = tmp_path_factory.mktemp("map") / "map.json"
     write_map(

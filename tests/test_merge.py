@@ -14,7 +14,7 @@ import pytest
 import drift_fast
 import merge_reference
 from drift_fast import AlignmentError, CheckpointError, CoverageError, NonFiniteError
-from drift_fast.merging import merge
+from drift_fast.merging.merge import merge
 from synthetic import (
     BITS_DTYPE,
     Stored,

@@ -12,7 +12,7 @@ import pytest
 
 import merge_reference
 from drift_fast import AlignmentError, CheckpointError, DriftWarning, NonFiniteError
-from drift_fast.merging import merge
+from drift_fast.merging.merge import merge
 from synthetic import (
     Stored,
     language_model,

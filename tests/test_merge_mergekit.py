@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from drift_fast.merging import merge
+from drift_fast.merging.merge import merge
 from synthetic import Stored, language_model, stored, write_checkpoint
 from test_merge import near, stored_tensors
 

@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 
 from drift_fast import CheckpointError, DriftWarning, NonFiniteError, _core
-from drift_fast.cli import main
-from drift_fast.merging import merge
-from drift_fast.progress import Progress
+from drift_fast.cli.main import main
+from drift_fast.merging.merge import merge
+from drift_fast.progress_bar import Progress
 from synthetic import (
     contents,
     everything_under,
@@ -352,7 +352,7 @@ def test_a_process_that_is_killed_leaves_no_model_and_the_next_one_cleans_up(
     reasoning, multimodal = write_sources(tmp_path / "sources", hidden=64)
     program = (
         "import os, signal, sys\n"
-        "from drift_fast.merging import merge\n"
+        "from drift_fast.merging.merge import merge\n"
         "def die(progress):\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
         "merge('linear', sys.argv[1], sys.argv[2], sys.argv[3], weight=0.5, modules='attn', "

@@ -18,7 +18,7 @@ from torch import nn
 
 import drift_fast
 import reference
-from drift_fast.inject.motion import PlannedMotion
+from drift_fast.inject.motion.motion import PlannedMotion
 from injection_models import (
     ARITHMETIC,
     Backbone,

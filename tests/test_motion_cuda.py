@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import reference
-from drift_fast.inject.motion import PlannedMotion
+from drift_fast.inject.motion.motion import PlannedMotion
 from injection_models import Backbone, delta_towards, weights_of
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -19,7 +19,7 @@ from injection_models import moved_text, saved, tiny_qwen2, weights_of
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
-attach_motion = pytest.importorskip("drift_fast.integrations.motion").attach_motion
+attach_motion = pytest.importorskip("drift_fast.integrations.trainer_motion").attach_motion
 
 LAMBDAS = {"attn": 0.7, "mlp": 1.3}
 

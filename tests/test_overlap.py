@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import drift_fast
 from drift_fast import DriftError, Injection
-from drift_fast.inject.arithmetic import SMALL, HostArithmetic
+from drift_fast.inject.compute.arithmetic import SMALL, HostArithmetic
 from drift_fast.inject.overlap import Overlap
 from injection_models import (
     Backbone,
@@ -185,7 +185,7 @@ def test_several_groups_are_each_followed(
     delta: drift_fast.Delta, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """There is one for each device and way of sharding, as if layer 1 were elsewhere."""
-    original = drift_fast.inject.loading.load_groups
+    original = drift_fast.inject.placement.load.load_groups
 
     def split(members: Any, *rest: Any) -> Any:
         parts: tuple[list[Any], list[Any]] = [], []

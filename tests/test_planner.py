@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import drift_fast
-from drift_fast.cli import main
+from drift_fast.cli.main import main
 from drift_fast.inject.predict import predict_progress
 from drift_fast.planner import rates
 from drift_fast.planner.counts import VISION, read_model

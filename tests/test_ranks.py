@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 
 from drift_fast import CheckpointError, Delta, DriftError, NonFiniteError, compute_delta
-from drift_fast.ranks import balance, identify, parse_ranks
-from drift_fast.rendezvous import Group
+from drift_fast.delta.parallel import balance, identify, parse_ranks
+from drift_fast.delta.rendezvous import Group
 from synthetic import Pair, everything_under, refused, write_pair
 
 WORKER = Path(__file__).with_name("rank_worker.py")

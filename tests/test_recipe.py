@@ -26,7 +26,7 @@ import pytest
 import torch
 
 import drift_fast
-from drift_fast.cli import main as drift_fast_command
+from drift_fast.cli.main import main as drift_fast_command
 from drift_fast.inject.telemetry import append_rows
 from drift_fast.integrations.settings import Settings
 

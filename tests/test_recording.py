@@ -15,7 +15,7 @@ import torch
 
 import drift_fast
 import reference
-from drift_fast.inject.recording import Recordings
+from drift_fast.inject.compute.cuda_graphs import Recordings
 from injection_models import delta_towards, gradients_of, text_batch, tiny_qwen2
 
 CPU = torch.device("cpu")

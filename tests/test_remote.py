@@ -25,9 +25,16 @@ import numpy as np
 import pytest
 
 from drift_fast import _core
+from drift_fast.checkpoints.remote import (
+    RemoteCheckpoint,
+    Transfer,
+    client,
+    default_cache,
+    open_url,
+    sparse,
+)
+from drift_fast.checkpoints.remote.hub import open_hub
 from drift_fast.errors import CheckpointError, DriftError
-from drift_fast.remote import RemoteCheckpoint, Transfer, client, default_cache, open_url, sparse
-from drift_fast.remote.hub import open_hub
 from range_server import Content, Fault, HubServer, RangeServer, etag_of
 from synthetic import refused
 
@@ -304,7 +311,7 @@ def test_what_is_no_index_is_refused(server: RangeServer, tmp_path: Path, index:
 def test_an_index_without_end_is_given_up(
     server: RangeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from drift_fast.remote import url
+    from drift_fast.checkpoints.remote import url
 
     monkeypatch.setattr(url, "SMALL_NBYTES", 1000)
     server.files[f"/m/{INDEX}"] = b" " * 3_000_000
@@ -638,7 +645,7 @@ def test_a_failure_of_one_part_ends_the_others(
 
 KILLED = """
 import sys, pathlib
-from drift_fast.remote import open_url, sparse
+from drift_fast.checkpoints.remote import open_url, sparse
 sparse.PART_NBYTES = 300_000
 print("ready", flush=True)
 opened = open_url(sys.argv[1], cache=pathlib.Path(sys.argv[2]))
@@ -1440,7 +1447,7 @@ def bytes_in(ranges: list[tuple[int, int]]) -> set[int]:
 
 BOUNDED = """
 import resource, sys, pathlib
-from drift_fast.remote import open_url
+from drift_fast.checkpoints.remote import open_url
 opened = open_url(sys.argv[1], cache=pathlib.Path(sys.argv[2]))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 opened.fetch({"model.safetensors": [(1_000_000, 201_000_000)]})
@@ -1484,7 +1491,8 @@ def test_without_huggingface_hub_it_says_what_to_install(
 
 def test_importing_is_light() -> None:
     code = (
-        "import sys, drift_fast.remote; heavy = {'torch', 'numpy', 'requests', 'huggingface_hub'}; "
+        "import sys, drift_fast.checkpoints.remote; "
+        "heavy = {'torch', 'numpy', 'requests', 'huggingface_hub'}; "
         "print(heavy & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -1499,7 +1507,7 @@ TOKEN = "hf_hush_hush"
 # Opens and fetches in a process of its own: huggingface_hub reads its environment when imported.
 AT_HUB = """
 import json, logging, pathlib, sys
-from drift_fast.remote import open_hub, client
+from drift_fast.checkpoints.remote import open_hub, client
 logging.basicConfig(level=logging.DEBUG, stream=sys.stderr)
 waits = []
 client.sleep = lambda seconds, stop: waits.append(seconds)

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from drift_fast import CheckpointError, Delta, compute_delta, inspect
-from drift_fast.cli import main
-from drift_fast.merging import merge
+from drift_fast.cli.main import main
+from drift_fast.merging.merge import merge
 from range_server import HubServer, RangeServer
 from synthetic import Pair, contents, language_model, moved, vision_tower, write_checkpoint
 

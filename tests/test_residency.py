@@ -22,9 +22,9 @@ import torch
 
 import drift_fast
 from drift_fast import DriftError, Injection, NonFiniteError
-from drift_fast.inject import residency
-from drift_fast.inject.arithmetic import SMALL, HostArithmetic
-from drift_fast.inject.residency import BLOCK, OnDisk, Plain, Quantised, Ring, choose
+from drift_fast.inject.compute.arithmetic import SMALL, HostArithmetic
+from drift_fast.inject.placement import stores as residency
+from drift_fast.inject.placement.stores import BLOCK, OnDisk, Plain, Quantised, Ring, choose
 from injection_models import (
     Backbone,
     arithmetic,

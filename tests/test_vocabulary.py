@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from drift_fast import CheckpointError, CoverageError
-from drift_fast.vocabulary import RowMap, Vocabulary, match_rows, read_vocabulary
+from drift_fast.alignment.vocabulary import RowMap, Vocabulary, match_rows, read_vocabulary
 from synthetic import refused
 
 SENTENCES = [
@@ -629,7 +629,7 @@ def test_the_report_says_what_was_left_out() -> None:
 def test_reading_a_vocabulary_imports_no_library_of_models(tmp_path: Path) -> None:
     at(tmp_path, {"a": 0})
     program = (
-        "import sys, pathlib; from drift_fast.vocabulary import match_rows\n"
+        "import sys, pathlib; from drift_fast.alignment.vocabulary import match_rows\n"
         f"path = pathlib.Path({str(tmp_path)!r})\n"
         "assert match_rows(path, path, 1, 1, by=None).matched == 1\n"
         "loaded = {'torch', 'numpy', 'tokenizers', 'transformers', 'sentencepiece'}\n"

@@ -254,7 +254,7 @@ def test_what_cannot_be_reached_is_refused_by_name_with_a_remedy(
 
 
 def test_something_that_is_no_engine_is_refused() -> None:
-    from drift_fast.inject.zero import optimizer_of
+    from drift_fast.inject.shards.zero import optimizer_of
 
     with pytest.raises(TypeError, match="expected a DeepSpeed engine, got object"):
         optimizer_of(object())
@@ -262,8 +262,8 @@ def test_something_that_is_no_engine_is_refused() -> None:
 
 def test_deepspeed_is_not_imported_before_it_is_used() -> None:
     code = (
-        "import sys, drift_fast.inject.zero, drift_fast.inject.fsdp1\n"
-        "import drift_fast.integrations.deepspeed\n"
+        "import sys, drift_fast.inject.shards.zero, drift_fast.inject.shards.fsdp1\n"
+        "import drift_fast.integrations.deepspeed_engine\n"
         "assert 'deepspeed' not in sys.modules\n"
         "assert 'torch.distributed.fsdp.fully_sharded_data_parallel' not in sys.modules\n"
     )

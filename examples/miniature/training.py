@@ -42,7 +42,7 @@ from transformers import (
 import drift_fast
 from drift_fast.demo import experiment
 from drift_fast.demo import world as w
-from drift_fast.select import kind_of
+from drift_fast.names import kind_of
 
 Batch = dict[str, torch.Tensor]
 
@@ -271,7 +271,7 @@ def _with_adapters(model: PreTrainedModel) -> peft.PeftModel:
 
 def _attach(
     trainer: Trainer, method: Method, delta: Any, settings: Mapping[str, Any]
-) -> drift_fast.Injection | drift_fast.integrations.motion.TrainerMotion | None:
+) -> drift_fast.Injection | drift_fast.integrations.trainer_motion.TrainerMotion | None:
     if method.moves:
         return drift_fast.attach_motion(trainer, delta, progress=_by_kind(settings), window=0.1)
     if not method.injects:

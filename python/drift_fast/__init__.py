@@ -22,19 +22,19 @@ from drift_fast.errors import (
 )
 
 if TYPE_CHECKING:
-    from drift_fast.alignment import Alignment, align
-    from drift_fast.combination import combine
-    from drift_fast.delta import Delta, Report, compute_delta, inspect
+    from drift_fast.alignment.report import Alignment, align
+    from drift_fast.delta.combine import combine
+    from drift_fast.delta.delta import Delta, Report, compute_delta, inspect
     from drift_fast.inject import schedule
     from drift_fast.inject.injection import Injection
-    from drift_fast.inject.motion import PlannedMotion
+    from drift_fast.inject.motion.motion import PlannedMotion
     from drift_fast.inject.predict import predict_progress
     from drift_fast.inject.targets import match_parameters
-    from drift_fast.integrations import attach
-    from drift_fast.integrations.motion import attach_motion
+    from drift_fast.integrations.attach import attach
+    from drift_fast.integrations.trainer_motion import attach_motion
     from drift_fast.planner.planning import plan
     from drift_fast.planner.report import TrainingPlan
-    from drift_fast.preflight import Preflight, check
+    from drift_fast.preflight.check import Preflight, check
 
 __all__ = [
     "Alignment",
@@ -68,22 +68,22 @@ __all__ = [
 
 # Where each name is, loaded on first use (PEP 562).
 _LAZY = {
-    "Delta": "drift_fast.delta",
-    "Report": "drift_fast.delta",
-    "compute_delta": "drift_fast.delta",
-    "inspect": "drift_fast.delta",
-    "combine": "drift_fast.combination",
-    "Merged": "drift_fast.merging",
-    "merge": "drift_fast.merging",
-    "Alignment": "drift_fast.alignment",
-    "Preflight": "drift_fast.preflight",
-    "align": "drift_fast.alignment",
-    "check": "drift_fast.preflight",
+    "Delta": "drift_fast.delta.delta",
+    "Report": "drift_fast.delta.delta",
+    "compute_delta": "drift_fast.delta.delta",
+    "inspect": "drift_fast.delta.delta",
+    "combine": "drift_fast.delta.combine",
+    "Merged": "drift_fast.merging.merge",
+    "merge": "drift_fast.merging.merge",
+    "Alignment": "drift_fast.alignment.report",
+    "Preflight": "drift_fast.preflight.check",
+    "align": "drift_fast.alignment.report",
+    "check": "drift_fast.preflight.check",
     "Injection": "drift_fast.inject.injection",
     "match_parameters": "drift_fast.inject.targets",
-    "attach": "drift_fast.integrations",
-    "attach_motion": "drift_fast.integrations.motion",
-    "PlannedMotion": "drift_fast.inject.motion",
+    "attach": "drift_fast.integrations.attach",
+    "attach_motion": "drift_fast.integrations.trainer_motion",
+    "PlannedMotion": "drift_fast.inject.motion.motion",
     "predict_progress": "drift_fast.inject.predict",
     "TrainingPlan": "drift_fast.planner.report",
     "plan": "drift_fast.planner.planning",

@@ -2,6 +2,6 @@
 
 import sys
 
-from drift_fast.cli import main
+from drift_fast.cli.main import main
 
 sys.exit(main())

@@ -43,7 +43,7 @@ def plain(cell: Cell) -> Gradients:
 
 
 def resident(cell: Cell) -> Gradients:
-    from drift_fast.inject import residency
+    from drift_fast.inject.placement import stores as residency
 
     model = cell.world.model()
     optimizer = sgd(model.parameters())

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from drift_fast.select import container_of, kind_of, layer_of
+from drift_fast.names import container_of, kind_of, layer_of
 
 NOT_SELECTED = "not selected"
 

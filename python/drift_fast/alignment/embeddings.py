@@ -11,11 +11,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+from drift_fast.alignment.layout import Part, Shape
+from drift_fast.alignment.match import Match, Pair
+from drift_fast.alignment.vocabulary import RowMap, match_rows
 from drift_fast.errors import CoverageError
-from drift_fast.layout import Part, Shape
-from drift_fast.matching import Match, Pair
-from drift_fast.select import Selection, kind_of
-from drift_fast.vocabulary import RowMap, match_rows
+from drift_fast.names import kind_of
+from drift_fast.selection import Selection
 
 Rows = Literal["token", "index"] | None
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
-from drift_fast.layout import Layout, Shape
+from drift_fast.alignment.layout import Layout, Shape
 
 _EXPERT = re.compile(
     r"(?P<experts>.*\bexperts)\.(?P<number>\d+)\.(?P<name>(gate|up|down)_proj)(\.weight)?$"

@@ -14,11 +14,11 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 
 from drift_fast import _core
+from drift_fast.alignment.fused import canonical, incomplete_experts, joined_names, unoriented
+from drift_fast.alignment.layout import Layout, Part, Shape, compose, covered, whole
+from drift_fast.alignment.mapping import CHECKPOINTS, MappingLike, resolve
 from drift_fast.errors import AlignmentError
-from drift_fast.fused import canonical, incomplete_experts, joined_names, unoriented
-from drift_fast.layout import Layout, Part, Shape, compose, covered, whole
-from drift_fast.mapping import CHECKPOINTS, MappingLike, resolve
-from drift_fast.select import container_of, kind_of, layer_of
+from drift_fast.names import container_of, kind_of, layer_of
 
 # The reason of what a mapping gives None for.
 LEFT_OUT = "left out by the mapping"

@@ -7,67 +7,26 @@ Owns what is selected, what is refused and the account of it. Which tensor belon
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from drift_fast import _core
-from drift_fast.configuration import BLOCK, Configuration, weight_block
-from drift_fast.conversion import convert_checkpoint
-from drift_fast.coverage import NOT_SELECTED, Coverage, backbone_numel, listed
+from drift_fast.alignment.coverage import NOT_SELECTED, Coverage, backbone_numel, listed
+from drift_fast.alignment.embeddings import TIED, Rows, VocabularySide, pair_rows
+from drift_fast.alignment.layout import Shape
+from drift_fast.alignment.mapping import MappingLike
+from drift_fast.alignment.match import LEFT_OUT, Match, Pair, Side, match, skipping_inserted
+from drift_fast.alignment.similarity import Likeness, compare, warn_if_unrelated
+from drift_fast.alignment.transformers_layout import convert_checkpoint
+from drift_fast.checkpoints.config_json import Configuration
+from drift_fast.checkpoints.opened import ITEMSIZE, Opened, PathLike, open_checkpoint
+from drift_fast.checkpoints.source import Source
 from drift_fast.errors import AlignmentError, CoverageError
-from drift_fast.layout import Shape
-from drift_fast.likeness import Likeness, compare, warn_if_unrelated
-from drift_fast.mapping import MappingLike
-from drift_fast.matching import LEFT_OUT, Match, Pair, Side, match, skipping_inserted
-from drift_fast.rows import TIED, Rows, VocabularySide, pair_rows
-from drift_fast.select import Selection, container_of, is_other_modality, kind_of
-from drift_fast.source import Source, resolve
+from drift_fast.names import container_of, is_other_modality, kind_of
+from drift_fast.selection import Selection
 
-PathLike = str | os.PathLike[str]
 FetchProgress = Callable[[int, int], object]
-
-
-@dataclass(frozen=True)
-class Opened:
-    """A checkpoint whose headers were read.
-
-    `scales` are the tensors that hold the block scales of 8-bit codes, by the name of the codes;
-    they are no weights, so `shapes` and `dtypes` do not have them. `unscaled` says of each tensor
-    of codes that has none that fit what is wrong. `block` is the rows and columns of a block.
-    """
-
-    source: Source
-    checkpoint: _core.Checkpoint
-    shapes: dict[str, Shape]
-    dtypes: dict[str, str]
-    scales: dict[str, str] = field(default_factory=dict)
-    unscaled: dict[str, str] = field(default_factory=dict)
-    block: tuple[int, int] = BLOCK
-
-    @property
-    def directory(self) -> Path:
-        """Where the configuration and the tokenizer lie."""
-        path = self.source.path
-        return path if path.is_dir() else path.parent
-
-    def side(self) -> Side:
-        """Return the tensors as `matching` takes them."""
-        return Side(self.shapes, lambda: convert_checkpoint(self.directory, self.shapes))
-
-    def nbytes(self, name: str) -> int:
-        """Return the size of a stored tensor."""
-        return math.prod(self.shapes[name]) * _ITEMSIZE.get(self.dtypes[name], 1)
-
-    def stored_names(self, names: Iterable[str]) -> set[str]:
-        """Return names with those of the scales that they need."""
-        found = set(names)
-        return found | {self.scales[name] for name in found if name in self.scales}
-
-    def has_values(self, name: str) -> bool:
-        """Whether the elements of a tensor can be read as numbers."""
-        return name not in self.unscaled and self.dtypes[name] in _ITEMSIZE
 
 
 @dataclass(frozen=True)
@@ -115,34 +74,9 @@ class Pairing:
         }
 
 
-def open_checkpoint(source: PathLike, reader: str = "auto") -> Opened:
-    """Find a checkpoint and read its headers.
-
-    Raises:
-        FileNotFoundError, CheckpointError: a checkpoint that is not there or not valid.
-    """
-    found = resolve(source)
-    if found.remote is not None:
-        found.remote.optional_file("config.json")
-    checkpoint = _core.Checkpoint(found.path, reader=reader)
-    block = BLOCK
-    if checkpoint.scales():
-        path = Path(found.path)
-        block = weight_block(Configuration.read(path if path.is_dir() else path.parent))
-        checkpoint = _core.Checkpoint(found.path, reader=reader, block=block)
-    codes = checkpoint.scales()
-    tensors = {name: (dtype, tuple(shape)) for name, dtype, shape, _ in checkpoint.tensors()}
-    scales = {name: scale for name, scale, _ in codes if scale in tensors}
-    held = set(scales.values())
-    return Opened(
-        found,
-        checkpoint,
-        {name: shape for name, (_, shape) in tensors.items() if name not in held},
-        {name: dtype for name, (dtype, _) in tensors.items() if name not in held},
-        scales,
-        {name: problem for name, _, problem in codes if problem},
-        block,
-    )
+def side_of(opened: Opened) -> Side:
+    """Return the tensors of a checkpoint as `match` takes them."""
+    return Side(opened.shapes, lambda: convert_checkpoint(opened.directory, opened.shapes))
 
 
 def looks_exchanged(left: Mapping[str, Shape], right: Mapping[str, Shape], found: Match) -> str:
@@ -169,7 +103,7 @@ def match_checkpoints(
             not hold, or, when strict, two models that seem to be exchanged.
     """
     try:
-        found = match(left.side(), right.side(), mapping=mapping)
+        found = match(side_of(left), side_of(right), mapping=mapping)
     except AlignmentError as error:
         paths = f"{left.source.path} and {right.source.path}"
         raise AlignmentError(f"{paths}: {error}") from error
@@ -292,7 +226,7 @@ def pair_checkpoints(
 
 
 def _nbytes(pair: Pair, left: Opened, right: Opened) -> int:
-    itemsize = _ITEMSIZE.get(left.dtypes[pair.sources[0]], 1)
+    itemsize = ITEMSIZE.get(left.dtypes[pair.sources[0]], 1)
     return right.nbytes(pair.name) + pair.numel(right.shapes) * itemsize
 
 
@@ -427,6 +361,3 @@ def _account(
 def _order(name: str) -> list[tuple[int, str]]:
     """Sort layer 2 before layer 10, whatever order the files have."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]
-
-
-_ITEMSIZE = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "F8_E4M3": 1, "F8_E5M2": 1}

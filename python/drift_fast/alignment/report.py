@@ -11,19 +11,15 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from drift_fast.coverage import listed
+from drift_fast.alignment.coverage import listed
+from drift_fast.alignment.mapping import MappingLike, write_map
+from drift_fast.alignment.match import Match, match, skipping_inserted
+from drift_fast.alignment.pairing import comparable, looks_exchanged, side_of
+from drift_fast.alignment.similarity import Likeness, compare
+from drift_fast.checkpoints.opened import Opened, PathLike, open_checkpoint
 from drift_fast.errors import AlignmentError
-from drift_fast.likeness import Likeness, compare
-from drift_fast.mapping import MappingLike, write_map
-from drift_fast.matching import Match, match, skipping_inserted
-from drift_fast.pairing import (
-    Opened,
-    PathLike,
-    comparable,
-    looks_exchanged,
-    open_checkpoint,
-)
-from drift_fast.select import EVERYTHING, Selection, kind_of
+from drift_fast.names import kind_of
+from drift_fast.selection import EVERYTHING, Selection
 
 
 @dataclass(frozen=True)
@@ -142,7 +138,7 @@ def align(
     left, right = open_checkpoint(reasoning), open_checkpoint(multimodal)
     paths = str(left.source.path), str(right.source.path)
     try:
-        found = match(left.side(), right.side(), mapping=mapping)
+        found = match(side_of(left), side_of(right), mapping=mapping)
     except AlignmentError as error:
         if mapping is not None:
             raise
@@ -155,7 +151,7 @@ def align(
         inserted = skipping_inserted(left.shapes, right.shapes, found)
         if inserted is not None:
             found = replace(
-                match(left.side(), right.side(), mapping=dict(inserted.pairs)),
+                match(side_of(left), side_of(right), mapping=dict(inserted.pairs)),
                 how="names, without the inserted layers",
             )
             proposed = True

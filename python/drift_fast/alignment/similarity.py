@@ -16,10 +16,10 @@ from itertools import product
 from typing import Any
 
 from drift_fast import _core
+from drift_fast.alignment.layout import Shape
+from drift_fast.alignment.match import Pair
 from drift_fast.errors import AlignmentError, DriftWarning
-from drift_fast.layout import Shape
-from drift_fast.matching import Pair
-from drift_fast.select import kind_of, layer_of, module_of
+from drift_fast.names import kind_of, layer_of, module_of
 
 # Two unrelated tensors correlate by chance with a deviation of 1/√n; six of them is never chance.
 _DEVIATIONS = 6.0

@@ -17,9 +17,9 @@ from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from drift_fast.configuration import read_entries
-from drift_fast.fused import canonical
-from drift_fast.layout import Layout, Shape
+from drift_fast.alignment.fused import canonical
+from drift_fast.alignment.layout import Layout, Shape
+from drift_fast.checkpoints.config_json import read_entries
 
 if TYPE_CHECKING:
     from torch import nn

@@ -12,14 +12,7 @@ from collections.abc import Sequence
 from drift_fast.bench import check, commands
 from drift_fast.bench.commands import Entry
 from drift_fast.bench.results import Results, Row
-from drift_fast.bench.suite import (
-    Options,
-    Say,
-    check_entry,
-    open_session,
-    pick_way,
-    time_inside,
-)
+from drift_fast.bench.suite import Options, Say, check_entry, open_session, pick_way, time_inside
 from drift_fast.errors import DriftError
 
 

@@ -17,7 +17,7 @@ from drift_fast import _core
 from drift_fast.errors import CheckpointError, DriftError
 
 if TYPE_CHECKING:
-    from drift_fast.remote import RemoteCheckpoint, Transfer
+    from drift_fast.checkpoints.remote import RemoteCheckpoint, Transfer
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ def resolve(source: str | os.PathLike[str]) -> Source:
     if not text:
         raise FileNotFoundError("an empty path names no checkpoint")
     if _URL.match(text):
-        from drift_fast.remote import open_url
+        from drift_fast.checkpoints.remote import open_url
 
         remote = open_url(text)
         return Source(remote.directory, remote=remote)
@@ -109,7 +109,7 @@ def _from_hub(repo: str, revision: str | None) -> Source:
     if constants.HF_HUB_OFFLINE:
         snapshot = _snapshot(repo, revision)
         return Source(snapshot, repo, snapshot.name)
-    from drift_fast.remote import open_hub
+    from drift_fast.checkpoints.remote import open_hub
 
     try:
         remote = open_hub(repo, revision)

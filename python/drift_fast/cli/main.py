@@ -19,16 +19,17 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from drift_fast import _core
-from drift_fast.cli_merge import add_merge
-from drift_fast.delta import Delta, Report, compute_delta, inspect
+from drift_fast.alignment.mapping import parse_mapping
+from drift_fast.cli.merge import add_merge
+from drift_fast.cli.plan import add_plan
+from drift_fast.delta.delta import Delta, Report, compute_delta, inspect
+from drift_fast.delta.parallel import identify, parse_ranks
+from drift_fast.delta.statistics import Statistics
+from drift_fast.dtypes import STORED_DTYPES
 from drift_fast.errors import DriftError, DriftWarning
-from drift_fast.mapping import parse_mapping
-from drift_fast.planner.command import add_plan
-from drift_fast.progress import ProgressBar
-from drift_fast.ranks import identify, parse_ranks
-from drift_fast.select import PRESETS
-from drift_fast.statistics import Statistics
-from drift_fast.storage import MEMORY, STORED_DTYPES
+from drift_fast.progress_bar import ProgressBar
+from drift_fast.selection import PRESETS
+from drift_fast.sizes import MEMORY
 
 _WHAT = "file, directory, Hub id (org/name[@revision]) or URL"
 _MODULES_HELP = (
@@ -309,7 +310,7 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _align(options: argparse.Namespace) -> int:
-    from drift_fast.alignment import align
+    from drift_fast.alignment.report import align
 
     found = align(
         options.reasoning,
@@ -329,7 +330,7 @@ def _align(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
-    from drift_fast.preflight import check
+    from drift_fast.preflight.check import check
 
     try:
         report = check(

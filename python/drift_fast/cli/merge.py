@@ -14,12 +14,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from drift_fast.mapping import parse_mapping
-from drift_fast.merge_plan import DTYPES
-from drift_fast.merging import Merged, merge
-from drift_fast.progress import ProgressBar
-from drift_fast.recipe import METHODS
-from drift_fast.storage import MEMORY
+from drift_fast.alignment.mapping import parse_mapping
+from drift_fast.merging.config import METHODS
+from drift_fast.merging.layout import DTYPES
+from drift_fast.merging.merge import Merged, merge
+from drift_fast.progress_bar import ProgressBar
+from drift_fast.sizes import MEMORY
 
 
 def add_merge(

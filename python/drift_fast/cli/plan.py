@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from drift_fast.dtypes import STORED_DTYPES
 from drift_fast.planner import training as run
-from drift_fast.storage import STORED_DTYPES
 
 _NAMES = {
     "steps": ("N", "optimizer steps; or --samples and --epochs"),

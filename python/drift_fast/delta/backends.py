@@ -1,7 +1,7 @@
 """Where a delta's tensors come from: two checkpoints that are subtracted, or files of a delta.
 
-Owns `Streamed` and `Stored`, which `drift_fast.delta.Delta` reads through; sums of deltas are in
-`drift_fast.combination`. Knows nothing of directories of deltas and their descriptions.
+Owns `Streamed` and `Stored`, which `Delta` reads through; sums of deltas are in `combine`.
+Knows nothing of directories of deltas and their descriptions.
 """
 
 from __future__ import annotations
@@ -13,21 +13,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from drift_fast import _core
+from drift_fast.alignment.pairing import Pairing
+from drift_fast.delta.format import DESCRIPTION, INDEX
+from drift_fast.delta.statistics import Statistics, row_from_moments
+from drift_fast.dtypes import COMPRESSED, INT8_BLOCK, STORED_DTYPES, share_lost, tensor_dtype
 from drift_fast.errors import CheckpointError, DriftWarning, NonFiniteError
-from drift_fast.pairing import Pairing
-from drift_fast.progress import Progress, ProgressCallback
-from drift_fast.statistics import Statistics, row_from_moments
-from drift_fast.storage import (
-    COMPRESSED,
-    DESCRIPTION,
-    INDEX,
-    INT8_BLOCK,
-    MEMORY,
-    STORED_DTYPES,
-    parse_size,
-    share_lost,
-    tensor_dtype,
-)
+from drift_fast.progress_bar import Progress, ProgressCallback
+from drift_fast.sizes import MEMORY, parse_size
 
 
 class Backend(Protocol):

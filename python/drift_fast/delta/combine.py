@@ -14,13 +14,13 @@ from numbers import Real
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from drift_fast import _core
-from drift_fast.coverage import Coverage, listed
-from drift_fast.delta import Delta
+from drift_fast.alignment.coverage import Coverage, listed
+from drift_fast.delta.delta import Delta
+from drift_fast.delta.statistics import Row, Statistics
+from drift_fast.dtypes import DTYPES, share_lost
 from drift_fast.errors import CoverageError, DriftError, NonFiniteError
-from drift_fast.progress import Progress, ProgressCallback
-from drift_fast.select import kind_of, layer_of, module_of
-from drift_fast.statistics import Row, Statistics
-from drift_fast.storage import DTYPES, share_lost
+from drift_fast.names import kind_of, layer_of, module_of
+from drift_fast.progress_bar import Progress, ProgressCallback
 
 if TYPE_CHECKING:
     import torch

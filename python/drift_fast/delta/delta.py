@@ -16,31 +16,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from drift_fast import _core
-from drift_fast.backends import Backend, Stored, Streamed, describe_sources, warn_of_zero
-from drift_fast.coverage import Coverage
+from drift_fast.alignment.coverage import Coverage
+from drift_fast.alignment.embeddings import Rows
+from drift_fast.alignment.mapping import MappingLike
+from drift_fast.alignment.pairing import Pairing, fetch, pair_checkpoints, verify
+from drift_fast.checkpoints.opened import PathLike
+from drift_fast.delta.backends import Backend, Stored, Streamed, describe_sources, warn_of_zero
+from drift_fast.delta.format import DESCRIPTION, FORMAT_VERSION
+from drift_fast.delta.parallel import Ranks, agree, first, together
+from drift_fast.delta.statistics import Compression, Statistics
+from drift_fast.dtypes import check_stored_dtype, tensor_dtype
 from drift_fast.errors import CheckpointError, DriftWarning
-from drift_fast.mapping import MappingLike
-from drift_fast.pairing import Pairing, PathLike, fetch, pair_checkpoints, verify
-from drift_fast.progress import Progress, ProgressCallback
-from drift_fast.ranks import Ranks, agree, first, together
-from drift_fast.rows import Rows
-from drift_fast.select import Layers, Modules, Selection
-from drift_fast.statistics import Compression, Statistics
-from drift_fast.storage import (
-    DESCRIPTION,
-    FORMAT_VERSION,
-    MEMORY,
-    check_stored_dtype,
-    parse_size,
-    tensor_dtype,
-    thread_count,
-)
+from drift_fast.progress_bar import Progress, ProgressCallback
+from drift_fast.selection import Layers, Modules, Selection
+from drift_fast.sizes import MEMORY, parse_size, thread_count
 
 if TYPE_CHECKING:
     import torch
 
-    from drift_fast.combination import Summands
-    from drift_fast.rendezvous import Group
+    from drift_fast.delta.combine import Summands
+    from drift_fast.delta.rendezvous import Group
 
 # A sketch has room for no more.
 MOST_SINGULAR = 40
@@ -287,9 +282,9 @@ def warn_of_configurations(pairing: Pairing) -> None:
     if not all((directory / "config.json").exists() for directory in directories):
         return
     # Loaded here, so that importing the package stays light.
-    from drift_fast.compare import Side, compare
-    from drift_fast.configuration import Configuration
-    from drift_fast.facts import HEADERS
+    from drift_fast.checkpoints.config_json import Configuration
+    from drift_fast.preflight.facts import HEADERS
+    from drift_fast.preflight.rules import Side, compare
 
     first, second = (
         Side(role, opened, Configuration.read(opened.directory))
@@ -444,7 +439,7 @@ class Delta(Mapping[str, "torch.Tensor"]):
             return json.dumps(self._describe(self._stats), indent=1) + "\n"
 
         if group is not None:
-            from drift_fast.ranks import write
+            from drift_fast.delta.parallel import write
 
             def fill(
                 writer: _core.DeltaWriter, places: Sequence[int]
@@ -507,7 +502,7 @@ class Delta(Mapping[str, "torch.Tensor"]):
         apart, other than a `Delta`, is read whole for each piece.
         """
         # Loaded here, since it needs this module.
-        from drift_fast.combination import Summed, combine
+        from drift_fast.delta.combine import Summed, combine
 
         combined = combine(deltas, missing_as_zero=missing_as_zero, dtype=dtype)
         return cls(
@@ -582,7 +577,7 @@ class Delta(Mapping[str, "torch.Tensor"]):
         Raises:
             ImportError: matplotlib is not installed.
         """
-        from drift_fast.plot import plot_statistics
+        from drift_fast.delta.plot import plot_statistics
 
         return plot_statistics(self.stats, path)
 

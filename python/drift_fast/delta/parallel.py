@@ -23,7 +23,7 @@ from drift_fast import _core
 from drift_fast.errors import DriftError
 
 if TYPE_CHECKING:
-    from drift_fast.rendezvous import Group
+    from drift_fast.delta.rendezvous import Group
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +116,7 @@ def together(target: str | os.PathLike[str], ranks: Ranks) -> Iterator[Group | N
         yield None
         return
     # Loaded here, so that importing the package stays light.
-    from drift_fast.rendezvous import FileBoard, Group, StoreBoard
+    from drift_fast.delta.rendezvous import FileBoard, Group, StoreBoard
 
     limit = _time_limit()
     place, hidden = map(Path, _core.places_of(target))
@@ -276,7 +276,7 @@ def _tell_if_uneven(plan: Sequence[tuple[int, int, int]], shares: list[list[int]
 
 
 def _joined(group: Group, create: Callable[[], _core.DeltaWriter]) -> _core.DeltaWriter:
-    from drift_fast.rendezvous import retried
+    from drift_fast.delta.rendezvous import retried
 
     if group.rank == 0:
         writer = create()
@@ -334,7 +334,7 @@ def _name_it(group: Group, writer: _core.DeltaWriter, text: str) -> None:
 def _wait_for_name(group: Group, target: str | os.PathLike[str], digest: str) -> None:
     from hashlib import sha256
 
-    from drift_fast.rendezvous import retried
+    from drift_fast.delta.rendezvous import retried
 
     place = Path(target)
     # It goes as the delta gets its name; an overwritten one of the same digest stays until then.

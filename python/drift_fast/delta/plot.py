@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from drift_fast.statistics import Row, Statistics
+from drift_fast.delta.statistics import Row, Statistics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

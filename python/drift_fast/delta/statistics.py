@@ -1,7 +1,7 @@
 """Norms and cosines per tensor, module and layer, from the moments that the stream returns.
 
-Owns the arithmetic from sums of squares to norms, and tables; where the sums come from is
-`drift_fast.delta`'s. Norms are Frobenius norms of the exact Δ, before it is rounded for storage.
+Owns the arithmetic from sums of squares to norms, and tables, not where the sums come from.
+Norms are Frobenius norms of the exact Δ, before it is rounded for storage.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, overload
 
-from drift_fast.select import kind_of, layer_of, module_of
+from drift_fast.names import kind_of, layer_of, module_of
 
 if TYPE_CHECKING:
     import pandas

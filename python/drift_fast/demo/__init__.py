@@ -20,7 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from drift_fast.delta import Delta, compute_delta
+from drift_fast.delta.delta import Delta, compute_delta
 
 if TYPE_CHECKING:
     from drift_fast.demo.experiment import Outcome, Protocol

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from drift_fast.inject.arithmetic import Arithmetic, Sums, flattened
-from drift_fast.inject.control import limit
-from drift_fast.inject.formula import NEED_DOT, Scale, coefficients
-from drift_fast.inject.pieces import Piece, Reduction, Whole
-from drift_fast.inject.recording import Recordings, may_record
-from drift_fast.inject.residency import Store
+from drift_fast.inject.compute.arithmetic import Arithmetic, Sums, flattened
+from drift_fast.inject.compute.cuda_graphs import Recordings, may_record
+from drift_fast.inject.placement.stores import Store
+from drift_fast.inject.shards.base import Piece, Reduction, Whole
+from drift_fast.inject.strength.control import limit
+from drift_fast.inject.strength.formula import NEED_DOT, Scale, coefficients
 from drift_fast.inject.targets import Target
 
 

@@ -18,18 +18,18 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from drift_fast.alignment.mapping import MappingLike
 from drift_fast.errors import DriftError
 from drift_fast.inject.attachment import Attachment
-from drift_fast.inject.control import CapBy, Control, LayerAlpha, PerModule
-from drift_fast.inject.formula import SCALES, Scale, check_scale
 from drift_fast.inject.group import Group, Push, beside
-from drift_fast.inject.loading import Loading, load_groups
 from drift_fast.inject.overlap import Overlap
-from drift_fast.inject.pieces import Piece, Reduction, Whole, groups_of, pieces_of
-from drift_fast.inject.record import Record, claim, disclaim, refuse_second
-from drift_fast.inject.residency import check_residency
-from drift_fast.inject.saved import is_number
+from drift_fast.inject.placement.load import Loading, load_groups
+from drift_fast.inject.placement.stores import check_residency
+from drift_fast.inject.saved_state import is_number
 from drift_fast.inject.schedule import ScheduleLike
+from drift_fast.inject.shards.base import Piece, Reduction, Whole, groups_of, pieces_of
+from drift_fast.inject.strength.control import CapBy, Control, LayerAlpha, PerModule
+from drift_fast.inject.strength.formula import SCALES, Scale, check_scale
 from drift_fast.inject.targets import (
     DeltaLike,
     Target,
@@ -41,9 +41,9 @@ from drift_fast.inject.targets import (
 from drift_fast.inject.telemetry import append_rows
 from drift_fast.inject.telemetry import measure as measure_progress
 from drift_fast.inject.telemetry import summary as summarise
-from drift_fast.mapping import MappingLike
-from drift_fast.select import EVERYTHING, Layers, Modules, Selection
-from drift_fast.storage import parse_size
+from drift_fast.inject.watchdog import Record, claim, disclaim, refuse_second
+from drift_fast.selection import EVERYTHING, Layers, Modules, Selection
+from drift_fast.sizes import parse_size
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ class Injection(Attachment):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 
-    The gradient of every target becomes g − c·Δ, in place, with c by `drift_fast.inject.formula`.
+    The gradient of every target becomes g − c·Δ, in place, with c by `inject.strength.formula`.
     On an accelerator no value returns to the host. Under FSDP2, tensor parallelism, FSDP1 or ZeRO,
     attach after the model was wrapped: each process then reads and holds its own part of Δ, and one
     sum over the processes makes the result that of a single one.

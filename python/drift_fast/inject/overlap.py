@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from drift_fast.errors import DriftError
-from drift_fast.inject.arithmetic import SMALL, DeviceArithmetic, new_stream
+from drift_fast.inject.compute.arithmetic import SMALL, DeviceArithmetic, new_stream
 from drift_fast.inject.group import Group, Push
 
 # Kernels of an injection are short and wait for each other, those of backward are long: behind them

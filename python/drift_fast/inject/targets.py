@@ -16,16 +16,24 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from drift_fast.conversion import convert
-from drift_fast.coverage import NOT_SELECTED, Coverage, backbone_numel, listed
-from drift_fast.delta import Delta
+from drift_fast.alignment.coverage import NOT_SELECTED, Coverage, backbone_numel, listed
+from drift_fast.alignment.layout import Layout, Part, matrix
+from drift_fast.alignment.mapping import RUNTIME, MappingLike
+from drift_fast.alignment.match import LEFT_OUT, Pair, Side, match
+from drift_fast.alignment.transformers_layout import convert
+from drift_fast.delta.delta import Delta
 from drift_fast.errors import AlignmentError, CoverageError, DriftError
-from drift_fast.inject.lora import FROZEN, FROZEN_BIAS, Adapted, Adapters, adapters_of, stored_shape
-from drift_fast.inject.pieces import Piece, parameters_of
-from drift_fast.layout import Layout, Part, matrix
-from drift_fast.mapping import RUNTIME, MappingLike
-from drift_fast.matching import LEFT_OUT, Pair, Side, match
-from drift_fast.select import EVERYTHING, Selection, container_of
+from drift_fast.inject.lora.adapters import (
+    FROZEN,
+    FROZEN_BIAS,
+    Adapted,
+    Adapters,
+    adapters_of,
+    stored_shape,
+)
+from drift_fast.inject.shards.base import Piece, parameters_of
+from drift_fast.names import container_of
+from drift_fast.selection import EVERYTHING, Selection
 
 
 class DeltaLike(Protocol):

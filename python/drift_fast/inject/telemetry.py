@@ -12,9 +12,9 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from drift_fast.inject.control import Control
 from drift_fast.inject.group import Group
-from drift_fast.select import kind_of, module_of
+from drift_fast.inject.strength.control import Control
+from drift_fast.names import kind_of, module_of
 
 
 def measure(groups: Sequence[Group], control: Control) -> dict[str, float]:

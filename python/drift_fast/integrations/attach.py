@@ -48,7 +48,7 @@ def attach(
     if type(trainer_or_optimizer).__name__ == "DeepSpeedEngine" or hasattr(
         trainer_or_optimizer, "zero_optimization_stage"
     ):
-        from drift_fast.integrations.deepspeed import attach_engine
+        from drift_fast.integrations.deepspeed_engine import attach_engine
 
         if model is not None:
             raise ValueError("an engine has its own model; leave model=… out")
@@ -56,7 +56,7 @@ def attach(
     if hasattr(trainer_or_optimizer, "training_step") and hasattr(
         trainer_or_optimizer, "accelerator"
     ):
-        from drift_fast.integrations.transformers import attach_trainer
+        from drift_fast.integrations.hf_trainer import attach_trainer
 
         if model is not None:
             raise ValueError("a trainer has its own model; leave model=… out")

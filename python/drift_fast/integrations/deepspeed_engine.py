@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from drift_fast.errors import DriftError
-from drift_fast.inject import zero
 from drift_fast.inject.injection import Injection
-from drift_fast.inject.pieces import Piece
+from drift_fast.inject.shards import zero
+from drift_fast.inject.shards.base import Piece
 from drift_fast.inject.targets import DeltaLike, Target
 
 

@@ -23,8 +23,8 @@ from drift_fast.inject.injection import Injection
 from drift_fast.inject.predict import Forecast
 from drift_fast.inject.targets import DeltaLike, find_targets, opened
 from drift_fast.inject.telemetry import append_rows
-from drift_fast.integrations.deepspeed import EngineInjection
-from drift_fast.select import EVERYTHING, Selection
+from drift_fast.integrations.deepspeed_engine import EngineInjection
+from drift_fast.selection import EVERYTHING, Selection
 
 logger = logging.getLogger(__name__)
 

@@ -116,7 +116,7 @@ class Settings:
         Raises:
             As `drift_fast.attach`.
         """
-        from drift_fast.integrations import attach
+        from drift_fast.integrations.attach import attach
 
         return attach(trainer_or_optimizer, self._opened(), **self.options, **more)
 
@@ -134,7 +134,7 @@ class Settings:
         return Injection(model, self._opened(), **options, **more)
 
     def _opened(self) -> Any:
-        from drift_fast.delta import Delta
+        from drift_fast.delta.delta import Delta
 
         return Delta.open(self.delta)
 

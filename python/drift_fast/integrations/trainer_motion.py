@@ -14,8 +14,8 @@ from typing import Any
 from transformers import TrainerCallback
 
 from drift_fast.errors import DriftError, DriftWarning
-from drift_fast.inject.motion import PlannedMotion
-from drift_fast.inject.strength import PerModule, number
+from drift_fast.inject.motion.motion import PlannedMotion
+from drift_fast.inject.strength.per_module import PerModule, number
 from drift_fast.inject.targets import DeltaLike, opened
 
 # Where the trainer's state, which every checkpoint holds, keeps that of the motion.

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
-from drift_fast.select import PRESETS, kind_of
+from drift_fast.names import kind_of
+from drift_fast.selection import PRESETS
 
 Weight = float | Mapping[str, float]
 

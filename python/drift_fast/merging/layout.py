@@ -15,14 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from drift_fast import _core
-from drift_fast.coverage import listed
+from drift_fast.alignment.coverage import listed
+from drift_fast.alignment.embeddings import TIED
+from drift_fast.alignment.layout import Shape
+from drift_fast.alignment.match import Pair
+from drift_fast.alignment.pairing import Pairing
+from drift_fast.checkpoints.opened import Opened, PathLike
 from drift_fast.errors import AlignmentError, CheckpointError, DriftWarning, NonFiniteError
-from drift_fast.layout import Shape
-from drift_fast.matching import Pair
-from drift_fast.pairing import Opened, Pairing, PathLike
-from drift_fast.recipe import OTHERWISE, Recipe
-from drift_fast.rows import TIED
-from drift_fast.select import Layers, Modules, Selection, kind_of, layer_of
+from drift_fast.merging.config import OTHERWISE, Recipe
+from drift_fast.names import kind_of, layer_of
+from drift_fast.selection import Layers, Modules, Selection
 
 # Whole numbers and truth values, as the format names them.
 _WHOLE = re.compile(r"[IU]\d+|BOOL")

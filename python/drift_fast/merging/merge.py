@@ -15,13 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from drift_fast import _core
-from drift_fast.backends import describe_sources
-from drift_fast.carryover import carried_over, warn_of_what_stays
-from drift_fast.coverage import Coverage
-from drift_fast.delta import warn_of_configurations
+from drift_fast.alignment.coverage import Coverage
+from drift_fast.alignment.embeddings import Rows
+from drift_fast.alignment.mapping import MappingLike, resolve
+from drift_fast.alignment.pairing import Pairing, fetch, pair_checkpoints, verify
+from drift_fast.checkpoints.opened import Opened, PathLike, open_checkpoint
+from drift_fast.delta.backends import describe_sources
+from drift_fast.delta.delta import warn_of_configurations
 from drift_fast.errors import AlignmentError
-from drift_fast.mapping import MappingLike, resolve
-from drift_fast.merge_plan import (
+from drift_fast.merging.config import Recipe, Weight
+from drift_fast.merging.layout import (
     DTYPES,
     LEFT_OUT_AS_TIED,
     MergedTensor,
@@ -29,20 +32,10 @@ from drift_fast.merge_plan import (
     refuse_in_place,
     selection_of,
 )
-from drift_fast.pairing import (
-    Opened,
-    Pairing,
-    PathLike,
-    fetch,
-    open_checkpoint,
-    pair_checkpoints,
-    verify,
-)
-from drift_fast.progress import Progress, ProgressCallback
-from drift_fast.recipe import Recipe, Weight
-from drift_fast.rows import Rows
-from drift_fast.select import Layers, Modules, Selection
-from drift_fast.storage import MEMORY, parse_size, thread_count
+from drift_fast.merging.side_files import carried_over, warn_of_what_stays
+from drift_fast.progress_bar import Progress, ProgressCallback
+from drift_fast.selection import Layers, Modules, Selection
+from drift_fast.sizes import MEMORY, parse_size, thread_count
 
 FORMAT_VERSION = 1
 # What `merge.json` may take for one tensor beside its names.

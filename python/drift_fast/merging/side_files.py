@@ -17,7 +17,7 @@ from drift_fast import _core
 from drift_fast.errors import CheckpointError, DriftWarning
 
 if TYPE_CHECKING:
-    from drift_fast.pairing import Opened
+    from drift_fast.checkpoints.opened import Opened
 
 _INDEX = "model.safetensors.index.json"
 # Far above what a tokenizer of a quarter of a million tokens takes.

@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from drift_fast.configuration import Configuration, Section
+from drift_fast.checkpoints.config_json import Configuration, Section
+from drift_fast.checkpoints.opened import PathLike, open_checkpoint
 from drift_fast.errors import CheckpointError, DriftError
-from drift_fast.facts import Fact, describe, read_headers
-from drift_fast.pairing import PathLike, open_checkpoint
-from drift_fast.select import Selection, is_other_modality, kind_of, layer_of
+from drift_fast.names import is_other_modality, kind_of, layer_of
+from drift_fast.preflight.facts import Fact, describe, read_headers
+from drift_fast.selection import Selection
 
 VISION = "vision tower and projector"
 OTHER = "other language parameters"

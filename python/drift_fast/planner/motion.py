@@ -15,7 +15,7 @@ from drift_fast.inject.predict import USEFUL, predict_progress, rms
 from drift_fast.inject.schedule import parse_schedule
 from drift_fast.planner.report import Figure, Origin
 from drift_fast.planner.training import Training
-from drift_fast.select import Selection
+from drift_fast.selection import Selection
 
 SECTION = "Motion along Δ (λ is 1 where weights have moved by all of Δ)"
 _FORMULA = "c(α)·Σlr/rms(Δ), c measured in a miniature of 0.8M parameters with AdamW and `adaptive`"
@@ -47,7 +47,7 @@ def size_of(delta: str | Path | None, given: float | None, selection: Selection)
         return Size(given, {}, "given")
     if delta is None:
         return None
-    from drift_fast.delta import Delta
+    from drift_fast.delta.delta import Delta
 
     rows = [row for row in Delta.open(delta).stats if row.name in selection]
     if not rows:

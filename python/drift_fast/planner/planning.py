@@ -10,15 +10,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from drift_fast.pairing import PathLike
+from drift_fast.checkpoints.opened import PathLike
 from drift_fast.planner import hours, motion, rates
 from drift_fast.planner.counts import VISION, Model, read_model
 from drift_fast.planner.memory import Memory, estimate
 from drift_fast.planner.report import Figure, Origin, TrainingPlan, sized
 from drift_fast.planner.training import Training, read_configuration
-from drift_fast.preflight import ITEMSIZE
-from drift_fast.select import Selection
-from drift_fast.storage import MEMORY, parse_size
+from drift_fast.preflight.check import ITEMSIZE
+from drift_fast.selection import Selection
+from drift_fast.sizes import MEMORY, parse_size
 
 # A change of the run, in the words of a user, and what it changes.
 _REMEDIES: tuple[tuple[str, dict[str, Any]], ...] = (

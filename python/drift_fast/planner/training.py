@@ -12,8 +12,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from drift_fast.dtypes import STORED_DTYPES
 from drift_fast.inject.schedule import parse_schedule
-from drift_fast.storage import STORED_DTYPES
 
 SHARDINGS = ("none", "ddp", "fsdp2", "zero1", "zero2", "zero3")
 OPTIMIZERS = ("adamw", "adamw8bit", "sgd")

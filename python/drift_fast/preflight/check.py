@@ -13,16 +13,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from drift_fast.compare import Finding, Side, compare
-from drift_fast.configuration import Configuration, printable
-from drift_fast.coverage import Coverage
+from drift_fast.alignment.coverage import Coverage
+from drift_fast.alignment.embeddings import Rows
+from drift_fast.alignment.mapping import MappingLike
+from drift_fast.alignment.pairing import Pairing, pair_checkpoints
+from drift_fast.checkpoints.config_json import Configuration, printable
+from drift_fast.checkpoints.opened import Opened, PathLike, open_checkpoint
+from drift_fast.dtypes import STORED_DTYPES
 from drift_fast.errors import AlignmentError, CoverageError
-from drift_fast.facts import STATED, Fact
-from drift_fast.mapping import MappingLike
-from drift_fast.pairing import Opened, Pairing, PathLike, open_checkpoint, pair_checkpoints
-from drift_fast.rows import Rows
-from drift_fast.select import Layers, Modules, Selection
-from drift_fast.storage import STORED_DTYPES, parse_size
+from drift_fast.preflight.facts import STATED, Fact
+from drift_fast.preflight.rules import Finding, Side, compare
+from drift_fast.selection import Layers, Modules, Selection
+from drift_fast.sizes import parse_size
 
 __all__ = ["Finding", "Plan", "Preflight", "check"]
 
@@ -262,7 +264,7 @@ def _download_nbytes(pairing: Pairing) -> int:
     for source, checkpoint, needed in opened:
         if source.remote is None:
             continue
-        from drift_fast.remote.sparse import SparseShard, merged, missing, nbytes_of
+        from drift_fast.checkpoints.remote.sparse import SparseShard, merged, missing, nbytes_of
 
         ranges: dict[Path, list[tuple[int, int]]] = {}
         for name in needed:

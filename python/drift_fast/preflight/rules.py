@@ -11,12 +11,21 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from drift_fast.configuration import Configuration
-from drift_fast.coverage import Coverage
-from drift_fast.facts import NAMES, STATED, Description, Fact, Headers, describe, read_headers
-from drift_fast.pairing import Opened
-from drift_fast.select import Selection, container_of, kind_of, layer_of
-from drift_fast.source import Source
+from drift_fast.alignment.coverage import Coverage
+from drift_fast.checkpoints.config_json import Configuration
+from drift_fast.checkpoints.opened import Opened
+from drift_fast.checkpoints.source import Source
+from drift_fast.names import container_of, kind_of, layer_of
+from drift_fast.preflight.facts import (
+    NAMES,
+    STATED,
+    Description,
+    Fact,
+    Headers,
+    describe,
+    read_headers,
+)
+from drift_fast.selection import Selection
 
 Severity = Literal["breaks", "note", "same"]
 

@@ -4,9 +4,9 @@
 what arrived, `shards` knows which files a checkpoint has, `url` and `hub` where it comes from.
 """
 
-from drift_fast.remote.checkpoint import RemoteCheckpoint, Transfer
-from drift_fast.remote.hub import open_hub
-from drift_fast.remote.sparse import default_cache
-from drift_fast.remote.url import open_url
+from drift_fast.checkpoints.remote.checkpoint import RemoteCheckpoint, Transfer
+from drift_fast.checkpoints.remote.hub import open_hub
+from drift_fast.checkpoints.remote.sparse import default_cache
+from drift_fast.checkpoints.remote.url import open_url
 
 __all__ = ["RemoteCheckpoint", "Transfer", "default_cache", "open_hub", "open_url"]

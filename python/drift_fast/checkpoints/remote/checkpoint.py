@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from drift_fast.errors import CheckpointError
-from drift_fast.remote.client import Client, Credentials, Range
-from drift_fast.remote.shards import is_plain_name
-from drift_fast.remote.sparse import (
+from drift_fast.checkpoints.remote.client import Client, Credentials, Range
+from drift_fast.checkpoints.remote.shards import is_plain_name
+from drift_fast.checkpoints.remote.sparse import (
     SparseShard,
     locked,
     merged,
@@ -26,12 +25,8 @@ from drift_fast.remote.sparse import (
     require_space,
     write_atomically,
 )
-from drift_fast.remote.transfer import (
-    RangesIgnored,
-    RemoteFile,
-    Sink,
-    run_together,
-)
+from drift_fast.checkpoints.remote.transfer import RangesIgnored, RemoteFile, Sink, run_together
+from drift_fast.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 

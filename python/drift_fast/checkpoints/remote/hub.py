@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from drift_fast import _core
-from drift_fast.errors import CheckpointError, DriftError
-from drift_fast.remote.checkpoint import RemoteCheckpoint
-from drift_fast.remote.client import (
+from drift_fast.checkpoints.remote.checkpoint import RemoteCheckpoint
+from drift_fast.checkpoints.remote.client import (
     RETRIED,
     Client,
     Credentials,
@@ -27,7 +26,7 @@ from drift_fast.remote.client import (
     retry_after,
     shown,
 )
-from drift_fast.remote.shards import (
+from drift_fast.checkpoints.remote.shards import (
     CONVERT,
     INDEX,
     PICKLES,
@@ -37,8 +36,9 @@ from drift_fast.remote.shards import (
     open_single,
     shard_names,
 )
-from drift_fast.remote.sparse import locked, make_directory
-from drift_fast.remote.transfer import Identity, RemoteFile, run_together
+from drift_fast.checkpoints.remote.sparse import locked, make_directory
+from drift_fast.checkpoints.remote.transfer import Identity, RemoteFile, run_together
+from drift_fast.errors import CheckpointError, DriftError
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 # What huggingface_hub sends its requests with, by version.

@@ -13,10 +13,10 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from drift_fast.checkpoints.remote.client import Client
+from drift_fast.checkpoints.remote.sparse import SparseShard, require_space, write_atomically
+from drift_fast.checkpoints.remote.transfer import RangesIgnored, RemoteFile, Sink, run_together
 from drift_fast.errors import CheckpointError
-from drift_fast.remote.client import Client
-from drift_fast.remote.sparse import SparseShard, require_space, write_atomically
-from drift_fast.remote.transfer import RangesIgnored, RemoteFile, Sink, run_together
 
 logger = logging.getLogger(__name__)
 

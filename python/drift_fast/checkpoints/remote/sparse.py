@@ -22,9 +22,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from drift_fast.checkpoints.remote.client import Range, Stopped
+from drift_fast.checkpoints.remote.transfer import Identity
 from drift_fast.errors import CheckpointError
-from drift_fast.remote.client import Range, Stopped
-from drift_fast.remote.transfer import Identity
 
 logger = logging.getLogger(__name__)
 

@@ -16,8 +16,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
-from drift_fast.errors import CheckpointError
-from drift_fast.remote.client import (
+from drift_fast.checkpoints.remote.client import (
     RETRIED,
     Answer,
     Client,
@@ -29,6 +28,7 @@ from drift_fast.remote.client import (
     retry_after,
     shown,
 )
+from drift_fast.errors import CheckpointError
 
 Sink = Callable[[int, bytes], object]
 

@@ -6,10 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
-from drift_fast.errors import CheckpointError
-from drift_fast.remote.checkpoint import RemoteCheckpoint
-from drift_fast.remote.client import Client, origin_of, shown
-from drift_fast.remote.shards import (
+from drift_fast.checkpoints.remote.checkpoint import RemoteCheckpoint
+from drift_fast.checkpoints.remote.client import Client, origin_of, shown
+from drift_fast.checkpoints.remote.shards import (
     CONVERT,
     INDEX,
     PICKLES,
@@ -19,8 +18,9 @@ from drift_fast.remote.shards import (
     open_indexed,
     open_single,
 )
-from drift_fast.remote.sparse import locked, make_directory
-from drift_fast.remote.transfer import Forbidden, RemoteFile
+from drift_fast.checkpoints.remote.sparse import locked, make_directory
+from drift_fast.checkpoints.remote.transfer import Forbidden, RemoteFile
+from drift_fast.errors import CheckpointError
 
 
 def open_url(url: str, *, cache: Path | None = None) -> RemoteCheckpoint:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from drift_fast.inject.arithmetic import shared_streams
+from drift_fast.inject.compute.arithmetic import shared_streams
 
 logger = logging.getLogger(__name__)
 

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from drift_fast.inject.arithmetic import Arithmetic, Sums, flattened
+from drift_fast.inject.compute.arithmetic import Arithmetic, Sums, flattened
 from drift_fast.inject.group import Group, Push, pick, put
-from drift_fast.inject.lora import Adapted, Factors
+from drift_fast.inject.lora.adapters import Adapted, Factors
 from drift_fast.inject.targets import Target
 
 logger = logging.getLogger(__name__)

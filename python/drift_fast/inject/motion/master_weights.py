@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from drift_fast.inject.pieces import Piece
+from drift_fast.inject.shards.base import Piece
 
 
 class Mastered:

@@ -17,30 +17,29 @@ from typing import Any
 import torch
 from torch import nn
 
+from drift_fast.alignment.mapping import MappingLike
 from drift_fast.errors import DriftError, DriftWarning
-from drift_fast.inject.arithmetic import flattened
 from drift_fast.inject.attachment import Attachment
-from drift_fast.inject.followed import EngineSteps, OptimizerSteps, parameters_of_optimizer
+from drift_fast.inject.compute.arithmetic import flattened
 from drift_fast.inject.injection import unwrap_optimizer
-from drift_fast.inject.loading import Loading, load_groups
-from drift_fast.inject.masters import Mastered, find_key
-from drift_fast.inject.pieces import Piece, Reduction, groups_of, pieces_of
-from drift_fast.inject.plan import Plan
-from drift_fast.inject.record import claim, disclaim, refuse_second
-from drift_fast.inject.residency import check_residency
-from drift_fast.inject.rounding import Thresholds, add_narrow, is_narrow
-from drift_fast.inject.schedule import ScheduleLike
-from drift_fast.inject.strength import PerModule, per_target
-from drift_fast.inject.targets import (
-    DeltaLike,
-    Target,
-    check_optimized,
-    find_targets,
-    opened,
+from drift_fast.inject.motion.master_weights import Mastered, find_key
+from drift_fast.inject.motion.optimizer_steps import (
+    EngineSteps,
+    OptimizerSteps,
+    parameters_of_optimizer,
 )
-from drift_fast.mapping import MappingLike
-from drift_fast.select import EVERYTHING, Layers, Modules, Selection, kind_of
-from drift_fast.storage import parse_size
+from drift_fast.inject.motion.plan import Plan
+from drift_fast.inject.motion.rounding import Thresholds, add_narrow, is_narrow
+from drift_fast.inject.placement.load import Loading, load_groups
+from drift_fast.inject.placement.stores import check_residency
+from drift_fast.inject.schedule import ScheduleLike
+from drift_fast.inject.shards.base import Piece, Reduction, groups_of, pieces_of
+from drift_fast.inject.strength.per_module import PerModule, per_target
+from drift_fast.inject.targets import DeltaLike, Target, check_optimized, find_targets, opened
+from drift_fast.inject.watchdog import claim, disclaim, refuse_second
+from drift_fast.names import kind_of
+from drift_fast.selection import EVERYTHING, Layers, Modules, Selection
+from drift_fast.sizes import parse_size
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +56,7 @@ class PlannedMotion(Attachment):
 
     A float32 weight moves by plain addition. A 16-bit weight moves through its float32 copy where
     the optimizer (or DeepSpeed) keeps one, and otherwise by increments that round so that none is
-    lost on average: see `drift_fast.inject.rounding`. Attach after the model was wrapped.
+    lost on average: see `drift_fast.inject.motion.rounding`. Attach after the model was wrapped.
 
     Args:
         model, delta, modules, layers, mapping, residency, prefetch, strict, min_coverage: as those
@@ -267,7 +266,7 @@ class PlannedMotion(Attachment):
         """Return what tells when the targets were stepped, and how their weights are reached."""
         parameters = [target.parameter for target in targets]
         if any(kind.__name__ == "DeepSpeedEngine" for kind in type(optimizer).__mro__):
-            from drift_fast.inject import zero
+            from drift_fast.inject.shards import zero
 
             inner = zero.optimizer_of(optimizer)
             if not isinstance(inner, torch.optim.Optimizer):

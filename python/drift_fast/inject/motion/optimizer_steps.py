@@ -139,7 +139,7 @@ class EngineSteps:
 
     def moved(self, *, done: bool) -> None:
         """Give every rank the weights that their owners moved."""
-        from drift_fast.inject import zero
+        from drift_fast.inject.shards import zero
 
         zero.publish(self.given)
 

@@ -10,9 +10,9 @@ from collections.abc import Mapping, Set
 from typing import Any
 
 from drift_fast.errors import DriftError
-from drift_fast.inject.saved import Saved, shown
+from drift_fast.inject.saved_state import Saved, shown
 from drift_fast.inject.schedule import ScheduleLike, parse_schedule
-from drift_fast.inject.strength import PerModule, plain
+from drift_fast.inject.strength.per_module import PerModule, plain
 
 _STATE_VERSION = 1
 

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from drift_fast.errors import DriftError, NonFiniteError
-from drift_fast.inject.arithmetic import (
+from drift_fast.inject.compute.arithmetic import (
     SMALL,
     Arithmetic,
     make_arithmetic,
@@ -25,9 +25,8 @@ from drift_fast.inject.arithmetic import (
     prepare,
 )
 from drift_fast.inject.group import Group
-from drift_fast.inject.lora_group import FactorGroup
-from drift_fast.inject.pieces import Piece, Reduction
-from drift_fast.inject.residency import (
+from drift_fast.inject.lora.group import FactorGroup
+from drift_fast.inject.placement.stores import (
     Held,
     OnDisk,
     Plain,
@@ -38,8 +37,9 @@ from drift_fast.inject.residency import (
     Store,
     choose,
 )
+from drift_fast.inject.shards.base import Piece, Reduction
 from drift_fast.inject.targets import DeltaLike, Recent, Target
-from drift_fast.select import layer_of
+from drift_fast.names import layer_of
 
 logger = logging.getLogger(__name__)
 

@@ -165,7 +165,7 @@ def parameters_of(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, tuple[i
     fsdp1 = any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
     shapes: dict[str, tuple[int, ...]] = {}
     if fsdp1:
-        from drift_fast.inject.fsdp1 import full_shapes
+        from drift_fast.inject.shards.fsdp1 import full_shapes
 
         shapes = full_shapes(model)
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -186,7 +186,7 @@ def pieces_of(
         DriftError: a parameter that is sharded in a way that is not supported.
     """
     if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
-        from drift_fast.inject import fsdp1
+        from drift_fast.inject.shards import fsdp1
 
         return fsdp1.pieces(list(names), list(parameters), model)
     return [_piece(*named) for named in zip(names, parameters, strict=True)]
@@ -196,7 +196,7 @@ def _piece(name: str, parameter: nn.Parameter) -> Piece:
     if hasattr(parameter, "device_mesh"):
         return Sharded(name, parameter)
     if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
-        from drift_fast.inject import zero
+        from drift_fast.inject.shards import zero
 
         return zero.piece(name, parameter)
     return Whole(parameter)

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 from drift_fast.errors import DriftError
-from drift_fast.inject.pieces import Piece, Whole
+from drift_fast.inject.shards.base import Piece, Whole
 
 
 def find_fsdp1(model: nn.Module) -> list[nn.Module]:

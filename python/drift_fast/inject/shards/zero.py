@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import nn
 
 from drift_fast.errors import DriftError
-from drift_fast.inject.pieces import Piece, Whole
+from drift_fast.inject.shards.base import Piece, Whole
 
 _PARTITIONED = "DeepSpeedZeroOptimizer"
 _FULLY_PARTITIONED = "DeepSpeedZeroOptimizer_Stage3"

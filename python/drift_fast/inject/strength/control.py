@@ -14,11 +14,11 @@ from typing import Any, Literal, get_args
 import torch
 
 from drift_fast.errors import DriftError, DriftWarning
-from drift_fast.inject.formula import check_alpha
-from drift_fast.inject.saved import Saved, first_difference, shown
+from drift_fast.inject.saved_state import Saved, first_difference, shown
 from drift_fast.inject.schedule import ScheduleLike, parse_schedule
-from drift_fast.inject.steering import Aim, AimState, Cap, Sets
-from drift_fast.inject.strength import (
+from drift_fast.inject.strength.controllers import Aim, AimState, Cap, Sets
+from drift_fast.inject.strength.formula import check_alpha
+from drift_fast.inject.strength.per_module import (
     LayerAlpha,
     PerModule,
     layer_factors,
@@ -27,7 +27,7 @@ from drift_fast.inject.strength import (
     plain,
     positive,
 )
-from drift_fast.select import kind_of
+from drift_fast.names import kind_of
 
 __all__ = ["CapBy", "Control", "LayerAlpha", "PerModule", "limit", "per_target"]
 

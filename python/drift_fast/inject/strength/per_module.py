@@ -1,6 +1,6 @@
 """What is stated about α and λ: one number, or numbers by module or by layer, for every target.
 
-Names alone decide, in the vocabulary of `drift_fast.select`. Whatever decides nothing is refused.
+Names alone decide, in the vocabulary of `drift_fast.names`. Whatever decides nothing is refused.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any, TypeAlias
 
-from drift_fast.inject.formula import check_alpha
-from drift_fast.select import Selection, layer_of
+from drift_fast.inject.strength.formula import check_alpha
+from drift_fast.names import layer_of
+from drift_fast.selection import Selection
 
 PerModule: TypeAlias = float | Mapping[str, float]
 LayerAlpha: TypeAlias = (

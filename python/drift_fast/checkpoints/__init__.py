@@ -1,0 +1,1 @@
+"""What is there: sources, files, headers and configurations; no weight is read."""

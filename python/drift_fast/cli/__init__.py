@@ -1,0 +1,1 @@
+"""The command `drift-fast`: one module a command."""

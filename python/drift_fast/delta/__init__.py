@@ -1,0 +1,1 @@
+"""The reasoning delta: computed, written, opened, combined and summarized."""

@@ -1,0 +1,1 @@
+"""Measure and subtract, on the host or on a device."""

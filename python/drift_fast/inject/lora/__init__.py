@@ -1,0 +1,1 @@
+"""Δ pulled back to the factors of an adapter."""

@@ -1,0 +1,1 @@
+"""Planned motion: moving weights along Δ beside the optimizer."""

@@ -1,0 +1,1 @@
+"""Where Δ lives while a model trains, and how it gets there."""

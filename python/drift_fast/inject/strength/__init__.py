@@ -1,0 +1,1 @@
+"""How strongly Δ is pushed: the formula, α, schedules and caps."""

@@ -1,0 +1,1 @@
+"""Ways into the training stacks; each module serves one of them."""

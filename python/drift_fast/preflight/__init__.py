@@ -1,0 +1,1 @@
+"""Whether two models fit each other, from configurations and headers."""

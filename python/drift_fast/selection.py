@@ -1,0 +1,140 @@
+"""Which tensors a user selects: `modules=` and `layers=`, parsed once and asked about names.
+
+Presets never select a vision or audio tower or a projector, whatever its tensors are called; a
+pattern given as `re:…` selects what it matches.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+from drift_fast.names import MODULE_KINDS, is_other_modality, kind_of, layer_of
+
+Modules = str | Sequence[str]
+Layers = str | int | Iterable[int] | None
+
+PRESETS = (*MODULE_KINDS, "all")
+
+# The pattern that every name matches: what an injection takes when no modules are named.
+EVERYTHING = "re:.*"
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Modules and layers, ready to be asked about names."""
+
+    modules: tuple[str, ...]
+    layers: tuple[range, ...] | None
+
+    @classmethod
+    def parse(cls, modules: Modules, layers: Layers) -> Selection:
+        """Check and normalise what a user gives.
+
+        `modules` is one or several of the presets `attn`, `mlp`, `norm`, `embed`, `head`, `all`, or
+        `re:` and a regular expression searched in the name. `layers` is a number, a range or other
+        iterable of numbers, or text such as "0-3,8"; None is all, and tensors outside the layers
+        (embeddings, head) are then included where their module is.
+
+        Raises:
+            ValueError: an unknown preset, a pattern that does not compile, an empty or malformed
+                range of layers.
+        """
+        given = (modules,) if isinstance(modules, str) else tuple(modules)
+        for item in given:
+            if not isinstance(item, str):
+                raise ValueError(f"a module must be a preset or re:…, got {item!r}")
+        names = tuple(part.strip() for item in given for part in _split(item))
+        if not names:
+            raise ValueError("modules is empty; name at least one of " + ", ".join(PRESETS))
+        for name in names:
+            if name == "re:":
+                raise ValueError("the pattern after re: is empty; write modules='all' or re:.*")
+            if name.startswith("re:"):
+                try:
+                    re.compile(name[3:])
+                except re.error as error:
+                    raise ValueError(f"the pattern {name!r} does not compile: {error}") from error
+            elif name not in PRESETS:
+                raise ValueError(
+                    f"unknown module preset {name!r}; expected one of {', '.join(PRESETS)}, "
+                    "or a regular expression written re:…"
+                )
+        return cls(names, _parse_layers(layers))
+
+    def check_layers(self, names: Iterable[str]) -> None:
+        """Refuse layers that none of `names` lies in.
+
+        Raises:
+            ValueError: a selected layer that is not there, with those that are.
+        """
+        present = {layer for name in names if (layer := layer_of(name)) is not None}
+        # A range may be far longer than any model is deep, so it is not spelled out.
+        absent = [
+            layer
+            for layers in self.layers or ()
+            for layer in islice((layer for layer in layers if layer not in present), 8)
+        ]
+        if absent:
+            raise ValueError(
+                f"there is no layer {', '.join(map(str, absent[:8]))}: the {len(present)} layers "
+                f"are {min(present, default=0)} to {max(present, default=0)}"
+            )
+
+    def __contains__(self, name: str) -> bool:
+        if self.layers is not None:
+            layer = layer_of(name)
+            if layer is None or not any(layer in layers for layers in self.layers):
+                return False
+        return any(self._matches(module, name) for module in self.modules)
+
+    @staticmethod
+    def _matches(module: str, name: str) -> bool:
+        if module.startswith("re:"):
+            return re.search(module[3:], name) is not None
+        if module == "all":
+            return not is_other_modality(name)
+        return kind_of(name) == module
+
+    def __str__(self) -> str:
+        text = f"modules={','.join(self.modules)}"
+        if self.layers is None:
+            return text
+        spans = (f"{r[0]}-{r[-1]}" if len(r) > 1 else str(r[0]) for r in self.layers)
+        return f"{text} layers={','.join(spans)}"
+
+
+def _split(item: str) -> list[str]:
+    # A comma separates presets on the command line, but may be part of a pattern.
+    return [item] if item.startswith("re:") else item.split(",")
+
+
+def _parse_layers(layers: Layers) -> tuple[range, ...] | None:
+    if layers is None:
+        return None
+    if isinstance(layers, int):
+        layers = (layers,)
+    spans = []
+    if isinstance(layers, str):
+        for part in layers.split(","):
+            found = re.fullmatch(r"\s*(\d{1,18})\s*(?:-\s*(\d{1,18})\s*)?", part)
+            if not found:
+                raise ValueError(f"layers must look like '0-3,8', got {layers!r}")
+            first, last = int(found[1]), int(found[2] or found[1])
+            if last < first:
+                raise ValueError(f"the range of layers {part.strip()!r} runs backwards")
+            spans.append(range(first, last + 1))
+    elif isinstance(layers, range):
+        spans = [layers] if len(layers) else []
+        if spans and min(layers[0], layers[-1]) < 0:
+            raise ValueError(f"a layer must be a non-negative integer, got {layers!r}")
+    else:
+        for layer in layers:
+            if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
+                raise ValueError(f"a layer must be a non-negative integer, got {layer!r}")
+            spans.append(range(layer, layer + 1))
+    if not spans:
+        raise ValueError("layers is empty; leave it out for every layer")
+    return tuple(spans)

@@ -1,0 +1,37 @@
+"""Sizes given as text, and how much of the machine a stream may take unless stated."""
+
+from __future__ import annotations
+
+import os
+import re
+
+# What buffers take in all, unless told otherwise.
+MEMORY = "64MB"
+
+
+def thread_count(threads: int | None) -> int:
+    """Return the number of threads, by default that of the processors this process may use."""
+    if threads is None:
+        affinity = getattr(os, "sched_getaffinity", None)
+        return len(affinity(0)) if affinity else os.cpu_count() or 1
+    if threads < 1:
+        raise ValueError(f"threads must be at least 1, got {threads}")
+    return threads
+
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_size(size: int | str) -> int:
+    """Return bytes from a number or from text such as "500MB" or "4GiB".
+
+    Raises:
+        ValueError: neither, or not positive.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(size))
+    if found is None or found[2].upper() not in _UNITS:
+        raise ValueError(f"a size must look like 5000000, '500MB' or '4GiB', got {size!r}")
+    nbytes = int(float(found[1]) * _UNITS[found[2].upper()])
+    if nbytes < 1:
+        raise ValueError(f"a size must be positive, got {size!r}")
+    return nbytes
