@@ -4,8 +4,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := pyproject.toml Cargo.toml Cargo.lock $(shell find rust -name '*.rs' -o -name Cargo.toml)
 
-OLDEST_TESTS := $(addprefix tests/test_,$(addsuffix .py,families alignment trainer injection_names \
-	hub remote remote_delta))
+OLDEST_TESTS := $(addprefix tests/,alignment/test_families.py alignment/test_alignment.py \
+	checkpoints/test_hub.py checkpoints/test_remote.py delta/test_remote_delta.py \
+	inject/test_injection_names.py integrations/test_trainer.py)
 
 .PHONY: demo test test-slow test-oldest test-wheel families parity lint bench reproduce \
 	reproduce-full format clean

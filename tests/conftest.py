@@ -12,7 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from synthetic import Pair, write_pair
+from support.synthetic import Pair, write_pair
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -19,7 +19,7 @@ import torch
 from safetensors import safe_open
 
 from drift_fast import AlignmentError, CoverageError, Delta, compute_delta, inspect
-from synthetic import (
+from support.synthetic import (
     Errors,
     Stored,
     everything_under,

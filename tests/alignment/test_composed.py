@@ -19,7 +19,7 @@ import torch
 
 import drift_fast
 from drift_fast import AlignmentError, CheckpointError, Delta, compute_delta, inspect
-from synthetic import (
+from support.synthetic import (
     Stored,
     cosine,
     moved,

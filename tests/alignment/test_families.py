@@ -18,7 +18,7 @@ from torch import nn
 import drift_fast
 from drift_fast import AlignmentError, CoverageError
 from drift_fast.cli.main import main
-from families import (
+from support.families import (
     FAMILIES,
     LAYERS,
     Family,
@@ -40,7 +40,7 @@ BY_SLUG = {family.slug: family for family in FAMILIES}
 ALIGNED = [family for family in FAMILIES if family.expected == "aligned"]
 REFUSED = [family for family in FAMILIES if family.expected == "refused"]
 EVERYTHING: dict[str, Any] = {"modules": "all", "rows": "index", "dtype": "float32"}
-TABLE = Path(__file__).parent.parent / "docs" / "families.md"
+TABLE = Path(__file__).parents[2] / "docs" / "families.md"
 
 
 class Case:

@@ -17,7 +17,7 @@ import drift_fast
 from drift_fast import AlignmentError, CoverageError, DriftWarning, align, compute_delta, inspect
 from drift_fast.alignment.mapping import read_map
 from drift_fast.cli.main import main
-from synthetic import (
+from support.synthetic import (
     Pair,
     Stored,
     language_model,

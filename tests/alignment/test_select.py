@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from drift_fast import DriftError, compute_delta, inspect
-from synthetic import Pair, everything_under, refused, write_pair
+from support.synthetic import Pair, everything_under, refused, write_pair
 
 LM = "model.language_model."
 ATTENTION = {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"}

@@ -23,7 +23,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from drift_fast import CheckpointError, CoverageError
 from drift_fast.alignment.vocabulary import RowMap, Vocabulary, match_rows, read_vocabulary
-from synthetic import refused
+from support.synthetic import refused
 
 SENTENCES = [
     "the quick brown fox jumps over the lazy dog",

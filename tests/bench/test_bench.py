@@ -37,7 +37,7 @@ from drift_fast.bench.pair import Pair, make_pair
 from drift_fast.bench.results import Results, Row, above_baseline_of
 from drift_fast.bench.suite import Session
 from drift_fast.cli.main import main
-from synthetic import refused, round_once
+from support.synthetic import refused, round_once
 
 LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 NO_RIVALS = tuple(f"--without={name}" for name in commands.RIVALS)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-BENCHES = Path(__file__).parents[1] / "benches"
+BENCHES = Path(__file__).parents[2] / "benches"
 ERROR = r"\| {} \| 2 \| \d\.\de-0[6-9] \| \d\.\de-0[6-9] \| \d\.\de-0[6-9] \|"
 
 

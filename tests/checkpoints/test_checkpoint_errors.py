@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 
 import drift_fast
 from drift_fast import CheckpointError, NonFiniteError, compute_delta, inspect
-from synthetic import (
+from support.synthetic import (
     Errors,
     Pair,
     Stored,

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from synthetic import Pair, language_model, moved, write_checkpoint, write_file
+from support.synthetic import Pair, language_model, moved, write_checkpoint, write_file
 
 FIRST, SECOND = "1" * 40, "2" * 40
 

@@ -35,8 +35,8 @@ from drift_fast.checkpoints.remote import (
 )
 from drift_fast.checkpoints.remote.hub import open_hub
 from drift_fast.errors import CheckpointError, DriftError
-from range_server import Content, Fault, HubServer, RangeServer, etag_of
-from synthetic import refused
+from support.range_server import Content, Fault, HubServer, RangeServer, etag_of
+from support.synthetic import refused
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

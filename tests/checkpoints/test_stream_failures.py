@@ -17,7 +17,7 @@ import pytest
 
 from drift_fast import CheckpointError, _core, compute_delta, inspect
 from drift_fast.progress_bar import Progress
-from synthetic import everything_under, round_once, stored_bits, write_file, write_sparse
+from support.synthetic import everything_under, round_once, stored_bits, write_file, write_sparse
 
 MEGABYTE = 1 << 20
 

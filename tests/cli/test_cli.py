@@ -22,7 +22,7 @@ import pytest
 
 import drift_fast
 from drift_fast import Delta
-from synthetic import Pair, contents, everything_under, stored, write_file, write_sparse
+from support.synthetic import Pair, contents, everything_under, stored, write_file, write_sparse
 
 PROGRAM = [sys.executable, "-m", "drift_fast"]
 

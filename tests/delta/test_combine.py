@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 import drift_fast
 from drift_fast import CoverageError, Delta, compute_delta
 from drift_fast.delta.combine import Combined, combine
-from injection_models import Backbone, delta_towards, train
-from synthetic import Pair, refused, round_once, write_pair
+from support.injection_models import Backbone, delta_towards, train
+from support.synthetic import Pair, refused, round_once, write_pair
 
 
 class Tensors:

@@ -20,7 +20,7 @@ import drift_fast
 from drift_fast import CheckpointError, Delta, NonFiniteError, compute_delta
 from drift_fast.cli.main import main
 from drift_fast.delta.combine import combine
-from synthetic import (
+from support.synthetic import (
     FLOAT_DTYPES,
     Stored,
     awkward_operands,
@@ -35,7 +35,7 @@ from synthetic import (
 
 KINDS = ("float8_e4m3", "int8")
 NAME = "model.layers.0.self_attn.q_proj.weight"
-FORMAT = Path(__file__).parent.parent / "docs" / "format.md"
+FORMAT = Path(__file__).parents[2] / "docs" / "format.md"
 
 # Values of the 127 finite E4M3 codes without a sign, by the format's definition.
 E4M3 = np.array(

@@ -23,7 +23,7 @@ from safetensors import safe_open
 
 import drift_fast
 from drift_fast import Delta, compute_delta, inspect
-from synthetic import (
+from support.synthetic import (
     EXPONENT_AND_MANTISSA_NBITS,
     FLOAT_DTYPES,
     OUTPUT_DTYPES,
@@ -748,7 +748,7 @@ def test_an_unknown_name_is_a_key_error_as_in_any_mapping(pair: Pair) -> None:
 
 def test_two_text_models_give_the_prior2_form_under_the_base_names(tmp_path: Path) -> None:
     rng = np.random.default_rng(9)
-    from synthetic import language_model, moved
+    from support.synthetic import language_model, moved
 
     base = language_model(rng)
     expert = moved(rng, base, to="model.")

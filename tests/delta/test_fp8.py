@@ -16,7 +16,7 @@ import torch
 from drift_fast import AlignmentError, CheckpointError, NonFiniteError, compute_delta, inspect
 from drift_fast.alignment.report import align
 from drift_fast.preflight.check import check
-from synthetic import (
+from support.synthetic import (
     Pair,
     Stored,
     refused,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from synthetic import write_sparse
+from support.synthetic import write_sparse
 
 MEGABYTE = 1_000_000
 LIMIT_NBYTES = 100 * MEGABYTE

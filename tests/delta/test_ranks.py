@@ -21,9 +21,9 @@ import pytest
 from drift_fast import CheckpointError, Delta, DriftError, NonFiniteError, compute_delta
 from drift_fast.delta.parallel import balance, identify, parse_ranks
 from drift_fast.delta.rendezvous import Group
-from synthetic import Pair, everything_under, refused, write_pair
+from support.synthetic import Pair, everything_under, refused, write_pair
 
-WORKER = Path(__file__).with_name("rank_worker.py")
+WORKER = Path(__file__).parents[1] / "support" / "rank_worker.py"
 # Two layers of such tensors are 8 shards.
 SHARD = 400
 LAUNCHERS = {

@@ -16,8 +16,8 @@ import pytest
 from drift_fast import CheckpointError, Delta, compute_delta, inspect
 from drift_fast.cli.main import main
 from drift_fast.merging.merge import merge
-from range_server import HubServer, RangeServer
-from synthetic import Pair, contents, language_model, moved, vision_tower, write_checkpoint
+from support.range_server import HubServer, RangeServer
+from support.synthetic import Pair, contents, language_model, moved, vision_tower, write_checkpoint
 
 FIRST, SECOND = "1" * 40, "2" * 40
 TOKEN = "hf_" + "t" * 34

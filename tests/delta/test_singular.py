@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from drift_fast import Delta, cli, compute_delta, inspect
-from synthetic import refused, round_once, stored_bits, write_file
+from support.synthetic import refused, round_once, stored_bits, write_file
 
 EVERYTHING: dict[str, Any] = {"modules": "re:.*", "check_weights": False, "rows": "index"}
 # The sketch of a matrix holds a few hundred numbers for each of its columns.

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from drift_fast import Delta, _core, cli, compute_delta, inspect
-from synthetic import (
+from support.synthetic import (
     FLOAT_DTYPES,
     Stored,
     contents,

@@ -13,7 +13,7 @@ import pytest
 
 from drift_fast.integrations.settings import Settings
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 NEEDS = {
     "lora": ["peft", "accelerate"],
     "qlora": ["peft", "accelerate", "bitsandbytes"],

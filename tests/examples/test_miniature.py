@@ -19,7 +19,7 @@ import pytest
 if any(importlib.util.find_spec(name) is None for name in ("peft", "accelerate", "sklearn")):
     pytest.skip("the miniature needs peft, accelerate and sklearn", allow_module_level=True)
 
-HERE = Path(__file__).parent.parent / "examples" / "miniature"
+HERE = Path(__file__).parents[2] / "examples" / "miniature"
 OWN = (
     "choosing",
     "figures",

@@ -30,7 +30,7 @@ from drift_fast.cli.main import main as drift_fast_command
 from drift_fast.inject.telemetry import append_rows
 from drift_fast.integrations.settings import Settings
 
-RECIPE = Path(__file__).parent.parent / "examples" / "qwen2_5_vl_7b"
+RECIPE = Path(__file__).parents[2] / "examples" / "qwen2_5_vl_7b"
 # Each attention has four weights and three biases.
 LAYERS, TARGETS = 2, 14
 # And each MLP three weights.
@@ -353,7 +353,7 @@ def test_two_processes_train_under_the_recipes_launch_files(
             "2",
         ],
     }[launcher]
-    script = [str(Path(__file__).with_name("recipe_on_cpu.py"))] if wrapped else []
+    script = [str(Path(__file__).parents[1] / "support" / "recipe_on_cpu.py")] if wrapped else []
     injected, plain = tmp_path / "injected", tmp_path / "plain"
     for out in (injected, plain):
         changes: dict[str, Any] = {"num_train_epochs": 1}
@@ -453,7 +453,8 @@ def test_the_llamafactory_configuration_trains_in_llamafactory_itself(
     launcher = []
     if processes > 1:
         launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        launcher += [str(Path(__file__).with_name("recipe_on_cpu.py"))] if wrapped else ["-m"]
+        worker = Path(__file__).parents[1] / "support" / "recipe_on_cpu.py"
+        launcher += [str(worker)] if wrapped else ["-m"]
     # What LLaMA-Factory's own command starts, and what stands in its place.
     runs = {
         "plain": ("llamafactory.launcher", tmp_path / "plain.yaml", {}),

@@ -23,7 +23,7 @@ from drift_fast import DriftError
 from drift_fast.inject import schedule
 from drift_fast.inject.strength.control import Control, limit
 from drift_fast.inject.strength.per_module import per_target
-from synthetic import refused
+from support.synthetic import refused
 
 LAYERS = 4
 INSIDE = ("self_attn.q_proj.weight", "self_attn.q_proj.bias", "mlp.up_proj.weight")

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-import sharded_workers
-from sharded_workers import launch
+from support import sharded_workers
+from support.sharded_workers import launch
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "clipped": {"clip": 0.5},

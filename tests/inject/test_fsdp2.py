@@ -28,7 +28,7 @@ from torch import nn
 
 from drift_fast import Delta, Injection
 from drift_fast.inject.shards.base import Sharded
-from injection_models import Backbone, delta_towards, regression_batch, regression_loss
+from support.injection_models import Backbone, delta_towards, regression_batch, regression_loss
 
 Report = dict[str, Any]
 SCALES = ("absolute", "gradnorm", "adaptive", "project")

@@ -20,8 +20,8 @@ import torch
 from hypothesis import Phase, given, settings
 
 import drift_fast
-import reference
-from injection_models import (
+from support import reference
+from support.injection_models import (
     ARITHMETIC,
     Backbone,
     arithmetic,
@@ -31,7 +31,7 @@ from injection_models import (
     regression_loss,
     write_checkpoint,
 )
-from reference import assert_follows_reference
+from support.reference import assert_follows_reference
 
 # --- the restatement itself -------------------------------------------------------------------
 

@@ -16,8 +16,8 @@ import pytest
 import torch
 
 import drift_fast
-import reference
-from injection_models import (
+from support import reference
+from support.injection_models import (
     Backbone,
     delta_towards,
     gradients_of,
@@ -28,7 +28,7 @@ from injection_models import (
     tiny_qwen2,
     weights_of,
 )
-from reference import assert_follows_reference
+from support.reference import assert_follows_reference
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

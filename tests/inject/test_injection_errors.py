@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import drift_fast
-from injection_models import (
+from support.injection_models import (
     Backbone,
     delta_towards,
     gradients_of,

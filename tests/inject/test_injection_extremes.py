@@ -14,8 +14,8 @@ import pytest
 import torch
 
 import drift_fast
-import reference
-from injection_models import (
+from support import reference
+from support.injection_models import (
     Backbone,
     arithmetic,
     delta_towards,
@@ -24,7 +24,7 @@ from injection_models import (
     regression_loss,
     single_target,
 )
-from reference import assert_follows_reference
+from support.reference import assert_follows_reference
 
 
 @pytest.fixture(autouse=True, params=["host", "device"])

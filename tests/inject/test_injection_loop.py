@@ -15,8 +15,8 @@ import pytest
 import torch
 
 import drift_fast
-import reference
-from injection_models import (
+from support import reference
+from support.injection_models import (
     Backbone,
     delta_towards,
     gradients_of,
@@ -25,7 +25,7 @@ from injection_models import (
     train,
     weights_of,
 )
-from reference import assert_follows_reference
+from support.reference import assert_follows_reference
 
 
 def relative_difference(found: torch.Tensor, expected: Any) -> float:

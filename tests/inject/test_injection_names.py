@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 
 import drift_fast
-import reference
-from injection_models import (
+from support import reference
+from support.injection_models import (
     TEXT_TARGETS,
     gradients_of,
     language_targets,
@@ -27,7 +27,7 @@ from injection_models import (
     tiny_qwen2,
     tiny_qwen2_5_vl,
 )
-from reference import assert_follows_reference
+from support.reference import assert_follows_reference
 
 FAMILIES: list[tuple[str, Callable[..., torch.nn.Module]]] = [
     ("llava", tiny_llava),

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import drift_fast
-import reference
-from injection_models import (
+from support import reference
+from support.injection_models import (
     Backbone,
     delta_towards,
     single_target,

@@ -15,8 +15,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import drift_fast
-import reference
-from injection_models import (
+from support import reference
+from support.injection_models import (
     Backbone,
     arithmetic,
     delta_towards,

@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 import drift_fast
-import reference
-from injection_models import (
+from support import reference
+from support.injection_models import (
     ARITHMETIC,
     ATTENTION,
     MLP,
@@ -38,7 +38,7 @@ from injection_models import (
     tiny_qwen2_5_vl,
     weights_of,
 )
-from reference import Array, exact
+from support.reference import Array, exact
 
 peft = pytest.importorskip("peft")
 

@@ -19,8 +19,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import drift_fast
-import reference
-from injection_models import (
+from support import reference
+from support.injection_models import (
     Backbone,
     delta_towards,
     gradients_of,

@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 import drift_fast
-import reference
 from drift_fast.inject.motion.motion import PlannedMotion
-from injection_models import (
+from support import reference
+from support.injection_models import (
     ARITHMETIC,
     Backbone,
     arithmetic,
@@ -28,7 +28,7 @@ from injection_models import (
     regression_loss,
     weights_of,
 )
-from motion_workers import Fixed
+from support.motion_workers import Fixed
 
 LAMBDAS = {"attn": 0.8, "mlp": 1.25}
 STEPS = 40
@@ -691,7 +691,7 @@ def test_a_delta_that_is_not_finite_is_refused(model: Backbone) -> None:
 
 def test_a_model_with_adapters_is_refused_with_a_remedy(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
-    from injection_models import tiny_qwen2
+    from support.injection_models import tiny_qwen2
 
     model: Any = tiny_qwen2()
     delta = delta_towards(tmp_path, model)
@@ -705,8 +705,8 @@ def test_a_model_with_adapters_is_refused_with_a_remedy(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    from motion_workers import backbone, fsdp2
-    from sharded_workers import launch
+    from support.motion_workers import backbone, fsdp2
+    from support.sharded_workers import launch
 
     folder = tmp_path_factory.mktemp("sharded")
     delta = folder / "delta"
@@ -722,7 +722,7 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
 def test_two_processes_end_where_one_does(
     sharded: tuple[Path, Any], dtype: torch.dtype, lr: float
 ) -> None:
-    from motion_workers import PLAN, backbone, train
+    from support.motion_workers import PLAN, backbone, train
 
     folder, reports = sharded
     label = str(dtype).removeprefix("torch.")
@@ -763,8 +763,8 @@ ENGINES: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def engines(tmp_path_factory: pytest.TempPathFactory) -> Any:
     pytest.importorskip("deepspeed")
-    from motion_workers import deepspeed
-    from sharded_workers import launch
+    from support.motion_workers import deepspeed
+    from support.sharded_workers import launch
 
     jobs: dict[str, Any] = {name: (deepspeed, (options,)) for name, options in ENGINES.items()}
     return launch(tmp_path_factory.mktemp("engines"), jobs, processes=2)

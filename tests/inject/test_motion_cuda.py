@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import reference
 from drift_fast.inject.motion.motion import PlannedMotion
-from injection_models import Backbone, delta_towards, weights_of
+from support import reference
+from support.injection_models import Backbone, delta_towards, weights_of
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

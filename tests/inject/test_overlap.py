@@ -18,7 +18,7 @@ import drift_fast
 from drift_fast import DriftError, Injection
 from drift_fast.inject.compute.arithmetic import SMALL, HostArithmetic
 from drift_fast.inject.overlap import Overlap
-from injection_models import (
+from support.injection_models import (
     Backbone,
     arithmetic,
     delta_towards,

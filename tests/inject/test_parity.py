@@ -20,7 +20,7 @@ from parity.world import NONE, SCALES, World
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-TABLE = Path(__file__).parent.parent / "docs" / "parity.md"
+TABLE = Path(__file__).parents[2] / "docs" / "parity.md"
 FAST = [stack for stack in STACKS if stack.fast]
 SLOW = [stack for stack in STACKS if not stack.fast]
 # Both kinds of arithmetic: whole tensors, and shards with sums over processes.

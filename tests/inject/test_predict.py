@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import drift_fast
 from drift_fast.inject.predict import Forecast, predict_progress, rms
-from synthetic import refused
+from support.synthetic import refused
 
 
 @pytest.mark.parametrize(

@@ -58,8 +58,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 import drift_fast
-import reference
-from injection_models import (
+from support import reference
+from support.injection_models import (
     ARITHMETIC,
     Backbone,
     arithmetic,
@@ -74,9 +74,9 @@ from injection_models import (
 def test_every_test_that_the_table_names_exists() -> None:
     named = re.findall(r"(test_\w+\.py)::(test_\w+)", __doc__ or "")
     assert len(named) > 20
-    folder = Path(__file__).parent
+    files = {path.name: path for path in Path(__file__).parents[1].rglob("test_*.py")}
     for file, name in named:
-        assert f"def {name}(" in (folder / file).read_text(encoding="utf-8"), f"{file}::{name}"
+        assert f"def {name}(" in files[file].read_text(encoding="utf-8"), f"{file}::{name}"
 
 
 # --- hooks that are attached to nothing ---------------------------------------------------------

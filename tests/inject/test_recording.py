@@ -14,9 +14,9 @@ import pytest
 import torch
 
 import drift_fast
-import reference
 from drift_fast.inject.compute.cuda_graphs import Recordings
-from injection_models import delta_towards, gradients_of, text_batch, tiny_qwen2
+from support import reference
+from support.injection_models import delta_towards, gradients_of, text_batch, tiny_qwen2
 
 CPU = torch.device("cpu")
 on_a_device = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

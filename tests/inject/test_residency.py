@@ -25,7 +25,7 @@ from drift_fast import DriftError, Injection, NonFiniteError
 from drift_fast.inject.compute.arithmetic import SMALL, HostArithmetic
 from drift_fast.inject.placement import stores as residency
 from drift_fast.inject.placement.stores import BLOCK, OnDisk, Plain, Quantised, Ring, choose
-from injection_models import (
+from support.injection_models import (
     Backbone,
     arithmetic,
     delta_towards,

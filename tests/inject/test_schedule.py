@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from drift_fast.inject import schedule
 from drift_fast.inject.schedule import Schedule, parse_schedule
-from synthetic import refused
+from support.synthetic import refused
 
 
 def factors(given_schedule: Any, total: int) -> list[float]:

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-import sharded_workers
-from sharded_workers import launch
+from support import sharded_workers
+from support.sharded_workers import launch
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed"

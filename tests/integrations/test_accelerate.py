@@ -19,8 +19,8 @@ import pytest
 import torch
 
 import drift_fast
-import reference
-from injection_models import Backbone, delta_towards, regression_batch, regression_loss
+from support import reference
+from support.injection_models import Backbone, delta_towards, regression_batch, regression_loss
 
 accelerate = pytest.importorskip("accelerate")
 
@@ -163,7 +163,7 @@ import json, sys
 sys.path[:0] = [{tests!r}]
 import test_accelerate as t
 import drift_fast
-from injection_models import Backbone
+from support.injection_models import Backbone
 delta = drift_fast.Delta.open({delta!r}) if {injected} else None
 found = t.one_epoch(Backbone(), delta, clip={clip!r})
 from accelerate.state import PartialState
@@ -183,7 +183,7 @@ def test_two_processes_inject_into_the_reduced_gradient(
         out, script = tmp_path / "found.json", tmp_path / "run.py"
         script.write_text(
             SCRIPT.format(
-                tests=str(Path(__file__).parent),
+                tests=str(Path(__file__).parents[1]),
                 delta=str(tmp_path / "delta"),
                 injected=injected,
                 clip=clip,

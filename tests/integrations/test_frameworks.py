@@ -24,10 +24,9 @@ import pytest
 import torch
 
 import drift_fast
-import framework_runs
-import reference
 from drift_fast.integrations.settings import Settings, known_options
-from injection_models import (
+from support import framework_runs, reference
+from support.injection_models import (
     Backbone,
     delta_towards,
     moved_text,
@@ -477,7 +476,7 @@ def test_a_step_of_the_real_framework_is_injected_then_clipped(
         pytest.skip(f"{PACKAGES[framework]} is not installed; its interface is tested above")
     from safetensors.torch import load_file
 
-    examples = Path(__file__).parent.parent / "examples"
+    examples = Path(__file__).parents[2] / "examples"
     images = framework.endswith("_images")
     prepare = (PREPARE_IMAGES if images else PREPARE).format(
         folder=str(examples), out=str(tmp_path)
@@ -526,9 +525,9 @@ def test_a_step_of_verls_own_engine_is_injected_then_clipped(tmp_path: Path) -> 
         pytest.skip("verl is not installed; its interface is tested above")
     delta_towards(tmp_path, Backbone(), out=tmp_path / "delta")
     (tmp_path / "drift.json").write_text(json.dumps({"delta": "delta", **OPTIONS}))
-    script = Path(__file__).with_name("framework_verl.py")
     done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path)],
+        [sys.executable, "-m", "support.framework_verl", str(tmp_path)],
+        cwd=Path(__file__).parents[1],
         env=dict(
             os.environ,
             OMP_NUM_THREADS="1",

@@ -21,8 +21,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import DataLoader, TensorDataset
 
 import drift_fast
-import reference
-from injection_models import Backbone, delta_towards, regression_batch
+from support import reference
+from support.injection_models import Backbone, delta_towards, regression_batch
 
 pytest.importorskip("lightning.pytorch")
 
@@ -460,7 +460,7 @@ import json, sys
 sys.path[:0] = [{tests!r}]
 import torch, lightning.pytorch as pl
 import test_lightning as t
-from injection_models import Backbone
+from support.injection_models import Backbone
 from drift_fast.integrations.lightning import DriftCallback
 network = Backbone()
 module = t.Module(network)
@@ -487,7 +487,7 @@ def test_two_processes_inject_into_the_reduced_gradient(
         script = tmp_path / f"run_{injected}.py"
         script.write_text(
             DDP.format(
-                tests=str(Path(__file__).parent),
+                tests=str(Path(__file__).parents[1]),
                 delta=str(tmp_path / "delta"),
                 injected=injected,
                 out=str(out),

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 import drift_fast
-import reference
-from injection_models import moved_text, saved, tiny_qwen2, weights_of
+from support import reference
+from support.injection_models import moved_text, saved, tiny_qwen2, weights_of
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")

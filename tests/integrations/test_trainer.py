@@ -15,8 +15,8 @@ import pytest
 import torch
 
 import drift_fast
-import reference
-from injection_models import (
+from support import reference
+from support.injection_models import (
     TEXT_TARGETS,
     Backbone,
     language_targets,

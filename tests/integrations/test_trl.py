@@ -14,8 +14,8 @@ import pytest
 import torch
 
 import drift_fast
-import reference
-from injection_models import language_targets, moved_text, saved, tiny_qwen2
+from support import reference
+from support.injection_models import language_targets, moved_text, saved, tiny_qwen2
 
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")

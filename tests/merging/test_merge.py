@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 import drift_fast
-import merge_reference
 from drift_fast import AlignmentError, CheckpointError, CoverageError, NonFiniteError
 from drift_fast.merging.merge import merge
-from synthetic import (
+from support import merge_reference
+from support.synthetic import (
     BITS_DTYPE,
     Stored,
     contents,

@@ -9,19 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-import merge_reference
-from drift_fast import AlignmentError, CheckpointError, DriftWarning, NonFiniteError
-from drift_fast.merging.merge import merge
-from synthetic import (
-    Stored,
-    language_model,
-    opaque,
-    refused,
-    stored,
-    widen,
-    write_checkpoint,
-)
 from test_merge import (
     PREFIX,
     Three,
@@ -31,6 +18,19 @@ from test_merge import (
     stored_tensors,
     text_name,
     write_three,
+)
+
+from drift_fast import AlignmentError, CheckpointError, DriftWarning, NonFiniteError
+from drift_fast.merging.merge import merge
+from support import merge_reference
+from support.synthetic import (
+    Stored,
+    language_model,
+    opaque,
+    refused,
+    stored,
+    widen,
+    write_checkpoint,
 )
 
 # The core samples 16 runs of this many elements, evenly spread, of tensors longer than 2**18.

@@ -16,12 +16,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from test_merge import stored_tensors
+from test_stream_failures import MEGABYTE, limit_files, small_disk  # noqa: F401
 
 from drift_fast import CheckpointError, DriftWarning, NonFiniteError, _core
 from drift_fast.cli.main import main
 from drift_fast.merging.merge import merge
 from drift_fast.progress_bar import Progress
-from synthetic import (
+from support.synthetic import (
     contents,
     everything_under,
     language_model,
@@ -33,8 +35,6 @@ from synthetic import (
     vision_tower,
     write_checkpoint,
 )
-from test_merge import stored_tensors
-from test_stream_failures import MEGABYTE, limit_files, small_disk  # noqa: F401
 
 SAFE = {
     "config.json": '{"model_type": "llava"}',
@@ -465,7 +465,7 @@ def test_a_merged_model_loads_and_generates(tmp_path: Path, out: Path) -> None:
     """A tiny Qwen2.5-VL with its tokenizer, and an expert of its backbone."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+    sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
     try:
         import tiny
     finally:

@@ -24,8 +24,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import drift_fast
-import reference
-from injection_models import ATTENTION, MLP, saved, tiny_qwen2
+from support import reference
+from support.injection_models import ATTENTION, MLP, saved, tiny_qwen2
 
 SCALES = ("absolute", "gradnorm", "adaptive", "project")
 # Training without an injection, which tells how far the stack itself is from float64.

@@ -17,10 +17,10 @@ from drift_fast.planner import rates
 from drift_fast.planner.counts import VISION, read_model
 from drift_fast.planner.memory import estimate, layer_nbytes_per_token
 from drift_fast.planner.training import Training, read_configuration
-from range_server import RangeServer
-from synthetic import Pair, refused
+from support.range_server import RangeServer
+from support.synthetic import Pair, refused
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "examples" / "qwen2_5_vl_7b"
 REASONING, MULTIMODAL = RECIPE / "configurations/reasoning", RECIPE / "configurations/multimodal"
 # As the models' own cards state them.

@@ -25,8 +25,8 @@ from drift_fast.checkpoints.config_json import Configuration
 from drift_fast.preflight.check import Finding, Preflight
 from drift_fast.preflight.facts import _OTHER_PARTIAL_ROTARY, _OTHER_THETA, describe, read_headers
 from drift_fast.selection import Selection
-from range_server import RangeServer
-from synthetic import refused, write_raw, write_sparse
+from support.range_server import RangeServer
+from support.synthetic import refused, write_raw, write_sparse
 
 JSON = dict[str, Any]
 

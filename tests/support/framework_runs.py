@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-RECIPE = Path(__file__).parent.parent / "examples" / "qwen2_5_vl_7b"
+RECIPE = Path(__file__).parents[2] / "examples" / "qwen2_5_vl_7b"
 RATE = 1000.0
 ALPHA = 0.7
 CLIP = 0.01

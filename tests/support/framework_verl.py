@@ -19,8 +19,8 @@ import verl  # noqa: F401
 from verl.workers.engine import EngineRegistry
 
 import drift_fast
-import reference
-from injection_models import Backbone, regression_batch, regression_loss
+from support import reference
+from support.injection_models import Backbone, regression_batch, regression_loss
 
 RATE, CLIP, ALPHA = 1e3, 0.01, 0.7
 folder = Path(sys.argv[1])

@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import nn
 
 from drift_fast.inject.motion.motion import PlannedMotion
-from injection_models import Backbone, regression_batch, regression_loss
-from sharded_workers import engine_step, make_engine, micro_batches
+from support.injection_models import Backbone, regression_batch, regression_loss
+from support.sharded_workers import engine_step, make_engine, micro_batches
 
 STEPS = 6
 PLAN: dict[str, Any] = {"progress": {"attn": 0.8, "mlp": 1.2}, "steps": 4}

@@ -53,7 +53,7 @@ def report(injections: list[Any]) -> None:
 def keep_attached() -> list[Any]:
     """Return a list that every injection joins which the script attaches."""
     import drift_fast
-    from drift_fast import integrations
+    from drift_fast.integrations import attach as integrations
 
     kept: list[Any] = []
     attach = integrations.attach

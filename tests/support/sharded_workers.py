@@ -79,7 +79,7 @@ class Scaled(nn.Module):
     """A tiny Qwen2 whose loss is scaled by a parameter with fewer elements than most shards."""
 
     def __init__(self) -> None:
-        from injection_models import tiny_qwen2
+        from support.injection_models import tiny_qwen2
 
         super().__init__()
         self.language = tiny_qwen2()
@@ -481,7 +481,7 @@ def given_delta(plain: nn.Module) -> Given:
 
 def injected_step(training: Training, injection: Any, scale: str, take: Callable[..., None]) -> Any:
     """Take a step with an injection of α = 0.5 and compare it with the restated formula."""
-    import reference
+    from support import reference
 
     delta = given_delta(training.plain)
     batches = micro_batches(training.micro_batches * dist.get_world_size())

@@ -1,0 +1,1 @@
+"""Builders, references and processes that the tests share."""
