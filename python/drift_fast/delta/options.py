@@ -1,0 +1,61 @@
+"""The options of streaming two checkpoints and of writing what comes of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from drift_fast.alignment.options import PairOptions
+from drift_fast.delta.parallel import Ranks, parse_ranks
+from drift_fast.dtypes import STORED_DTYPES
+from drift_fast.options import Options, option
+from drift_fast.progress_bar import ProgressCallback
+from drift_fast.sizes import MEMORY, parse_size, thread_count
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamOptions(Options):
+    """What a stream may take of the machine; none of it changes a bit of the result."""
+
+    threads: int | None = option(None, "worker threads; None is every core", check=thread_count)
+    memory: int | str = option(
+        MEMORY,
+        "bytes that all buffers may take, whatever the size of the models, such as 64MB",
+        check=parse_size,
+        metavar="SIZE",
+    )
+    allow_nonfinite: bool = option(False, "count NaN and infinity instead of refusing them")
+    progress_bar: bool | None = option(
+        None, "show a progress bar; None does where stderr is a terminal or in a notebook"
+    )
+    on_progress: ProgressCallback | None = option(
+        None, "called on this thread with a `Progress`, about 20 times a second", in_file=False
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputOptions(Options):
+    """How a result is written."""
+
+    overwrite: bool = option(False, "replace an earlier result; anything else is never touched")
+    max_shard_size: int | str = option(
+        "5GB", "maximum size of one shard, such as 500MB", check=parse_size, metavar="SIZE"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectOptions(PairOptions, StreamOptions):
+    """The options of `inspect`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeltaOptions(PairOptions, StreamOptions, OutputOptions):
+    """The options of `compute_delta`."""
+
+    dtype: str = option("bfloat16", "dtype that Δ is stored as", choices=STORED_DTYPES)
+    ranks: Ranks = option(
+        "auto",
+        "which processes write: auto (all that torchrun, Slurm or Open MPI started), none (this "
+        "one alone), or R/N",
+        parse=parse_ranks,
+        metavar="RANKS",
+    )
