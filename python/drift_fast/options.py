@@ -121,11 +121,12 @@ class Options:
 
 
 def takes(options: type[Options]) -> Callable[[Function], Function]:
-    """Document a function's `**keywords` as the fields of `options`: its signature and docstring."""
+    """Show the fields of `options` in a function's signature and docstring, for its `**keywords`."""
 
     def document(function: Function) -> Function:
         import inspect
 
+        kind = inspect.Parameter.KEYWORD_ONLY
         signature = inspect.signature(function)
         kept = [each for each in signature.parameters.values() if each.kind != each.VAR_KEYWORD]
         given = [

@@ -43,12 +43,12 @@ class OutputOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class InspectOptions(PairOptions, StreamOptions):
+class InspectOptions(StreamOptions, PairOptions):
     """The options of `inspect`."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeltaOptions(PairOptions, StreamOptions, OutputOptions):
+class DeltaOptions(OutputOptions, StreamOptions, PairOptions):
     """The options of `compute_delta`."""
 
     dtype: str = option("bfloat16", "dtype that Δ is stored as", choices=STORED_DTYPES)
