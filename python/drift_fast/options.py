@@ -121,7 +121,7 @@ class Options:
 
 
 def takes(options: type[Options]) -> Callable[[Function], Function]:
-    """Show the fields of `options` in a function's signature and docstring, for its `**keywords`."""
+    """Show the fields of `options` in the signature and docstring of a function."""
 
     def document(function: Function) -> Function:
         import inspect
@@ -130,12 +130,7 @@ def takes(options: type[Options]) -> Callable[[Function], Function]:
         signature = inspect.signature(function)
         kept = [each for each in signature.parameters.values() if each.kind != each.VAR_KEYWORD]
         given = [
-            inspect.Parameter(
-                each.name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=each.default,
-                annotation=each.type,
-            )
+            inspect.Parameter(each.name, kind, default=each.default, annotation=each.type)
             for each in fields(options)
         ]
         lines = [f"        {each.name}: {about_of(each).help}." for each in fields(options)]
