@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from drift_fast import Delta, _core, cli, compute_delta, inspect
+from drift_fast import Delta, _core, compute_delta, inspect
+from drift_fast.cli import main as cli
 from support.synthetic import (
     FLOAT_DTYPES,
     Stored,
