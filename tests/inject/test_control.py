@@ -9,7 +9,7 @@ import contextlib
 import json
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import drift_fast
 from drift_fast import DriftError
 from drift_fast.inject import schedule
+from drift_fast.inject.config import InjectionConfig
 from drift_fast.inject.strength.control import Control, limit
 from drift_fast.inject.strength.per_module import per_target
 from support.synthetic import refused
@@ -44,24 +45,30 @@ def squares(names: list[str] = NAMES) -> list[float]:
     return [1.0 + at for at in range(len(names))]
 
 
+def control_of(
+    names: Sequence[str], *, squares: Sequence[float] | None = None, **options: Any
+) -> Control:
+    return Control(names, InjectionConfig(**options), squares=squares)
+
+
 # ------------------------------------------------------------------ α as stated
 
 
 def test_one_alpha_is_that_of_every_target_bit_for_bit() -> None:
-    found = Control(NAMES, alpha=0.1).alphas()
+    found = control_of(NAMES, alpha=0.1).alphas()
     assert found.dtype == torch.float64
     assert found.tolist() == [0.1] * len(NAMES)
-    assert Control(NAMES, alpha=0.1).alphas(dtype=torch.float32).dtype == torch.float32
+    assert control_of(NAMES, alpha=0.1).alphas(dtype=torch.float32).dtype == torch.float32
 
 
 def test_alphas_have_the_device_and_dtype_of_the_progress_that_is_given() -> None:
-    found = Control(NAMES, alpha=0.5).alphas(lambdas(0.0, dtype=torch.float32))
+    found = control_of(NAMES, alpha=0.5).alphas(lambdas(0.0, dtype=torch.float32))
     assert (found.dtype, found.tolist()) == (torch.float32, [0.5] * len(NAMES))
-    assert Control(NAMES).alphas(device=torch.device("meta")).dtype == torch.float32
+    assert control_of(NAMES).alphas(device=torch.device("meta")).dtype == torch.float32
 
 
 def test_alpha_by_module() -> None:
-    control = Control(NAMES, alpha={"attn": 0.5, "mlp": 2})
+    control = control_of(NAMES, alpha={"attn": 0.5, "mlp": 2})
     assert control.alphas().tolist() == of_kind(0.5, 2.0)
     assert control.alpha == {"attn": 0.5, "mlp": 2.0}
 
@@ -69,19 +76,22 @@ def test_alpha_by_module() -> None:
 @pytest.mark.parametrize("order", [1, -1])
 def test_a_pattern_decides_before_a_preset_before_all_in_any_order(order: int) -> None:
     stated = {"all": 1.0, "attn": 2.0, "re:q_proj.bias": 3.0}
-    control = Control(WITH_HEAD, alpha=dict(list(stated.items())[::order]))
+    control = control_of(WITH_HEAD, alpha=dict(list(stated.items())[::order]))
     assert control.alphas().tolist() == [2.0, 3.0, 1.0] * LAYERS + [1.0]
 
 
 def test_of_several_patterns_the_first_decides() -> None:
     stated = {r"re:layers\.0\.": 0.0, "re:proj": 1.0}
-    assert Control(NAMES, alpha=stated).alphas().tolist() == [0.0] * 3 + [1.0] * 9
+    assert control_of(NAMES, alpha=stated).alphas().tolist() == [0.0] * 3 + [1.0] * 9
     with refused(ValueError, "decides no target", "layers"):
-        Control(NAMES, alpha=dict(reversed(stated.items())))
+        control_of(NAMES, alpha=dict(reversed(stated.items())))
 
 
 def test_several_presets_may_share_an_entry() -> None:
-    assert Control(WITH_HEAD, alpha={"attn,mlp": 2.0, "head": 1.0}).alphas()[-2:].tolist() == [2, 1]
+    assert control_of(WITH_HEAD, alpha={"attn,mlp": 2.0, "head": 1.0}).alphas()[-2:].tolist() == [
+        2,
+        1,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -102,7 +112,7 @@ def test_several_presets_may_share_an_entry() -> None:
 )
 def test_an_alpha_without_meaning_is_refused(alpha: Any, words: tuple[str, ...]) -> None:
     with refused(ValueError, *words):
-        Control(WITH_HEAD, alpha=alpha)
+        control_of(WITH_HEAD, alpha=alpha)
 
 
 @given(
@@ -135,13 +145,13 @@ def test_every_target_gets_the_value_of_an_entry_that_matches_it(
     ],
 )
 def test_a_depth_mask_multiplies_alpha_by_layer_in_every_form(mask: Any) -> None:
-    control = Control(WITH_HEAD, alpha=2.0, layer_alpha=mask)
+    control = control_of(WITH_HEAD, alpha=2.0, layer_alpha=mask)
     expected = [layer * 1.0 for layer in range(LAYERS) for _ in INSIDE]
     assert control.alphas().tolist() == [*expected, 2.0]
 
 
 def test_a_depth_mask_takes_ranges_of_layers_and_a_factor_for_what_lies_outside() -> None:
-    control = Control(WITH_HEAD, alpha={"all": 2.0}, layer_alpha={"0-2": 0.5, 3: 0, None: 3})
+    control = control_of(WITH_HEAD, alpha={"all": 2.0}, layer_alpha={"0-2": 0.5, 3: 0, None: 3})
     assert control.alphas().tolist() == [1.0] * 9 + [0.0] * 3 + [6.0]
 
 
@@ -166,14 +176,14 @@ def test_a_depth_mask_that_does_not_fit_the_layers_is_refused(
     mask: Any, words: tuple[str, ...]
 ) -> None:
     with refused(ValueError, *words):
-        Control(NAMES, layer_alpha=mask)
+        control_of(NAMES, layer_alpha=mask)
 
 
 # ------------------------------------------------------------------ by step
 
 
 def test_a_schedule_multiplies_alpha_step_by_step() -> None:
-    control = Control(NAMES, alpha={"all": 2.0}, schedule=schedule.linear(), total_steps=4)
+    control = control_of(NAMES, alpha={"all": 2.0}, schedule=schedule.linear(), total_steps=4)
     found = []
     for _ in range(5):
         found.append(control.alphas().tolist()[0])
@@ -183,7 +193,7 @@ def test_a_schedule_multiplies_alpha_step_by_step() -> None:
 
 
 def test_alpha_set_between_steps_holds_from_the_next_one() -> None:
-    control = Control(NAMES, alpha=1.0, layer_alpha={"0": 0.5, "1-3": 1})
+    control = control_of(NAMES, alpha=1.0, layer_alpha={"0": 0.5, "1-3": 1})
     assert control.alphas()[0] == 0.5
     control.alpha = 3.0
     assert control.alphas().tolist() == [1.5] * 3 + [3.0] * 9
@@ -197,11 +207,11 @@ def test_alpha_set_between_steps_holds_from_the_next_one() -> None:
 
 
 def test_alpha_is_known_to_be_zero_only_where_it_is_zero_everywhere() -> None:
-    assert Control(NAMES, alpha=0.0).constant_zero
-    assert Control(NAMES, alpha={"attn": 0.0, "mlp": 0.0}).constant_zero
-    assert Control(NAMES, layer_alpha=[0.0] * 4).constant_zero
-    assert not Control(NAMES, alpha={"attn": 0.0, "mlp": 1.0}).constant_zero
-    window = Control(NAMES, schedule="window(1, 2)")
+    assert control_of(NAMES, alpha=0.0).constant_zero
+    assert control_of(NAMES, alpha={"attn": 0.0, "mlp": 0.0}).constant_zero
+    assert control_of(NAMES, layer_alpha=[0.0] * 4).constant_zero
+    assert not control_of(NAMES, alpha={"attn": 0.0, "mlp": 1.0}).constant_zero
+    window = control_of(NAMES, schedule="window(1, 2)")
     seen = []
     for _ in range(3):
         seen.append(window.constant_zero)
@@ -267,17 +277,17 @@ def test_options_without_meaning_are_refused_at_once(
     options: dict[str, Any], words: tuple[str, ...]
 ) -> None:
     with refused(ValueError, *words):
-        Control(NAMES, **options)
+        control_of(NAMES, **options)
 
 
 # ------------------------------------------------------------------ a cap on λ
 
 
 def test_progress_is_needed_exactly_where_it_is_used() -> None:
-    assert not Control(NAMES).needs_progress
-    capped = Control(NAMES, progress_cap=1.0)
+    assert not control_of(NAMES).needs_progress
+    capped = control_of(NAMES, progress_cap=1.0)
     assert capped.needs_progress
-    assert Control(NAMES, progress_target=1.0, total_steps=9, squares=squares()).needs_progress
+    assert control_of(NAMES, progress_target=1.0, total_steps=9, squares=squares()).needs_progress
     with refused(ValueError, "λ of every target"):
         capped.alphas()
     with refused(ValueError, "12 targets", "[3]"):
@@ -285,7 +295,7 @@ def test_progress_is_needed_exactly_where_it_is_used() -> None:
 
 
 def test_a_target_stops_where_its_progress_and_what_momentum_adds_reach_the_cap() -> None:
-    control = Control(NAMES[:3], progress_cap=1.0, look_ahead=9.0)
+    control = control_of(NAMES[:3], progress_cap=1.0, look_ahead=9.0)
     names = NAMES[:3]
     # λ + 9·change after the second step: 0.9 + 0.09, 0.9 + 0.18, and 0.9 − 0.09.
     for values, expected in (
@@ -299,21 +309,21 @@ def test_a_target_stops_where_its_progress_and_what_momentum_adds_reach_the_cap(
 
 
 def test_without_look_ahead_a_cap_is_compared_with_progress_itself() -> None:
-    control = Control(NAMES[:2], progress_cap=1.0, look_ahead=0.0)
+    control = control_of(NAMES[:2], progress_cap=1.0, look_ahead=0.0)
     control.alphas(lambdas(0.0, NAMES[:2]))
     control.finish()
     assert control.alphas(lambdas([0.999, 1.0], NAMES[:2])).tolist() == [1.0, 0.0]
 
 
 def test_what_a_cap_has_stopped_stays_off_when_progress_falls_back() -> None:
-    control = Control(NAMES, progress_cap=1.0)
+    control = control_of(NAMES, progress_cap=1.0)
     for value, expected in ((1.2, 0.0), (0.1, 0.0), (0.0, 0.0)):
         assert control.alphas(lambdas(value)).tolist() == [expected] * len(NAMES)
         control.finish()
 
 
 def test_caps_by_module_hold_for_each_parameter_alone_and_infinity_is_no_cap() -> None:
-    control = Control(NAMES, progress_cap={"attn": 0.9, "mlp": math.inf})
+    control = control_of(NAMES, progress_cap={"attn": 0.9, "mlp": math.inf})
     values = [0.0, 0.95, 50.0, 0.95, 0.0, 50.0, *of_kind(0.0, 0.0)[6:]]
     expected = [1.0, 0.0, 1.0, 0.0, 1.0, 1.0, *of_kind(1.0, 1.0)[6:]]
     assert control.alphas(lambdas(values)).tolist() == expected
@@ -341,12 +351,12 @@ def test_overall_and_by_module_progress_is_weighed_by_the_squares_of_the_delta(
         ({"progress_cap": {"attn": 0.5, "mlp": 0.5}, "cap_by": "module"}, of_kind(attn, other)),
         ({"progress_cap": {"all": 0.5}, "cap_by": "module"}, of_kind(whole, whole)),
     ):
-        control = Control(NAMES, squares=squares(), **options)  # type: ignore[arg-type]
+        control = control_of(NAMES, squares=squares(), **options)  # type: ignore[arg-type]
         assert control.alphas(lambdas(values)).tolist() == expected
 
 
 def test_progress_that_is_not_a_number_stops_nothing_and_is_forgotten() -> None:
-    control = Control(NAMES, progress_cap=1.0, cap_by="module", squares=squares())
+    control = control_of(NAMES, progress_cap=1.0, cap_by="module", squares=squares())
     control.alphas(lambdas(0.5))
     for values in (of_kind(math.nan, 0.5), of_kind(0.5, 0.5)):
         control.finish()
@@ -355,21 +365,21 @@ def test_progress_that_is_not_a_number_stops_nothing_and_is_forgotten() -> None:
 
 
 def test_a_state_holds_no_value_that_json_lacks_even_if_progress_never_was_a_number() -> None:
-    control = Control(NAMES, progress_cap={"attn": math.inf, "mlp": 1.0})
+    control = control_of(NAMES, progress_cap={"attn": math.inf, "mlp": 1.0})
     control.alphas(lambdas(math.nan))
-    Control(NAMES, progress_cap={"attn": math.inf, "mlp": 1.0}).load_state_dict(
+    control_of(NAMES, progress_cap={"attn": math.inf, "mlp": 1.0}).load_state_dict(
         json.loads(json.dumps(control.state_dict(), allow_nan=False))
     )
 
 
 def test_progress_that_is_not_a_number_leaves_other_modules_alone() -> None:
-    control = Control(NAMES, progress_cap=1.0, cap_by="module", squares=squares())
+    control = control_of(NAMES, progress_cap=1.0, cap_by="module", squares=squares())
     assert control.alphas(lambdas(of_kind(math.nan, 2.0))).tolist() == of_kind(1.0, 0.0)
 
 
 def test_a_change_over_steps_that_were_left_out_counts_per_step() -> None:
     # Ten steps between the two calls: 0.5 + 9 · 0.4/10 is below one, 0.5 + 9 · 0.4 is not.
-    control = Control(NAMES, progress_cap=1.0)
+    control = control_of(NAMES, progress_cap=1.0)
     control.alphas(lambdas(0.1))
     for _ in range(10):
         control.finish()
@@ -441,7 +451,7 @@ RATES: dict[str, Callable[[float], float]] = {
 def test_a_cap_that_looks_ahead_ends_where_it_is_and_one_that_does_not_overshoots() -> None:
     ends = {}
     for look_ahead in (0.0, 9.0):
-        control = Control(NAMES[:1], alpha=2.0, progress_cap=0.9, look_ahead=look_ahead)
+        control = control_of(NAMES[:1], alpha=2.0, progress_cap=0.9, look_ahead=look_ahead)
         run = Run(200, [4.0], RATES["constant"])
         follow(control, run, 200)
         ends[look_ahead] = run.progress[0]
@@ -457,7 +467,7 @@ def test_a_target_is_reached_from_any_first_guess_in_spite_of_noise(
 ) -> None:
     for seed in range(2):
         for noise in (0.0, 0.5):
-            control = Control(
+            control = control_of(
                 NAMES[:1], alpha=guess, progress_target=0.6, total_steps=total, squares=[3.0]
             )
             run = Run(total, [0.6], RATES[rate], noise=noise, seed=seed)
@@ -471,7 +481,7 @@ def test_a_target_is_reached_from_any_first_guess_in_spite_of_noise(
 
 
 def test_a_target_is_reached_by_the_middle_of_the_run_and_kept() -> None:
-    control = Control(NAMES[:1], progress_target=0.6, total_steps=400, squares=[1.0])
+    control = control_of(NAMES[:1], progress_target=0.6, total_steps=400, squares=[1.0])
     run = Run(400, [1.2], RATES["constant"])
     follow(control, run, 160)
     assert 0.3 < run.progress[0] < 0.58
@@ -483,7 +493,7 @@ def test_a_target_is_reached_by_the_middle_of_the_run_and_kept() -> None:
 
 @pytest.mark.parametrize("rate", RATES)
 def test_a_short_run_comes_near_its_target(rate: str) -> None:
-    control = Control(NAMES[:1], progress_target=0.6, total_steps=60, squares=[1.0])
+    control = control_of(NAMES[:1], progress_target=0.6, total_steps=60, squares=[1.0])
     run = Run(60, [0.6], RATES[rate])
     follow(control, run, 60)
     assert run.progress[0] == pytest.approx(0.6, rel=0.06)
@@ -495,7 +505,7 @@ def test_a_target_is_reached_where_only_every_so_many_steps_inject_and_are_seen(
 ) -> None:
     # α is so small that motion is proportional to it: at α as stated, the end would be 2.4.
     proportional = 0.01 * math.sqrt(1.8)
-    control = Control(
+    control = control_of(
         NAMES[:1],
         alpha=0.01,
         progress_target=0.6,
@@ -522,7 +532,7 @@ def test_how_a_product_of_alpha_and_schedule_is_stated_makes_no_difference_to_a_
     found = []
     for alpha, factor in ((1.0, 1.0), (8.0, 0.125)):
         run = Run(200, [0.6], RATES["cosine"], noise=0.3)
-        control = Control(
+        control = control_of(
             NAMES[:1],
             alpha=alpha,
             schedule=schedule.constant(factor) * schedule.linear(0.5),
@@ -535,7 +545,7 @@ def test_how_a_product_of_alpha_and_schedule_is_stated_makes_no_difference_to_a_
 
 
 def test_a_run_that_is_pulled_back_at_first_still_pushes_towards_its_target() -> None:
-    control = Control(NAMES[:1], progress_target=0.6, total_steps=400, squares=[1.0])
+    control = control_of(NAMES[:1], progress_target=0.6, total_steps=400, squares=[1.0])
     run = Run(400, [1.2], RATES["constant"])
     for step in range(60):
         (alpha,) = control.alphas(lambdas(run.progress, NAMES[:1])).tolist()
@@ -549,14 +559,14 @@ def test_a_run_that_is_pulled_back_at_first_still_pushes_towards_its_target() ->
 
 def test_after_arrival_noise_is_answered_calmly() -> None:
     for seed in range(3):
-        control = Control(NAMES[:1], progress_target=0.6, total_steps=400, squares=[1.0])
+        control = control_of(NAMES[:1], progress_target=0.6, total_steps=400, squares=[1.0])
         run = Run(400, [1.2], RATES["constant"], noise=0.5, seed=seed)
         follow(control, run, 220)
         assert max(alpha for (alpha,) in follow(control, run, 180)) < 0.3
 
 
 def test_motion_without_a_push_teaches_nothing_of_what_a_push_does() -> None:
-    control = Control(NAMES[:1], progress_target=0.6, total_steps=400, squares=[1.0])
+    control = control_of(NAMES[:1], progress_target=0.6, total_steps=400, squares=[1.0])
     run = Run(400, [1.2], RATES["constant"])
     follow(control, run, 100)
     state = control.state_dict()
@@ -569,7 +579,7 @@ def test_motion_without_a_push_teaches_nothing_of_what_a_push_does() -> None:
 def test_targets_by_module_are_reached_by_each_kind_on_its_own() -> None:
     names, weights = NAMES[:6], squares(NAMES[:6])
     target = {"attn": 0.7, "mlp": 1.25}
-    control = Control(names, progress_target=target, total_steps=400, squares=weights)
+    control = control_of(names, progress_target=target, total_steps=400, squares=weights)
     run = Run(400, [0.5, 1.5, 1.0, 0.9, 0.4, 2.0], RATES["cosine"], noise=0.3)
     follow(control, run, 400)
     for entry, members in (("attn", (0, 1, 3, 4)), ("mlp", (2, 5))):
@@ -579,7 +589,7 @@ def test_targets_by_module_are_reached_by_each_kind_on_its_own() -> None:
 
 
 def test_a_target_within_a_window_is_reached_within_it() -> None:
-    control = Control(
+    control = control_of(
         NAMES[:1],
         progress_target=0.6,
         total_steps=1000,
@@ -593,17 +603,17 @@ def test_a_target_within_a_window_is_reached_within_it() -> None:
 
 
 def test_a_target_out_of_reach_pushes_no_more_than_fourfold_and_one_passed_not_at_all() -> None:
-    control = Control(NAMES[:1], alpha=0.5, progress_target=0.6, total_steps=100, squares=[1.0])
+    control = control_of(NAMES[:1], alpha=0.5, progress_target=0.6, total_steps=100, squares=[1.0])
     run = Run(100, [0.001], RATES["constant"])
     assert max(follow(control, run, 100)) == [2.0]
-    control = Control(NAMES[:1], progress_target=0.6, total_steps=100, squares=[1.0])
+    control = control_of(NAMES[:1], progress_target=0.6, total_steps=100, squares=[1.0])
     run = Run(100, [1.0], RATES["constant"])
     run.progress = [0.7]
     assert max(follow(control, run, 100)) == [0.0]
 
 
 def test_progress_that_is_not_a_number_pushes_nothing_and_does_not_spoil_what_was_learned() -> None:
-    control = Control(NAMES[:1], progress_target=0.6, total_steps=200, squares=[1.0])
+    control = control_of(NAMES[:1], progress_target=0.6, total_steps=200, squares=[1.0])
     run = Run(200, [0.6], RATES["constant"])
     follow(control, run, 40)
     assert control.alphas(torch.tensor([math.nan], dtype=torch.float64)).tolist() == [0.0]
@@ -621,7 +631,7 @@ def test_progress_that_is_not_a_number_pushes_nothing_and_does_not_spoil_what_wa
 def test_whatever_progress_says_alpha_never_turns_round_and_stays_within_its_bounds(
     values: list[float], dtype: torch.dtype
 ) -> None:
-    control = Control(
+    control = control_of(
         NAMES[:1], alpha=0.7, progress_target=0.6, progress_cap=2.0, total_steps=8, squares=[1.0]
     )
     for value in values:
@@ -634,7 +644,7 @@ def test_whatever_progress_says_alpha_never_turns_round_and_stays_within_its_bou
 
 
 def everything(total: int = 60) -> Control:
-    return Control(
+    return control_of(
         NAMES,
         alpha={"attn": 0.5, "mlp": 1.5},
         layer_alpha=[1.0, 0.5, 1.0, 2.0],
@@ -679,10 +689,10 @@ def test_a_second_run_is_steered_as_the_first_was() -> None:
 
 
 def test_what_a_cap_has_stopped_stays_off_in_the_resumed_run() -> None:
-    first = Control(NAMES, progress_cap=1.0)
+    first = control_of(NAMES, progress_cap=1.0)
     first.alphas(lambdas([1.5, *[0.0] * 11]))
     first.finish()
-    second = Control(NAMES, progress_cap=1.0)
+    second = control_of(NAMES, progress_cap=1.0)
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     assert (second.stopped, second.step) == (1, 1)
     assert second.alphas(lambdas(0.0)).tolist() == [0.0] + [1.0] * 11
@@ -698,10 +708,10 @@ def test_a_control_that_has_run_in_float32_takes_a_state_as_well() -> None:
 
 
 def test_a_run_resumed_with_other_settings_is_told_which_and_goes_on_with_the_new() -> None:
-    first = Control(NAMES, alpha=1.0, schedule="cosine", total_steps=100)
+    first = control_of(NAMES, alpha=1.0, schedule="cosine", total_steps=100)
     for _ in range(50):
         first.finish()
-    second = Control(NAMES, alpha=0.5, schedule="linear", total_steps=100)
+    second = control_of(NAMES, alpha=0.5, schedule="linear", total_steps=100)
     with pytest.warns(drift_fast.DriftWarning) as caught:
         second.load_state_dict(first.state_dict())
     text = str(caught[0].message)
@@ -712,17 +722,17 @@ def test_a_run_resumed_with_other_settings_is_told_which_and_goes_on_with_the_ne
 
 
 def test_a_cap_that_is_new_in_the_resumed_run_starts_open() -> None:
-    first = Control(NAMES)
-    second = Control(NAMES, progress_cap=1.0)
+    first = control_of(NAMES)
+    second = control_of(NAMES, progress_cap=1.0)
     with pytest.warns(drift_fast.DriftWarning, match="progress_cap was None and is 1"):
         second.load_state_dict(first.state_dict())
     assert second.alphas(lambdas(0.5)).tolist() == [1.0] * len(NAMES)
 
 
 def test_a_state_of_other_targets_is_refused_with_the_first_difference() -> None:
-    state = Control(NAMES).state_dict()
+    state = control_of(NAMES).state_dict()
     with refused(DriftError, "12 targets", "11", "at 0", NAMES[0], NAMES[1], "modules="):
-        Control(NAMES[1:]).load_state_dict(state)
+        control_of(NAMES[1:]).load_state_dict(state)
 
 
 def changed(**fields: Any) -> dict[str, Any]:
@@ -782,7 +792,7 @@ def test_a_damaged_state_is_refused_with_its_field_and_a_remedy_and_changes_noth
     assert control.state_dict() == before
 
 
-@pytest.mark.parametrize("key", list(Control(NAMES).state_dict()))
+@pytest.mark.parametrize("key", list(control_of(NAMES).state_dict()))
 def test_a_state_without_one_of_its_fields_is_refused(key: str) -> None:
     state = changed()
     del state[key]
@@ -803,7 +813,7 @@ json_values = st.recursive(
 )
 
 
-@given(st.sampled_from(list(Control(NAMES).state_dict())), json_values)
+@given(st.sampled_from(list(control_of(NAMES).state_dict())), json_values)
 @settings(deadline=None)
 @pytest.mark.filterwarnings("ignore::drift_fast.DriftWarning")
 def test_any_value_in_any_field_is_taken_or_refused_by_name(key: str, value: Any) -> None:
@@ -852,7 +862,7 @@ def test_a_step_brings_no_value_to_the_host_and_copies_none_to_the_device() -> N
 
 
 def test_a_control_that_was_placed_copies_nothing_in_its_first_step_either() -> None:
-    control = Control(NAMES, alpha={"attn": 1.0, "mlp": 2.0})
+    control = control_of(NAMES, alpha={"attn": 1.0, "mlp": 2.0})
     control.place(torch.device("cpu"), torch.float64)
     with recorded() as operations:
         control.alphas()
@@ -860,7 +870,7 @@ def test_a_control_that_was_placed_copies_nothing_in_its_first_step_either() -> 
 
 
 def test_one_alpha_set_between_steps_copies_nothing_to_the_device() -> None:
-    control = Control(NAMES)
+    control = control_of(NAMES)
     control.alphas()
     with recorded() as operations:
         control.alpha = 0.5

@@ -12,24 +12,22 @@ import logging
 import os
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from drift_fast.alignment.mapping import MappingLike
 from drift_fast.errors import DriftError
 from drift_fast.inject.attachment import Attachment
+from drift_fast.inject.config import InjectionConfig, Rescale
 from drift_fast.inject.group import Group, Push, beside
 from drift_fast.inject.overlap import Overlap
 from drift_fast.inject.placement.load import Loading, load_groups
-from drift_fast.inject.placement.stores import check_residency
 from drift_fast.inject.saved_state import is_number
-from drift_fast.inject.schedule import ScheduleLike
 from drift_fast.inject.shards.base import Piece, Reduction, Whole, groups_of, pieces_of
-from drift_fast.inject.strength.control import CapBy, Control, LayerAlpha, PerModule
-from drift_fast.inject.strength.formula import SCALES, Scale, check_scale
+from drift_fast.inject.strength.control import Control
+from drift_fast.inject.strength.per_module import PerModule
 from drift_fast.inject.targets import (
     DeltaLike,
     Target,
@@ -42,16 +40,15 @@ from drift_fast.inject.telemetry import append_rows
 from drift_fast.inject.telemetry import measure as measure_progress
 from drift_fast.inject.telemetry import summary as summarise
 from drift_fast.inject.watchdog import Record, claim, disclaim, refuse_second
-from drift_fast.selection import EVERYTHING, Layers, Modules, Selection
+from drift_fast.options import takes
 from drift_fast.sizes import parse_size
 
 logger = logging.getLogger(__name__)
 
-Rescale = Literal["weight"] | None
-
 _STATE_VERSION = 1
 
 
+@takes(InjectionConfig)
 class Injection(Attachment):
     """Bias a model's gradients along a delta while it trains.
 
@@ -75,40 +72,12 @@ class Injection(Attachment):
         model: the model that trains, as it trains: wrapped by DDP, FSDP or torch.compile.
         delta: an open `Delta`, one that streams, or the directory of one; its names are matched to
             the model's.
-        alpha: strength, one number or one by module, such as {"attn": 1.0, "mlp": 0.5}; positive
-            moves weights towards the reasoning model.
-        layer_alpha: a factor on α by layer, the depth mask: a mapping of layer (or text such as
-            "0-7") to factor, a sequence, or a function of the layer.
-        scale: "adaptive", "gradnorm", "absolute" or "project".
-        modules, layers: inject only these of the delta's tensors; None is all of them.
-        mapping: which tensor of the delta belongs to which parameter, where names do not tell: in
-            the forms that `compute_delta` takes, from delta names to parameter names.
-        scope: "step" or "microbatch".
-        rescale: "weight" multiplies c by ‖W‖/‖Δ‖ in absolute mode, as the public code does, with
-            the norm of the weights as they are now.
-        residency: where Δ lives. "device": beside the gradients, exact; "device-int8": there, in
-            half the memory and rounded to int8 in blocks of 64; "host": in page-locked host memory,
-            copied ahead; "host-int8"; "disk": read from the delta, or from both checkpoints, in
-            every step; "auto": the first of device, host and disk for which there is room, with a
-            line in the log.
-        prefetch: bytes on the device, or text such as "2GB", for Δ that lives elsewhere.
-        overlap: inject while backward still runs, where gradients are final. Every backward pass
-            then counts as the last before `step()`, unless it runs in `accumulating()`. Refused
-            for sharded models and for DDP, whose gradients are not final there.
-        schedule: a factor on α by step: "linear", "cosine", or see `drift_fast.schedule`.
-        total_steps: optimizer steps of the run, for schedules and targets that need them.
-        progress_cap: stop at this λ, one number or one by module; see `Control` for `cap_by` and
-            `look_ahead`. A cap or a target costs one more pass over weights and Δ in each step.
-        progress_target: a λ that sets α by itself; needs `total_steps`.
-        max_push: the largest ‖c·Δ‖/‖g‖ of any parameter.
+        config: an `InjectionConfig`; options given as keywords win over those of it.
         optimizer: the optimizer that will step the model; given, it is checked at once that it
             holds every target. Needed with `scaler` and "absolute".
         scaler: the torch.amp.GradScaler in use; "absolute" follows its scale until
             `scaler.unscale_(optimizer)`. The other scales do not need it.
-        strict: refuse when a selected tensor of the delta has no parameter, or a target no
-            gradient; otherwise these are listed in `coverage` and counted in `skipped`.
-        min_coverage: the share of the selected elements that must have a parameter; None is all of
-            them when strict, but for what a mapping leaves out, and any otherwise.
+        options: those of `InjectionConfig`, listed below.
 
     Raises:
         CoverageError: the delta does not fit the model; names and shapes are listed.
@@ -122,53 +91,36 @@ class Injection(Attachment):
         self,
         model: nn.Module,
         delta: DeltaLike | str | os.PathLike[str],
+        config: InjectionConfig | None = None,
         *,
-        alpha: PerModule = 1.0,
-        layer_alpha: LayerAlpha = None,
-        scale: str = "adaptive",
-        modules: Modules | None = None,
-        layers: Layers = None,
-        mapping: MappingLike | None = None,
-        scope: Literal["step", "microbatch"] = "step",
-        rescale: Rescale = None,
-        residency: str = "auto",
-        prefetch: int | str = "1GB",
-        overlap: bool = False,
-        schedule: ScheduleLike = None,
-        total_steps: int | None = None,
-        progress_cap: PerModule | None = None,
-        cap_by: CapBy = "parameter",
-        look_ahead: float = 9.0,
-        progress_target: PerModule | None = None,
-        max_push: float | None = None,
         optimizer: torch.optim.Optimizer | None = None,
         scaler: torch.amp.GradScaler | None = None,
-        strict: bool = True,
-        min_coverage: float | None = None,
+        **options: Any,
     ) -> None:
-        self._scale: Scale = check_scale(scale)
-        _check_options(scope, scale, rescale, scaler, optimizer, min_coverage)
+        config = InjectionConfig.resolve(config, options, function="Injection")
+        if scaler is not None and config.scale == "absolute" and optimizer is None:
+            raise ValueError(
+                "scale='absolute' with a scaler needs the optimizer too, to know whether its "
+                "gradients are still scaled: pass optimizer=…"
+            )
         trained = tuple(model.parameters()) if isinstance(model, nn.Module) else ()
-        loading = Loading(check_residency(residency), parse_size(prefetch), trained)
-        if scope == "microbatch":
-            loading = _for_microbatch(loading, overlap, progress_cap, progress_target)
-        self._scope = scope
-        self._strict = strict
+        residency = "device" if config.scope == "microbatch" else config.residency
+        loading = Loading(residency, parse_size(config.prefetch), trained)
+        self._scale = config.scale
+        self._scope = config.scope
+        self._strict = config.strict
         self._scaler = scaler
         self._optimizer = None if optimizer is None else unwrap_optimizer(optimizer)
         with Reduction(groups_of(model)).together():
             delta = opened(delta)
-            selection = Selection.parse(EVERYTHING if modules is None else modules, layers)
-            targets, self.coverage = find_targets(
-                model, delta, selection, strict=strict, min_coverage=min_coverage, mapping=mapping
-            )
+            targets, self.coverage = find_targets(model, delta, config)
             check_trained(targets)
-            self._refuse_adapted(targets, overlap=overlap, rescale=rescale)
+            self._refuse_adapted(targets, overlap=config.overlap, rescale=config.rescale)
             if self._optimizer is not None:
                 check_optimized(targets, self._optimizer)
             refuse_second(targets)
             pieces = self._pieces(model, targets)
-            self._refuse_sharding(targets, pieces, overlap)
+            self._refuse_sharding(targets, pieces, config.overlap)
         logger.info(
             "injecting into %d parameters, %.1f%% of the delta's selected elements and %.1f%% of "
             "the language backbone; %d tensors of the delta have no parameter",
@@ -184,18 +136,10 @@ class Injection(Attachment):
         held = {id(target) for target in self._targets}
         self._named = [target.name for target in targets if id(target) in held]
         for group in self._groups:
-            group.start(rescale=rescale is not None)
+            group.start(rescale=config.rescale is not None)
         self._control = Control(
             [target.delta_name for target in self._targets],
-            alpha=alpha,
-            layer_alpha=layer_alpha,
-            schedule=schedule,
-            total_steps=total_steps,
-            progress_cap=progress_cap,
-            cap_by=cap_by,
-            look_ahead=look_ahead,
-            progress_target=progress_target,
-            max_push=max_push,
+            config,
             squares=[square for group in self._groups for square in group.squares()],
         )
         home = self._groups[0]
@@ -210,9 +154,9 @@ class Injection(Attachment):
         self._handles: list[Any] = [register_optimizer_step_pre_hook(self._watch)]
         claim(self._targets, self)
         self._overlap: Overlap | None = None
-        if scope == "microbatch":
+        if config.scope == "microbatch":
             self._hook_backward()
-        elif overlap:
+        elif config.overlap:
             self._overlap = Overlap(self._groups, self._begin)
             self._handles += self._overlap.handles
 
@@ -618,32 +562,6 @@ class Injection(Attachment):
             raise DriftError("this injection was removed; attach a new one")
 
 
-def _for_microbatch(
-    loading: Loading,
-    overlap: bool,
-    progress_cap: PerModule | None,
-    progress_target: PerModule | None,
-) -> Loading:
-    """Refuse what makes no sense in every backward pass; Δ must be at hand there.
-
-    Raises:
-        ValueError: an option that only a whole step has.
-    """
-    for name, given in (
-        ("overlap", overlap or None),
-        ("progress_cap", progress_cap),
-        ("progress_target", progress_target),
-    ):
-        if given is not None:
-            raise ValueError(f'{name} is for scope="step", got scope="microbatch"')
-    if loading.residency not in ("auto", "device"):
-        raise ValueError(
-            'scope="microbatch" needs Δ beside the gradients: residency="device", got '
-            f"{loading.residency!r}"
-        )
-    return Loading("device", loading.prefetch_nbytes)
-
-
 def _stored_origin(state: Mapping[str, Any], names: Sequence[str]) -> dict[str, float]:
     """Return ⟨θ_0, Δ⟩ by target from a state that came from a file.
 
@@ -666,32 +584,6 @@ def _stored_origin(state: Mapping[str, Any], names: Sequence[str]) -> dict[str, 
     if not all(is_number(value) for value in values):
         raise DriftError(f"the saved injection holds what is no finite number: {remedy}")
     return {name: float(value) for name, value in origin.items()}
-
-
-def _check_options(
-    scope: str,
-    scale: str,
-    rescale: str | None,
-    scaler: Any,
-    optimizer: Any,
-    min_coverage: float | None,
-) -> None:
-    if scope not in ("step", "microbatch"):
-        raise ValueError(f"scope must be 'step' or 'microbatch', got {scope!r}")
-    if rescale not in (None, "weight"):
-        raise ValueError(f"rescale must be None or 'weight', got {rescale!r}")
-    if rescale is not None and scale != SCALES[0]:
-        raise ValueError(
-            f"rescale has no effect with scale={scale!r}, which does not depend on ‖Δ‖; "
-            "leave it out, or use scale='absolute'"
-        )
-    if scaler is not None and scale == "absolute" and optimizer is None:
-        raise ValueError(
-            "scale='absolute' with a scaler needs the optimizer too, to know whether its gradients "
-            "are still scaled: pass optimizer=…"
-        )
-    if min_coverage is not None and not 0.0 <= min_coverage <= 1.0:
-        raise ValueError(f"min_coverage must be between 0 and 1, got {min_coverage!r}")
 
 
 def unwrap_optimizer(optimizer: Any) -> torch.optim.Optimizer:

@@ -23,6 +23,7 @@ from drift_fast.alignment.match import LEFT_OUT, Pair, Side, match
 from drift_fast.alignment.transformers_layout import convert
 from drift_fast.delta.delta import Delta
 from drift_fast.errors import AlignmentError, CoverageError, DriftError
+from drift_fast.inject.config import TargetOptions
 from drift_fast.inject.lora.adapters import (
     FROZEN,
     FROZEN_BIAS,
@@ -33,7 +34,6 @@ from drift_fast.inject.lora.adapters import (
 )
 from drift_fast.inject.shards.base import Piece, parameters_of
 from drift_fast.names import container_of
-from drift_fast.selection import EVERYTHING, Selection
 
 
 class DeltaLike(Protocol):
@@ -185,20 +185,14 @@ def match_parameters(
         CoverageError: a tensor of the delta that has no parameter of its name and shape.
         AlignmentError: two parts of the model fit equally well, or a mapping that does not hold.
     """
-    targets, _ = find_targets(
-        model, opened(delta), Selection.parse(EVERYTHING, None), strict=True, mapping=mapping
-    )
+    targets, _ = find_targets(model, opened(delta), TargetOptions(mapping=mapping))
     return {target.name: target.delta_name for target in targets}
 
 
 def find_targets(
     model: nn.Module,
     delta: DeltaLike,
-    selection: Selection,
-    *,
-    strict: bool,
-    min_coverage: float | None = None,
-    mapping: MappingLike | None = None,
+    options: TargetOptions,
 ) -> tuple[list[Target], Coverage]:
     """Return the targets and an account of the delta's tensors and the model's parameters.
 
@@ -213,7 +207,7 @@ def find_targets(
     names, parameters, held = _candidates(model, adapters)
     if not parameters:
         raise CoverageError(f"{type(model).__name__} has no parameters to inject into")
-    shapes = delta.shapes
+    shapes, selection, mapping = delta.shapes, options.selection(), options.mapping
     selection.check_layers(shapes)
     wanted = {name: shape for name, shape in shapes.items() if name in selection}
     if not wanted:
@@ -234,7 +228,7 @@ def find_targets(
             f"{error}"
         ) from error
     chosen = [pair for pair in found.pairs if all(source in wanted for source in pair.sources)]
-    chosen, frozen = _without_frozen(chosen, parameters, adapters, names, strict=strict)
+    chosen, frozen = _without_frozen(chosen, parameters, adapters, names, strict=options.strict)
     pairs, tied = _without_tied(chosen, parameters, delta)
     used = {source for pair in pairs for source in pair.sources}
     reasons = dict(found.unmatched_left) | tied | frozen
@@ -268,8 +262,8 @@ def find_targets(
     )
     # What a mapping leaves out was stated, and is in the coverage; LoRA leaves biases out.
     refused = [item for item in missing if item[1] not in (LEFT_OUT, FROZEN_BIAS)]
-    least = 0.0 if min_coverage is None else min_coverage
-    if not pairs or (refused and strict) or coverage.fraction < least:
+    least = 0.0 if options.min_coverage is None else options.min_coverage
+    if not pairs or (refused and options.strict) or coverage.fraction < least:
         raise CoverageError(
             f"{len(missing)} of the delta's {len(wanted)} selected tensors have no parameter in "
             f"{type(model).__name__} ({coverage.fraction:.1%} covered):{listed(missing)}\n"

@@ -19,12 +19,12 @@ from torch import nn
 from transformers import TrainerCallback
 
 from drift_fast.errors import DriftError, DriftWarning
+from drift_fast.inject.config import TargetOptions
 from drift_fast.inject.injection import Injection
 from drift_fast.inject.predict import Forecast
 from drift_fast.inject.targets import DeltaLike, find_targets, opened
 from drift_fast.inject.telemetry import append_rows
 from drift_fast.integrations.deepspeed_engine import EngineInjection
-from drift_fast.selection import EVERYTHING, Selection
 
 logger = logging.getLogger(__name__)
 
@@ -100,19 +100,10 @@ class _Driven(Injection):
 
     def _look_ahead(self) -> None:
         """Refuse now what names and shapes already show."""
-        options = self._options
-        modules = options.get("modules")
-        selection = Selection.parse(
-            EVERYTHING if modules is None else modules, options.get("layers")
-        )
-        _, self.coverage = find_targets(
-            self._trainer.model,
-            self._delta,
-            selection,
-            strict=options.get("strict", True),
-            min_coverage=options.get("min_coverage"),
-            mapping=options.get("mapping"),
-        )
+        names = ("modules", "layers", "mapping", "strict", "min_coverage")
+        given = {name: self._options[name] for name in names if name in self._options}
+        options = TargetOptions(**given)
+        _, self.coverage = find_targets(self._trainer.model, self._delta, options)
 
     def _start(self, model: Any) -> None:
         Injection.__init__(self, model, self._delta, **self._options)

@@ -7,7 +7,6 @@ error, never ignored, since a misspelt `alpha` would otherwise train at the defa
 from __future__ import annotations
 
 import importlib
-import inspect
 import json
 import os
 from collections.abc import Mapping
@@ -23,16 +22,12 @@ if TYPE_CHECKING:
 # Names the file where a framework's own configuration has no room for a section.
 CONFIG_VARIABLE = "DRIFT_FAST_CONFIG"
 
-# The framework owns these objects; no file can name them.
-_NOT_SETTINGS = frozenset({"self", "model", "delta", "optimizer", "scaler"})
-
 
 def known_options() -> list[str]:
-    """Return the options that a configuration may set: those of `Injection`, and `csv`."""
-    from drift_fast.inject.injection import Injection
+    """Return the options that a configuration may set: those of `InjectionConfig`, and `csv`."""
+    from drift_fast.inject.config import InjectionConfig
 
-    names = [name for name in inspect.signature(Injection).parameters if name not in _NOT_SETTINGS]
-    return [*names, "csv"]
+    return [*InjectionConfig.names(), "csv"]
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from drift_fast.alignment.mapping import MappingLike
 from drift_fast.errors import DriftError, DriftWarning
 from drift_fast.inject.attachment import Attachment
 from drift_fast.inject.compute.arithmetic import flattened
+from drift_fast.inject.config import TargetOptions
 from drift_fast.inject.injection import unwrap_optimizer
 from drift_fast.inject.motion.master_weights import Mastered, find_key
 from drift_fast.inject.motion.optimizer_steps import (
@@ -38,7 +39,7 @@ from drift_fast.inject.strength.per_module import PerModule, per_target
 from drift_fast.inject.targets import DeltaLike, Target, check_optimized, find_targets, opened
 from drift_fast.inject.watchdog import claim, disclaim, refuse_second
 from drift_fast.names import kind_of
-from drift_fast.selection import EVERYTHING, Layers, Modules, Selection
+from drift_fast.selection import Layers, Modules
 from drift_fast.sizes import parse_size
 
 logger = logging.getLogger(__name__)
@@ -97,16 +98,18 @@ class PlannedMotion(Attachment):
         seed: int = 0,
     ) -> None:
         self._plan = Plan(progress, steps, schedule, seed)
-        if min_coverage is not None and not 0.0 <= min_coverage <= 1.0:
-            raise ValueError(f"min_coverage must be between 0 and 1, got {min_coverage!r}")
+        wanted = TargetOptions(
+            modules=modules,
+            layers=layers,
+            mapping=mapping,
+            strict=strict,
+            min_coverage=min_coverage,
+        )
         trained = tuple(model.parameters()) if isinstance(model, nn.Module) else ()
         loading = Loading(check_residency(residency), parse_size(prefetch), trained)
         with Reduction(groups_of(model)).together():
             delta = opened(delta)
-            selection = Selection.parse(EVERYTHING if modules is None else modules, layers)
-            targets, self.coverage = find_targets(
-                model, delta, selection, strict=strict, min_coverage=min_coverage, mapping=mapping
-            )
+            targets, self.coverage = find_targets(model, delta, wanted)
             _check_moved(targets)
             values, _ = per_target([target.delta_name for target in targets], progress, "progress")
             of_target = {target.name: value for target, value in zip(targets, values, strict=True)}

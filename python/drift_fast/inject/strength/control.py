@@ -9,29 +9,24 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 
 from drift_fast.errors import DriftError, DriftWarning
+from drift_fast.inject.config import CapBy, StrengthOptions
 from drift_fast.inject.saved_state import Saved, first_difference, shown
-from drift_fast.inject.schedule import ScheduleLike, parse_schedule
+from drift_fast.inject.schedule import parse_schedule
 from drift_fast.inject.strength.controllers import Aim, AimState, Cap, Sets
 from drift_fast.inject.strength.formula import check_alpha
 from drift_fast.inject.strength.per_module import (
-    LayerAlpha,
     PerModule,
     layer_factors,
-    number,
     per_target,
     plain,
     positive,
 )
 from drift_fast.names import kind_of
-
-__all__ = ["CapBy", "Control", "LayerAlpha", "PerModule", "limit", "per_target"]
-
-CapBy = Literal["parameter", "module", "overall"]
 
 _STATE_VERSION = 1
 
@@ -50,19 +45,7 @@ class Control:
 
     Args:
         names: the delta's name of every target.
-        alpha: strength, one number or by module.
-        layer_alpha: a factor on α by layer: a mapping of layer (or text such as "0-7") to factor,
-            a sequence with one for each layer from 0, or a function of the layer, which is None for
-            tensors outside the layers. Those have 1 unless a mapping says otherwise under None.
-        schedule: as `parse_schedule` takes it.
-        total_steps: optimizer steps of the run; some schedules and a target need them.
-        progress_cap: a λ, or one by module (infinity for none).
-        cap_by: whose λ is compared: that of each "parameter"; of each "module" kind, or of the
-            targets of each entry where the cap is by module; or that of all targets, "overall".
-            Together, the λ of targets are weighed by ‖Δ‖².
-        look_ahead: β/(1 − β) of the optimizer's momentum β; 0 for none.
-        progress_target: a λ that sets α, or one by module.
-        max_push: the largest ‖c·Δ‖/‖g‖ of a parameter, for `limit`.
+        options: what is stated about α.
         squares: ‖Δ‖² of every target; needed for λ of several together.
 
     Raises:
@@ -72,52 +55,40 @@ class Control:
     def __init__(
         self,
         names: Sequence[str],
+        options: StrengthOptions,
         *,
-        alpha: PerModule = 1.0,
-        layer_alpha: LayerAlpha = None,
-        schedule: ScheduleLike = None,
-        total_steps: int | None = None,
-        progress_cap: PerModule | None = None,
-        cap_by: CapBy = "parameter",
-        look_ahead: float = 9.0,
-        progress_target: PerModule | None = None,
-        max_push: float | None = None,
         squares: Sequence[float] | None = None,
     ) -> None:
         self._names = list(names)
         self._step = 0
-        self._layers = layer_factors(self._names, layer_alpha)
-        self._schedule = parse_schedule(schedule)
-        self._total = _check_total(total_steps)
-        self._look_ahead = number(look_ahead, "look_ahead", least=0.0)
-        self.max_push = None if max_push is None else positive(max_push, "max_push")
+        self._layers = layer_factors(self._names, options.layer_alpha)
+        self._schedule = parse_schedule(options.schedule)
+        self._total = options.total_steps
+        self._look_ahead = float(options.look_ahead)
+        self.max_push = None if options.max_push is None else float(options.max_push)
         self._cap: Cap | None = None
         self._aim: Aim | None = None
         self._previous: torch.Tensor | None = None
         self._previous_step = 0
         self._where: tuple[torch.device, torch.dtype] | None = None
         self._vector: torch.Tensor | None = None
-        if cap_by not in get_args(CapBy):
-            raise ValueError(f"cap_by must be one of {', '.join(get_args(CapBy))}, got {cap_by!r}")
-        if progress_cap is None and cap_by != "parameter":
-            raise ValueError(f"cap_by={cap_by!r} has no effect without progress_cap=…")
         caps = [math.inf] * len(self._names)
-        if progress_cap is not None:
-            caps = self._make_cap(progress_cap, cap_by, squares)
-        if progress_target is not None:
-            self._make_aim(progress_target, caps, squares)
+        if options.progress_cap is not None:
+            caps = self._make_cap(options.progress_cap, options.cap_by, squares)
+        if options.progress_target is not None:
+            self._make_aim(options.progress_target, caps, squares)
         self._settings: dict[str, Any] = {
-            "layer_alpha": None if layer_alpha is None else self._layers,
+            "layer_alpha": None if options.layer_alpha is None else self._layers,
             "schedule": str(self._schedule),
             "total_steps": self._total,
-            "progress_cap": plain(progress_cap),
-            "cap_by": cap_by,
+            "progress_cap": plain(options.progress_cap),
+            "cap_by": options.cap_by,
             "look_ahead": self._look_ahead,
-            "progress_target": plain(progress_target),
+            "progress_target": plain(options.progress_target),
             "max_push": self.max_push,
         }
         self._each = self._layers
-        self.alpha = alpha
+        self.alpha = options.alpha
         # A schedule that cannot be followed is refused now, not after the first backward.
         self._factor()
 
@@ -430,9 +401,3 @@ def limit(
         return c
     largest = max_push * (norm / delta_norm)
     return torch.maximum(torch.minimum(c, largest), -largest)
-
-
-def _check_total(total: int | None) -> int | None:
-    if total is not None and (isinstance(total, bool) or not isinstance(total, int) or total < 1):
-        raise ValueError(f"total_steps must be a number of optimizer steps from 1, got {total!r}")
-    return total

@@ -18,25 +18,15 @@ around, since a square leaves float32 where its root does not.
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 Scale = Literal["absolute", "gradnorm", "adaptive", "project"]
 SCALES: tuple[str, ...] = get_args(Scale)
 # These ask for the angle between gradient and Δ, two more passes over memory.
 NEED_DOT = ("adaptive", "project")
-
-
-def check_scale(scale: str) -> Scale:
-    """Return `scale` if it names one.
-
-    Raises:
-        ValueError: an unknown scale.
-    """
-    if scale not in SCALES:
-        raise ValueError(f"scale must be one of {', '.join(SCALES)}, got {scale!r}")
-    return scale  # type: ignore[return-value]
 
 
 def check_alpha(alpha: float) -> float:

@@ -1,0 +1,219 @@
+"""The options of an injection: how hard Δ pushes, where it lives, and what it reaches.
+
+Owns their names, types, defaults and checks. Objects of the running process, such as an optimizer
+or a gradient scaler, are not options: no file can name them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from drift_fast.alignment.mapping import MappingLike, parse_mapping
+from drift_fast.inject.schedule import ScheduleLike
+from drift_fast.inject.strength.formula import SCALES, Scale, check_alpha
+from drift_fast.inject.strength.per_module import LayerAlpha, PerModule, number, positive
+from drift_fast.options import Options, option
+from drift_fast.selection import EVERYTHING, Layers, Modules, Selection
+from drift_fast.sizes import parse_size
+
+CapBy = Literal["parameter", "module", "overall"]
+Residency = Literal["auto", "device", "device-int8", "host", "host-int8", "disk"]
+Scope = Literal["step", "microbatch"]
+Rescale = Literal["weight"] | None
+
+
+def _check_total(total: Any) -> None:
+    if total is not None and (isinstance(total, bool) or not isinstance(total, int) or total < 1):
+        raise ValueError(f"total_steps must be a number of optimizer steps from 1, got {total!r}")
+
+
+def _check_share(value: float | None) -> None:
+    if value is not None and not 0.0 <= value <= 1.0:
+        raise ValueError(f"min_coverage must be between 0 and 1, got {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StrengthOptions(Options):
+    """How hard Δ pushes, step by step."""
+
+    alpha: PerModule = option(
+        1.0,
+        "strength, one number or one by module, such as {attn: 1.0, mlp: 0.5}; positive moves "
+        "weights towards the reasoning model",
+        check=lambda value: isinstance(value, Mapping) or check_alpha(value),
+    )
+    layer_alpha: LayerAlpha = option(
+        None,
+        "a factor on alpha by layer: a mapping of layer (or text such as 0-7) to factor, a "
+        "sequence with one for each layer from 0, or a function of the layer, which is None for "
+        "tensors outside the layers; those have 1 unless a mapping has an entry for None",
+    )
+    scale: Scale = option(
+        "adaptive",
+        "what alpha is multiplied by: ‖g‖/‖Δ‖ (gradnorm), that times (1 + cos(g, Δ))/2 "
+        "(adaptive), nothing (absolute), or ⟨g, Δ⟩/‖Δ‖² where it is positive (project)",
+        choices=SCALES,
+    )
+    rescale: Rescale = option(
+        None,
+        "weight multiplies alpha by ‖W‖/‖Δ‖ with scale absolute, as the public code does, with the "
+        "norm of the weights at attachment",
+        choices=("weight",),
+    )
+    schedule: ScheduleLike = option(
+        None, "a factor on alpha by step: linear, cosine, or see `drift_fast.schedule`"
+    )
+    total_steps: int | None = option(
+        None,
+        "optimizer steps of the run, for schedules and targets that need them",
+        check=_check_total,
+    )
+    progress_cap: PerModule | None = option(
+        None,
+        "stop at this progress λ, one number or one by module (infinity for none); a cap or a "
+        "target costs one more pass over weights and Δ in each step",
+    )
+    cap_by: CapBy = option(
+        "parameter",
+        "whose λ the cap is compared with: that of each parameter; of each module kind, or of the "
+        "targets of each entry where the cap is by module; or of all targets, overall. λ of "
+        "several targets is weighed by ‖Δ‖²",
+        choices=get_args(CapBy),
+    )
+    look_ahead: float = option(
+        9.0,
+        "how many times its last change λ still moves after a stop: β/(1 − β) of the optimizer's "
+        "momentum β, 0 for none",
+        check=lambda value: number(value, "look_ahead", least=0.0),
+    )
+    progress_target: PerModule | None = option(
+        None,
+        "a progress λ, one number or one by module, that alpha is steered to; needs total_steps",
+    )
+    max_push: float | None = option(
+        None,
+        "the largest ‖c·Δ‖/‖g‖ of any parameter",
+        check=lambda value: value is None or positive(value, "max_push"),
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rescale is not None and self.scale != "absolute":
+            raise ValueError(
+                f"rescale has no effect with scale={self.scale!r}, which does not depend on ‖Δ‖; "
+                "leave it out, or use scale='absolute'"
+            )
+        if self.progress_cap is None and self.cap_by != "parameter":
+            raise ValueError(f"cap_by={self.cap_by!r} has no effect without progress_cap=…")
+
+    @property
+    def needs_total_steps(self) -> bool:
+        """Whether the length of the run may matter and is not given."""
+        relative = self.schedule is not None or self.progress_target is not None
+        return relative and self.total_steps is None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResidencyOptions(Options):
+    """Where Δ lives while a model trains."""
+
+    residency: Residency = option(
+        "auto",
+        "where Δ lives: device (beside the gradients, exact), device-int8 (there, in half the "
+        "memory, rounded to int8 in blocks of 64), host (in page-locked host memory, copied "
+        "ahead), host-int8, disk (read in every step from the delta, or from both checkpoints), "
+        "or auto (the first of device, host and disk that has room, with a line in the log)",
+        choices=get_args(Residency),
+    )
+    prefetch: int | str = option(
+        "1GB",
+        "bytes on the device for Δ that lives elsewhere",
+        check=parse_size,
+        metavar="SIZE",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetOptions(Options):
+    """Which parameters of the model a delta reaches."""
+
+    modules: Modules | None = option(
+        None,
+        "use only these tensors of the delta: presets attn, mlp, norm, embed, head, all, or "
+        "re:<pattern>; None is all of them",
+    )
+    layers: Layers = option(None, "layer numbers, such as 0-3,8; None is all", metavar="LAYERS")
+    mapping: MappingLike | None = option(
+        None,
+        "which tensor of the delta belongs to which parameter, where names do not tell: from delta "
+        "names to parameter names, in the forms that `compute_delta` takes",
+        parse=parse_mapping,
+        metavar="MAP",
+    )
+    strict: bool = option(
+        True,
+        "refuse when a selected tensor of the delta has no parameter, or a target has no gradient, "
+        "instead of listing these in `coverage` and counting them in `skipped`",
+    )
+    min_coverage: float | None = option(
+        None,
+        "the share of the selected elements that must have a parameter; None is all of them when "
+        "strict, except for what a mapping leaves out, and any share when not",
+        check=_check_share,
+        metavar="SHARE",
+    )
+
+    def selection(self) -> Selection:
+        """Return the selected modules and layers, parsed."""
+        return Selection.parse(EVERYTHING if self.modules is None else self.modules, self.layers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InjectionConfig(TargetOptions, ResidencyOptions, StrengthOptions):
+    """The options of `Injection` and `attach`, which read them from keywords or from a file."""
+
+    scope: Scope = option(
+        "step",
+        "step injects into the accumulated gradient, once for each optimizer step; microbatch "
+        "into that of every backward pass, as the public code does",
+        choices=get_args(Scope),
+    )
+    overlap: bool = option(
+        False,
+        "inject while backward still runs, where gradients are final; every backward pass then "
+        "counts as the last before `step()`, unless it runs in `accumulating()`",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.scope != "microbatch":
+            return
+        # Δ must be at hand in every backward pass, and only a whole step can be steered.
+        for name, given in (
+            ("overlap", self.overlap),
+            ("progress_cap", self.progress_cap is not None),
+            ("progress_target", self.progress_target is not None),
+        ):
+            if given:
+                raise ValueError(f'{name} is for scope="step", got scope="microbatch"')
+        if self.residency not in ("auto", "device"):
+            raise ValueError(
+                'scope="microbatch" needs Δ beside the gradients: residency="device", got '
+                f"{self.residency!r}"
+            )
+
+    @classmethod
+    def resolve(
+        cls, config: InjectionConfig | None, keywords: Mapping[str, Any], *, function: str
+    ) -> InjectionConfig:
+        """Return the options of a call: those of `config`, over which keywords win.
+
+        Raises:
+            TypeError: an unknown or retired keyword, or a config of another type.
+            ValueError: a value without meaning.
+        """
+        if config is not None and not isinstance(config, cls):
+            raise TypeError(f"config must be an InjectionConfig, got {type(config).__name__}")
+        return cls.from_keywords(keywords, function=function, config=config)
