@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from typing import Any, NotRequired, TypeAlias, TypedDict, final, type_check_only
+from typing import Any, TypeAlias, TypedDict, final, type_check_only
 
 __all__ = [
     "Aligned",
@@ -54,13 +54,9 @@ class Moments(TypedDict):
     agreeing: int
     stored_dot: float
     flushed: int
-    scale: float | None
     nonfinite_reasoning: int
     nonfinite_multimodal: int
     overflow: int
-    singular: NotRequired[list[float]]
-    singular_over_sq: NotRequired[float]
-    singular_under_sq: NotRequired[float]
 
 @final
 class Aligned:
@@ -90,9 +86,7 @@ class Checkpoint:
     def path(self) -> os.PathLike[str]: ...
     def tensors(self) -> list[tuple[str, str, list[int], os.PathLike[str]]]: ...
     def scales(self) -> list[tuple[str, str, str]]: ...
-    def decode_into(
-        self, name: str, buffer: Any, *, scale: float | None, elements: tuple[int, int]
-    ) -> None: ...
+    def decode_into(self, name: str, buffer: Any, *, elements: tuple[int, int]) -> None: ...
     def place(self, name: str) -> tuple[os.PathLike[str], int, int]: ...
     def fingerprint(self) -> list[tuple[str, int, str]]: ...
     def read_into(
@@ -115,7 +109,6 @@ class DeltaWriter:
     ) -> DeltaWriter: ...
     def write(self, slot: int, buffer: Any, *, offset: int = 0) -> None: ...
     def flush(self) -> None: ...
-    def set_scale(self, slot: int, scale: float) -> None: ...
     def commit(self, description: str) -> None: ...
     def abort(self) -> None: ...
 
@@ -186,7 +179,6 @@ def stream(
     writer: DeltaWriter | None = None,
     progress: Callable[[int, int], object] | None = None,
     prefetch: int | None = None,
-    singular: int | None = None,
 ) -> tuple[list[Moments], int]: ...
 def subtract_into(
     reasoning: Checkpoint,

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 # On disk only; they come out as bfloat16.
-COMPRESSED = {"float8_e4m3": "F8_E4M3", "int8": "I8"}
+COMPRESSED = {"int8": "I8"}
 STORED_DTYPES = DTYPES | COMPRESSED
 # Elements of an int8 delta that share a scale.
 INT8_BLOCK = 64
 
-# Rounding changes ‖Δ‖² by far less than this; a larger loss is underflow. Of E4M3, four significant
-# bits, every element can lose a sixteenth; of int8 the largest of a block half a step of 127, and
-# all others less than that together.
-_LOST = {"float8_e4m3": 1 - (15 / 16) ** 2, "int8": 2**-5}
+# Types that an earlier version stored a delta as, and what to write now.
+RETIRED = {"float8_e4m3": "pass dtype='int8', which takes as many bytes, or 'bfloat16'"}
+
+# Rounding changes ‖Δ‖² by far less than this; a larger loss is underflow. In int8 the largest
+# element of a block loses half a step of 127 at most, and all others less than that together.
+_LOST = {"int8": 2**-5}
 _LOST_OF_16_BITS = 2**-7
 
 
@@ -23,6 +25,8 @@ def share_lost(dtype: str) -> float:
 
 def check_stored_dtype(dtype: str) -> str:
     """Return a type that a delta can be stored in, or refuse it with those there are."""
+    if dtype in RETIRED:
+        raise ValueError(f"storing Δ as {dtype} is gone: {RETIRED[dtype]}")
     if dtype not in STORED_DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(STORED_DTYPES)}, got {dtype!r}")
     return dtype

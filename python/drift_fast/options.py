@@ -65,12 +65,12 @@ class Options:
     def __post_init__(self) -> None:
         for each in fields(self):
             about, value = about_of(each), getattr(self, each.name)
+            if about.check is not None:
+                about.check(value)
             if about.choices is not None and value not in about.choices and value != each.default:
                 raise ValueError(
                     f"{each.name} must be one of {', '.join(about.choices)}, got {value!r}"
                 )
-            if about.check is not None:
-                about.check(value)
 
     @classmethod
     def names(cls) -> tuple[str, ...]:

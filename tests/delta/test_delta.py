@@ -912,3 +912,12 @@ def test_a_delta_whose_shard_is_missing_or_cut_short_is_refused(pair: Pair, out:
     shard.unlink()
     with refused((drift_fast.CheckpointError, FileNotFoundError), shard.name):
         list(Delta.open(out).values())
+
+
+@pytest.mark.parametrize("function", [compute_delta, inspect])
+def test_a_retired_keyword_says_what_to_do_instead(tmp_path: Path, function: Any) -> None:
+    pair = write_pair(tmp_path)
+    with refused(TypeError, function.__name__, "singular", "torch.linalg.svdvals"):
+        function(pair.reasoning, pair.multimodal, singular=4)
+    with refused(TypeError, function.__name__, "overwite", "overwrite"):
+        function(pair.reasoning, pair.multimodal, overwite=True)

@@ -224,12 +224,6 @@ def _add_pair(parser: argparse.ArgumentParser) -> None:
         help=f"that buffers may take, whatever the size of the models (default {MEMORY})",
     )
     parser.add_argument(
-        "--singular",
-        type=int,
-        metavar="K",
-        help="estimate the K largest singular values of each tensor's Δ too (shown with --json)",
-    )
-    parser.add_argument(
         "--reader", choices=("auto", "mmap", "pread"), default="auto", help="default auto: pread"
     )
     parser.add_argument(
@@ -257,7 +251,6 @@ def _shared(options: argparse.Namespace, bar: ProgressBar) -> dict[str, Any]:
         "check_weights": not options.no_check_weights,
         "threads": options.threads,
         "memory": options.memory,
-        "singular": options.singular,
         "reader": options.reader,
         "strict": not options.no_strict,
         "allow_nonfinite": options.allow_nonfinite,

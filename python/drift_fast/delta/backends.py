@@ -62,13 +62,11 @@ class Streamed:
         threads: int,
         memory: int,
         allow_nonfinite: bool,
-        singular: int | None,
     ) -> None:
         self._pairing = pairing
         self._dtype = dtype
         self._threads = threads
         self._memory = memory
-        self._singular = singular
         self._allow_nonfinite = allow_nonfinite
         self._pairs = {pair.name: pair for pair in pairing.pairs}
         self.shapes = {name: pairing.shapes[name] for name in self._pairs}
@@ -127,7 +125,6 @@ class Streamed:
             [(pair.source, pair.name) for pair in pairs],
             threads=self._threads,
             memory=self._memory if memory is None else memory,
-            singular=self._singular,
             writer=writer,
             progress=report,
         )
@@ -214,9 +211,8 @@ class Stored:
         if self._dtype not in COMPRESSED:
             self._checkpoint.read_into(name, buffer, elements=elements)
             return
-        row = self._stats[name]
         self._checkpoint.decode_into(
-            name, buffer, scale=row.scale, elements=elements or (0, row.numel)
+            name, buffer, elements=elements or (0, self._stats[name].numel)
         )
 
     def statistics(self, progress: ProgressCallback | None = None) -> tuple[Statistics, int | None]:
@@ -254,8 +250,6 @@ class Stored:
                     if progress is not None:
                         progress(Progress(index, len(rows), done, total))
                 slot += 1
-            if row.scale is not None:
-                writer.set_scale(index, row.scale)
             if progress is not None:
                 progress(Progress(index + 1, len(rows), done, total))
         return [{} for _ in rows], len(buffer)

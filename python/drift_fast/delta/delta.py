@@ -23,10 +23,12 @@ from drift_fast.alignment.pairing import Pairing, fetch, pair_checkpoints, verif
 from drift_fast.checkpoints.opened import PathLike
 from drift_fast.delta.backends import Backend, Stored, Streamed, describe_sources, warn_of_zero
 from drift_fast.delta.format import DESCRIPTION, FORMAT_VERSION
+from drift_fast.delta.options import DeltaOptions
 from drift_fast.delta.parallel import Ranks, agree, first, together
 from drift_fast.delta.statistics import Compression, Statistics
-from drift_fast.dtypes import check_stored_dtype, tensor_dtype
+from drift_fast.dtypes import RETIRED, check_stored_dtype, tensor_dtype
 from drift_fast.errors import CheckpointError, DriftWarning
+from drift_fast.options import unknown
 from drift_fast.progress_bar import Progress, ProgressCallback
 from drift_fast.selection import Layers, Modules, Selection
 from drift_fast.sizes import MEMORY, parse_size, thread_count
@@ -37,8 +39,6 @@ if TYPE_CHECKING:
     from drift_fast.delta.combine import Summands
     from drift_fast.delta.rendezvous import Group
 
-# A sketch has room for no more.
-MOST_SINGULAR = 40
 # What `drift.json` may take for one tensor beside its name.
 _ROW_NBYTES = 1024
 
@@ -60,11 +60,11 @@ def compute_delta(
     max_shard_size: int | str = "5GB",
     threads: int | None = None,
     memory: int | str = MEMORY,
-    singular: int | None = None,
     progress: ProgressCallback | None = None,
     allow_nonfinite: bool = False,
     reader: str = "auto",
     ranks: Ranks = "auto",
+    **gone: Any,
 ) -> Delta:
     """Compute Δ = W_reason − W_multimodal for every selected tensor of the language backbone.
 
@@ -82,11 +82,10 @@ def compute_delta(
         out: a directory to write; None writes nothing, and tensors are subtracted when asked for.
         modules: presets `attn`, `mlp`, `norm`, `embed`, `head`, `all`, or `re:<pattern>`.
         layers: a range or other iterable of layer numbers, or text such as "0-3,8"; None is all.
-        dtype: of Δ: "bfloat16", "float16" or "float32"; or, in half of the first's bytes,
-            "float8_e4m3" (codes under one power of two for each tensor) or "int8" (a float16 scale
-            for every 64 elements). Those two are what is written: tensors come out as bfloat16,
-            rounded from what is stored, or exactly from the checkpoints where nothing is
-            (`out=None`). `Delta.compression` tells what they cost; docs/format.md describes them.
+        dtype: of Δ: "bfloat16", "float16" or "float32"; or, in half of the first's bytes, "int8" (a
+            float16 scale for every 64 elements). That is what is written: tensors come out as
+            bfloat16, rounded from what is stored, or exactly from the checkpoints where nothing is
+            (`out=None`). `Delta.compression` says what it costs; docs/format.md describes it.
         mapping: which tensor belongs to which, where names do not tell: pairs of prefixes, a
             dictionary of reasoning name → multimodal name (None leaves one out), a function that
             does the same, or the path of a map file that `drift-fast align` wrote. It is checked
@@ -108,10 +107,6 @@ def compute_delta(
             work. What grows with the number of tensors, names and statistics, comes on top, and
             files that the system keeps in its page cache are not counted. The result does not
             depend on it, and `Delta.peak_nbytes` says what was taken.
-        singular: how many of the largest singular values of each Δ the statistics are to hold, up
-            to 40; None is none. They come from a sketch in the same pass, which takes two to four
-            times as long and more memory, and are exact for a Δ of low rank only: see
-            `Row.singular`.
         progress: called on this thread with a `Progress`, about 20 times a second.
         allow_nonfinite: record NaN and infinity in the statistics instead of refusing.
         reader: "pread", "mmap", or "auto": "pread" on network file systems, and elsewhere what
@@ -133,8 +128,8 @@ def compute_delta(
         ValueError: an argument without meaning, or memory that not even one thread can work in,
             where the message says the least.
     """
+    _refuse_unknown("compute_delta", gone)
     check_stored_dtype(dtype)
-    _check_singular(singular)
     shard_nbytes = parse_size(max_shard_size)
     memory_nbytes = parse_size(memory)
     selection = Selection.parse(modules, layers)
@@ -160,10 +155,9 @@ def compute_delta(
         if group is not None:
             seen = {side: sources[side]["shards"] for side in ("reasoning", "multimodal")}
             pairs = {"pairs": [[pair.name, pair.source] for pair in pairing.pairs]}
-            options = {"allow_nonfinite": allow_nonfinite, "singular": singular}
-            agree(group, seen | pairs | options)
+            agree(group, seen | pairs | {"allow_nonfinite": allow_nonfinite})
         delta = Delta(
-            Streamed(pairing, dtype, threads, memory_nbytes, allow_nonfinite, singular),
+            Streamed(pairing, dtype, threads, memory_nbytes, allow_nonfinite),
             stored_dtype=dtype,
             coverage=pairing.coverage,
             sources=sources,
@@ -182,9 +176,10 @@ def compute_delta(
         )
 
 
-def _check_singular(singular: int | None) -> None:
-    if singular is not None and not 1 <= singular <= MOST_SINGULAR:
-        raise ValueError(f"singular must be from 1 to {MOST_SINGULAR}, or None, got {singular}")
+def _refuse_unknown(function: str, keywords: Mapping[str, object]) -> None:
+    for name in keywords:
+        known = DeltaOptions.names()
+        raise TypeError(f"{function}() {unknown(name, known, 'keyword argument')}")
 
 
 @dataclass(frozen=True)
@@ -215,17 +210,17 @@ def inspect(
     check_weights: bool = True,
     threads: int | None = None,
     memory: int | str = MEMORY,
-    singular: int | None = None,
     progress: ProgressCallback | None = None,
     allow_nonfinite: bool = False,
     reader: str = "auto",
+    **gone: Any,
 ) -> Report:
     """Measure norms and cosines between two checkpoints in one pass; nothing is written.
 
     Arguments and errors are those of `compute_delta`. Under a launcher each process that calls
     this reads everything for itself.
     """
-    _check_singular(singular)
+    _refuse_unknown("inspect", gone)
     selection = Selection.parse(modules, layers)
     threads = thread_count(threads)
     memory_nbytes = parse_size(memory)
@@ -240,7 +235,7 @@ def inspect(
         min_coverage=min_coverage,
     )
     pairing = _ready(pairing, reader, check_weights, progress)
-    streamed = Streamed(pairing, "float32", threads, memory_nbytes, allow_nonfinite, singular)
+    streamed = Streamed(pairing, "float32", threads, memory_nbytes, allow_nonfinite)
     stats, peak_nbytes = streamed.statistics(progress)
     return Report(
         stats,
@@ -361,14 +356,15 @@ class Delta(Mapping[str, "torch.Tensor"]):
                     f"{description}: format version {version!r}, expected {FORMAT_VERSION}; "
                     "compute the delta again with this version of drift_fast"
                 )
+            if stored["dtype"] in RETIRED:
+                raise CheckpointError(
+                    f"{directory}: drift_fast {stored['drift_fast_version']} stored this delta as "
+                    f"{stored['dtype']}, which this version does not read; compute the delta again "
+                    "with dtype='bfloat16' or 'int8'"
+                )
             stats = Statistics.from_json(stored["statistics"])
             coverage = Coverage.from_json(stored["coverage"])
             dtype = check_stored_dtype(stored["dtype"])
-            for row in stats if dtype == "float8_e4m3" else ():
-                # The exponents under which every code is a bfloat16.
-                mantissa, exponent = math.frexp(row.scale or 0.0)
-                if mantissa != 0.5 or not -124 <= exponent - 1 <= 119:
-                    raise ValueError(f"the scale of {row.name} is {row.scale}, no power of two")
             fields = {key: stored[key] for key in ("sources", "alignment", "selection")}
         except (
             KeyError,

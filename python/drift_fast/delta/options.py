@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from drift_fast.alignment.options import PairOptions
 from drift_fast.delta.parallel import Ranks, parse_ranks
-from drift_fast.dtypes import STORED_DTYPES
+from drift_fast.dtypes import STORED_DTYPES, check_stored_dtype
 from drift_fast.options import Options, option
 from drift_fast.progress_bar import ProgressCallback
 from drift_fast.sizes import MEMORY, parse_size, thread_count
@@ -51,7 +51,9 @@ class InspectOptions(StreamOptions, PairOptions):
 class DeltaOptions(OutputOptions, StreamOptions, PairOptions):
     """The options of `compute_delta`."""
 
-    dtype: str = option("bfloat16", "dtype that Δ is stored as", choices=STORED_DTYPES)
+    dtype: str = option(
+        "bfloat16", "dtype that Δ is stored as", choices=STORED_DTYPES, check=check_stored_dtype
+    )
     ranks: Ranks = option(
         "auto",
         "which processes write: auto (all that torchrun, Slurm or Open MPI started), none (this "

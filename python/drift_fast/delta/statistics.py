@@ -29,12 +29,8 @@ class Row:
     side is zero and both have the same sign; a delta written before they were taken has None.
 
     Of a compressed Δ, as it is decoded: `stored_sq` is ‖stored‖², `stored_dot` its product with the
-    exact Δ, `flushed` counts differences other than zero that are stored as zero, and `scale` is
-    what E4M3 codes are multiplied by. Elsewhere they are None.
-
-    `singular` holds the largest singular values of Δ in descending order, where they were asked for
-    and Δ is a matrix of finite values; the square of each may be too large by about
-    `singular_over_sq` and too small by about `singular_under_sq`, since they come from a sketch.
+    exact Δ, and `flushed` counts differences other than zero that are stored as zero. Elsewhere
+    they are None.
     """
 
     name: str
@@ -55,10 +51,6 @@ class Row:
     stored_sq: float | None = None
     stored_dot: float | None = None
     flushed: int | None = None
-    scale: float | None = None
-    singular: tuple[float, ...] | None = None
-    singular_over_sq: float | None = None
-    singular_under_sq: float | None = None
 
     @property
     def delta_norm(self) -> float:
@@ -118,16 +110,6 @@ class Row:
             return math.nan
         return max(-1.0, min(1.0, self.stored_dot / norms))
 
-    @property
-    def rank1_share(self) -> float:
-        """The share of ‖Δ‖² in the direction of the largest singular value; NaN where unknown.
-
-        It may be off by what the squares of the singular values may be off by, over ‖Δ‖².
-        """
-        if self.singular is None or self.delta_sq == 0:
-            return math.nan
-        return self.singular[0] ** 2 / self.delta_sq
-
     def to_dict(self) -> dict[str, Any]:
         """Return every column, derived ones included; NaN and infinity become None."""
         values = asdict(self) | {column: getattr(self, column) for column in _DERIVED}
@@ -144,14 +126,10 @@ _DERIVED = (
     "agreeing_share",
     "stored_norm",
     "stored_cosine",
-    "rank1_share",
 )
 _SUMS = ("delta_sq", "reasoning_sq", "multimodal_sq", "dot")
 # What a delta need not have: written by an earlier version, or not compressed.
-_OPTIONAL_SUMS = (
-    *("max_abs", "stored_sq", "stored_dot", "scale"),
-    *("singular_over_sq", "singular_under_sq"),
-)
+_OPTIONAL_SUMS = ("max_abs", "stored_sq", "stored_dot")
 _OPTIONAL_COUNTS = ("zeros", "agreeing", "flushed")
 _STORED = (*_SUMS, "nonfinite", "overflow")
 
@@ -164,7 +142,6 @@ def row_from_moments(
         "stored_sq": moments["written_sq"],
         "stored_dot": moments["stored_dot"],
         "flushed": moments["flushed"],
-        "scale": moments["scale"],
     }
     return Row(
         name=name,
@@ -182,9 +159,6 @@ def row_from_moments(
         max_abs=moments["max_abs"],
         zeros=moments["zeros"],
         agreeing=moments["agreeing"],
-        singular=tuple(moments["singular"]) if "singular" in moments else None,
-        singular_over_sq=moments.get("singular_over_sq"),
-        singular_under_sq=moments.get("singular_under_sq"),
         **(stored if compressed else {}),
     )
 
@@ -279,7 +253,6 @@ class Statistics(Sequence[Row]):
                 for column in (*_OPTIONAL_SUMS, *_OPTIONAL_COUNTS)
                 if getattr(row, column) is not None
             }
-            | ({} if row.singular is None else {"singular": list(row.singular)})
             for row in self._rows
         ]
 
@@ -300,10 +273,6 @@ class Statistics(Sequence[Row]):
             if min(sums[key] for key in sums if key.endswith("_sq")) < 0:
                 raise ValueError(f"the statistics of {name} hold a negative square")
             sums |= {column: int(row[column]) for column in _OPTIONAL_COUNTS if column in row}
-            if "singular" in row:
-                sums["singular"] = tuple(float(value) for value in row["singular"])
-                if not sums["singular"] or min(sums["singular"]) < 0:
-                    raise ValueError(f"{name} has no singular values, or a negative one")
             restored.append(
                 Row(
                     name=name,

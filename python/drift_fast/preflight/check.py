@@ -19,7 +19,7 @@ from drift_fast.alignment.mapping import MappingLike
 from drift_fast.alignment.pairing import Pairing, pair_checkpoints
 from drift_fast.checkpoints.config_json import Configuration, printable
 from drift_fast.checkpoints.opened import Opened, PathLike, open_checkpoint
-from drift_fast.dtypes import STORED_DTYPES
+from drift_fast.dtypes import check_stored_dtype
 from drift_fast.errors import AlignmentError, CoverageError
 from drift_fast.preflight.facts import STATED, Fact
 from drift_fast.preflight.rules import Finding, Side, compare
@@ -35,7 +35,6 @@ ITEMSIZE = {
     "bfloat16": (2.0, 2),
     "float16": (2.0, 2),
     "float32": (4.0, 4),
-    "float8_e4m3": (1.0, 2),
     "int8": (1 + 2 / 64, 2),
 }
 _VALUE_WIDTH = 44
@@ -161,8 +160,7 @@ def check(
         CheckpointError: a checkpoint or a config.json that is not valid; the key is named.
         ValueError: an argument without meaning.
     """
-    if dtype not in STORED_DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(STORED_DTYPES)}, got {dtype!r}")
+    check_stored_dtype(dtype)
     selection, rate_nbytes = Selection.parse(modules, layers), _rate(read_rate)
     given = [reasoning, multimodal] if model is None else [reasoning, multimodal, model]
     roles = ["reasoning", "multimodal"] if model is None else ["expert", "reference", "model"]

@@ -14,14 +14,12 @@ use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use drift_fast_core::Dtype;
 use drift_fast_core::dtype::Fp8;
 use drift_fast_core::kernel::{
-    Compressed, Elements, INT8_BLOCK, decode_e4m3, decode_int8, dequantise, moments_in_float64,
-    subtract, subtract_compressed,
+    Elements, INT8_BLOCK, decode_int8, dequantise, moments_in_float64, subtract, subtract_int8,
 };
 
 /// Elements of a side: with an output, half a mebibyte in bfloat16; and 128 MiB.
 const SIZES: [(&str, usize); 2] = [("cached", 1 << 16), ("memory", 1 << 26)];
 const NARROW: [Dtype; 3] = [Dtype::BF16, Dtype::F16, Dtype::F32];
-const EXPONENT: i32 = -10;
 
 /// Weights of about a hundredth, the same ones every time.
 fn weights(dtype: Dtype, numel: usize, seed: u64) -> Vec<u8> {
@@ -91,23 +89,7 @@ fn compression(criterion: &mut Criterion) {
         let mut scales = vec![0; 2 * numel.div_ceil(INT8_BLOCK)];
         let mut out = vec![0; 2 * numel];
         group.throughput(Throughput::Bytes((left.len() + right.len()) as u64));
-        let mut e4m3 = || {
-            let out = Compressed::E4m3 { exponent: EXPONENT, codes: &mut codes };
-            subtract_compressed(x, y, out)
-        };
-        check("E4M3", e4m3().delta_sq, x, y);
-        group.bench_function(format!("BF16-BF16=E4M3/{place}"), |bencher| {
-            bencher.iter(|| black_box(e4m3()));
-        });
-        group.throughput(Throughput::Bytes(numel as u64));
-        group.bench_function(format!("decode E4M3/{place}"), |bencher| {
-            bencher.iter(|| decode_e4m3(&codes, EXPONENT, black_box(&mut out)));
-        });
-        group.throughput(Throughput::Bytes((left.len() + right.len()) as u64));
-        let mut int8 = || {
-            let out = Compressed::Int8 { codes: &mut codes, scales: &mut scales };
-            subtract_compressed(x, y, out)
-        };
+        let mut int8 = || subtract_int8(x, y, &mut codes, &mut scales);
         check("int8", int8().delta_sq, x, y);
         group.bench_function(format!("BF16-BF16=int8/{place}"), |bencher| {
             bencher.iter(|| black_box(int8()));

@@ -9,8 +9,6 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use crate::error::{Error, Result};
 use crate::order::{Chunks, Order};
 use crate::shard::Reader;
-use crate::sketch::Sketch;
-use crate::spectrum;
 use crate::storage::{Encoded, Storage};
 use crate::stream::{CHUNK, COMPOSED_CHUNK, Minuend, Options, Pair, Side};
 
@@ -31,12 +29,10 @@ pub(crate) struct Demand {
     pub(crate) out: usize,
     /// Elements of one chunk.
     pub(crate) longest: usize,
-    /// Rows of a matrix on their way to a sketch, and the sketch itself.
-    pub(crate) sketch: usize,
 }
 
 impl Demand {
-    fn of(pair: &Pair<'_>, out: Option<Storage>, singular: Option<usize>) -> Self {
+    fn of(pair: &Pair<'_>, out: Option<Storage>) -> Self {
         let numel = pair.multimodal.tensor.numel();
         let (longest, reasoning, runs) = match &pair.reasoning {
             Minuend::Whole(side) => {
@@ -62,34 +58,11 @@ impl Demand {
             dequantised: coded + pair.multimodal.dequantised_nbytes(longest),
             out: out.map_or(0, |storage| Encoded::nbytes_of(storage, longest)),
             longest,
-            sketch: singular.map_or(0, |count| Self::sketch_of(pair, longest, count)),
         }
     }
 
-    /// A chunk of whole rows is up to a row longer than another, on both sides; then the difference
-    /// in bytes and as numbers, its share of the sketch, and the sketch, of which there are never more
-    /// than workers.
-    fn sketch_of(pair: &Pair<'_>, longest: usize, singular: usize) -> usize {
-        let Some((rows, columns)) = spectrum::matrix(pair) else { return 0 };
-        let numel = longest + columns;
-        // A buffer that grows takes up to twice what it holds, and codes become float32.
-        let element = pair.reasoning.element_nbytes() + pair.multimodal.element_nbytes() + 8;
-        let sides = numel.saturating_mul(2 * element);
-        let width = Sketch::width(rows, columns, singular);
-        let share = 4 * numel.div_ceil(columns) * width;
-        let sketch = Sketch::nbytes_of(rows, columns, singular);
-        let solving = Sketch::solving_nbytes(rows, columns, singular);
-        [16 * numel, share, sketch, solving].into_iter().fold(sides, usize::saturating_add)
-    }
-
     fn nbytes(&self) -> usize {
-        self.reasoning
-            + self.runs
-            + self.multimodal
-            + self.mapped
-            + self.dequantised
-            + self.out
-            + self.sketch
+        self.reasoning + self.runs + self.multimodal + self.mapped + self.dequantised + self.out
     }
 
     fn most(self, other: Self) -> Self {
@@ -101,7 +74,6 @@ impl Demand {
             dequantised: self.dequantised.max(other.dequantised),
             out: self.out.max(other.out),
             longest: self.longest.max(other.longest),
-            sketch: self.sketch.max(other.sketch),
         }
     }
 }
@@ -147,7 +119,7 @@ impl Plan {
         let mut demand = Demand::default();
         let mut largest: (usize, &str) = (0, "");
         for pair in pairs {
-            let one = Demand::of(pair, out, options.singular);
+            let one = Demand::of(pair, out);
             if one.nbytes() > largest.0 {
                 largest = (one.nbytes(), &pair.multimodal.tensor.name);
             }

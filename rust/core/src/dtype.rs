@@ -106,21 +106,6 @@ pub(crate) fn e5m2_to_f32(code: u8) -> f32 {
     f16_to_f32(u16::from(code) << 8)
 }
 
-/// Round to an E4M3 code, to nearest and ties to even; NaN and what rounds beyond 448 become NaN.
-#[inline(always)]
-pub(crate) fn f32_to_e4m3(value: f32) -> u8 {
-    let bits = value.to_bits();
-    let magnitude = bits & 0x7fff_ffff;
-    // Normal codes: round away the lower 20 bits, then move the exponent's bias from 127 to 7.
-    let rounded = (magnitude + 0x7_ffff + ((magnitude >> 20) & 1)) >> 20;
-    let normal = rounded.wrapping_sub(120 << 3).min(0x7f);
-    // Below 2⁻⁶ codes are multiples of 2⁻⁹, which is float32's last place from 2¹⁴ on.
-    let placed = (f32::from_bits(magnitude) + 16384.0).to_bits();
-    let subnormal = placed.wrapping_sub(16384f32.to_bits());
-    let code = if magnitude < 121 << 23 { subnormal } else { normal };
-    (code | ((bits >> 24) & 0x80)) as u8
-}
-
 /// An element no wider than float32, loaded from its little-endian bytes.
 pub(crate) trait Narrow: Copy {
     const NBYTES: usize;
@@ -270,35 +255,6 @@ mod tests {
                 0x7c => assert!(value.is_infinite() && value.is_sign_negative() == (code > 0x7f)),
                 0x7d..=0x7f => assert!(value.is_nan()),
                 _ => assert_eq!(f64::from(value).to_bits(), defined(code, 2, 15).to_bits()),
-            }
-        }
-    }
-
-    #[test]
-    fn e4m3_rounds_to_nearest_around_every_midpoint_and_to_even_on_it() {
-        let next = |value: f32| f32::from_bits(value.to_bits() + 1);
-        let before = |value: f32| f32::from_bits(value.to_bits() - 1);
-        for sign in [0u8, 0x80] {
-            let signed = |value: f32| if sign == 0 { value } else { -value };
-            for code in 0..0x7eu8 {
-                let (low, high) = (defined(code, 3, 7), defined(code + 1, 3, 7));
-                let middle = ((low + high) / 2.0) as f32;
-                let even = code + (code & 1);
-                for (value, expected) in [
-                    (low as f32, code),
-                    (before(middle), code),
-                    (middle, even),
-                    (next(middle), code + 1),
-                    (high as f32, code + 1),
-                ] {
-                    assert_eq!(f32_to_e4m3(signed(value)), expected | sign, "{value}");
-                }
-            }
-            // Past 448 the codes would go on to 480; the midpoint and all beyond have none.
-            assert_eq!(f32_to_e4m3(signed(before(464.0))), 0x7e | sign);
-            assert_eq!(f32_to_e4m3(signed(464.0)), 0x7e | sign);
-            for value in [next(464.0), 480.0, 1e30, f32::MAX, f32::INFINITY, f32::NAN] {
-                assert_eq!(f32_to_e4m3(signed(value)) & 0x7f, 0x7f, "{value}");
             }
         }
     }

@@ -9,10 +9,7 @@ use std::ops::Range;
 use crate::checkpoint::Checkpoint;
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
-use crate::kernel::{
-    BF16_EXPONENTS, Compressed, Elements, INT8_BLOCK, Moments, decode_e4m3, decode_int8, subtract,
-    subtract_compressed,
-};
+use crate::kernel::{Elements, INT8_BLOCK, Moments, decode_int8, subtract, subtract_int8};
 use crate::writer::{Slot, Writer};
 
 /// What is appended to a tensor's name to name its scales.
@@ -25,8 +22,6 @@ const DECODED: usize = 1 << 18;
 pub enum Storage {
     /// As a value of that type.
     Plain(Dtype),
-    /// As E4M3 codes under one power of two for the tensor, in the shard's metadata.
-    E4m3,
     /// As integers of eight bits and a binary16 scale for every [`INT8_BLOCK`] of them.
     Int8,
 }
@@ -39,7 +34,6 @@ impl Storage {
             Storage::Plain(Dtype::F16) => safetensors::Dtype::F16,
             Storage::Plain(Dtype::F32) => safetensors::Dtype::F32,
             Storage::Plain(Dtype::F64) => safetensors::Dtype::F64,
-            Storage::E4m3 => safetensors::Dtype::F8_E4M3,
             Storage::Int8 => safetensors::Dtype::I8,
         };
         let numel: usize = shape.iter().product();
@@ -73,27 +67,15 @@ impl Encoded {
     /// Subtract a chunk into the bytes that [`Encoded::write`] takes.
     pub(crate) fn subtract(
         &mut self,
-        writer: &Writer,
-        index: usize,
+        storage: Storage,
         reasoning: Elements<'_>,
         multimodal: Elements<'_>,
-    ) -> Result<Moments> {
-        let storage = writer.storage();
+    ) -> Moments {
         self.clear(storage, reasoning.numel());
-        Ok(match storage {
+        match storage {
             Storage::Plain(dtype) => subtract(reasoning, multimodal, Some((dtype, &mut self.main))),
-            Storage::E4m3 => {
-                let exponent = writer.exponent(index).ok_or_else(|| {
-                    Error::Argument(format!("the scale of difference {index} is not known yet"))
-                })?;
-                let codes = &mut self.main;
-                subtract_compressed(reasoning, multimodal, Compressed::E4m3 { exponent, codes })
-            }
-            Storage::Int8 => {
-                let (codes, scales) = (&mut self.main, &mut self.scales);
-                subtract_compressed(reasoning, multimodal, Compressed::Int8 { codes, scales })
-            }
-        })
+            Storage::Int8 => subtract_int8(reasoning, multimodal, &mut self.main, &mut self.scales),
+        }
     }
 
     /// Room for `numel` elements, which is allocated at once.
@@ -125,7 +107,6 @@ impl Encoded {
     fn sizes(storage: Storage, numel: usize) -> (usize, usize) {
         match storage {
             Storage::Plain(dtype) => (numel * dtype.nbytes(), 0),
-            Storage::E4m3 => (numel, 0),
             Storage::Int8 => (numel, 2 * numel.div_ceil(INT8_BLOCK)),
         }
     }
@@ -136,7 +117,6 @@ impl Encoded {
         let slot = storage.slot(index);
         match storage {
             Storage::Plain(dtype) => writer.write_at(slot, start * dtype.nbytes(), &self.main),
-            Storage::E4m3 => writer.write_at(slot, start, &self.main),
             Storage::Int8 => {
                 writer.write_at(slot, start, &self.main)?;
                 writer.write_at(slot + 1, start / INT8_BLOCK * 2, &self.scales)
@@ -145,54 +125,15 @@ impl Encoded {
     }
 }
 
-/// Where the scale of a stored Δ is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Scale {
-    /// One power of two, of this exponent.
-    Power(i32),
-    /// A tensor of their own, one for every [`INT8_BLOCK`] elements.
-    Blocks,
-}
-
-impl Scale {
-    /// The scale that is one number.
-    ///
-    /// # Errors
-    /// Anything but a power of two under which every code is a bfloat16.
-    pub fn one(scale: f64) -> Result<Self> {
-        BF16_EXPONENTS
-            .into_iter()
-            .find(|&exponent| 2f64.powi(exponent).to_bits() == scale.to_bits())
-            .map(Scale::Power)
-            .ok_or_else(|| {
-                Error::Argument(format!(
-                    "the scale of E4M3 codes must be a power of two from 2^{} to 2^{}, got {scale}",
-                    BF16_EXPONENTS.start(),
-                    BF16_EXPONENTS.end()
-                ))
-            })
-    }
-}
-
-/// Fill `out` with elements of a compressed Δ as bfloat16; memory does not grow with how many.
+/// Fill `out` with elements of an int8 Δ as bfloat16; memory does not grow with how many.
 ///
 /// # Errors
 /// A tensor that is not there or of another type, elements that it does not have, `out` of another
 /// size, or a failed read.
-pub fn read(
-    delta: &Checkpoint,
-    name: &str,
-    scale: Scale,
-    elements: Range<usize>,
-    out: &mut [u8],
-) -> Result<()> {
+pub fn read(delta: &Checkpoint, name: &str, elements: Range<usize>, out: &mut [u8]) -> Result<()> {
     let (shard, codes) = delta.tensor(name)?;
-    let expected = match scale {
-        Scale::Power(_) => safetensors::Dtype::F8_E4M3,
-        Scale::Blocks => safetensors::Dtype::I8,
-    };
-    if codes.dtype != expected {
-        let message = format!("dtype {}, expected codes of {expected}", codes.dtype);
+    if codes.dtype != safetensors::Dtype::I8 {
+        let message = format!("dtype {}, expected codes of I8", codes.dtype);
         return Err(Error::tensor(shard.path(), name, message));
     }
     let numel = codes.numel();
@@ -214,17 +155,12 @@ pub fn read(
         let piece = &mut out[2 * (start - elements.start)..2 * (end - elements.start)];
         bytes.resize(end - start, 0);
         shard.read_exact_at(&mut bytes, codes.range.start + start as u64)?;
-        match scale {
-            Scale::Power(exponent) => decode_e4m3(&bytes, exponent, piece),
-            Scale::Blocks => {
-                let (shard, stored) = block_scales(delta, name, numel)?;
-                let blocks = start / INT8_BLOCK..end.div_ceil(INT8_BLOCK);
-                scales.resize(2 * blocks.len(), 0);
-                let at = stored.range.start + 2 * blocks.start as u64;
-                shard.read_exact_at(&mut scales, at)?;
-                decode_int8(&bytes, &scales, start % INT8_BLOCK, piece);
-            }
-        }
+        let (shard, stored) = block_scales(delta, name, numel)?;
+        let blocks = start / INT8_BLOCK..end.div_ceil(INT8_BLOCK);
+        scales.resize(2 * blocks.len(), 0);
+        let at = stored.range.start + 2 * blocks.start as u64;
+        shard.read_exact_at(&mut scales, at)?;
+        decode_int8(&bytes, &scales, start % INT8_BLOCK, piece);
         start = end;
     }
     Ok(())

@@ -18,8 +18,6 @@ use crate::kernel::{self, Elements, Moments};
 use crate::order::{Chunk, Order, Origin, Taken};
 use crate::scales::{DEQUANTISED, Scales};
 use crate::shard::{Shard, Tensor, subtractable};
-use crate::sketch::SingularValues;
-use crate::spectrum::{self, Spectra};
 use crate::storage::Encoded;
 use crate::workers;
 use crate::writer::Writer;
@@ -135,8 +133,8 @@ pub struct Pair<'a> {
 pub enum Sink<'a> {
     /// Nowhere: statistics only.
     None,
-    /// The files of a delta; the first pair is its difference of this number.
-    Files(&'a Writer, usize),
+    /// The files of a delta; pair by pair its differences.
+    Files(&'a Writer),
     /// One pair's difference into memory of exactly its size.
     Memory(Dtype, &'a mut [u8]),
 }
@@ -159,14 +157,12 @@ pub struct Options {
     pub memory: usize,
     /// Bytes that a disk is asked for ahead of the workers.
     pub prefetch_nbytes: u64,
-    /// How many of the largest singular values of each difference are sought, if any.
-    pub singular: Option<usize>,
 }
 
 impl Options {
     /// So many threads, in as much memory as they take.
     pub fn new(threads: usize) -> Self {
-        Self { threads, memory: usize::MAX, prefetch_nbytes: PREFETCH_NBYTES, singular: None }
+        Self { threads, memory: usize::MAX, prefetch_nbytes: PREFETCH_NBYTES }
     }
 }
 
@@ -177,9 +173,6 @@ pub struct Outcome {
     pub moments: Vec<Moments>,
     /// The most bytes that buffers took at a time; windows of mapped files are not among them.
     pub peak_nbytes: usize,
-    /// The largest singular values of each difference that is a finite matrix, where they were asked
-    /// for.
-    pub spectra: Vec<Option<SingularValues>>,
 }
 
 /// Stream every pair through the kernel and return the moments of each.
@@ -199,13 +192,13 @@ pub fn run(
     for pair in pairs {
         check(pair, &sink)?;
     }
-    let out = if let Sink::Files(writer, _) = &sink { Some(writer.storage()) } else { None };
+    let out = if let Sink::Files(writer) = &sink { Some(writer.storage()) } else { None };
     let plan = Plan::new(pairs, out, options)?;
     let account = Account::default();
     account.add(Order::window_nbytes(plan.workers));
     let (output, memory): (_, (&mut [u8], usize)) = match sink {
         Sink::None => (Output::None, (&mut [], 0)),
-        Sink::Files(writer, first) => (Output::Files(writer, first), (&mut [], 0)),
+        Sink::Files(writer) => (Output::Files(writer), (&mut [], 0)),
         Sink::Memory(dtype, buffer) => {
             check_buffer(pairs, dtype, buffer)?;
             (Output::Memory(dtype), (buffer, dtype.nbytes()))
@@ -216,7 +209,6 @@ pub fn run(
         output,
         order: Order::new(pairs, memory, plan.workers, options.prefetch_nbytes),
         demand: plan.demand,
-        spectra: options.singular.map(|count| Spectra::new(count, pairs.len(), &account)),
         account: &account,
         stop: AtomicBool::new(false),
         nbytes: AtomicU64::new(0),
@@ -233,8 +225,7 @@ pub fn run(
     }
     check_unchanged(pairs)?;
     let moments = work.order.finish().ok_or(Error::Interrupted)?;
-    let spectra = work.spectra.map(Spectra::finish).unwrap_or_default();
-    Ok(Outcome { moments, peak_nbytes: account.peak_nbytes(), spectra })
+    Ok(Outcome { moments, peak_nbytes: account.peak_nbytes() })
 }
 
 fn check(pair: &Pair<'_>, sink: &Sink<'_>) -> Result<()> {
@@ -244,7 +235,7 @@ fn check(pair: &Pair<'_>, sink: &Sink<'_>) -> Result<()> {
         Minuend::Whole(side) => *side,
         // A composed tensor was checked when it was put together.
         Minuend::Composed(composed) => {
-            let Sink::Files(writer, _) = sink else { return Ok(()) };
+            let Sink::Files(writer) = sink else { return Ok(()) };
             let granularity = writer.storage().granularity();
             let numel = b.tensor.numel();
             let mut start = 0;
@@ -319,7 +310,7 @@ fn check_buffer(pairs: &[Pair<'_>], dtype: Dtype, buffer: &[u8]) -> Result<()> {
 #[derive(Clone, Copy)]
 enum Output<'a> {
     None,
-    Files(&'a Writer, usize),
+    Files(&'a Writer),
     /// Into each chunk's own part of it.
     Memory(Dtype),
 }
@@ -329,7 +320,6 @@ struct Work<'a> {
     output: Output<'a>,
     order: Order<'a>,
     demand: Demand,
-    spectra: Option<Spectra<'a>>,
     account: &'a Account,
     stop: AtomicBool,
     nbytes: AtomicU64,
@@ -344,8 +334,6 @@ struct Scratch {
     multimodal: Vec<u8>,
     dequantised: [Dequantised; 2],
     out: Encoded,
-    difference: Vec<u8>,
-    values: Vec<f32>,
 }
 
 impl Scratch {
@@ -357,11 +345,9 @@ impl Scratch {
             multimodal: Vec::with_capacity(demand.multimodal),
             dequantised: <[Dequantised; 2]>::default(),
             out: match output {
-                Output::Files(writer, _) => Encoded::with_room(writer.storage(), demand.longest),
+                Output::Files(writer) => Encoded::with_room(writer.storage(), demand.longest),
                 _ => Encoded::default(),
             },
-            difference: Vec::new(),
-            values: Vec::new(),
         }
     }
 
@@ -371,8 +357,6 @@ impl Scratch {
             + self.multimodal.capacity()
             + self.dequantised.iter().map(Dequantised::held_nbytes).sum::<usize>()
             + self.out.held_nbytes()
-            + self.difference.capacity()
-            + size_of::<f32>() * self.values.capacity()
     }
 }
 
@@ -387,8 +371,6 @@ impl<'a> Work<'a> {
             }
             match self.chunk(&mut taken, &mut scratch) {
                 Ok(moments) => self.order.fold(&taken, moments),
-                // Of who waited for rows that never came; what failed has been noted by then.
-                Err(Error::Interrupted) => self.stop(),
                 Err(error) => self.fail(taken.index, error),
             }
             // Grown only where the plan was wrong, which the peak must show.
@@ -411,9 +393,6 @@ impl<'a> Work<'a> {
     fn stop(&self) {
         self.stop.store(true, Ordering::Relaxed);
         self.order.stop();
-        if let Some(spectra) = &self.spectra {
-            spectra.stop();
-        }
     }
 
     fn prefetch(&self, chunk: &Chunk) {
@@ -457,7 +436,6 @@ impl<'a> Work<'a> {
             }
             (Minuend::Composed(_), _) => {
                 self.nothing(taken, &mut scratch.out)?;
-                self.sketch(&taken.chunk, scratch)?;
                 self.nbytes.fetch_add(nbytes, Ordering::Relaxed);
                 return Ok(Moments::default());
             }
@@ -466,11 +444,10 @@ impl<'a> Work<'a> {
         let multimodal = pair.multimodal.values(chunk.start, stored, right)?;
         let moments = match self.output {
             Output::None => kernel::subtract(reasoning, multimodal, None),
-            Output::Files(writer, first) => {
-                let difference = first + chunk.pair;
+            Output::Files(writer) => {
                 let out = &mut scratch.out;
-                let moments = out.subtract(writer, difference, reasoning, multimodal)?;
-                out.write(writer, difference, chunk.start)?;
+                let moments = out.subtract(writer.storage(), reasoning, multimodal);
+                out.write(writer, chunk.pair, chunk.start)?;
                 moments
             }
             Output::Memory(dtype) => {
@@ -482,48 +459,7 @@ impl<'a> Work<'a> {
             shard.release(range);
         }
         pair.multimodal.shard.release(range);
-        self.sketch(&taken.chunk, scratch)?;
         Ok(moments)
-    }
-
-    /// Take the rows that begin in a chunk into the pair's sketch. A row may end in the next chunk, so
-    /// what this chunk has of both sides is read again, from the page cache if not from the core's.
-    fn sketch(&self, chunk: &Chunk, scratch: &mut Scratch) -> Result<()> {
-        let pair = &self.pairs[chunk.pair];
-        let (Some(spectra), Some((rows, columns))) = (&self.spectra, spectrum::matrix(pair)) else {
-            return Ok(());
-        };
-        let run = spectrum::rows_in(chunk, columns);
-        if let (Minuend::Composed(_), Origin::Nothing) = (&pair.reasoning, chunk.origin) {
-            return spectra.add(chunk.pair, (rows, columns), run, None);
-        }
-        let elements =
-            Chunk { start: run.start * columns, end: run.end * columns, ..chunk.clone() };
-        let Scratch { reasoning, runs, multimodal, dequantised, difference, values, .. } = scratch;
-        let [left, right] = dequantised;
-        let a = match (&pair.reasoning, elements.origin) {
-            (Minuend::Whole(side), _) => {
-                let stored = side.shard.bytes(part(*side, &elements), reasoning)?;
-                side.values(elements.start, stored, left)?
-            }
-            (Minuend::Composed(composed), Origin::Band(band)) => {
-                composed.gather(band, &(elements.start..elements.end), reasoning, runs)?;
-                Elements { dtype: composed.dtype(), bytes: reasoning }
-            }
-            (Minuend::Composed(_), _) => return Ok(()),
-        };
-        let range = part(pair.multimodal, &elements);
-        let stored = pair.multimodal.shard.bytes(range.clone(), multimodal)?;
-        let b = pair.multimodal.values(elements.start, stored, right)?;
-        difference.resize((elements.end - elements.start) * Dtype::F32.nbytes(), 0);
-        kernel::subtract(a, b, Some((Dtype::F32, difference)));
-        values.clear();
-        values.extend(difference.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)));
-        if let Minuend::Whole(side) = &pair.reasoning {
-            side.shard.release(part(*side, &elements));
-        }
-        pair.multimodal.shard.release(range);
-        spectra.add(chunk.pair, (rows, columns), run, Some(values))
     }
 
     /// Rows without a counterpart: Δ is zero there.
@@ -531,9 +467,9 @@ impl<'a> Work<'a> {
         let Chunk { pair, start, end, .. } = taken.chunk;
         match self.output {
             Output::None => {}
-            Output::Files(writer, first) => {
+            Output::Files(writer) => {
                 out.clear(writer.storage(), end - start);
-                out.write(writer, first + pair, start)?;
+                out.write(writer, pair, start)?;
             }
             Output::Memory(_) => taken.memory.fill(0),
         }

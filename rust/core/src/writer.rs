@@ -12,7 +12,6 @@ use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
 
 use rustix::fs::{Mode, OFlags};
 use safetensors::tensor::{Metadata, TensorInfo};
@@ -90,8 +89,6 @@ impl Naming {
 }
 /// The directory within the hidden one through which several processes agree; see [`Part`].
 pub const RANKS: &str = "ranks";
-/// Of the header's length, which a file begins with.
-const LENGTH_NBYTES: u64 = 8;
 /// Of a header, by the format.
 const MAX_HEADER_NBYTES: usize = 100_000_000;
 
@@ -126,9 +123,6 @@ pub struct Writer {
     added: Vec<String>,
     /// File number and byte offset in it, for each slot.
     places: Vec<(usize, u64)>,
-    /// Of E4M3 codes, the place of each slot's scale in its file's header, and its exponent once it
-    /// is known.
-    scales: Vec<(u64, OnceLock<i32>)>,
     /// Bytes that all files take on the disk.
     needed: u64,
 }
@@ -251,15 +245,11 @@ impl Writer {
         let mut places = Vec::with_capacity(slots.len());
         let mut names = Vec::with_capacity(layout.len());
         let mut own = Vec::new();
-        let mut scales = Vec::new();
         let mut weight_map = serde_json::Map::new();
         for (number, shard) in layout.iter().enumerate() {
             let file_name =
                 format!("{}-{:05}-of-{:05}.safetensors", naming.stem, number + 1, layout.len());
             let is_own = part.is_none_or(|part| part.shards.contains(&number));
-            if is_own {
-                scales.extend(shard.scales.iter().map(|&at| (at, OnceLock::new())));
-            }
             // Whoever joins has only its own files open.
             let file = if join { own.len() } else { number };
             for (offset, slot) in shard.offsets.iter().zip(shard.slots) {
@@ -298,7 +288,6 @@ impl Writer {
                 files,
                 added: Vec::new(),
                 places,
-                scales,
                 needed,
             });
         }
@@ -326,7 +315,6 @@ impl Writer {
             files,
             added,
             places,
-            scales,
             needed,
         })
     }
@@ -346,28 +334,6 @@ impl Writer {
     /// How the slots hold differences.
     pub fn storage(&self) -> Storage {
         self.storage
-    }
-
-    /// The exponent of a slot's scale, where its codes have one and it is known.
-    pub fn exponent(&self, slot: usize) -> Option<i32> {
-        self.scales.get(slot).and_then(|(_, exponent)| exponent.get()).copied()
-    }
-
-    /// Say by which power of two the codes of a slot are to be multiplied.
-    ///
-    /// # Errors
-    /// A slot whose codes have no such scale, or have another one already, or a failed write.
-    pub fn set_exponent(&self, slot: usize, exponent: i32) -> Result<()> {
-        let Some((at, known)) = self.scales.get(slot) else {
-            return Err(Error::Argument(format!("slot {slot} has no scale of its own")));
-        };
-        if *known.get_or_init(|| exponent) != exponent {
-            return Err(Error::Argument(format!("the scale of slot {slot} was set already")));
-        }
-        let text = scale_text(2f64.powi(exponent));
-        let (path, file) = &self.files[self.places[slot].0];
-        file.write_all_at(text.as_bytes(), *at)
-            .map_err(|error| self.failed(path, "write the header", error))
     }
 
     /// Write `bytes` at `offset` within a slot; slots may be written in any order, by any thread.
@@ -666,8 +632,6 @@ struct ShardLayout<'a> {
     offsets: Vec<u64>,
     data_nbytes: u64,
     header: Vec<u8>,
-    /// Where in the header the scale of each slot is, if it has one.
-    scales: Vec<u64>,
 }
 
 impl ShardLayout<'_> {
@@ -693,13 +657,13 @@ fn layout(slots: &[Slot], storage: Storage, max_nbytes: u64) -> Result<Vec<Shard
         let nbytes: u64 = tensor.iter().map(|slot| slot.nbytes() as u64).sum();
         let at = index * each;
         if at > start && total + nbytes > max_nbytes {
-            shards.push(shard_layout(&slots[start..at], storage)?);
+            shards.push(shard_layout(&slots[start..at])?);
             (start, total) = (at, 0);
         }
         total += nbytes;
     }
     if start < slots.len() {
-        shards.push(shard_layout(&slots[start..], storage)?);
+        shards.push(shard_layout(&slots[start..])?);
     }
     if shards.is_empty() {
         return Err(Error::Argument("an output needs at least one tensor".to_owned()));
@@ -707,7 +671,7 @@ fn layout(slots: &[Slot], storage: Storage, max_nbytes: u64) -> Result<Vec<Shard
     Ok(shards)
 }
 
-fn shard_layout(slots: &[Slot], storage: Storage) -> Result<ShardLayout<'_>> {
+fn shard_layout(slots: &[Slot]) -> Result<ShardLayout<'_>> {
     let mut offsets = Vec::with_capacity(slots.len());
     let mut entries = Vec::with_capacity(slots.len());
     let mut end = 0;
@@ -723,18 +687,7 @@ fn shard_layout(slots: &[Slot], storage: Storage) -> Result<ShardLayout<'_>> {
     let failed = |error| Error::Argument(format!("cannot write the output's header: {error}"));
     let tensors = serde_json::to_string(&tensors).map_err(failed)?;
     // Written by hand: the order of a map of several entries would differ from run to run.
-    let mut json = r#"{"__metadata__":{"format":"pt""#.to_owned();
-    let mut scales = Vec::new();
-    if storage == Storage::E4m3 {
-        for slot in slots {
-            let key = serde_json::to_string(&format!("{}.scale", slot.name)).map_err(failed)?;
-            json += &format!(",{key}:\"");
-            scales.push(LENGTH_NBYTES + json.len() as u64);
-            json += &scale_text(1.0);
-            json.push('"');
-        }
-    }
-    json += "},";
+    let mut json = r#"{"__metadata__":{"format":"pt"},"#.to_owned();
     json += tensors.strip_prefix('{').unwrap_or(&tensors);
     let mut json = json.into_bytes();
     if json.len() > MAX_HEADER_NBYTES {
@@ -749,12 +702,7 @@ fn shard_layout(slots: &[Slot], storage: Storage) -> Result<ShardLayout<'_>> {
     json.resize(json.len().next_multiple_of(8), b' ');
     let mut bytes = (json.len() as u64).to_le_bytes().to_vec();
     bytes.append(&mut json);
-    Ok(ShardLayout { slots, offsets, data_nbytes: end as u64, header: bytes, scales })
-}
-
-/// A scale in a width that all of them have, since it is known only after the header was laid out.
-fn scale_text(scale: f64) -> String {
-    format!("{scale:<24e}")
+    Ok(ShardLayout { slots, offsets, data_nbytes: end as u64, header: bytes })
 }
 
 fn allocate(

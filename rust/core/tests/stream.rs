@@ -146,7 +146,7 @@ fn written(files: &Files, reader: Reader, options: &Options) -> (Outcome, Vec<Ve
         .collect();
     let target = files.target();
     let writer = Writer::create(&target, &slots, storage, 3 << 20, 0, true).unwrap();
-    let outcome = stream(&pairs, Sink::Files(&writer, 0), options).unwrap();
+    let outcome = stream(&pairs, Sink::Files(&writer), options).unwrap();
     writer.commit("{}").unwrap();
     let mut paths: Vec<PathBuf> =
         std::fs::read_dir(&target).unwrap().map(|entry| entry.unwrap().path()).collect();
@@ -173,7 +173,7 @@ fn neither_threads_nor_memory_nor_reader_changes_a_bit() {
         for (number, memory) in [14 << 20, 40 << 20, usize::MAX].into_iter().enumerate() {
             let reader = [Reader::Pread, Reader::Mmap][(threads + number) % 2];
             let prefetch_nbytes = [0, 1 << 20, 32 << 20][(threads + number / 2) % 3];
-            let options = Options { threads, memory, prefetch_nbytes, singular: None };
+            let options = Options { threads, memory, prefetch_nbytes };
             let (outcome, found) = written(&files, reader, &options);
             assert_eq!(bits(&outcome.moments), bits(&first.moments), "{options:?} {reader:?}");
             assert!(found == expected, "{options:?} {reader:?}");

@@ -19,11 +19,11 @@ mod _core {
     use drift_fast_core::likeness::likeness as likeness_core;
     use drift_fast_core::memory::{Precision, Step, measure as measure_core, subtract_all};
     use drift_fast_core::merge::{Blend, Job, Method, run as run_merge};
-    use drift_fast_core::storage::{self, Scale, Storage};
+    use drift_fast_core::storage::{self, Storage};
     use drift_fast_core::stream::{Minuend, Options, Pair, Progress, Side, Sink, run};
     use drift_fast_core::writer::Slot;
     use drift_fast_core::{
-        Dtype, Error, Moments, Reader, accompany, checkpoint, dtype, groups, kernel, scales, writer,
+        Dtype, Error, Moments, Reader, accompany, checkpoint, dtype, kernel, scales, writer,
     };
     use pyo3::buffer::PyBuffer;
     use pyo3::exceptions::{PyRuntimeError, PyValueError};
@@ -102,22 +102,19 @@ mod _core {
                 .collect()
         }
 
-        /// Fill a buffer with elements [start, stop) of a compressed Δ as bfloat16; `scale` is that
-        /// of E4M3 codes, and None of integers, which have theirs in a tensor.
-        #[pyo3(signature = (name, buffer, *, scale, elements))]
+        /// Fill a buffer with elements [start, stop) of an int8 Δ as bfloat16.
+        #[pyo3(signature = (name, buffer, *, elements))]
         fn decode_into(
             &self,
             py: Python<'_>,
             name: &str,
             buffer: &Bound<'_, PyAny>,
-            scale: Option<f64>,
             elements: (usize, usize),
         ) -> PyResult<()> {
             let mut buffer = Writable::new(buffer)?;
             py.detach(|| {
-                let scale = scale.map_or(Ok(Scale::Blocks), Scale::one)?;
                 let elements = elements.0..elements.1;
-                storage::read(&self.inner, name, scale, elements, buffer.bytes())
+                storage::read(&self.inner, name, elements, buffer.bytes())
             })
             .map_err(to_py)
         }
@@ -263,17 +260,6 @@ mod _core {
             py.detach(|| writer.flush()).map_err(to_py)
         }
 
-        /// Say by which power of two the codes of one tensor are to be multiplied.
-        fn set_scale(&self, slot: usize, scale: f64) -> PyResult<()> {
-            let guard = self.hold()?;
-            let writer = guard.as_ref().ok_or_else(finished)?;
-            match Scale::one(scale) {
-                Ok(Scale::Power(exponent)) => writer.set_exponent(slot, exponent).map_err(to_py),
-                Ok(Scale::Blocks) => Ok(()),
-                Err(error) => Err(to_py(error)),
-            }
-        }
-
         /// Flush, add `drift.json` with this text, and give the directory its name.
         fn commit(&self, py: Python<'_>, description: &str) -> PyResult<()> {
             let writer = self.hold()?.take().ok_or_else(finished)?;
@@ -382,13 +368,12 @@ mod _core {
     /// Stream pairs of tensors; return one dictionary of moments for each, and the most bytes that
     /// buffers took at a time.
     ///
-    /// With `singular`, rows of finite matrices also hold so many singular values, and about what their
-    /// squares may be too large or too small by. `memory` bounds the buffers and what is mapped, in bytes; `prefetch` is how many bytes a disk is
+    /// `memory` bounds the buffers and what is mapped, in bytes; `prefetch` is how many bytes a disk is
     /// asked for ahead.
     #[pyfunction]
     #[pyo3(signature = (
         reasoning, multimodal, pairs, *, threads, memory = None, writer = None, progress = None,
-        prefetch = None, singular = None
+        prefetch = None
     ))]
     #[expect(clippy::too_many_arguments, reason = "they are the keywords of a Python function")]
     fn stream<'py>(
@@ -401,7 +386,6 @@ mod _core {
         writer: Option<&DeltaWriter>,
         progress: Option<Py<PyAny>>,
         prefetch: Option<u64>,
-        singular: Option<usize>,
     ) -> PyResult<(Bound<'py, PyList>, usize)> {
         let guard = writer.map(DeltaWriter::hold).transpose()?;
         let writer = match &guard {
@@ -411,26 +395,9 @@ mod _core {
         let pairs = resolve(reasoning, multimodal, &pairs)?;
         let mut options = options(threads, memory);
         options.prefetch_nbytes = prefetch.unwrap_or(options.prefetch_nbytes);
-        options.singular = singular;
-        let outcome = detached(py, progress, |tick| match writer {
-            None => run(&pairs, Sink::None, &options, tick),
-            Some(writer) => groups::write(&pairs, writer, &options, tick),
-        })?;
-        let exponent = |index| writer.and_then(|writer| writer.exponent(index));
-        let rows = outcome
-            .moments
-            .iter()
-            .enumerate()
-            .map(|(index, m)| {
-                let row = row(py, m, exponent(index))?;
-                if let Some(Some(found)) = outcome.spectra.get(index) {
-                    row.set_item("singular", found.values.clone())?;
-                    row.set_item("singular_over_sq", found.over_sq)?;
-                    row.set_item("singular_under_sq", found.under_sq)?;
-                }
-                Ok(row)
-            })
-            .collect::<PyResult<Vec<_>>>()?;
+        let sink = writer.map_or(Sink::None, Sink::Files);
+        let outcome = detached(py, progress, |tick| run(&pairs, sink, &options, tick))?;
+        let rows = outcome.moments.iter().map(|m| row(py, m)).collect::<PyResult<Vec<_>>>()?;
         Ok((PyList::new(py, rows)?, outcome.peak_nbytes))
     }
 
@@ -486,7 +453,7 @@ mod _core {
         let sink = Sink::Memory(parse_dtype(dtype)?, buffer.bytes());
         let options = options(threads, memory);
         let outcome = detached(py, None, |tick| run(&pairs, sink, &options, tick))?;
-        row(py, &outcome.moments[0], None)
+        row(py, &outcome.moments[0])
     }
 
     /// Moments of tensors in memory, pair by pair: (‖left‖², ‖right‖², left · right).
@@ -841,11 +808,7 @@ mod _core {
         }
     }
 
-    fn row<'py>(
-        py: Python<'py>,
-        moments: &Moments,
-        exponent: Option<i32>,
-    ) -> PyResult<Bound<'py, PyDict>> {
+    fn row<'py>(py: Python<'py>, moments: &Moments) -> PyResult<Bound<'py, PyDict>> {
         let row = PyDict::new(py);
         row.set_item("delta_sq", moments.delta_sq)?;
         row.set_item("written_sq", moments.written_sq)?;
@@ -857,7 +820,6 @@ mod _core {
         row.set_item("agreeing", moments.agreeing)?;
         row.set_item("stored_dot", moments.stored_dot)?;
         row.set_item("flushed", moments.flushed)?;
-        row.set_item("scale", exponent.map(|exponent| 2f64.powi(exponent)))?;
         row.set_item("nonfinite_reasoning", moments.nonfinite_reasoning)?;
         row.set_item("nonfinite_multimodal", moments.nonfinite_multimodal)?;
         row.set_item("overflow", moments.overflow)?;
@@ -878,7 +840,6 @@ mod _core {
 
     fn parse_storage(name: &str) -> PyResult<Storage> {
         match name {
-            "float8_e4m3" => Ok(Storage::E4m3),
             "int8" => Ok(Storage::Int8),
             plain => parse_dtype(plain).map(Storage::Plain),
         }

@@ -10,20 +10,17 @@
 //! that holds NaN or infinity, is done again in float64.
 
 pub(crate) mod blend;
-mod compressed;
 #[cfg(target_arch = "x86_64")]
 mod f16c;
 mod fp8;
 mod ieee;
+mod int8;
 mod scalar;
 mod scaled;
 mod wide;
 
-pub use compressed::{
-    BF16_EXPONENTS, Compressed, INT8_BLOCK, decode_e4m3, decode_int8, exponent_for,
-    subtract_compressed,
-};
 pub use fp8::dequantise;
+pub use int8::{INT8_BLOCK, decode_int8, subtract_int8};
 pub use scaled::subtract_scaled;
 
 use crate::dtype::{Bf16, Dtype, F16, F32};

@@ -1,86 +1,39 @@
-//! Differences in eight bits: E4M3 under one power of two, or integers under a scale for every 64.
+//! Differences in eight bits: integers under a scale for every 64.
 //!
 //! Owns how a difference becomes a code, how a code becomes a bfloat16 again, and the sums of what
 //! is stored, taken as it is decoded.
 //!
-//! E4M3: the code is the exact difference divided by 2ᵉ, rounded once; code × 2ᵉ is a bfloat16.
-//! Integers: the scale is a binary16, the least not below the block's largest |Δ| / 127, so no code
+//! The scale is a binary16, the least not below the block's largest |Δ| / 127, so no code
 //! overflows and the scale is zero only where the whole block is. Where that would be subnormal
 //! there are fewer levels, and what lies below half of the scale becomes zero, which is counted. The
 //! code is Δ / scale in float32, rounded to an integer; code × scale is rounded to bfloat16 once.
-//! A difference that is not finite has the code NaN, and zero among integers, which have no NaN.
+//! A difference that is not finite becomes zero, since integers have no NaN.
 
-use super::{BLOCK, Dtype, Elements, LANES, Moments, measured, odd, wide};
-use crate::dtype::{e4m3_to_f32, f16_to_f32, f32_to_bf16, f32_to_e4m3, f32_to_f16, f64_to_f32_odd};
+use super::{BLOCK, Dtype, Elements, LANES, Moments, measured, wide};
+use crate::dtype::{f16_to_f32, f32_to_bf16, f32_to_f16};
 
 /// Consecutive elements that share one scale.
 pub const INT8_BLOCK: usize = 64;
-/// Exponents of the scale of E4M3 codes for which every code is a bfloat16.
-pub const BF16_EXPONENTS: std::ops::RangeInclusive<i32> = -124..=119;
 
-const E4M3_MAX: f64 = 448.0;
 const CODE_MAX: f32 = 127.0;
 /// The largest finite binary16.
 const F16_MAX: u16 = 0x7bff;
 
-/// Where codes go.
-pub enum Compressed<'a> {
-    /// One byte for each element.
-    E4m3 {
-        /// Of the scale, within [`BF16_EXPONENTS`].
-        exponent: i32,
-        /// The codes.
-        codes: &'a mut [u8],
-    },
-    /// One byte for each element and a binary16 for every [`INT8_BLOCK`].
-    Int8 {
-        /// The codes, in two's complement.
-        codes: &'a mut [u8],
-        /// The scales, little-endian.
-        scales: &'a mut [u8],
-    },
-}
-
-/// The least exponent under which no difference up to `max_abs` leaves E4M3's range; zero where
-/// nothing differs, and within [`BF16_EXPONENTS`] in any case.
-pub fn exponent_for(max_abs: f64) -> i32 {
-    if max_abs == 0.0 || !max_abs.is_finite() {
-        return if max_abs == 0.0 { 0 } else { *BF16_EXPONENTS.end() };
-    }
-    // log2 is only a first guess; the products below are exact.
-    let mut exponent = (max_abs / E4M3_MAX).log2().ceil() as i32;
-    exponent = exponent.clamp(*BF16_EXPONENTS.start(), *BF16_EXPONENTS.end());
-    while exponent > *BF16_EXPONENTS.start() && max_abs <= E4M3_MAX * power(exponent - 1) {
-        exponent -= 1;
-    }
-    while exponent < *BF16_EXPONENTS.end() && max_abs > E4M3_MAX * power(exponent) {
-        exponent += 1;
-    }
-    exponent
-}
-
-fn power(exponent: i32) -> f64 {
-    2f64.powi(exponent)
-}
-
-/// Accumulate the moments as [`subtract`](super::subtract) does and store the differences.
+/// Accumulate the moments as [`subtract`](super::subtract) does and store the differences: one byte
+/// in `codes` for each element, in two's complement, and a little-endian binary16 in `scales` for
+/// every [`INT8_BLOCK`].
 ///
-/// `written_sq`, `stored_dot` and `flushed` are of what [`decode_e4m3`] or [`decode_int8`] gives
-/// back. The runs start at a multiple of [`INT8_BLOCK`]; a caller that breaks the lengths gets a
-/// panic, never a wrong result.
-pub fn subtract_compressed(
+/// `written_sq`, `stored_dot` and `flushed` are of what [`decode_int8`] gives back. The runs start at
+/// a multiple of [`INT8_BLOCK`]; a caller that breaks the lengths gets a panic, never a wrong result.
+pub fn subtract_int8(
     reasoning: Elements<'_>,
     multimodal: Elements<'_>,
-    mut out: Compressed<'_>,
+    codes: &mut [u8],
+    scales: &mut [u8],
 ) -> Moments {
     let numel = reasoning.numel();
     assert_eq!(numel, multimodal.numel(), "both sides hold the same number of elements");
-    let fits = match &out {
-        Compressed::E4m3 { codes, .. } => codes.len() == numel,
-        Compressed::Int8 { codes, scales } => {
-            codes.len() == numel && scales.len() == 2 * numel.div_ceil(INT8_BLOCK)
-        }
-    };
+    let fits = codes.len() == numel && scales.len() == 2 * numel.div_ceil(INT8_BLOCK);
     assert!(fits, "the output holds as many elements");
     let _ieee = super::ieee::DefaultFloat::enter();
     let mut total = Moments::default();
@@ -91,37 +44,19 @@ pub fn subtract_compressed(
         let (a, b) = (reasoning.slice(start, end), multimodal.slice(start, end));
         let (difference, decoded) = (&mut difference[..end - start], &mut decoded[..end - start]);
         let mut moments = measured::<true>(a, b, difference);
-        match &mut out {
-            Compressed::E4m3 { exponent, codes } => {
-                exact(a, b, difference);
-                encode_e4m3(difference, *exponent, &mut codes[start..end], decoded);
-            }
-            Compressed::Int8 { codes, scales } => {
-                if a.dtype == Dtype::F64 || b.dtype == Dtype::F64 {
-                    nearest(a, b, difference);
-                }
-                let scales = &mut scales[start / INT8_BLOCK * 2..end.div_ceil(INT8_BLOCK) * 2];
-                encode_int8(difference, &mut codes[start..end], scales, decoded);
-            }
+        if a.dtype == Dtype::F64 || b.dtype == Dtype::F64 {
+            nearest(a, b, difference);
         }
+        let scales = &mut scales[start / INT8_BLOCK * 2..end.div_ceil(INT8_BLOCK) * 2];
+        encode_int8(difference, &mut codes[start..end], scales, decoded);
         let stored = Stored::of(difference, decoded);
         moments.written_sq = stored.sq;
         moments.stored_dot = stored.dot;
         moments.flushed = stored.flushed;
-        moments.overflow = overflow(a, b, difference, decoded, &out, &moments);
+        moments.overflow = overflow(a, b, difference, moments.max_abs);
         total.add(&moments);
     }
     total
-}
-
-/// The differences rounded to odd, so that rounding them to a code rounds once.
-fn exact(a: Elements<'_>, b: Elements<'_>, difference: &mut [f32]) {
-    if a.dtype != Dtype::F64 && b.dtype != Dtype::F64 {
-        return odd(a, b, difference);
-    }
-    for (index, out) in difference.iter_mut().enumerate() {
-        *out = f64_to_f32_odd(wide::load(&a, index) - wide::load(&b, index));
-    }
 }
 
 fn nearest(a: Elements<'_>, b: Elements<'_>, difference: &mut [f32]) {
@@ -131,29 +66,15 @@ fn nearest(a: Elements<'_>, b: Elements<'_>, difference: &mut [f32]) {
 }
 
 /// Count differences of finite values for which the codes have no room.
-fn overflow(
-    a: Elements<'_>,
-    b: Elements<'_>,
-    difference: &[f32],
-    decoded: &[f32],
-    out: &Compressed<'_>,
-    moments: &Moments,
-) -> u64 {
+fn overflow(a: Elements<'_>, b: Elements<'_>, difference: &[f32], max_abs: f64) -> u64 {
     // What still rounds to the last code has its room.
-    let int8_limit = (f64::from(CODE_MAX) + 0.5) * f64::from(f16_to_f32(F16_MAX));
-    let settled = match out {
-        Compressed::E4m3 { exponent, .. } => moments.max_abs <= E4M3_MAX * power(*exponent),
-        Compressed::Int8 { .. } => moments.max_abs <= int8_limit,
-    };
-    if settled {
+    let limit = (f64::from(CODE_MAX) + 0.5) * f64::from(f16_to_f32(F16_MAX));
+    if max_abs <= limit {
         return 0;
     }
     (0..difference.len())
         .filter(|&i| wide::load(&a, i).is_finite() && wide::load(&b, i).is_finite())
-        .filter(|&i| match out {
-            Compressed::E4m3 { .. } => decoded[i].is_nan(),
-            Compressed::Int8 { .. } => f64::from(difference[i]).abs() > int8_limit,
-        })
+        .filter(|&i| f64::from(difference[i]).abs() > limit)
         .count() as u64
 }
 
@@ -234,22 +155,9 @@ macro_rules! dispatched {
     };
 }
 
-dispatched!(encode_e4m3, encode_e4m3_scalar,
-    (difference: &[f32], exponent: i32, codes: &mut [u8], decoded: &mut [f32]));
 dispatched!(encode_int8, encode_int8_scalar,
     (difference: &[f32], codes: &mut [u8], scales: &mut [u8], decoded: &mut [f32]));
-dispatched!(e4m3_to_bf16, e4m3_to_bf16_scalar, (codes: &[u8], scale: f32, out: &mut [u8]));
 dispatched!(int8_to_bf16, int8_to_bf16_scalar, (codes: &[u8], scale: f32, out: &mut [u8]));
-
-#[inline(always)]
-fn encode_e4m3_scalar(difference: &[f32], exponent: i32, codes: &mut [u8], decoded: &mut [f32]) {
-    // Both powers are normal float32, and a product only underflows far below the least code.
-    let (up, down) = (power(exponent) as f32, power(-exponent) as f32);
-    for ((&d, code), decoded) in difference.iter().zip(codes).zip(decoded) {
-        *code = f32_to_e4m3(d * down);
-        *decoded = e4m3_to_f32(*code) * up;
-    }
-}
 
 #[inline(always)]
 fn encode_int8_scalar(
@@ -296,22 +204,6 @@ fn scale_for(most: f32) -> u16 {
 #[inline(always)]
 fn widened(bits: u16) -> f32 {
     f32::from_bits(u32::from(bits) << 16)
-}
-
-/// Write code × 2ᵉ as bfloat16, exactly.
-///
-/// `out` takes two bytes a code; a caller that breaks this gets a panic, never a wrong result.
-pub fn decode_e4m3(codes: &[u8], exponent: i32, out: &mut [u8]) {
-    assert_eq!(2 * codes.len(), out.len(), "two bytes for each code");
-    let _ieee = super::ieee::DefaultFloat::enter();
-    e4m3_to_bf16(codes, power(exponent) as f32, out);
-}
-
-#[inline(always)]
-fn e4m3_to_bf16_scalar(codes: &[u8], scale: f32, out: &mut [u8]) {
-    for (&code, out) in codes.iter().zip(out.as_chunks_mut::<2>().0) {
-        *out = f32_to_bf16(e4m3_to_f32(code) * scale).to_le_bytes();
-    }
 }
 
 /// Write code × scale as bfloat16, rounded once, for codes of which the first is number `first` of
