@@ -121,7 +121,7 @@ def convert_checkpoint(directory: Path, tensors: Mapping[str, Shape]) -> dict[st
     Raises:
         CheckpointError: a config.json that is not a JSON object.
     """
-    stated = read_entries(directory / "config.json")
+    stated = read_entries(directory)
     if stated is None:
         return None
     entries = _own(stated)

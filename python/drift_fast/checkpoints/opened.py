@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from drift_fast import _core
-from drift_fast.checkpoints.config_json import BLOCK, Configuration, weight_block
+from drift_fast.checkpoints.config_json import BLOCK, Configuration
 from drift_fast.checkpoints.source import Source, resolve
 
 PathLike = str | os.PathLike[str]
@@ -68,8 +68,7 @@ def open_checkpoint(source: PathLike, reader: str = "auto") -> Opened:
     checkpoint = _core.Checkpoint(found.path, reader=reader)
     block = BLOCK
     if checkpoint.scales():
-        path = Path(found.path)
-        block = weight_block(Configuration.read(path if path.is_dir() else path.parent))
+        block = Configuration.read(found.path).weight_block
         checkpoint = _core.Checkpoint(found.path, reader=reader, block=block)
     codes = checkpoint.scales()
     tensors = {name: (dtype, tuple(shape)) for name, dtype, shape, _ in checkpoint.tensors()}

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from drift_fast.checkpoints.config_json import printable
+from drift_fast.config_files import printable
 
 Origin = Literal["configuration", "headers", "given", "measured", "estimated", "assumed", "unknown"]
 Unit = Literal["bytes", "seconds", "elements", "tokens", "steps", "operations", "share", ""]

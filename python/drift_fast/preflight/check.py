@@ -17,8 +17,9 @@ from drift_fast.alignment.coverage import Coverage
 from drift_fast.alignment.embeddings import Rows
 from drift_fast.alignment.mapping import MappingLike
 from drift_fast.alignment.pairing import Pairing, pair_checkpoints
-from drift_fast.checkpoints.config_json import Configuration, printable
+from drift_fast.checkpoints.config_json import Configuration
 from drift_fast.checkpoints.opened import Opened, PathLike, open_checkpoint
+from drift_fast.config_files import printable
 from drift_fast.dtypes import check_stored_dtype
 from drift_fast.errors import AlignmentError, CoverageError
 from drift_fast.preflight.facts import STATED, Fact

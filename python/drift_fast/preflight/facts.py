@@ -12,7 +12,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from drift_fast.checkpoints.config_json import Configuration, Section, printable
+from drift_fast.checkpoints.config_json import Configuration, Section
+from drift_fast.config_files import printable
 from drift_fast.names import container_of, kind_of, layer_of
 
 STATED = ""
