@@ -1,0 +1,92 @@
+"""The README's Python blocks run as printed, on the demo's checkpoints in place of the 7B pair."""
+
+from __future__ import annotations
+
+import re
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import drift_fast
+
+transformers = pytest.importorskip("transformers")
+
+README = Path(__file__).parents[2] / "README.md"
+CHECKPOINTS = Path(drift_fast.__file__).parent / "demo" / "checkpoints"
+BLOCKS = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.M | re.S)
+
+
+def batches() -> list[list[dict[str, torch.Tensor]]]:
+    """Return two steps of two micro-batches of tokens that no image stands for."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(4, 12, (2, 2, 2, 8), generator=generator)
+    return [[{"input_ids": part, "labels": part} for part in step] for step in tokens]
+
+
+def loss(model: torch.nn.Module, part: dict[str, torch.Tensor]) -> torch.Tensor:
+    found: torch.Tensor = model(**part).loss
+    return found
+
+
+def test_every_python_block_of_the_readme_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    trainer_class = transformers.Trainer
+
+    def trainer(model: torch.nn.Module, *_: Any) -> Any:
+        """Build what the dots of `Trainer(model, ...)` stand for."""
+        return trainer_class(
+            model=model,
+            args=transformers.TrainingArguments(
+                output_dir=str(tmp_path),
+                max_steps=20,
+                per_device_train_batch_size=2,
+                logging_steps=10,
+                save_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+                use_cpu=True,
+            ),
+            train_dataset=[
+                dict(zip(part, rows, strict=True))
+                for step in batches()
+                for part in step
+                for rows in zip(*part.values(), strict=True)
+            ],
+        )
+
+    # Loading the Trainer puts another module in the place of the lazy one.
+    monkeypatch.setattr(sys.modules["transformers"], "Trainer", trainer)
+    space: dict[str, Any] = {
+        "batches": batches(),
+        "loss": loss,
+        "reasoning": CHECKPOINTS / "expert",
+        "multimodal": CHECKPOINTS / "multimodal",
+        "text_base": CHECKPOINTS / "base",
+    }
+    assert len(BLOCKS) == 4
+    for block in BLOCKS:
+        # Each block begins with a model that nothing is attached to.
+        space["model"] = model = transformers.LlavaForConditionalGeneration.from_pretrained(
+            CHECKPOINTS / "multimodal", dtype=torch.float32
+        )
+        space["optimizer"] = torch.optim.SGD(model.parameters(), lr=1e-3)
+        space["trainer"] = trainer(model)
+        if "delta" in space:
+            # The first block selects attention alone, and a later one names the MLP too.
+            space["delta"] = drift_fast.compute_delta(space["reasoning"], space["multimodal"])
+        local = re.sub(
+            r"^pair = .*$", "pair = reasoning, multimodal", block, count=1, flags=re.MULTILINE
+        )
+        with warnings.catch_warnings():
+            # So few steps move the weights hardly at all, which is what the warning says.
+            warnings.simplefilter("ignore", drift_fast.DriftWarning)
+            exec(compile(local, str(README), "exec"), space)
+    assert space["injection"].targets
+    assert (tmp_path / "merged" / "merge.json").is_file()
+    assert "verdict" in capsys.readouterr().out
