@@ -21,13 +21,13 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from drift_fast.errors import DriftError
 from drift_fast.inject.attachment import Attachment
 from drift_fast.inject.config import InjectionConfig, Rescale
-from drift_fast.inject.group import Group, Push, beside
 from drift_fast.inject.overlap import Overlap
 from drift_fast.inject.placement.load import Loading, load_groups
 from drift_fast.inject.saved_state import is_number
 from drift_fast.inject.shards.base import Piece, Reduction, Whole, groups_of, pieces_of
 from drift_fast.inject.strength.control import Control
 from drift_fast.inject.strength.per_module import PerModule
+from drift_fast.inject.target_group import Push, TargetGroup, beside
 from drift_fast.inject.targets import (
     DeltaLike,
     Target,
@@ -381,7 +381,7 @@ class Injection(Attachment):
             parts = [group.progress(wide=False).to(home.norms.dtype) for group in self._groups]
         return self._control.alphas(torch.cat([beside(part, home.device) for part in parts]))
 
-    def _push(self, group: Group, alphas: torch.Tensor) -> Push:
+    def _push(self, group: TargetGroup, alphas: torch.Tensor) -> Push:
         start = 0
         for other in self._groups:
             if other is group:

@@ -18,7 +18,7 @@ from torch import nn
 
 from drift_fast.errors import DriftError
 from drift_fast.inject.compute.arithmetic import SMALL, DeviceArithmetic, new_stream
-from drift_fast.inject.group import Group, Push
+from drift_fast.inject.target_group import Push, TargetGroup
 
 # Kernels of an injection are short and wait for each other, those of backward are long: behind them
 # each would wait its turn.
@@ -29,7 +29,7 @@ _STREAMS = 1
 class Overlap:
     """Hooks on the targets of groups; `begin` starts a step and returns each group's push."""
 
-    def __init__(self, groups: Sequence[Group], begin: Callable[[], list[Push]]) -> None:
+    def __init__(self, groups: Sequence[TargetGroup], begin: Callable[[], list[Push]]) -> None:
         self._groups = list(groups)
         self._begin = begin
         self._pushes: list[Push] | None = None

@@ -12,12 +12,12 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from drift_fast.inject.group import Group
 from drift_fast.inject.strength.control import Control
+from drift_fast.inject.target_group import TargetGroup
 from drift_fast.names import kind_of, module_of
 
 
-def measure(groups: Sequence[Group], control: Control) -> dict[str, float]:
+def measure(groups: Sequence[TargetGroup], control: Control) -> dict[str, float]:
     """Return progress overall and by parameter, and cosines, push and α of the last step."""
     result: dict[str, float] = {}
     moved = total = push = gradient = along = lengths = 0.0
@@ -53,7 +53,7 @@ def measure(groups: Sequence[Group], control: Control) -> dict[str, float]:
     return result
 
 
-def summary(metrics: Mapping[str, float], groups: Sequence[Group]) -> dict[str, float]:
+def summary(metrics: Mapping[str, float], groups: Sequence[TargetGroup]) -> dict[str, float]:
     """Return what is worth a line in a log: overall, by kind (attn, mlp, …) and module (q_proj, …).
 
     λ of several is weighed by ‖Δ‖². Their cosine is that of their gradients taken together.

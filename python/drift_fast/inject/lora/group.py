@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from drift_fast.inject.compute.arithmetic import Arithmetic, Sums, flattened
-from drift_fast.inject.group import Group, Push, pick, put
 from drift_fast.inject.lora.adapters import Adapted, Factors
+from drift_fast.inject.target_group import Push, TargetGroup, pick, put
 from drift_fast.inject.targets import Target
 
 logger = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ _BLOCK_ON_CPU, _BLOCK = 1 << 18, 1 << 24
 _ROOM = 1 << 24
 
 
-class FactorGroup(Group):
+class FactorGroup(TargetGroup):
     """Adapted weights on one device, each with all of its factors; none is sharded.
 
     `norms` and progress are those of the weights along Δ, as in any group. What a step measures,
@@ -152,7 +152,7 @@ def _along(delta: torch.Tensor, adapted: Adapted) -> tuple[torch.Tensor, torch.T
     return rows.to(onto_rows.dtype).contiguous().view(-1), onto_rows.view(-1)
 
 
-def _adapted(group: Group, at: int) -> Adapted:
+def _adapted(group: TargetGroup, at: int) -> Adapted:
     adapted = group.targets[at].adapted
     assert adapted is not None
     return adapted

@@ -24,7 +24,6 @@ from drift_fast.inject.compute.arithmetic import (
     norm_of,
     prepare,
 )
-from drift_fast.inject.group import Group
 from drift_fast.inject.lora.group import FactorGroup
 from drift_fast.inject.placement.stores import (
     Held,
@@ -38,6 +37,7 @@ from drift_fast.inject.placement.stores import (
     choose,
 )
 from drift_fast.inject.shards.base import Piece, Reduction
+from drift_fast.inject.target_group import TargetGroup
 from drift_fast.inject.targets import DeltaLike, Recent, Target
 from drift_fast.names import layer_of
 
@@ -58,7 +58,7 @@ class Loading:
 
 def load_groups(
     members: Sequence[Member], delta: DeltaLike, loading: Loading
-) -> tuple[list[Group], Residency]:
+) -> tuple[list[TargetGroup], Residency]:
     """Read Δ of every target and return them by device and sharding, and where Δ lives.
 
     Norms are taken once, here, of the values that will be injected. The delta's statistics know the
@@ -79,7 +79,7 @@ def load_groups(
     if residency == "auto":
         residency = choose_for(kinds, delta, loading.trained)
     everyone = Reduction(tuple(dict.fromkeys(one for _, some, _ in kinds for one in some)))
-    groups: list[Group] = []
+    groups: list[TargetGroup] = []
     for (device, _, adapted), some in kinds.items():
         arithmetic = make_arithmetic(device)
         kept, store, norms = load_store(
@@ -87,7 +87,7 @@ def load_groups(
         )
         if kept:
             targets, pieces = zip(*kept, strict=True)
-            make = FactorGroup if adapted else Group
+            make = FactorGroup if adapted else TargetGroup
             groups.append(make(targets, pieces, store, norms, arithmetic))
     if not groups:
         raise DriftError(

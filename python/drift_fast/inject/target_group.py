@@ -43,7 +43,7 @@ class Last:
     angles: bool = False
 
 
-class Group:
+class TargetGroup:
     """Whole or sharded parameters on one device."""
 
     def __init__(
