@@ -63,6 +63,7 @@ def test_every_python_block_of_the_readme_runs(
     # Loading the Trainer puts another module in the place of the lazy one.
     monkeypatch.setattr(sys.modules["transformers"], "Trainer", trainer)
     space: dict[str, Any] = {
+        "torch": torch,
         "batches": batches(),
         "loss": loss,
         "reasoning": CHECKPOINTS / "expert",
