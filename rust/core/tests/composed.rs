@@ -5,8 +5,8 @@
 use std::ops::ControlFlow;
 use std::path::Path;
 
+use drift_fast_core::align::compose::{Composed, Part};
 use drift_fast_core::checkpoint::Checkpoint;
-use drift_fast_core::compose::{Composed, Part};
 use drift_fast_core::stream::{Minuend, Options, Pair, Side, Sink, run};
 use drift_fast_core::{Dtype, Error, Reader};
 use proptest::prelude::*;

@@ -6,12 +6,12 @@
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
+use drift_fast_core::align::compose::{Composed, Part};
 use drift_fast_core::checkpoint::Checkpoint;
-use drift_fast_core::compose::{Composed, Part};
 use drift_fast_core::kernel::{self, Elements};
-use drift_fast_core::storage::Storage;
+use drift_fast_core::output::Storage;
+use drift_fast_core::output::writer::Slot;
 use drift_fast_core::stream::{CHUNK, Minuend, Options, Outcome, Pair, Side, Sink, run};
-use drift_fast_core::writer::Slot;
 use drift_fast_core::{Dtype, Error, Moments, Reader, Writer};
 
 /// Two sides of float32 tensors of many shapes; `w` is stored transposed in `a`, after one element.

@@ -14,16 +14,19 @@ mod _core {
     use std::path::PathBuf;
     use std::sync::{Mutex, MutexGuard, TryLockError};
 
+    use drift_fast_core::align::compose::{Composed, Part};
+    use drift_fast_core::align::similarity::likeness as likeness_core;
     use drift_fast_core::align::{Alignment, Named, Ties, align as align_core};
-    use drift_fast_core::compose::{Composed, Part};
-    use drift_fast_core::likeness::likeness as likeness_core;
-    use drift_fast_core::memory::{Precision, Step, measure as measure_core, subtract_all};
+    use drift_fast_core::in_memory::{Precision, Step, measure as measure_core, subtract_all};
     use drift_fast_core::merge::{Blend, Job, Method, run as run_merge};
-    use drift_fast_core::storage::{self, Storage};
+    use drift_fast_core::output::format::{self, Storage};
+    use drift_fast_core::output::writer::Slot;
     use drift_fast_core::stream::{Minuend, Options, Pair, Progress, Side, Sink, run};
-    use drift_fast_core::writer::Slot;
     use drift_fast_core::{
-        Dtype, Error, Moments, Reader, accompany, checkpoint, dtype, kernel, scales, writer,
+        Dtype, Error, Moments, Reader, checkpoint,
+        checkpoint::block_scales,
+        dtype, kernel,
+        output::{side_files, writer},
     };
     use pyo3::buffer::PyBuffer;
     use pyo3::exceptions::{PyRuntimeError, PyValueError};
@@ -97,7 +100,7 @@ mod _core {
                 .map(|(_, tensor)| {
                     let fits = self.inner.side(&tensor.name, self.block);
                     let problem = fits.err().map_or(String::new(), |error| error.to_string());
-                    (tensor.name.clone(), scales::name_of(&tensor.name), problem)
+                    (tensor.name.clone(), block_scales::name_of(&tensor.name), problem)
                 })
                 .collect()
         }
@@ -114,7 +117,7 @@ mod _core {
             let mut buffer = Writable::new(buffer)?;
             py.detach(|| {
                 let elements = elements.0..elements.1;
-                storage::read(&self.inner, name, elements, buffer.bytes())
+                format::read(&self.inner, name, elements, buffer.bytes())
             })
             .map_err(to_py)
         }
@@ -299,13 +302,13 @@ mod _core {
     /// Names of files that may go along when a model is merged, licences aside.
     #[pyfunction]
     fn accompanying_names() -> Vec<&'static str> {
-        accompany::NAMES.to_vec()
+        side_files::NAMES.to_vec()
     }
 
     /// Whether a file of that name may go along when a model is merged.
     #[pyfunction]
     fn may_go_along(name: &str) -> bool {
-        accompany::may_go_along(name)
+        side_files::may_go_along(name)
     }
 
     /// The files that a delta of these tensors has: first tensor, end tensor, bytes.

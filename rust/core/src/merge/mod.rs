@@ -6,7 +6,6 @@
 //! later passes find it in the page cache. Nothing here depends on how many threads there are, on the
 //! memory or on the reader: counts are whole numbers, and sums are added in element order.
 
-mod gather;
 mod passes;
 mod step;
 mod trim;
@@ -18,14 +17,14 @@ use std::time::Duration;
 
 use sha2::{Digest, Sha256};
 
-use crate::budget::Account;
+use crate::checkpoint::shard::Shard;
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::kernel::blend::RANDOM_NBITS;
-use crate::shard::Shard;
+use crate::output::writer::Writer;
+use crate::stream::Account;
 use crate::stream::{Minuend, Options, Progress, Side, check_side};
 use crate::workers;
-use crate::writer::Writer;
 use passes::Schedule;
 use work::Work;
 

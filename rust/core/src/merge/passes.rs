@@ -6,12 +6,12 @@
 
 use std::ops::Range;
 
-use super::gather::Room;
 use super::trim::{Counts, Interval, SAMPLE};
 use super::work::Scratch;
 use super::{Blend, Job, Method};
-use crate::compose::matrix;
+use crate::align::compose::matrix;
 use crate::error::{Error, Result};
+use crate::stream::read::Room;
 use crate::stream::{CHUNK, COMPOSED_CHUNK, Minuend, Options};
 
 /// Bytes of one chunk of a tensor that is copied.

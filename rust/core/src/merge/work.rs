@@ -4,17 +4,17 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
-use super::gather::{Room, absent, common, part, present};
 use super::passes::{Chunk, Pass, Schedule, length, step};
 use super::step::{Blocks, Sides, Step};
 use super::trim::{Counts, Interval, SAMPLE, SAMPLE_RUNS};
 use super::{Blend, Found, Job, Method, PARALLEL, key};
-use crate::budget::Account;
 use crate::error::{Error, Result};
 use crate::kernel::blend::BLOCK;
 use crate::kernel::blend::{self, Environment};
+use crate::output::writer::Writer;
+use crate::stream::Account;
+use crate::stream::read::{Room, absent, common, part, present};
 use crate::stream::{CHUNK, Minuend, Progress};
-use crate::writer::Writer;
 
 /// Buffers that a worker keeps from chunk to chunk.
 pub(super) struct Scratch {

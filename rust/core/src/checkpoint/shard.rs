@@ -17,9 +17,9 @@ use safetensors::tensor::{Metadata, TensorInfo as HeaderEntry};
 use serde::de::{Deserialize, Deserializer, Error as _, MapAccess, Visitor};
 use sha2::{Digest, Sha256};
 
+use super::partial;
 use crate::dtype::{Dtype, Fp8};
 use crate::error::{Error, Result};
-use crate::ranges;
 
 /// The limit that the safetensors format sets for a header.
 const MAX_HEADER_NBYTES: u64 = 100_000_000;
@@ -195,7 +195,7 @@ impl Shard {
         let header = read_header(&file, path, identity.nbytes)?;
         let header_nbytes = LENGTH_NBYTES + header.len() as u64;
         let tensors = parse_header(path, &header, header_nbytes, identity.nbytes)?;
-        let present = ranges::read(path, identity.nbytes)?;
+        let present = partial::read(path, identity.nbytes)?;
         if present.is_some() && Identity::of_path(path)? != identity {
             // The list may be that of the file which has taken the place of the one that is open.
             return Err(Error::checkpoint(

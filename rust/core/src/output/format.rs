@@ -10,7 +10,7 @@ use crate::checkpoint::Checkpoint;
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::kernel::{Elements, INT8_BLOCK, Moments, decode_int8, subtract, subtract_int8};
-use crate::writer::{Slot, Writer};
+use crate::output::writer::{Slot, Writer};
 
 /// What is appended to a tensor's name to name its scales.
 const SCALE: &str = ".scale";
@@ -170,7 +170,7 @@ fn block_scales<'a>(
     delta: &'a Checkpoint,
     name: &str,
     numel: usize,
-) -> Result<(&'a crate::shard::Shard, &'a crate::shard::Tensor)> {
+) -> Result<(&'a crate::checkpoint::shard::Shard, &'a crate::checkpoint::shard::Tensor)> {
     let (shard, scales) = delta.tensor(&format!("{name}{SCALE}"))?;
     let expected = [numel.div_ceil(INT8_BLOCK)];
     if scales.dtype != safetensors::Dtype::F16 || scales.shape != expected {

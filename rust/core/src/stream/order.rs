@@ -247,7 +247,7 @@ mod tests {
 
     use super::*;
     use crate::checkpoint::Checkpoint;
-    use crate::shard::Reader;
+    use crate::checkpoint::shard::Reader;
     use crate::stream::Side;
 
     /// A file of holes with one bfloat16 tensor of each size.

@@ -17,10 +17,10 @@ use rustix::fs::{Mode, OFlags};
 use safetensors::tensor::{Metadata, TensorInfo};
 use serde_json::json;
 
-use crate::accompany;
+use super::side_files;
 use crate::dtype::Dtype;
 use crate::error::{Error, Limit, Result};
-use crate::storage::Storage;
+use crate::output::format::Storage;
 
 /// What the files of an output are called, and what messages call it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -65,7 +65,7 @@ impl Naming {
 
     /// Whether a run that was cut off can have left a file of that name, whatever it merged.
     fn may_be_left(&self, name: &str) -> bool {
-        self.is_ours(name, &[]) || (*self == Naming::MODEL && accompany::may_go_along(name))
+        self.is_ours(name, &[]) || (*self == Naming::MODEL && side_files::may_go_along(name))
     }
 
     /// The files that were added to a finished output, as its description lists them under `files`:
@@ -83,7 +83,7 @@ impl Naming {
             .and_then(|text| serde_json::from_slice::<Description>(&text).ok())
             .map_or_else(Vec::new, |description| description.files)
             .into_iter()
-            .filter(|name| accompany::may_go_along(name))
+            .filter(|name| side_files::may_go_along(name))
             .collect()
     }
 }

@@ -7,10 +7,10 @@
 
 use std::ops::Range;
 
+use crate::checkpoint::shard::{Shard, Tensor};
 use crate::dtype::{Dtype, Fp8};
 use crate::error::{Error, Result};
 use crate::kernel::dequantise;
-use crate::shard::{Shard, Tensor};
 
 /// What is appended to the name of codes to name their scales.
 const SUFFIX: &str = "_scale_inv";

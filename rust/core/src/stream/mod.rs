@@ -4,23 +4,28 @@
 //! follows from its shape alone and moments are added in element order, so neither the thread count
 //! nor the memory or timing changes a bit.
 
+mod budget;
+mod order;
+pub(crate) mod read;
+
 use std::collections::HashSet;
 use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use crate::budget::{Account, Demand, Plan};
-use crate::compose::Composed;
+use crate::align::compose::Composed;
+use crate::checkpoint::block_scales::{DEQUANTISED, Scales};
+use crate::checkpoint::shard::{Shard, Tensor, subtractable};
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::kernel::{self, Elements, Moments};
-use crate::order::{Chunk, Order, Origin, Taken};
-use crate::scales::{DEQUANTISED, Scales};
-use crate::shard::{Shard, Tensor, subtractable};
-use crate::storage::Encoded;
+use crate::output::format::Encoded;
+use crate::output::writer::Writer;
 use crate::workers;
-use crate::writer::Writer;
+pub(crate) use budget::Account;
+use budget::{Demand, Plan};
+use order::{Chunk, Order, Origin, Taken};
 
 /// Elements of one chunk: half a mebibyte of bfloat16 from either side, which stays in a core's cache.
 pub const CHUNK: usize = 1 << 18;

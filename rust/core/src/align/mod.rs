@@ -6,6 +6,9 @@
 //! that is unambiguous. A second pair of prefixes that would explain every layer parameter as well
 //! is a conflict and refused; so nothing here guesses between two language models.
 
+pub mod compose;
+pub mod similarity;
+
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use crate::error::{Error, Result};

@@ -1,8 +1,12 @@
 //! A checkpoint: one safetensors file, or a directory of shards with or without an index.
 //!
 //! Owns which files belong together and where each tensor lies; what is inside a file is
-//! [`crate::shard`]'s. Every tensor that the index names is in the shard it names, and no shard
+//! [`crate::checkpoint::shard`]'s. Every tensor that the index names is in the shard it names, and no shard
 //! holds one that the index does not place there.
+
+pub mod block_scales;
+mod partial;
+pub mod shard;
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
@@ -12,9 +16,9 @@ use serde::de::{Deserialize, Deserializer, Error as _, MapAccess, Visitor};
 
 use crate::dtype::Fp8;
 use crate::error::{Error, Result};
-use crate::scales::{self, Scales};
-use crate::shard::{Reader, Shard, Tensor};
 use crate::stream::Side;
+use block_scales::Scales;
+pub use shard::{Reader, Shard, Tensor};
 
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
@@ -100,9 +104,10 @@ impl Checkpoint {
         let scales = match Fp8::from_header(tensor.dtype) {
             None => None,
             Some(format) => {
-                let stored = self.places.get(&scales::name_of(name)).map(|&(shard, tensor)| {
-                    (&self.shards[shard], &self.shards[shard].tensors()[tensor])
-                });
+                let stored =
+                    self.places.get(&block_scales::name_of(name)).map(|&(shard, tensor)| {
+                        (&self.shards[shard], &self.shards[shard].tensors()[tensor])
+                    });
                 Some(Scales::new(format, (shard, tensor), stored, block)?)
             }
         };

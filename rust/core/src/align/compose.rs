@@ -7,10 +7,10 @@
 
 use std::ops::Range;
 
+use crate::checkpoint::shard::subtractable;
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::kernel::INT8_BLOCK;
-use crate::shard::subtractable;
 use crate::stream::Side;
 
 /// Elements that are gathered aside at a time: enough for long reads, few enough to stay in a core's

@@ -2,8 +2,8 @@
 
 use std::ops::Range;
 
-use crate::budget::Window;
-use crate::compose::Composed;
+use super::budget::Window;
+use crate::align::compose::Composed;
 use crate::dtype::Dtype;
 use crate::error::Result;
 use crate::kernel::Elements;
@@ -11,7 +11,7 @@ use crate::stream::{COMPOSED_CHUNK, Dequantised, Minuend, Side};
 
 /// Room for a chunk of one side, kept from chunk to chunk.
 #[derive(Default)]
-pub(super) struct Room {
+pub(crate) struct Room {
     bytes: Vec<u8>,
     packed: Vec<u8>,
     runs: Vec<u8>,
@@ -19,13 +19,13 @@ pub(super) struct Room {
 }
 
 /// The bytes of elements of one side, in their file.
-pub(super) fn part(side: &Side<'_>, elements: &Range<usize>) -> Range<u64> {
+pub(crate) fn part(side: &Side<'_>, elements: &Range<usize>) -> Range<u64> {
     let (start, nbytes) = (side.tensor.range.start, side.element_nbytes() as u64);
     start + elements.start as u64 * nbytes..start + elements.end as u64 * nbytes
 }
 
 impl Room {
-    pub(super) fn held_nbytes(&self) -> usize {
+    pub(crate) fn held_nbytes(&self) -> usize {
         self.bytes.capacity()
             + self.packed.capacity()
             + self.runs.capacity()
@@ -33,7 +33,7 @@ impl Room {
     }
 
     /// Bytes that chunks of so many elements take of buffers and mapped windows together.
-    pub(super) fn nbytes_of(minuend: &Minuend<'_>, total: usize, longest: usize) -> usize {
+    pub(crate) fn nbytes_of(minuend: &Minuend<'_>, total: usize, longest: usize) -> usize {
         match minuend {
             Minuend::Whole(side) => {
                 let window = Window::of(side, longest);
@@ -48,7 +48,7 @@ impl Room {
     }
 
     /// Elements of a stored tensor.
-    pub(super) fn read<'b>(
+    pub(crate) fn read<'b>(
         &'b mut self,
         side: &Side<'b>,
         elements: &Range<usize>,
@@ -59,7 +59,7 @@ impl Room {
 
     /// Elements of a side, and those of them that have a counterpart there. Of a composed one,
     /// `elements` are whole rows; those without a counterpart come out as zero.
-    pub(super) fn gather<'b>(
+    pub(crate) fn gather<'b>(
         &'b mut self,
         minuend: &Minuend<'b>,
         elements: &Range<usize>,
@@ -103,7 +103,7 @@ fn runs<'c, 'a>(
 }
 
 /// Those of some elements that have a counterpart on a side; of a composed one, they are whole rows.
-pub(super) fn present(minuend: &Minuend<'_>, elements: &Range<usize>) -> Vec<Range<usize>> {
+pub(crate) fn present(minuend: &Minuend<'_>, elements: &Range<usize>) -> Vec<Range<usize>> {
     let Minuend::Composed(composed) = minuend else { return vec![elements.clone()] };
     let mut found: Vec<Range<usize>> = Vec::new();
     for (run, _) in runs(composed, elements) {
@@ -116,7 +116,7 @@ pub(super) fn present(minuend: &Minuend<'_>, elements: &Range<usize>) -> Vec<Ran
 }
 
 /// What two lists of rising ranges have in common.
-pub(super) fn common(left: &[Range<usize>], right: &[Range<usize>]) -> Vec<Range<usize>> {
+pub(crate) fn common(left: &[Range<usize>], right: &[Range<usize>]) -> Vec<Range<usize>> {
     let (mut i, mut j) = (0, 0);
     let mut found = Vec::new();
     while let (Some(a), Some(b)) = (left.get(i), right.get(j)) {
@@ -130,7 +130,7 @@ pub(super) fn common(left: &[Range<usize>], right: &[Range<usize>]) -> Vec<Range
 }
 
 /// What rising ranges leave of some elements.
-pub(super) fn absent(present: &[Range<usize>], elements: &Range<usize>) -> Vec<Range<usize>> {
+pub(crate) fn absent(present: &[Range<usize>], elements: &Range<usize>) -> Vec<Range<usize>> {
     let mut found = Vec::new();
     let mut start = elements.start;
     for run in present.iter().chain(std::iter::once(&(elements.end..elements.end))) {

@@ -6,10 +6,10 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use crate::checkpoint::shard::Reader;
 use crate::error::{Error, Result};
-use crate::order::{Chunks, Order};
-use crate::shard::Reader;
-use crate::storage::{Encoded, Storage};
+use crate::output::format::{Encoded, Storage};
+use crate::stream::order::{Chunks, Order};
 use crate::stream::{CHUNK, COMPOSED_CHUNK, Minuend, Options, Pair, Side};
 
 /// The most that one worker holds at a time, in bytes.
