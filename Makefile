@@ -8,7 +8,7 @@ OLDEST_TESTS := $(addprefix tests/,alignment/test_families.py alignment/test_ali
 	checkpoints/test_hub.py checkpoints/test_remote.py delta/test_remote_delta.py \
 	inject/test_injection_names.py integrations/test_trainer.py)
 
-.PHONY: demo test test-slow test-oldest test-wheel families parity lint bench reproduce \
+.PHONY: demo test test-slow test-oldest test-wheel families parity options lint bench reproduce \
 	reproduce-full format clean
 
 demo: .venv/built
@@ -58,6 +58,10 @@ families: .venv/built
 # Writes docs/parity.md anew: every way of training, against one process in float64.
 parity: .venv/built
 	OMP_NUM_THREADS=1 $(BIN)/python docs/make_parity.py
+
+# Writes anew what follows from the option dataclasses: keyword types, docs/options.md, the schema.
+options: .venv/built
+	$(BIN)/python docs/make_options.py
 
 # Three minutes; BENCH='--size 1.5B --cold' or '--scaling 1,2,4,8,16' for others.
 bench: .venv/built

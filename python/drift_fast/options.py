@@ -9,7 +9,9 @@ An option that is misspelled or retired raises, since a run would otherwise use 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import Field, dataclass, field, fields, replace
+from types import NoneType
 from typing import Any, Self, TypeVar
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -18,6 +20,22 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 RETIRED = {
     "progress": "pass progress_bar=True or False for a bar, or on_progress=… for a function",
     "singular": "it is gone: take torch.linalg.svdvals(delta[name]) of the tensors of interest",
+}
+
+# The types of options that a plain value is checked against, and what a message calls them.
+_TYPES: dict[str, tuple[type, ...]] = {
+    "bool": (bool,),
+    "int": (int,),
+    "float": (int, float),
+    "str": (str,),
+    "None": (NoneType,),
+}
+_NAMES = {
+    "bool": "true or false",
+    "int": "an integer",
+    "float": "a number",
+    "str": "text",
+    "None": "null",
 }
 
 
@@ -101,12 +119,12 @@ class Options:
         Raises:
             ValueError: an unknown or retired key, or a value without meaning.
         """
-        known = tuple(each.name for each in fields(cls) if about_of(each).in_file)
+        known = {each.name: each for each in fields(cls) if about_of(each).in_file}
         for name in values:
             if name not in known:
                 raise ValueError(f"{origin}: {unknown(name, known, 'option')}")
         try:
-            return cls(**values)
+            return cls(**{name: plain(known[name], value) for name, value in values.items()})
         except ValueError as error:
             raise ValueError(f"{origin}: {error}") from error
 
@@ -141,6 +159,30 @@ def takes(options: type[Options]) -> Callable[[Function], Function]:
         return function
 
     return document
+
+
+def plain(each: Field[Any], value: Any) -> Any:
+    """Return the value of an option from a plain one, as a flag or a file gives it.
+
+    Raises:
+        ValueError: a value of another type; types that are more than numbers and text are left to
+            the check of the option.
+    """
+    parse = about_of(each).parse
+    if parse is not None and isinstance(value, str):
+        return parse(value)
+    kinds = str(each.type).split(" | ")
+    if not all(kind in _TYPES for kind in kinds):
+        return value
+    if isinstance(value, str) and "float" in kinds and "str" not in kinds:
+        # YAML reads 1e-6 as text.
+        with suppress(ValueError):
+            return float(value)
+    expected = tuple(one for kind in kinds for one in _TYPES[kind])
+    if not isinstance(value, expected) or (isinstance(value, bool) and bool not in expected):
+        names = " or ".join(_NAMES[kind] for kind in kinds)
+        raise ValueError(f"{each.name} must be {names}, got {value!r}")
+    return value
 
 
 def about_of(each: Field[Any]) -> About:

@@ -1,0 +1,62 @@
+"""Types of keyword arguments, used as `**options: Unpack[DeltaKeywords]`.
+
+Generated from the option dataclasses by `python docs/make_options.py` (`make options`); do not
+edit.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypedDict
+
+if TYPE_CHECKING:
+    from drift_fast.alignment.embeddings import Rows
+    from drift_fast.alignment.mapping import MappingLike
+    from drift_fast.delta.parallel import Ranks
+    from drift_fast.progress_bar import ProgressCallback
+    from drift_fast.selection import Layers, Modules
+
+
+class SelectionKeywords(TypedDict, total=False):
+    """The keywords of `SelectionOptions`."""
+
+    modules: Modules
+    layers: Layers
+    mapping: MappingLike | None
+    rows: Rows
+
+
+class PairKeywords(SelectionKeywords, total=False):
+    """The keywords of `PairOptions`."""
+
+    strict: bool
+    min_coverage: float | None
+    check_weights: bool
+    reader: str
+
+
+class StreamKeywords(TypedDict, total=False):
+    """The keywords of `StreamOptions`."""
+
+    threads: int | None
+    memory: int | str
+    allow_nonfinite: bool
+    progress_bar: bool | None
+    on_progress: ProgressCallback | None
+
+
+class OutputKeywords(TypedDict, total=False):
+    """The keywords of `OutputOptions`."""
+
+    overwrite: bool
+    max_shard_size: int | str
+
+
+class InspectKeywords(StreamKeywords, PairKeywords, total=False):
+    """The keywords of `InspectOptions`."""
+
+
+class DeltaKeywords(OutputKeywords, StreamKeywords, PairKeywords, total=False):
+    """The keywords of `DeltaOptions`."""
+
+    dtype: str
+    ranks: Ranks
