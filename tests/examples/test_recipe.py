@@ -371,7 +371,7 @@ def test_two_processes_train_under_the_recipes_launch_files(
         kind = "Sharded" if launcher == "accelerate" else "FullyPartitioned"
         injections = BOTH if configuration == "ours.yaml" else TARGETS
         assert [report["injected"] for report in reports] == [injections] * 2
-        assert [report["pieces"] for report in reports] == [[kind]] * 2
+        assert [report["shards"] for report in reports] == [[kind]] * 2
 
 
 # --- LLaMA-Factory -------------------------------------------------------------------------------
@@ -475,7 +475,7 @@ def test_the_llamafactory_configuration_trains_in_llamafactory_itself(
     if wrapped:
         for rank in range(processes):
             report = json.loads(Path(f"{tmp_path / 'injected'}-{rank}.json").read_text())
-            assert report == {"injected": TARGETS, "pieces": ["FullyPartitioned"]}
+            assert report == {"injected": TARGETS, "shards": ["FullyPartitioned"]}
 
 
 # --- files ---------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import nn
 
 from drift_fast import Delta, Injection
-from drift_fast.inject.shards.base import Sharded
+from drift_fast.inject.shards.dtensor import DTensorShard
 from support.injection_models import Backbone, delta_towards, regression_batch, regression_loss
 
 Report = dict[str, Any]
@@ -216,8 +216,8 @@ def check_spans(folder: Path) -> Report:
         twins = Twins(folder, shape)
         (group,) = twins.injection._groups
         report[shape] = {
-            target.name: [*piece.span, math.prod(target.shape)]
-            for target, piece in zip(group.targets, group.pieces, strict=True)
+            target.name: [*shard.span, math.prod(target.shape)]
+            for target, shard in zip(group.targets, group.shards, strict=True)
         }
         twins.remove()
     return report
@@ -466,14 +466,14 @@ def check_refusals(folder: Path) -> Report:
             odd = DTensor.from_local(
                 torch.ones(parameter.shape), parameter.device_mesh, [placement]
             )
-            piece = next(
-                piece
+            shard = next(
+                shard
                 for group in injection._groups
-                for target, piece in zip(group.targets, group.pieces, strict=True)
+                for target, shard in zip(group.targets, group.shards, strict=True)
                 if target.name == NAME
             )
-            assert isinstance(piece, Sharded)
-            with mock.patch.object(piece, "parameter", mock.Mock(grad=odd)):
+            assert isinstance(shard, DTensorShard)
+            with mock.patch.object(shard, "parameter", mock.Mock(grad=odd)):
                 report[type(placement).__name__] = refusal(injection.step)
         backward(model, share=dist.get_rank(), shares=2)
         report["after"] = refusal(injection.step)
@@ -503,13 +503,13 @@ def compare_parts(twins: Twins, *, share: int, shares: int) -> Report:
     nbytes = 0
     for group in twins.injection._groups:
         nbytes += group.store.nbytes
-        for target, piece in zip(group.targets, group.pieces, strict=True):
+        for target, shard in zip(group.targets, group.shards, strict=True):
             parameter: Any = target.parameter
-            if not isinstance(piece, Sharded):
+            if not isinstance(shard, DTensorShard):
                 kinds.add("whole")
                 continue
             kinds.add(" ".join(str(placement) for placement in parameter.placements))
-            part = piece.cut(full(parameter))
+            part = shard.cut(full(parameter))
             if not torch.equal(part.reshape(-1), parameter.to_local().reshape(-1)):
                 wrong.append(target.name)
     report: Report = {"kinds": sorted(kinds), "wrong": wrong, "nbytes": nbytes}

@@ -254,7 +254,7 @@ def test_what_cannot_be_reached_is_refused_by_name_with_a_remedy(
 
 
 def test_something_that_is_no_engine_is_refused() -> None:
-    from drift_fast.inject.shards.zero import optimizer_of
+    from drift_fast.inject.shards.zero_support import optimizer_of
 
     with pytest.raises(TypeError, match="expected a DeepSpeed engine, got object"):
         optimizer_of(object())

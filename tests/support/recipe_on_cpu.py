@@ -41,10 +41,10 @@ def allow_fsdp() -> None:
 
 def report(injections: list[Any]) -> None:
     """Write how many parameters of which kind the last step injected."""
-    pieces = [group.pieces for injection in injections for group in injection._groups]
+    shards = [group.shards for injection in injections for group in injection._groups]
     found = {
         "injected": sum(injection.injected for injection in injections),
-        "pieces": sorted({type(piece).__name__.strip("_") for some in pieces for piece in some}),
+        "shards": sorted({type(shard).__name__.strip("_") for some in shards for shard in some}),
     }
     path = f"{os.environ['RECIPE_REPORT']}-{os.environ['RANK']}.json"
     Path(path).write_text(json.dumps(found))

@@ -128,18 +128,18 @@ def whole_gradients(model: nn.Module, batches: list[torch.Tensor]) -> Wholes:
 # --- what is measured --------------------------------------------------------------------------
 
 
-def gathered(piece: Any, local: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+def gathered(shard: Any, local: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     """Put the local parts of all processes together, in float64."""
     whole = torch.zeros(shape, dtype=torch.float64)
-    piece.cut(whole).view(-1).copy_(local.detach().reshape(-1))
-    for group in piece.groups:
+    shard.cut(whole).view(-1).copy_(local.detach().reshape(-1))
+    for group in shard.process_groups:
         dist.all_reduce(whole, group=group)
     return whole
 
 
-def owners(piece: Any, shape: tuple[int, ...]) -> bool:
-    """Whether every element is held by exactly one process of the piece's groups."""
-    count = gathered(piece, torch.ones_like(piece.weight()), shape)
+def owners(shard: Any, shape: tuple[int, ...]) -> bool:
+    """Whether every element is held by exactly one process of the shard's groups."""
+    count = gathered(shard, torch.ones_like(shard.weight()), shape)
     return bool((count == 1).all())
 
 
@@ -163,7 +163,7 @@ class Errors(dict[str, Any]):
 class Training(ABC):
     """How one stack takes a step: what the check below needs of it."""
 
-    pieces: dict[str, Any]
+    shards: dict[str, Any]
     shapes: dict[str, tuple[int, ...]]
     # The same model on one process, in the dtype that computes.
     plain: nn.Module
@@ -188,12 +188,12 @@ def follow(training: Training, clip: float) -> Errors:
     The change is `pattern_of`, added to the local gradients where an injection would run. `clip`
     is the norm that the stack clips to, 0 where it does not.
     """
-    pieces, shapes, plain = training.pieces, training.shapes, training.plain
+    shards, shapes, plain = training.shards, training.shapes, training.plain
     low = next(plain.parameters()).dtype
     errors = Errors(
-        kinds=sorted({type(piece).__name__.strip("_") for piece in pieces.values()}),
-        tiled=all(owners(piece, shapes[name]) for name, piece in pieces.items()),
-        empty=sum(p.span is not None and p.span[0] == p.span[1] for p in pieces.values()),
+        kinds=sorted({type(shard).__name__.strip("_") for shard in shards.values()}),
+        tiled=all(owners(shard, shapes[name]) for name, shard in shards.items()),
+        empty=sum(p.span is not None and p.span[0] == p.span[1] for p in shards.values()),
         shapes=shapes == {n: tuple(p.shape) for n, p in plain.named_parameters()},
     )
     weights = {name: p.detach().double() for name, p in plain.named_parameters()}
@@ -203,16 +203,16 @@ def follow(training: Training, clip: float) -> Errors:
     def compare(wholes: Wholes, change: float) -> Callable[[float], None]:
         def moment(factor: float) -> None:
             errors["factor"] = factor
-            for name, piece in pieces.items():
-                gradient = piece.gradient()
+            for name, shard in shards.items():
+                gradient = shard.gradient()
                 assert gradient is not None, name
-                found = gathered(piece, gradient, shapes[name]) / factor
+                found = gathered(shard, gradient, shapes[name]) / factor
                 errors.note("gradient", found, wholes[name], wholes.sizes[name])
                 with torch.no_grad():
-                    part = piece.cut(pattern_of(name, shapes[name])).view(gradient.shape)
+                    part = shard.cut(pattern_of(name, shapes[name])).view(gradient.shape)
                     gradient.add_(part * (factor * change))
-                piece.store(gradient)
-                changed[name] = gathered(piece, gradient, shapes[name]) / factor
+                shard.write_gradient(gradient)
+                changed[name] = gathered(shard, gradient, shapes[name]) / factor
 
         return moment
 
@@ -223,19 +223,19 @@ def follow(training: Training, clip: float) -> Errors:
         share = min(1.0, clip / (norm + 1e-6)) if clip else 1.0
         errors["clipped"] = share < 1.0
         computing = training.computing()
-        for name, piece in pieces.items():
-            master = gathered(piece, piece.weight(), shapes[name])
+        for name, shard in shards.items():
+            master = gathered(shard, shard.weight(), shapes[name])
             motion = -LEARNING_RATE * share * changed[name]
             errors.note_step("step", weights[name], master, motion)
             errors.note("working", computing[name], master.to(low).double())
             # Planned motion: less than a low-precision copy can tell.
-            part = piece.cut(pattern_of(name, shapes[name])).view(piece.weight().shape)
-            piece.move(piece.weight() + 0.01 * part)
+            part = shard.cut(pattern_of(name, shapes[name])).view(shard.weight().shape)
+            shard.write_weight(shard.weight() + 0.01 * part)
             weights[name] = master + 0.01 * pattern_of(name, shapes[name]).double()
         training.publish()
         computing = training.computing()
         for name, parameter in plain.named_parameters():
-            master = gathered(pieces[name], pieces[name].weight(), shapes[name])
+            master = gathered(shards[name], shards[name].weight(), shapes[name])
             errors.note("moved", master, weights[name])
             errors.note("working moved", computing[name], master.to(low).double())
             weights[name] = master
@@ -297,14 +297,16 @@ class Engine(Training):
 
     def __init__(self, options: dict[str, Any]) -> None:
         from drift_fast.inject.shards import zero
+        from drift_fast.inject.shards.find import parameters_of
+        from drift_fast.inject.shards.zero_support import optimizer_of
 
         self.micro_batches = options.get("gradient_accumulation_steps", 1)
         self.engine, self.plain = make_engine(options)
-        self.optimizer = zero.optimizer_of(self.engine)
+        self.optimizer = optimizer_of(self.engine)
         names, parameters = zip(*self.engine.module.named_parameters(), strict=True)
-        self.shapes = {n: zero.shape_of(p) for n, p in zip(names, parameters, strict=True)}
-        pieces = zero.pieces(names, parameters, self.optimizer)
-        self.pieces = dict(zip(names, pieces, strict=True))
+        self.shapes = {name: shape for name, _, shape in parameters_of(self.engine.module)}
+        shards = zero.shards(names, parameters, self.optimizer)
+        self.shards = dict(zip(names, shards, strict=True))
 
     def step(self, batches: list[torch.Tensor], moment: Callable[[float], None]) -> None:
         from drift_fast.inject.shards import zero
@@ -392,8 +394,8 @@ class Fsdp(Training):
             name: shapes.get(long, tuple(wrapped[long].shape))
             for name, long in zip(names, wrapped, strict=True)
         }
-        pieces = fsdp1.pieces(list(wrapped), list(wrapped.values()), self.model)
-        self.pieces = dict(zip(names, pieces, strict=True))
+        shards = fsdp1.shards(list(wrapped), list(wrapped.values()), self.model)
+        self.shards = dict(zip(names, shards, strict=True))
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=LEARNING_RATE)
 
     def publish(self) -> None:
@@ -491,12 +493,12 @@ def injected_step(training: Training, injection: Any, scale: str, take: Callable
     errors = Errors(
         targets=len(injection.targets), injected=injection.injected, steps=injection.steps
     )
-    for name, piece in training.pieces.items():
+    for name, shard in training.shards.items():
         expected = wholes[name].numpy()
         if name.removeprefix("language.") in delta:
             push = delta[name.removeprefix("language.")]
             expected = reference.inject(expected, push, alpha=0.5, scale=scale)
-        after = gathered(piece, piece.weight(), training.shapes[name])
+        after = gathered(shard, shard.weight(), training.shapes[name])
         motion = -LEARNING_RATE * torch.from_numpy(expected)
         errors.note_step("step", before[name], after, motion)
     return errors
@@ -563,15 +565,15 @@ def overflow(stage: int) -> dict[str, Any]:
     options = {"alpha": 0.5, "scale": "absolute"}
     injection = attach_engine(training.engine, given_delta(training.plain), options)
     name = "language.model.layers.0.mlp.up_proj.weight"
-    piece, shape = training.pieces[name], training.shapes[name]
+    shard, shape = training.shards[name], training.shapes[name]
     rows = []
     for _ in range(12):
-        before = gathered(piece, piece.weight(), shape)
+        before = gathered(shard, shard.weight(), shape)
         engine_step(training.engine, micro_batches(dist.get_world_size()))
         rows.append(
             {
                 "overflow": bool(training.optimizer.overflow),
-                "moved": not torch.equal(before, gathered(piece, piece.weight(), shape)),
+                "moved": not torch.equal(before, gathered(shard, shard.weight(), shape)),
                 "steps": injection.steps,
                 "injected": injection.injected,
             }
@@ -591,9 +593,9 @@ def unused(stage: int, offload: bool) -> dict[str, Any]:
     report: dict[str, Any] = {}
 
     def moment(factor: float) -> None:
-        for name, piece in training.pieces.items():
-            gradient = piece.gradient()
-            held = piece.span[1] > piece.span[0]
+        for name, shard in training.shards.items():
+            gradient = shard.gradient()
+            held = shard.span[1] > shard.span[0]
             if not held:
                 assert gradient is not None, name
                 assert gradient.numel() == 0, name

@@ -24,7 +24,9 @@ from drift_fast.inject.config import InjectionConfig, Rescale
 from drift_fast.inject.overlap import Overlap
 from drift_fast.inject.placement.load import Loading, load_groups
 from drift_fast.inject.saved_state import is_number
-from drift_fast.inject.shards.base import Piece, Reduction, Whole, groups_of, pieces_of
+from drift_fast.inject.shards.base import Shard, Whole
+from drift_fast.inject.shards.find import process_groups_of, shards_of
+from drift_fast.inject.shards.reduction import Reduction
 from drift_fast.inject.strength.control import Control
 from drift_fast.inject.strength.per_module import PerModule
 from drift_fast.inject.target_group import Push, TargetGroup, beside
@@ -111,7 +113,7 @@ class Injection(Attachment):
         self._strict = config.strict
         self._scaler = scaler
         self._optimizer = None if optimizer is None else unwrap_optimizer(optimizer)
-        with Reduction(groups_of(model)).together():
+        with Reduction(process_groups_of(model)).together():
             delta = opened(delta)
             targets, self.coverage = find_targets(model, delta, config)
             check_trained(targets)
@@ -119,8 +121,8 @@ class Injection(Attachment):
             if self._optimizer is not None:
                 check_optimized(targets, self._optimizer)
             refuse_second(targets)
-            pieces = self._pieces(model, targets)
-            self._refuse_sharding(targets, pieces, config.overlap)
+            shards = self._shards(model, targets)
+            self._refuse_sharding(targets, shards, config.overlap)
         logger.info(
             "injecting into %d parameters, %.1f%% of the delta's selected elements and %.1f%% of "
             "the language backbone; %d tensors of the delta have no parameter",
@@ -130,7 +132,7 @@ class Injection(Attachment):
             len(self.coverage.unmatched_reasoning),
         )
         self._groups, self.residency = load_groups(
-            list(zip(targets, pieces, strict=True)), delta, loading
+            list(zip(targets, shards, strict=True)), delta, loading
         )
         self._targets = [target for group in self._groups for target in group.targets]
         held = {id(target) for target in self._targets}
@@ -343,10 +345,10 @@ class Injection(Attachment):
 
     # What an integration may do in its own way.
 
-    def _pieces(self, model: nn.Module, targets: Sequence[Target]) -> list[Piece]:
+    def _shards(self, model: nn.Module, targets: Sequence[Target]) -> list[Shard]:
         """Return how the local gradient and weights of each target are reached."""
         names = [target.name for target in targets]
-        return pieces_of(names, [target.parameter for target in targets], model)
+        return shards_of(names, [target.parameter for target in targets], model)
 
     def _loss_scale(self, device: torch.device) -> torch.Tensor | float | None:
         """Return the factor that the gradients carry, None where it is one."""
@@ -439,7 +441,7 @@ class Injection(Attachment):
         return None
 
     def _refuse_sharding(
-        self, targets: Sequence[Target], pieces: Sequence[Piece], overlap: bool
+        self, targets: Sequence[Target], shards: Sequence[Shard], overlap: bool
     ) -> None:
         """Refuse what needs whole, final gradients inside backward where there are none.
 
@@ -449,11 +451,11 @@ class Injection(Attachment):
         if self._scope == "step" and not overlap:
             return
         what = f'scope="{self._scope}"' if self._scope != "step" else "overlap=True"
-        for target, piece in zip(targets, pieces, strict=True):
-            if not isinstance(piece, Whole):
+        for target, shard in zip(targets, shards, strict=True):
+            if not isinstance(shard, Whole):
                 raise DriftError(
                     f"{what} needs whole gradients inside backward, and {target.name} is sharded "
-                    f"({piece.kind}): a hook there sees a part, or never runs. Use "
+                    f"({shard.sharding}): a hook there sees a part, or never runs. Use "
                     'scope="step" and overlap=False, or train with DDP or on one device'
                 )
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()

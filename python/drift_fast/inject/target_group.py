@@ -15,7 +15,8 @@ import torch
 from drift_fast.inject.compute.arithmetic import Arithmetic, Sums, flattened
 from drift_fast.inject.compute.cuda_graphs import Recordings, may_record
 from drift_fast.inject.placement.stores import Store
-from drift_fast.inject.shards.base import Piece, Reduction, Whole
+from drift_fast.inject.shards.base import Shard, Whole
+from drift_fast.inject.shards.reduction import Reduction
 from drift_fast.inject.strength.control import limit
 from drift_fast.inject.strength.formula import NEED_DOT, Scale, coefficients
 from drift_fast.inject.targets import Target
@@ -49,16 +50,16 @@ class TargetGroup:
     def __init__(
         self,
         targets: Sequence[Target],
-        pieces: Sequence[Piece],
+        shards: Sequence[Shard],
         store: Store,
         norms: Sequence[float],
         arithmetic: Arithmetic,
     ) -> None:
         self.targets = list(targets)
-        self.pieces = list(pieces)
+        self.shards = list(shards)
         self.store = store
         self.arithmetic = arithmetic
-        self.reduction = Reduction(pieces[0].groups)
+        self.reduction = Reduction(shards[0].process_groups)
         self.norms = self.vector(norms)
         self.last: Last | None = None
         # What a step reads and counts lies in one place, which a recording remembers.
@@ -66,7 +67,7 @@ class TargetGroup:
         self._loss_scale = torch.ones((), dtype=self._alpha.dtype, device=self.device)
         self._skipped = torch.zeros((), dtype=torch.int64, device=self.device)
         self._push: Push | None = None
-        whole = all(isinstance(piece, Whole) for piece in self.pieces)
+        whole = all(isinstance(shard, Whole) for shard in self.shards)
         records = whole and self.device.type == "cuda"
         self._recordings = Recordings(self.device) if records else None
         self._found: dict[int, torch.Tensor] | None = None
@@ -81,7 +82,7 @@ class TargetGroup:
     @property
     def sharded(self) -> bool:
         """Whether this process holds only a part of each target."""
-        return bool(self.reduction.groups)
+        return bool(self.reduction.process_groups)
 
     @property
     def resident(self) -> bool:
@@ -132,8 +133,8 @@ class TargetGroup:
         """Return the targets that have no gradient, and keep the gradients for this step."""
         self._found = {}
         absent = []
-        for at, piece in enumerate(self.pieces):
-            gradient = piece.gradient()
+        for at, shard in enumerate(self.shards):
+            gradient = shard.gradient()
             if gradient is None:
                 absent.append(at)
             else:
@@ -216,7 +217,7 @@ class TargetGroup:
             with flattened(gradients) as flats:
                 self._launch(start, stop, members, flats, some, push, arithmetic)
             for at, gradient in held.items():
-                self.pieces[at].store(gradient)
+                self.shards[at].write_gradient(gradient)
             return
         place = start, stop, some[0].data_ptr(), id(arithmetic)
         generation = arithmetic.generation
@@ -268,7 +269,7 @@ class TargetGroup:
 
     def _inject_sharded(self, push: Push) -> None:
         # Every process takes part in the sum, whatever gradients it has.
-        held = self._gradients(0, len(self.pieces))
+        held = self._gradients(0, len(self.shards))
         members, gradients = list(held), list(held.values())
         place = {at: index for index, at in enumerate(members)}
         with flattened(gradients) as flats:
@@ -285,7 +286,7 @@ class TargetGroup:
             assert self.last is not None
             sums = self._sum(Sums(self.last.norm, self.last.dot))
             self.last.norm, self.last.dot = sums.norm, sums.dot
-            c = self._decide(0, len(self.pieces), members, push)
+            c = self._decide(0, len(self.shards), members, push)
             for start, stop, deltas in self.store.batches():
                 inside = [at for at in members if start <= at < stop]
                 if inside:
@@ -293,12 +294,12 @@ class TargetGroup:
                     tensors = [flats[place[at]] for at in inside]
                     self.arithmetic.subtract(tensors, some, pick(c, inside))
         for at, gradient in held.items():
-            self.pieces[at].store(gradient)
+            self.shards[at].write_gradient(gradient)
 
     def _gradients(self, start: int, stop: int) -> dict[int, torch.Tensor]:
         found: dict[int, torch.Tensor | None]
         if self._found is None:
-            found = {at: self.pieces[at].gradient() for at in range(start, stop)}
+            found = {at: self.shards[at].gradient() for at in range(start, stop)}
         else:
             found = {at: self._found.get(at) for at in range(start, stop)}
         return {at: gradient for at, gradient in found.items() if gradient is not None}
@@ -343,10 +344,10 @@ class TargetGroup:
 
     def _weights(self, *, wide: bool) -> Sums:
         dtype = self._widest if wide else self.norms.dtype
-        norm = torch.zeros(len(self.pieces), dtype=dtype, device=self.device)
+        norm = torch.zeros(len(self.shards), dtype=dtype, device=self.device)
         dot = torch.zeros_like(norm)
         for start, stop, deltas in self.store.batches():
-            weights = [self.pieces[at].weight().contiguous().view(-1) for at in range(start, stop)]
+            weights = [self.shards[at].weight().contiguous().view(-1) for at in range(start, stop)]
             sums = self.arithmetic.measure(weights, deltas, wide=wide)
             norm[start:stop].copy_(sums.norm)
             dot[start:stop].copy_(sums.dot)

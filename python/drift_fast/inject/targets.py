@@ -32,7 +32,8 @@ from drift_fast.inject.lora.adapters import (
     adapters_of,
     stored_shape,
 )
-from drift_fast.inject.shards.base import Piece, parameters_of
+from drift_fast.inject.shards.base import Shard
+from drift_fast.inject.shards.find import parameters_of
 from drift_fast.names import container_of
 
 
@@ -123,35 +124,35 @@ class Target:
         """The delta's name, of several the first."""
         return self.sources[0]
 
-    def numel(self, piece: Piece) -> int:
+    def numel(self, shard: Shard) -> int:
         """Return how many elements this process holds."""
-        if piece.span is not None:
-            return piece.span[1] - piece.span[0]
-        return piece.weight().numel() if piece.groups else math.prod(self.shape)
+        if shard.span is not None:
+            return shard.span[1] - shard.span[0]
+        return shard.weight().numel() if shard.process_groups else math.prod(self.shape)
 
-    def read(self, delta: Recent, piece: Piece) -> torch.Tensor:
+    def read(self, delta: Recent, shard: Shard) -> torch.Tensor:
         """Return the part of Δ that this process holds, flat, in the delta's dtype, on the CPU.
 
         Only that part is read where it is a run of rows. Where Δ lies in parts, two of its sources
         at most are held beside the result.
         """
-        if not self.parts and piece.span is not None:
-            return delta.run(self.delta_name, *piece.span)
+        if not self.parts and shard.span is not None:
+            return delta.run(self.delta_name, *shard.span)
         whole = delta.whole(self.delta_name) if not self.parts else self._composed(delta)
-        local = piece.cut(whole)
+        local = shard.cut(whole)
         # A part must not keep the whole alive.
         if local.numel() == whole.numel():
             return local.reshape(-1)
         return local.clone(memory_format=torch.contiguous_format).view(-1)
 
-    def read_into(self, delta: Recent, piece: Piece, out: torch.Tensor) -> None:
+    def read_into(self, delta: Recent, shard: Shard, out: torch.Tensor) -> None:
         """Fill a flat CPU tensor, page-locked or not, with the part that this process holds."""
-        whole = piece.span is None and not piece.groups
-        if not self.parts and (whole or piece.span is not None):
-            start = 0 if piece.span is None else piece.span[0]
+        whole = shard.span is None and not shard.process_groups
+        if not self.parts and (whole or shard.span is not None):
+            start = 0 if shard.span is None else shard.span[0]
             if delta.into(self.delta_name, start, out):
                 return
-        out.copy_(self.read(delta, piece))
+        out.copy_(self.read(delta, shard))
 
     def _composed(self, delta: Recent) -> torch.Tensor:
         result: torch.Tensor | None = None
@@ -163,8 +164,8 @@ class Target:
             for name, top, bottom, left, right, offset, down, across in self.parts:
                 if name == source:
                     box = (bottom - top, right - left)
-                    piece = torch.as_strided(stored, box, (down, across), offset)
-                    rows[top:bottom, left:right].copy_(piece)
+                    values = torch.as_strided(stored, box, (down, across), offset)
+                    rows[top:bottom, left:right].copy_(values)
         if result is None:
             raise DriftError(f"{self.name} has no tensor of the delta")
         return result

@@ -17,7 +17,8 @@ from torch import nn
 from drift_fast.errors import DriftError
 from drift_fast.inject.injection import Injection
 from drift_fast.inject.shards import zero
-from drift_fast.inject.shards.base import Piece
+from drift_fast.inject.shards.base import Shard
+from drift_fast.inject.shards.zero_support import optimizer_of
 from drift_fast.inject.targets import DeltaLike, Target
 
 
@@ -28,7 +29,7 @@ class EngineInjection(Injection):
         for name in ("optimizer", "scaler"):
             if options.get(name) is not None:
                 raise ValueError(f"a DeepSpeed engine has its own {name}; leave {name}=… out")
-        self._engine_optimizer = zero.optimizer_of(engine)
+        self._engine_optimizer = optimizer_of(engine)
         self._running = False
         if options.get("scope", "step") != "step" or options.get("overlap", False):
             raise DriftError(
@@ -97,8 +98,8 @@ class EngineInjection(Injection):
             )
         super()._watch(optimizer, args, kwargs)
 
-    def _pieces(self, model: nn.Module, targets: Sequence[Target]) -> list[Piece]:
-        return zero.pieces(
+    def _shards(self, model: nn.Module, targets: Sequence[Target]) -> list[Shard]:
+        return zero.shards(
             [target.name for target in targets],
             [target.parameter for target in targets],
             self._engine_optimizer,

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from drift_fast.inject.shards.fsdp1 import is_fsdp1
+
 # Why a tensor of the delta is left out of an injection into a model with adapters.
 FROZEN_BIAS = "a frozen bias beside an adapted weight: LoRA trains no biases unless asked to"
 FROZEN = "frozen: no adapter trains it"
-
-_FSDP1 = "FullyShardedDataParallel"
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def _refusal(modules: Iterator[nn.Module]) -> str:
         kind = type(module)
         if kind.__module__.startswith("peft.tuners.xlora"):
             return "X-LoRA scales its adapters anew for each token, so there is no one weight"
-        if kind.__name__ == _FSDP1:
+        if is_fsdp1(module):
             return _sharded("FSDP")
     return ""
 

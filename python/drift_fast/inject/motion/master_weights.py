@@ -2,7 +2,7 @@
 
 Owns finding them, by value and not by a table of names: the copy is what the optimizer steps, so a
 motion of the 16-bit weights alone would be overwritten by its next step. Copies that an engine
-keeps elsewhere (DeepSpeed) are reached by its own pieces.
+keeps elsewhere (DeepSpeed) are reached by its shards.
 """
 
 from __future__ import annotations
@@ -13,39 +13,39 @@ from typing import Any
 import torch
 from torch import nn
 
-from drift_fast.inject.shards.base import Piece
+from drift_fast.inject.shards.base import Shard
 
 
-class Mastered:
-    """A piece whose weights are those of a copy in an optimizer's state."""
+class MasterWeights:
+    """A shard whose weights are those of a copy in an optimizer's state."""
 
     def __init__(
-        self, piece: Piece, parameter: nn.Parameter, optimizer: torch.optim.Optimizer, key: str
+        self, shard: Shard, parameter: nn.Parameter, optimizer: torch.optim.Optimizer, key: str
     ) -> None:
-        self._piece = piece
+        self._shard = shard
         self._parameter = parameter
         self._optimizer = optimizer
         self._key = key
-        self.kind = piece.kind
-        self.span = piece.span
-        self.groups = piece.groups
+        self.sharding = shard.sharding
+        self.span = shard.span
+        self.process_groups = shard.process_groups
 
     def cut(self, whole: torch.Tensor) -> torch.Tensor:
-        return self._piece.cut(whole)
+        return self._shard.cut(whole)
 
     def gradient(self) -> torch.Tensor | None:
-        return self._piece.gradient()
+        return self._shard.gradient()
 
-    def store(self, gradient: torch.Tensor) -> None:
-        self._piece.store(gradient)
+    def write_gradient(self, gradient: torch.Tensor) -> None:
+        self._shard.write_gradient(gradient)
 
     def weight(self) -> torch.Tensor:
         # Asked for each time: loading an optimizer's state puts another tensor there.
         return _local(self._optimizer.state[self._parameter][self._key])
 
-    def move(self, weight: torch.Tensor) -> None:
+    def write_weight(self, weight: torch.Tensor) -> None:
         self.weight().copy_(weight)
-        self._piece.move(weight)
+        self._shard.write_weight(weight)
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from drift_fast.inject.attachment import Attachment
 from drift_fast.inject.compute.arithmetic import flattened
 from drift_fast.inject.config import TargetOptions
 from drift_fast.inject.injection import unwrap_optimizer
-from drift_fast.inject.motion.master_weights import Mastered, find_key
+from drift_fast.inject.motion.master_weights import MasterWeights, find_key
 from drift_fast.inject.motion.optimizer_steps import (
     EngineSteps,
     OptimizerSteps,
@@ -34,7 +34,11 @@ from drift_fast.inject.motion.rounding import Thresholds, add_narrow, is_narrow
 from drift_fast.inject.placement.load import Loading, load_groups
 from drift_fast.inject.placement.stores import check_residency
 from drift_fast.inject.schedule import ScheduleLike
-from drift_fast.inject.shards.base import Piece, Reduction, groups_of, pieces_of
+from drift_fast.inject.shards import zero
+from drift_fast.inject.shards.base import Shard
+from drift_fast.inject.shards.find import process_groups_of, shards_of
+from drift_fast.inject.shards.reduction import Reduction
+from drift_fast.inject.shards.zero_support import is_engine, optimizer_of
 from drift_fast.inject.strength.per_module import PerModule, per_target
 from drift_fast.inject.targets import DeltaLike, Target, check_optimized, find_targets, opened
 from drift_fast.inject.watchdog import claim, disclaim, refuse_second
@@ -107,16 +111,16 @@ class PlannedMotion(Attachment):
         )
         trained = tuple(model.parameters()) if isinstance(model, nn.Module) else ()
         loading = Loading(check_residency(residency), parse_size(prefetch), trained)
-        with Reduction(groups_of(model)).together():
+        with Reduction(process_groups_of(model)).together():
             delta = opened(delta)
             targets, self.coverage = find_targets(model, delta, wanted)
             _check_moved(targets)
             values, _ = per_target([target.delta_name for target in targets], progress, "progress")
             of_target = {target.name: value for target, value in zip(targets, values, strict=True)}
             refuse_second(targets)
-            self._steps, pieces = self._follow(model, targets, optimizer)
+            self._steps, shards = self._follow(model, targets, optimizer)
         self._groups, self.residency = load_groups(
-            list(zip(targets, pieces, strict=True)), delta, loading
+            list(zip(targets, shards, strict=True)), delta, loading
         )
         self._targets = [target for group in self._groups for target in group.targets]
         held = {id(target) for target in self._targets}
@@ -133,7 +137,7 @@ class PlannedMotion(Attachment):
         for group in self._groups:
             group.start(rescale=False)
             self._origin.append(group.origin)
-            if any(is_narrow(piece.weight().dtype) for piece in group.pieces):
+            if any(is_narrow(shard.weight().dtype) for shard in group.shards):
                 self._thresholds.prepare(group.device)
         logger.info(
             "moving %d parameters by λ = %.3g of Δ in %d steps, %.1f%% of the delta's selected "
@@ -265,23 +269,21 @@ class PlannedMotion(Attachment):
 
     def _follow(
         self, model: nn.Module, targets: Sequence[Target], optimizer: Any
-    ) -> tuple[OptimizerSteps | EngineSteps, list[Piece]]:
+    ) -> tuple[OptimizerSteps | EngineSteps, list[Shard]]:
         """Return what tells when the targets were stepped, and how their weights are reached."""
         parameters = [target.parameter for target in targets]
-        if any(kind.__name__ == "DeepSpeedEngine" for kind in type(optimizer).__mro__):
-            from drift_fast.inject.shards import zero
-
-            inner = zero.optimizer_of(optimizer)
+        if is_engine(optimizer):
+            inner = optimizer_of(optimizer)
             if not isinstance(inner, torch.optim.Optimizer):
                 names = [target.name for target in targets]
-                return EngineSteps(inner, self._advance), zero.pieces(names, parameters, inner)
+                return EngineSteps(inner, self._advance), zero.shards(names, parameters, inner)
             optimizer = inner
         if optimizer is not None:
             optimizer = unwrap_optimizer(optimizer)
             check_optimized(targets, optimizer)
         names = [target.name for target in targets]
-        pieces = pieces_of(names, [target.parameter for target in targets], model)
-        return OptimizerSteps(parameters, optimizer, self._stepped), pieces
+        shards = shards_of(names, [target.parameter for target in targets], model)
+        return OptimizerSteps(parameters, optimizer, self._stepped), shards
 
     @torch.no_grad()
     def _stepped(self, optimizer: torch.optim.Optimizer) -> None:
@@ -298,8 +300,8 @@ class PlannedMotion(Attachment):
         found = [
             (group, at)
             for group in self._groups
-            for at, piece in enumerate(group.pieces)
-            if id(group.targets[at].parameter) in held and is_narrow(piece.weight().dtype)
+            for at, shard in enumerate(group.shards)
+            if id(group.targets[at].parameter) in held and is_narrow(shard.weight().dtype)
         ]
         parameters = [group.targets[at].parameter for group, at in found]
         key = find_key(optimizer, parameters)
@@ -307,7 +309,7 @@ class PlannedMotion(Attachment):
             return
         logger.info("moving %d parameters through %r of the optimizer's state", len(found), key)
         for (group, at), parameter in zip(found, parameters, strict=True):
-            group.pieces[at] = Mastered(group.pieces[at], parameter, optimizer, key)
+            group.shards[at] = MasterWeights(group.shards[at], parameter, optimizer, key)
 
     # One step.
 
@@ -337,7 +339,7 @@ class PlannedMotion(Attachment):
     ) -> None:
         """Move the targets [start, stop) of a group."""
         group = self._groups[which]
-        weights = [group.pieces[at].weight() for at in range(start, stop)]
+        weights = [group.shards[at].weight() for at in range(start, stop)]
         with flattened(weights) as flats:
             wide = [at for at, flat in enumerate(flats) if not is_narrow(flat.dtype)]
             if wide:
@@ -354,7 +356,7 @@ class PlannedMotion(Attachment):
                 if not is_narrow(flat.dtype):
                     continue
                 value = self._progress[which][start + at]
-                span = group.pieces[start + at].span
+                span = group.shards[start + at].span
                 add_narrow(
                     flat,
                     deltas[at],
@@ -365,7 +367,7 @@ class PlannedMotion(Attachment):
                     start=0 if span is None else span[0],
                 )
         for at, weight in enumerate(weights, start):
-            group.pieces[at].move(weight)
+            group.shards[at].write_weight(weight)
 
     def _check_kept(self) -> None:
         """Warn if the weights have not kept what they were moved by; waits for the device once.

@@ -18,6 +18,7 @@ from torch.optim.optimizer import (
 )
 
 from drift_fast.errors import DriftError
+from drift_fast.inject.shards import zero
 
 
 def parameters_of_optimizer(optimizer: torch.optim.Optimizer) -> set[int]:
@@ -139,8 +140,6 @@ class EngineSteps:
 
     def moved(self, *, done: bool) -> None:
         """Give every rank the weights that their owners moved."""
-        from drift_fast.inject.shards import zero
-
         zero.publish(self.given)
 
     def restart(self, *, done: bool) -> None:

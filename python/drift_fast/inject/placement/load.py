@@ -36,14 +36,15 @@ from drift_fast.inject.placement.stores import (
     Store,
     choose,
 )
-from drift_fast.inject.shards.base import Piece, Reduction
+from drift_fast.inject.shards.base import Shard
+from drift_fast.inject.shards.reduction import Reduction
 from drift_fast.inject.target_group import TargetGroup
 from drift_fast.inject.targets import DeltaLike, Recent, Target
 from drift_fast.names import layer_of
 
 logger = logging.getLogger(__name__)
 
-Member = tuple[Target, Piece]
+Member = tuple[Target, Shard]
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,9 @@ def load_groups(
         All are raised on every process, if on one.
     """
     kinds: dict[Any, list[Member]] = {}
-    for target, piece in members:
-        kind = (piece.weight().device, piece.groups, target.adapted is not None)
-        kinds.setdefault(kind, []).append((target, piece))
+    for target, shard in members:
+        kind = (shard.weight().device, shard.process_groups, target.adapted is not None)
+        kinds.setdefault(kind, []).append((target, shard))
     residency = loading.residency
     if residency == "auto":
         residency = choose_for(kinds, delta, loading.trained)
@@ -86,9 +87,9 @@ def load_groups(
             in_backward_order(some), delta, arithmetic, residency, loading, everyone
         )
         if kept:
-            targets, pieces = zip(*kept, strict=True)
+            targets, shards = zip(*kept, strict=True)
             make = FactorGroup if adapted else TargetGroup
-            groups.append(make(targets, pieces, store, norms, arithmetic))
+            groups.append(make(targets, shards, store, norms, arithmetic))
     if not groups:
         raise DriftError(
             "Δ is zero in every target, so an injection would do nothing; was the delta computed "
@@ -108,7 +109,7 @@ def choose_for(
     device, *_ = max(kinds, key=lambda kind: sum(t.numel(p) for t, p in kinds[kind]))
     itemsize = getattr(torch, str(getattr(delta, "dtype", "float32"))).itemsize
     there = [some for (where, *_), some in kinds.items() if where == device]
-    numel = sum(target.numel(piece) for some in there for target, piece in some)
+    numel = sum(target.numel(shard) for some in there for target, shard in some)
     residency, why = choose(numel * itemsize, device, trained)
     logger.info("residency %s: %s", residency, why)
     return residency
@@ -124,11 +125,11 @@ def in_backward_order(members: Iterable[Member]) -> list[Member]:
     return [member for member in backward if not _is_small(*member)] + small
 
 
-def _is_small(target: Target, piece: Piece) -> bool:
+def _is_small(target: Target, shard: Shard) -> bool:
     """Tell by the mean part of all processes, on which they agree: they add up in one order."""
-    if not piece.groups:
-        return target.numel(piece) <= SMALL
-    parts = math.prod(dist.get_world_size(group) for group in piece.groups)
+    if not shard.process_groups:
+        return target.numel(shard) <= SMALL
+    parts = math.prod(dist.get_world_size(group) for group in shard.process_groups)
     return math.prod(target.shape) <= SMALL * parts
 
 
@@ -146,19 +147,19 @@ def load_store(
         NonFiniteError, DriftError: as `load_groups`, on every process if on one.
     """
     device = arithmetic.device
-    groups = members[0][1].groups
+    groups = members[0][1].process_groups
     held: list[Held | torch.Tensor] = []
     local: list[float] = []
     with everyone.together():
         recent = Recent(delta)
         scratch: list[torch.Tensor] = []
-        for target, piece in members:
-            if device.type != "cpu" and piece.weight().dtype == torch.float64:
+        for target, shard in members:
+            if device.type != "cpu" and shard.weight().dtype == torch.float64:
                 raise DriftError(
                     f"{target.name} is float64 on {device}, where norms are taken in float32; "
                     "train in float32 or bfloat16, or on the CPU"
                 )
-            one, norm = _load(target, piece, recent, arithmetic, residency, scratch)
+            one, norm = _load(target, shard, recent, arithmetic, residency, scratch)
             held.append(one)
             local.append(norm)
     squares = torch.tensor([norm * norm for norm in local], dtype=torch.float64)
@@ -174,23 +175,23 @@ def load_store(
         rows = [row for row in zip(members, held, norms, strict=True) if row[2] > 0]
         kept = [member for member, _, _ in rows]
         if device.type == "cuda":
-            for _, piece in kept:
-                prepare([piece.weight()])
+            for _, shard in kept:
+                prepare([shard.weight()])
         store = _store([one for _, one, _ in rows], kept, device, loading)
     return kept, store, [norm for _, _, norm in rows]
 
 
 def _load(
     target: Target,
-    piece: Piece,
+    shard: Shard,
     recent: Recent,
     arithmetic: Arithmetic,
     residency: Residency,
     scratch: list[torch.Tensor],
 ) -> tuple[Held | torch.Tensor, float]:
     device = arithmetic.device
-    tensor = target.read(recent, piece)
-    small = _is_small(target, piece)
+    tensor = target.read(recent, shard)
+    small = _is_small(target, shard)
     if residency in ("device-int8", "host-int8") and not small:
         quantised = Quantised(tensor.to(device))
         numel = quantised.values.numel()
@@ -208,7 +209,7 @@ def _load(
 
     def read(out: torch.Tensor) -> None:
         try:
-            target.read_into(recent, piece, out)
+            target.read_into(recent, shard, out)
         except (OSError, DriftError) as error:
             raise DriftError(
                 f"{target.delta_name}: Δ could not be read again, as residency='disk' does in "
@@ -235,8 +236,8 @@ def _store(
 def _by_layer(members: Sequence[Member]) -> list[tuple[int, int]]:
     """Return runs of targets of one layer, small tensors at the end as one run."""
     marks = [
-        None if _is_small(target, piece) else layer_of(target.delta_name)
-        for target, piece in members
+        None if _is_small(target, shard) else layer_of(target.delta_name)
+        for target, shard in members
     ]
     starts = [at for at in range(len(marks)) if at == 0 or marks[at] != marks[at - 1]]
     return list(pairwise([*starts, len(marks)]))

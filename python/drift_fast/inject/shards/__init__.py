@@ -1,1 +1,1 @@
-"""The part of a parameter and its gradient that this process holds, by way of sharding."""
+"""The shard of each parameter that this process holds, one module for each way of sharding."""

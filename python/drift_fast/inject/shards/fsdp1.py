@@ -1,14 +1,14 @@
-"""Where FSDP1 keeps each original parameter's gradient and weights: runs of flat parameters.
+"""Shards of FSDP1: runs of flat parameters that hold original parameters.
 
 Owns the way from an original parameter (`use_orig_params=True`) to the elements of it that this
 rank holds. Between backward and the optimizer's step its `grad` is a view of them, reduced and
-averaged, and is changed before clipping like any other gradient: FSDP1 needs no moment of its own.
-FSDP is imported nowhere: a model that it wraps has imported it.
+averaged, and is changed before clipping like any other gradient. FSDP is never imported here: a
+model that it wraps has imported it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,83 +16,86 @@ import torch.distributed as dist
 from torch import nn
 
 from drift_fast.errors import DriftError
-from drift_fast.inject.shards.base import Piece, Whole
+from drift_fast.inject.shards.base import Shard, Whole
 
 
 def find_fsdp1(model: nn.Module) -> list[nn.Module]:
-    """Return the modules of a model that FSDP1 wraps; none of a model that it does not."""
-    return [
-        module
-        for module in model.modules()
-        if any(kind.__name__ == "FullyShardedDataParallel" for kind in type(module).__mro__)
-    ]
+    """Return the modules of a model that FSDP1 wraps."""
+    return [module for module in model.modules() if is_fsdp1(module)]
+
+
+def is_fsdp1(module: nn.Module) -> bool:
+    """Whether a module is FSDP1's wrapper."""
+    return any(base.__name__ == "FullyShardedDataParallel" for base in type(module).__mro__)
 
 
 def full_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Return the shape before sharding of every parameter that FSDP1 holds, by runtime name.
 
-    Tied parameters stand under each of their names. Parameters that FSDP1 ignores are left out:
-    they have their own shapes.
+    Tied parameters are listed under each of their names. Parameters that FSDP1 ignores are left
+    out: they have their own shapes.
 
     Raises:
         DriftError: `use_orig_params=False`, where there are no original parameters.
     """
     places = _places(model)
-    return {
-        name: tuple(places[id(parameter)][0].flat_param._shapes[places[id(parameter)][1]])
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-        if id(parameter) in places
-    }
+    if not places:
+        return {}
+    found = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in places:
+            handle, index = places[id(parameter)]
+            found[name] = tuple(handle.flat_param._shapes[index])
+    return found
 
 
-def pieces(names: list[str], parameters: list[nn.Parameter], model: nn.Module) -> list[Piece]:
+def shards(
+    names: Sequence[str], parameters: Sequence[nn.Parameter], model: nn.Module
+) -> list[Shard]:
     """Return the part of each parameter that this rank holds; `model` is what FSDP1 wraps.
 
     Raises:
         DriftError: `use_orig_params=False`, a parameter that is not stored row by row, or one that
-            is sharded by tensor parallelism as well.
+            tensor parallelism shards as well.
     """
     places = _places(model)
-    result: list[Piece] = []
+    result: list[Shard] = []
     for name, parameter in zip(names, parameters, strict=True):
-        if id(parameter) not in places:
+        if id(parameter) in places:
+            result.append(_shard(name, parameter, *places[id(parameter)]))
+        else:
             # One of ignored_states, which FSDP1 leaves as it is.
             result.append(Whole(parameter))
-            continue
-        handle, index = places[id(parameter)]
-        flat = handle.flat_param
-        if flat._param_extensions[index] is not None:
-            raise DriftError(
-                f"{name} is sharded by FSDP1 and by tensor parallelism: use FSDP2 (fully_shard), "
-                "or leave it out with modules=… or layers=…"
-            )
-        if not flat._contiguities[index]:
-            raise DriftError(
-                f"{name} is not stored row by row (strides {tuple(flat._strides[index])}), so its "
-                "shard is no run of its elements: make it contiguous before FSDP wraps it"
-            )
-        result.append(_Flattened(name, parameter, handle, index))
     return result
 
 
-def piece(name: str, parameter: nn.Parameter, model: nn.Module) -> Piece:
-    """Return the part of one parameter that this rank holds; for many, `pieces` is quicker.
-
-    Raises:
-        DriftError: as `pieces`.
-    """
-    return pieces([name], [parameter], model)[0]
+def _shard(name: str, parameter: nn.Parameter, handle: Any, index: int) -> Shard:
+    flat = handle.flat_param
+    if flat._param_extensions[index] is not None:
+        raise DriftError(
+            f"{name} is sharded by FSDP1 and by tensor parallelism: use FSDP2 (fully_shard), or "
+            "leave it out with modules=… or layers=…"
+        )
+    if not flat._contiguities[index]:
+        raise DriftError(
+            f"{name} is not stored row by row (strides {tuple(flat._strides[index])}), so its "
+            "shard is not a run of its elements: make it contiguous before FSDP wraps it"
+        )
+    return _Flattened(name, parameter, handle, index)
 
 
 def _places(model: nn.Module) -> dict[int, tuple[Any, int]]:
     """Return handle and place in its flat parameter of every original parameter, by id."""
     places = {}
-    for handle in _handles(model):
+    for module in find_fsdp1(model):
+        handle: Any = getattr(module, "_handle", None)
+        if handle is None:
+            continue
         if not handle._use_orig_params:
             names = ", ".join(handle.flat_param._fqns[:2])
             raise DriftError(
-                f"FSDP1 has flattened {names} and others into one parameter that has no gradient "
-                "of its own for each: wrap with use_orig_params=True (Accelerate and Trainer: "
+                f"FSDP1 has flattened {names} and others into one parameter, so they have no "
+                "gradients of their own: wrap with use_orig_params=True (Accelerate and Trainer: "
                 "fsdp_use_orig_params), or use FSDP2 (fully_shard)"
             )
         for index, parameter in enumerate(handle.flat_param._params):
@@ -100,30 +103,23 @@ def _places(model: nn.Module) -> dict[int, tuple[Any, int]]:
     return places
 
 
-def _handles(model: nn.Module) -> Iterator[Any]:
-    for module in find_fsdp1(model):
-        handle: Any = getattr(module, "_handle", None)
-        if handle is not None:
-            yield handle
-
-
 class _Flattened:
-    """A run of one original parameter's elements, at an offset of this rank's shard."""
+    """A run of one original parameter's elements, at an offset of this rank's flat shard."""
 
-    kind = "FSDP1"
+    sharding = "FSDP1"
 
     def __init__(self, name: str, parameter: nn.Parameter, handle: Any, index: int) -> None:
         self._name = name
         self._parameter = parameter
         self._handle = handle
-        shard = handle.flat_param._shard_param_infos[index]
+        info = handle.flat_param._shard_param_infos[index]
         total = int(handle.flat_param._numels[index])
-        if shard.in_shard:
-            first = int(shard.intra_param_start_idx)
-            self.span = (first, first + int(shard.numel_in_shard))
-            self._offset = int(shard.offset_in_shard)
+        if info.in_shard:
+            first = int(info.intra_param_start_idx)
+            self.span = (first, first + int(info.numel_in_shard))
+            self._offset = int(info.offset_in_shard)
         else:
-            # Which end of the parameter this rank lies beyond does not matter.
+            # An empty run; at which end of the parameter does not matter.
             self.span = (total, total)
             self._offset = 0
         self._numel = self.span[1] - self.span[0]
@@ -131,7 +127,7 @@ class _Flattened:
         # hold equal gradients and would be counted more than once.
         group = handle.process_group
         sharded = handle.uses_sharded_strategy and dist.get_world_size(group) > 1
-        self.groups: tuple[Any, ...] = (group,) if sharded else ()
+        self.process_groups: tuple[Any, ...] = (group,) if sharded else ()
 
     def cut(self, whole: torch.Tensor) -> torch.Tensor:
         return whole.reshape(-1)[slice(*self.span)]
@@ -155,7 +151,7 @@ class _Flattened:
             )
         return gradient
 
-    def store(self, gradient: torch.Tensor) -> None:
+    def write_gradient(self, gradient: torch.Tensor) -> None:
         pass
 
     def weight(self) -> torch.Tensor:
@@ -164,6 +160,6 @@ class _Flattened:
         shard: torch.Tensor = getattr(flat, "_local_shard", flat)
         return shard.detach().view(-1).narrow(0, self._offset, self._numel)
 
-    def move(self, weight: torch.Tensor) -> None:
-        # What computes is gathered and cast from the shard anew.
+    def write_weight(self, weight: torch.Tensor) -> None:
+        # The weights that compute are gathered and cast from the shard anew.
         self.weight().copy_(weight)

@@ -1,8 +1,9 @@
-"""Where DeepSpeed keeps each parameter's gradient and master weights just before it clips.
+"""Shards of DeepSpeed: where it keeps each parameter's gradient and master weights before it clips.
 
-Owns the positions: which elements of a parameter this rank's optimizer holds, and where they lie in
-DeepSpeed's buffers. Does not own the moment, which is integrations/deepspeed.py. Only positions are
-kept, since DeepSpeed replaces its buffers, and DeepSpeed itself is never imported.
+Owns the positions: which elements of a parameter this rank's optimizer holds, and their offset in
+DeepSpeed's buffers. When they are used is decided in integrations/deepspeed_engine.py, and what is
+supported in zero_support.py. Only positions are kept, since DeepSpeed replaces its buffers, and
+DeepSpeed itself is never imported.
 
 What a rank holds, between the last backward and the optimizer's step (DeepSpeed 0.19):
 
@@ -13,13 +14,14 @@ What a rank holds, between the last backward and the optimizer's step (DeepSpeed
     BF16_Optimizer  the whole gradient, of which it steps a part; clipping measures the whole
     stage 0       the parameter's own gradient, whole
 
-`_hp_mapping`, the published way to these fragments, is wrong under `round_robin_gradients`, where
-it counts offsets in another order than the buffers have; so they are counted here.
+`_hp_mapping`, the published way to these fragments, is wrong under `round_robin_gradients`: it
+counts offsets in another order than the buffers have, hence they are counted here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,153 +29,86 @@ import torch.distributed as dist
 from torch import nn
 
 from drift_fast.errors import DriftError
-from drift_fast.inject.shards.base import Piece, Whole
-
-_PARTITIONED = "DeepSpeedZeroOptimizer"
-_FULLY_PARTITIONED = "DeepSpeedZeroOptimizer_Stage3"
-_REPLICATED = "BF16_Optimizer"
-_STAGE_0 = ("FP16_Optimizer", "FP16_UnfusedOptimizer")
-
-
-def is_zero(parameter: nn.Parameter) -> bool:
-    """Tell whether a parameter is held by ZeRO-1, 2 or 3 or by the BF16_Optimizer."""
-    return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
+from drift_fast.inject.shards.base import Shard, Whole
+from drift_fast.inject.shards.zero_support import (
+    FULLY_PARTITIONED,
+    PARTITIONED,
+    REPLICATED,
+    STAGE_0,
+    check_optimizer,
+)
 
 
-def shape_of(parameter: nn.Parameter) -> tuple[int, ...]:
-    """Return the full shape of a parameter, which under ZeRO-3 has none of its own between uses."""
-    shape = getattr(parameter, "ds_shape", None)
-    return tuple(parameter.shape if shape is None else shape)
+@dataclass(frozen=True)
+class _Place:
+    """Where an optimizer holds a parameter.
 
-
-def optimizer_of(engine: Any) -> Any:
-    """Return the engine's optimizer, if its gradients can be reached.
-
-    Raises:
-        TypeError: not a DeepSpeed engine.
-        DriftError: a kind of training or of optimizer that is not supported, with a remedy.
+    `offset` counts in the parameter group's flat buffer before it is partitioned, under ZeRO-3 in
+    this rank's partition.
     """
-    kinds = {kind.__name__ for kind in type(engine).__mro__}
-    if "DeepSpeedEngine" not in kinds:
-        raise TypeError(f"expected a DeepSpeed engine, got {type(engine).__name__}")
-    if "PipelineEngine" in kinds:
-        raise _refused("pipeline parallelism", "train with ZeRO and without pipeline stages")
-    if getattr(engine, "has_moe_layers", False):
-        raise _refused("its mixture-of-experts layers", "train the experts with ZeRO alone")
-    if engine.autotp_size() > 1 or getattr(engine, "mp_world_size", 1) > 1:
-        raise _refused("its tensor parallelism", "train with ZeRO alone")
-    if engine.is_deepcompile_enabled():
-        raise _refused("DeepCompile", "leave compile.deepcompile out of the configuration")
-    if getattr(engine, "torch_autocast_z0_gradscaler", None) is not None:
-        raise _refused("torch_autocast in float16", "use bfloat16, or fp16.enabled with ZeRO")
-    optimizer = engine.optimizer
-    if optimizer is None:
-        raise DriftError("the DeepSpeed engine has no optimizer; give one to deepspeed.initialize")
-    check_optimizer(optimizer)
-    return optimizer
+
+    group: int
+    index: int
+    offset: int
 
 
-def check_optimizer(optimizer: Any) -> None:
-    """Refuse optimizers whose gradients are elsewhere, or are no gradients.
-
-    Raises:
-        DriftError: named, with a remedy.
-    """
-    kind = type(optimizer).__name__
-    if isinstance(optimizer, torch.optim.Optimizer):
-        return
-    if kind not in (_PARTITIONED, _FULLY_PARTITIONED, _REPLICATED, *_STAGE_0):
-        # ZenFlow, SuperOffload and MiCS are subclasses that keep or reduce gradients otherwise.
-        raise _refused(kind, "use plain ZeRO-1, 2 or 3")
-    if getattr(optimizer, "has_moe_layers", False):
-        raise _refused("its mixture-of-experts layers", "train the experts with ZeRO alone")
-    if "muon" in type(optimizer.optimizer).__name__.lower():
-        raise _refused("Muon, whose buffers hold updates and not gradients", "use Adam or SGD")
-    if getattr(optimizer, "zenflow", False):
-        raise _refused("ZenFlow", "leave zenflow out of the configuration")
-    if getattr(optimizer, "torch_autocast_gradscaler", None) is not None:
-        # It updates its scale once for each parameter group of a step.
-        raise _refused("torch_autocast in float16", "use bfloat16, or fp16.enabled")
-    if getattr(optimizer, "swap_optimizer", False) or getattr(
-        optimizer, "params_in_nvme_and_cpu", False
-    ):
-        raise _refused("offloading to NVMe", 'offload to device "cpu"')
-    if getattr(optimizer, "zero_hpz_partition_size", 1) > 1:
-        raise _refused("zero_hpz_partition_size", "leave it out of the configuration")
-    if kind in _STAGE_0 and optimizer.loss_scale_config.use_grad_scaling:
-        # `DeepSpeedEngine.backward` scales the loss for a ZeROOptimizer only.
-        raise DriftError(
-            "at ZeRO stage 0 in fp16 DeepSpeed 0.19 divides gradients by a loss scale that its "
-            "backward did not apply, so neither they nor an injection move the weights as they "
-            "should: use stage 1, or bf16"
-        )
-
-
-def pieces(names: Sequence[str], parameters: Sequence[nn.Parameter], optimizer: Any) -> list[Piece]:
+def shards(names: Sequence[str], parameters: Sequence[nn.Parameter], optimizer: Any) -> list[Shard]:
     """Return the part of each parameter that this rank's optimizer holds.
 
     `optimizer` is `engine.optimizer`. Under the BF16_Optimizer every rank holds whole gradients,
     and `weight()` gathers the master weights: all ranks must call it for the same parameters in
-    the same order. After `move()`, call `publish`.
+    the same order. After `write_weight()`, call `publish`.
 
     Raises:
         DriftError: an optimizer that is not supported, or that does not hold a parameter.
     """
     check_optimizer(optimizer)
-    kind = type(optimizer).__name__
     try:
-        places = _places(optimizer, kind)
+        places = _places(optimizer)
     except AttributeError as error:
         raise DriftError(
             f"this version of DeepSpeed keeps its gradients elsewhere ({error}); 0.19 is supported"
         ) from error
-    result: list[Piece] = []
+    make = _KINDS.get(type(optimizer).__name__)
+    result: list[Shard] = []
     for name, parameter in zip(names, parameters, strict=True):
         if id(parameter) not in places:
             raise DriftError(
                 f"{name} is not in the DeepSpeed optimizer: give the optimizer this model's "
                 "parameters, or leave it out with modules=… or layers=…"
             )
-        group, index, offset = places[id(parameter)]
-        if kind == _PARTITIONED:
-            result.append(_Partitioned(optimizer, parameter, group, offset))
-        elif kind == _FULLY_PARTITIONED:
-            result.append(_FullyPartitioned(optimizer, parameter, group, index, offset))
-        elif kind == _REPLICATED:
-            result.append(_Replicated(optimizer, parameter, group, index, offset))
-        elif kind in _STAGE_0:
-            result.append(_Mastered(optimizer, parameter, group, index, offset))
-        else:
+        if make is None:
             result.append(Whole(parameter))
+        else:
+            result.append(make(optimizer, parameter, places[id(parameter)]))
     return result
 
 
-def piece(name: str, parameter: nn.Parameter, optimizer: Any = None) -> Piece:
-    """Return the part of one parameter; for many, `pieces` is quicker.
+def shard_without_engine(name: str, parameter: nn.Parameter) -> Shard:
+    """Return the part of a parameter whose optimizer is not given; ZeRO-3 notes it on parameters.
 
     Raises:
-        DriftError: as `pieces`; or no optimizer given, which only ZeRO-3 notes on its parameters.
+        DriftError: as `shards`, or a parameter of another stage.
     """
-    if optimizer is None:
-        optimizer = getattr(parameter, "_z3_optimizer", None)
+    optimizer = getattr(parameter, "_z3_optimizer", None)
     if optimizer is None:
         raise DriftError(
-            f"{name} is held by DeepSpeed, whose engine must be known to reach its gradients: "
-            "attach with drift_fast.attach(engine, delta, …) after deepspeed.initialize"
+            f"{name} is held by DeepSpeed, and only its engine leads to its gradients: attach with "
+            "drift_fast.attach(engine, delta, …) after deepspeed.initialize"
         )
-    return pieces([name], [parameter], optimizer)[0]
+    return shards([name], [parameter], optimizer)[0]
 
 
 def gradient_factor(optimizer: Any) -> float:
     """Return the factor that local gradients carry until DeepSpeed divides it out.
 
-    It is the loss scale, 1 but for fp16. Nothing else is left in them: the loss was divided by the
-    accumulation steps (`DeepSpeedEngine.backward`, unless scale_wrt_gas=False), and predivision
+    It is the loss scale, 1 except in fp16. Nothing else is left in them: the loss was divided by
+    the accumulation steps (`DeepSpeedEngine.backward`, unless scale_wrt_gas=False), and predivision
     and averaging cancel within the reduction (`average_tensor`, `gradient_reduction_w_predivide`;
     `__avg_scatter_grads`). DeepSpeed divides by it together with the clipping factor
     (`unscale_and_clip_grads`).
     """
-    if type(optimizer).__name__ in (_PARTITIONED, _FULLY_PARTITIONED):
+    if type(optimizer).__name__ in (PARTITIONED, FULLY_PARTITIONED):
         return float(optimizer.loss_scale)
     return 1.0
 
@@ -187,74 +122,72 @@ def settle(optimizer: Any) -> None:
 
 @torch.no_grad()
 def publish(optimizer: Any) -> None:
-    """Give every rank the weights that `move()` changed on their owners; all ranks must call it."""
+    """Give every rank the weights that their owners changed; all ranks must call it."""
     kind = type(optimizer).__name__
-    if kind in (_PARTITIONED, _REPLICATED):
+    if kind in (PARTITIONED, REPLICATED):
         optimizer.update_lp_params()
-    elif kind == _FULLY_PARTITIONED and optimizer.persistent_parameters:
+    elif kind == FULLY_PARTITIONED and optimizer.persistent_parameters:
         # Small parameters stay gathered between steps; they are released and gathered again.
         persistent = optimizer.persistent_parameters
         persistent[0].partition(persistent)
         persistent[0].all_gather(persistent)
 
 
-def _places(optimizer: Any, kind: str) -> dict[int, tuple[int, int, int]]:
-    """Return parameter group, place in it and offset, by the parameter's id.
-
-    The offset is in the group's flat buffer before it is partitioned, under ZeRO-3 in this rank's
-    partition.
-    """
+def _places(optimizer: Any) -> dict[int, _Place]:
+    """Return where the optimizer holds each parameter, by the parameter's id."""
     if isinstance(optimizer, torch.optim.Optimizer):
         held = [p for group in optimizer.param_groups for p in group["params"]]
-        return {id(parameter): (0, 0, 0) for parameter in held}
+        return {id(parameter): _Place(0, 0, 0) for parameter in held}
+    kind = type(optimizer).__name__
     places = {}
-    if kind == _PARTITIONED:
+    if kind == PARTITIONED:
         groups = optimizer.round_robin_bit16_groups
-    elif kind == _REPLICATED:
+    elif kind == REPLICATED:
         groups = optimizer.bf16_groups
     else:
         groups = optimizer.fp16_groups
     for group, parameters in enumerate(groups):
         offset = 0
         for index, parameter in enumerate(parameters):
-            if kind == _PARTITIONED:
+            if kind == PARTITIONED:
                 # Parameters may be padded to an alignment.
                 offset = int(optimizer.round_robin_bit16_offsets[group][index])
-            places[id(parameter)] = (group, index, offset)
-            local = kind == _FULLY_PARTITIONED
+            places[id(parameter)] = _Place(group, index, offset)
+            local = kind == FULLY_PARTITIONED
             offset += parameter.partition_numel() if local else parameter.numel()
     return places
 
 
-class _Part:
-    """Elements [start, stop) of a parameter, which lie at `offset` of this rank's partition."""
+class _Run:
+    """Elements [start, stop) of a parameter, found at `offset` of this rank's partition."""
 
     def __init__(self, span: tuple[int, int], offset: int, group: Any) -> None:
         self.span = span
-        self.groups: tuple[Any, ...] = (group,) if dist.get_world_size(group) > 1 else ()
+        self.process_groups: tuple[Any, ...] = (group,) if dist.get_world_size(group) > 1 else ()
         self._offset = offset
         self._numel = span[1] - span[0]
 
     def cut(self, whole: torch.Tensor) -> torch.Tensor:
         return whole.reshape(-1)[slice(*self.span)]
 
-    def _of(self, flat: torch.Tensor) -> torch.Tensor:
+    def of(self, flat: torch.Tensor) -> torch.Tensor:
+        """Return the elements' view of a partition's flat buffer."""
         return flat.detach().view(-1).narrow(0, self._offset, self._numel)
 
 
-class _Partitioned(_Part):
+class _Partitioned(_Run):
     """ZeRO-1 and 2: each parameter group is one flat buffer, cut into equal partitions."""
 
-    kind = "DeepSpeed ZeRO-1 or 2"
+    sharding = "DeepSpeed ZeRO-1 or 2"
 
-    def __init__(self, optimizer: Any, parameter: nn.Parameter, group: int, offset: int) -> None:
-        processes = optimizer.real_dp_process_group[group]
+    def __init__(self, optimizer: Any, parameter: nn.Parameter, place: _Place) -> None:
+        processes = optimizer.real_dp_process_group[place.group]
         self._rank = dist.get_rank(processes)
-        size = int(optimizer.partition_size[group])
-        span, local = _overlap(offset, parameter.numel(), self._rank * size, size)
+        size = int(optimizer.partition_size[place.group])
+        span, local = _overlap(place.offset, parameter.numel(), self._rank * size, size)
         super().__init__(span, local, processes)
         self._optimizer = optimizer
-        self._group = group
+        self._group = place.group
         self._key = optimizer.get_param_id(parameter)
         self._entry: tuple[int, int] | None = None
 
@@ -264,13 +197,13 @@ class _Partitioned(_Part):
             # What took no part has no norm here, and whatever was there before in the buffer.
             if self._numel and self._key not in self._optimizer.norm_for_param_grads:
                 return None
-            return self._of(self._optimizer.single_partition_of_fp32_groups[self._group].grad)
+            return self.of(self._optimizer.single_partition_of_fp32_groups[self._group].grad)
         entries = self._optimizer.averaged_gradients.get(self._group)
         if entries is None:
             return None
         flat = getattr(entries, "flat_partition", None)
         if flat is not None:
-            return self._of(flat)
+            return self.of(flat)
         if self._numel == 0:
             return torch.empty(0, dtype=entries[0].dtype, device=entries[0].device)
         fragment: torch.Tensor = entries[self._find(entries)]
@@ -290,10 +223,10 @@ class _Partitioned(_Part):
             offset += entry.numel()
         raise DriftError(
             f"no fragment of {self._numel} elements at {self._offset} of DeepSpeed's gradient "
-            "partition: this version of DeepSpeed lays them out otherwise; 0.19 is supported"
+            "partition: this version of DeepSpeed uses a different layout; 0.19 is supported"
         )
 
-    def store(self, gradient: torch.Tensor) -> None:
+    def write_gradient(self, gradient: torch.Tensor) -> None:
         """Let clipping see the change: with offload its norms were taken during backward."""
         if self._optimizer.cpu_offload and self._numel:
             norm = torch.linalg.vector_norm(gradient, dtype=torch.float64)
@@ -302,31 +235,29 @@ class _Partitioned(_Part):
                 self._optimizer.local_overflow = True
 
     def weight(self) -> torch.Tensor:
-        return self._of(self._optimizer.single_partition_of_fp32_groups[self._group])
+        return self.of(self._optimizer.single_partition_of_fp32_groups[self._group])
 
-    def move(self, weight: torch.Tensor) -> None:
+    def write_weight(self, weight: torch.Tensor) -> None:
         self.weight().copy_(weight)
         partitions = self._optimizer.parallel_partitioned_bit16_groups[self._group]
-        self._of(partitions[self._rank]).copy_(weight)
+        self.of(partitions[self._rank]).copy_(weight)
 
 
-class _FullyPartitioned(_Part):
-    """ZeRO-3: each parameter is cut into equal parts of its own, the last ones padded or empty."""
+class _FullyPartitioned(_Run):
+    """ZeRO-3: each parameter is cut into equal parts, the last ones padded or empty."""
 
-    kind = "DeepSpeed ZeRO-3"
+    sharding = "DeepSpeed ZeRO-3"
 
-    def __init__(
-        self, optimizer: Any, parameter: nn.Parameter, group: int, index: int, offset: int
-    ) -> None:
+    def __init__(self, optimizer: Any, parameter: nn.Parameter, place: _Place) -> None:
         zero: Any = parameter
         processes = getattr(zero, "ds_process_group", optimizer.dp_process_group)
         size, total = int(zero.partition_numel()), int(zero.ds_numel)
         start = min(dist.get_rank(processes) * size, total)
-        super().__init__((start, min(start + size, total)), offset, processes)
+        super().__init__((start, min(start + size, total)), place.offset, processes)
         self._optimizer = optimizer
         self._parameter = zero
-        self._group = group
-        self._index = index
+        self._group = place.group
+        self._index = place.index
         self._key = optimizer.get_param_id(parameter)
 
     def gradient(self) -> torch.Tensor | None:
@@ -336,25 +267,25 @@ class _FullyPartitioned(_Part):
         if self._numel and self._parameter.ds_id not in optimizer._offload_boundary_param_ids:
             return None
         if optimizer.offload_optimizer:
-            return self._of(optimizer.fp32_partitioned_groups_flat[self._group].grad)
+            return self.of(optimizer.fp32_partitioned_groups_flat[self._group].grad)
         entries = optimizer.averaged_gradients.get(self._group)
         if entries is None:
             return None
         fragment: torch.Tensor = entries[self._index]
         return fragment.detach().view(-1).narrow(0, 0, self._numel)
 
-    def store(self, gradient: torch.Tensor) -> None:
+    def write_gradient(self, gradient: torch.Tensor) -> None:
         """Let clipping see the change: with offload its norms were taken during backward."""
         if self._optimizer.offload_optimizer and self._numel:
             norm = torch.linalg.vector_norm(gradient, dtype=torch.float64)
             self._optimizer.norm_for_param_grads[self._key] = norm
 
     def weight(self) -> torch.Tensor:
-        return self._of(self._optimizer.fp32_partitioned_groups_flat[self._group])
+        return self.of(self._optimizer.fp32_partitioned_groups_flat[self._group])
 
-    def move(self, weight: torch.Tensor) -> None:
+    def write_weight(self, weight: torch.Tensor) -> None:
         self.weight().copy_(weight)
-        flat = self._of(self._optimizer.fp16_partitioned_groups_flat[self._group])
+        flat = self.of(self._optimizer.fp16_partitioned_groups_flat[self._group])
         flat.copy_(weight)
         held = self._parameter.ds_tensor.detach().view(-1).narrow(0, 0, self._numel)
         if held.data_ptr() != flat.data_ptr():
@@ -364,24 +295,21 @@ class _FullyPartitioned(_Part):
 class _Replicated(Whole):
     """The BF16_Optimizer: whole float32 gradients everywhere, master weights partitioned.
 
-    The whole gradient is injected on every rank alike, because clipping takes each rank's own norm
-    of all of it.
+    Every rank injects into the whole gradient alike, because it clips by its own norm of all of it.
     """
 
-    kind = "DeepSpeed's BF16_Optimizer"
+    sharding = "DeepSpeed's BF16_Optimizer"
 
-    def __init__(
-        self, optimizer: Any, parameter: nn.Parameter, group: int, index: int, offset: int
-    ) -> None:
+    def __init__(self, optimizer: Any, parameter: nn.Parameter, place: _Place) -> None:
         super().__init__(parameter)
         self._optimizer = optimizer
-        self._group = group
-        self._index = index
-        self._processes = optimizer.real_dp_process_group[group]
-        size = optimizer.fp32_groups_flat_partition[group].numel()
+        self._group = place.group
+        self._index = place.index
+        self._processes = optimizer.real_dp_process_group[place.group]
+        size = optimizer.fp32_groups_flat_partition[place.group].numel()
         rank = dist.get_rank(self._processes)
-        owned, local = _overlap(offset, parameter.numel(), rank * size, size)
-        self._owned = _Part(owned, local, self._processes)
+        owned, local = _overlap(place.offset, parameter.numel(), rank * size, size)
+        self._owned = _Run(owned, local, self._processes)
 
     def gradient(self) -> torch.Tensor | None:
         if not self._optimizer.fp32_groups_has_gradients[self._group][self._index]:
@@ -394,48 +322,44 @@ class _Replicated(Whole):
         """Return the master weights, gathered from all ranks, which must all call this."""
         whole = torch.zeros_like(self.parameter, dtype=torch.float32)
         self._owned.cut(whole).copy_(self._master())
-        if self._owned.groups:
+        if self._owned.process_groups:
             dist.all_reduce(whole, group=self._processes)
         return whole
 
-    def move(self, weight: torch.Tensor) -> None:
+    def write_weight(self, weight: torch.Tensor) -> None:
         self._master().copy_(self._owned.cut(weight))
         self.parameter.detach().copy_(weight)
 
     def _master(self) -> torch.Tensor:
-        return self._owned._of(self._optimizer.fp32_groups_flat_partition[self._group])
+        return self._owned.of(self._optimizer.fp32_groups_flat_partition[self._group])
 
 
 class _Mastered(Whole):
     """Stage 0 in bf16: the parameter's own gradient, and float32 master weights beside it."""
 
-    kind = "DeepSpeed in bf16"
+    sharding = "DeepSpeed in bf16"
 
-    def __init__(
-        self, optimizer: Any, parameter: nn.Parameter, group: int, index: int, offset: int
-    ) -> None:
+    def __init__(self, optimizer: Any, parameter: nn.Parameter, place: _Place) -> None:
         super().__init__(parameter)
         self._optimizer = optimizer
-        self._group = group
-        self._index = index
-        self._offset = offset
+        self._place = place
 
     def weight(self) -> torch.Tensor:
         separate = getattr(self._optimizer, "fp32_groups", None)
         if separate is not None:
-            master: torch.Tensor = separate[self._group][self._index]
+            master: torch.Tensor = separate[self._place.group][self._place.index]
             return master.detach()
-        flat: torch.Tensor = self._optimizer.fp32_groups_flat[self._group]
-        part = flat.detach().narrow(0, self._offset, self.parameter.numel())
+        flat: torch.Tensor = self._optimizer.fp32_groups_flat[self._place.group]
+        part = flat.detach().narrow(0, self._place.offset, self.parameter.numel())
         return part.view(self.parameter.shape)
 
-    def move(self, weight: torch.Tensor) -> None:
+    def write_weight(self, weight: torch.Tensor) -> None:
         self.weight().copy_(weight)
         self.parameter.detach().copy_(weight)
 
 
 def _overlap(offset: int, numel: int, start: int, size: int) -> tuple[tuple[int, int], int]:
-    """Return which elements of a parameter lie in a partition, and where in it the first one does.
+    """Return which elements of a parameter a partition holds, and the place of the first in it.
 
     The parameter takes [offset, offset + numel) of a flat buffer, the partition [start, start +
     size). Where they do not meet, the run is empty and its place 0.
@@ -447,7 +371,8 @@ def _overlap(offset: int, numel: int, start: int, size: int) -> tuple[tuple[int,
     return (first - offset, last - offset), first - start
 
 
-def _refused(what: str, remedy: str) -> DriftError:
-    return DriftError(
-        f"DeepSpeed runs {what}, where this version cannot reach the gradients: {remedy}"
-    )
+_KINDS: dict[str, Any] = {
+    PARTITIONED: _Partitioned,
+    FULLY_PARTITIONED: _FullyPartitioned,
+    REPLICATED: _Replicated,
+} | dict.fromkeys(STAGE_0, _Mastered)

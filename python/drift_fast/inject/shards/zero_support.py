@@ -1,0 +1,94 @@
+"""Which of DeepSpeed's engines and optimizers gradients can be reached in; the others are refused.
+
+Knows the optimizers by their class names, since DeepSpeed itself is never imported.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from drift_fast.errors import DriftError
+
+PARTITIONED = "DeepSpeedZeroOptimizer"
+FULLY_PARTITIONED = "DeepSpeedZeroOptimizer_Stage3"
+REPLICATED = "BF16_Optimizer"
+STAGE_0 = ("FP16_Optimizer", "FP16_UnfusedOptimizer")
+
+
+def is_engine(engine: Any) -> bool:
+    """Whether this is a DeepSpeed engine."""
+    return _is_a(engine, "DeepSpeedEngine")
+
+
+def _is_a(engine: Any, name: str) -> bool:
+    return any(base.__name__ == name for base in type(engine).__mro__)
+
+
+def optimizer_of(engine: Any) -> Any:
+    """Return the engine's optimizer, if its gradients can be reached.
+
+    Raises:
+        TypeError: not a DeepSpeed engine.
+        DriftError: training or an optimizer that is not supported, with a remedy.
+    """
+    if not is_engine(engine):
+        raise TypeError(f"expected a DeepSpeed engine, got {type(engine).__name__}")
+    if _is_a(engine, "PipelineEngine"):
+        raise _refused("pipeline parallelism", "train with ZeRO and without pipeline stages")
+    if getattr(engine, "has_moe_layers", False):
+        raise _refused("its mixture-of-experts layers", "train the experts with ZeRO alone")
+    if engine.autotp_size() > 1 or getattr(engine, "mp_world_size", 1) > 1:
+        raise _refused("its tensor parallelism", "train with ZeRO alone")
+    if engine.is_deepcompile_enabled():
+        raise _refused("DeepCompile", "leave compile.deepcompile out of the configuration")
+    if getattr(engine, "torch_autocast_z0_gradscaler", None) is not None:
+        raise _refused("torch_autocast in float16", "use bfloat16, or fp16.enabled with ZeRO")
+    optimizer = engine.optimizer
+    if optimizer is None:
+        raise DriftError("the DeepSpeed engine has no optimizer; give one to deepspeed.initialize")
+    check_optimizer(optimizer)
+    return optimizer
+
+
+def check_optimizer(optimizer: Any) -> None:
+    """Refuse optimizers whose gradients are elsewhere, or whose buffers hold something else.
+
+    Raises:
+        DriftError: named, with a remedy.
+    """
+    if isinstance(optimizer, torch.optim.Optimizer):
+        return
+    kind = type(optimizer).__name__
+    if kind not in (PARTITIONED, FULLY_PARTITIONED, REPLICATED, *STAGE_0):
+        # ZenFlow, SuperOffload and MiCS are subclasses that keep or reduce gradients differently.
+        raise _refused(kind, "use plain ZeRO-1, 2 or 3")
+    if getattr(optimizer, "has_moe_layers", False):
+        raise _refused("its mixture-of-experts layers", "train the experts with ZeRO alone")
+    if "muon" in type(optimizer.optimizer).__name__.lower():
+        raise _refused("Muon, whose buffers hold updates and not gradients", "use Adam or SGD")
+    if getattr(optimizer, "zenflow", False):
+        raise _refused("ZenFlow", "leave zenflow out of the configuration")
+    if getattr(optimizer, "torch_autocast_gradscaler", None) is not None:
+        # It updates its scale once for each parameter group of a step.
+        raise _refused("torch_autocast in float16", "use bfloat16, or fp16.enabled")
+    if getattr(optimizer, "swap_optimizer", False) or getattr(
+        optimizer, "params_in_nvme_and_cpu", False
+    ):
+        raise _refused("offloading to NVMe", 'offload to device "cpu"')
+    if getattr(optimizer, "zero_hpz_partition_size", 1) > 1:
+        raise _refused("zero_hpz_partition_size", "leave it out of the configuration")
+    if kind in STAGE_0 and optimizer.loss_scale_config.use_grad_scaling:
+        # `DeepSpeedEngine.backward` scales the loss for a ZeROOptimizer only.
+        raise DriftError(
+            "at ZeRO stage 0 in fp16 DeepSpeed 0.19 divides gradients by a loss scale that its "
+            "backward did not apply, so neither they nor an injection move the weights as they "
+            "should: use stage 1, or bf16"
+        )
+
+
+def _refused(what: str, remedy: str) -> DriftError:
+    return DriftError(
+        f"DeepSpeed runs {what}, where this version cannot reach the gradients: {remedy}"
+    )
