@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from drift_fast.alignment.embeddings import Rows
     from drift_fast.alignment.mapping import MappingLike
     from drift_fast.delta.parallel import Ranks
+    from drift_fast.inject.config import CapBy, Rescale, Residency, Scope
+    from drift_fast.inject.schedule import ScheduleLike
+    from drift_fast.inject.strength.formula import Scale
+    from drift_fast.inject.strength.per_module import LayerAlpha, PerModule
     from drift_fast.progress_bar import ProgressCallback
     from drift_fast.selection import Layers, Modules
 
@@ -60,3 +64,43 @@ class DeltaKeywords(OutputKeywords, StreamKeywords, PairKeywords, total=False):
 
     dtype: str
     ranks: Ranks
+
+
+class StrengthKeywords(TypedDict, total=False):
+    """The keywords of `StrengthOptions`."""
+
+    alpha: PerModule
+    layer_alpha: LayerAlpha
+    scale: Scale
+    rescale: Rescale
+    schedule: ScheduleLike
+    total_steps: int | None
+    progress_cap: PerModule | None
+    cap_by: CapBy
+    look_ahead: float
+    progress_target: PerModule | None
+    max_push: float | None
+
+
+class ResidencyKeywords(TypedDict, total=False):
+    """The keywords of `ResidencyOptions`."""
+
+    residency: Residency
+    prefetch: int | str
+
+
+class TargetKeywords(TypedDict, total=False):
+    """The keywords of `TargetOptions`."""
+
+    modules: Modules | None
+    layers: Layers
+    mapping: MappingLike | None
+    strict: bool
+    min_coverage: float | None
+
+
+class InjectionKeywords(TargetKeywords, ResidencyKeywords, StrengthKeywords, total=False):
+    """The keywords of `InjectionConfig`."""
+
+    scope: Scope
+    overlap: bool
