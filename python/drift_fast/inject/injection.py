@@ -232,7 +232,7 @@ class Injection(Attachment):
                     else:
                         group.inject(push)
                     self._record.skip(group.skipped())
-                    group.record()
+                    group.capture()
         finally:
             for group in self._groups:
                 group.finish()
