@@ -212,8 +212,8 @@ If a parallel file system gives all ranks together less than that, it sets the t
 {table}
 
 "Read" counts the selected tensors of both checkpoints, "written" counts Δ as bfloat16, in whole
-shards of {shard}, which are given to the ranks, largest first. Times are those of the slowest rank: from the
-longer of reading and writing, if the two overlap fully, to the sum of both. `fp8` is a
+shards of {shard}, which are given to the ranks, largest first. Times are those of the
+slowest rank: from the longer of reading and writing, if the two overlap fully, to the sum of both. `fp8` is a
 checkpoint whose projections are FP8 with one float32 scale for each block of 128 × 128, and whose
 embeddings, head, norms and routers are bfloat16. Memory is {memory} for each rank above the
 interpreter, whatever the size of the model, and the page cache of what is written, which the
@@ -247,8 +247,8 @@ out=…)` and `Delta.save` do the same inside a script of yours.
   included. Ranks write whole shards, so have at least two shards for each rank. If there are fewer
   and they are uneven, a warning says which shard size is better.
 * All ranks align the checkpoints and compare what they see with rank 0. A different file, a
-  different argument or a different version on one of them ends the run. Only rank 0 compares samples of the
-  weights, and it downloads before the others, which may share its cache.
+  different argument or a different version on one of them ends the run. Only rank 0 compares
+  samples of the weights, and it downloads before the others, which may share its cache.
 * They communicate over `torch.distributed` with gloo, in the process group that exists or in one of
   their own.
 * An error or an interruption of one rank ends all of them and names the rank. A rank that is
