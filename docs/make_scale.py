@@ -212,10 +212,10 @@ If a parallel file system gives all ranks together less than that, it sets the t
 {table}
 
 "Read" counts the selected tensors of both checkpoints, "written" counts Δ as bfloat16, in whole
-shards of {shard}, which are given to the ranks, largest first. Times are those of the
-slowest rank: from the longer of reading and writing, if the two overlap fully, to the sum of both.
-`fp8` is a checkpoint whose projections are FP8 with one float32 scale for each block of
-128 × 128, and whose embeddings, head, norms and routers are bfloat16. Memory is {memory} for each rank above the
+shards of {shard}, which are given to the ranks, largest first. Times are those of the slowest
+rank: from the longer of reading and writing, if the two overlap fully, to the sum of both. `fp8`
+is a checkpoint whose projections are FP8 with one float32 scale for each block of 128 × 128, and
+whose embeddings, head, norms and routers are bfloat16. Memory is {memory} for each rank above the
 interpreter, whatever the size of the model, and the page cache of what is written, which the
 system takes back when it is needed. Headers and names come on top: a 671B pair has {largest:,}
 tensors.
