@@ -1,4 +1,4 @@
-"""JSON files of unknown origin: read within a size limit, and converted to the type expected.
+"""Files that configure: JSON of unknown origin, and the YAML or JSON that a user writes.
 
 Owns how such a file is refused: the error names file and key, what was expected and found, and what
 to do. Python parses, since it sees a key that occurs twice; msgspec checks the types.
@@ -89,6 +89,36 @@ class JsonFile:
         if len(text) > self.limit_nbytes:
             raise self.wrong(f"expected at most {self.limit_nbytes:,} bytes, found more")
         return text
+
+
+def read_settings(path: str | os.PathLike[str]) -> Any:
+    """Return the content of a JSON or, where PyYAML is installed, a YAML file of a user.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: another ending than .json, .yaml or .yml, or not readable as that.
+        ImportError: a YAML file without PyYAML.
+    """
+    file = Path(path)
+    if file.suffix == ".json":
+        try:
+            return parse_json(file.read_bytes())
+        except ValueError as error:
+            raise ValueError(f"{file} is not valid JSON: {error}") from error
+    if file.suffix not in (".yaml", ".yml"):
+        raise ValueError(
+            f"{file}: expected a file that ends in .json, .yaml or .yml, got {file.suffix!r}"
+        )
+    try:
+        import yaml
+    except ImportError as error:
+        raise ImportError(
+            f"{file} is YAML, which needs PyYAML: pip install pyyaml, or write it as JSON"
+        ) from error
+    try:
+        return yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file} is not valid YAML: {error}") from error
 
 
 def parse_json(text: bytes, *, unique_keys: bool = False) -> Any:

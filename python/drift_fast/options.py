@@ -82,7 +82,13 @@ class Options:
 
     def __post_init__(self) -> None:
         for each in fields(self):
-            check(each, getattr(self, each.name))
+            about, value = about_of(each), getattr(self, each.name)
+            if about.check is not None:
+                about.check(value)
+            if about.choices is not None and value not in about.choices and value != each.default:
+                raise ValueError(
+                    f"{each.name} must be one of {', '.join(about.choices)}, got {value!r}"
+                )
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
@@ -111,8 +117,11 @@ class Options:
         origin: what to call the values in an error.
 
         Raises:
+            TypeError: not a mapping.
             ValueError: an unknown or retired key, or a value without meaning.
         """
+        if not isinstance(values, Mapping):
+            raise TypeError(f"{origin} must be a mapping of options, got {type(values).__name__}")
         known = {each.name: each for each in fields(cls) if about_of(each).in_file}
         for name in values:
             if name not in known:
@@ -153,20 +162,6 @@ def takes(options: type[Options]) -> Callable[[Function], Function]:
         return function
 
     return document
-
-
-def check(each: Field[Any], value: Any) -> None:
-    """Refuse a value without meaning.
-
-    Raises:
-        ValueError: it is not one of the choices, or the check of the option refuses it.
-    """
-    about = about_of(each)
-    # First, since a check may know of a choice that is gone.
-    if about.check is not None:
-        about.check(value)
-    if about.choices is not None and value not in about.choices and value != each.default:
-        raise ValueError(f"{each.name} must be one of {', '.join(about.choices)}, got {value!r}")
 
 
 def plain(each: Field[Any], value: Any) -> Any:

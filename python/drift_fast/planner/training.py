@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from drift_fast.config_files import read_settings
 from drift_fast.dtypes import STORED_DTYPES
 from drift_fast.inject.schedule import parse_schedule
 
@@ -307,10 +308,8 @@ def read_configuration(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]
         ImportError: a YAML file without PyYAML.
         FileNotFoundError: no such file, or no such DeepSpeed file.
     """
-    from drift_fast.integrations.settings import parse_file
-
     file = Path(path)
-    content = parse_file(file)
+    content = read_settings(file)
     if not isinstance(content, Mapping):
         raise ValueError(f"{file}: expected a mapping of names to values")
     given: dict[str, Any] = {}
@@ -408,10 +407,8 @@ def _truth(file: Path, key: str, value: Any) -> bool:
 
 def _deepspeed(file: Path, value: Any) -> dict[str, Any]:
     """Return sharding and offloading, from what DeepSpeed is told or a file of it."""
-    from drift_fast.integrations.settings import parse_file
-
     if isinstance(value, str):
-        place, found = str(file.parent / value), parse_file(file.parent / value)
+        place, found = str(file.parent / value), read_settings(file.parent / value)
     elif isinstance(value, Mapping):
         place, found = f"{file}: deepspeed", value
     else:
