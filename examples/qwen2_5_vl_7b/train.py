@@ -177,11 +177,9 @@ def main(arguments: list[str]) -> Any:
     if section is not None:
         from drift_fast.integrations.settings import Settings
 
-        attached = Settings.from_mapping(section)
-        options = dict(attached.options)
-        if options.get("csv") is not None:
-            options["csv"] = in_output_dir(options["csv"], folder, resume=recipe.resume)
-        drift_fast.attach(trainer, attached.delta, **options)
+        given = Settings.from_mapping(section)
+        csv = given.csv and in_output_dir(given.csv, folder, resume=recipe.resume)
+        drift_fast.attach(trainer, given.delta, given, csv=csv)
     trainer.train(resume_from_checkpoint=last_checkpoint(folder) if recipe.resume else None)
     trainer.save_model()
     if trainer.is_world_process_zero():

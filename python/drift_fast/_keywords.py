@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from drift_fast.alignment.embeddings import Rows
     from drift_fast.alignment.mapping import MappingLike
     from drift_fast.delta.parallel import Ranks
-    from drift_fast.inject.config import CapBy, Rescale, Residency, Scope
+    from drift_fast.inject.config import CapBy, Rescale, Residency, ScopeName
     from drift_fast.inject.schedule import ScheduleLike
     from drift_fast.inject.strength.formula import Scale
     from drift_fast.inject.strength.per_module import LayerAlpha, PerModule
@@ -66,13 +66,6 @@ class DeltaKeywords(OutputKeywords, StreamKeywords, PairKeywords, total=False):
     ranks: Ranks
 
 
-class CheckKeywords(SelectionKeywords, total=False):
-    """The keywords of `CheckOptions`."""
-
-    dtype: str
-    read_rate: int | str
-
-
 class StrengthKeywords(TypedDict, total=False):
     """The keywords of `StrengthOptions`."""
 
@@ -109,5 +102,12 @@ class TargetKeywords(TypedDict, total=False):
 class InjectionKeywords(TargetKeywords, ResidencyKeywords, StrengthKeywords, total=False):
     """The keywords of `InjectionConfig`."""
 
-    scope: Scope
+    scope: ScopeName
     overlap: bool
+
+
+class SettingsKeywords(InjectionKeywords, total=False):
+    """The keywords of `Settings`."""
+
+    delta: str
+    csv: str | None

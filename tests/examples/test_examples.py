@@ -113,7 +113,7 @@ def test_the_configuration_examples_hold_settings_that_exist() -> None:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
         section = content if file.name == "drift.yaml" else content.get("drift_fast")
         if section is not None:
-            assert Settings.from_mapping(section, origin=str(file)).options
+            assert Settings.from_mapping(section, origin=str(file)).to_dict()
             checked.append(file.parent.name)
     assert sorted(checked) == ["axolotl", "llamafactory", *["qwen2_5_vl_7b"] * 3, "swift", "verl"]
 

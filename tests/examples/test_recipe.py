@@ -512,7 +512,7 @@ def test_configurations_launch_files_and_the_readme_agree() -> None:
     for name in ("paper.yaml", "ours.yaml", "llamafactory.yaml"):
         content = yaml.safe_load((RECIPE / name).read_text(encoding="utf-8"))
         settings = Settings.from_mapping(content["drift_fast"], origin=name)
-        assert settings.options["modules"] == ("attn,mlp" if name == "ours.yaml" else "attn")
+        assert settings.modules == ("attn,mlp" if name == "ours.yaml" else "attn")
         assert content["learning_rate"] == 1e-6
         assert content["num_train_epochs"] == 3
         assert (content["lr_scheduler_type"], content["warmup_ratio"]) == ("cosine", 0.05)

@@ -16,8 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import drift_fast
 from drift_fast import DriftError, Injection
-from drift_fast.inject.compute.base import SMALL
-from drift_fast.inject.compute.host import HostArithmetic
+from drift_fast.inject.compute.arithmetic import SMALL, HostArithmetic
 from drift_fast.inject.overlap import Overlap
 from support.injection_models import (
     Backbone,
@@ -365,7 +364,8 @@ def test_what_a_given_up_step_made_ready_does_not_count_in_the_next(
             hooks = {}
             for at in range(start, stop):
                 target = group.targets[at]
-                hook = injection._overlap._hook(0, 0, at) if overlap else lambda parameter: None
+                overlapping = injection._scope.overlap
+                hook = overlapping._hook(0, 0, at) if overlap else lambda parameter: None
                 hooks[target.name] = hook
 
             def finish(names: list[str], model: nn.Module = model, hooks: Any = hooks) -> None:
@@ -561,7 +561,7 @@ def test_no_hook_is_left_after_removal(delta: drift_fast.Delta) -> None:
     model = Gated()
     injection = Injection(model, delta, overlap=True)
     assert sum(bool(p._post_accumulate_grad_hooks) for p in model.parameters()) == 7 * 3
-    overlap = weakref.ref(injection._overlap)
+    overlap = weakref.ref(injection._scope.overlap)
     backward(model)
     injection.remove()
     assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
@@ -581,8 +581,8 @@ def test_no_hook_is_left_after_removal(delta: drift_fast.Delta) -> None:
 def test_only_large_tensors_have_hooks(delta: drift_fast.Delta) -> None:
     model = Gated()
     with Injection(model, delta, overlap=True, modules=r"re:\.bias$") as injection:
-        assert isinstance(injection._overlap, Overlap)
-        assert not injection._overlap.handles
+        assert isinstance(injection._scope.overlap, Overlap)
+        assert not injection._scope.overlap.handles
         backward(model)
         injection.step()
         assert injection.injected == len(injection.targets) == 9

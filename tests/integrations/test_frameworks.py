@@ -24,7 +24,8 @@ import pytest
 import torch
 
 import drift_fast
-from drift_fast.integrations.settings import Settings, known_options
+from drift_fast.inject.config import InjectionConfig
+from drift_fast.integrations.settings import Settings
 from support import framework_runs, reference
 from support.injection_models import (
     Backbone,
@@ -51,13 +52,14 @@ OPTIONS: dict[str, Any] = {"alpha": 0.7, "scale": "adaptive"}
 
 
 def test_every_option_of_an_injection_is_a_setting_but_for_the_frameworks_own_objects() -> None:
-    known = known_options()
-    assert {"alpha", "scale", "modules", "layers", "scope", "strict", "mapping"} <= set(known)
-    assert not {"model", "delta", "optimizer", "scaler", "self"} & set(known)
+    known = set(Settings.names())
+    assert known == {"delta", "csv", *InjectionConfig.names()}
+    assert {"alpha", "scale", "modules", "layers", "scope", "strict", "mapping"} <= known
+    assert not {"model", "optimizer", "scaler", "driver", "self"} & known
 
 
-def test_an_unknown_key_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"no option 'alhpa'; known are delta, alpha, .*scale"):
+def test_an_unknown_key_is_refused_with_the_nearest() -> None:
+    with pytest.raises(ValueError, match=r"'alhpa'; did you mean 'alpha'"):
         Settings.from_mapping({"delta": "somewhere", "alhpa": 1.0})
 
 
@@ -75,7 +77,7 @@ def test_a_section_that_is_no_mapping_is_refused(section: Any) -> None:
 
 @pytest.mark.parametrize("delta", ["", 3, ["delta"]])
 def test_a_delta_that_is_no_path_is_refused(delta: Any) -> None:
-    with pytest.raises(TypeError, match="must be the path of a directory"):
+    with pytest.raises(ValueError, match=r"delta must be (text|the path of a directory)"):
         Settings.from_mapping({"delta": delta})
 
 
@@ -92,7 +94,7 @@ def test_a_file_is_read_and_its_delta_lies_beside_it(tmp_path: Path, name: str, 
         pytest.importorskip("yaml")
     (tmp_path / name).write_text(text)
     settings = Settings.from_file(tmp_path / name)
-    assert settings == Settings(str(tmp_path / "here" / "delta"), {"alpha": 0.5, "layers": [0, 1]})
+    assert settings == Settings(delta=str(tmp_path / "here" / "delta"), alpha=0.5, layers=[0, 1])
 
 
 def test_an_absolute_delta_of_a_file_stays_where_it_is(tmp_path: Path) -> None:
@@ -107,7 +109,7 @@ def test_an_absolute_delta_of_a_file_stays_where_it_is(tmp_path: Path) -> None:
         ("drift.yaml", "delta: [", "not valid YAML"),
         ("drift.yaml", "delta: !!python/object/apply:os.getcwd []", "not valid YAML"),
         ("drift.pkl", "", "ends in .json"),
-        ("drift.json", '{"delta": "d", "apha": 1}', r"drift.json has no option 'apha'"),
+        ("drift.json", '{"delta": "d", "apha": 1}', r"drift.json: got an unexpected option 'apha'"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_refused(
@@ -245,7 +247,7 @@ def test_llamafactory_gets_its_arguments_and_a_callback_that_attaches(
     assert_injected(found, one_step(model, tmp_path), drift_fast.Delta.open(delta), clip=0.01)
     with pytest.raises(ValueError, match="section `drift_fast:`"):
         integration.run({"stage": "sft"})
-    with pytest.raises(ValueError, match="no option 'alhpa'"):
+    with pytest.raises(ValueError, match="unexpected option 'alhpa'"):
         integration.run({"stage": "sft", "drift_fast": {"delta": str(delta), "alhpa": 1}})
 
 
@@ -253,7 +255,7 @@ def test_llamafactorys_callback_leaves_runs_that_do_not_train_alone(
     pair: tuple[torch.nn.Module, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     integration = fresh(monkeypatch, "llamafactory")
-    callback = integration.DriftCallback(Settings(str(pair[1]), OPTIONS))
+    callback = integration.DriftCallback(Settings(delta=str(pair[1]), **OPTIONS))
     callback.on_init_end(types.SimpleNamespace(do_train=False), None, None)
     assert callback.injection is None
     with pytest.raises(drift_fast.DriftError, match="no Trainer called this callback"):
@@ -264,7 +266,8 @@ def test_llamafactorys_callback_attaches_to_a_trainer_that_it_joins_later(
     tmp_path: Path, pair: tuple[torch.nn.Module, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, delta = pair
-    callback = fresh(monkeypatch, "llamafactory").DriftCallback(Settings(str(delta), OPTIONS))
+    settings = Settings(delta=str(delta), **OPTIONS)
+    callback = fresh(monkeypatch, "llamafactory").DriftCallback(settings)
     found = one_step(
         model, tmp_path, built=lambda trainer: trainer.add_callback(callback), clip=0.01
     )
@@ -333,7 +336,7 @@ def test_axolotls_plugin_attaches_and_checks_its_section(
         clip=0.01,
     )
     assert_injected(found, one_step(model, tmp_path), drift_fast.Delta.open(delta), clip=0.01)
-    with pytest.raises(ValueError, match="no option 'alhpa'"):
+    with pytest.raises(ValueError, match="unexpected option 'alhpa'"):
         schema(drift_fast={"delta": str(delta), "alhpa": 1.0})
     with pytest.raises(ValueError, match="no section `drift_fast:`"):
         plugin.post_trainer_create({}, None)

@@ -515,11 +515,11 @@ def engine_injections(variants: dict[str, dict[str, Any]]) -> dict[str, Any]:
         training = Engine(options)
         delta = given_delta(training.plain)
         choices = {"alpha": 0.5, "scale": scale}
-        injection = attach_engine(training.engine, delta, choices)
+        injection = attach_engine(training.engine, delta, **choices)
         step = partial(engine_step, training.engine)
         report[name] = dict(injected_step(training, injection, scale, step))
         report[name]["by hand"] = _refusal(injection.step)
-        report[name]["second"] = _refusal(attach_engine, training.engine, delta, choices)
+        report[name]["second"] = _refusal(partial(attach_engine, training.engine, delta, **choices))
         if not isinstance(training.optimizer, torch.optim.Optimizer):
             wrapper = training.optimizer.step
             training.optimizer.step = MethodType(type(training.optimizer).step, training.optimizer)
@@ -563,7 +563,7 @@ def overflow(stage: int) -> dict[str, Any]:
     scaling = {"enabled": True, "initial_scale_power": 24, "hysteresis": 1}
     training = Engine({"zero": {"stage": stage}, "fp16": scaling})
     options = {"alpha": 0.5, "scale": "absolute"}
-    injection = attach_engine(training.engine, given_delta(training.plain), options)
+    injection = attach_engine(training.engine, given_delta(training.plain), **options)
     name = "language.model.layers.0.mlp.up_proj.weight"
     shard, shape = training.shards[name], training.shapes[name]
     rows = []
@@ -630,7 +630,7 @@ def engine_refusals(variants: dict[str, dict[str, Any]]) -> dict[str, Any]:
         engine, plain = make_engine(options, left_out=frozen)
         for attribute, value in spoiled.items():
             setattr(engine.optimizer, attribute, value)
-        report[name] = _refusal(attach_engine, engine, given_delta(plain), choices)
+        report[name] = _refusal(partial(attach_engine, engine, given_delta(plain), **choices))
         engine.destroy()
     return report
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from drift_fast.alignment.mapping import parse_mapping
-from drift_fast.cli.options import SOURCE
 from drift_fast.merging.config import METHODS
 from drift_fast.merging.layout import DTYPES
 from drift_fast.merging.merge import Merged, merge
@@ -23,8 +22,10 @@ from drift_fast.progress_bar import ProgressBar
 from drift_fast.sizes import MEMORY
 
 
-def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the command to the parser."""
+def add_merge(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], what: str, modules_help: str
+) -> None:
+    """Add the command to those of `drift-fast`."""
     parser = commands.add_parser(
         "merge",
         help="merge a reasoning model into a multimodal one and write the result",
@@ -32,8 +33,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "without loading either. The result is a directory that from_pretrained loads.",
     )
     parser.add_argument("method", choices=METHODS, metavar="METHOD", help=", ".join(METHODS))
-    parser.add_argument("reasoning", help=f"text-only reasoning checkpoint: {SOURCE}")
-    parser.add_argument("multimodal", help=f"multimodal checkpoint: {SOURCE}")
+    parser.add_argument("reasoning", help=f"text-only reasoning checkpoint: {what}")
+    parser.add_argument("multimodal", help=f"multimodal checkpoint: {what}")
     parser.add_argument("--out", "-o", required=True, type=Path, help="directory to write")
     parser.add_argument("--base", help="the text model that the reasoning model was tuned from")
     parser.add_argument(
@@ -52,7 +53,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "--keep-layers", type=int, metavar="N", help="first layers that layer_swap leaves alone"
     )
-    parser.add_argument("--modules", help="as for delta; default all")
+    parser.add_argument("--modules", help=f"{modules_help.partition(';')[0]}; default all")
     parser.add_argument("--layers", help="such as 0-3,8; default all")
     parser.add_argument("--mapping", metavar="MAP", help="as for delta")
     parser.add_argument(

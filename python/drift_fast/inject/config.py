@@ -6,11 +6,14 @@ or a gradient scaler, are not options: no file can name them.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from pathlib import Path
+from typing import Any, Literal, Self, TypeAlias, get_args
 
 from drift_fast.alignment.mapping import MappingLike, parse_mapping
+from drift_fast.config_files import read_settings
 from drift_fast.inject.schedule import ScheduleLike
 from drift_fast.inject.strength.formula import SCALES, Scale, check_alpha
 from drift_fast.inject.strength.per_module import LayerAlpha, PerModule, number, positive
@@ -20,8 +23,11 @@ from drift_fast.sizes import parse_size
 
 CapBy = Literal["parameter", "module", "overall"]
 Residency = Literal["auto", "device", "device-int8", "host", "host-int8", "disk"]
-Scope = Literal["step", "microbatch"]
+ScopeName = Literal["step", "microbatch"]
 Rescale = Literal["weight"] | None
+
+# What a configuration in the directory of a delta is called.
+_FILES = ("injection.yaml", "injection.json")
 
 
 def _check_total(total: Any) -> None:
@@ -174,11 +180,11 @@ class TargetOptions(Options):
 class InjectionConfig(TargetOptions, ResidencyOptions, StrengthOptions):
     """The options of `Injection` and `attach`, which read them from keywords or from a file."""
 
-    scope: Scope = option(
+    scope: ScopeName = option(
         "step",
         "step injects into the accumulated gradient, once for each optimizer step; microbatch "
         "into that of every backward pass, as the public code does",
-        choices=get_args(Scope),
+        choices=get_args(ScopeName),
     )
     overlap: bool = option(
         False,
@@ -206,14 +212,38 @@ class InjectionConfig(TargetOptions, ResidencyOptions, StrengthOptions):
 
     @classmethod
     def resolve(
-        cls, config: InjectionConfig | None, keywords: Mapping[str, Any], *, function: str
+        cls, config: ConfigLike, keywords: Mapping[str, Any], *, function: str
     ) -> InjectionConfig:
         """Return the options of a call: those of `config`, over which keywords win.
 
         Raises:
             TypeError: an unknown or retired keyword, or a config of another type.
             ValueError: a value without meaning.
+            As `from_file`.
         """
-        if config is not None and not isinstance(config, cls):
-            raise TypeError(f"config must be an InjectionConfig, got {type(config).__name__}")
-        return cls.from_keywords(keywords, function=function, config=config)
+        if isinstance(config, str | os.PathLike):
+            config = cls.from_file(config)
+        if config is not None and not isinstance(config, InjectionConfig):
+            raise TypeError(
+                f"config must be an InjectionConfig or the path of a file, got "
+                f"{type(config).__name__}"
+            )
+        return InjectionConfig.from_keywords(keywords, function=function, config=config)
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str]) -> Self:
+        """Read a YAML or JSON file, or `injection.yaml` or `injection.json` of a directory.
+
+        Raises:
+            FileNotFoundError: no such file.
+            TypeError: the file does not hold a mapping.
+            ValueError: not readable, an unknown option, or a value without meaning.
+        """
+        file = Path(path)
+        if file.is_dir():
+            files = [file / name for name in _FILES]
+            file = next((one for one in files if one.exists()), files[0])
+        return cls.from_dict(read_settings(file), origin=str(file))
+
+
+ConfigLike: TypeAlias = InjectionConfig | str | os.PathLike[str] | None

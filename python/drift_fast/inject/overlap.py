@@ -17,10 +17,8 @@ import torch
 from torch import nn
 
 from drift_fast.errors import DriftError
-from drift_fast.inject.compute.base import SMALL
-from drift_fast.inject.compute.device import DeviceArithmetic
-from drift_fast.inject.compute.streams import new_stream
-from drift_fast.inject.target_group import Push, TargetGroup
+from drift_fast.inject.compute.arithmetic import SMALL, DeviceArithmetic, new_stream
+from drift_fast.inject.target_group import Push, TargetGroup, plain_arithmetic
 
 # Kernels of an injection are short and wait for each other, those of backward are long: behind them
 # each would wait its turn.
@@ -84,7 +82,7 @@ class Overlap:
         self._wait()
         self.let_go()
         for group in self._groups:
-            # What a step that was given up was about to capture.
+            # What a step that was given up was about to record.
             group.finish()
         self._pushes = None
         self._next = [0] * len(self._groups)
@@ -207,7 +205,7 @@ class Overlap:
 @contextlib.contextmanager
 def _on(lane: torch.cuda.Stream | None, final: Any, device: torch.device) -> Iterator[None]:
     """Work beside the stream of backward, behind an event on it."""
-    with torch.autocast(device_type=device.type, enabled=False):
+    with plain_arithmetic(device):
         if lane is None:
             yield
             return

@@ -14,6 +14,32 @@ from drift_fast.errors import DriftError
 _LARGEST, _LARGEST_INT = 1e30, 2**53
 
 
+INJECTION_VERSION = 1
+
+
+def stored_origin(state: Any, names: Sequence[str]) -> dict[str, float]:
+    """Return ⟨θ_0, Δ⟩ by target from an injection's state.
+
+    Raises:
+        DriftError: not such a state, or one of other targets.
+    """
+    remedy = "resume from what state_dict() gave, with the same model, delta, modules and layers"
+    if not isinstance(state, Mapping) or state.get("version") != INJECTION_VERSION:
+        raise DriftError(f"not the state of an injection of this version: {remedy}")
+    origin = state.get("origin")
+    if not isinstance(origin, Mapping) or not isinstance(state.get("control"), Mapping):
+        raise DriftError(f"the state of an injection is incomplete: {remedy}")
+    odd = sorted(map(str, origin.keys() ^ set(names)))
+    if odd:
+        raise DriftError(
+            f"the saved injection and this one differ in {len(odd)} targets, {odd[0]} first: "
+            f"{remedy}"
+        )
+    if not all(is_number(value) for value in origin.values()):
+        raise DriftError(f"the saved injection holds a value that is not a finite number: {remedy}")
+    return {name: float(value) for name, value in origin.items()}
+
+
 class Saved:
     """A state of unknown origin, whose fields are what they should be or are refused."""
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from drift_fast.inject.compute.base import Arithmetic, Sums, flattened
-from drift_fast.inject.compute.cuda_graphs import CudaGraphs, Launch, may_capture
+from drift_fast.inject.compute.arithmetic import Arithmetic, Sums, flattened
+from drift_fast.inject.compute.cuda_graphs import Recordings, may_record
 from drift_fast.inject.placement.stores import Store
 from drift_fast.inject.shards.base import Shard, Whole
 from drift_fast.inject.shards.reduction import Reduction
@@ -62,14 +62,14 @@ class TargetGroup:
         self.reduction = Reduction(shards[0].process_groups)
         self.norms = self.vector(norms)
         self.last: Last | None = None
-        # What a step reads and counts stays in one place, whose address a captured graph holds.
+        # What a step reads and counts lies in one place, which a recording remembers.
         self._alpha = self.vector([0.0] * len(self.targets))
         self._loss_scale = torch.ones((), dtype=self._alpha.dtype, device=self.device)
         self._skipped = torch.zeros((), dtype=torch.int64, device=self.device)
         self._push: Push | None = None
         whole = all(isinstance(shard, Whole) for shard in self.shards)
-        captures = whole and self.device.type == "cuda"
-        self._graphs = CudaGraphs(self.device) if captures else None
+        records = whole and self.device.type == "cuda"
+        self._recordings = Recordings(self.device) if records else None
         self._found: dict[int, torch.Tensor] | None = None
         self._origin = torch.zeros(0)
         self._factor = self.vector([1.0] * len(self.targets))
@@ -108,8 +108,8 @@ class TargetGroup:
 
     def release(self) -> None:
         """Let go of Δ now."""
-        if self._graphs is not None:
-            self._graphs.clear()
+        if self._recordings is not None:
+            self._recordings.clear()
         self.last = None
         self.store.release()
 
@@ -153,13 +153,13 @@ class TargetGroup:
     def finish(self) -> None:
         """Let go of this step's gradients, which zero_grad may be about to free."""
         self._found = None
-        if self._graphs is not None:
-            self._graphs.drop_pending()
+        if self._recordings is not None:
+            self._recordings.drop()
 
     def capture(self) -> None:
         """Capture what the next step can launch as one; this one's gradients are still there."""
-        if self._graphs is not None and may_capture(self.device):
-            self._graphs.capture()
+        if self._recordings is not None and may_record(self.device):
+            self._recordings.record()
 
     def inject_bucket(self, at: int, push: Push, arithmetic: Arithmetic | None = None) -> None:
         """Measure and change the gradients of one bucket, where nothing is sharded."""
@@ -210,10 +210,10 @@ class TargetGroup:
             return
         members, gradients = list(held), list(held.values())
         some = [deltas[at - start] for at in members]
-        graphs = self._graphs
+        recordings = self._recordings
         # A gradient that lies transposed is changed through a copy, which has no place of its own.
         still = all(gradient.is_contiguous() for gradient in gradients)
-        if graphs is None or not still or not may_capture(self.device):
+        if recordings is None or not still or not may_record(self.device):
             with flattened(gradients) as flats:
                 self._launch(start, stop, members, flats, some, push, arithmetic)
             for at, gradient in held.items():
@@ -234,7 +234,7 @@ class TargetGroup:
             flats = [gradient.view(-1) for gradient in self._gradients(start, stop).values()]
             self._launch(start, stop, members, flats, some, push, arithmetic)
 
-        def unmoved() -> bool:
+        def holds() -> bool:
             now = self._gradients(start, stop)
             pointers = [gradient.data_ptr() for gradient in now.values()]
             return (
@@ -243,11 +243,13 @@ class TargetGroup:
                 and pointers == [address for address, _ in addresses[2]]
             )
 
-        def capture() -> None:
-            with arithmetic.on_capture_streams():
+        def apart() -> None:
+            with arithmetic.apart():
                 launch()
 
-        graphs.launch(Launch(place, addresses, launch, capture, unmoved, arithmetic.priority))
+        recordings.replay(
+            place, addresses, launch, holds, priority=arithmetic.priority, recorded=apart
+        )
 
     def _launch(
         self,
@@ -379,6 +381,11 @@ class TargetGroup:
     def squares(self) -> list[float]:
         """Return ‖Δ‖² of each target."""
         return [norm * norm for norm in self.norms.tolist()]
+
+
+def plain_arithmetic(device: torch.device) -> torch.autocast:
+    """Compute in the dtypes that tensors have, whatever autocast the caller has entered."""
+    return torch.autocast(device_type=device.type, enabled=False)
 
 
 def beside(vector: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -356,39 +356,3 @@ def _without_tied(
             )
         left_out[same[0]] = f"tied to {same[1]}, and injected once with it"
     return list(first.values()), left_out
-
-
-def check_trained(targets: Sequence[Target]) -> None:
-    """Refuse frozen targets.
-
-    Raises:
-        DriftError: a target does not require a gradient.
-    """
-    frozen = [target.name for target in targets if not target.parameter.requires_grad]
-    if frozen:
-        remedy = "unfreeze it, or leave it out with modules=… or layers=…"
-        if any(target.adapted is not None for target in targets):
-            remedy = (
-                "add its module to target_modules of the LoraConfig, leave it out with modules=… "
-                "or layers=…, or pass strict=False to inject into the adapted ones only"
-            )
-        raise DriftError(
-            f"{len(frozen)} of {len(targets)} targets are frozen (requires_grad is False), "
-            f"{frozen[0]} first: {remedy}"
-        )
-
-
-def check_optimized(targets: Sequence[Target], optimizer: torch.optim.Optimizer) -> None:
-    """Refuse targets that the optimizer does not step.
-
-    Raises:
-        DriftError: a target is in none of its parameter groups.
-    """
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    absent = [t.name for t in targets if any(id(p) not in held for p in t.trained)]
-    if absent:
-        raise DriftError(
-            f"{len(absent)} of {len(targets)} targets are not in the optimizer, {absent[0]} first: "
-            "build the optimizer from this model's parameters, or leave them out with modules=… "
-            "or layers=…"
-        )

@@ -53,7 +53,7 @@ def measure(groups: Sequence[TargetGroup], control: Control) -> dict[str, float]
     return result
 
 
-def summary(metrics: Mapping[str, float], groups: Sequence[TargetGroup]) -> dict[str, float]:
+def summarize(metrics: Mapping[str, float], groups: Sequence[TargetGroup]) -> dict[str, float]:
     """Return what is worth a line in a log: overall, by kind (attn, mlp, …) and module (q_proj, …).
 
     λ of several is weighed by ‖Δ‖². Their cosine is that of their gradients taken together.

@@ -2,23 +2,39 @@
 
 from __future__ import annotations
 
-from typing import Any
+import os
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from drift_fast.errors import DriftError
-from drift_fast.inject.injection import Injection, unwrap_optimizer
+from drift_fast.inject.config import ConfigLike, InjectionConfig
+from drift_fast.inject.driver import Driver, Handle
+from drift_fast.inject.injection import Injection
+from drift_fast.inject.scope import Scope
 from drift_fast.inject.targets import DeltaLike
+from drift_fast.options import takes
+
+if TYPE_CHECKING:
+    from typing import Unpack
+
+    from drift_fast._keywords import InjectionKeywords
+    from drift_fast.integrations.hf_trainer import TrainerInjection
 
 
+@takes(InjectionConfig)
 def attach(
     trainer_or_optimizer: Any,
-    delta: DeltaLike,
+    delta: DeltaLike | str | os.PathLike[str],
+    config: ConfigLike = None,
     *,
     model: nn.Module | None = None,
-    **options: Any,
-) -> Injection:
+    scaler: torch.amp.GradScaler | None = None,
+    csv: str | os.PathLike[str] | None = None,
+    **options: Unpack[InjectionKeywords],
+) -> Injection | TrainerInjection:
     """Attach an injection to a Hugging Face `Trainer`, a DeepSpeed engine, or a torch optimizer.
 
     With a `Trainer` (or a subclass) the injection runs in `training_step` whenever gradients are
@@ -35,69 +51,66 @@ def attach(
     `Injection(model, delta, …).step()` before clipping instead where that is possible.
 
     Args:
-        options: those of `Injection`.
+        trainer_or_optimizer: what steps the model.
+        delta: an open `Delta`, one that streams, or the directory of one.
+        config: an `InjectionConfig`, or the path of a YAML or JSON file of its options; options
+            given as keywords win over it.
+        model: the model that an optimizer trains; trainers and engines have their own.
+        scaler: the gradient scaler used with an optimizer; trainers and engines have their own.
+        csv: a file to which a Trainer's logged metrics are appended.
+        options: those of `InjectionConfig`, listed below.
 
     Raises:
         TypeError: none of these.
         As `Injection`.
     """
-    if isinstance(trainer_or_optimizer, torch.optim.Optimizer):
+    config = InjectionConfig.resolve(config, options, function="attach")
+    owner = trainer_or_optimizer
+    if isinstance(owner, torch.optim.Optimizer):
         if model is None:
             raise ValueError("attach(optimizer, delta) needs the model it trains: pass model=…")
-        return _attach_optimizer(unwrap_optimizer(trainer_or_optimizer), delta, model, options)
-    if type(trainer_or_optimizer).__name__ == "DeepSpeedEngine" or hasattr(
-        trainer_or_optimizer, "zero_optimization_stage"
-    ):
+        _refuse("an optimizer logs nothing; call Injection.write_csv, and", csv=csv)
+        return Injection(model, delta, config, driver=OptimizerDriver(owner, scaler))
+    if type(owner).__name__ == "DeepSpeedEngine" or hasattr(owner, "zero_optimization_stage"):
         from drift_fast.integrations.deepspeed_engine import attach_engine
 
-        if model is not None:
-            raise ValueError("an engine has its own model; leave model=… out")
-        return attach_engine(trainer_or_optimizer, delta, options)
-    if hasattr(trainer_or_optimizer, "training_step") and hasattr(
-        trainer_or_optimizer, "accelerator"
-    ):
+        _refuse("an engine has its own model and scaler;", model=model, scaler=scaler)
+        _refuse("an engine logs nothing; call Injection.write_csv, and", csv=csv)
+        return attach_engine(owner, delta, config)
+    if hasattr(owner, "training_step") and hasattr(owner, "accelerator"):
         from drift_fast.integrations.hf_trainer import attach_trainer
 
-        if model is not None:
-            raise ValueError("a trainer has its own model; leave model=… out")
-        return attach_trainer(trainer_or_optimizer, delta, options)
+        _refuse("a trainer has its own model and scaler;", model=model, scaler=scaler)
+        return attach_trainer(owner, delta, config, csv=csv)
     raise TypeError(
         "expected a transformers Trainer, a DeepSpeed engine or a torch optimizer, got "
-        f"{type(trainer_or_optimizer).__name__}; in a loop of one's own, use drift_fast.Injection"
+        f"{type(owner).__name__}; in a loop of one's own, use drift_fast.Injection"
     )
 
 
-class _OptimizerInjection(Injection):
-    """Runs by itself when its optimizer steps."""
+class OptimizerDriver(Driver):
+    """An optimizer whose step injects first."""
 
-    def __init__(
-        self,
-        optimizer: torch.optim.Optimizer,
-        delta: DeltaLike,
-        model: nn.Module,
-        options: dict[str, Any],
-    ) -> None:
-        super().__init__(model, delta, optimizer=optimizer, **options)
+    def check(self, config: InjectionConfig) -> None:
+        self._injects = config.scope == "step"
+        if self.scaler is not None and config.scale == "absolute":
+            raise DriftError(
+                "scale='absolute' cannot follow a scaler from inside optimizer.step(): use "
+                "Injection(model, delta, …).step() in the loop"
+            )
 
-    def _watch(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        # torch runs hooks of all optimizers before those of one, so the injection happens here,
-        # in the same hook as the check that it did.
-        if optimizer is self._optimizer and self._scope == "step" and not self._record.has_fresh():
-            self.step()
-        super()._watch(optimizer, args, kwargs)
+    def start(self, scope: Scope) -> list[Handle]:
+        # torch runs hooks of all optimizers before those of one, so the injection happens in the
+        # same hook as the check that it did.
+        def before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+            if optimizer is self.optimizer and self._injects and not scope.fresh:
+                scope.step()
+            scope.before_optimizer_step(optimizer)
+
+        return [register_optimizer_step_pre_hook(before_step)]
 
 
-def _attach_optimizer(
-    optimizer: torch.optim.Optimizer,
-    delta: DeltaLike,
-    model: nn.Module,
-    options: dict[str, Any],
-) -> Injection:
-    if "optimizer" in options:
-        raise ValueError("the optimizer is given twice")
-    if options.get("scaler") is not None and options.get("scale", "adaptive") == "absolute":
-        raise DriftError(
-            "scale='absolute' cannot follow a scaler from inside optimizer.step(): use "
-            "Injection(model, delta, …).step() in the loop"
-        )
-    return _OptimizerInjection(optimizer, delta, model, options)
+def _refuse(why: str, **given: Any) -> None:
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(f"{why} leave {name}=… out")

@@ -8,109 +8,100 @@ clips before that, in `clip_fp32_gradients`, which is wrapped instead where clip
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from drift_fast.errors import DriftError
+from drift_fast.inject.config import ConfigLike, InjectionConfig
+from drift_fast.inject.driver import Driver, Handle
 from drift_fast.inject.injection import Injection
+from drift_fast.inject.scope import Scope
 from drift_fast.inject.shards import zero
 from drift_fast.inject.shards.base import Shard
 from drift_fast.inject.shards.zero_support import optimizer_of
+from drift_fast.inject.step_scope import StepScope
 from drift_fast.inject.targets import DeltaLike, Target
+from drift_fast.integrations.wrapped_method import WrappedMethod
 
 
-class EngineInjection(Injection):
-    """An injection that a DeepSpeed engine drives; there is nothing to call."""
+class EngineDriver(Driver):
+    """A DeepSpeed engine, which injects by itself."""
 
-    def __init__(self, engine: Any, delta: DeltaLike, options: dict[str, Any]) -> None:
-        for name in ("optimizer", "scaler"):
-            if options.get(name) is not None:
-                raise ValueError(f"a DeepSpeed engine has its own {name}; leave {name}=… out")
+    runs_by_itself = (
+        "under DeepSpeed the injection runs by itself inside engine.step(); do not call step()"
+    )
+
+    def __init__(self, engine: Any) -> None:
+        super().__init__()
+        self._engine = engine
         self._engine_optimizer = optimizer_of(engine)
-        self._running = False
-        if options.get("scope", "step") != "step" or options.get("overlap", False):
+
+    def check(self, config: InjectionConfig) -> None:
+        if config.scope != "step" or config.overlap:
             raise DriftError(
                 'DeepSpeed takes gradients away during backward: use scope="step" and overlap=False'
             )
-        super().__init__(engine.module, delta, **options)
-        bare = isinstance(self._engine_optimizer, torch.optim.Optimizer)
-        if bare and engine.gradient_clipping() > 0:
-            self._wrapped: tuple[Any, str] = (engine, "clip_fp32_gradients")
-        else:
-            self._wrapped = (self._engine_optimizer, "step")
-        owner, name = self._wrapped
-        self._original = getattr(owner, name)
-        self._replaced = owner.__dict__.get(name)
-        self._wrapper = self._inside
-        setattr(owner, name, self._wrapper)
 
-    def step(self) -> None:
-        """Refuse: the injection runs by itself.
+    def shards(self, model: nn.Module, targets: Sequence[Target]) -> list[Shard]:
+        names = [target.name for target in targets]
+        return zero.shards(names, [target.parameter for target in targets], self._engine_optimizer)
 
-        Raises:
-            DriftError: always.
-        """
-        raise DriftError(
-            "under DeepSpeed the injection runs by itself inside engine.step(); do not call step()"
-        )
-
-    def remove(self) -> None:
-        """Detach, and give DeepSpeed its own method back."""
-        super().remove()
-        if not hasattr(self, "_wrapped"):
-            return
-        owner, name = self._wrapped
-        # Somebody may have wrapped it once more, and then calls this one, which passes it on.
-        if owner.__dict__.get(name) is self._wrapper:
-            if self._replaced is None:
-                delattr(owner, name)
-            else:
-                setattr(owner, name, self._replaced)
-
-    def _inside(self, *arguments: Any, **keywords: Any) -> Any:
-        if not self._groups:
-            return self._original(*arguments, **keywords)
-        zero.settle(self._engine_optimizer)
-        super().step()
-        self._running = True
-        try:
-            result = self._original(*arguments, **keywords)
-        finally:
-            self._running = False
-        # Some gradients stay in place from step to step, zeroed.
-        self._pending = None
-        if getattr(self._engine_optimizer, "overflow", False):
-            # DeepSpeed found infinity, threw the gradients away and lowers its loss scale.
-            self._control.undo()
-            self._record.begin(0)
-        return result
-
-    def _watch(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        # What DeepSpeed's optimizer steps are copies of the targets, which the record cannot know.
-        if optimizer is getattr(self._engine_optimizer, "optimizer", None) and not self._running:
-            raise DriftError(
-                f"nothing was injected before this step of {type(optimizer).__name__}: the "
-                "engine's optimizer stepped past the injection (was its step replaced after "
-                "attaching?); attach last, or call injection.remove() to train without it"
-            )
-        super()._watch(optimizer, args, kwargs)
-
-    def _shards(self, model: nn.Module, targets: Sequence[Target]) -> list[Shard]:
-        return zero.shards(
-            [target.name for target in targets],
-            [target.parameter for target in targets],
-            self._engine_optimizer,
-        )
-
-    def _loss_scale(self, device: torch.device) -> torch.Tensor | float | None:
+    def loss_scale(self, device: torch.device) -> torch.Tensor | float | None:
         factor = zero.gradient_factor(self._engine_optimizer)
         return None if factor == 1.0 else factor
 
+    def start(self, scope: Scope) -> list[Handle]:
+        assert isinstance(scope, StepScope)
+        running = False
 
-def attach_engine(engine: Any, delta: DeltaLike, options: dict[str, Any]) -> Injection:
+        def inject(*arguments: Any, **keywords: Any) -> Any:
+            nonlocal running
+            if not scope.groups:
+                return method.original(*arguments, **keywords)
+            zero.settle(self._engine_optimizer)
+            scope.step()
+            running = True
+            try:
+                result = method.original(*arguments, **keywords)
+            finally:
+                running = False
+            # Some gradients stay in place from step to step, zeroed.
+            scope.optimizer_has_stepped()
+            if getattr(self._engine_optimizer, "overflow", False):
+                # DeepSpeed found infinity, threw the gradients away and lowers its loss scale.
+                scope.take_back()
+            return result
+
+        def before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+            # What DeepSpeed's optimizer steps are copies of the targets, which the watchdog does
+            # not know.
+            if optimizer is getattr(self._engine_optimizer, "optimizer", None) and not running:
+                raise DriftError(
+                    f"nothing was injected before this step of {type(optimizer).__name__}: the "
+                    "engine's optimizer stepped past the injection (was its step replaced after "
+                    "attaching?); attach last, or call injection.remove() to train without it"
+                )
+            scope.before_optimizer_step(optimizer)
+
+        bare = isinstance(self._engine_optimizer, torch.optim.Optimizer)
+        if bare and self._engine.gradient_clipping() > 0:
+            method = WrappedMethod(self._engine, "clip_fp32_gradients", inject)
+        else:
+            method = WrappedMethod(self._engine_optimizer, "step", inject)
+        return [register_optimizer_step_pre_hook(before_step), method]
+
+
+def attach_engine(
+    engine: Any,
+    delta: DeltaLike | str | os.PathLike[str],
+    config: ConfigLike = None,
+    **options: Any,
+) -> Injection:
     """Attach to what `deepspeed.initialize` returned; it injects in every `engine.step()`.
 
     Every rank must attach, with the same options. The injection changes the reduced, accumulated
@@ -118,7 +109,7 @@ def attach_engine(engine: Any, delta: DeltaLike, options: dict[str, Any]) -> Inj
     overflowed, does not count. `remove()` gives DeepSpeed its method back.
 
     Args:
-        options: those of `Injection` but `optimizer` and `scaler`.
+        config, options: those of `Injection`, except for `optimizer` and `scaler`.
 
     Raises:
         TypeError: not a DeepSpeed engine.
@@ -127,4 +118,9 @@ def attach_engine(engine: Any, delta: DeltaLike, options: dict[str, Any]) -> Inj
         ValueError: an optimizer or a scaler among the options.
         As `Injection`.
     """
-    return EngineInjection(engine, delta, options)
+    for name in ("optimizer", "scaler"):
+        if options.pop(name, None) is not None:
+            raise ValueError(f"a DeepSpeed engine has its own {name}; leave {name}=… out")
+    config = InjectionConfig.resolve(config, options, function="attach")
+    driver = EngineDriver(engine)
+    return Injection(engine.module, delta, config, driver=driver)

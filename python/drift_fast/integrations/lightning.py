@@ -21,20 +21,28 @@ import os
 import sys
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from drift_fast.errors import DriftError, DriftWarning
+from drift_fast.inject.config import ConfigLike, InjectionConfig
+from drift_fast.inject.driver import Driver, Handle
 from drift_fast.inject.injection import Injection
+from drift_fast.inject.scope import Scope
 from drift_fast.inject.telemetry import append_rows
-from drift_fast.integrations.settings import Settings
+from drift_fast.options import takes
 
 logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
+    from typing import Unpack
+
     from lightning.pytorch import Callback
+
+    from drift_fast._keywords import InjectionKeywords
 else:
 
     def _callback_class() -> type:
@@ -57,6 +65,7 @@ else:
     Callback = _callback_class()
 
 
+@takes(InjectionConfig)
 class DriftCallback(Callback):
     """Inject a delta into what a Lightning Trainer trains.
 
@@ -65,28 +74,36 @@ class DriftCallback(Callback):
 
     Args:
         delta: an open `Delta`, or the directory of one.
+        config: an `InjectionConfig`, or the path of a YAML or JSON file of its options; options
+            given as keywords win over it.
         csv: a file to which what is logged is appended.
-        options: those of `Injection`, but for `optimizer` and `scaler`, which the Trainer has.
+        options: those of `InjectionConfig`, listed below.
 
     Raises:
-        ValueError: an unknown option.
+        TypeError, ValueError: an unknown option, or a value without meaning.
         As `Injection`, when training starts.
     """
 
     def __init__(
-        self, delta: Any, *, csv: str | os.PathLike[str] | None = None, **options: Any
+        self,
+        delta: Any,
+        config: ConfigLike = None,
+        *,
+        csv: str | os.PathLike[str] | None = None,
+        **options: Unpack[InjectionKeywords],
     ) -> None:
         super().__init__()
-        # Options are checked here, where the line to correct is in sight.
-        Settings.from_mapping({"delta": ".", **options}, origin="DriftCallback")
+        self._config = InjectionConfig.resolve(config, options, function="DriftCallback")
         self._delta = delta
         self._csv = csv
-        self._options = options
         self._steps = 0
         self._logged = 0
         self._saved: dict[str, Any] | None = None
         self._last: dict[str, Any] = {}
-        self.injection: LightningInjection | None = None
+        self.injection: Injection | None = None
+        self._driver = ClosureDriver()
+        # Steps of the injection that the optimizer's hook has seen.
+        self._seen = 0
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Attach; parameters are on their device, wrapped, and restored from a checkpoint."""
@@ -97,9 +114,9 @@ class DriftCallback(Callback):
                 "show; train with the Hugging Face Trainer on DeepSpeed, or with DDP or FSDP here"
             )
         self.remove()
-        options = dict(self._options)
+        config = self._config
         changing = (type(each).__name__ for each in trainer.callbacks)
-        if options.get("overlap") and (
+        if config.overlap and (
             trainer.accumulate_grad_batches != 1 or "GradientAccumulationScheduler" in changing
         ):
             raise DriftError(
@@ -107,15 +124,9 @@ class DriftCallback(Callback):
                 "only the last of a step has the final gradient: use overlap=False"
             )
         expected = trainer.estimated_stepping_batches
-        if expected != float("inf") and options.keys() & {"schedule", "progress_target"}:
-            options.setdefault("total_steps", int(expected))
-        self.injection = _attached_to_one_of(
-            trainer.optimizers,
-            trainer.strategy.model,
-            self._delta,
-            getattr(trainer.precision_plugin, "scaler", None),
-            options,
-        )
+        if expected != float("inf") and config.needs_total_steps:
+            config = replace(config, total_steps=int(expected))
+        self.injection = self._attach(trainer, config)
         if self._saved is not None:
             self.injection.load_state_dict(self._saved)
             self._saved = None
@@ -127,11 +138,17 @@ class DriftCallback(Callback):
                 stacklevel=2,
             )
         self._steps = self._logged = trainer.global_step
+        self._seen = self.injection.steps
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        """Inject, if this is the optimizer that holds the targets."""
-        if self.injection is not None and self.injection.before_step(optimizer):
-            self._steps += 1
+        """Inject, if this is the optimizer that holds the targets, unless that was done by hand."""
+        if self.injection is None or not self._driver.is_about_to_use(optimizer):
+            return
+        if self._config.scope == "step":
+            if self.injection.steps == self._seen:
+                self.injection.step()
+            self._seen = self.injection.steps
+        self._steps += 1
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -176,72 +193,59 @@ class DriftCallback(Callback):
         """Keep a checkpoint's state until training starts."""
         self._saved = dict(state_dict) or None
 
+    def _attach(self, trainer: Any, config: InjectionConfig) -> Injection:
+        """Attach with the optimizer that holds every target."""
+        if not trainer.optimizers:
+            raise DriftError(
+                "the module trains without an optimizer, so nothing steps along Δ: return one from "
+                "configure_optimizers"
+            )
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        drivers = [ClosureDriver(_inner(optimizer), scaler) for optimizer in trainer.optimizers]
+        for driver in drivers:
+            try:
+                found = Injection(trainer.strategy.model, self._delta, config, driver=driver)
+            except DriftError:
+                # Another of several may hold the targets; what else is wrong, it finds again.
+                if driver is drivers[-1]:
+                    raise
+            else:
+                self._driver = driver
+                return found
+        raise AssertionError("the loop returns or raises")
+
     def _keep(self) -> None:
         if self.injection is not None:
             self._last = self.injection.state_dict()
 
 
-class LightningInjection(Injection):
-    """An injection whose optimizer runs backward inside its own step."""
+class ClosureDriver(Driver):
+    """An optimizer that runs forward and backward inside its own step."""
 
-    def __init__(self, model: Any, delta: Any, **options: Any) -> None:
-        self._done = False
-        self._idle = False
-        super().__init__(model, delta, **options)
-        self._handles.append(register_optimizer_step_post_hook(self._watch_after))
+    _injects = True
+    # Whether `training_step` returned None: no backward, and the optimizer has nothing to do.
+    _idle = False
 
-    def step(self) -> None:
-        """Inject now, as manual optimization may before clipping; the hook then leaves it at that.
+    def check(self, config: InjectionConfig) -> None:
+        super().check(config)
+        self._injects = config.scope == "step"
 
-        Raises:
-            As `Injection.step`.
-        """
-        super().step()
-        self._done = True
-
-    def before_step(self, optimizer: Any) -> bool:
-        """Inject unless `step` was called; return whether this optimizer's step is injected."""
-        if self._optimizer is None or _inner(optimizer) is not self._optimizer:
+    def is_about_to_use(self, optimizer: Any) -> bool:
+        """Return whether this is the optimizer that holds the targets, and it has gradients."""
+        if self.optimizer is None or _inner(optimizer) is not self.optimizer:
             return False
-        if self._scope == "microbatch":
-            return True
-        # `training_step` returned None: no backward, and the optimizer has nothing to do.
-        parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
-        self._idle = all(parameter.grad is None for parameter in parameters)
-        if self._idle:
-            return False
-        if not self._done:
-            super().step()
-        self._done = False
-        return True
+        if self._injects:
+            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+            self._idle = all(parameter.grad is None for parameter in parameters)
+        return not self._idle
 
-    def _watch(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        """Wait for the closure, which runs between this hook and the next."""
+    def start(self, scope: Scope) -> list[Handle]:
+        # The closure runs between the hooks before and after a step.
+        def after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+            if not self._idle:
+                scope.before_optimizer_step(optimizer)
 
-    def _watch_after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if not self._idle:
-            super()._watch(optimizer, args, kwargs)
-
-
-def _attached_to_one_of(
-    optimizers: list[Any], model: Any, delta: Any, scaler: Any, options: dict[str, Any]
-) -> LightningInjection:
-    """Attach with the optimizer that holds every target."""
-    if not optimizers:
-        raise DriftError(
-            "the module trains without an optimizer, so nothing steps along Δ: return one from "
-            "configure_optimizers"
-        )
-    for at, optimizer in enumerate(optimizers):
-        try:
-            return LightningInjection(
-                model, delta, optimizer=_inner(optimizer), scaler=scaler, **options
-            )
-        except DriftError:
-            # Another of several may hold the targets; what is wrong otherwise, it finds again.
-            if at == len(optimizers) - 1:
-                raise
-    raise AssertionError("the loop returns or raises")
+        return [register_optimizer_step_post_hook(after_step)]
 
 
 def _inner(optimizer: Any) -> Any:

@@ -22,6 +22,7 @@ from transformers import Trainer, TrainerCallback
 
 from drift_fast.errors import DriftError
 from drift_fast.inject.injection import Injection
+from drift_fast.integrations.hf_trainer import TrainerInjection
 from drift_fast.integrations.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ class DriftCallback(TrainerCallback):
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.injection: Injection | None = None
+        self.injection: Injection | TrainerInjection | None = None
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Attach at the end of `Trainer.__init__`.

@@ -17,6 +17,7 @@ from drift_fast.errors import DriftError, DriftWarning
 from drift_fast.inject.motion.motion import PlannedMotion
 from drift_fast.inject.strength.per_module import PerModule, number
 from drift_fast.inject.targets import DeltaLike, opened
+from drift_fast.integrations.wrapped_method import WrappedMethod
 
 # Where the trainer's state, which every checkpoint holds, keeps that of the motion.
 _KEY = "drift_fast.PlannedMotion"
@@ -41,10 +42,7 @@ class TrainerMotion(TrainerCallback):  # type: ignore[misc, unused-ignore]
         self._steps = steps
         self._window = window
         self._options = options
-        self._original_log = trainer.log
-        self._wrapper = self._log
-        self._replaced = trainer.__dict__.get("log")
-        trainer.log = self._wrapper
+        self._log_method = WrappedMethod(trainer, "log", self._log)
         trainer.add_callback(self)
 
     def metrics(self) -> dict[str, float]:
@@ -61,11 +59,7 @@ class TrainerMotion(TrainerCallback):  # type: ignore[misc, unused-ignore]
         """Detach from trainer and model, and free Δ; weights stay where they are."""
         if self in self._trainer.callback_handler.callbacks:
             self._trainer.remove_callback(self)
-        if self._trainer.__dict__.get("log") is self._wrapper:
-            if self._replaced is None:
-                del self._trainer.log
-            else:
-                self._trainer.log = self._replaced
+        self._log_method.remove()
         if self.motion is not None:
             self.motion.remove()
             self.motion = None
@@ -144,7 +138,7 @@ class TrainerMotion(TrainerCallback):  # type: ignore[misc, unused-ignore]
                 for key, value in found.items()
                 if key.startswith(("progress", "planned")) and key not in parameters
             }
-        self._original_log(logs, *args, **kwargs)
+        self._log_method.original(logs, *args, **kwargs)
 
 
 def attach_motion(

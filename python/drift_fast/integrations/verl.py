@@ -22,6 +22,7 @@ accelerators, sharded. FSDP2 and FSDP1 are tested without verl.
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any
 
 from verl.workers.engine import EngineRegistry
@@ -47,7 +48,7 @@ class DriftFSDPEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
             DriftError: no settings, or a scope that this engine does not have.
         """
         self._drift_settings = Settings.from_environment()
-        if self._drift_settings.options.get("scope", "step") != "step":
+        if self._drift_settings.scope != "step":
             raise DriftError('verl shards its models, where only scope="step" works')
         super().initialize()
 
@@ -67,18 +68,17 @@ class DriftFSDPEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
         return norm
 
     def _attached(self) -> Injection:
-        options: dict[str, Any] = {}
-        if self._drift_settings.options.keys() & {"schedule", "progress_target"}:
-            options["total_steps"] = self.optimizer_config.total_training_steps
-        # What the file says comes last, and wins.
-        options |= self._drift_settings.options
-        return Settings(self._drift_settings.delta, options).inject(
+        settings = self._drift_settings
+        if settings.needs_total_steps:
+            steps = self.optimizer_config.total_training_steps
+            settings = replace(settings, total_steps=steps)
+        return settings.inject(
             self.module, optimizer=self.optimizer, scaler=getattr(self, "scaler", None)
         )
 
     def _write_row(self, injection: Injection) -> None:
         """Append what the step did to the file that `csv` names; verl's own log has no room."""
-        file = self._drift_settings.options.get("csv")
+        file = self._drift_settings.csv
         if file is not None:
             # Every process takes part, since each holds a part of the model.
             summary = injection.summary()

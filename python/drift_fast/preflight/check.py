@@ -23,9 +23,9 @@ from drift_fast.config_files import printable
 from drift_fast.dtypes import check_stored_dtype
 from drift_fast.errors import AlignmentError, CoverageError
 from drift_fast.preflight.facts import STATED, Fact
-from drift_fast.preflight.options import parse_rate
 from drift_fast.preflight.rules import Finding, Side, compare
 from drift_fast.selection import Layers, Modules, Selection
+from drift_fast.sizes import parse_size
 
 __all__ = ["Finding", "Plan", "Preflight", "check"]
 
@@ -162,7 +162,7 @@ def check(
         ValueError: an argument without meaning.
     """
     check_stored_dtype(dtype)
-    selection, rate_nbytes = Selection.parse(modules, layers), parse_rate(read_rate)
+    selection, rate_nbytes = Selection.parse(modules, layers), _rate(read_rate)
     given = [reasoning, multimodal] if model is None else [reasoning, multimodal, model]
     roles = ["reasoning", "multimodal"] if model is None else ["expert", "reference", "model"]
     sides = [_open(source, role) for source, role in zip(given, roles, strict=True)]
@@ -276,6 +276,15 @@ def _download_nbytes(pairing: Pairing) -> int:
             if shard is not None:
                 shard.close()
     return total
+
+
+def _rate(given: int | str) -> int:
+    try:
+        return parse_size(str(given).removesuffix("/s"))
+    except ValueError as error:
+        raise ValueError(
+            f"a rate must be bytes a second such as 500000000, '500MB' or '1GB', got {given!r}"
+        ) from error
 
 
 def _aligned(rows: Sequence[Finding], between: tuple[str, str]) -> str:

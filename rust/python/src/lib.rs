@@ -14,18 +14,16 @@ mod _core {
     use std::path::PathBuf;
     use std::sync::{Mutex, MutexGuard, TryLockError};
 
-    use drift_fast_core::align::compose::{Block, Blocks};
-    use drift_fast_core::align::pair::{Pair, Source};
+    use drift_fast_core::align::compose::{Composed, Part};
     use drift_fast_core::align::similarity::likeness as likeness_core;
     use drift_fast_core::align::{Alignment, Named, Ties, align as align_core};
     use drift_fast_core::in_memory::{Precision, Step, measure as measure_core, subtract_all};
     use drift_fast_core::merge::{Blend, Job, Method, run as run_merge};
-    use drift_fast_core::output::Storage;
-    use drift_fast_core::output::format::Slot;
-    use drift_fast_core::stream::{Options, Progress, Sink, decode, run};
+    use drift_fast_core::output::format::{self, Storage};
+    use drift_fast_core::output::writer::Slot;
+    use drift_fast_core::stream::{Minuend, Options, Pair, Progress, Side, Sink, run};
     use drift_fast_core::{
         Dtype, Error, Moments, Reader, checkpoint,
-        checkpoint::Operand,
         checkpoint::block_scales,
         dtype, kernel,
         output::{side_files, writer},
@@ -100,7 +98,7 @@ mod _core {
                 .filter(|(_, tensor)| dtype::Fp8::from_header(tensor.dtype).is_some());
             codes
                 .map(|(_, tensor)| {
-                    let fits = self.inner.operand(&tensor.name, self.block);
+                    let fits = self.inner.side(&tensor.name, self.block);
                     let problem = fits.err().map_or(String::new(), |error| error.to_string());
                     (tensor.name.clone(), block_scales::name_of(&tensor.name), problem)
                 })
@@ -119,7 +117,7 @@ mod _core {
             let mut buffer = Writable::new(buffer)?;
             py.detach(|| {
                 let elements = elements.0..elements.1;
-                decode::decode(&self.inner, name, elements, buffer.bytes())
+                format::read(&self.inner, name, elements, buffer.bytes())
             })
             .map_err(to_py)
         }
@@ -385,7 +383,7 @@ mod _core {
         py: Python<'py>,
         reasoning: &Checkpoint,
         multimodal: &Checkpoint,
-        pairs: Vec<(SourceNames, String)>,
+        pairs: Vec<(Source, String)>,
         threads: usize,
         memory: Option<usize>,
         writer: Option<&DeltaWriter>,
@@ -422,7 +420,7 @@ mod _core {
         py: Python<'py>,
         reasoning: &Checkpoint,
         multimodal: &Checkpoint,
-        pair: (SourceNames, String),
+        pair: (Source, String),
         buffer: &Bound<'py, PyAny>,
         dtype: &str,
         threads: usize,
@@ -433,25 +431,25 @@ mod _core {
         let mut pairs = resolve(reasoning, multimodal, &[pair])?;
         let sliced;
         if let Some((start, stop)) = elements {
-            let Source::Whole(reasoning) = pairs[0].reasoning else {
+            let Minuend::Whole(side) = pairs[0].reasoning else {
                 return Err(PyValueError::new_err("a composed tensor is subtracted whole"));
             };
-            let multimodal = pairs[0].multimodal;
-            if reasoning.tensor.shape != multimodal.tensor.shape {
+            if side.tensor.shape != pairs[0].multimodal.tensor.shape {
                 return Err(PyValueError::new_err("parts of tensors that differ in shape"));
             }
-            let slice = |operand: &Operand<'_>| operand.tensor.elements(start, stop).map_err(to_py);
-            sliced = (slice(&reasoning)?, slice(&multimodal)?);
+            let slice = |side: Side<'_>| side.tensor.elements(start, stop).map_err(to_py);
+            sliced = (slice(side)?, slice(pairs[0].multimodal)?);
+            let (left, right) = (side, pairs[0].multimodal);
             pairs[0] = Pair {
-                reasoning: Source::Whole(Operand {
+                reasoning: Minuend::Whole(Side {
                     tensor: &sliced.0,
-                    scales: reasoning.scales.map(|scales| scales.from_element(start)),
-                    ..reasoning
+                    scales: left.scales.map(|scales| scales.from_element(start)),
+                    ..left
                 }),
-                multimodal: Operand {
+                multimodal: Side {
                     tensor: &sliced.1,
-                    scales: multimodal.scales.map(|scales| scales.from_element(start)),
-                    ..multimodal
+                    scales: right.scales.map(|scales| scales.from_element(start)),
+                    ..right
                 },
             };
         }
@@ -548,7 +546,7 @@ mod _core {
     /// What a multimodal tensor is subtracted from: the name of a tensor, or parts of several, each
     /// as (name, first row, end row, first column, end column, offset, row stride, column stride).
     #[derive(FromPyObject)]
-    enum SourceNames {
+    enum Source {
         Whole(String),
         Parts(Vec<Rectangle>),
     }
@@ -558,7 +556,7 @@ mod _core {
     fn resolve<'a>(
         reasoning: &'a Checkpoint,
         multimodal: &'a Checkpoint,
-        pairs: &[(SourceNames, String)],
+        pairs: &[(Source, String)],
     ) -> PyResult<Vec<Pair<'a>>> {
         pairs
             .iter()
@@ -570,24 +568,24 @@ mod _core {
             .collect()
     }
 
-    fn side<'a>(checkpoint: &'a Checkpoint, name: &str) -> PyResult<Operand<'a>> {
-        checkpoint.inner.operand(name, checkpoint.block).map_err(to_py)
+    fn side<'a>(checkpoint: &'a Checkpoint, name: &str) -> PyResult<Side<'a>> {
+        checkpoint.inner.side(name, checkpoint.block).map_err(to_py)
     }
 
     /// What a tensor of that shape is paired with.
     fn minuend<'a>(
         checkpoint: &'a Checkpoint,
-        source: &SourceNames,
+        source: &Source,
         shape: &[usize],
-    ) -> PyResult<Source<'a>> {
+    ) -> PyResult<Minuend<'a>> {
         let parts = match source {
-            SourceNames::Whole(name) => return Ok(Source::Whole(side(checkpoint, name)?)),
-            SourceNames::Parts(parts) => parts,
+            Source::Whole(name) => return Ok(Minuend::Whole(side(checkpoint, name)?)),
+            Source::Parts(parts) => parts,
         };
         let parts = parts
             .iter()
             .map(|(name, top, bottom, left, right, offset, down, across)| {
-                Ok(Block {
+                Ok(Part {
                     source: side(checkpoint, name)?,
                     rows: *top..*bottom,
                     columns: *left..*right,
@@ -597,7 +595,7 @@ mod _core {
                 })
             })
             .collect::<PyResult<_>>()?;
-        Ok(Source::Blocks(Blocks::new(shape, parts).map_err(to_py)?))
+        Ok(Minuend::Composed(Composed::new(shape, parts).map_err(to_py)?))
     }
 
     /// A merged model's directory being written; it takes its name at `commit`.
@@ -679,7 +677,7 @@ mod _core {
 
     /// What is merged into a tensor: sources in the reasoning checkpoint and the base, the dtype of
     /// the result, and both weights.
-    type Blended = (SourceNames, Option<SourceNames>, String, f64, f64);
+    type Blended = (Source, Option<Source>, String, f64, f64);
 
     /// Merge tensors into a writer's slots, in their order, or copy those that nothing is given for;
     /// return what was found of each merged one, and the most bytes that buffers took at a time.
@@ -720,7 +718,7 @@ mod _core {
             .map(|(name, blended)| {
                 let Some((source, of_base, dtype, weight, multimodal_weight)) = blended else {
                     let (shard, tensor) = multimodal.inner.tensor(name).map_err(to_py)?;
-                    let multimodal = Operand { shard, tensor, scales: None };
+                    let multimodal = Side { shard, tensor, scales: None };
                     return Ok(Job { multimodal, blend: None });
                 };
                 let target = side(multimodal, name)?;
@@ -776,7 +774,7 @@ mod _core {
         py: Python<'_>,
         reasoning: &Checkpoint,
         multimodal: &Checkpoint,
-        pairs: Vec<(SourceNames, String)>,
+        pairs: Vec<(Source, String)>,
     ) -> PyResult<(Vec<f64>, usize)> {
         let pairs = resolve(reasoning, multimodal, &pairs)?;
         py.detach(|| likeness_core(&pairs)).map_err(to_py)

@@ -20,9 +20,9 @@ from torch import nn
 from drift_fast.alignment.mapping import MappingLike
 from drift_fast.errors import DriftError, DriftWarning
 from drift_fast.inject.attachment import Attachment
-from drift_fast.inject.compute.base import flattened
+from drift_fast.inject.compute.arithmetic import flattened
 from drift_fast.inject.config import TargetOptions
-from drift_fast.inject.injection import unwrap_optimizer
+from drift_fast.inject.driver import unwrap_optimizer
 from drift_fast.inject.motion.master_weights import MasterWeights, find_key
 from drift_fast.inject.motion.optimizer_steps import (
     EngineSteps,
@@ -33,6 +33,7 @@ from drift_fast.inject.motion.plan import Plan
 from drift_fast.inject.motion.rounding import Thresholds, add_narrow, is_narrow
 from drift_fast.inject.placement.load import Loading, load_groups
 from drift_fast.inject.placement.stores import check_residency
+from drift_fast.inject.refusals import check_optimized
 from drift_fast.inject.schedule import ScheduleLike
 from drift_fast.inject.shards import zero
 from drift_fast.inject.shards.base import Shard
@@ -40,7 +41,7 @@ from drift_fast.inject.shards.find import process_groups_of, shards_of
 from drift_fast.inject.shards.reduction import Reduction
 from drift_fast.inject.shards.zero_support import is_engine, optimizer_of
 from drift_fast.inject.strength.per_module import PerModule, per_target
-from drift_fast.inject.targets import DeltaLike, Target, check_optimized, find_targets, opened
+from drift_fast.inject.targets import DeltaLike, Target, find_targets, opened
 from drift_fast.inject.watchdog import claim, disclaim, refuse_second
 from drift_fast.names import kind_of
 from drift_fast.selection import Layers, Modules

@@ -5,11 +5,9 @@
 //! same shape are unrelated. Owns the sampling and the correlations; what follows from them is
 //! decided by the caller.
 
-use super::pair::{Pair, Source};
-use crate::checkpoint::Operand;
-use crate::checkpoint::operand::Dequantized;
 use crate::error::{Error, Result};
 use crate::kernel::Elements;
+use crate::stream::{Dequantised, Minuend, Pair, Side};
 
 /// Runs of consecutive elements that are read from each tensor, and their length: few enough that a
 /// cold disk answers at once.
@@ -40,11 +38,11 @@ pub fn likeness(pairs: &[Pair<'_>]) -> Result<(Vec<f64>, usize)> {
     let mut multimodal = Vec::with_capacity(pairs.len());
     for pair in pairs {
         reasoning.push(match &pair.reasoning {
-            Source::Whole(operand) => whole(*operand, &elements)?,
-            Source::Blocks(blocks) => {
+            Minuend::Whole(side) => whole(*side, &elements)?,
+            Minuend::Composed(composed) => {
                 let mut bytes = Vec::with_capacity(elements.len());
-                blocks.pick(&elements, &mut bytes)?;
-                let dtype = blocks.dtype();
+                composed.pick(&elements, &mut bytes)?;
+                let dtype = composed.dtype();
                 bytes
                     .iter()
                     .map(|bytes| {
@@ -75,15 +73,15 @@ fn sampled(numel: usize) -> Vec<usize> {
     (0..RUNS).flat_map(|run| run * stride..run * stride + RUN).collect()
 }
 
-fn whole(operand: Operand<'_>, elements: &[usize]) -> Result<Vec<f64>> {
-    let nbytes = operand.element_nbytes();
-    let mut dequantized = Dequantized::default();
+fn whole(side: Side<'_>, elements: &[usize]) -> Result<Vec<f64>> {
+    let nbytes = side.element_nbytes();
+    let mut dequantised = Dequantised::default();
     let mut values = Vec::with_capacity(elements.len());
     for run in elements.chunk_by(|one, next| one + 1 == *next) {
         let mut bytes = vec![0; run.len() * nbytes];
-        let start = operand.tensor.range.start + (run[0] * nbytes) as u64;
-        operand.shard.read_exact_at(&mut bytes, start)?;
-        let run = operand.values(run[0], &bytes, &mut dequantized)?;
+        let start = side.tensor.range.start + (run[0] * nbytes) as u64;
+        side.shard.read_exact_at(&mut bytes, start)?;
+        let run = side.values(run[0], &bytes, &mut dequantised)?;
         values.extend((0..run.numel()).map(|index| run.value(index)));
     }
     Ok(values)

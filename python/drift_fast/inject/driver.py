@@ -1,0 +1,111 @@
+"""What differs between ways of training: a driver tells an injection, and the injection asks.
+
+Owns how gradients and weights are reached, by what factor the loss is scaled, and how the injection
+hears of an optimizer's step. The class here is for a loop of one's own; a training library has a
+subclass in `drift_fast.integrations`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from drift_fast.errors import DriftError
+from drift_fast.inject.config import InjectionConfig
+from drift_fast.inject.scope import Scope
+from drift_fast.inject.shards.base import Shard
+from drift_fast.inject.shards.find import shards_of
+from drift_fast.inject.targets import Target
+
+
+class Handle(Protocol):
+    """Something that is undone by `remove()`."""
+
+    def remove(self) -> None: ...
+
+
+class Driver:
+    """A loop of one's own, which calls `Injection.step()` before it clips and steps."""
+
+    # Why nobody may call `Injection.step()`, None where somebody must.
+    runs_by_itself: str | None = None
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> None:
+        self.optimizer = None if optimizer is None else unwrap_optimizer(optimizer)
+        self.scaler = scaler
+
+    def check(self, config: InjectionConfig) -> None:
+        """Refuse options that this way of training does not have.
+
+        Raises:
+            ValueError, DriftError: such an option.
+        """
+        if self.scaler is not None and config.scale == "absolute" and self.optimizer is None:
+            raise ValueError(
+                "scale='absolute' with a scaler needs the optimizer too, to know whether its "
+                "gradients are still scaled: pass optimizer=…"
+            )
+
+    def shards(self, model: nn.Module, targets: Sequence[Target]) -> list[Shard]:
+        """Return how the local gradient and weights of each target are reached."""
+        names = [target.name for target in targets]
+        return shards_of(names, [target.parameter for target in targets], model)
+
+    def loss_scale(self, device: torch.device) -> torch.Tensor | float | None:
+        """Return the factor that the gradients carry at the moment of a step, None for one."""
+        if self.scaler is None or not self.scaler.is_enabled():
+            return None
+        if self.optimizer is not None and _is_unscaled(self.scaler, self.optimizer):
+            return None
+        return scale_of(self.scaler, device)
+
+    def start(self, scope: Scope) -> list[Handle]:
+        """Tell the injection of every optimizer step from now on, until the handles are removed."""
+
+        def before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+            scope.before_optimizer_step(optimizer)
+
+        return [register_optimizer_step_pre_hook(before_step)]
+
+
+def scale_of(scaler: torch.amp.GradScaler, device: torch.device) -> torch.Tensor:
+    """Return the factor by which a scaler multiplies the loss, on a device."""
+    scale: torch.Tensor = scaler.scale(torch.ones((), device=device))
+    return scale
+
+
+def unwrap_optimizer(optimizer: Any) -> torch.optim.Optimizer:
+    """Return the torch optimizer inside Accelerate's wrapper, which is the one that steps.
+
+    Raises:
+        ValueError: not a torch optimizer.
+    """
+    while type(optimizer).__name__ == "AcceleratedOptimizer":
+        optimizer = optimizer.optimizer
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ValueError(f"expected a torch optimizer, got {type(optimizer).__name__}")
+    return optimizer
+
+
+def _is_unscaled(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> bool:
+    """Tell whether `scaler.unscale_(optimizer)` has run since the last update.
+
+    torch keeps this in a private table. Without it an absolute push could be wrong by the loss
+    scale, so a torch that has renamed it is an error rather than a guess.
+    """
+    states = getattr(scaler, "_per_optimizer_states", None)
+    if states is None:
+        raise DriftError(
+            "this torch does not tell whether gradients were unscaled; use scale='gradnorm' or "
+            "'adaptive', which do not depend on it"
+        )
+    stage = states[id(optimizer)]["stage"]
+    return bool(stage.name == "UNSCALED")

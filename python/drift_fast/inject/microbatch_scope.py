@@ -1,0 +1,69 @@
+"""The scope "microbatch": a hook injects into the gradient of every backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from drift_fast.errors import DriftError
+from drift_fast.inject.pushes import Pushes
+from drift_fast.inject.scope import Scope
+from drift_fast.inject.target_group import Push, TargetGroup, plain_arithmetic
+from drift_fast.inject.watchdog import Watchdog
+
+
+class MicrobatchScope(Scope):
+    """Changes gradients inside backward, as the method's public code does."""
+
+    def __init__(self, groups: Sequence[TargetGroup], pushes: Pushes, watchdog: Watchdog) -> None:
+        super().__init__(groups, pushes, watchdog)
+        # One step's pushes serve all of its backward passes.
+        self._current: list[Push] | None = None
+        self._stepped = False
+        for group in groups:
+            for at, target in enumerate(group.targets):
+                hook = self._hook(group, at)
+                self.handles.append(torch.Tensor.register_hook(target.parameter, hook))  # type: ignore[no-untyped-call]
+
+    def step(self) -> None:
+        raise DriftError(
+            'scope="microbatch" injects inside backward; do not call step(), or attach with '
+            'scope="step"'
+        )
+
+    def before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if not self.watchdog.check(optimizer):
+            return
+        # Several optimizers may step after one backward pass, which is one step.
+        if not self._stepped:
+            self.pushes.finish()
+            self._current = None
+        self._stepped = True
+
+    def restate(self) -> None:
+        self._current = None
+
+    def close(self) -> None:
+        self._current = None
+
+    def _hook(self, group: TargetGroup, at: int) -> Callable[[torch.Tensor], torch.Tensor | None]:
+        which = list(self.groups).index(group)
+        parameter = group.targets[at].parameter
+
+        @torch.no_grad()
+        def hook(gradient: torch.Tensor) -> torch.Tensor | None:
+            self._stepped = False
+            if self._current is None:
+                self._current = self.pushes.begin()
+            if not self._current:
+                self.watchdog.note([parameter])
+                return None
+            with plain_arithmetic(group.device):
+                # Autograd may share this tensor with other consumers, so it is not changed.
+                injected = gradient.clone(memory_format=torch.contiguous_format)
+                skipped = group.inject_one(at, injected, self._current[which])
+            self.watchdog.note([parameter], skipped)
+            return injected
+
+        return hook

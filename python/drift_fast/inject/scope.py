@@ -1,0 +1,59 @@
+"""What the scopes "step" and "microbatch" share: target groups, their pushes, and the watchdog."""
+
+from __future__ import annotations
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from drift_fast.inject.pushes import Pushes
+from drift_fast.inject.target_group import TargetGroup
+from drift_fast.inject.watchdog import Watchdog
+
+
+class Scope(ABC):
+    """Runs an injection over its target groups, and keeps the watchdog informed."""
+
+    def __init__(self, groups: Sequence[TargetGroup], pushes: Pushes, watchdog: Watchdog) -> None:
+        self.groups = groups
+        self.pushes = pushes
+        self.watchdog = watchdog
+        # Hooks on the parameters, which the injection removes with its own.
+        self.handles: list[Any] = []
+
+    @abstractmethod
+    def step(self) -> None:
+        """Inject into the accumulated gradients.
+
+        Raises:
+            DriftError: the injection does not run this way, or a gradient is missing.
+        """
+
+    @abstractmethod
+    def before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Hear that an optimizer is about to step.
+
+        Raises:
+            DriftError: it would use gradients without the injection.
+        """
+
+    @property
+    def fresh(self) -> bool:
+        """Whether there was an injection that no optimizer has used yet."""
+        return self.watchdog.has_fresh()
+
+    @contextlib.contextmanager
+    def accumulating(self) -> Iterator[None]:
+        """Mark backward passes whose gradients are not final yet."""
+        yield
+
+    @abstractmethod
+    def restate(self) -> None:
+        """Hear that what is stated about α has changed."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Stop what runs beside the caller."""
