@@ -50,7 +50,7 @@ def test_a_file_is_read_as_the_type_asked_for(tmp_path: Path) -> None:
         (b'{"version": 1', ("not valid JSON",)),
         (b'{"version": ' + b"9" * 900 + b"]", ("not valid JSON",)),
         (b"[" * 900_000, ("nested too deeply",)),
-        (b" " * 1_000_001, ("at most 1,000,000 bytes",)),
+        (b" " * 1_000_001, ("at most 1,000,000 bytes", "1,000,001")),
     ],
     ids=lambda value: str(value)[:40],
 )

@@ -1,7 +1,7 @@
 """Types of the compiled module; `make lint` compares them with what was built."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias, TypedDict, final, type_check_only
 
 __all__ = [
@@ -38,9 +38,9 @@ class AlignmentError(DriftError): ...
 class CoverageError(DriftError): ...
 class NonFiniteError(DriftError): ...
 
-# See `layout.Part`.
-_Part: TypeAlias = tuple[str, int, int, int, int, int, int, int]
-_Source: TypeAlias = str | list[_Part]
+# See `layout.Rectangle`.
+_Rectangle: TypeAlias = tuple[str, int, int, int, int, int, int, int]
+_Source: TypeAlias = str | Sequence[_Rectangle]
 
 @type_check_only
 class Moments(TypedDict):
@@ -172,7 +172,7 @@ def places_of(target: str | os.PathLike[str]) -> tuple[os.PathLike[str], os.Path
 def stream(
     reasoning: Checkpoint,
     multimodal: Checkpoint,
-    pairs: list[tuple[_Source, str]],
+    pairs: Sequence[tuple[_Source, str]],
     *,
     threads: int,
     memory: int | None = None,

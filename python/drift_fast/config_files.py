@@ -81,13 +81,15 @@ class JsonFile:
             if self.path.exists() and not self.path.is_file():
                 raise self.wrong("expected a regular file, found something else")
             with self.path.open("rb") as file:
-                text = file.read(self.limit_nbytes + 1)
+                nbytes = os.fstat(file.fileno()).st_size
+                text = file.read(min(nbytes, self.limit_nbytes) + 1)
         except FileNotFoundError:
             raise
         except OSError as error:
             raise self.wrong(f"cannot be read: {os.strerror(error.errno or 0)}") from error
-        if len(text) > self.limit_nbytes:
-            raise self.wrong(f"expected at most {self.limit_nbytes:,} bytes, found more")
+        nbytes = max(nbytes, len(text))
+        if nbytes > self.limit_nbytes:
+            raise self.wrong(f"expected at most {self.limit_nbytes:,} bytes, found {nbytes:,}")
         return text
 
 

@@ -10,12 +10,17 @@ from drift_fast._core import (
 
 __all__ = [
     "AlignmentError",
+    "AmbiguousAlignmentError",
     "CheckpointError",
     "CoverageError",
     "DriftError",
     "DriftWarning",
     "NonFiniteError",
 ]
+
+
+class AmbiguousAlignmentError(AlignmentError):
+    """Two models whose tensors can be matched in two ways that fit equally well."""
 
 
 class DriftWarning(UserWarning):

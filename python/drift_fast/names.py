@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Iterable
 
-# Checked in this order: q_norm lies inside self_attn but is a norm.
+# Checked in this order: q_norm is inside self_attn but is a norm.
 _KINDS: dict[str, re.Pattern[str]] = {
     "norm": re.compile(r"(^|[._])(layer_?norm|rms_?norm|norm|ln)(_?[a-z0-9]+)?\.(weight|bias)$"),
     "embed": re.compile(
@@ -35,13 +36,13 @@ _NUMBERED = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
 
 
 def is_other_modality(name: str) -> bool:
-    """Whether a tensor is of a vision or audio tower or a projector, by its name."""
+    """Whether a tensor belongs to a vision or audio tower or a projector, by its name."""
     return _OTHER_MODALITY.search(name) is not None
 
 
 @functools.lru_cache(maxsize=1 << 16)
 def kind_of(name: str) -> str:
-    """Return the preset that a tensor falls under, or "other"."""
+    """Return the preset that selects a tensor, or "other"."""
     if _OTHER_MODALITY.search(name):
         return "other"
     return next((kind for kind, pattern in _KINDS.items() if pattern.search(name)), "other")
@@ -49,20 +50,34 @@ def kind_of(name: str) -> str:
 
 @functools.lru_cache(maxsize=1 << 16)
 def layer_of(name: str) -> int | None:
-    """Return the number of the layer that a tensor lies in, None outside the layers."""
+    """Return the number of the layer that a tensor is in, None outside the layers."""
     found = _NUMBERED.search(name)
     return int(found.group(1)) if found else None
 
 
 def container_of(name: str) -> str | None:
-    """Return what stands before the layer number, None outside the layers."""
+    """Return the part of a name before the layer number, None outside the layers."""
     found = _NUMBERED.search(name)
     return name[: found.start()] if found else None
 
 
+def common_prefixes(pairs: Iterable[tuple[str, str]]) -> tuple[str, str] | None:
+    """Return what precedes the common ending of two names of a layer; None without a layer."""
+    for first, second in pairs:
+        containers = container_of(first), container_of(second)
+        if containers[0] is None or containers[1] is None:
+            continue
+        a, b = containers[0].split("."), containers[1].split(".")
+        while a and b and a[-1] == b[-1]:
+            a.pop()
+            b.pop()
+        return ".".join(a), ".".join(b)
+    return None
+
+
 @functools.lru_cache(maxsize=1 << 16)
 def module_of(name: str) -> str:
-    """Return the module within its layer: `self_attn.q_proj`; experts are taken together."""
+    """Return the module within its layer, such as `self_attn.q_proj`, without expert numbers."""
     found = _NUMBERED.search(name)
     inside = name[found.end() + 1 :] if found else name.rpartition(".")[0].rpartition(".")[2]
     parts = [part for part in inside.split(".") if not part.isdigit()]

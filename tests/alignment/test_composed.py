@@ -239,7 +239,7 @@ def test_a_missing_expert_is_refused_by_name(tmp_path: Path) -> None:
     del text[f"{AT.format(1)}.2.up_proj.weight"]
     a = write_checkpoint(tmp_path / "a", text)
     b = write_checkpoint(tmp_path / "b", in_form(vlm, "fused"))
-    with refused(AlignmentError, "layers.1.mlp.experts.0", "not all there", "experts.2.up_proj"):
+    with refused(AlignmentError, "layers.1.mlp.experts.0", "are missing", "experts.2.up_proj"):
         compute_delta(a, b)
 
 
@@ -315,7 +315,7 @@ def test_a_map_that_was_written_gives_the_pairs_that_were_found(
     if fused == "reasoning":
         name = next(name for name, partner in pairs.items() if isinstance(partner, list))
         pairs[name].pop()
-        with refused(AlignmentError, name, "all of its partners"):
+        with refused(AlignmentError, name, "all of its matches"):
             compute_delta(a, b, mapping=pairs)
 
 
@@ -354,7 +354,7 @@ def test_an_expert_of_an_enormous_number_costs_nothing(tmp_path: Path) -> None:
     text[name] = text[f"{AT.format(0)}.0.gate_proj.weight"]
     a = write_checkpoint(tmp_path / "a", text)
     b = write_checkpoint(tmp_path / "b", in_form(vlm, "fused"))
-    with refused(AlignmentError, "not all there", "experts.3.gate_proj"):
+    with refused(AlignmentError, "are missing", "experts.3.gate_proj"):
         compute_delta(a, b)
 
 

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from drift_fast.alignment.layout import Layout, Part, compose, covered, matrix, whole
+from drift_fast.alignment.layout import Layout, Rectangle, compose, covered, whole
+from drift_fast.shapes import matrix
 
 Array = npt.NDArray[np.int64]
 
@@ -42,7 +43,9 @@ def materialized(layout: Layout, stored: Mapping[str, Array]) -> Array:
     return result
 
 
-def gathered(parts: Sequence[Part], shape: Sequence[int], stored: Mapping[str, Array]) -> Array:
+def gathered(
+    parts: Sequence[Rectangle], shape: Sequence[int], stored: Mapping[str, Array]
+) -> Array:
     rows, columns = matrix(shape)
     result = np.full((rows, columns), -1, dtype=np.int64)
     for name, top, bottom, left, right, offset, down, across in parts:

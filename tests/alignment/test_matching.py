@@ -138,7 +138,7 @@ def test_layers_can_be_paired_out_of_order(tmp_path: Path, rng: Any) -> None:
                 "model.layers.0.self_attn.q_proj.weight": TO + "layers.0.self_attn.q_proj.weight",
                 "model.layers.0.self_attn.k_proj.weight": TO + "layers.0.self_attn.q_proj.weight",
             },
-            ["2 tensors", "self_attn.q_proj.weight and", "k_proj", "one counterpart"],
+            ["2 tensors", "self_attn.q_proj.weight and", "k_proj", "which takes one"],
         ),
     ],
     ids=["reasoning", "multimodal", "prefix", "target", "empty", "none", "shapes", "twice"],
@@ -268,7 +268,7 @@ def test_a_map_file_gives_back_what_was_written(
         write_map(path, [], [])
 
 
-# ------------------------------------------------------------------ likeness
+# ------------------------------------------------------------------ similarity
 
 
 @pytest.mark.parametrize(
@@ -336,9 +336,9 @@ def test_models_of_a_common_base_pass_however_far_they_have_moved(
         assert len(compute_delta(a, b)) == 21
     found = align(a, b)
     assert found.ok
-    assert found.likeness is not None
-    assert found.likeness.matched == pytest.approx(1 / (1 + noise**2) ** 0.5, abs=0.02)
-    assert abs(found.likeness.elsewhere) < 0.1
+    assert found.similarity is not None
+    assert found.similarity.matched == pytest.approx(1 / (1 + noise**2) ** 0.5, abs=0.02)
+    assert abs(found.similarity.elsewhere) < 0.1
 
 
 def test_layers_that_are_all_alike_are_no_shift(tmp_path: Path, rng: Any) -> None:
@@ -655,13 +655,20 @@ def test_too_little_coverage_is_refused_though_not_strict(tmp_path: Path, rng: A
 # ------------------------------------------------------------------ the command
 
 
-def test_the_command_shows_pairs_leftovers_rivals_and_likeness(
+def test_the_command_shows_pairs_leftovers_alternatives_and_similarity(
     tmp_path: Path, rng: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = write_pair(tmp_path, layers=3)
     assert main(["align", str(text.reasoning), str(text.multimodal)]) == 0
     shown = capsys.readouterr().out
-    for word in ("12 attn", "9 mlp", "model.language_model", "rival", "correlate", "vision_tower"):
+    for word in (
+        "12 attn",
+        "9 mlp",
+        "model.language_model",
+        "alternative",
+        "correlate",
+        "vision_tower",
+    ):
         assert word in shown
     assert main(["align", str(text.reasoning), str(text.multimodal), "--all", "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)

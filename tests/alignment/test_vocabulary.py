@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from drift_fast import CheckpointError, CoverageError
-from drift_fast.alignment.vocabulary import RowMap, Vocabulary, match_rows, read_vocabulary
+from drift_fast.alignment.tokenizer_files import Vocabulary, read_vocabulary
+from drift_fast.alignment.vocabulary import RowCount, RowMap, TokenRows, match_rows
 from support.synthetic import refused
 
 SENTENCES = [
@@ -205,7 +206,9 @@ def test_a_slow_and_a_fast_file_of_one_tokenizer_match_every_row(tmp_path: Path)
         tmp_path / "slow", {"vocab.json": vocab, "added_tokens.json": {"<think>": size - 1}}
     )
 
-    assert match_rows(fast, slow, size, size, by="token").runs == [(0, 0, size)]
+    assert match_rows(TokenRows(fast, size), TokenRows(slow, size), by="token").runs == [
+        (0, 0, size)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -316,7 +319,7 @@ HOSTILE: dict[str, tuple[str | bytes, list[str]]] = {
     ),
     "an added token without an id": (text("{}", '[{"content": "a"}]'), ["added_tokens", "'a'"]),
     "an added token without content": (text("{}", '[{"id": 7}]'), ["added_tokens", "string", "7"]),
-    "an added number": (text("{}", "[7]"), ["added_tokens[0]", "object", "7"]),
+    "an added number": (text("{}", "[7]"), ["added_tokens[0]", "object", "an integer"]),
     "added tokens as an object": (text("{}", '{"a": 0}'), ["added_tokens", "list"]),
     "added tokens of null": (text('{"a": 0}', "null"), ["added_tokens", "list"]),
     "no model": ('{"added_tokens": []}', ["model", "object"]),
@@ -324,21 +327,24 @@ HOSTILE: dict[str, tuple[str | bytes, list[str]]] = {
     "a vocabulary of null": (text("null"), ["model.vocab", "object"]),
     "a list where an object belongs": (text('[["a", 0]]'), ["model.vocab", "object"]),
     "an object where a list belongs": (text('{"a": 0}', kind="Unigram"), ["model.vocab", "list"]),
-    "a piece without a score": (text('[["a"]]', kind="Unigram"), ["model.vocab[0]", "score"]),
-    "a piece that is a number": (text('[["a", 0], 3]', kind="Unigram"), ["model.vocab[1]", "3"]),
+    "a piece without a score": (text('[["a"]]', kind="Unigram"), ["model.vocab[0]", "length 2"]),
+    "a piece that is a number": (
+        text('[["a", 0], 3]', kind="Unigram"),
+        ["model.vocab[1]", "a list", "an integer"],
+    ),
     "a piece of a number": (text("[[3, 0.5]]", kind="Unigram"), ["model.vocab", "string", "3"]),
     "an unknown model": (text('{"a": 0}', kind="Tekken"), ["model.type", "'Tekken'"]),
     "an empty vocabulary": (text("{}"), ["model.vocab", "none"]),
     "an empty list of pieces": (text("[]", kind="Unigram"), ["model.vocab", "none"]),
     "a list": ("[1, 2]", ["object", "a list"]),
-    "a string": ('"vocab"', ["object", "'vocab'"]),
+    "a string": ('"vocab"', ["object", "a string"]),
     "null": ("null", ["object"]),
     "nothing": ("", ["JSON"]),
     "not JSON": ("version https://git-lfs.github.com/spec/v1\n", ["JSON"]),
     "not text": (b'{"model": "\xff\xfe\xfa"}', ["JSON"]),
     "a file cut off": (text('{"a": 0}')[:-9], ["JSON"]),
-    "enormous nesting": ("[" * 200_000 + "]" * 200_000, ["JSON", "recursion"]),
-    "nested objects": ('{"model":' * 100_000 + "0" + "}" * 100_000, ["JSON", "recursion"]),
+    "enormous nesting": ("[" * 200_000 + "]" * 200_000, ["JSON", "nested too deeply"]),
+    "nested objects": ('{"model":' * 100_000 + "0" + "}" * 100_000, ["JSON", "nested too deeply"]),
 }
 
 
@@ -361,7 +367,10 @@ def test_a_hostile_file_gets_one_error_that_names_it_and_the_place(
         ({"added_tokens.json": ["<x>"]}, ["added_tokens.json", "object"]),
         ({"added_tokens.json": '{"<x>": 2, "<x>": 3}'}, ["added_tokens.json", "'<x>'", "twice"]),
         ({"tokenizer_config.json": {"added_tokens_decoder": [1]}}, ["decoder", "object"]),
-        ({"tokenizer_config.json": {"added_tokens_decoder": {"2": "<x>"}}}, ["decoder", "'<x>'"]),
+        (
+            {"tokenizer_config.json": {"added_tokens_decoder": {"2": "<x>"}}},
+            ["decoder", "an object"],
+        ),
         *(
             (
                 {"tokenizer_config.json": {"added_tokens_decoder": {number: {"content": "<x>"}}}},
@@ -385,7 +394,7 @@ def test_a_file_beyond_the_limit_is_refused_unread(tmp_path: Path) -> None:
     write(tmp_path, {"tokenizer.json": "{"})
     os.truncate(tmp_path / "tokenizer.json", 200_000_001)
 
-    with refused(CheckpointError, tmp_path / "tokenizer.json", "200,000,000", "200000001"):
+    with refused(CheckpointError, tmp_path / "tokenizer.json", "200,000,000", "200,000,001"):
         read_vocabulary(tmp_path)
 
 
@@ -484,10 +493,10 @@ def test_runs_expand_to_the_answer_of_a_dictionary(
     }
     if not expected:
         with refused(CoverageError, left, right):
-            match_rows(left, right, left_rows, right_rows, by="token")
+            match_rows(TokenRows(left, left_rows), TokenRows(right, right_rows), by="token")
         return
 
-    found = match_rows(left, right, left_rows, right_rows, by="token")
+    found = match_rows(TokenRows(left, left_rows), TokenRows(right, right_rows), by="token")
 
     expanded = [(r + i, le + i) for le, r, count in found.runs for i in range(count)]
     assert expanded == sorted(expected.items())
@@ -497,11 +506,19 @@ def test_runs_expand_to_the_answer_of_a_dictionary(
         for (le, r, count), following in zip(found.runs, found.runs[1:], strict=False)
     )
     assert found.matched == len(expected)
-    assert found.only_left == len([i for i in first.values() if i < left_rows]) - len(expected)
-    assert found.only_right == len([i for i in second.values() if i < right_rows]) - len(expected)
-    assert found.beyond_left == len([i for i in first.values() if i >= left_rows])
-    assert found.beyond_right == len([i for i in second.values() if i >= right_rows])
-    assert (found.left_rows, found.right_rows, found.how) == (left_rows, right_rows, "token")
+    assert found.reasoning.unmatched == len([i for i in first.values() if i < left_rows]) - len(
+        expected
+    )
+    assert found.multimodal.unmatched == len([i for i in second.values() if i < right_rows]) - len(
+        expected
+    )
+    assert found.reasoning.beyond == len([i for i in first.values() if i >= left_rows])
+    assert found.multimodal.beyond == len([i for i in second.values() if i >= right_rows])
+    assert (found.reasoning_rows, found.multimodal_rows, found.how) == (
+        left_rows,
+        right_rows,
+        "token",
+    )
 
 
 @given(st.integers(1, 9), st.integers(1, 9))
@@ -509,36 +526,35 @@ def test_by_index_matches_the_rows_up_to_the_smaller_size(left_rows: int, right_
     nowhere = Path("no/such/directory")
     count = min(left_rows, right_rows)
 
-    found = match_rows(nowhere, nowhere, left_rows, right_rows, by="index")
+    found = match_rows(TokenRows(nowhere, left_rows), TokenRows(nowhere, right_rows), by="index")
 
     assert found == RowMap(
         [(0, 0, count)],
         left_rows,
         right_rows,
-        count,
-        left_rows - count,
-        right_rows - count,
+        RowCount(left_rows - count),
+        RowCount(right_rows - count),
         "index",
     )
 
 
 def test_index_of_an_embedding_without_rows_covers_nothing(tmp_path: Path) -> None:
     with refused(CoverageError, tmp_path, "0"):
-        match_rows(tmp_path, tmp_path, 0, 5, by="index")
+        match_rows(TokenRows(tmp_path, 0), TokenRows(tmp_path, 5), by="index")
 
 
 def test_another_way_to_match_is_refused(tmp_path: Path) -> None:
     at(tmp_path, {"a": 0})
 
     with refused(ValueError, "'token'", "'index'", "'position'"):
-        match_rows(tmp_path, tmp_path, 1, 1, by="position")  # type: ignore[arg-type]
+        match_rows(TokenRows(tmp_path, 1), TokenRows(tmp_path, 1), by="position")  # type: ignore[arg-type]
 
 
 def test_unsaid_means_by_token_and_never_by_index(tmp_path: Path) -> None:
     left = at(tmp_path / "left", {"a": 0, "b": 1})
     right = at(tmp_path / "right", {"b": 0, "a": 1})
 
-    found = match_rows(left, right, 2, 2, by=None)
+    found = match_rows(TokenRows(left, 2), TokenRows(right, 2), by=None)
 
     assert found.how == "token"
     assert found.runs == [(1, 0, 1), (0, 1, 1)]
@@ -548,9 +564,9 @@ def test_an_id_of_a_quintillion_is_counted_and_takes_no_memory(tmp_path: Path) -
     left = at(tmp_path / "left", {"a": 0, "b": 10**18})
     right = at(tmp_path / "right", {"a": 0, "b": 1})
 
-    found = match_rows(left, right, 4, 2, by="token")
+    found = match_rows(TokenRows(left, 4), TokenRows(right, 2), by="token")
 
-    assert found == RowMap([(0, 0, 1)], 4, 2, 1, 0, 1, "token", 1, 0)
+    assert found == RowMap([(0, 0, 1)], 4, 2, RowCount(0, 1), RowCount(1, 0))
 
 
 @pytest.mark.parametrize("by", [None, "token"])
@@ -562,7 +578,7 @@ def test_a_missing_tokenizer_is_named_with_the_remedy(
         write(tmp_path / side, {} if side in missing else {"tokenizer.json": plain({"a": 0})})
 
     with pytest.raises(CoverageError) as caught:
-        match_rows(tmp_path / "left", tmp_path / "right", 1, 1, by=by)
+        match_rows(TokenRows(tmp_path / "left", 1), TokenRows(tmp_path / "right", 1), by=by)
 
     message = str(caught.value)
     assert [side for side in ("left", "right") if str(tmp_path / side) in message] == missing
@@ -577,14 +593,14 @@ def test_tokenizers_of_two_spellings_are_refused_with_the_remedy(tmp_path: Path)
         paths.append(tmp_path / name)
 
     with refused(CoverageError, *paths, "byte-level", "metaspace", 'rows="index"'):
-        match_rows(*paths, 300, 300, by="token")
+        match_rows(*(TokenRows(path, 300) for path in paths), by="token")
 
 
 def test_tokenizers_without_a_common_token_cover_nothing(tmp_path: Path) -> None:
     left, right = at(tmp_path / "left", {"a": 0}), at(tmp_path / "right", {"b": 0})
 
     with refused(CoverageError, left, right, "token", "leave embeddings and heads out"):
-        match_rows(left, right, 1, 1, by="token")
+        match_rows(TokenRows(left, 1), TokenRows(right, 1), by="token")
 
 
 def qwen_like(directory: Path, added: dict[str, int]) -> Path:
@@ -603,7 +619,7 @@ def test_renamed_special_tokens_of_a_large_vocabulary_are_left_out(tmp_path: Pat
     left = qwen_like(tmp_path / "left", {"<user>": 151_643, "<think>": 151_644, "<eos>": 151_645})
     right = qwen_like(tmp_path / "right", {"<|im_end|>": 151_643, "<eos>": 151_646})
 
-    found = match_rows(left, right, 151_936, 152_064, by="token")
+    found = match_rows(TokenRows(left, 151_936), TokenRows(right, 152_064), by="token")
 
     assert found.runs == [(0, 0, 151_643), (151_645, 151_646, 1)]
     assert str(found) == (
@@ -613,8 +629,8 @@ def test_renamed_special_tokens_of_a_large_vocabulary_are_left_out(tmp_path: Pat
 
 
 def test_the_report_says_what_was_left_out() -> None:
-    token = RowMap([(0, 0, 1_000)], 1_500, 2_000, 1_000, 5, 0, "token", 0, 1_234)
-    index = RowMap([(0, 0, 1_500)], 1_500, 2_000, 1_500, 0, 500, "index")
+    token = RowMap([(0, 0, 1_000)], 1_500, 2_000, RowCount(5, 0), RowCount(0, 1_234))
+    index = RowMap([(0, 0, 1_500)], 1_500, 2_000, RowCount(0), RowCount(500), "index")
 
     assert str(token) == (
         "1,000 of 2,000 rows matched by token string; 5 tokens only in the reasoning checkpoint, "
@@ -629,9 +645,9 @@ def test_the_report_says_what_was_left_out() -> None:
 def test_reading_a_vocabulary_imports_no_library_of_models(tmp_path: Path) -> None:
     at(tmp_path, {"a": 0})
     program = (
-        "import sys, pathlib; from drift_fast.alignment.vocabulary import match_rows\n"
+        "import sys, pathlib; from drift_fast.alignment.vocabulary import TokenRows, match_rows\n"
         f"path = pathlib.Path({str(tmp_path)!r})\n"
-        "assert match_rows(path, path, 1, 1, by=None).matched == 1\n"
+        "assert match_rows(TokenRows(path, 1), TokenRows(path, 1), by=None).matched == 1\n"
         "loaded = {'torch', 'numpy', 'tokenizers', 'transformers', 'sentencepiece'}\n"
         "sys.exit(repr(loaded & set(sys.modules)) if loaded & set(sys.modules) else 0)"
     )

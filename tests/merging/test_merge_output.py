@@ -233,7 +233,7 @@ def test_merge_json_says_what_was_done_from_what(sources: tuple[Path, Path], out
     assert told["sources"].keys() == {"reasoning", "multimodal", "base"}
     digests = [shard["sha256_of_samples"] for shard in told["sources"]["base"]["shards"]]
     assert digests == [digest for *_, digest in _core.Checkpoint(sources[0]).fingerprint()]
-    assert told["coverage"]["reasoning"] == merged.coverage.to_json()
+    assert told["coverage"]["reasoning"] == merged.coverage.to_dict()
     assert told["files"] == ["config.json"]
     assert [row["name"] for row in told["tensors"]] == [one.name for one in merged.tensors]
     assert all("reason" in row or "kept_reasoning" in row for row in told["tensors"])

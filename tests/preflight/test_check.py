@@ -20,11 +20,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from drift_fast import CheckpointError, check
-from drift_fast.alignment.pairing import fetch, pair_checkpoints
+from drift_fast.alignment.options import PairOptions
+from drift_fast.alignment.pairing import align_checkpoints, fetch
 from drift_fast.checkpoints.config_json import Configuration
 from drift_fast.preflight.check import Finding, Preflight
 from drift_fast.preflight.facts import _OTHER_PARTIAL_ROTARY, _OTHER_THETA, describe, read_headers
-from drift_fast.selection import Selection
 from support.range_server import RangeServer
 from support.synthetic import refused, write_raw, write_sparse
 
@@ -762,8 +762,7 @@ def test_another_precision_is_noted_and_both_sides_are_planned_at_their_own(
     numel = 3 * (2 * 16 * 16 + 2 * 8 * 16 + 3 * 24 * 16)
     assert plan.read_nbytes == (4 * numel, 2 * numel)
     assert plan.delta_nbytes == 4 * numel
-    pairing = pair_checkpoints(a, b, Selection.parse(("attn", "mlp"), None), strict=True)
-    assert sum(plan.read_nbytes) == pairing.nbytes
+    assert sum(plan.read_nbytes) == align_checkpoints(a, b, PairOptions()).nbytes
 
 
 @pytest.mark.parametrize("modules", ["embed", "head", "all"])
@@ -1463,17 +1462,16 @@ def test_of_a_checkpoint_on_a_server_the_plan_says_what_would_be_downloaded(
     large = changed({"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 128})
     a = tiny(tmp_path / "a", large)
     tiny(tmp_path / "served" / "b", {**large, "rope_theta": 1e6})
-    selection = Selection.parse("attn", None)
     with RangeServer(tmp_path / "served") as server:
         url = f"{server.url}/b"
         report = check(a, url, modules="attn")
         received = server.nbytes
-        fetched = fetch(pair_checkpoints(a, url, selection, strict=True), "auto")
+        fetched = fetch(align_checkpoints(a, url, PairOptions(modules="attn")))
         again = check(a, url, modules="attn")
     assert received < 1_000_000
     assert report.plan is not None
     assert again.plan is not None
-    (transfer,) = fetched.sources[1].transfers
+    (transfer,) = fetched.multimodal.source.transfers
     assert report.plan.read_nbytes[1] == transfer.wanted_nbytes
     assert report.plan.download_nbytes == transfer.wanted_nbytes - transfer.cached_nbytes > 0
     assert again.plan.download_nbytes == 0

@@ -1,16 +1,17 @@
-"""What was paired and what was not, and why: the account that every delta and attachment carries.
+"""What was matched and what was not, and why: the report that every delta and attachment carries.
 
-Each tensor of either side is listed once: matched, or unmatched with a reason, of which
-"not selected" is one. Nothing is left out in silence.
+Each tensor of either side is listed once: matched, or unmatched with a reason, which may be "not
+selected". Nothing is left out in silence.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
+from drift_fast.config_files import convert
 from drift_fast.names import container_of, kind_of, layer_of
 
 NOT_SELECTED = "not selected"
@@ -30,15 +31,15 @@ class Coverage:
 
     @property
     def backbone_fraction(self) -> float:
-        """Share of the language backbone's parameters, selected or not, that has a partner."""
+        """Share of the language backbone's parameters, selected or not, that has a match."""
         return self.backbone_matched_numel / self.backbone_numel if self.backbone_numel else 0.0
 
     @property
     def fraction(self) -> float:
-        """Share of the selected parameters, counted by elements, that has a partner."""
+        """Share of the selected parameters, counted by elements, that has a match."""
         return self.matched_numel / self.selected_numel if self.selected_numel else 0.0
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return lists and numbers for `drift.json`."""
         return {
             "matched": [list(pair) for pair in self.matched],
@@ -53,44 +54,35 @@ class Coverage:
         }
 
     @classmethod
-    def from_json(cls, stored: dict[str, Any]) -> Coverage:
-        """Restore what `to_json` returned.
+    def from_dict(cls, stored: object) -> Coverage:
+        """Restore what `to_dict` returned.
 
         Raises:
-            KeyError, TypeError, ValueError: something `to_json` did not write.
+            ValueError: something that `to_dict` did not write; the message names the key.
         """
-
-        def pairs(key: str) -> list[tuple[str, str]]:
-            return [(str(first), str(second)) for first, second in stored[key]]
-
-        return cls(
-            pairs("matched"),
-            pairs("unmatched_reasoning"),
-            pairs("unmatched_multimodal"),
-            int(stored["matched_numel"]),
-            int(stored["selected_numel"]),
-            # Deltas written before this was counted have none.
-            int(stored.get("backbone_numel", 0)),
-            int(stored.get("backbone_matched_numel", 0)),
-        )
+        absent = {each.name for each in fields(cls)[:5]} - convert(stored, dict[str, Any]).keys()
+        if absent:
+            raise ValueError(f"coverage has no {min(absent)}")
+        # Deltas written before the backbone was counted have no numbers of it.
+        return convert(stored, cls, "coverage")
 
     def __str__(self) -> str:
-        left = sum(reason != NOT_SELECTED for _, reason in self.unmatched_reasoning)
-        right = sum(reason != NOT_SELECTED for _, reason in self.unmatched_multimodal)
+        reasoning = sum(reason != NOT_SELECTED for _, reason in self.unmatched_reasoning)
+        multimodal = sum(reason != NOT_SELECTED for _, reason in self.unmatched_multimodal)
         backbone = (
             f" ({self.backbone_fraction:.1%} of the backbone's)" if self.backbone_numel else ""
         )
         return (
             f"{len(self.matched)} tensors matched, {self.fraction:.1%} of the selected parameters"
-            f"{backbone}; without a partner: {left} in the reasoning checkpoint, {right} in the "
-            "multimodal one"
+            f"{backbone}; without a match: {reasoning} in the reasoning checkpoint, {multimodal} "
+            "in the multimodal one"
         )
 
 
 def backbone_numel(shapes: Mapping[str, tuple[int, ...]], containers: Iterable[str | None]) -> int:
     """Return the parameters of a language backbone: its layers, and norm, embedding and head.
 
-    `containers` hold the layers, as `select.container_of` names them.
+    `containers` hold the layers, as `names.container_of` names them.
     """
     held = set(containers)
     return sum(

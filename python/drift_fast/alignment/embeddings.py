@@ -1,161 +1,157 @@
 """Embeddings and heads, whose rows are tokens: paired row by row, since vocabularies differ.
 
-Owns which embedding or head belongs to which and what is left out of tied ones; which rows are the
-same token is `vocabulary`'s. They are never part of a delta unless they are selected.
+Owns which embedding or head belongs to which, and what is left out of tied ones. Which rows are the
+same token is `vocabulary`'s. They are part of a delta only when they are selected.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Literal
 
-from drift_fast.alignment.layout import Part, Shape
-from drift_fast.alignment.match import Match, Pair
-from drift_fast.alignment.vocabulary import RowMap, match_rows
+from drift_fast.alignment.layout import Rectangle
+from drift_fast.alignment.name_alignment import NameAlignment, Pair
+from drift_fast.alignment.tokenizer_files import FILES
+from drift_fast.alignment.vocabulary import RowMap, TokenRows, match_rows
+from drift_fast.checkpoints.opened import Opened
 from drift_fast.errors import CoverageError
 from drift_fast.names import kind_of
 from drift_fast.selection import Selection
+from drift_fast.shapes import Shape
 
 Rows = Literal["token", "index"] | None
 
 TIED = "tied to the embedding by the configuration: one parameter, taken with embed"
 
 
-@dataclass(frozen=True)
-class VocabularySide:
-    """One model's tensors, where its tokenizer lies, and whether the head is tied."""
-
-    tensors: Mapping[str, Shape]
-    directory: Path
-    tied: bool
-
-
 @dataclass
-class RowPairs:
-    """The pairing with rows in place of whole embeddings, and what was found on the way."""
+class RowAlignment:
+    """The alignment with rows in place of whole embeddings, and what was found on the way.
 
-    match: Match
+    `maps` are the matched rows and `problems` why rows could not be matched, by multimodal name.
+    """
+
+    alignment: NameAlignment
     maps: dict[str, RowMap] = field(default_factory=dict)
+    problems: dict[str, str] = field(default_factory=dict)
 
 
-def pair_rows(
-    found: Match,
+def align_rows(
+    found: NameAlignment,
+    reasoning: Opened,
+    multimodal: Opened,
     selection: Selection,
-    left: VocabularySide,
-    right: VocabularySide,
-    *,
     rows: Rows,
-    strict: bool,
-) -> RowPairs:
-    """Pair the selected embeddings and heads of the right side by rows.
+) -> RowAlignment:
+    """Pair the selected embeddings and heads of the multimodal model by rows.
 
-    A head that the right side ties to its embedding is left out, since they are one parameter; one
-    that only the left side ties is paired with the left embedding, which it is.
+    A head that the multimodal model ties to its embedding is left out, since they are one
+    parameter. One that only the reasoning model ties is paired with that model's embedding.
 
     Raises:
-        CoverageError: when strict, vocabularies that cannot be compared.
         CheckpointError: a tokenizer that is not valid.
-        ValueError: another `rows`.
     """
-    chosen = {
-        name: kind_of(name)
-        for name in right.tensors
-        if name in selection and _is_vocabulary(name, right.tensors)
-    }
-    counterparts = _counterparts(found, left, right)
-    by_name = {pair.name: pair for pair in found.pairs}
-    reasons = dict(found.unmatched_right)
-    result = RowPairs(found)
-    for name, kind in chosen.items():
-        if kind == "head" and right.tied:
-            by_name.pop(name, None)
+    chosen = [
+        name
+        for name in multimodal.shapes
+        if name in selection and _is_vocabulary(name, multimodal.shapes)
+    ]
+    for side in (reasoning, multimodal):
+        if any(kind_of(n) in ("embed", "head") and n in selection for n in side.shapes):
+            side.download_files(FILES)
+    # Read even where nothing is tied, so that a configuration that is not valid is refused.
+    reasoning_tied, multimodal_tied = (
+        reasoning.configuration.is_tied,
+        multimodal.configuration.is_tied,
+    )
+    sources = _sources(found, reasoning.shapes, multimodal.shapes)
+    pairs = {pair.name: pair for pair in found.pairs if pair.name not in chosen}
+    result = RowAlignment(found)
+    reasons = dict(found.unmatched_multimodal)
+    for name in chosen:
+        source = sources.get(name)
+        if kind_of(name) == "head" and multimodal_tied:
             reasons[name] = TIED
-            continue
-        source = counterparts.get(name)
-        by_name.pop(name, None)
-        if source is None:
+        elif source is None:
             reasons.setdefault(name, "the other model has no single tensor of its kind and width")
-            continue
-        try:
-            rows_of = match_rows(
-                left.directory,
-                right.directory,
-                left.tensors[source][0],
-                right.tensors[name][0],
-                by=rows,
-            )
-        except CoverageError as error:
-            what = f"{source} {list(left.tensors[source])} and {name} {list(right.tensors[name])}"
-            if strict:
-                raise CoverageError(f"{what}: {error}") from error
-            reasons[name] = f"{what}: {error}"
-            continue
-        result.maps[name] = rows_of
-        by_name[name] = Pair(name, _parts(source, rows_of, right.tensors[name]))
-    taken = {source for pair in by_name.values() for source in pair.sources}
-    left_reasons = dict(found.unmatched_left)
-    if left.tied:
-        left_reasons |= {name: TIED for name in left.tensors if kind_of(name) == "head"}
-    result.match = replace(
+        else:
+            here, there = reasoning.shapes[source], multimodal.shapes[name]
+            try:
+                result.maps[name] = match_rows(
+                    TokenRows(reasoning.directory, here[0]),
+                    TokenRows(multimodal.directory, there[0]),
+                    by=rows,
+                )
+            except CoverageError as error:
+                problem = f"{source} {list(here)} and {name} {list(there)}: {error}"
+                reasons[name] = result.problems[name] = problem
+            else:
+                pairs[name] = Pair(name, _parts(source, result.maps[name], there))
+    reasons_of_reasoning = dict(found.unmatched_reasoning)
+    if reasoning_tied:
+        reasons_of_reasoning |= {n: TIED for n in reasoning.shapes if kind_of(n) == "head"}
+    taken = {source for pair in pairs.values() for source in pair.sources}
+    result.alignment = replace(
         found,
-        pairs=[by_name[name] for name in right.tensors if name in by_name],
-        unmatched_left=[
-            (name, left_reasons.get(name) or "its counterpart is left out")
-            for name in left.tensors
+        pairs=[pairs[name] for name in multimodal.shapes if name in pairs],
+        unmatched_reasoning=[
+            (name, reasons_of_reasoning.get(name) or "its match is left out")
+            for name in reasoning.shapes
             if name not in taken
         ],
-        unmatched_right=[(name, reasons[name]) for name in right.tensors if name not in by_name],
+        unmatched_multimodal=[(n, reasons[n]) for n in multimodal.shapes if n not in pairs],
     )
     return result
 
 
-def _is_vocabulary(name: str, tensors: Mapping[str, Shape]) -> bool:
-    return kind_of(name) in ("embed", "head") and len(tensors[name]) in (1, 2)
+def _is_vocabulary(name: str, shapes: Mapping[str, Shape]) -> bool:
+    return kind_of(name) in ("embed", "head") and len(shapes[name]) in (1, 2)
 
 
-def _counterparts(found: Match, left: VocabularySide, right: VocabularySide) -> dict[str, str]:
-    """Return the left tensor of each embedding and head on the right that has one.
+def _sources(
+    found: NameAlignment, reasoning: Mapping[str, Shape], multimodal: Mapping[str, Shape]
+) -> dict[str, str]:
+    """Return the reasoning tensor of each multimodal embedding and head that has one.
 
     What was paired or has the same name below the aligned prefixes goes first, so that a second
-    language model's embedding is not taken for the backbone's; of what is left over, only one of a
+    language model's embedding is not taken for the backbone's. Of what is left over, only one of a
     kind on either side is placed.
     """
     placed = found.vocabularies | {
         pair.name: pair.source
         for pair in found.pairs
-        if isinstance(pair.source, str) and _is_vocabulary(pair.name, right.tensors)
+        if isinstance(pair.source, str) and _is_vocabulary(pair.name, multimodal)
     }
     first, second = (f"{prefix}." if prefix else "" for prefix in found.prefixes)
-    for name in left.tensors:
-        partner = second + name.removeprefix(first)
-        fits = partner in right.tensors and _is_vocabulary(name, left.tensors)
-        if fits and name.startswith(first) and partner not in placed:
-            placed[partner] = name
-    for kind, sources in (("embed", ("embed",)), ("head", ("head", "embed"))):
-        free = [n for n, s in right.tensors.items() if kind_of(n) == kind and len(s) == 2]
+    for source in reasoning:
+        name = second + source.removeprefix(first)
+        fits = name in multimodal and _is_vocabulary(source, reasoning)
+        if fits and source.startswith(first) and name not in placed:
+            placed[name] = source
+    for kind, kinds_of_source in (("embed", ("embed",)), ("head", ("head", "embed"))):
+        free = _of_kind(kind, multimodal)
         if any(name in placed for name in free):
             continue
-        of_kind: list[str] = []
-        for wanted in sources:
-            of_kind = of_kind or [
-                n for n, s in left.tensors.items() if kind_of(n) == wanted and len(s) == 2
-            ]
-        if len(free) == len(of_kind) == 1:
-            placed[free[0]] = of_kind[0]
+        candidates = next(filter(None, (_of_kind(one, reasoning) for one in kinds_of_source)), [])
+        if len(free) == len(candidates) == 1:
+            placed[free[0]] = candidates[0]
     return {
         name: source
         for name, source in placed.items()
-        if left.tensors[source][1:] == right.tensors[name][1:]
+        if reasoning[source][1:] == multimodal[name][1:]
     }
 
 
-def _parts(source: str, rows: RowMap, shape: Shape) -> str | list[Part]:
+def _of_kind(kind: str, shapes: Mapping[str, Shape]) -> list[str]:
+    return [name for name, shape in shapes.items() if kind_of(name) == kind and len(shape) == 2]
+
+
+def _parts(source: str, rows: RowMap, shape: Shape) -> str | list[Rectangle]:
     columns = shape[1] if len(shape) > 1 else 1
-    if rows.runs == [(0, 0, shape[0])] and rows.left_rows == shape[0]:
+    if rows.runs == [(0, 0, shape[0])] and rows.reasoning_rows == shape[0]:
         return source
     return [
-        (source, right, right + count, 0, columns, left * columns, columns, 1)
-        for left, right, count in rows.runs
+        Rectangle(source, there, there + count, 0, columns, here * columns, columns, 1)
+        for here, there, count in rows.runs
     ]

@@ -1,10 +1,11 @@
-"""Fused weights told from split ones by names and shapes, where transformers cannot be asked.
+"""Fused weights matched with split ones by names and shapes, where transformers cannot be asked.
 
 The canonical form is the fused one: `experts.gate_up_proj` of shape [experts, 2·inner, hidden] and
 `experts.down_proj` of shape [experts, hidden, inner]; `qkv_proj` and `gate_up_proj` with the rows
-of their parts one after another in the order that the name gives. A fused weight that is stored
-transposed is told by its partner: of gate_up and down only one reading fits both shapes. What is
-stored otherwise, interleaved say, is caught by the comparison of the weights (`likeness`).
+of their parts one after another in the order that the name gives. Whether a fused weight is stored
+transposed follows from the other weight of its experts: only one reading of gate_up and down fits
+both shapes. Other orders, such as interleaved rows, are caught when the weights are compared
+(`similarity`).
 """
 
 from __future__ import annotations
@@ -12,56 +13,77 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
-from drift_fast.alignment.layout import Layout, Shape
+from drift_fast.alignment.layout import Layout
+from drift_fast.alignment.name_alignment import TensorIndex
+from drift_fast.shapes import Shape
 
 _EXPERT = re.compile(
     r"(?P<experts>.*\bexperts)\.(?P<number>\d+)\.(?P<name>(gate|up|down)_proj)(\.weight)?$"
 )
-_STACKED = re.compile(r"(?P<experts>.*\bexperts)\.(?P<name>gate_up_proj|down_proj)(\.weight)?$")
+_FUSED_EXPERTS = re.compile(
+    r"(?P<experts>.*\bexperts)\.(?P<name>gate_up_proj|down_proj)(\.weight)?$"
+)
 _EXPERT_PARTS = ("gate_proj", "up_proj", "down_proj")
-# What stands together in one weight, and the parts' names in their order.
-_JOINED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+# Names of fused projections, and those of their parts in order.
+_FUSED_PROJECTIONS = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
 
 
-def canonical(tensors: Mapping[str, Layout], joined: Iterable[str]) -> dict[str, Layout]:
-    """Return every tensor under its canonical name, with experts stacked and parts joined.
+def canonical(tensors: Mapping[str, Layout], fuse: Iterable[str]) -> dict[str, Layout]:
+    """Return every tensor under its canonical name, with experts and the named projections fused.
 
-    `joined` names the projections that the other model stores fused; others are left split.
+    `fuse` are the projections that either model stores fused; others are left split.
     """
     rest = dict(tensors)
-    layouts = _stack_experts(rest) | _orient_experts(rest)
-    for name in joined:
-        layouts |= _join(rest, name, _JOINED[name])
+    layouts = _fuse_experts(rest) | _orient_experts(rest)
+    for name in fuse:
+        layouts |= _fuse_projection(rest, name, _FUSED_PROJECTIONS[name])
     return layouts | rest
 
 
-def unoriented(name: str, tensors: Mapping[str, Shape]) -> bool:
-    """Whether nothing tells how a stacked weight lies: square, and without its partner."""
-    match = _STACKED.match(name)
+def canonical_layouts(
+    reasoning: TensorIndex, multimodal: TensorIndex
+) -> tuple[dict[str, Layout], dict[str, Layout], str]:
+    """Return both sides in one form, and how that form was found."""
+    asked = reasoning.convert(), multimodal.convert()
+    sides = [
+        answer or {name: Layout.stored(name, shape) for name, shape in side.shapes.items()}
+        for side, answer in zip((reasoning, multimodal), asked, strict=True)
+    ]
+    fuse = fused_projections(sides[0]) | fused_projections(sides[1])
+    method = "names and shapes" if None in asked else "transformers' conversion"
+    return canonical(sides[0], fuse), canonical(sides[1], fuse), method
+
+
+def is_unoriented(name: str, tensors: Mapping[str, Shape]) -> bool:
+    """Whether nothing shows if fused experts are transposed: square, without their other weight."""
+    match = _FUSED_EXPERTS.match(name)
     shape = tensors[name]
     if match is None or len(shape) != 3 or shape[1] != shape[2]:
         return False
-    partner = "down_proj" if match["name"] == "gate_up_proj" else "gate_up_proj"
+    other = "down_proj" if match["name"] == "gate_up_proj" else "gate_up_proj"
     ending = match[3] or ""
-    return f"{match['experts']}.{partner}{ending}" not in tensors
+    return f"{match['experts']}.{other}{ending}" not in tensors
 
 
-def joined_names(tensors: Iterable[str]) -> set[str]:
+def fused_projections(tensors: Iterable[str]) -> set[str]:
     """Return which of the fused projections outside experts occur among the names."""
     return {
         part
         for name in tensors
         for part in name.split(".")[-2:]
-        if part in _JOINED and not _STACKED.match(name)
+        if part in _FUSED_PROJECTIONS and not _FUSED_EXPERTS.match(name)
     }
 
 
 def incomplete_experts(names: Iterable[str]) -> dict[str, str]:
-    """Return the experts that cannot be stacked because others of their layer are not there."""
+    """Return the experts that cannot be fused, since others of their layer are missing."""
     reasons = {}
     for experts, kinds in _experts(names).items():
         count = 1 + max(number for named in kinds.values() for number in named)
-        # A number may be as large as a stranger likes, so only a gap is looked for.
+        # A stranger may write any number, so only a gap is looked for.
         short = next((kind for kind in _EXPERT_PARTS if len(kinds.get(kind, {})) < count), None)
         if short is None:
             continue
@@ -69,7 +91,7 @@ def incomplete_experts(names: Iterable[str]) -> dict[str, str]:
         absent = next(number for number in range(count) if number not in held)
         for name in (name for named in kinds.values() for name in named.values()):
             reasons[name] = (
-                f"the experts of its layer are not all there: no {experts}.{absent}.{short}"
+                f"some experts of its layer are missing: there is no {experts}.{absent}.{short}"
             )
     return reasons
 
@@ -85,7 +107,7 @@ def _experts(names: Iterable[str]) -> dict[str, dict[str, dict[int, str]]]:
     return found
 
 
-def _stack_experts(rest: dict[str, Layout]) -> dict[str, Layout]:
+def _fuse_experts(rest: dict[str, Layout]) -> dict[str, Layout]:
     layouts = {}
     incomplete = incomplete_experts(rest)
     for experts, kinds in _experts(rest).items():
@@ -93,7 +115,7 @@ def _stack_experts(rest: dict[str, Layout]) -> dict[str, Layout]:
         if any(name in incomplete for name in names):
             continue
         if any(f"{experts}.{kind}" in rest for kind in ("gate_up_proj", "down_proj")):
-            # Stored in both ways; there is no telling which is meant.
+            # Stored in both ways; nothing says which is meant.
             continue
         shapes = {kind: {rest[n].shape for n in named.values()} for kind, named in kinds.items()}
         if any(len(found) > 1 for found in shapes.values()):
@@ -113,7 +135,7 @@ def _stack_experts(rest: dict[str, Layout]) -> dict[str, Layout]:
 def _orient_experts(rest: dict[str, Layout]) -> dict[str, Layout]:
     found: dict[str, dict[str, str]] = {}
     for name, layout in rest.items():
-        match = _STACKED.match(name)
+        match = _FUSED_EXPERTS.match(name)
         if match and len(layout.shape) == 3:
             found.setdefault(match["experts"], {})[match["name"]] = name
     layouts = {}
@@ -130,7 +152,9 @@ def _orient_experts(rest: dict[str, Layout]) -> dict[str, Layout]:
     return layouts
 
 
-def _join(rest: dict[str, Layout], fused: str, parts: tuple[str, ...]) -> dict[str, Layout]:
+def _fuse_projection(
+    rest: dict[str, Layout], fused: str, parts: tuple[str, ...]
+) -> dict[str, Layout]:
     layouts = {}
     for name in list(rest):
         before, found, after = name.rpartition(f"{parts[0]}.")

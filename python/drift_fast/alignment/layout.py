@@ -1,27 +1,40 @@
-"""Tensors that one model stores whole and another in pieces: experts, and fused projections.
+"""Tensors that one model stores fused and another split: experts, and fused projections.
 
 Owns `Layout`, a tensor that exists only as blocks of stored ones, and the step from two layouts of
-one tensor to the parts that the reader gathers. Nothing is copied and no weight is read: a block is
-a box of the tensor, and the offset and strides at which a stored tensor holds its elements.
+one tensor to the rectangles that the reader gathers. Nothing is copied and no weight is read: a
+block is a box of the tensor, with the offset and strides at which a stored tensor has its elements.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate, product
+from typing import NamedTuple
 
-Shape = tuple[int, ...]
+from drift_fast.shapes import Shape, contiguous_strides, matrix
 
-# Name, first and end row, first and end column, offset, row stride, column stride: a rectangle of a
-# tensor seen as rows × columns, and where a stored tensor holds its elements, all in elements.
-Part = tuple[str, int, int, int, int, int, int, int]
+
+class Rectangle(NamedTuple):
+    """A rectangle of a tensor seen as rows × columns, and where a stored one holds its elements.
+
+    Ends are exclusive; the offset and both strides are in elements of `source`.
+    """
+
+    source: str
+    first_row: int
+    end_row: int
+    first_column: int
+    end_column: int
+    offset: int
+    row_stride: int
+    column_stride: int
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A box of a tensor (first index and size in each dimension) that lies in a stored one."""
+    """A box of a tensor (first index and size in each dimension) that is in a stored one."""
 
     start: Shape
     size: Shape
@@ -56,29 +69,15 @@ class Layout:
             order[first], order[second] = order[second], order[first]
             return tuple(order)
 
-        return type(self)(
-            swap(self.shape),
-            tuple(
-                Block(swap(b.start), swap(b.size), b.source, b.offset, swap(b.strides))
-                for b in self.blocks
-            ),
-        )
+        return self._reshaped(swap, swap, swap)
 
     def unsqueezed(self, dim: int) -> Layout:
         """Insert a dimension of size one."""
 
-        def insert(values: Shape, value: int) -> Shape:
-            return (*values[:dim], value, *values[dim:])
+        def insert(value: int) -> Callable[[Shape], Shape]:
+            return lambda values: (*values[:dim], value, *values[dim:])
 
-        return type(self)(
-            insert(self.shape, 1),
-            tuple(
-                Block(
-                    insert(b.start, 0), insert(b.size, 1), b.source, b.offset, insert(b.strides, 0)
-                )
-                for b in self.blocks
-            ),
-        )
+        return self._reshaped(insert(0), insert(1), insert(0))
 
     def squeezed(self, dim: int) -> Layout:
         """Drop a dimension of size one.
@@ -87,18 +86,24 @@ class Layout:
             ValueError: the dimension is larger.
         """
         if self.shape[dim] != 1:
-            raise ValueError(f"dimension {dim} of {list(self.shape)} is not of size one")
+            raise ValueError(f"dimension {dim} of {list(self.shape)} does not have size one")
 
         def drop(values: Shape) -> Shape:
             return (*values[:dim], *values[dim + 1 :])
 
-        return type(self)(
-            drop(self.shape),
-            tuple(
-                Block(drop(b.start), drop(b.size), b.source, b.offset, drop(b.strides))
-                for b in self.blocks
-            ),
+        return self._reshaped(drop, drop, drop)
+
+    def _reshaped(
+        self,
+        start: Callable[[Shape], Shape],
+        size: Callable[[Shape], Shape],
+        strides: Callable[[Shape], Shape],
+    ) -> Layout:
+        blocks = (
+            Block(start(b.start), size(b.size), b.source, b.offset, strides(b.strides))
+            for b in self.blocks
         )
+        return type(self)(size(self.shape), tuple(blocks))
 
     def narrowed(self, dim: int, first: int, length: int) -> Layout:
         """Keep `length` indices of one dimension, from `first` on."""
@@ -107,18 +112,12 @@ class Layout:
         start = tuple(begin for begin, _ in box)
         size = tuple(extent for _, extent in box)
         kept = (_cut(block, start, size) for block in self.blocks)
-        moved = tuple(
-            Block(
-                tuple(a - b for a, b in zip(block.start, start, strict=True)),
-                block.size,
-                block.source,
-                block.offset,
-                block.strides,
-            )
-            for block in kept
-            if block is not None
+        moved = (
+            replace(b, start=tuple(a - o for a, o in zip(b.start, start, strict=True)))
+            for b in kept
+            if b is not None
         )
-        return type(self)(size, moved)
+        return type(self)(size, tuple(moved))
 
     @classmethod
     def concatenated(cls, layouts: Sequence[Layout], dim: int) -> Layout:
@@ -131,17 +130,11 @@ class Layout:
         for layout in layouts:
             if [*layout.shape[:dim], *layout.shape[dim + 1 :]] != [*first[:dim], *first[dim + 1 :]]:
                 raise ValueError(
-                    f"{list(layout.shape)} and {list(first)} cannot be joined along dimension {dim}"
+                    f"{list(layout.shape)} and {list(first)} differ beside dimension {dim}"
                 )
         ends = list(accumulate((layout.shape[dim] for layout in layouts), initial=0))
         blocks = tuple(
-            Block(
-                (*b.start[:dim], b.start[dim] + begin, *b.start[dim + 1 :]),
-                b.size,
-                b.source,
-                b.offset,
-                b.strides,
-            )
+            replace(b, start=(*b.start[:dim], b.start[dim] + begin, *b.start[dim + 1 :]))
             for layout, begin in zip(layouts, ends, strict=False)
             for b in layout.blocks
         )
@@ -153,61 +146,51 @@ class Layout:
         return cls.concatenated([layout.unsqueezed(dim) for layout in layouts], dim)
 
 
-def contiguous_strides(shape: Sequence[int]) -> Shape:
-    """Return the strides, in elements, of a tensor that lies in memory in order."""
-    return tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
-
-
 def compose(
-    left: Mapping[str, Layout],
-    right: Mapping[str, Layout],
+    reasoning: Mapping[str, Layout],
+    multimodal: Mapping[str, Layout],
     pairs: Sequence[tuple[str, str]],
     shapes: Mapping[str, Shape],
-) -> dict[str, list[Part]]:
-    """Return, by stored name on the right, the parts of stored tensors on the left that fill it.
+) -> dict[str, list[Rectangle]]:
+    """Return, by stored multimodal name, the rectangles of stored reasoning tensors that fill it.
 
-    `pairs` are names in the two layouts whose shapes agree; `shapes` are those of the tensors
-    stored on the right. Of a tensor that is filled only in part, `covered` gives less than it has.
+    `pairs` are names in the two layouts whose shapes agree; `shapes` are those of the stored
+    multimodal tensors. `covered` of a tensor that is filled only in part is less than its size.
     """
-    filled: dict[str, list[Part]] = {}
-    for left_name, right_name in pairs:
-        if math.prod(right[right_name].shape) == 0:
+    filled: dict[str, list[Rectangle]] = {}
+    for first, second in pairs:
+        if math.prod(multimodal[second].shape) == 0:
             continue
-        for a, b in _common(left[left_name], right[right_name]):
-            filled.setdefault(b.source, []).extend(_parts(a, b, shapes[b.source]))
+        for a, b in _common(reasoning[first], multimodal[second]):
+            filled.setdefault(b.source, []).extend(_rectangles(a, b, shapes[b.source]))
     return filled
 
 
-def whole(parts: Sequence[Part], shape: Sequence[int], stored: Mapping[str, Shape]) -> str | None:
-    """Return the name of the stored tensor that `parts` are nothing but, if they are."""
-    name = parts[0][0]
+def whole(
+    parts: Sequence[Rectangle], shape: Sequence[int], stored: Mapping[str, Shape]
+) -> str | None:
+    """Return the name of the one stored tensor that `parts` amount to, if they do."""
+    name = parts[0].source
     if stored[name] != tuple(shape):
         return None
     rows, columns = matrix(shape)
     straight = all(
-        source == name
-        and offset == first * columns + left
-        and (end - first == 1 or down == columns)
-        and (right - left == 1 or across == 1)
-        for source, first, end, left, right, offset, down, across in parts
+        part.source == name
+        and part.offset == part.first_row * columns + part.first_column
+        and (part.end_row - part.first_row == 1 or part.row_stride == columns)
+        and (part.end_column - part.first_column == 1 or part.column_stride == 1)
+        for part in parts
     )
     return name if straight and covered(parts) == rows * columns else None
 
 
-def covered(parts: Sequence[Part]) -> int:
+def covered(parts: Sequence[Rectangle]) -> int:
     """Return the number of elements in the parts."""
-    return sum((part[2] - part[1]) * (part[4] - part[3]) for part in parts)
-
-
-def matrix(shape: Sequence[int]) -> tuple[int, int]:
-    """Return a shape as rows × columns; a vector is a column, as the reader takes it."""
-    if len(shape) < 2:
-        return math.prod(shape), 1
-    return math.prod(shape[:-1]), shape[-1]
+    return sum((p.end_row - p.first_row) * (p.end_column - p.first_column) for p in parts)
 
 
 def _cut(block: Block, start: Shape, size: Shape) -> Block | None:
-    """Return what of a block lies in a box."""
+    """Return the part of a block that is in a box."""
     first = tuple(max(a, b) for a, b in zip(block.start, start, strict=True))
     end = tuple(
         min(a + m, b + n) for a, m, b, n in zip(block.start, block.size, start, size, strict=True)
@@ -221,15 +204,15 @@ def _cut(block: Block, start: Shape, size: Shape) -> Block | None:
     return Block(first, extent, block.source, block.offset + moved, block.strides)
 
 
-def _common(left: Layout, right: Layout) -> Iterator[tuple[Block, Block]]:
+def _common(reasoning: Layout, multimodal: Layout) -> Iterator[tuple[Block, Block]]:
     """Yield the boxes that one block of either side holds."""
-    same = {(block.start, block.size): block for block in left.blocks}
-    for b in right.blocks:
+    same = {(block.start, block.size): block for block in reasoning.blocks}
+    for b in multimodal.blocks:
         a = same.get((b.start, b.size))
         if a is not None:
             yield a, b
             continue
-        for a in left.blocks:
+        for a in reasoning.blocks:
             cut = _cut(a, b.start, b.size)
             if cut is not None:
                 other = _cut(b, cut.start, cut.size)
@@ -237,7 +220,7 @@ def _common(left: Layout, right: Layout) -> Iterator[tuple[Block, Block]]:
                     yield cut, other
 
 
-def _parts(a: Block, b: Block, shape: Shape) -> Iterator[Part]:
+def _rectangles(a: Block, b: Block, shape: Shape) -> Iterator[Rectangle]:
     """Yield where `b.source`, stored with `shape`, finds the box's elements in `a.source`."""
     strides = contiguous_strides(shape)
     first, size, across = [], [1] * len(shape), [0] * len(shape)
@@ -259,5 +242,5 @@ def _parts(a: Block, b: Block, shape: Shape) -> Iterator[Part]:
         index = [begin + at for begin, at in zip(first, outer, strict=False)]
         top = sum(at * stride for at, stride in zip([*index, first[-2]], row_strides, strict=True))
         offset = a.offset + sum(at * stride for at, stride in zip(outer, across, strict=False))
-        left = first[-1]
-        yield (a.source, top, top + rows, left, left + columns, offset, down, across_columns)
+        columns_of = (first[-1], first[-1] + columns)
+        yield Rectangle(a.source, top, top + rows, *columns_of, offset, down, across_columns)

@@ -1,7 +1,7 @@
-"""Show how two checkpoints belong together, and write it as a map to edit; no delta is computed.
+"""Show how two checkpoints match, and write it as a map to edit; no delta is computed.
 
-Owns the account for a reader: pairs, leftovers with their reasons, rivals, and how much the weights
-speak for it. What `compute_delta` would refuse is told here instead of raised.
+Owns the report for a reader: pairs, leftovers with their reasons, alternatives, and how much the
+weights confirm it. What `compute_delta` would refuse is reported here instead of raised.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from drift_fast.alignment.coverage import listed
+from drift_fast.alignment.inserted import find_inserted_layers
 from drift_fast.alignment.mapping import MappingLike, write_map
-from drift_fast.alignment.match import Match, match, skipping_inserted
-from drift_fast.alignment.pairing import comparable, looks_exchanged, side_of
-from drift_fast.alignment.similarity import Likeness, compare
-from drift_fast.checkpoints.opened import Opened, PathLike, open_checkpoint
+from drift_fast.alignment.model_pair import ModelPair
+from drift_fast.alignment.pairing import match_checkpoints
+from drift_fast.alignment.refusals import why_not
+from drift_fast.alignment.similarity import Similarity, compare_weights
+from drift_fast.checkpoints.opened import PathLike
 from drift_fast.errors import AlignmentError
 from drift_fast.names import kind_of
 from drift_fast.selection import EVERYTHING, Selection
@@ -24,20 +26,20 @@ from drift_fast.selection import EVERYTHING, Selection
 
 @dataclass(frozen=True)
 class Alignment:
-    """How the tensors of two checkpoints pair, by names, shapes and samples of the weights.
+    """How the tensors of two checkpoints match, by names, shapes and samples of the weights.
 
-    `pairs` are (reasoning, multimodal) names; a fused tensor stands in as many pairs as it has
-    sources. `problem` is what `compute_delta` would refuse, None where it would not; `proposed`
-    says that the pairs are a proposal to look over, which is never applied by itself.
+    `pairs` are (reasoning, multimodal) names; a fused tensor is in as many pairs as it has sources.
+    `problem` is what `compute_delta` would refuse, None where it would not. `proposed` says that
+    the pairs are a proposal to look over, which is never applied by itself.
     """
 
     pairs: list[tuple[str, str]]
     unmatched_reasoning: list[tuple[str, str]]
     unmatched_multimodal: list[tuple[str, str]]
     prefixes: tuple[str, str]
-    rivals: list[tuple[str, str, int]]
+    alternatives: list[tuple[str, str, int]]
     by: str
-    likeness: Likeness | None
+    similarity: Similarity | None
     problem: str | None
     proposed: bool
     matched_numel: int
@@ -46,7 +48,7 @@ class Alignment:
 
     @property
     def ok(self) -> bool:
-        """Whether `compute_delta` would take this pairing."""
+        """Whether `compute_delta` would take these pairs."""
         return self.problem is None
 
     def save(self, path: PathLike) -> None:
@@ -57,7 +59,7 @@ class Alignment:
             AlignmentError: there is nothing to write.
         """
         if not self.pairs:
-            raise AlignmentError(f"nothing is paired, so there is no map to write: {self.problem}")
+            raise AlignmentError(f"nothing is matched, so there is no map to write: {self.problem}")
         write_map(
             path,
             self.pairs,
@@ -75,8 +77,8 @@ class Alignment:
             "proposed": self.proposed,
             "by": self.by,
             "prefixes": list(self.prefixes),
-            "rivals": [list(rival) for rival in self.rivals],
-            "likeness": None if self.likeness is None else self.likeness.to_json(),
+            "rivals": [list(one) for one in self.alternatives],
+            "likeness": None if self.similarity is None else self.similarity.to_dict(),
             "matched_numel": self.matched_numel,
             "pairs": [list(pair) for pair in self.pairs],
             "unmatched_reasoning": [list(item) for item in self.unmatched_reasoning],
@@ -84,23 +86,24 @@ class Alignment:
         }
 
     def table(self, *, every: bool = False) -> str:
-        """Return the account as text; `every` lists all pairs and leftovers, not the first."""
+        """Return the report as text; `every` lists all pairs and leftovers, not just the first."""
         limit = max(len(self.unmatched_reasoning), len(self.unmatched_multimodal)) if every else 8
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(self.kinds.items()))
         lines = [
-            f"{'proposed' if self.proposed else 'paired'}: {len(self.pairs)} tensors ({kinds}), "
+            f"{'proposed' if self.proposed else 'matched'}: {len(self.pairs)} tensors ({kinds}), "
             f"{self.matched_numel:,} parameters, by {self.by}",
             f"prefixes: {self.prefixes[0] or '(none)'} → {self.prefixes[1] or '(none)'}",
         ]
-        if self.likeness is not None:
+        if self.similarity is not None:
             lines.append(
-                f"weights: matched tensors correlate {self.likeness.matched:.2f} on average, the "
-                f"likest other layer {self.likeness.elsewhere:.2f} "
-                f"({self.likeness.compared:,} elements compared)"
+                f"weights: matched tensors correlate {self.similarity.matched:.2f} on average, "
+                f"the most similar other layer {self.similarity.elsewhere:.2f} "
+                f"({self.similarity.compared:,} elements compared)"
             )
-        for first, second, count in self.rivals:
+        for first, second, count in self.alternatives:
             lines.append(
-                f"rival: {first or '(none)'} → {second or '(none)'} would match {count} tensors"
+                f"alternative: {first or '(none)'} → {second or '(none)'} would match {count} "
+                "tensors"
             )
         if every:
             lines += [f"  {first} → {second}" for first, second in self.pairs]
@@ -110,8 +113,7 @@ class Alignment:
         ):
             if items:
                 lines.append(
-                    f"without a partner in the {side} checkpoint: {len(items)}"
-                    + listed(items, limit)
+                    f"without a match in the {side} checkpoint: {len(items)}" + listed(items, limit)
                 )
         if self.problem is not None:
             lines.append(f"\nrefused: {self.problem}")
@@ -125,75 +127,62 @@ def align(
     mapping: MappingLike | None = None,
     check_weights: bool = True,
 ) -> Alignment:
-    """Pair all tensors of two checkpoints and say how and how surely; nothing is written.
+    """Match all tensors of two checkpoints and report how, and how surely; nothing is written.
 
-    Only headers are read, and samples of the weights where they are on this machine. A pairing that
-    `compute_delta` refuses is returned with its `problem`; where the multimodal model has layers of
-    another structure inserted, with a layer map as a proposal.
+    Only headers are read, and samples of the weights if they are on this machine. What
+    `compute_delta` refuses is in the result as its `problem`. If the multimodal model has layers of
+    another structure inserted, the pairs are the proposal of a layer map.
 
     Raises:
         FileNotFoundError, CheckpointError: a checkpoint that is not there or not valid.
         AlignmentError: a mapping that does not hold.
     """
-    left, right = open_checkpoint(reasoning), open_checkpoint(multimodal)
-    paths = str(left.source.path), str(right.source.path)
-    try:
-        found = match(side_of(left), side_of(right), mapping=mapping)
-    except AlignmentError as error:
-        if mapping is not None:
-            raise
-        nothing = [(name, "no pairing was found") for name in left.shapes]
-        return Alignment([], nothing, [], ("", ""), [], "names", None, str(error), False, 0, paths)
-    problem = looks_exchanged(left.shapes, right.shapes, found) if mapping is None else ""
+    pair = match_checkpoints(reasoning, multimodal, mapping)
+    if pair.failure is not None and mapping is not None:
+        raise pair.failure
+    refusals = why_not(pair)
     proposed = False
-    if found.layer_conflict and not problem:
-        problem = found.layer_conflict
-        inserted = skipping_inserted(left.shapes, right.shapes, found)
+    problem = str(refusals[0]) if refusals else None
+    if refusals and refusals[0].reason == "other layers":
+        inserted = find_inserted_layers(pair.reasoning.shapes, pair.shapes, pair.alignment)
+        problem = pair.alignment.layer_conflict
         if inserted is not None:
-            found = replace(
-                match(side_of(left), side_of(right), mapping=dict(inserted.pairs)),
-                how="names, without the inserted layers",
-            )
-            proposed = True
+            proposal = match_checkpoints(pair.reasoning, pair.multimodal, inserted.mapping)
+            alignment = replace(proposal.alignment, method="names, without the inserted layers")
+            pair, proposed = replace(proposal, alignment=alignment), True
             problem += (
-                f". The multimodal model has inserted layers {_numbers(inserted.layers)}; the "
-                "pairs shown leave them out. Write them with --out, look them over, and pass the "
-                "file as mapping"
+                f". The multimodal model has inserted layers {inserted}; the pairs shown leave "
+                "them out. Write them with --out, look them over, and pass the file as mapping"
             )
-    likeness = None
-    local = left.source.remote is None and right.source.remote is None
-    if check_weights and local and (not problem or proposed):
-        try:
-            pairs = comparable(found.pairs, left, right, Selection.parse(EVERYTHING, None))
-            likeness = compare(left.checkpoint, right.checkpoint, pairs, right.shapes)
-        except AlignmentError as error:
-            problem = str(error)
-    return _account(found, left, right, likeness, problem or None, proposed)
+    local = pair.reasoning.is_local and pair.multimodal.is_local
+    if check_weights and local and (problem is None or proposed):
+        pair = _compared(pair)
+        unlike = why_not(pair)
+        problem = str(unlike[0]) if unlike else problem
+    return _report(pair, problem, proposed)
 
 
-def _account(
-    found: Match,
-    left: Opened,
-    right: Opened,
-    likeness: Likeness | None,
-    problem: str | None,
-    proposed: bool,
-) -> Alignment:
+def _compared(pair: ModelPair) -> ModelPair:
+    pairs = pair.comparable(pair.alignment.pairs, Selection.parse(EVERYTHING, None))
+    checkpoints = pair.reasoning.checkpoint, pair.multimodal.checkpoint
+    return replace(pair, similarity=compare_weights(*checkpoints, pairs, pair.shapes))
+
+
+def _report(pair: ModelPair, problem: str | None, proposed: bool) -> Alignment:
+    found, unmatched = pair.alignment, pair.alignment.unmatched_reasoning
+    if pair.failure is not None:
+        unmatched = [(name, "nothing was matched") for name in pair.reasoning.shapes]
     return Alignment(
-        [(source, pair.name) for pair in found.pairs for source in pair.sources],
-        found.unmatched_left,
-        found.unmatched_right,
+        [(source, one.name) for one in found.pairs for source in one.sources],
+        unmatched,
+        found.unmatched_multimodal,
         found.prefixes,
-        found.rivals,
-        found.how,
-        likeness,
+        found.alternatives,
+        found.method,
+        pair.similarity,
         problem,
         proposed,
-        sum(math.prod(right.shapes[pair.name]) for pair in found.pairs),
-        (str(left.source.path), str(right.source.path)),
-        dict(Counter(kind_of(pair.name) for pair in found.pairs)),
+        sum(math.prod(pair.shapes[one.name]) for one in found.pairs),
+        pair.paths,
+        dict(Counter(kind_of(one.name) for one in found.pairs)),
     )
-
-
-def _numbers(layers: list[int]) -> str:
-    return ", ".join(map(str, layers))

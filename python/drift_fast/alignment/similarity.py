@@ -1,8 +1,8 @@
 """Do matched weights resemble each other, and more than they resemble other layers?
 
 Fine-tuning leaves a weight close to where it came from, so a layer of one model correlates with its
-counterpart and with no other. Names and shapes cannot show a shift or a permutation of layers; this
-does, from a thousand elements of each tensor.
+match and with no other layer. Names and shapes cannot show a shift or a permutation of layers; this
+does, from a thousand elements of each tensor. What is refused because of it is `refusals`'.
 """
 
 from __future__ import annotations
@@ -15,35 +15,62 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from drift_fast import _core
-from drift_fast.alignment.layout import Shape
-from drift_fast.alignment.match import Pair
-from drift_fast.errors import AlignmentError, DriftWarning
+from drift_fast._core import Checkpoint
+from drift_fast._core import likeness as correlate_samples
+from drift_fast.alignment.name_alignment import Pair
+from drift_fast.errors import DriftWarning
 from drift_fast.names import kind_of, layer_of, module_of
+from drift_fast.shapes import Shape
 
 # Two unrelated tensors correlate by chance with a deviation of 1/√n; six of them is never chance.
 _DEVIATIONS = 6.0
 # Below this a correlation shows no common origin, above the other it does; and a module whose
 # correlation is a fifth of the highest is not what its name says.
 _UNLIKE, _ALIKE, _FIFTH = 0.05, 0.5, 0.2
-# A tensor composed of parts is held to more: one wrong part of several leaves the others right.
-_COMPOSED = 0.7
+# A tensor made of several parts is held to more: one wrong part of several leaves the others right.
+_FUSED = 0.7
 # Elements below which the correlation of one tensor, and that of all together, says nothing.
 _FEW, _ENOUGH = 256, 1024
 
 
 @dataclass(frozen=True)
-class Likeness:
-    """Correlation of matched weights, over all and of each module, the highest with another layer,
-    and the number of elements compared.
+class Shift:
+    """A layer that resembles another layer more than its match, of `count` among `layers`."""
+
+    source: str
+    match: str
+    correlation: float
+    resembles: str
+    higher: float
+    count: int
+    layers: int
+
+
+@dataclass(frozen=True)
+class Outlier:
+    """A tensor that does not resemble its match where the best module does."""
+
+    source: str
+    match: str
+    correlation: float
+    highest: float
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """How much matched weights correlate: over all, for each module, and with another layer.
+
+    `elsewhere` is the highest correlation of two different layers; `compared` counts elements.
     """
 
     matched: float
     elsewhere: float
     modules: dict[str, float]
     compared: int
+    shift: Shift | None = None
+    outlier: Outlier | None = None
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return plain values for a report."""
         return {
             "matched": self.matched,
@@ -53,49 +80,47 @@ class Likeness:
         }
 
 
-def compare(
-    reasoning: _core.Checkpoint,
-    multimodal: _core.Checkpoint,
+def compare_weights(
+    reasoning: Checkpoint,
+    multimodal: Checkpoint,
     pairs: Sequence[Pair],
     shapes: Mapping[str, Shape],
-) -> Likeness | None:
-    """Compare samples of the matched weights, layer against layer; None where there is nothing to.
-
-    Raises:
-        AlignmentError: a layer that resembles another one more than its own counterpart, or a
-            module that does not resemble its counterpart where the others do.
-    """
-    table = _Table()
+) -> Similarity | None:
+    """Compare samples of the matched weights, layer against layer; None if there are none."""
+    table = _Correlations()
     for members in _groups(pairs, shapes):
-        matrix, sampled = _core.likeness(
+        matrix, sampled = correlate_samples(
             reasoning, multimodal, [(pair.source, pair.name) for pair in members]
         )
         table.add(members, matrix, sampled)
     if not table.own:
         return None
-    table.refuse_shift()
-    table.refuse_module()
     own = {module: sum(values) / len(values) for module, values in table.own.items()}
-    return Likeness(
-        sum(own.values()) / len(own), table.elsewhere(), own, sum(table.sampled.values())
+    return Similarity(
+        sum(own.values()) / len(own),
+        table.elsewhere(),
+        own,
+        sum(table.sampled.values()),
+        table.shift(),
+        table.outlier(own),
     )
 
 
-def warn_if_unrelated(likeness: Likeness | None, first: object, second: object) -> None:
+def warn_if_unrelated(similarity: Similarity | None, first: object, second: object) -> None:
     """Warn of weights that have nothing in common, so that their difference is no direction."""
-    if likeness is None or likeness.compared < _ENOUGH or likeness.matched >= _UNLIKE:
+    if similarity is None or similarity.compared < _ENOUGH or similarity.matched >= _UNLIKE:
         return
     warnings.warn(
         f"matched weights of {first} and {second} do not resemble each other (mean correlation "
-        f"{likeness.matched:.2f}): the two models seem to share no base, and Δ between them leads "
-        "nowhere. Choose a reasoning model that was trained from the same base",
+        f"{similarity.matched:.2f}): the two models seem to share no base, and Δ between them "
+        "leads nowhere. Choose a reasoning model that was trained from the same base",
         DriftWarning,
         stacklevel=4,
     )
 
 
 def _groups(pairs: Sequence[Pair], shapes: Mapping[str, Shape]) -> list[list[Pair]]:
-    """Return modules in all their layers, of each kind a few, for weights of two dimensions."""
+    """Return modules in all their layers, a few of each kind, for weights of two dimensions."""
     found: dict[tuple[str, str, Shape], list[Pair]] = {}
     for pair in pairs:
         shape, layer = shapes[pair.name], layer_of(pair.name)
@@ -106,18 +131,18 @@ def _groups(pairs: Sequence[Pair], shapes: Mapping[str, Shape]) -> list[list[Pai
     chosen: dict[tuple[str, Shape], list[list[Pair]]] = {}
     for (kind, _, shape), members in sorted(found.items()):
         chosen.setdefault((kind, shape), []).append(members)
-    # Of many alike, experts say, the first and the last.
+    # The first and the last of many alike, such as experts.
     return [group for groups in chosen.values() for group in (groups[:1] + groups[1:][-1:])]
 
 
-class _Table:
+class _Correlations:
     """Correlations by layer and by module, and what was compared."""
 
     def __init__(self) -> None:
         self.own: dict[str, list[float]] = {}
         self.sampled: dict[str, int] = {}
         self._pairs: dict[str, list[Pair]] = {}
-        # Of any two layers the sum of the correlations, how many, and the sum of their variances.
+        # For any two layers the sum of the correlations, how many, and the sum of their variances.
         self._sums: dict[tuple[int, int], tuple[float, int, float]] = {}
         self._names: dict[int, tuple[str, str]] = {}
 
@@ -146,8 +171,8 @@ class _Table:
         means = [total / times for (a, b), (total, times, _) in self._sums.items() if a != b]
         return max(means, default=0.0)
 
-    def refuse_shift(self) -> None:
-        """Refuse a layer that resembles another one more than its own counterpart."""
+    def shift(self) -> Shift | None:
+        """Return the layer that resembles another one most beyond its own match."""
         shifted = []
         for (row, column), (total, times, variance) in sorted(self._sums.items()):
             own = self._sums.get((row, row))
@@ -158,32 +183,27 @@ class _Table:
             if value > here + margin:
                 shifted.append((row, column, value, here))
         if not shifted:
-            return
+            return None
         row, column, value, here = max(shifted, key=lambda item: item[2] - item[3])
-        names = self._names
-        raise AlignmentError(
-            f"the layers do not belong together: {names[row][0]} resembles {names[column][1]} "
-            f"(correlation {value:.2f}) and not its counterpart, {names[row][1]} ({here:.2f}); it "
-            f"is so in {len({item[0] for item in shifted})} of {len(names)} layers. The layers of "
-            "one model are shifted or permuted; state the right pairs with mapping=…, or pass "
-            "check_weights=False if this is meant"
+        return Shift(
+            *self._names[row],
+            here,
+            self._names[column][1],
+            value,
+            len({item[0] for item in shifted}),
+            len(self._names),
         )
 
-    def refuse_module(self) -> None:
-        """Refuse a tensor that does not resemble its counterpart where others do."""
-        means = {module: sum(values) / len(values) for module, values in self.own.items()}
+    def outlier(self, means: Mapping[str, float]) -> Outlier | None:
+        """Return the first tensor that does not resemble its match where others do."""
         highest = max(means.values())
         if highest < _ALIKE:
-            return
+            return None
         for module, values in self.own.items():
             enough = self.sampled[module] >= _FEW * len(values)
             for pair, value in zip(self._pairs[module], values, strict=True):
-                # What is composed of parts may be right in some of them and wrong in others.
-                least = highest * (_COMPOSED if pair.parts else _FIFTH)
+                # A fused tensor may be right in some of its parts and wrong in others.
+                least = highest * (_FUSED if pair.parts else _FIFTH)
                 if (value if enough else means[module]) < least:
-                    raise AlignmentError(
-                        f"{pair.sources[0]} does not resemble {pair.name} (correlation "
-                        f"{value:.2f}) although other modules do ({highest:.2f}): the two are not "
-                        "counterparts, are stored in different orders, or one was trained anew. "
-                        "Leave the module out, or pass check_weights=False if this is meant"
-                    )
+                    return Outlier(pair.sources[0], pair.name, value, highest)
+        return None

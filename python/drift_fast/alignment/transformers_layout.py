@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from drift_fast.alignment.fused import canonical
-from drift_fast.alignment.layout import Layout, Shape
+from drift_fast.alignment.layout import Layout
 from drift_fast.checkpoints.config_json import read_entries
+from drift_fast.shapes import Shape
 
 if TYPE_CHECKING:
     from torch import nn

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
-from drift_fast import _core
+from drift_fast._core import Checkpoint
 from drift_fast.checkpoints.config_json import BLOCK, Configuration
 from drift_fast.checkpoints.source import Source, resolve
+from drift_fast.shapes import Shape
 
 PathLike = str | os.PathLike[str]
-Shape = tuple[int, ...]
 
 # Bytes of one element of each dtype that can be subtracted, under the names of safetensors.
 ITEMSIZE = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "F8_E4M3": 1, "F8_E5M2": 1}
@@ -24,23 +25,38 @@ class Opened:
     """A checkpoint whose headers were read.
 
     `scales` are the tensors that hold the block scales of 8-bit codes, by the name of the codes;
-    they are no weights, so `shapes` and `dtypes` do not have them. `unscaled` says of each tensor
-    of codes that has none that fit what is wrong. `block` is the rows and columns of a block.
+    they are not weights, so `shapes` and `dtypes` leave them out. `unscaled` says, by the name of
+    the codes, what is wrong with scales that do not fit. `block` is its rows and columns.
     """
 
     source: Source
-    checkpoint: _core.Checkpoint
+    checkpoint: Checkpoint
     shapes: dict[str, Shape]
     dtypes: dict[str, str]
     scales: dict[str, str] = field(default_factory=dict)
     unscaled: dict[str, str] = field(default_factory=dict)
     block: tuple[int, int] = BLOCK
+    reader: str = "auto"
 
     @property
     def directory(self) -> Path:
-        """Where the configuration and the tokenizer lie."""
+        """Where the configuration and the tokenizer are."""
         path = self.source.path
         return path if path.is_dir() else path.parent
+
+    @property
+    def is_local(self) -> bool:
+        """Whether all of it is on this machine."""
+        return self.source.remote is None
+
+    @cached_property
+    def configuration(self) -> Configuration:
+        """The config.json beside the weights.
+
+        Raises:
+            CheckpointError: it is not valid.
+        """
+        return Configuration.read(self.directory)
 
     def nbytes(self, name: str) -> int:
         """Return the size of a stored tensor."""
@@ -55,6 +71,46 @@ class Opened:
         """Whether the elements of a tensor can be read as numbers."""
         return name not in self.unscaled and self.dtypes[name] in ITEMSIZE
 
+    def download_files(self, names: Iterable[str]) -> None:
+        """Download small files that are beside the weights, those that are there and not here."""
+        if self.source.remote is not None:
+            for name in names:
+                self.source.remote.optional_file(name)
+
+    def download(
+        self, names: Iterable[str], on_progress: Callable[[int, int], object] | None = None
+    ) -> Opened:
+        """Return the checkpoint with these stored tensors on this machine.
+
+        on_progress: called with the bytes that are here and that will be.
+
+        Raises:
+            CheckpointError: a server that fails, or a file that changed there.
+            OSError: the disk is full.
+        """
+        if self.source.remote is None:
+            return self
+        ranges = {path.name: places for path, places in self._places(names).items()}
+        self.source.transfers.append(self.source.remote.fetch(ranges, progress=on_progress))
+        checkpoint = Checkpoint(self.source.path, reader=self.reader, block=self.block)
+        return replace(self, checkpoint=checkpoint)
+
+    def download_nbytes(self, names: Iterable[str]) -> int:
+        """Return how many bytes of these stored tensors are not on this machine yet."""
+        if self.source.remote is None:
+            return 0
+        from drift_fast.checkpoints.remote.sparse import missing_nbytes
+
+        return sum(missing_nbytes(path, places) for path, places in self._places(names).items())
+
+    def _places(self, names: Iterable[str]) -> dict[Path, list[tuple[int, int]]]:
+        """Return the byte ranges of stored tensors in each shard."""
+        ranges: dict[Path, list[tuple[int, int]]] = {}
+        for name in sorted(names):
+            path, start, end = self.checkpoint.place(name)
+            ranges.setdefault(Path(path), []).append((start, end))
+        return ranges
+
 
 def open_checkpoint(source: PathLike, reader: str = "auto") -> Opened:
     """Find a checkpoint and read its headers.
@@ -65,11 +121,11 @@ def open_checkpoint(source: PathLike, reader: str = "auto") -> Opened:
     found = resolve(source)
     if found.remote is not None:
         found.remote.optional_file("config.json")
-    checkpoint = _core.Checkpoint(found.path, reader=reader)
+    checkpoint = Checkpoint(found.path, reader=reader)
     block = BLOCK
     if checkpoint.scales():
         block = Configuration.read(found.path).weight_block
-        checkpoint = _core.Checkpoint(found.path, reader=reader, block=block)
+        checkpoint = Checkpoint(found.path, reader=reader, block=block)
     codes = checkpoint.scales()
     tensors = {name: (dtype, tuple(shape)) for name, dtype, shape, _ in checkpoint.tensors()}
     scales = {name: scale for name, scale, _ in codes if scale in tensors}
@@ -82,4 +138,5 @@ def open_checkpoint(source: PathLike, reader: str = "auto") -> Opened:
         scales,
         {name: problem for name, _, problem in codes if problem},
         block,
+        reader,
     )

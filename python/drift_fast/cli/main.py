@@ -402,7 +402,7 @@ def _print_json(found: Delta | Report, out: str | None) -> None:
     result = {
         "out": out,
         "sources": found.sources,
-        "coverage": found.coverage.to_json(),
+        "coverage": found.coverage.to_dict(),
         "peak_nbytes": found.peak_nbytes,
         "total": stats.total.to_dict(),
         "modules": [row.to_dict() for row in stats.by_module()],

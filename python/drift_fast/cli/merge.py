@@ -137,4 +137,4 @@ def _run(options: argparse.Namespace) -> int:
 
 def _to_dict(merged: Merged) -> dict[str, Any]:
     fields = dataclasses.asdict(merged)
-    return fields | {"path": str(merged.path), "coverage": merged.coverage.to_json()}
+    return fields | {"path": str(merged.path), "coverage": merged.coverage.to_dict()}

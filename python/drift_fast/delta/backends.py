@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from drift_fast import _core
-from drift_fast.alignment.pairing import Pairing
+from drift_fast.alignment.model_pair import AlignedPair
 from drift_fast.delta.format import DESCRIPTION, INDEX
 from drift_fast.delta.statistics import Statistics, row_from_moments
 from drift_fast.dtypes import COMPRESSED, INT8_BLOCK, STORED_DTYPES, share_lost, tensor_dtype
@@ -53,23 +53,23 @@ class Backend(Protocol):
 
 
 class Streamed:
-    """A delta that exists as two checkpoints and their pairing."""
+    """A delta that exists as two checkpoints and how they are aligned."""
 
     def __init__(
         self,
-        pairing: Pairing,
+        pair: AlignedPair,
         dtype: str,
         threads: int,
         memory: int,
         allow_nonfinite: bool,
     ) -> None:
-        self._pairing = pairing
+        self._pair = pair
         self._dtype = dtype
         self._threads = threads
         self._memory = memory
         self._allow_nonfinite = allow_nonfinite
-        self._pairs = {pair.name: pair for pair in pairing.pairs}
-        self.shapes = {name: pairing.shapes[name] for name in self._pairs}
+        self._pairs = {pair.name: pair for pair in pair.pairs}
+        self.shapes = {name: pair.shapes[name] for name in self._pairs}
 
     def read_into(self, name: str, buffer: Any, elements: tuple[int, int] | None = None) -> None:
         source = self._pairs[name].source
@@ -81,8 +81,8 @@ class Streamed:
             memoryview(buffer)[:] = whole[elements[0] * size : elements[1] * size]
             return
         moments = _core.subtract_into(
-            self._pairing.reasoning,
-            self._pairing.multimodal,
+            self._pair.reasoning.checkpoint,
+            self._pair.multimodal.checkpoint,
             (source, name),
             buffer,
             dtype=tensor_dtype(self._dtype),
@@ -112,16 +112,16 @@ class Streamed:
         writer: _core.DeltaWriter | None = None,
         memory: int | None = None,
     ) -> tuple[list[_core.Moments], int]:
-        pairs = [self._pairing.pairs[place] for place in places]
-        total_nbytes = sum(map(self._pairing.nbytes_of, pairs))
+        pairs = [self._pair.pairs[place] for place in places]
+        total_nbytes = sum(map(self._pair.nbytes_of, pairs))
 
         def report(tensors: int, nbytes: int) -> None:
             if progress is not None:
                 progress(Progress(tensors, len(pairs), nbytes, total_nbytes))
 
         return _core.stream(
-            self._pairing.reasoning,
-            self._pairing.multimodal,
+            self._pair.reasoning.checkpoint,
+            self._pair.multimodal.checkpoint,
             [(pair.source, pair.name) for pair in pairs],
             threads=self._threads,
             memory=self._memory if memory is None else memory,
@@ -137,14 +137,14 @@ class Streamed:
             [row_from_moments(n, self.shapes[n], row, compressed=compressed) for n, row in named]
         )
         if stats.total.delta_sq == 0:
-            warn_of_zero(self._pairing)
+            warn_of_zero(self._pair)
         return stats
 
     def _check(self, moments: list[tuple[str, _core.Moments]], dtype: str) -> None:
         if self._allow_nonfinite:
             return
         found = []
-        first, second = (source.path for source in self._pairing.sources)
+        first, second = self._pair.paths
         for name, row in moments:
             sides = (
                 (row["nonfinite_reasoning"], " and ".join(self._pairs[name].sources[:3]), first),
@@ -263,12 +263,12 @@ class Stored:
             yield name, start, end, math.prod(shape)
 
 
-def warn_of_zero(pairing: Pairing) -> None:
-    """Warn that what is paired of two checkpoints is the same."""
-    first, second = (source.path for source in pairing.sources)
+def warn_of_zero(pair: AlignedPair) -> None:
+    """Warn that the selected tensors of two checkpoints are the same."""
+    first, second = pair.paths
     warnings.warn(
-        f"Δ is zero everywhere: what is paired of {first} and {second} is the same; an injection "
-        "along it does nothing",
+        f"Δ is zero everywhere: the selected tensors of {first} and {second} are the same; an "
+        "injection along it does nothing",
         DriftWarning,
         stacklevel=4,
     )
@@ -278,13 +278,11 @@ def _shown(entry: tuple[str, tuple[int, ...]] | None) -> str:
     return "nothing" if entry is None else f"{entry[0]} {list(entry[1])}"
 
 
-def describe_sources(pairing: Pairing) -> dict[str, Any]:
-    """Return what tells the two checkpoints of a pairing again, file by file."""
+def describe_sources(pair: AlignedPair) -> dict[str, Any]:
+    """Return what identifies the two checkpoints, file by file."""
     described = {}
-    checkpoints = (pairing.reasoning, pairing.multimodal)
-    for side, source, checkpoint in zip(
-        ("reasoning", "multimodal"), pairing.sources, checkpoints, strict=True
-    ):
+    for side, opened in (("reasoning", pair.reasoning), ("multimodal", pair.multimodal)):
+        source, checkpoint = opened.source, opened.checkpoint
         shards = []
         for file, nbytes, digest in checkpoint.fingerprint():
             # Of a file that was downloaded in part, only the header is sure to be there.

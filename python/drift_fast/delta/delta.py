@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -19,7 +18,9 @@ from drift_fast import _core
 from drift_fast.alignment.coverage import Coverage
 from drift_fast.alignment.embeddings import Rows
 from drift_fast.alignment.mapping import MappingLike
-from drift_fast.alignment.pairing import Pairing, fetch, pair_checkpoints, verify
+from drift_fast.alignment.model_pair import AlignedPair
+from drift_fast.alignment.options import PairOptions
+from drift_fast.alignment.pairing import align_checkpoints, fetch, verify
 from drift_fast.checkpoints.opened import PathLike
 from drift_fast.delta.backends import Backend, Stored, Streamed, describe_sources, warn_of_zero
 from drift_fast.delta.format import DESCRIPTION, FORMAT_VERSION
@@ -27,10 +28,11 @@ from drift_fast.delta.options import DeltaOptions
 from drift_fast.delta.parallel import Ranks, agree, first, together
 from drift_fast.delta.statistics import Compression, Statistics
 from drift_fast.dtypes import RETIRED, check_stored_dtype, tensor_dtype
-from drift_fast.errors import CheckpointError, DriftWarning
+from drift_fast.errors import CheckpointError
 from drift_fast.options import unknown
+from drift_fast.preflight.warn import warn_of_configurations
 from drift_fast.progress_bar import Progress, ProgressCallback
-from drift_fast.selection import Layers, Modules, Selection
+from drift_fast.selection import Layers, Modules
 from drift_fast.sizes import MEMORY, parse_size, thread_count
 
 if TYPE_CHECKING:
@@ -132,37 +134,37 @@ def compute_delta(
     check_stored_dtype(dtype)
     shard_nbytes = parse_size(max_shard_size)
     memory_nbytes = parse_size(memory)
-    selection = Selection.parse(modules, layers)
+    options = PairOptions(
+        modules=modules,
+        layers=layers,
+        mapping=mapping,
+        rows=rows,
+        strict=strict,
+        min_coverage=min_coverage,
+        check_weights=check_weights,
+        reader=reader,
+    )
     threads = thread_count(threads)
     with nullcontext() if out is None else together(out, ranks) as group:
-        pairing = pair_checkpoints(
-            reasoning,
-            multimodal,
-            selection,
-            strict=strict,
-            reader=reader,
-            mapping=mapping,
-            rows=rows,
-            min_coverage=min_coverage,
-        )
-        pairing = _ready(pairing, reader, check_weights, progress, group)
-        sources = describe_sources(pairing)
+        pair = align_checkpoints(reasoning, multimodal, options)
+        pair = _ready(pair, progress, group)
+        sources = describe_sources(pair)
         shards = sources["reasoning"]["shards"]
         whole = all("sha256_of_samples" in shard for shard in shards)
         if out is None and whole and shards == sources["multimodal"]["shards"]:
             # With an output, or once statistics are asked for, the numbers themselves tell.
-            warn_of_zero(pairing)
+            warn_of_zero(pair)
         if group is not None:
             seen = {side: sources[side]["shards"] for side in ("reasoning", "multimodal")}
-            pairs = {"pairs": [[pair.name, pair.source] for pair in pairing.pairs]}
+            pairs = {"pairs": [[one.name, one.source] for one in pair.pairs]}
             agree(group, seen | pairs | {"allow_nonfinite": allow_nonfinite})
         delta = Delta(
-            Streamed(pairing, dtype, threads, memory_nbytes, allow_nonfinite),
+            Streamed(pair, dtype, threads, memory_nbytes, allow_nonfinite),
             stored_dtype=dtype,
-            coverage=pairing.coverage,
+            coverage=pair.coverage,
             sources=sources,
-            alignment=pairing.describe(),
-            selection=str(selection),
+            alignment=pair.to_dict(),
+            selection=str(pair.selection),
         )
         if out is None:
             return delta
@@ -221,39 +223,37 @@ def inspect(
     this reads everything for itself.
     """
     _refuse_unknown("inspect", gone)
-    selection = Selection.parse(modules, layers)
-    threads = thread_count(threads)
-    memory_nbytes = parse_size(memory)
-    pairing = pair_checkpoints(
-        reasoning,
-        multimodal,
-        selection,
-        strict=strict,
-        reader=reader,
+    options = PairOptions(
+        modules=modules,
+        layers=layers,
         mapping=mapping,
         rows=rows,
+        strict=strict,
         min_coverage=min_coverage,
+        check_weights=check_weights,
+        reader=reader,
     )
-    pairing = _ready(pairing, reader, check_weights, progress)
-    streamed = Streamed(pairing, "float32", threads, memory_nbytes, allow_nonfinite)
+    threads = thread_count(threads)
+    memory_nbytes = parse_size(memory)
+    pair = align_checkpoints(reasoning, multimodal, options)
+    pair = _ready(pair, progress)
+    streamed = Streamed(pair, "float32", threads, memory_nbytes, allow_nonfinite)
     stats, peak_nbytes = streamed.statistics(progress)
     return Report(
         stats,
-        pairing.coverage,
-        describe_sources(pairing),
-        pairing.nbytes,
-        pairing.describe(),
+        pair.coverage,
+        describe_sources(pair),
+        pair.nbytes,
+        pair.to_dict(),
         peak_nbytes,
     )
 
 
 def _ready(
-    pairing: Pairing,
-    reader: str,
-    check_weights: bool,
+    pair: AlignedPair,
     progress: ProgressCallback | None,
     group: Group | None = None,
-) -> Pairing:
+) -> AlignedPair:
     """Bring what is needed to this machine and look whether the weights belong together.
 
     Of several ranks, the first one downloads before the others, which may share its cache, and
@@ -262,43 +262,13 @@ def _ready(
 
     def report(done: int, total: int) -> None:
         if progress is not None:
-            progress(Progress(0, len(pairing.pairs), done, total, "downloading"))
+            progress(Progress(0, len(pair.pairs), done, total, "downloading"))
 
-    warn_of_configurations(pairing)
-    pairing = first(group, lambda: fetch(pairing, reader, report))
-    if check_weights and (group is None or group.rank == 0):
-        return verify(pairing)
-    return pairing
-
-
-def warn_of_configurations(pairing: Pairing) -> None:
-    """Warn of what `check` calls breaking, which names and shapes do not show."""
-    directories = [opened.directory for opened in pairing.opened]
-    if not all((directory / "config.json").exists() for directory in directories):
-        return
-    # Loaded here, so that importing the package stays light.
-    from drift_fast.checkpoints.config_json import Configuration
-    from drift_fast.preflight.facts import HEADERS
-    from drift_fast.preflight.rules import Side, compare
-
-    first, second = (
-        Side(role, opened, Configuration.read(opened.directory))
-        for role, opened in zip(("reasoning", "multimodal"), pairing.opened, strict=True)
-    )
-    found = compare(first, second, pairing.selection, pairing.coverage, "", stated=pairing.stated)
-    broken = [
-        f"{one.subject}: {one.message}"
-        for one in found
-        # What is stored in a type that cannot be subtracted is the reader's to refuse.
-        if one.severity == "breaks" and HEADERS not in (one.reasoning.origin, one.multimodal.origin)
-    ]
-    if broken:
-        warnings.warn(
-            f"the configurations of {first.opened.source.path} and {second.opened.source.path} do "
-            f"not fit each other; drift-fast check shows all of it. {'; '.join(broken)}",
-            DriftWarning,
-            stacklevel=4,
-        )
+    warn_of_configurations(pair)
+    pair = first(group, lambda: fetch(pair, report))
+    if group is None or group.rank == 0:
+        return verify(pair)
+    return pair
 
 
 class Delta(Mapping[str, "torch.Tensor"]):
@@ -363,7 +333,7 @@ class Delta(Mapping[str, "torch.Tensor"]):
                     "with dtype='bfloat16' or 'int8'"
                 )
             stats = Statistics.from_json(stored["statistics"])
-            coverage = Coverage.from_json(stored["coverage"])
+            coverage = Coverage.from_dict(stored["coverage"])
             dtype = check_stored_dtype(stored["dtype"])
             fields = {key: stored[key] for key in ("sources", "alignment", "selection")}
         except (
@@ -619,6 +589,6 @@ class Delta(Mapping[str, "torch.Tensor"]):
             "selection": self.selection,
             "sources": self.sources,
             "alignment": self.alignment,
-            "coverage": self.coverage.to_json(),
+            "coverage": self.coverage.to_dict(),
             "statistics": stats.to_json(),
         }

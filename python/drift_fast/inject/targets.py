@@ -17,12 +17,14 @@ import torch
 from torch import nn
 
 from drift_fast.alignment.coverage import NOT_SELECTED, Coverage, backbone_numel, listed
-from drift_fast.alignment.layout import Layout, Part, matrix
+from drift_fast.alignment.layout import Layout, Rectangle
 from drift_fast.alignment.mapping import RUNTIME, MappingLike
-from drift_fast.alignment.match import LEFT_OUT, Pair, Side, match
+from drift_fast.alignment.match import match
+from drift_fast.alignment.name_alignment import Pair, TensorIndex
+from drift_fast.alignment.stated import LEFT_OUT
 from drift_fast.alignment.transformers_layout import convert
 from drift_fast.delta.delta import Delta
-from drift_fast.errors import AlignmentError, CoverageError, DriftError
+from drift_fast.errors import AlignmentError, AmbiguousAlignmentError, CoverageError, DriftError
 from drift_fast.inject.config import TargetOptions
 from drift_fast.inject.lora.adapters import (
     FROZEN,
@@ -35,6 +37,7 @@ from drift_fast.inject.lora.adapters import (
 from drift_fast.inject.shards.base import Shard
 from drift_fast.inject.shards.find import parameters_of
 from drift_fast.names import container_of
+from drift_fast.shapes import matrix
 
 
 class DeltaLike(Protocol):
@@ -109,7 +112,7 @@ class Target:
 
     name: str
     sources: tuple[str, ...]
-    parts: tuple[Part, ...]
+    parts: tuple[Rectangle, ...]
     parameter: nn.Parameter
     shape: tuple[int, ...]
     adapted: Adapted | None = None
@@ -215,14 +218,15 @@ def find_targets(
         raise CoverageError(f"{selection} selects none of the delta's {len(shapes)} tensors")
     try:
         found = match(
-            Side(shapes, lambda: convert(model, shapes)),
-            Side(held, lambda: {name: Layout.stored(name, held[name]) for name in held}),
+            TensorIndex(shapes, lambda: convert(model, shapes)),
+            TensorIndex(held, lambda: {name: Layout.stored(name, held[name]) for name in held}),
             mapping=mapping,
             prefer_equal_names=True,
-            sides=RUNTIME,
+            called=RUNTIME,
         )
     except AlignmentError as error:
-        if mapping is not None or "two pairings fit" in str(error):
+        ambiguous = isinstance(error, AmbiguousAlignmentError)
+        if mapping is not None or ambiguous or "two pairings fit" in str(error):
             raise
         raise CoverageError(
             f"none of the delta's {len(wanted)} tensors has a parameter in {type(model).__name__}: "
@@ -232,7 +236,7 @@ def find_targets(
     chosen, frozen = _without_frozen(chosen, parameters, adapters, names, strict=options.strict)
     pairs, tied = _without_tied(chosen, parameters, delta)
     used = {source for pair in pairs for source in pair.sources}
-    reasons = dict(found.unmatched_left) | tied | frozen
+    reasons = dict(found.unmatched_reasoning) | tied | frozen
     missing = [
         (name, reasons.get(name, "only a part of its parameter is selected"))
         for name in wanted
@@ -241,7 +245,7 @@ def find_targets(
     matched_numel = sum(math.prod(held[pair.name]) for pair in pairs)
     missing_numel = sum(math.prod(wanted[name]) for name, _ in missing)
     paired = {pair.name for pair in pairs}
-    right_reasons = dict(found.unmatched_right) | frozen
+    right_reasons = dict(found.unmatched_multimodal) | frozen
     containers = {container_of(pair.name) for pair in found.pairs}
     coverage = Coverage(
         matched=[(source, names[pair.name]) for pair in pairs for source in pair.sources],

@@ -17,14 +17,14 @@ from typing import Any
 from drift_fast import _core
 from drift_fast.alignment.coverage import listed
 from drift_fast.alignment.embeddings import TIED
-from drift_fast.alignment.layout import Shape
-from drift_fast.alignment.match import Pair
-from drift_fast.alignment.pairing import Pairing
+from drift_fast.alignment.model_pair import AlignedPair
+from drift_fast.alignment.name_alignment import Pair
 from drift_fast.checkpoints.opened import Opened, PathLike
 from drift_fast.errors import AlignmentError, CheckpointError, DriftWarning, NonFiniteError
 from drift_fast.merging.config import OTHERWISE, Recipe
 from drift_fast.names import kind_of, layer_of
 from drift_fast.selection import Layers, Modules, Selection
+from drift_fast.shapes import Shape
 
 # Whole numbers and truth values, as the format names them.
 _WHOLE = re.compile(r"[IU]\d+|BOOL")
@@ -169,8 +169,8 @@ class Plan:
     def of(
         cls,
         recipe: Recipe,
-        pairing: Pairing,
-        of_base: Pairing | None,
+        pairing: AlignedPair,
+        of_base: AlignedPair | None,
         *,
         dtype: str | None,
         strict: bool,
@@ -183,14 +183,14 @@ class Plan:
             ValueError: a selected tensor that the weights name no number for, or a number for a
                 kind that nothing merged is of.
         """
-        right = pairing.opened[1]
+        right = pairing.multimodal
         bases = {} if of_base is None else {pair.name: pair for pair in of_base.pairs}
         reasons = dict(pairing.coverage.unmatched_multimodal)
         blended: dict[str, Blended] = {}
         missing = []
         for pair in pairing.pairs:
             name = pair.name
-            if buffer := _buffer(pair, *pairing.opened, pairing.selection):
+            if buffer := _buffer(pair, pairing.reasoning, pairing.multimodal, pairing.selection):
                 reasons[name] = buffer
                 continue
             weight = recipe.weight_of(name)
@@ -214,7 +214,7 @@ class Plan:
         if of_base is not None and missing and (strict or not blended):
             raise AlignmentError(
                 f"{len(missing)} tensors have no counterpart in the base "
-                f"{of_base.sources[0].path}:{listed(missing)}\nChoose the base that the reasoning "
+                f"{of_base.paths[0]}:{listed(missing)}\nChoose the base that the reasoning "
                 "model was tuned from, or pass strict=False to carry them over"
             )
         tied = _tied(reasons, blended, right)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,11 @@ from drift_fast import _core
 from drift_fast.alignment.coverage import Coverage
 from drift_fast.alignment.embeddings import Rows
 from drift_fast.alignment.mapping import MappingLike, resolve
-from drift_fast.alignment.pairing import Pairing, fetch, pair_checkpoints, verify
+from drift_fast.alignment.model_pair import AlignedPair
+from drift_fast.alignment.options import PairOptions
+from drift_fast.alignment.pairing import align_checkpoints, fetch, verify
 from drift_fast.checkpoints.opened import Opened, PathLike, open_checkpoint
 from drift_fast.delta.backends import describe_sources
-from drift_fast.delta.delta import warn_of_configurations
 from drift_fast.errors import AlignmentError
 from drift_fast.merging.config import Recipe, Weight
 from drift_fast.merging.layout import (
@@ -33,6 +34,7 @@ from drift_fast.merging.layout import (
     selection_of,
 )
 from drift_fast.merging.side_files import carried_over, warn_of_what_stays
+from drift_fast.preflight.warn import warn_of_configurations
 from drift_fast.progress_bar import Progress, ProgressCallback
 from drift_fast.selection import Layers, Modules, Selection
 from drift_fast.sizes import MEMORY, parse_size, thread_count
@@ -192,32 +194,28 @@ def merge(
     threads = thread_count(threads)
     selection = selection_of(recipe, modules, layers)
     right = open_checkpoint(multimodal, reader)
-    pairings = {
-        "reasoning": pair_checkpoints(
-            reasoning, right, selection, strict=strict, reader=reader, mapping=mapping, rows=rows
-        )
-    }
+    options = PairOptions(
+        mapping=mapping, rows=rows, strict=strict, check_weights=check_weights, reader=reader
+    )
+    pairings = {"reasoning": align_checkpoints(reasoning, right, options, selection=selection)}
     if base is not None:
         pairings["base"] = _pair_base(
             open_checkpoint(base, reader),
             right,
             selection,
-            mapping=mapping,
-            base_mapping=base_mapping,
-            strict=strict,
-            rows=rows,
+            options,
+            base_mapping,
         )
-    refuse_in_place(out, [right, *(pairing.opened[0] for pairing in pairings.values())])
+    refuse_in_place(out, [right, *(pairing.reasoning for pairing in pairings.values())])
     first, of_base = pairings["reasoning"], pairings.get("base")
     plan = Plan.of(recipe, first, of_base, dtype=dtype, strict=strict)
     carried = carried_over(right)
     warn_of_what_stays(carried)
     warn_of_configurations(first)
     for role, pairing in pairings.items():
-        fetched = _fetched(pairing, plan, reader, progress)
-        pairings[role] = verify(fetched) if check_weights else fetched
+        pairings[role] = verify(_fetched(pairing, plan, progress))
     first, of_base = pairings["reasoning"], pairings.get("base")
-    plan.check_tied(first.multimodal, first.sources[1].path)
+    plan.check_tied(first.multimodal.checkpoint, first.multimodal.source.path)
     sources = describe_sources(first)
     if of_base is not None:
         sources["base"] = describe_sources(of_base)["reasoning"]
@@ -228,14 +226,14 @@ def merge(
         "dtype": dtype,
         "selection": str(selection),
         "sources": sources,
-        "alignment": {role: pairing.describe() for role, pairing in pairings.items()},
-        "coverage": {role: pairing.coverage.to_json() for role, pairing in pairings.items()},
+        "alignment": {role: pairing.to_dict() for role, pairing in pairings.items()},
+        "coverage": {role: pairing.coverage.to_dict() for role, pairing in pairings.items()},
         "files": sorted(carried.files),
         "left_behind": carried.left_behind,
     }
     writer = _core.ModelWriter(
         out,
-        first.multimodal,
+        first.multimodal.checkpoint,
         plan.slots(),
         max_shard_nbytes=shard_nbytes,
         overwrite=overwrite,
@@ -250,9 +248,9 @@ def merge(
 
     try:
         found, peak_nbytes = _core.merge(
-            first.reasoning,
-            first.multimodal,
-            None if of_base is None else of_base.reasoning,
+            first.reasoning.checkpoint,
+            first.multimodal.checkpoint,
+            None if of_base is None else of_base.reasoning.checkpoint,
             plan.jobs(),
             writer,
             method=method,
@@ -263,8 +261,8 @@ def merge(
             progress=report,
         )
         if not allow_nonfinite:
-            paths = (first.sources[0].path, first.sources[1].path)
-            path_of_base = None if of_base is None else of_base.sources[0].path
+            paths = (first.reasoning.source.path, first.multimodal.source.path)
+            path_of_base = None if of_base is None else of_base.reasoning.source.path
             plan.refuse_nonfinite(found, (*paths, path_of_base))
         tensors = plan.tensors(found)
         described["tensors"] = [tensor.to_json() for tensor in tensors]
@@ -291,35 +289,31 @@ def _pair_base(
     base: Opened,
     right: Opened,
     selection: Selection,
-    *,
-    mapping: MappingLike | None,
+    options: PairOptions,
     base_mapping: MappingLike | None,
-    strict: bool,
-    rows: Rows,
-) -> Pairing:
+) -> AlignedPair:
     """Pair the base with the multimodal model, as is stated for it or for the reasoning model."""
     stated, why = base_mapping, ""
-    if stated is None and mapping is not None:
+    if stated is None and options.mapping is not None:
         try:
-            if any(resolve(mapping, base.shapes, right.shapes).values()):
-                stated = mapping
+            if any(resolve(options.mapping, base.shapes, right.shapes).values()):
+                stated = options.mapping
         except AlignmentError as error:
             why = f"\nIt was paired by names, since the mapping does not hold for it: {error}"
     try:
-        return pair_checkpoints(base, right, selection, strict=strict, mapping=stated, rows=rows)
+        options = replace(options, mapping=stated)
+        return align_checkpoints(base, right, options, selection=selection)
     except AlignmentError as error:
         raise AlignmentError(
             f"the base: {error}{why}\nA mapping for the base is given as base_mapping=…"
         ) from error
 
 
-def _fetched(
-    pairing: Pairing, plan: Plan, reader: str, progress: ProgressCallback | None
-) -> Pairing:
+def _fetched(pairing: AlignedPair, plan: Plan, progress: ProgressCallback | None) -> AlignedPair:
     """Download what the merge needs: of the multimodal checkpoint, everything."""
 
     def report(done: int, total: int) -> None:
         if progress is not None:
             progress(Progress(0, len(plan.names), done, total, "downloading"))
 
-    return fetch(pairing, reader, report, needed=(pairing.needed()[0], set(plan.names)))
+    return fetch(pairing, report, needed=(pairing.needed()[0], set(plan.names)))

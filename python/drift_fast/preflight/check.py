@@ -9,22 +9,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from drift_fast.alignment.coverage import Coverage
 from drift_fast.alignment.embeddings import Rows
 from drift_fast.alignment.mapping import MappingLike
-from drift_fast.alignment.pairing import Pairing, pair_checkpoints
-from drift_fast.checkpoints.config_json import Configuration
-from drift_fast.checkpoints.opened import Opened, PathLike, open_checkpoint
+from drift_fast.alignment.model_pair import AlignedPair
+from drift_fast.alignment.options import PairOptions
+from drift_fast.alignment.pairing import survey_checkpoints
+from drift_fast.alignment.refusals import is_usable, why_not
+from drift_fast.checkpoints.opened import PathLike, open_checkpoint
 from drift_fast.config_files import printable
 from drift_fast.dtypes import check_stored_dtype
-from drift_fast.errors import AlignmentError, CoverageError
 from drift_fast.preflight.facts import STATED, Fact
-from drift_fast.preflight.rules import Finding, Side, compare
-from drift_fast.selection import Layers, Modules, Selection
+from drift_fast.preflight.rules import Finding, ModelSide, compare
+from drift_fast.selection import Layers, Modules
 from drift_fast.sizes import parse_size
 
 __all__ = ["Finding", "Plan", "Preflight", "check"]
@@ -128,7 +128,7 @@ class Preflight:
             "findings": [finding.to_dict() for finding in self.findings],
             "pairs": self.pairs,
             "prefixes": None if self.prefixes is None else list(self.prefixes),
-            "coverage": None if self.coverage is None else self.coverage.to_json(),
+            "coverage": None if self.coverage is None else self.coverage.to_dict(),
             "plan": None if self.plan is None else asdict(self.plan),
         }
 
@@ -162,120 +162,69 @@ def check(
         ValueError: an argument without meaning.
     """
     check_stored_dtype(dtype)
-    selection, rate_nbytes = Selection.parse(modules, layers), _rate(read_rate)
+    rate_nbytes = _rate(read_rate)
+    options = PairOptions(modules=modules, layers=layers, mapping=mapping, rows=rows)
     given = [reasoning, multimodal] if model is None else [reasoning, multimodal, model]
     roles = ["reasoning", "multimodal"] if model is None else ["expert", "reference", "model"]
-    sides = [_open(source, role) for source, role in zip(given, roles, strict=True)]
-    opened = [side.opened for side in sides]
-    pairing, refusal = _pair(opened[0], opened[1], selection, mapping, rows)
-    findings = _findings(sides[0], sides[1], selection, pairing, refusal)
+    sides = [
+        ModelSide(role, open_checkpoint(source)) for source, role in zip(given, roles, strict=True)
+    ]
+    pair = survey_checkpoints(sides[0].opened, sides[1].opened, options)
+    findings = _findings(sides[0], sides[1], pair)
     if model is not None:
         # A Δ meets a parameter of its own shape, row i with row i.
-        attached, refusal = _pair(opened[1], opened[2], selection, None, "index")
-        findings += _findings(sides[1], sides[2], selection, attached, refusal, attaches=True)
+        by_index = replace(options, mapping=None, rows="index")
+        attached = survey_checkpoints(sides[1].opened, sides[2].opened, by_index)
+        findings += _findings(sides[1], sides[2], attached, attaches=True)
+    if not is_usable(why_not(pair)):
+        return Preflight(findings, str(pair.selection), 0, None, None, None)
     return Preflight(
         findings,
-        str(selection),
-        0 if pairing is None else len(pairing.pairs),
-        None if pairing is None else pairing.coverage,
-        None if pairing is None else pairing.prefixes,
-        None if pairing is None else _plan(pairing, sides[1].opened, dtype, rate_nbytes),
+        str(pair.selection),
+        len(pair.pairs),
+        pair.coverage,
+        pair.alignment.prefixes,
+        _plan(pair, dtype, rate_nbytes),
     )
-
-
-def _open(given: PathLike, role: str) -> Side:
-    opened = open_checkpoint(given)
-    return Side(role, opened, Configuration.read(opened.directory))
-
-
-def _pair(
-    first: Opened,
-    second: Opened,
-    selection: Selection,
-    mapping: MappingLike | None,
-    rows: Rows,
-) -> tuple[Pairing | None, str]:
-    """Return the pairing as far as it goes, and why it is refused where it is."""
-    refusal = ""
-    for strict in (True, False):
-        try:
-            pairing = pair_checkpoints(
-                first, second, selection, strict=strict, mapping=mapping, rows=rows
-            )
-        except (AlignmentError, CoverageError) as error:
-            # The strict refusal names the cause; what is left of it otherwise may not.
-            refusal = refusal or str(error)
-        else:
-            return pairing, refusal
-    return None, refusal
 
 
 def _findings(
-    first: Side,
-    second: Side,
-    selection: Selection,
-    pairing: Pairing | None,
-    refusal: str,
-    *,
-    attaches: bool = False,
+    first: ModelSide, second: ModelSide, pair: AlignedPair, *, attaches: bool = False
 ) -> list[Finding]:
-    prefixes = [Fact(None, STATED)] * 2
-    if pairing is not None:
-        prefixes = [Fact(prefix or "no prefix", STATED) for prefix in pairing.prefixes]
+    refusals = why_not(pair)
+    prefixes = pair.alignment.prefixes if is_usable(refusals) else (None, None)
+    reasoning, multimodal = (
+        Fact("no prefix" if prefix == "" else prefix, STATED) for prefix in prefixes
+    )
     alignment = Finding(
         "alignment",
-        "breaks" if refusal else "same",
-        prefixes[0],
-        prefixes[1],
-        refusal,
+        "breaks" if refusals else "same",
+        reasoning,
+        multimodal,
+        str(refusals[0]) if refusals else "",
         (first.role, second.role),
     )
-    coverage = None if pairing is None else pairing.coverage
-    stated = pairing is not None and pairing.stated
-    compared = compare(
-        first, second, selection, coverage, refusal, attaches=attaches, stated=stated
-    )
-    return [alignment, *compared]
+    return [alignment, *compare(first, second, pair, refusals, attaches=attaches)]
 
 
-def _plan(pairing: Pairing, second: Opened, dtype: str, rate_nbytes: int) -> Plan:
-    of_second = sum(second.nbytes(pair.name) for pair in pairing.pairs)
+def _plan(pair: AlignedPair, dtype: str, rate_nbytes: int) -> Plan:
+    of_second = sum(pair.multimodal.nbytes(one.name) for one in pair.pairs)
     on_disk, on_device = ITEMSIZE[dtype]
-    numel = sum(math.prod(pairing.shapes[pair.name]) for pair in pairing.pairs)
+    numel = sum(math.prod(pair.shapes[one.name]) for one in pair.pairs)
     delta_nbytes = math.ceil(on_disk * numel)
     return Plan(
         dtype=dtype,
         delta_nbytes=delta_nbytes,
-        read_nbytes=(pairing.nbytes - of_second, of_second),
+        read_nbytes=(pair.nbytes - of_second, of_second),
         compute_memory_nbytes=_COMPUTE_MEMORY_NBYTES,
         training_memory_nbytes=on_device * numel,
         rate_nbytes=rate_nbytes,
-        seconds=(pairing.nbytes + delta_nbytes) / rate_nbytes,
-        download_nbytes=_download_nbytes(pairing),
+        seconds=(pair.nbytes + delta_nbytes) / rate_nbytes,
+        download_nbytes=sum(
+            side.download_nbytes(needed)
+            for side, needed in zip((pair.reasoning, pair.multimodal), pair.needed(), strict=True)
+        ),
     )
-
-
-def _download_nbytes(pairing: Pairing) -> int:
-    """Return what of the pairs lies on a server and has not been downloaded."""
-    checkpoints = (pairing.reasoning, pairing.multimodal)
-    opened = zip(pairing.sources, checkpoints, pairing.needed(), strict=True)
-    total = 0
-    for source, checkpoint, needed in opened:
-        if source.remote is None:
-            continue
-        from drift_fast.checkpoints.remote.sparse import SparseShard, merged, missing, nbytes_of
-
-        ranges: dict[Path, list[tuple[int, int]]] = {}
-        for name in needed:
-            path, start, end = checkpoint.place(name)
-            ranges.setdefault(Path(path), []).append((start, end))
-        for path, wanted in ranges.items():
-            shard = SparseShard.load(path)
-            held = [] if shard is None else shard.ranges
-            total += nbytes_of(missing(merged(wanted), held))
-            if shard is not None:
-                shard.close()
-    return total
 
 
 def _rate(given: int | str) -> int:

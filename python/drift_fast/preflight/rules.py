@@ -7,11 +7,12 @@ a model says of itself `facts`'.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from drift_fast.alignment.coverage import Coverage
+from drift_fast.alignment.model_pair import AlignedPair
+from drift_fast.alignment.refusals import Refusal, is_usable
 from drift_fast.checkpoints.config_json import Configuration
 from drift_fast.checkpoints.opened import Opened
 from drift_fast.checkpoints.source import Source
@@ -25,7 +26,6 @@ from drift_fast.preflight.facts import (
     describe,
     read_headers,
 )
-from drift_fast.selection import Selection
 
 Severity = Literal["breaks", "note", "same"]
 
@@ -206,12 +206,16 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Side:
+class ModelSide:
     """One of the models, opened: its headers and its configuration, no weight."""
 
     role: str
     opened: Opened
-    configuration: Configuration
+
+    @property
+    def configuration(self) -> Configuration:
+        """Its config.json."""
+        return self.opened.configuration
 
     @property
     def the(self) -> str:
@@ -221,25 +225,24 @@ class Side:
 
 
 def compare(
-    first: Side,
-    second: Side,
-    selection: Selection,
-    coverage: Coverage | None,
-    refusal: str,
+    first: ModelSide,
+    second: ModelSide,
+    pair: AlignedPair,
+    refusals: Sequence[Refusal] = (),
     *,
     attaches: bool = False,
-    stated: bool = False,
 ) -> list[Finding]:
     """Return what two models have in common and what not, one finding for each fact.
 
-    `coverage` is that of their pairing as far as it goes, `refusal` why it is refused. With
-    `attaches`, Δ is to be attached to the second, and the first has been judged already; with
-    `stated`, a mapping says which layer is which.
+    `pair` are the two, aligned as far as it goes, and `refusals` what is refused about them. With
+    `attaches`, Δ is to be attached to the second, and the first has been judged already.
 
     Raises:
         CheckpointError: an entry of a config.json that has a wrong type.
     """
-    matched = [] if coverage is None else coverage.matched
+    usable = is_usable(refusals)
+    matched = pair.coverage.matched if usable else []
+    stated = usable and pair.stated
     headers = tuple(
         read_headers(
             _paired_layers(side.opened.shapes, [pair[column] for pair in matched])
@@ -254,7 +257,7 @@ def compare(
         kind_of(name)
         for side in (first, second)
         for name in side.opened.shapes
-        if name in selection
+        if name in pair.selection
     }
     return _Comparison(
         (first, second),
@@ -264,7 +267,7 @@ def compare(
             for column, side in enumerate((first, second))
         ),
         selected,
-        paired=coverage is not None and not refusal,
+        paired=not refusals,
         attaches=attaches,
         stated=stated,
     ).findings()
@@ -284,7 +287,7 @@ def _paired_layers(
 
 @dataclass(frozen=True)
 class _Comparison:
-    sides: tuple[Side, Side]
+    sides: tuple[ModelSide, ModelSide]
     headers: tuple[Headers, ...]
     described: tuple[Description, ...]
     selected: set[str]
@@ -311,7 +314,7 @@ class _Comparison:
         message = message.replace("{a}", a.the).replace("{b}", b.the)
         return Finding(subject, severity, first, second, message, (a.role, b.role))
 
-    def _judged(self) -> list[tuple[Side, Headers, Description]]:
+    def _judged(self) -> list[tuple[ModelSide, Headers, Description]]:
         """Return the sides that have not been judged in another comparison."""
         every = list(zip(self.sides, self.headers, self.described, strict=True))
         return every[1:] if self.attaches else every
@@ -466,7 +469,7 @@ class _Comparison:
         return self._finding("quantisation", "breaks", values, message)
 
 
-def _is_block_scaled(side: Side, headers: Headers) -> bool:
+def _is_block_scaled(side: ModelSide, headers: Headers) -> bool:
     """Whether all that is packed are 8-bit floats whose block scales are there and fit."""
     return (
         bool(headers.packed)

@@ -73,6 +73,12 @@ def nbytes_of(ranges: Iterable[Range]) -> int:
     return sum(end - start for start, end in ranges)
 
 
+def missing_nbytes(path: Path, wanted: Iterable[Range]) -> int:
+    """Return how many bytes of the wanted ranges a local shard does not hold yet."""
+    shard = SparseShard.load(path)
+    return nbytes_of(missing(merged(wanted), [] if shard is None else shard.ranges))
+
+
 def parts_of(ranges: Iterable[Range]) -> list[Range]:
     """Cut ranges into parts of one request each."""
     return [

@@ -1,0 +1,105 @@
+"""What of a selection is covered by an alignment, and what is missing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from drift_fast.alignment.coverage import NOT_SELECTED, Coverage, backbone_numel
+from drift_fast.alignment.embeddings import TIED
+from drift_fast.alignment.name_alignment import NameAlignment, Pair, Unmatched
+from drift_fast.checkpoints.opened import Opened
+from drift_fast.names import container_of, kind_of
+from drift_fast.selection import Selection
+
+
+@dataclass(frozen=True)
+class Account:
+    """The selected pairs, the coverage, and the selected tensors of either side without a match."""
+
+    pairs: list[Pair]
+    coverage: Coverage
+    missing_reasoning: list[Unmatched]
+    missing_multimodal: list[Unmatched]
+
+
+def account_for(
+    found: NameAlignment, selection: Selection, reasoning: Opened, multimodal: Opened
+) -> Account:
+    """Count what of the selection is matched, by elements, and list what is not."""
+    pairs = sorted(
+        (pair for pair in found.pairs if pair.name in selection), key=lambda pair: _order(pair.name)
+    )
+    belongs = _backbone_test(found, multimodal)
+    missing = (
+        _missing(found.unmatched_reasoning, selection),
+        [item for item in _missing(found.unmatched_multimodal, selection) if belongs(item[0])],
+    )
+    numel = sum(pair.numel(multimodal.shapes) for pair in pairs)
+    # Rows of an embedding that only the multimodal vocabulary has.
+    rows_numel = sum(math.prod(multimodal.shapes[pair.name]) for pair in pairs) - numel
+    # A pair whose shapes differ is missing on both sides but is one parameter of the model.
+    missing_numel = max(
+        sum(math.prod(side.shapes[name]) for name, _ in items)
+        for side, items in zip((reasoning, multimodal), missing, strict=True)
+    )
+    backbone = _backbone(found)
+    unselected = _not_selected(found, pairs)
+    coverage = Coverage(
+        matched=[(source, pair.name) for pair in pairs for source in pair.sources],
+        unmatched_reasoning=unselected[0] + found.unmatched_reasoning,
+        unmatched_multimodal=unselected[1] + found.unmatched_multimodal,
+        matched_numel=numel,
+        selected_numel=numel + rows_numel + missing_numel,
+        backbone_numel=backbone_numel(multimodal.shapes, backbone),
+        backbone_matched_numel=backbone_numel(
+            {pair.name: (pair.numel(multimodal.shapes),) for pair in pairs}, backbone
+        ),
+    )
+    return Account(pairs, coverage, *missing)
+
+
+def _missing(unmatched: Sequence[Unmatched], selection: Selection) -> list[Unmatched]:
+    return [item for item in unmatched if item[0] in selection and item[1] != TIED]
+
+
+def _not_selected(
+    found: NameAlignment, pairs: Sequence[Pair]
+) -> tuple[list[Unmatched], list[Unmatched]]:
+    """Return the names of both sides that match and are not selected."""
+    chosen = {pair.name for pair in pairs}
+    used = {source for pair in pairs for source in pair.sources}
+    dropped = [pair for pair in found.pairs if pair.name not in chosen]
+    sources = dict.fromkeys(source for pair in dropped for source in pair.sources)
+    return (
+        [(name, NOT_SELECTED) for name in sources if name not in used],
+        [(pair.name, NOT_SELECTED) for pair in dropped],
+    )
+
+
+def _backbone(found: NameAlignment) -> set[str | None]:
+    """Return the containers of matched layers: other towers have attention too."""
+    return {container_of(pair.name) for pair in found.pairs} - {None}
+
+
+def _backbone_test(found: NameAlignment, multimodal: Opened) -> Callable[[str], bool]:
+    """Return a function that says whether a multimodal tensor belongs to the language backbone."""
+    backbone = _backbone(found)
+    heads = [name for name in multimodal.shapes if kind_of(name) == "head"]
+    below = f"{found.prefixes[1]}." if found.prefixes[1] else ""
+
+    def belongs(name: str) -> bool:
+        if container_of(name) is not None:
+            return container_of(name) in backbone
+        kind = kind_of(name)
+        if kind == "head" and len(heads) == 1:
+            return True
+        return kind in ("norm", "embed", "head") and bool(below) and name.startswith(below)
+
+    return belongs
+
+
+def _order(name: str) -> list[tuple[int, str]]:
+    """Sort layer 2 before layer 10, whatever order the files have."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]
