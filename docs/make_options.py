@@ -34,6 +34,7 @@ CLASSES = (
     "drift_fast.delta.options.OutputOptions",
     "drift_fast.delta.options.InspectOptions",
     "drift_fast.delta.options.DeltaOptions",
+    "drift_fast.preflight.options.CheckOptions",
     "drift_fast.inject.config.StrengthOptions",
     "drift_fast.inject.config.ResidencyOptions",
     "drift_fast.inject.config.TargetOptions",
@@ -43,7 +44,7 @@ CLASSES = (
 # What trains: the options of a file that names its delta.
 INJECTION = "Settings"
 # The sections of a configuration file that are commands, with the class of each.
-COMMANDS = {"delta": "DeltaOptions", "inspect": "InspectOptions"}
+COMMANDS = {"delta": "DeltaOptions", "inspect": "InspectOptions", "check": "CheckOptions"}
 JSON_TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", NoneType: "null"}
 
 LINE_LENGTH = 100

@@ -207,15 +207,15 @@ ABOUT = """# Large pairs, and more than one machine
 
 Written by `python docs/make_scale.py`. Each rank is taken to read at {read_rate} and to write at
 {write_rate} a second. These are {rates}.
-Where a parallel file system gives all ranks together less than their number times that, it decides.
+If a parallel file system gives all ranks together less than that, it sets the time.
 
 {table}
 
-Read is both checkpoints' share of what is selected, written is Δ as bfloat16, in whole shards of
-{shard}, which go to ranks with the largest first. Times are those of the slowest rank: from the
-longer of reading and writing, where the two overlap wholly, to the sum of both. `fp8` is a
-checkpoint whose projections are FP8 with one float32 scale for each block of 128 × 128, and whose
-embeddings, head, norms and routers are bfloat16. Memory is {memory} for each rank above the
+"Read" counts the selected tensors of both checkpoints, "written" counts Δ as bfloat16, in whole
+shards of {shard}, which are given to the ranks, largest first. Times are those of the slowest
+rank: from the longer of reading and writing, if the two overlap fully, to the sum of both. `fp8`
+is a checkpoint whose projections are FP8 with one float32 scale for each block of 128 × 128, and
+whose embeddings, head, norms and routers are bfloat16. Memory is {memory} for each rank above the
 interpreter, whatever the size of the model, and the page cache of what is written, which the
 system takes back when it is needed. Headers and names come on top: a 671B pair has {largest:,}
 tensors.
@@ -224,10 +224,10 @@ The shapes follow from the `config.json` of {sources}.
 
 ## Under a launcher
 
-Every process of a run calls the same thing, on a file system that all of them see. Nothing is to
-be set: `RANK` and `WORLD_SIZE` (torchrun), `OMPI_COMM_WORLD_RANK` and `_SIZE` (Open MPI),
-`SLURM_PROCID` and `SLURM_NTASKS` (srun), or an initialised `torch.distributed` tell how many there
-are.
+Every process of a run makes the same call, on a file system that all of them see. You set nothing:
+`RANK` and `WORLD_SIZE` (torchrun), `OMPI_COMM_WORLD_RANK` and `_SIZE` (Open MPI),
+`SLURM_PROCID` and `SLURM_NTASKS` (srun), or an initialized `torch.distributed` give the number of
+processes.
 
     torchrun --nnodes 4 --nproc-per-node 1 --rdzv-backend c10d --rdzv-endpoint $HOST:29500 \\
         --no-python drift-fast delta REASONING MULTIMODAL --out /shared/delta
@@ -240,25 +240,24 @@ are.
     #SBATCH --time=01:00:00
     srun drift-fast delta REASONING MULTIMODAL --out /shared/delta --max-shard-size 2GB
 
-One process for each machine is enough, since each uses every core that it may. `compute_delta(…,
+One process for each machine is enough, since each uses every core it is given. `compute_delta(…,
 out=…)` and `Delta.save` do the same inside a script of yours.
 
 * The result has the bytes that one process with the same `--max-shard-size` writes, `drift.json`
-  included. Whole shards are given to ranks, so have at least two for each: where there are fewer
-  and they are uneven, a warning says which size would do.
-* All ranks pair the checkpoints and compare what they see with rank 0; another file, another
-  argument or another version on one of them ends the run. Rank 0 alone compares samples of the
-  weights, and downloads before the others, which may share its cache.
-* They speak through the store of `torch.distributed` where it is initialised, and otherwise through
-  small files in the hidden directory beside the output. Neither needs a port or a collective.
-* An error, or an interruption, of one rank ends all, with its text and its number. A rank that is
-  killed is noticed after 60 seconds (`DRIFT_FAST_RANK_TIMEOUT=…`). What is left then, if rank 0 was
-  killed, is the hidden directory, which does not open and which the next run to the same output
-  removes. A rank that runs but waits for its disk is not given up.
-* **Where one rank only is to compute** in a script that a launcher started, say so: `ranks=None`,
-  or `--ranks none`. Otherwise that rank waits for the others, and says after the same 60 seconds
-  which of them never came.
-* `inspect`, `check`, `align` and a delta that is not written are each process' own.
+  included. Ranks write whole shards, so have at least two shards for each rank. If there are fewer
+  and they are uneven, a warning says which shard size is better.
+* All ranks align the checkpoints and compare what they see with rank 0. A different file, a
+  different argument or a different version on one of them ends the run. Only rank 0 compares
+  samples of the weights, and it downloads before the others, which may share its cache.
+* They communicate over `torch.distributed` with gloo, in the process group that exists or in one of
+  their own.
+* An error or an interruption of one rank ends all of them and names the rank. A rank that is
+  killed is noticed after 60 seconds (`DRIFT_FAST_RANK_TIMEOUT=…`). If rank 0 was killed, the hidden
+  directory is left; it does not open as a delta, and the next run to the same output removes it.
+* **If only one rank is to compute** in a script that a launcher started, pass `ranks=None` or
+  `--ranks none`. Without it, that rank waits for the others, and names after the same 60 seconds
+  those that never came.
+* `inspect`, `check`, `align` and a delta that is not written run in each process separately.
 """
 
 

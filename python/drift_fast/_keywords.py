@@ -66,6 +66,13 @@ class DeltaKeywords(OutputKeywords, StreamKeywords, PairKeywords, total=False):
     ranks: Ranks
 
 
+class CheckKeywords(SelectionKeywords, total=False):
+    """The keywords of `CheckOptions`."""
+
+    dtype: str
+    read_rate: int | str
+
+
 class StrengthKeywords(TypedDict, total=False):
     """The keywords of `StrengthOptions`."""
 

@@ -82,13 +82,7 @@ class Options:
 
     def __post_init__(self) -> None:
         for each in fields(self):
-            about, value = about_of(each), getattr(self, each.name)
-            if about.check is not None:
-                about.check(value)
-            if about.choices is not None and value not in about.choices and value != each.default:
-                raise ValueError(
-                    f"{each.name} must be one of {', '.join(about.choices)}, got {value!r}"
-                )
+            check(each, getattr(self, each.name))
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
@@ -162,6 +156,20 @@ def takes(options: type[Options]) -> Callable[[Function], Function]:
         return function
 
     return document
+
+
+def check(each: Field[Any], value: Any) -> None:
+    """Refuse a value without meaning.
+
+    Raises:
+        ValueError: it is not one of the choices, or the check of the option refuses it.
+    """
+    about = about_of(each)
+    # First, since a check may know of a choice that is gone.
+    if about.check is not None:
+        about.check(value)
+    if about.choices is not None and value not in about.choices and value != each.default:
+        raise ValueError(f"{each.name} must be one of {', '.join(about.choices)}, got {value!r}")
 
 
 def plain(each: Field[Any], value: Any) -> Any:

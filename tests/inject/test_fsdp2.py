@@ -352,7 +352,7 @@ def check_missing_gradients(folder: Path) -> Report:
 
 def check_a_step_that_fails(folder: Path) -> Report:
     """A step that fails on every process half way, and the next one."""
-    from drift_fast.inject.compute.arithmetic import HostArithmetic
+    from drift_fast.inject.compute.host import HostArithmetic
 
     twins = Twins(folder, "uneven")
     twins.backward(5)

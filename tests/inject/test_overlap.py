@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 import drift_fast
 from drift_fast import DriftError, Injection
-from drift_fast.inject.compute.arithmetic import SMALL, HostArithmetic
+from drift_fast.inject.compute.base import SMALL
+from drift_fast.inject.compute.host import HostArithmetic
 from drift_fast.inject.overlap import Overlap
 from support.injection_models import (
     Backbone,

@@ -22,7 +22,8 @@ import torch
 
 import drift_fast
 from drift_fast import DriftError, Injection, NonFiniteError
-from drift_fast.inject.compute.arithmetic import SMALL, HostArithmetic
+from drift_fast.inject.compute.base import SMALL
+from drift_fast.inject.compute.host import HostArithmetic
 from drift_fast.inject.placement import stores as residency
 from drift_fast.inject.placement.stores import BLOCK, OnDisk, Plain, Quantised, Ring, choose
 from support.injection_models import (

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import drift_fast
-from drift_fast.inject.compute.arithmetic import DeviceArithmetic
+from drift_fast.inject.compute.device import DeviceArithmetic
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")

@@ -23,7 +23,7 @@ class SelectionOptions(Options):
         ("attn", "mlp"),
         "presets attn, mlp, norm, embed, head, all, or re:<pattern>; separated by commas",
     )
-    layers: Layers = option(None, "layer numbers, such as 0-3,8; None is all", metavar="LAYERS")
+    layers: Layers = option(None, "layer numbers, such as 0-3,8; all by default", metavar="LAYERS")
     mapping: MappingLike | None = option(
         None,
         "which tensor belongs to which, where names do not tell: a map file that `drift-fast align "
@@ -49,8 +49,8 @@ class PairOptions(SelectionOptions):
     strict: bool = option(True, "refuse when a selected tensor has no match, instead of listing it")
     min_coverage: float | None = option(
         None,
-        "refuse when less of the selected parameters is covered, such as 0.95; None is all of them "
-        "when strict",
+        "refuse when less of the selected parameters is covered, such as 0.95; by default all of "
+        "them when strict",
         check=_check_share,
         metavar="SHARE",
     )

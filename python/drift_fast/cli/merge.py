@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from drift_fast.alignment.mapping import parse_mapping
+from drift_fast.cli.options import SOURCE
 from drift_fast.merging.config import METHODS
 from drift_fast.merging.layout import DTYPES
 from drift_fast.merging.merge import Merged, merge
@@ -22,10 +23,8 @@ from drift_fast.progress_bar import ProgressBar
 from drift_fast.sizes import MEMORY
 
 
-def add_merge(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser], what: str, modules_help: str
-) -> None:
-    """Add the command to those of `drift-fast`."""
+def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command to the parser."""
     parser = commands.add_parser(
         "merge",
         help="merge a reasoning model into a multimodal one and write the result",
@@ -33,8 +32,8 @@ def add_merge(
         "without loading either. The result is a directory that from_pretrained loads.",
     )
     parser.add_argument("method", choices=METHODS, metavar="METHOD", help=", ".join(METHODS))
-    parser.add_argument("reasoning", help=f"text-only reasoning checkpoint: {what}")
-    parser.add_argument("multimodal", help=f"multimodal checkpoint: {what}")
+    parser.add_argument("reasoning", help=f"text-only reasoning checkpoint: {SOURCE}")
+    parser.add_argument("multimodal", help=f"multimodal checkpoint: {SOURCE}")
     parser.add_argument("--out", "-o", required=True, type=Path, help="directory to write")
     parser.add_argument("--base", help="the text model that the reasoning model was tuned from")
     parser.add_argument(
@@ -53,7 +52,7 @@ def add_merge(
     parser.add_argument(
         "--keep-layers", type=int, metavar="N", help="first layers that layer_swap leaves alone"
     )
-    parser.add_argument("--modules", help=f"{modules_help.partition(';')[0]}; default all")
+    parser.add_argument("--modules", help="as for delta; default all")
     parser.add_argument("--layers", help="such as 0-3,8; default all")
     parser.add_argument("--mapping", metavar="MAP", help="as for delta")
     parser.add_argument(

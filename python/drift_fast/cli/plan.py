@@ -49,8 +49,8 @@ _FLOATS = {"epochs", "learning_rate", "warmup", "alpha", "save_steps", "progress
 _TEXTS = {"layers", "schedule"}
 
 
-def add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the subcommand."""
+def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command to the parser."""
     parser = commands.add_parser(
         "plan",
         help="memory, disk, hours and λ of a training run, before it starts; reads no weight",
@@ -85,7 +85,7 @@ def add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         "--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=None
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.set_defaults(run=_plan)
+    parser.set_defaults(run=_plan, value_error_status=2)
 
 
 def _flag(name: str) -> str:
@@ -102,20 +102,16 @@ def _plan(options: argparse.Namespace) -> int:
     }
     if options.peak_tflops is not None:
         given["peak"] = options.peak_tflops * 1e12
-    try:
-        found = plan(
-            options.reasoning,
-            options.multimodal,
-            config=options.config,
-            delta=options.delta,
-            rms=options.rms,
-            gpu_memory=options.gpu_memory,
-            utilisation=options.utilisation,
-            **given,
-        )
-    except ValueError as error:
-        print(f"drift-fast: {error}", file=sys.stderr)
-        return 2
+    found = plan(
+        options.reasoning,
+        options.multimodal,
+        config=options.config,
+        delta=options.delta,
+        rms=options.rms,
+        gpu_memory=options.gpu_memory,
+        utilisation=options.utilisation,
+        **given,
+    )
     if options.json:
         json.dump(found.to_dict(), sys.stdout, indent=1, ensure_ascii=False)
         print()

@@ -16,7 +16,9 @@ from drift_fast.sizes import MEMORY, parse_size, thread_count
 class StreamOptions(Options):
     """What a stream may take of the machine; none of it changes a bit of the result."""
 
-    threads: int | None = option(None, "worker threads; None is every core", check=thread_count)
+    threads: int | None = option(
+        None, "worker threads; as many as cores by default", check=thread_count
+    )
     memory: int | str = option(
         MEMORY,
         "bytes that all buffers may take, whatever the size of the models, such as 64MB",
@@ -25,7 +27,7 @@ class StreamOptions(Options):
     )
     allow_nonfinite: bool = option(False, "count NaN and infinity instead of refusing them")
     progress_bar: bool | None = option(
-        None, "show a progress bar; None does where stderr is a terminal or in a notebook"
+        None, "show a progress bar; by default where stderr is a terminal, and in a notebook"
     )
     on_progress: ProgressCallback | None = option(
         None, "called on this thread with a `Progress`, about 20 times a second", in_file=False

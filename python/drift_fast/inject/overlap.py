@@ -17,7 +17,9 @@ import torch
 from torch import nn
 
 from drift_fast.errors import DriftError
-from drift_fast.inject.compute.arithmetic import SMALL, DeviceArithmetic, new_stream
+from drift_fast.inject.compute.base import SMALL
+from drift_fast.inject.compute.device import DeviceArithmetic
+from drift_fast.inject.compute.streams import new_stream
 from drift_fast.inject.target_group import Push, TargetGroup, plain_arithmetic
 
 # Kernels of an injection are short and wait for each other, those of backward are long: behind them
@@ -82,7 +84,7 @@ class Overlap:
         self._wait()
         self.let_go()
         for group in self._groups:
-            # What a step that was given up was about to record.
+            # What a step that was given up was about to capture.
             group.finish()
         self._pushes = None
         self._next = [0] * len(self._groups)

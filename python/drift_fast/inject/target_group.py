@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from drift_fast.inject.compute.arithmetic import Arithmetic, Sums, flattened
-from drift_fast.inject.compute.cuda_graphs import Recordings, may_record
+from drift_fast.inject.compute.base import Arithmetic, Sums, flattened
+from drift_fast.inject.compute.cuda_graphs import CudaGraphs, Launch, may_capture
 from drift_fast.inject.placement.stores import Store
 from drift_fast.inject.shards.base import Shard, Whole
 from drift_fast.inject.shards.reduction import Reduction
@@ -62,14 +62,14 @@ class TargetGroup:
         self.reduction = Reduction(shards[0].process_groups)
         self.norms = self.vector(norms)
         self.last: Last | None = None
-        # What a step reads and counts lies in one place, which a recording remembers.
+        # What a step reads and counts stays in one place, whose address a captured graph holds.
         self._alpha = self.vector([0.0] * len(self.targets))
         self._loss_scale = torch.ones((), dtype=self._alpha.dtype, device=self.device)
         self._skipped = torch.zeros((), dtype=torch.int64, device=self.device)
         self._push: Push | None = None
         whole = all(isinstance(shard, Whole) for shard in self.shards)
-        records = whole and self.device.type == "cuda"
-        self._recordings = Recordings(self.device) if records else None
+        captures = whole and self.device.type == "cuda"
+        self._graphs = CudaGraphs(self.device) if captures else None
         self._found: dict[int, torch.Tensor] | None = None
         self._origin = torch.zeros(0)
         self._factor = self.vector([1.0] * len(self.targets))
@@ -108,8 +108,8 @@ class TargetGroup:
 
     def release(self) -> None:
         """Let go of Δ now."""
-        if self._recordings is not None:
-            self._recordings.clear()
+        if self._graphs is not None:
+            self._graphs.clear()
         self.last = None
         self.store.release()
 
@@ -153,13 +153,13 @@ class TargetGroup:
     def finish(self) -> None:
         """Let go of this step's gradients, which zero_grad may be about to free."""
         self._found = None
-        if self._recordings is not None:
-            self._recordings.drop()
+        if self._graphs is not None:
+            self._graphs.drop_pending()
 
     def capture(self) -> None:
         """Capture what the next step can launch as one; this one's gradients are still there."""
-        if self._recordings is not None and may_record(self.device):
-            self._recordings.record()
+        if self._graphs is not None and may_capture(self.device):
+            self._graphs.capture()
 
     def inject_bucket(self, at: int, push: Push, arithmetic: Arithmetic | None = None) -> None:
         """Measure and change the gradients of one bucket, where nothing is sharded."""
@@ -210,10 +210,10 @@ class TargetGroup:
             return
         members, gradients = list(held), list(held.values())
         some = [deltas[at - start] for at in members]
-        recordings = self._recordings
+        graphs = self._graphs
         # A gradient that lies transposed is changed through a copy, which has no place of its own.
         still = all(gradient.is_contiguous() for gradient in gradients)
-        if recordings is None or not still or not may_record(self.device):
+        if graphs is None or not still or not may_capture(self.device):
             with flattened(gradients) as flats:
                 self._launch(start, stop, members, flats, some, push, arithmetic)
             for at, gradient in held.items():
@@ -234,7 +234,7 @@ class TargetGroup:
             flats = [gradient.view(-1) for gradient in self._gradients(start, stop).values()]
             self._launch(start, stop, members, flats, some, push, arithmetic)
 
-        def holds() -> bool:
+        def unmoved() -> bool:
             now = self._gradients(start, stop)
             pointers = [gradient.data_ptr() for gradient in now.values()]
             return (
@@ -243,13 +243,11 @@ class TargetGroup:
                 and pointers == [address for address, _ in addresses[2]]
             )
 
-        def apart() -> None:
-            with arithmetic.apart():
+        def capture() -> None:
+            with arithmetic.on_capture_streams():
                 launch()
 
-        recordings.replay(
-            place, addresses, launch, holds, priority=arithmetic.priority, recorded=apart
-        )
+        graphs.launch(Launch(place, addresses, launch, capture, unmoved, arithmetic.priority))
 
     def _launch(
         self,

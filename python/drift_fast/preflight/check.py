@@ -23,9 +23,9 @@ from drift_fast.checkpoints.opened import PathLike, open_checkpoint
 from drift_fast.config_files import printable
 from drift_fast.dtypes import check_stored_dtype
 from drift_fast.preflight.facts import STATED, Fact
+from drift_fast.preflight.options import parse_rate
 from drift_fast.preflight.rules import Finding, ModelSide, compare
 from drift_fast.selection import Layers, Modules
-from drift_fast.sizes import parse_size
 
 __all__ = ["Finding", "Plan", "Preflight", "check"]
 
@@ -162,7 +162,7 @@ def check(
         ValueError: an argument without meaning.
     """
     check_stored_dtype(dtype)
-    rate_nbytes = _rate(read_rate)
+    rate_nbytes = parse_rate(read_rate)
     options = PairOptions(modules=modules, layers=layers, mapping=mapping, rows=rows)
     given = [reasoning, multimodal] if model is None else [reasoning, multimodal, model]
     roles = ["reasoning", "multimodal"] if model is None else ["expert", "reference", "model"]
@@ -225,15 +225,6 @@ def _plan(pair: AlignedPair, dtype: str, rate_nbytes: int) -> Plan:
             for side, needed in zip((pair.reasoning, pair.multimodal), pair.needed(), strict=True)
         ),
     )
-
-
-def _rate(given: int | str) -> int:
-    try:
-        return parse_size(str(given).removesuffix("/s"))
-    except ValueError as error:
-        raise ValueError(
-            f"a rate must be bytes a second such as 500000000, '500MB' or '1GB', got {given!r}"
-        ) from error
 
 
 def _aligned(rows: Sequence[Finding], between: tuple[str, str]) -> str:

@@ -14,7 +14,7 @@ use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use drift_fast_core::Dtype;
 use drift_fast_core::dtype::Fp8;
 use drift_fast_core::kernel::{
-    Elements, INT8_BLOCK, decode_int8, dequantise, moments_in_float64, subtract, subtract_int8,
+    Elements, INT8_BLOCK, decode_int8, dequantize, moments_in_float64, subtract, subtract_int8,
 };
 
 /// Elements of a side: with an output, half a mebibyte in bfloat16; and 128 MiB.
@@ -104,7 +104,7 @@ fn compression(criterion: &mut Criterion) {
 
 /// Runs of 128 codes under a scale each, as a block-scaled weight is read.
 fn dequantisation(criterion: &mut Criterion) {
-    let mut group = criterion.benchmark_group("dequantise");
+    let mut group = criterion.benchmark_group("dequantize");
     for (place, numel) in SIZES {
         let codes: Vec<u8> = (0..numel).map(|i| (i.wrapping_mul(97) % 120) as u8).collect();
         let mut values = vec![0; 4 * numel];
@@ -113,7 +113,7 @@ fn dequantisation(criterion: &mut Criterion) {
             group.bench_function(format!("{name}/{place}"), |bencher| {
                 bencher.iter(|| {
                     for (codes, values) in codes.chunks(128).zip(values.chunks_mut(512)) {
-                        dequantise(format, codes, black_box(0.01), values);
+                        dequantize(format, codes, black_box(0.01), values);
                     }
                 });
             });

@@ -6,12 +6,14 @@
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
-use drift_fast_core::align::compose::{Composed, Part};
+use drift_fast_core::align::compose::{Block, Blocks};
+use drift_fast_core::align::pair::{Pair, Source};
 use drift_fast_core::checkpoint::Checkpoint;
+use drift_fast_core::checkpoint::Operand;
 use drift_fast_core::kernel::{self, Elements};
 use drift_fast_core::output::Storage;
-use drift_fast_core::output::writer::Slot;
-use drift_fast_core::stream::{CHUNK, Minuend, Options, Outcome, Pair, Side, Sink, run};
+use drift_fast_core::output::format::Slot;
+use drift_fast_core::stream::{CHUNK, Options, Outcome, Sink, run};
 use drift_fast_core::{Dtype, Error, Moments, Reader, Writer};
 
 /// Two sides of float32 tensors of many shapes; `w` is stored transposed in `a`, after one element.
@@ -91,23 +93,23 @@ impl Files {
     }
 }
 
-fn side<'a>(checkpoint: &'a Checkpoint, name: &str) -> Side<'a> {
+fn operand<'a>(checkpoint: &'a Checkpoint, name: &str) -> Operand<'a> {
     let (shard, tensor) = checkpoint.tensor(name).unwrap();
-    Side { shard, tensor, scales: None }
+    Operand { shard, tensor, scales: None }
 }
 
-fn pairs<'a>(a: &'a Checkpoint, b: &'a Checkpoint, composed: bool) -> Vec<Pair<'a>> {
+fn pairs<'a>(a: &'a Checkpoint, b: &'a Checkpoint, with_blocks: bool) -> Vec<Pair<'a>> {
     let mut pairs: Vec<Pair<'a>> = SHAPES
         .iter()
         .map(|(name, _)| Pair {
-            reasoning: Minuend::Whole(side(a, name)),
-            multimodal: side(b, name),
+            reasoning: Source::Whole(operand(a, name)),
+            multimodal: operand(b, name),
         })
         .collect();
-    if composed {
-        // The first 100 rows have no counterpart; the others lie transposed in two parts.
-        let part = |columns: std::ops::Range<usize>, offset| Part {
-            source: side(a, "w"),
+    if with_blocks {
+        // The first 100 rows are not stored; the others are, transposed, in two blocks.
+        let block = |columns: std::ops::Range<usize>, offset| Block {
+            source: operand(a, "w"),
             rows: 100..ROWS,
             columns,
             offset,
@@ -115,10 +117,10 @@ fn pairs<'a>(a: &'a Checkpoint, b: &'a Checkpoint, composed: bool) -> Vec<Pair<'
             column_stride: ROWS - 100,
         };
         let second = 1 + 300 * (ROWS - 100);
-        let parts = vec![part(0..300, 1), part(300..COLUMNS, second)];
+        let blocks = vec![block(0..300, 1), block(300..COLUMNS, second)];
         pairs.push(Pair {
-            reasoning: Minuend::Composed(Composed::new(&[ROWS, COLUMNS], parts).unwrap()),
-            multimodal: side(b, "w"),
+            reasoning: Source::Blocks(Blocks::new(&[ROWS, COLUMNS], blocks).unwrap()),
+            multimodal: operand(b, "w"),
         });
     }
     pairs
@@ -168,7 +170,7 @@ fn neither_threads_nor_memory_nor_reader_changes_a_bit() {
     let files = Files::new();
     let (first, expected) = written(&files, Reader::Pread, &Options::new(1));
     assert!(expected.len() > 4, "several shards, an index and a description");
-    // One worker needs some 13 MiB for the composed tensor.
+    // One worker needs some 13 MiB for the tensor of blocks.
     for threads in 1..=8 {
         for (number, memory) in [14 << 20, 40 << 20, usize::MAX].into_iter().enumerate() {
             let reader = [Reader::Pread, Reader::Mmap][(threads + number) % 2];
@@ -222,8 +224,8 @@ fn memory_that_one_worker_does_not_fit_in_is_refused_with_the_least_that_will_do
     let files = Files::new();
     let (a, b) = files.open(Reader::Pread);
     let mut least = Vec::new();
-    for composed in [false, true] {
-        let pairs = pairs(&a, &b, composed);
+    for with_blocks in [false, true] {
+        let pairs = pairs(&a, &b, with_blocks);
         let options = |memory| Options { memory, ..Options::new(8) };
         let Err(Error::Argument(message)) = stream(&pairs, Sink::None, &options(1)) else {
             panic!("accepted one byte");
@@ -231,7 +233,7 @@ fn memory_that_one_worker_does_not_fit_in_is_refused_with_the_least_that_will_do
         let needed: usize =
             message.split_once("memory=").unwrap().1.split_once(' ').unwrap().0.parse().unwrap();
         assert!(
-            message.contains(if composed { "of which w " } else { "of which chunk " }),
+            message.contains(if with_blocks { "of which w " } else { "of which chunk " }),
             "{message}"
         );
         assert!(stream(&pairs, Sink::None, &options(needed - 1)).is_err());
@@ -239,7 +241,7 @@ fn memory_that_one_worker_does_not_fit_in_is_refused_with_the_least_that_will_do
         assert_eq!(outcome.peak_nbytes, needed);
         least.push(needed);
     }
-    // One chunk of either side in float32, against a composed tensor's longer ones.
+    // One chunk of either side in float32, against the longer ones of a tensor of blocks.
     assert!((2 << 20..(2 << 20) + 4096).contains(&least[0]), "{least:?}");
     assert!(least[1] > 3 * least[0], "{least:?}");
 }

@@ -14,16 +14,18 @@ mod _core {
     use std::path::PathBuf;
     use std::sync::{Mutex, MutexGuard, TryLockError};
 
-    use drift_fast_core::align::compose::{Composed, Part};
+    use drift_fast_core::align::compose::{Block, Blocks};
+    use drift_fast_core::align::pair::{Pair, Source};
     use drift_fast_core::align::similarity::likeness as likeness_core;
     use drift_fast_core::align::{Alignment, Named, Ties, align as align_core};
     use drift_fast_core::in_memory::{Precision, Step, measure as measure_core, subtract_all};
     use drift_fast_core::merge::{Blend, Job, Method, run as run_merge};
-    use drift_fast_core::output::format::{self, Storage};
-    use drift_fast_core::output::writer::Slot;
-    use drift_fast_core::stream::{Minuend, Options, Pair, Progress, Side, Sink, run};
+    use drift_fast_core::output::Storage;
+    use drift_fast_core::output::format::Slot;
+    use drift_fast_core::stream::{Options, Progress, Sink, decode, run};
     use drift_fast_core::{
         Dtype, Error, Moments, Reader, checkpoint,
+        checkpoint::Operand,
         checkpoint::block_scales,
         dtype, kernel,
         output::{side_files, writer},
@@ -98,7 +100,7 @@ mod _core {
                 .filter(|(_, tensor)| dtype::Fp8::from_header(tensor.dtype).is_some());
             codes
                 .map(|(_, tensor)| {
-                    let fits = self.inner.side(&tensor.name, self.block);
+                    let fits = self.inner.operand(&tensor.name, self.block);
                     let problem = fits.err().map_or(String::new(), |error| error.to_string());
                     (tensor.name.clone(), block_scales::name_of(&tensor.name), problem)
                 })
@@ -117,7 +119,7 @@ mod _core {
             let mut buffer = Writable::new(buffer)?;
             py.detach(|| {
                 let elements = elements.0..elements.1;
-                format::read(&self.inner, name, elements, buffer.bytes())
+                decode::decode(&self.inner, name, elements, buffer.bytes())
             })
             .map_err(to_py)
         }
@@ -383,7 +385,7 @@ mod _core {
         py: Python<'py>,
         reasoning: &Checkpoint,
         multimodal: &Checkpoint,
-        pairs: Vec<(Source, String)>,
+        pairs: Vec<(SourceNames, String)>,
         threads: usize,
         memory: Option<usize>,
         writer: Option<&DeltaWriter>,
@@ -420,7 +422,7 @@ mod _core {
         py: Python<'py>,
         reasoning: &Checkpoint,
         multimodal: &Checkpoint,
-        pair: (Source, String),
+        pair: (SourceNames, String),
         buffer: &Bound<'py, PyAny>,
         dtype: &str,
         threads: usize,
@@ -431,25 +433,25 @@ mod _core {
         let mut pairs = resolve(reasoning, multimodal, &[pair])?;
         let sliced;
         if let Some((start, stop)) = elements {
-            let Minuend::Whole(side) = pairs[0].reasoning else {
+            let Source::Whole(reasoning) = pairs[0].reasoning else {
                 return Err(PyValueError::new_err("a composed tensor is subtracted whole"));
             };
-            if side.tensor.shape != pairs[0].multimodal.tensor.shape {
+            let multimodal = pairs[0].multimodal;
+            if reasoning.tensor.shape != multimodal.tensor.shape {
                 return Err(PyValueError::new_err("parts of tensors that differ in shape"));
             }
-            let slice = |side: Side<'_>| side.tensor.elements(start, stop).map_err(to_py);
-            sliced = (slice(side)?, slice(pairs[0].multimodal)?);
-            let (left, right) = (side, pairs[0].multimodal);
+            let slice = |operand: &Operand<'_>| operand.tensor.elements(start, stop).map_err(to_py);
+            sliced = (slice(&reasoning)?, slice(&multimodal)?);
             pairs[0] = Pair {
-                reasoning: Minuend::Whole(Side {
+                reasoning: Source::Whole(Operand {
                     tensor: &sliced.0,
-                    scales: left.scales.map(|scales| scales.from_element(start)),
-                    ..left
+                    scales: reasoning.scales.map(|scales| scales.from_element(start)),
+                    ..reasoning
                 }),
-                multimodal: Side {
+                multimodal: Operand {
                     tensor: &sliced.1,
-                    scales: right.scales.map(|scales| scales.from_element(start)),
-                    ..right
+                    scales: multimodal.scales.map(|scales| scales.from_element(start)),
+                    ..multimodal
                 },
             };
         }
@@ -546,7 +548,7 @@ mod _core {
     /// What a multimodal tensor is subtracted from: the name of a tensor, or parts of several, each
     /// as (name, first row, end row, first column, end column, offset, row stride, column stride).
     #[derive(FromPyObject)]
-    enum Source {
+    enum SourceNames {
         Whole(String),
         Parts(Vec<Rectangle>),
     }
@@ -556,7 +558,7 @@ mod _core {
     fn resolve<'a>(
         reasoning: &'a Checkpoint,
         multimodal: &'a Checkpoint,
-        pairs: &[(Source, String)],
+        pairs: &[(SourceNames, String)],
     ) -> PyResult<Vec<Pair<'a>>> {
         pairs
             .iter()
@@ -568,24 +570,24 @@ mod _core {
             .collect()
     }
 
-    fn side<'a>(checkpoint: &'a Checkpoint, name: &str) -> PyResult<Side<'a>> {
-        checkpoint.inner.side(name, checkpoint.block).map_err(to_py)
+    fn side<'a>(checkpoint: &'a Checkpoint, name: &str) -> PyResult<Operand<'a>> {
+        checkpoint.inner.operand(name, checkpoint.block).map_err(to_py)
     }
 
     /// What a tensor of that shape is paired with.
     fn minuend<'a>(
         checkpoint: &'a Checkpoint,
-        source: &Source,
+        source: &SourceNames,
         shape: &[usize],
-    ) -> PyResult<Minuend<'a>> {
+    ) -> PyResult<Source<'a>> {
         let parts = match source {
-            Source::Whole(name) => return Ok(Minuend::Whole(side(checkpoint, name)?)),
-            Source::Parts(parts) => parts,
+            SourceNames::Whole(name) => return Ok(Source::Whole(side(checkpoint, name)?)),
+            SourceNames::Parts(parts) => parts,
         };
         let parts = parts
             .iter()
             .map(|(name, top, bottom, left, right, offset, down, across)| {
-                Ok(Part {
+                Ok(Block {
                     source: side(checkpoint, name)?,
                     rows: *top..*bottom,
                     columns: *left..*right,
@@ -595,7 +597,7 @@ mod _core {
                 })
             })
             .collect::<PyResult<_>>()?;
-        Ok(Minuend::Composed(Composed::new(shape, parts).map_err(to_py)?))
+        Ok(Source::Blocks(Blocks::new(shape, parts).map_err(to_py)?))
     }
 
     /// A merged model's directory being written; it takes its name at `commit`.
@@ -677,7 +679,7 @@ mod _core {
 
     /// What is merged into a tensor: sources in the reasoning checkpoint and the base, the dtype of
     /// the result, and both weights.
-    type Blended = (Source, Option<Source>, String, f64, f64);
+    type Blended = (SourceNames, Option<SourceNames>, String, f64, f64);
 
     /// Merge tensors into a writer's slots, in their order, or copy those that nothing is given for;
     /// return what was found of each merged one, and the most bytes that buffers took at a time.
@@ -718,7 +720,7 @@ mod _core {
             .map(|(name, blended)| {
                 let Some((source, of_base, dtype, weight, multimodal_weight)) = blended else {
                     let (shard, tensor) = multimodal.inner.tensor(name).map_err(to_py)?;
-                    let multimodal = Side { shard, tensor, scales: None };
+                    let multimodal = Operand { shard, tensor, scales: None };
                     return Ok(Job { multimodal, blend: None });
                 };
                 let target = side(multimodal, name)?;
@@ -774,7 +776,7 @@ mod _core {
         py: Python<'_>,
         reasoning: &Checkpoint,
         multimodal: &Checkpoint,
-        pairs: Vec<(Source, String)>,
+        pairs: Vec<(SourceNames, String)>,
     ) -> PyResult<(Vec<f64>, usize)> {
         let pairs = resolve(reasoning, multimodal, &pairs)?;
         py.detach(|| likeness_core(&pairs)).map_err(to_py)

@@ -1,1 +1,1 @@
-"""Measure and subtract, on the host or on a device."""
+"""Measure and subtract, on the CPU or on an accelerator."""

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from drift_fast.inject.compute.arithmetic import Arithmetic, Sums, flattened
+from drift_fast.inject.compute.base import Arithmetic, Sums, flattened
 from drift_fast.inject.lora.adapters import Adapted, Factors
 from drift_fast.inject.target_group import Push, TargetGroup, pick, put
 from drift_fast.inject.targets import Target

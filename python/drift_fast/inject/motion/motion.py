@@ -20,7 +20,7 @@ from torch import nn
 from drift_fast.alignment.mapping import MappingLike
 from drift_fast.errors import DriftError, DriftWarning
 from drift_fast.inject.attachment import Attachment
-from drift_fast.inject.compute.arithmetic import flattened
+from drift_fast.inject.compute.base import flattened
 from drift_fast.inject.config import TargetOptions
 from drift_fast.inject.driver import unwrap_optimizer
 from drift_fast.inject.motion.master_weights import MasterWeights, find_key

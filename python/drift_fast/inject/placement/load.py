@@ -17,13 +17,10 @@ import torch
 import torch.distributed as dist
 
 from drift_fast.errors import DriftError, NonFiniteError
-from drift_fast.inject.compute.arithmetic import (
-    SMALL,
-    Arithmetic,
-    make_arithmetic,
-    norm_of,
-    prepare,
-)
+from drift_fast.inject.compute.base import SMALL, Arithmetic
+from drift_fast.inject.compute.device import DeviceArithmetic
+from drift_fast.inject.compute.host import HostArithmetic, norm_of
+from drift_fast.inject.compute.shortcuts import prepare
 from drift_fast.inject.lora.group import FactorGroup
 from drift_fast.inject.placement.stores import (
     Held,
@@ -55,6 +52,11 @@ class Loading:
     prefetch_nbytes: int = 10**9
     # All that trains, whose gradients and optimizer states may be yet to come.
     trained: Sequence[torch.Tensor] = ()
+
+
+def make_arithmetic(device: torch.device) -> Arithmetic:
+    """Return the arithmetic for a device."""
+    return HostArithmetic() if device.type == "cpu" else DeviceArithmetic(device)
 
 
 def load_groups(

@@ -21,7 +21,7 @@ from typing import Any, Literal, Protocol, get_args
 
 import torch
 
-from drift_fast.inject.compute.arithmetic import new_stream
+from drift_fast.inject.compute.streams import new_stream
 
 logger = logging.getLogger(__name__)
 

@@ -1,30 +1,32 @@
-//! A tensor that one checkpoint stores whole and the other in pieces, or the other way round.
+//! A tensor that one checkpoint stores fused and the other split, or the other way round.
 //!
-//! Owns where the pieces lie and how a run of rows is gathered from them, chunk by chunk, so that
+//! Owns where its blocks are stored and how a run of rows is gathered from them, chunk by chunk, so
 //! no model and no whole tensor is ever copied. The multimodal tensor is seen as rows × columns; a
-//! [`Part`] is a rectangle of it that lies in a tensor of the reasoning checkpoint, transposed or
-//! not. Parts never overlap, and within their rows they cover every column.
+//! [`Block`] is a rectangle of it that lies in a tensor of the reasoning checkpoint, transposed or
+//! not. Blocks never overlap, and within their rows they cover every column.
 
 use std::ops::Range;
 
-use crate::checkpoint::shard::subtractable;
+use crate::checkpoint::Operand;
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::kernel::INT8_BLOCK;
-use crate::stream::Side;
 
+/// Elements of one run of rows: enough that a transposed block is read in runs of a kilobyte or more
+/// at the widths of real experts.
+pub(crate) const RUN: usize = 1 << 20;
 /// Elements that are gathered aside at a time: enough for long reads, few enough to stay in a core's
 /// cache.
 const GROUP: usize = 1 << 17;
 
-/// A rectangle of the composed tensor, and the elements of a stored one that fill it.
+/// A rectangle of a tensor, and the elements of a stored one that fill it.
 #[derive(Clone, Debug)]
-pub struct Part<S> {
+pub struct Block<S> {
     /// The stored tensor.
     pub source: S,
-    /// Rows of the composed tensor.
+    /// Rows of the tensor that the block is part of.
     pub rows: Range<usize>,
-    /// Columns of the composed tensor.
+    /// Columns of that tensor.
     pub columns: Range<usize>,
     /// The element of the stored tensor that comes first.
     pub offset: usize,
@@ -34,59 +36,59 @@ pub struct Part<S> {
     pub column_stride: usize,
 }
 
-/// Parts by rising row and column, grouped into bands that share their rows.
-pub struct Composed<'a> {
+/// Blocks by rising row and column, grouped into bands that share their rows.
+pub struct Blocks<'a> {
     columns: usize,
     dtype: Dtype,
-    bands: Vec<Vec<Part<Side<'a>>>>,
+    bands: Vec<Vec<Block<Operand<'a>>>>,
 }
 
-impl<'a> Composed<'a> {
-    /// Check that the parts lie inside their tensors, do not overlap and leave no column out.
+impl<'a> Blocks<'a> {
+    /// Check that the blocks lie inside their tensors, do not overlap and leave no column out.
     ///
-    /// Rows that no part covers have no counterpart: their difference is zero and they enter no sum.
+    /// Rows that no block covers are not stored: their difference is zero and they enter no sum.
     ///
     /// # Errors
-    /// Parts that break this, that differ in dtype, or whose dtype cannot be subtracted.
-    pub fn new(shape: &[usize], mut parts: Vec<Part<Side<'a>>>) -> Result<Self> {
+    /// Blocks that break this, that differ in dtype, or whose dtype cannot be subtracted.
+    pub fn new(shape: &[usize], mut blocks: Vec<Block<Operand<'a>>>) -> Result<Self> {
         let (rows, columns) = matrix(shape);
-        let Some(first) = parts.first() else {
-            return Err(Error::Argument("a composed tensor needs at least one part".to_owned()));
+        let Some(first) = blocks.first() else {
+            return Err(Error::Argument("a tensor needs at least one block".to_owned()));
         };
-        let dtype = subtractable(first.source.shard, first.source.tensor)?;
-        for part in &parts {
-            check_part(part, rows, columns)?;
-            if subtractable(part.source.shard, part.source.tensor)? != dtype {
+        let dtype = first.source.dtype()?;
+        for block in &blocks {
+            check_block(block, rows, columns)?;
+            if block.source.dtype()? != dtype {
                 return Err(Error::tensor(
-                    part.source.shard.path(),
-                    &part.source.tensor.name,
+                    block.source.shard.path(),
+                    &block.source.tensor.name,
                     format!(
-                        "dtype {} differs from {} of the other parts of one tensor; save the \
+                        "dtype {} differs from {} of the other blocks of one tensor; save the \
                          checkpoint in one dtype",
-                        part.source.tensor.dtype,
+                        block.source.tensor.dtype,
                         dtype.name()
                     ),
                 ));
             }
         }
-        parts.sort_by_key(|part| (part.rows.start, part.rows.end, part.columns.start));
-        let mut bands: Vec<Vec<Part<Side<'a>>>> = Vec::new();
-        for part in parts {
+        blocks.sort_by_key(|block| (block.rows.start, block.rows.end, block.columns.start));
+        let mut bands: Vec<Vec<Block<Operand<'a>>>> = Vec::new();
+        for block in blocks {
             match bands.last_mut() {
-                Some(band) if band[0].rows == part.rows => band.push(part),
-                Some(band) if part.rows.start < band[0].rows.end => {
-                    return Err(overlapping(&part));
+                Some(band) if band[0].rows == block.rows => band.push(block),
+                Some(band) if block.rows.start < band[0].rows.end => {
+                    return Err(overlapping(&block));
                 }
-                _ => bands.push(vec![part]),
+                _ => bands.push(vec![block]),
             }
         }
         for band in &bands {
             let mut next = 0;
-            for part in band {
-                if part.columns.start != next {
-                    return Err(overlapping(part));
+            for block in band {
+                if block.columns.start != next {
+                    return Err(overlapping(block));
                 }
-                next = part.columns.end;
+                next = block.columns.end;
             }
             if next != columns {
                 return Err(overlapping(&band[0]));
@@ -95,21 +97,21 @@ impl<'a> Composed<'a> {
         Ok(Self { columns, dtype, bands })
     }
 
-    /// The dtype of every part.
+    /// The dtype of every block.
     pub fn dtype(&self) -> Dtype {
         self.dtype
     }
 
-    /// The stored tensors that the parts lie in; one that holds several is named several times.
-    pub fn sources(&self) -> impl Iterator<Item = Side<'a>> + '_ {
-        self.bands.iter().flatten().map(|part| part.source)
+    /// The stored tensors that the blocks are part of; one that holds several is named several times.
+    pub fn sources(&self) -> impl Iterator<Item = Operand<'a>> + '_ {
+        self.bands.iter().flatten().map(|block| block.source)
     }
 
-    /// The end of the run of whole rows, of about `numel` elements, that begins at element `start`
-    /// of `total`, and its band; rows without a counterpart have none. Each run begins where the one
+    /// The end of the run of whole rows, of about [`RUN`] elements, that begins at element `start` of
+    /// `total`, and its band; rows that are not stored have none. Each run begins where the one
     /// before it ends.
-    pub(crate) fn run(&self, start: usize, total: usize, numel: usize) -> (usize, Option<usize>) {
-        let step = self.step(numel);
+    pub(crate) fn run(&self, start: usize, total: usize) -> (usize, Option<usize>) {
+        let step = self.step();
         let row = start / self.columns;
         let at = self.bands.partition_point(|band| band[0].rows.end <= row);
         let (end, band) = match self.bands.get(at).map(|band| &band[0].rows) {
@@ -120,45 +122,73 @@ impl<'a> Composed<'a> {
         (end.min(row + step) * self.columns, band)
     }
 
-    /// The most elements that a run has.
-    pub(crate) fn longest(&self, total: usize, numel: usize) -> usize {
-        total.min(self.step(numel) * self.columns)
-    }
-
-    /// The most bytes that [`Composed::gather`] uses aside for such runs.
-    pub(crate) fn scratch_nbytes(&self, numel: usize) -> usize {
-        let step = self.step(numel);
-        let most = self.bands.iter().flatten().map(|part| part.scratch_numel(step, self.columns));
-        most.max().unwrap_or(0) * self.dtype.nbytes()
-    }
-
-    /// Where the elements `range` of one band lie, roughly: for each part one range of its file,
-    /// from the first element to the last.
-    pub(crate) fn spans(
+    /// The runs of some elements, whole rows, that are stored, and the band of each.
+    pub(crate) fn runs(
         &self,
-        band: usize,
-        range: &Range<usize>,
-    ) -> impl Iterator<Item = (Side<'a>, Range<u64>)> + '_ {
-        let rows = range.start / self.columns..range.end / self.columns;
-        let nbytes = self.dtype.nbytes();
-        self.bands[band].iter().map(move |part| {
-            let first = part.offset + (rows.start - part.rows.start) * part.row_stride;
-            let last = first
-                + (rows.len() - 1) * part.row_stride
-                + (part.columns.len() - 1) * part.column_stride;
-            let start = part.source.tensor.range.start;
-            let span = start + (first * nbytes) as u64..start + ((last + 1) * nbytes) as u64;
-            (part.source, span)
+        elements: &Range<usize>,
+    ) -> impl Iterator<Item = (Range<usize>, usize)> + '_ {
+        let Range { mut start, end } = elements.clone();
+        std::iter::from_fn(move || {
+            while start < end {
+                let (stop, band) = self.run(start, end);
+                let run = start..stop.min(end);
+                start = run.end;
+                if let Some(band) = band {
+                    return Some((run, band));
+                }
+            }
+            None
         })
     }
 
-    fn step(&self, numel: usize) -> usize {
-        // A whole number of blocks that share a scale, where a run can be one.
-        let rows = INT8_BLOCK / gcd(self.columns.max(1), INT8_BLOCK);
-        (numel / self.columns.max(1) / rows).max(1) * rows
+    /// The most elements that a run has.
+    pub(crate) fn longest(&self, total: usize) -> usize {
+        total.min(self.step() * self.columns)
     }
 
-    /// Fill `packed` with the elements `range` of the composed tensor, which lie in one band, and
+    /// The most bytes that [`Blocks::gather`] uses aside for such runs.
+    pub(crate) fn scratch_nbytes(&self) -> usize {
+        let step = self.step();
+        let most = self.bands.iter().flatten().map(|block| block.scratch_numel(step, self.columns));
+        most.max().unwrap_or(0) * self.dtype.nbytes()
+    }
+
+    /// Ask the disk for elements that are read later.
+    pub(crate) fn prefetch(&self, elements: &Range<usize>) {
+        for (run, band) in self.runs(elements) {
+            for (source, span) in self.spans(band, &run) {
+                source.shard.prefetch(span);
+            }
+        }
+    }
+
+    /// Where the elements `range` of one band are stored, roughly: for each block one range of its
+    /// file, from the first element to the last.
+    fn spans(
+        &self,
+        band: usize,
+        range: &Range<usize>,
+    ) -> impl Iterator<Item = (Operand<'a>, Range<u64>)> + '_ {
+        let rows = range.start / self.columns..range.end / self.columns;
+        let nbytes = self.dtype.nbytes();
+        self.bands[band].iter().map(move |block| {
+            let first = block.offset + (rows.start - block.rows.start) * block.row_stride;
+            let last = first
+                + (rows.len() - 1) * block.row_stride
+                + (block.columns.len() - 1) * block.column_stride;
+            let start = block.source.tensor.range.start;
+            let span = start + (first * nbytes) as u64..start + ((last + 1) * nbytes) as u64;
+            (block.source, span)
+        })
+    }
+
+    fn step(&self) -> usize {
+        // A whole number of blocks that share a scale, where a run can be one.
+        let rows = INT8_BLOCK / gcd(self.columns.max(1), INT8_BLOCK);
+        (RUN / self.columns.max(1) / rows).max(1) * rows
+    }
+
+    /// Fill `packed` with the elements `range`, which are in one band, and
     /// return how many bytes were read.
     pub(crate) fn gather(
         &self,
@@ -171,31 +201,31 @@ impl<'a> Composed<'a> {
         packed.resize(range.len() * nbytes, 0);
         let rows = range.start / self.columns..range.end / self.columns;
         let mut read = 0;
-        for part in &self.bands[band] {
-            read += part.gather(&rows, self.columns, nbytes, packed, scratch)?;
+        for block in &self.bands[band] {
+            read += block.gather(&rows, self.columns, nbytes, packed, scratch)?;
         }
         Ok(read)
     }
 
-    /// The bytes of single elements, in the order asked for; those without a counterpart are absent.
+    /// The bytes of single elements, in the order asked for; those that are not stored are absent.
     pub(crate) fn pick(&self, elements: &[usize], out: &mut Vec<Option<[u8; 8]>>) -> Result<()> {
         let nbytes = self.dtype.nbytes();
         for &element in elements {
             let (row, column) = (element / self.columns, element % self.columns);
             let at = self.bands.partition_point(|band| band[0].rows.end <= row);
-            let part = self
+            let block = self
                 .bands
                 .get(at)
-                .and_then(|band| band.iter().find(|part| part.columns.contains(&column)))
-                .filter(|part| part.rows.contains(&row));
-            out.push(match part {
+                .and_then(|band| band.iter().find(|block| block.columns.contains(&column)))
+                .filter(|block| block.rows.contains(&row));
+            out.push(match block {
                 None => None,
-                Some(part) => {
-                    let index = part.offset
-                        + (row - part.rows.start) * part.row_stride
-                        + (column - part.columns.start) * part.column_stride;
+                Some(block) => {
+                    let index = block.offset
+                        + (row - block.rows.start) * block.row_stride
+                        + (column - block.columns.start) * block.column_stride;
                     let mut bytes = [0; 8];
-                    part.read(index, &mut bytes[..nbytes], nbytes)?;
+                    block.read(index, &mut bytes[..nbytes], nbytes)?;
                     Some(bytes)
                 }
             });
@@ -217,40 +247,40 @@ pub(crate) fn matrix(shape: &[usize]) -> (usize, usize) {
     }
 }
 
-fn overlapping(part: &Part<Side<'_>>) -> Error {
+fn overlapping(block: &Block<Operand<'_>>) -> Error {
     Error::Argument(format!(
-        "the parts of a composed tensor overlap or leave a gap at rows {:?}, columns {:?} from {}",
-        part.rows, part.columns, part.source.tensor.name
+        "the blocks of a tensor overlap or leave a gap at rows {:?}, columns {:?} from {}",
+        block.rows, block.columns, block.source.tensor.name
     ))
 }
 
-fn check_part(part: &Part<Side<'_>>, rows: usize, columns: usize) -> Result<()> {
-    let inside = !part.rows.is_empty()
-        && !part.columns.is_empty()
-        && part.rows.end <= rows
-        && part.columns.end <= columns;
-    let last = (part.rows.len().wrapping_sub(1)).checked_mul(part.row_stride).and_then(|down| {
-        let across = part.columns.len().wrapping_sub(1).checked_mul(part.column_stride)?;
-        part.offset.checked_add(down)?.checked_add(across)
+fn check_block(block: &Block<Operand<'_>>, rows: usize, columns: usize) -> Result<()> {
+    let inside = !block.rows.is_empty()
+        && !block.columns.is_empty()
+        && block.rows.end <= rows
+        && block.columns.end <= columns;
+    let last = (block.rows.len().wrapping_sub(1)).checked_mul(block.row_stride).and_then(|down| {
+        let across = block.columns.len().wrapping_sub(1).checked_mul(block.column_stride)?;
+        block.offset.checked_add(down)?.checked_add(across)
     });
-    let stored = last.is_some_and(|last| last < part.source.tensor.numel());
-    if inside && stored && (part.row_stride == 1 || part.column_stride == 1) {
+    let stored = last.is_some_and(|last| last < block.source.tensor.numel());
+    if inside && stored && (block.row_stride == 1 || block.column_stride == 1) {
         return Ok(());
     }
     Err(Error::Argument(format!(
-        "a part of rows {:?} and columns {:?} of a tensor of {rows} × {columns} does not fit {}, \
+        "a block of rows {:?} and columns {:?} of a tensor of {rows} × {columns} does not fit {}, \
          which has {} elements, at offset {} with strides {} and {}",
-        part.rows,
-        part.columns,
-        part.source.tensor.name,
-        part.source.tensor.numel(),
-        part.offset,
-        part.row_stride,
-        part.column_stride
+        block.rows,
+        block.columns,
+        block.source.tensor.name,
+        block.source.tensor.numel(),
+        block.offset,
+        block.row_stride,
+        block.column_stride
     )))
 }
 
-impl Part<Side<'_>> {
+impl Block<Operand<'_>> {
     /// The most elements that gathering up to `rows` rows into rows of `width` takes aside.
     fn scratch_numel(&self, rows: usize, width: usize) -> usize {
         let (down, across) = (rows.min(self.rows.len()), self.columns.len());
@@ -305,7 +335,7 @@ impl Part<Side<'_>> {
             }
             return Ok(count as u64);
         }
-        // Transposed: a column of the composed tensor is a run of the stored one.
+        // Transposed: a column of the tensor is a run of the stored one.
         let group = group(down).min(across);
         for left in (0..across).step_by(group) {
             let columns = group.min(across - left);

@@ -7,6 +7,7 @@
 //! is a conflict and refused; so nothing here guesses between two language models.
 
 pub mod compose;
+pub mod pair;
 pub mod similarity;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};

@@ -5,9 +5,11 @@
 //! same shape are unrelated. Owns the sampling and the correlations; what follows from them is
 //! decided by the caller.
 
+use super::pair::{Pair, Source};
+use crate::checkpoint::Operand;
+use crate::checkpoint::operand::Dequantized;
 use crate::error::{Error, Result};
 use crate::kernel::Elements;
-use crate::stream::{Dequantised, Minuend, Pair, Side};
 
 /// Runs of consecutive elements that are read from each tensor, and their length: few enough that a
 /// cold disk answers at once.
@@ -38,11 +40,11 @@ pub fn likeness(pairs: &[Pair<'_>]) -> Result<(Vec<f64>, usize)> {
     let mut multimodal = Vec::with_capacity(pairs.len());
     for pair in pairs {
         reasoning.push(match &pair.reasoning {
-            Minuend::Whole(side) => whole(*side, &elements)?,
-            Minuend::Composed(composed) => {
+            Source::Whole(operand) => whole(*operand, &elements)?,
+            Source::Blocks(blocks) => {
                 let mut bytes = Vec::with_capacity(elements.len());
-                composed.pick(&elements, &mut bytes)?;
-                let dtype = composed.dtype();
+                blocks.pick(&elements, &mut bytes)?;
+                let dtype = blocks.dtype();
                 bytes
                     .iter()
                     .map(|bytes| {
@@ -73,15 +75,15 @@ fn sampled(numel: usize) -> Vec<usize> {
     (0..RUNS).flat_map(|run| run * stride..run * stride + RUN).collect()
 }
 
-fn whole(side: Side<'_>, elements: &[usize]) -> Result<Vec<f64>> {
-    let nbytes = side.element_nbytes();
-    let mut dequantised = Dequantised::default();
+fn whole(operand: Operand<'_>, elements: &[usize]) -> Result<Vec<f64>> {
+    let nbytes = operand.element_nbytes();
+    let mut dequantized = Dequantized::default();
     let mut values = Vec::with_capacity(elements.len());
     for run in elements.chunk_by(|one, next| one + 1 == *next) {
         let mut bytes = vec![0; run.len() * nbytes];
-        let start = side.tensor.range.start + (run[0] * nbytes) as u64;
-        side.shard.read_exact_at(&mut bytes, start)?;
-        let run = side.values(run[0], &bytes, &mut dequantised)?;
+        let start = operand.tensor.range.start + (run[0] * nbytes) as u64;
+        operand.shard.read_exact_at(&mut bytes, start)?;
+        let run = operand.values(run[0], &bytes, &mut dequantized)?;
         values.extend((0..run.numel()).map(|index| run.value(index)));
     }
     Ok(values)

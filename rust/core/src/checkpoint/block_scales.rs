@@ -7,10 +7,10 @@
 
 use std::ops::Range;
 
-use crate::checkpoint::shard::{Shard, Tensor};
+use super::{Shard, Tensor};
 use crate::dtype::{Dtype, Fp8};
 use crate::error::{Error, Result};
-use crate::kernel::dequantise;
+use crate::kernel::dequantize;
 
 /// What is appended to the name of codes to name their scales.
 const SUFFIX: &str = "_scale_inv";
@@ -69,7 +69,7 @@ impl<'a> Scales<'a> {
                 format!(
                     "its {} codes have no value without their block scales: expected {name:?} of \
                      dtype F32 and shape {expected:?} (blocks of {} × {}) in the checkpoint; get \
-                     the checkpoint again, or take the BF16 one it was quantised from",
+                     the checkpoint again, or take the BF16 one it was quantized from",
                     codes.dtype, block.0, block.1
                 ),
             ));
@@ -119,7 +119,7 @@ impl<'a> Scales<'a> {
                         &self.tensor.name,
                         format!(
                             "scale {index} is {scale}, expected a finite positive number; get the \
-                             checkpoint again, or take the BF16 one it was quantised from"
+                             checkpoint again, or take the BF16 one it was quantized from"
                         ),
                     ));
                 }
@@ -128,7 +128,7 @@ impl<'a> Scales<'a> {
         Ok(())
     }
 
-    /// The most bytes that [`Scales::dequantise`] uses for `numel` codes: their values and the
+    /// The most bytes that [`Scales::dequantize`] uses for `numel` codes: their values and the
     /// scales of the rows that they lie in.
     pub(crate) fn scratch_nbytes(&self, numel: usize) -> (usize, usize) {
         if numel == 0 {
@@ -142,7 +142,7 @@ impl<'a> Scales<'a> {
     ///
     /// # Errors
     /// A failed read.
-    pub(crate) fn dequantise(
+    pub(crate) fn dequantize(
         &self,
         codes: &[u8],
         start: usize,
@@ -169,7 +169,7 @@ impl<'a> Scales<'a> {
             let run = element - start..stop - start;
             let scale = f32::from_le_bytes(scales[at]);
             let out = &mut values[4 * run.start..4 * run.end];
-            dequantise(self.format, &codes[run], scale, out);
+            dequantize(self.format, &codes[run], scale, out);
             element = stop;
         }
         Ok(())
@@ -189,4 +189,4 @@ impl<'a> Scales<'a> {
 }
 
 /// The dtype that arithmetic sees: float32 for codes with scales.
-pub(crate) const DEQUANTISED: Dtype = Dtype::F32;
+pub(crate) const DEQUANTIZED: Dtype = Dtype::F32;

@@ -5,8 +5,11 @@
 //! holds one that the index does not place there.
 
 pub mod block_scales;
+mod header;
+mod network_fs;
+pub(crate) mod operand;
 mod partial;
-pub mod shard;
+pub(crate) mod shard;
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
@@ -16,9 +19,10 @@ use serde::de::{Deserialize, Deserializer, Error as _, MapAccess, Visitor};
 
 use crate::dtype::Fp8;
 use crate::error::{Error, Result};
-use crate::stream::Side;
 use block_scales::Scales;
-pub use shard::{Reader, Shard, Tensor};
+pub use header::Tensor;
+pub use operand::Operand;
+pub use shard::{Reader, Shard};
 
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
@@ -94,12 +98,12 @@ impl Checkpoint {
         Ok((&self.shards[shard], &self.shards[shard].tensors()[tensor]))
     }
 
-    /// The tensor of that name, as one side of a pair: with its block scales, of `block` rows and
+    /// The tensor of that name, with its block scales, of `block` rows and
     /// columns each, where its elements are 8-bit codes.
     ///
     /// # Errors
     /// No such tensor, or codes whose scales are missing or do not fit.
-    pub fn side(&self, name: &str, block: (usize, usize)) -> Result<Side<'_>> {
+    pub fn operand(&self, name: &str, block: (usize, usize)) -> Result<Operand<'_>> {
         let (shard, tensor) = self.tensor(name)?;
         let scales = match Fp8::from_header(tensor.dtype) {
             None => None,
@@ -111,7 +115,7 @@ impl Checkpoint {
                 Some(Scales::new(format, (shard, tensor), stored, block)?)
             }
         };
-        Ok(Side { shard, tensor, scales })
+        Ok(Operand { shard, tensor, scales })
     }
 
     fn from_index(directory: &Path, index: &Path, reader: Reader) -> Result<Self> {

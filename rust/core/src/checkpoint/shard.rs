@@ -1,11 +1,8 @@
-//! One safetensors file: its header, validated, and its bytes, mapped or read.
+//! One open safetensors file and its bytes, mapped or read.
 //!
-//! Owns the only `mmap` of the project. A shard that opened has a header whose tensors lie inside
-//! the file, do not overlap, and cover it. The file must not shrink while it is mapped: touching a
+//! Owns the only `mmap` of the project; the header is [`super::header`]'s. The file must not shrink while it is mapped: touching a
 //! page past its end kills the process with SIGBUS, which [`Reader::Pread`] turns into an error.
 
-use std::collections::HashMap;
-use std::fmt;
 use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -13,19 +10,13 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use memmap2::{Advice, Mmap, UncheckedAdvice};
-use safetensors::tensor::{Metadata, TensorInfo as HeaderEntry};
-use serde::de::{Deserialize, Deserializer, Error as _, MapAccess, Visitor};
 use sha2::{Digest, Sha256};
 
+use super::header::{self, Tensor};
+use super::network_fs;
 use super::partial;
-use crate::dtype::{Dtype, Fp8};
 use crate::error::{Error, Result};
 
-/// The limit that the safetensors format sets for a header.
-const MAX_HEADER_NBYTES: u64 = 100_000_000;
-const LENGTH_NBYTES: u64 = 8;
-/// Several times what the longest names of models take.
-const MAX_NAME_NBYTES: usize = 8192;
 /// The largest unit in which Linux keeps a file's pages together on x86-64 and AArch64.
 const FOLIO_NBYTES: usize = 2 << 20;
 
@@ -42,47 +33,6 @@ pub enum Reader {
     Pread,
     /// Map the file and release its pages behind the reader.
     Mmap,
-}
-
-/// One tensor as its header describes it.
-#[derive(Debug, Clone)]
-pub struct Tensor {
-    /// The name on disk.
-    pub name: String,
-    /// Any dtype that safetensors knows.
-    pub dtype: safetensors::Dtype,
-    /// Dimensions, outermost first.
-    pub shape: Vec<usize>,
-    /// Where its bytes lie in the file.
-    pub range: Range<u64>,
-}
-
-impl Tensor {
-    /// Count of elements.
-    pub fn numel(&self) -> usize {
-        self.shape.iter().product()
-    }
-
-    /// Elements `start` to `stop` of this tensor, in row-major order, as a tensor of one dimension.
-    ///
-    /// # Errors
-    /// A range that this tensor does not have, or a dtype whose elements are not whole bytes.
-    pub fn elements(&self, start: usize, stop: usize) -> Result<Self> {
-        let numel = self.numel();
-        let nbytes = self.range.end - self.range.start;
-        if start > stop || stop > numel {
-            return Err(Error::Argument(format!(
-                "{} has {numel} elements, not {start} to {stop}",
-                self.name
-            )));
-        }
-        if numel > 0 && !nbytes.is_multiple_of(numel as u64) {
-            return Err(Error::Argument(format!("{} cannot be read in part", self.name)));
-        }
-        let size = nbytes.checked_div(numel as u64).unwrap_or(0);
-        let range = self.range.start + start as u64 * size..self.range.start + stop as u64 * size;
-        Ok(Self { shape: vec![stop - start], range, ..self.clone() })
-    }
 }
 
 /// An open safetensors file.
@@ -113,51 +63,11 @@ const LOCAL: Reader = Reader::Pread;
 impl Reader {
     fn resolve(self, file: &File) -> Self {
         match self {
-            Reader::Auto if on_network(file) => Reader::Pread,
+            Reader::Auto if network_fs::holds(file) => Reader::Pread,
             Reader::Auto => LOCAL,
             chosen => chosen,
         }
     }
-}
-
-/// Whether a file lies on a file system whose data is elsewhere, as far as the system says.
-fn on_network(file: &File) -> bool {
-    #[cfg(target_os = "linux")]
-    {
-        // The low 32 bits are what every architecture has.
-        rustix::fs::fstatfs(file).is_ok_and(|found| is_network(found.f_type as u32))
-    }
-    #[cfg(not(target_os = "linux"))]
-    {
-        let _ = file;
-        false
-    }
-}
-
-/// Whether `statfs` gives this number to a file system whose data is elsewhere: linux/magic.h, and
-/// the sources of those that the kernel does not hold.
-#[cfg(target_os = "linux")]
-fn is_network(magic: u32) -> bool {
-    const NETWORK: [u32; 17] = [
-        0x6969,      // NFS
-        0x517B,      // SMB
-        0xFF53_4D42, // CIFS
-        0xFE53_4D42, // SMB2
-        0x0BD0_0BD0, // Lustre
-        0x6573_5546, // FUSE: sshfs, s3fs, GlusterFS, JuiceFS, …
-        0x0102_1997, // 9p
-        0x4750_4653, // GPFS
-        0x1983_0326, // BeeGFS
-        0x00C3_6400, // Ceph
-        0xAAD7_AAEA, // PanFS
-        0x2003_0528, // OrangeFS
-        0x5346_414F, // AFS
-        0x6B41_4653, // kAFS
-        0x7375_7245, // Coda
-        0x564C,      // NCP
-        0x0161_1970, // GFS2
-    ];
-    NETWORK.contains(&magic)
 }
 
 impl Identity {
@@ -192,9 +102,7 @@ impl Shard {
         let file = File::open(path).map_err(Error::io(path, "open the file"))?;
         let reader = reader.resolve(&file);
         let identity = Identity::of(&file, path)?;
-        let header = read_header(&file, path, identity.nbytes)?;
-        let header_nbytes = LENGTH_NBYTES + header.len() as u64;
-        let tensors = parse_header(path, &header, header_nbytes, identity.nbytes)?;
+        let (tensors, header_nbytes) = header::read(&file, path, identity.nbytes)?;
         let present = partial::read(path, identity.nbytes)?;
         if present.is_some() && Identity::of_path(path)? != identity {
             // The list may be that of the file which has taken the place of the one that is open.
@@ -414,213 +322,13 @@ impl Shard {
     }
 }
 
-fn read_header(file: &File, path: &Path, file_nbytes: u64) -> Result<Vec<u8>> {
-    if file_nbytes < LENGTH_NBYTES {
-        return Err(Error::checkpoint(
-            path,
-            format!(
-                "expected at least {LENGTH_NBYTES} bytes, found {file_nbytes}: not a safetensors file"
-            ),
-        ));
-    }
-    let mut length = [0; LENGTH_NBYTES as usize];
-    file.read_exact_at(&mut length, 0).map_err(Error::io(path, "read the header"))?;
-    let header_nbytes = u64::from_le_bytes(length);
-    let available = file_nbytes - LENGTH_NBYTES;
-    if header_nbytes > available || header_nbytes > MAX_HEADER_NBYTES {
-        let looks_pickled = length.starts_with(b"PK\x03\x04") || length[0] == 0x80;
-        let hint = if looks_pickled {
-            "this looks like a PyTorch pickle, which is never loaded: convert it to safetensors"
-        } else {
-            "the file is truncated or no safetensors file"
-        };
-        return Err(Error::checkpoint(
-            path,
-            format!(
-                "the header's length is given as {header_nbytes} bytes, but the file has {available} \
-                 after it and the format allows {MAX_HEADER_NBYTES}; {hint}"
-            ),
-        ));
-    }
-    let mut header = vec![0; header_nbytes as usize];
-    file.read_exact_at(&mut header, LENGTH_NBYTES).map_err(Error::io(path, "read the header"))?;
-    Ok(header)
-}
-
-fn parse_header(
-    path: &Path,
-    bytes: &[u8],
-    data_start: u64,
-    file_nbytes: u64,
-) -> Result<Vec<Tensor>> {
-    let header: Header = serde_json::from_slice(bytes)
-        .map_err(|error| Error::checkpoint(path, format!("the header is not valid: {error}")))?;
-    let mut entries = header.0;
-    entries.sort_by_key(|(_, entry)| entry.data_offsets);
-    let mut expected_start = 0;
-    for (name, entry) in &entries {
-        check_entry(path, name, entry, expected_start)?;
-        expected_start = entry.data_offsets.1;
-    }
-    let expected_nbytes = data_start + expected_start as u64;
-    if file_nbytes != expected_nbytes {
-        let what = if file_nbytes < expected_nbytes { "truncated" } else { "too long" };
-        return Err(Error::checkpoint(
-            path,
-            format!(
-                "the file is {what}: its header describes {expected_nbytes} bytes, \
-                 found {file_nbytes}; copy or download it again"
-            ),
-        ));
-    }
-    // The format's own library has the last word on what is valid.
-    Metadata::new(None, entries.clone())
-        .map_err(|error| Error::checkpoint(path, format!("the header is not valid: {error}")))?;
-    let tensors = entries.into_iter().map(|(name, entry)| Tensor {
-        name,
-        dtype: entry.dtype,
-        shape: entry.shape,
-        range: data_start + entry.data_offsets.0 as u64..data_start + entry.data_offsets.1 as u64,
-    });
-    Ok(tensors.collect())
-}
-
-fn check_entry(path: &Path, name: &str, entry: &HeaderEntry, expected_start: usize) -> Result<()> {
-    let (start, end) = entry.data_offsets;
-    // Aligning names takes time that grows with the square of their components.
-    if name.len() > MAX_NAME_NBYTES {
-        return Err(Error::checkpoint(
-            path,
-            format!(
-                "a tensor's name has {} bytes, expected at most {MAX_NAME_NBYTES}: {:?}…",
-                name.len(),
-                name.chars().take(64).collect::<String>()
-            ),
-        ));
-    }
-    if end < start {
-        return Err(Error::tensor(
-            path,
-            name,
-            format!("its offsets run backwards: {start} to {end}"),
-        ));
-    }
-    if start != expected_start {
-        let what = if start < expected_start { "overlap the tensor before" } else { "leave a gap" };
-        return Err(Error::tensor(
-            path,
-            name,
-            format!("its offsets {start} to {end} {what}: expected to start at {expected_start}"),
-        ));
-    }
-    let nbits = entry
-        .shape
-        .iter()
-        .try_fold(entry.dtype.bitsize(), |product, &dimension| product.checked_mul(dimension));
-    match nbits {
-        Some(nbits) if nbits.is_multiple_of(8) && nbits / 8 == end - start => Ok(()),
-        _ => Err(Error::tensor(
-            path,
-            name,
-            format!(
-                "shape {:?} of dtype {} takes {}, but its offsets {start} to {end} hold {} bytes",
-                entry.shape,
-                entry.dtype,
-                nbits.map_or("more than can be addressed".to_owned(), |n| format!(
-                    "{} bytes",
-                    n.div_ceil(8)
-                )),
-                end - start
-            ),
-        )),
-    }
-}
-
-/// The header's entries in file order. A JSON reader that keeps the last of two equal names would
-/// hide a tensor, so a second one is refused.
-struct Header(Vec<(String, HeaderEntry)>);
-
-impl<'de> Deserialize<'de> for Header {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
-        struct HeaderVisitor;
-        impl<'de> Visitor<'de> for HeaderVisitor {
-            type Value = Header;
-
-            fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-                formatter.write_str("a JSON object of tensors")
-            }
-
-            fn visit_map<M: MapAccess<'de>>(
-                self,
-                mut map: M,
-            ) -> std::result::Result<Header, M::Error> {
-                let mut seen = HashMap::new();
-                let mut entries = Vec::new();
-                while let Some(name) = map.next_key::<String>()? {
-                    if seen.insert(name.clone(), ()).is_some() {
-                        return Err(M::Error::custom(format!("tensor {name:?} is named twice")));
-                    }
-                    if name == "__metadata__" {
-                        map.next_value::<HashMap<String, String>>()?;
-                        continue;
-                    }
-                    let entry = map
-                        .next_value::<HeaderEntry>()
-                        .map_err(|error| M::Error::custom(format!("tensor {name:?}: {error}")))?;
-                    entries.push((name, entry));
-                }
-                Ok(Header(entries))
-            }
-        }
-        deserializer.deserialize_map(HeaderVisitor)
-    }
-}
-
-/// The dtype of a tensor whose elements are values.
-///
-/// # Errors
-/// A dtype other than those of [`Dtype`], with what to do about it.
-pub fn subtractable(shard: &Shard, tensor: &Tensor) -> Result<Dtype> {
-    Dtype::from_header(tensor.dtype).ok_or_else(|| {
-        if Fp8::from_header(tensor.dtype).is_some() {
-            return Error::tensor(
-                shard.path(),
-                &tensor.name,
-                format!(
-                    "its {} codes under block scales cannot be put together with parts of other \
-                     tensors; save the checkpoint in BF16, or take one that stores this tensor as \
-                     the other checkpoint does",
-                    tensor.dtype
-                ),
-            );
-        }
-        Error::tensor(
-            shard.path(),
-            &tensor.name,
-            format!(
-                "dtype {} is not supported (supported: {}); \
-                 a quantised checkpoint must be replaced by the unquantised one",
-                tensor.dtype,
-                Dtype::SUPPORTED
-            ),
-        )
-    })
-}
-
-#[cfg(all(test, target_os = "linux"))]
+#[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 
     #[test]
-    fn disks_and_memory_are_local_and_what_a_server_holds_is_not() {
-        // ext4, XFS, Btrfs, tmpfs, overlayfs, ZFS.
-        for magic in [0xEF53, 0x5846_5342, 0x9123_683E, 0x0102_1994, 0x794C_7630, 0x2FC1_2FC1] {
-            assert!(!is_network(magic), "{magic:#x}");
-        }
-        for magic in [0x6969, 0xFF53_4D42, 0x0BD0_0BD0, 0x6573_5546, 0x4750_4653] {
-            assert!(is_network(magic), "{magic:#x}");
-        }
+    fn auto_becomes_a_reader_and_a_chosen_reader_stays() {
         let file = tempfile::tempfile().unwrap();
         assert_eq!(Reader::Mmap.resolve(&file), Reader::Mmap);
         assert_ne!(Reader::Auto.resolve(&file), Reader::Auto);

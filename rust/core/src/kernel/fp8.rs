@@ -5,7 +5,7 @@ use crate::dtype::{Fp8, e4m3_to_f32, e5m2_to_f32};
 /// Write float32(code) × scale in float32, rounded once, for codes that share `scale`.
 ///
 /// `out` takes four bytes a code; a caller that breaks this gets a panic, never a wrong result.
-pub fn dequantise(format: Fp8, codes: &[u8], scale: f32, out: &mut [u8]) {
+pub fn dequantize(format: Fp8, codes: &[u8], scale: f32, out: &mut [u8]) {
     assert_eq!(4 * codes.len(), out.len(), "four bytes for each code");
     let _ieee = super::ieee::DefaultFloat::enter();
     #[cfg(target_arch = "x86_64")]

@@ -19,7 +19,7 @@ mod scalar;
 mod scaled;
 mod wide;
 
-pub use fp8::dequantise;
+pub use fp8::dequantize;
 pub use int8::{INT8_BLOCK, decode_int8, subtract_int8};
 pub use scaled::subtract_scaled;
 

@@ -284,12 +284,12 @@ proptest! {
     }
 
     #[test]
-    fn block_scaled_codes_are_dequantised_at_any_length(
+    fn block_scaled_codes_are_dequantized_at_any_length(
         codes in proptest::collection::vec(any::<u8>(), 0..700), scale in 1e-30f32..1e30,
     ) {
         for format in [Fp8::E4M3, Fp8::E5M2] {
             let mut out = vec![0; 4 * codes.len()];
-            dequantise(format, &codes, scale, &mut out);
+            dequantize(format, &codes, scale, &mut out);
             for (&code, out) in codes.iter().zip(out.as_chunks::<4>().0) {
                 let value = match format {
                     Fp8::E4M3 => e4m3_to_f32(code),

@@ -6,30 +6,27 @@
 //! later passes find it in the page cache. Nothing here depends on how many threads there are, on the
 //! memory or on the reader: counts are whole numbers, and sums are added in element order.
 
+mod known;
 mod passes;
+mod present;
+mod scratch;
 mod step;
 mod trim;
+mod turns;
 mod work;
-
-use std::collections::HashSet;
-use std::ops::ControlFlow;
-use std::time::Duration;
 
 use sha2::{Digest, Sha256};
 
-use crate::checkpoint::shard::Shard;
+use crate::align::pair::Source;
+use crate::checkpoint::Operand;
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::kernel::blend::RANDOM_NBITS;
-use crate::output::writer::Writer;
-use crate::stream::Account;
-use crate::stream::{Minuend, Options, Progress, Side, check_side};
-use crate::workers;
-use passes::Schedule;
-use work::Work;
-
-/// How often the calling thread looks up from waiting.
-const TICK: Duration = Duration::from_millis(50);
+use crate::output::Writer;
+use crate::stream::{Account, Options, Tick, check_unchanged, run_workers};
+use passes::Batches;
+use turns::Turns;
+use work::Merging;
 
 /// A cosine beyond this is taken for parallel, where a great circle is a straight line or undefined.
 pub const PARALLEL: f64 = 0.9995;
@@ -70,9 +67,9 @@ pub enum Method {
 /// A tensor that is merged into the multimodal one.
 pub struct Blend<'a> {
     /// The reasoning model's.
-    pub reasoning: Minuend<'a>,
+    pub reasoning: Source<'a>,
     /// The base's, where there is one.
-    pub base: Option<Minuend<'a>>,
+    pub base: Option<Source<'a>>,
     /// Of the result.
     pub dtype: Dtype,
     /// Of the reasoning model.
@@ -84,7 +81,7 @@ pub struct Blend<'a> {
 /// A tensor of the output, in the order of the writer's slots.
 pub struct Job<'a> {
     /// The tensor of that name in the multimodal checkpoint.
-    pub multimodal: Side<'a>,
+    pub multimodal: Operand<'a>,
     /// What is merged into it; without, its bytes are copied.
     pub blend: Option<Blend<'a>>,
 }
@@ -136,40 +133,14 @@ pub(crate) fn limit(density: f64) -> u64 {
     (density * (1u64 << RANDOM_NBITS) as f64).ceil() as u64
 }
 
-impl<'a> Job<'a> {
-    fn sides(&self) -> impl Iterator<Item = Side<'a>> + '_ {
-        let blended = self.blend.iter().flat_map(|blend| {
-            blend.reasoning.sides().chain(blend.base.iter().flat_map(Minuend::sides))
-        });
-        std::iter::once(self.multimodal).chain(blended)
+impl Method {
+    /// Whether other passes read a tensor before the one that writes it.
+    fn reads_before_writing(self) -> bool {
+        matches!(self, Method::Ties { .. } | Method::Slerp)
     }
 
-    fn check(&self, method: Method) -> Result<()> {
-        let Some(blend) = &self.blend else { return Ok(()) };
-        let m = self.multimodal;
-        check_side(m)?;
-        for minuend in std::iter::once(&blend.reasoning).chain(&blend.base) {
-            // A composed tensor was checked when it was put together.
-            let Minuend::Whole(side) = minuend else { continue };
-            check_side(*side)?;
-            if side.tensor.shape != m.tensor.shape {
-                return Err(Error::Alignment(format!(
-                    "shapes differ: {} {:?} in {} and {} {:?} in {}",
-                    side.tensor.name,
-                    side.tensor.shape,
-                    side.shard.path().display(),
-                    m.tensor.name,
-                    m.tensor.shape,
-                    m.shard.path().display(),
-                )));
-            }
-        }
-        let weights = [blend.weight, blend.multimodal_weight];
-        if weights.iter().any(|weight| !weight.is_finite()) {
-            let message = format!("{}: weights {weights:?} are not finite", m.tensor.name);
-            return Err(Error::Argument(message));
-        }
-        match method {
+    fn check(self) -> Result<()> {
+        match self {
             Method::Ties { density }
             | Method::DareLinear { density, .. }
             | Method::DareTies { density, .. }
@@ -184,10 +155,42 @@ impl<'a> Job<'a> {
     }
 }
 
+impl<'a> Blend<'a> {
+    /// What is merged into the multimodal model's tensor.
+    fn sources(&self) -> impl Iterator<Item = &Source<'a>> {
+        std::iter::once(&self.reasoning).chain(&self.base)
+    }
+
+    fn has_blocks(&self) -> bool {
+        self.sources().any(|source| matches!(source, Source::Blocks(_)))
+    }
+}
+
+impl<'a> Job<'a> {
+    fn operands(&self) -> impl Iterator<Item = Operand<'a>> + '_ {
+        let blended = self.blend.iter().flat_map(Blend::sources).flat_map(Source::operands);
+        std::iter::once(self.multimodal).chain(blended)
+    }
+
+    fn check(&self, method: Method) -> Result<()> {
+        let Some(blend) = &self.blend else { return Ok(()) };
+        self.multimodal.check()?;
+        for source in blend.sources() {
+            source.check(&self.multimodal)?;
+        }
+        let weights = [blend.weight, blend.multimodal_weight];
+        if weights.iter().any(|weight| !weight.is_finite()) {
+            let name = &self.multimodal.tensor.name;
+            return Err(Error::Argument(format!("{name}: weights {weights:?} are not finite")));
+        }
+        method.check()
+    }
+}
+
 /// Merge every job into its slot of the writer.
 ///
-/// `tick` is called on the calling thread about twenty times a second and once at the end; when it
-/// breaks, the workers stop within a chunk and [`Error::Interrupted`] is returned.
+/// `tick` is called on the calling thread; when it breaks, the workers stop within a chunk and
+/// [`Error::Interrupted`] is returned.
 ///
 /// # Errors
 /// Shapes that differ, a dtype without values, arguments without meaning, memory that one worker does
@@ -197,34 +200,23 @@ pub fn run(
     method: Method,
     writer: &Writer,
     options: &Options,
-    tick: &mut dyn FnMut(Progress) -> ControlFlow<()>,
+    tick: Tick<'_>,
 ) -> Result<Outcome> {
     for job in jobs {
         job.check(method)?;
     }
+    let batches = Batches::new(jobs, method, options)?;
     let account = Account::default();
-    let schedule = Schedule::new(jobs, method, options)?;
-    account.add(schedule.state_nbytes());
-    let count = schedule.workers();
-    let work = Work::new(jobs, method, writer, schedule, &account, options.prefetch_nbytes);
-    let interrupted =
-        workers::run(count, TICK, &|| work.run(), &|| work.stop(), || tick(work.progress()));
-    if interrupted {
-        return Err(Error::Interrupted);
-    }
-    let found = work.finish()?;
-    check_unchanged(jobs)?;
+    account.add(batches.state_nbytes);
+    let work = Merging {
+        jobs,
+        method,
+        writer,
+        turns: Turns::new(jobs, method, batches.jobs),
+        prefetch_nbytes: options.prefetch_nbytes,
+    };
+    run_workers(&work, batches.workers, &account, tick)?;
+    check_unchanged(jobs.iter().flat_map(Job::operands))?;
+    let found = work.turns.finish().ok_or(Error::Interrupted)?;
     Ok(Outcome { found, peak_nbytes: account.peak_nbytes() })
-}
-
-fn check_unchanged(jobs: &[Job<'_>]) -> Result<()> {
-    let mut seen: HashSet<*const Shard> = HashSet::new();
-    for side in jobs.iter().flat_map(Job::sides) {
-        for shard in side.shards() {
-            if seen.insert(std::ptr::from_ref(shard)) {
-                shard.check_unchanged()?;
-            }
-        }
-    }
-    Ok(())
 }

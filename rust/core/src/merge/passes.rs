@@ -1,18 +1,17 @@
-//! Which chunk of which tensor comes next, in which pass, and how many workers there may be.
+//! The passes of a merge, how tensors are cut and batched for them, and what workers may hold.
 //!
-//! Tensors are done in batches of neighbours. All chunks of a pass are handed out before the next
-//! pass of the batch begins, since that needs what all of them found. How a tensor is cut follows
-//! from its shape alone.
+//! How a tensor is cut depends on its shape alone. A tensor that needs several passes is done in a
+//! batch with its neighbors, so later passes find it in the page cache.
 
 use std::ops::Range;
 
+use super::scratch::Scratch;
 use super::trim::{Counts, Interval, SAMPLE};
-use super::work::Scratch;
-use super::{Blend, Job, Method};
-use crate::align::compose::matrix;
-use crate::error::{Error, Result};
-use crate::stream::read::Room;
-use crate::stream::{CHUNK, COMPOSED_CHUNK, Minuend, Options};
+use super::{Job, Method};
+use crate::align::compose::{RUN, matrix};
+use crate::align::pair::Source;
+use crate::error::Result;
+use crate::stream::{CHUNK, Options, ReadDemand, workers_within};
 
 /// Bytes of one chunk of a tensor that is copied.
 pub(super) const COPIED: usize = 1 << 20;
@@ -36,7 +35,7 @@ pub(super) enum Pass {
 
 /// A piece of work.
 #[derive(Debug, Clone)]
-pub(super) struct Chunk {
+pub(super) struct PassChunk {
     pub(super) job: usize,
     /// Its place among the chunks of its tensor.
     pub(super) index: usize,
@@ -58,34 +57,28 @@ pub(super) fn length(job: &Job<'_>) -> usize {
     }
 }
 
-/// Whether a side is put together from parts.
-fn is_composed(blend: &Blend<'_>) -> bool {
-    std::iter::once(&blend.reasoning)
-        .chain(&blend.base)
-        .any(|minuend| matches!(minuend, Minuend::Composed(_)))
-}
-
 /// How long the chunks of a tensor are, all but the last.
 pub(super) fn step(job: &Job<'_>) -> usize {
     match &job.blend {
         None => COPIED,
-        // Parts are gathered row by row.
-        Some(blend) if is_composed(blend) => {
+        // Blocks are gathered row by row.
+        Some(blend) if blend.has_blocks() => {
             let columns = matrix(&job.multimodal.tensor.shape).1.max(1);
-            (COMPOSED_CHUNK / columns).max(1) * columns
+            (RUN / columns).max(1) * columns
         }
         Some(_) => CHUNK,
     }
 }
 
 /// The batches, and what may be held while they are worked through.
-pub(super) struct Schedule {
-    pub(super) batches: Vec<Range<usize>>,
-    workers: usize,
-    state_nbytes: usize,
+pub(super) struct Batches {
+    /// The jobs of each.
+    pub(super) jobs: Vec<Range<usize>>,
+    pub(super) workers: usize,
+    pub(super) state_nbytes: usize,
 }
 
-impl Schedule {
+impl Batches {
     /// # Errors
     /// Memory in which not even one worker fits.
     pub(super) fn new(jobs: &[Job<'_>], method: Method, options: &Options) -> Result<Self> {
@@ -101,34 +94,15 @@ impl Schedule {
             jobs[batch.clone()].iter().map(|job| state_nbytes(job, method)).sum::<usize>()
         };
         let state_nbytes = batches.iter().map(of_batch).max().unwrap_or(0);
-        let chunks: usize = jobs.iter().map(|job| length(job).div_ceil(step(job))).sum();
-        let most = options.threads.max(1).min(chunks.max(1));
+        let chunks = jobs.iter().map(|job| length(job).div_ceil(step(job))).sum();
         let needed = |workers: usize| worker.0.saturating_mul(workers).saturating_add(state_nbytes);
-        let workers = (1..=most).rev().find(|&workers| needed(workers) <= options.memory);
-        let workers = workers.ok_or_else(|| {
-            Error::Argument(format!(
-                "memory of {} bytes is too small: one thread needs {} for these tensors, of which \
-                 {} is the largest; pass memory={} or more",
-                options.memory,
-                needed(1),
-                worker.1,
-                needed(1),
-            ))
-        })?;
-        Ok(Self { batches, workers, state_nbytes })
-    }
-
-    pub(super) fn workers(&self) -> usize {
-        self.workers
-    }
-
-    pub(super) fn state_nbytes(&self) -> usize {
-        self.state_nbytes
+        let workers = workers_within(options, chunks, worker.1, needed)?;
+        Ok(Self { jobs: batches, workers, state_nbytes })
     }
 }
 
 fn batches(jobs: &[Job<'_>], method: Method) -> Vec<Range<usize>> {
-    if !matches!(method, Method::Ties { .. } | Method::Slerp) {
+    if !method.reads_before_writing() {
         return std::iter::once(0..jobs.len()).collect();
     }
     let mut batches = Vec::new();
@@ -152,10 +126,19 @@ fn worker_nbytes(job: &Job<'_>, method: Method) -> usize {
     let total = length(job);
     let longest = total.min(step(job));
     let Some(blend) = &job.blend else { return longest };
-    let multimodal = Room::nbytes_of(&Minuend::Whole(job.multimodal), total, longest);
-    let sides = std::iter::once(&blend.reasoning).chain(&blend.base);
-    let sides: usize = sides.map(|side| Room::nbytes_of(side, total, longest)).sum();
-    multimodal + sides + longest * blend.dtype.nbytes() + Scratch::fixed_nbytes(method)
+    let sources: usize = blend.sources().map(|source| source_nbytes(source, total, longest)).sum();
+    ReadDemand::of_operand(&job.multimodal, longest).nbytes()
+        + sources
+        + longest * blend.dtype.nbytes()
+        + Scratch::fixed_nbytes(method)
+}
+
+fn source_nbytes(source: &Source<'_>, total: usize, longest: usize) -> usize {
+    let run = match source {
+        Source::Whole(_) => 0,
+        Source::Blocks(blocks) => blocks.longest(total).min(longest),
+    };
+    ReadDemand::of(source, longest, run).nbytes()
 }
 
 /// Bytes that are kept of a tensor from pass to pass.

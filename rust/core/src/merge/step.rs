@@ -7,8 +7,8 @@ use crate::dtype::Dtype;
 use crate::kernel::Elements;
 use crate::kernel::blend::{self, BLOCK, Values};
 
-/// Values of one block.
-pub(super) struct Blocks {
+/// Values of one block on every side, widened to float64.
+pub(super) struct Widened {
     pub(super) m: Values,
     pub(super) r: Values,
     pub(super) b: Values,
@@ -32,8 +32,8 @@ impl Sides<'_> {
     pub(super) fn each(
         &self,
         present: &[Range<usize>],
-        values: &mut Blocks,
-        mut then: impl FnMut(&mut Blocks, usize, usize),
+        values: &mut Widened,
+        mut then: impl FnMut(&mut Widened, usize, usize),
     ) {
         for run in present {
             for element in run.clone().step_by(BLOCK) {
@@ -50,9 +50,9 @@ impl Sides<'_> {
     }
 
     /// Σr², Σm², Σrm, block by block; what is not finite is left out.
-    pub(super) fn products(&self, present: &[Range<usize>], values: &mut Blocks) -> [f64; 3] {
+    pub(super) fn products(&self, present: &[Range<usize>], values: &mut Widened) -> [f64; 3] {
         let mut sums = [0.0; 3];
-        self.each(present, values, |Blocks { m, r, .. }, _, len| {
+        self.each(present, values, |Widened { m, r, .. }, _, len| {
             let (m, r) = (&mut m[..len], &mut r[..len]);
             if blend::nonfinite(m) + blend::nonfinite(r) > 0 {
                 for (m, r) in m.iter_mut().zip(r.iter_mut()) {
@@ -69,7 +69,7 @@ impl Sides<'_> {
     }
 }
 
-impl Blocks {
+impl Widened {
     /// Compute a task vector: 0 is the reasoning model's, 1 the multimodal model's.
     pub(super) fn task(&mut self, task: usize, len: usize, has_base: bool) {
         let from = if has_base { &self.b } else { &self.m };
@@ -90,7 +90,7 @@ pub(super) struct Step<'a, 'b> {
 impl Step<'_, '_> {
     pub(super) fn block(
         &self,
-        values: &mut Blocks,
+        values: &mut Widened,
         element: usize,
         len: usize,
         has_base: bool,
@@ -107,23 +107,23 @@ impl Step<'_, '_> {
         match self.method {
             Method::Take => values.out[..len].copy_from_slice(&values.r[..len]),
             Method::Linear => {
-                let Blocks { m, r, out, .. } = values;
+                let Widened { m, r, out, .. } = values;
                 blend::weighted(1.0 - w, &m[..len], w, &r[..len], &mut out[..len]);
             }
             Method::Slerp => {
-                let Blocks { m, r, out, .. } = values;
+                let Widened { m, r, out, .. } = values;
                 let [of_m, of_r] = self.factors;
                 blend::weighted(of_m, &m[..len], of_r, &r[..len], &mut out[..len]);
             }
             Method::TaskArithmetic if !has_base || v == 1.0 => {
                 values.task(0, len, has_base);
-                let Blocks { m, tasks, out, .. } = values;
+                let Widened { m, tasks, out, .. } = values;
                 blend::moved(&m[..len], w, &tasks[0][..len], &mut out[..len]);
             }
             Method::TaskArithmetic => {
                 values.task(0, len, true);
                 values.task(1, len, true);
-                let Blocks { b, tasks: [r, m], out, .. } = values;
+                let Widened { b, tasks: [r, m], out, .. } = values;
                 blend::added(&b[..len], w, &r[..len], v, &m[..len], &mut out[..len]);
             }
             Method::Ties { .. } | Method::DareLinear { .. } | Method::DareTies { .. } => {
@@ -133,7 +133,7 @@ impl Step<'_, '_> {
                     *kept = Some(self.thin(task, &mut values.tasks[task][..len], element));
                 }
                 [found.kept_reasoning, found.kept_multimodal] = kept;
-                let Blocks { m, b, tasks: [first, second], out, .. } = values;
+                let Widened { m, b, tasks: [first, second], out, .. } = values;
                 let (first, second) = (&first[..len], &second[..len]);
                 let out = &mut out[..len];
                 match (has_base, self.method) {
@@ -166,7 +166,7 @@ impl Step<'_, '_> {
     }
 }
 
-impl Blocks {
+impl Widened {
     /// Write what stays the multimodal model's in the result's dtype, and return how many finite values
     /// are beyond it.
     pub(super) fn stay(&mut self, m: Elements<'_>, bytes: &mut [u8], dtype: Dtype) -> u64 {
@@ -195,9 +195,9 @@ impl Blocks {
 
 impl Found {
     pub(super) fn add(&mut self, other: &Found) {
-        let sum = |left: Option<u64>, right: Option<u64>| match (left, right) {
+        let sum = |own: Option<u64>, other: Option<u64>| match (own, other) {
             (None, None) => None,
-            (left, right) => Some(left.unwrap_or(0) + right.unwrap_or(0)),
+            (own, other) => Some(own.unwrap_or(0) + other.unwrap_or(0)),
         };
         self.merged += other.merged;
         self.nonfinite_reasoning += other.nonfinite_reasoning;

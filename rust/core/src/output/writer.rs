@@ -17,10 +17,10 @@ use rustix::fs::{Mode, OFlags};
 use safetensors::tensor::{Metadata, TensorInfo};
 use serde_json::json;
 
+use super::format::{Slot, Storage};
 use super::side_files;
 use crate::dtype::Dtype;
 use crate::error::{Error, Limit, Result};
-use crate::output::format::Storage;
 
 /// What the files of an output are called, and what messages call it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -91,23 +91,6 @@ impl Naming {
 pub const RANKS: &str = "ranks";
 /// Of a header, by the format.
 const MAX_HEADER_NBYTES: usize = 100_000_000;
-
-/// A tensor to be written.
-#[derive(Debug, Clone)]
-pub struct Slot {
-    /// Its name.
-    pub name: String,
-    /// Its dimensions.
-    pub shape: Vec<usize>,
-    /// The type of its elements.
-    pub dtype: safetensors::Dtype,
-}
-
-impl Slot {
-    fn nbytes(&self) -> usize {
-        self.shape.iter().product::<usize>() * self.dtype.bitsize() / 8
-    }
-}
 
 /// An unfinished delta; dropped without [`Writer::commit`], it leaves nothing.
 #[derive(Debug)]

@@ -1,75 +1,18 @@
 //! Which chunk comes next, and the moments in element order.
 //!
-//! Owns how a tensor is cut: from its shape alone, one chunk at a time, so that nothing here grows
-//! with a model but one sum for each pair. Chunks are handed out in order and come back in any;
-//! their moments are added in order, and no chunk is handed out that lies further ahead of the
-//! sums than [`Order::window`] chunks.
+//! Chunks are handed out in order and come back in any order; their moments are added in order, and
+//! no chunk is handed out that is further ahead of the sums than [`Order::window`] chunks. Nothing
+//! grows with a model but one sum for each pair.
 
 use std::collections::VecDeque;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
+use super::chunk::{Chunk, Chunks};
+use crate::align::pair::Pair;
 use crate::kernel::Moments;
-use crate::stream::{CHUNK, COMPOSED_CHUNK, Minuend, Pair};
 
 /// Chunks per worker that may be done before an earlier one is.
 const WINDOW_PER_WORKER: usize = 16;
-
-/// A run of elements of one pair, the unit of summation.
-#[derive(Clone)]
-pub(crate) struct Chunk {
-    pub(crate) pair: usize,
-    pub(crate) start: usize,
-    pub(crate) end: usize,
-    pub(crate) origin: Origin,
-}
-
-/// Where a chunk's minuend lies.
-#[derive(Clone, Copy)]
-pub(crate) enum Origin {
-    Whole,
-    /// In this band of a composed tensor.
-    Band(usize),
-    /// Nowhere: rows without a counterpart.
-    Nothing,
-}
-
-/// The chunks of all pairs in order, cut as they are asked for.
-#[derive(Clone)]
-pub(crate) struct Chunks<'a> {
-    pairs: &'a [Pair<'a>],
-    pair: usize,
-    start: usize,
-}
-
-impl<'a> Chunks<'a> {
-    pub(crate) fn new(pairs: &'a [Pair<'a>]) -> Self {
-        Self { pairs, pair: 0, start: 0 }
-    }
-}
-
-impl Iterator for Chunks<'_> {
-    type Item = Chunk;
-
-    fn next(&mut self) -> Option<Chunk> {
-        loop {
-            let pair = self.pairs.get(self.pair)?;
-            let numel = pair.multimodal.tensor.numel();
-            if self.start >= numel {
-                (self.pair, self.start) = (self.pair + 1, 0);
-                continue;
-            }
-            let (end, origin) = match &pair.reasoning {
-                Minuend::Whole(_) => (numel.min(self.start + CHUNK), Origin::Whole),
-                Minuend::Composed(composed) => {
-                    let (end, band) = composed.run(self.start, numel, COMPOSED_CHUNK);
-                    (end, band.map_or(Origin::Nothing, Origin::Band))
-                }
-            };
-            let start = std::mem::replace(&mut self.start, end);
-            return Some(Chunk { pair: self.pair, start, end, origin });
-        }
-    }
-}
 
 /// A chunk in a worker's hands.
 pub(crate) struct Taken<'a> {
@@ -169,7 +112,7 @@ impl<'a> Order<'a> {
         state.taken += 1;
         state.ahead_nbytes = state.ahead_nbytes.saturating_sub(self.nbytes(&chunk));
         let (rest, nbytes) = (std::mem::take(&mut state.memory.0), state.memory.1);
-        let (memory, rest) = rest.split_at_mut((chunk.end - chunk.start) * nbytes);
+        let (memory, rest) = rest.split_at_mut(chunk.elements.len() * nbytes);
         state.memory.0 = rest;
         Some(Taken { index, chunk, memory })
     }
@@ -193,8 +136,8 @@ impl<'a> Order<'a> {
 
     /// Give back the moments of a chunk.
     pub(crate) fn fold(&self, taken: &Taken<'_>, moments: Moments) {
-        let Chunk { pair, end, .. } = taken.chunk;
-        let last = end == self.pairs[pair].multimodal.tensor.numel();
+        let Chunk { pair, ref elements, .. } = taken.chunk;
+        let last = elements.end == self.pairs[pair].multimodal.tensor.numel();
         let mut state = self.state();
         // Chunks before `folded` are given back already, and each is given back once.
         let place = taken.index - state.folded;
@@ -232,7 +175,7 @@ impl<'a> Order<'a> {
     fn nbytes(&self, chunk: &Chunk) -> u64 {
         let pair = &self.pairs[chunk.pair];
         let element = pair.reasoning.element_nbytes() + pair.multimodal.element_nbytes();
-        ((chunk.end - chunk.start) * element) as u64
+        (chunk.elements.len() * element) as u64
     }
 
     fn state(&self) -> MutexGuard<'_, State<'a>> {
@@ -246,9 +189,9 @@ mod tests {
     use std::path::{Path, PathBuf};
 
     use super::*;
-    use crate::checkpoint::Checkpoint;
-    use crate::checkpoint::shard::Reader;
-    use crate::stream::Side;
+    use crate::align::pair::Source;
+    use crate::checkpoint::{Checkpoint, Operand, Reader};
+    use crate::stream::CHUNK;
 
     /// A file of holes with one bfloat16 tensor of each size.
     fn sparse(directory: &Path, sizes: &[usize]) -> PathBuf {
@@ -278,8 +221,8 @@ mod tests {
         (0..sizes.len())
             .map(|number| {
                 let (shard, tensor) = checkpoint.tensor(&number.to_string()).unwrap();
-                let side = Side { shard, tensor, scales: None };
-                Pair { reasoning: Minuend::Whole(side), multimodal: side }
+                let operand = Operand { shard, tensor, scales: None };
+                Pair { reasoning: Source::Whole(operand), multimodal: operand }
             })
             .collect()
     }
@@ -363,12 +306,12 @@ mod tests {
             let places = || {
                 let mut found = Vec::new();
                 while let Some(chunk) = order.ahead() {
-                    found.push((chunk.pair, chunk.start / CHUNK));
+                    found.push((chunk.pair, chunk.elements.start / CHUNK));
                 }
                 found
             };
             let first = order.take().unwrap();
-            assert_eq!((first.chunk.pair, first.chunk.end), (1, 3));
+            assert_eq!((first.chunk.pair, first.chunk.elements.end), (1, 3));
             assert_eq!(places(), [(2, 0), (2, 1), (2, 2)]);
             assert_eq!(places(), []);
             order.fold(&first, sum(0.0));

@@ -1,13 +1,15 @@
-//! Composed tensors and partly downloaded files, through real files on disk.
+//! Tensors put together from blocks and partly downloaded files, through real files on disk.
 
 #![allow(clippy::unwrap_used, clippy::panic, missing_docs)]
 
 use std::ops::ControlFlow;
 use std::path::Path;
 
-use drift_fast_core::align::compose::{Composed, Part};
+use drift_fast_core::align::compose::{Block, Blocks};
+use drift_fast_core::align::pair::{Pair, Source};
 use drift_fast_core::checkpoint::Checkpoint;
-use drift_fast_core::stream::{Minuend, Options, Pair, Side, Sink, run};
+use drift_fast_core::checkpoint::Operand;
+use drift_fast_core::stream::{Options, Sink, run};
 use drift_fast_core::{Dtype, Error, Reader};
 use proptest::prelude::*;
 
@@ -29,9 +31,9 @@ fn write(path: &Path, tensors: &[(&str, Vec<usize>, Vec<f32>)]) {
     std::fs::write(path, bytes).unwrap();
 }
 
-fn side<'a>(checkpoint: &'a Checkpoint, name: &str) -> Side<'a> {
+fn operand<'a>(checkpoint: &'a Checkpoint, name: &str) -> Operand<'a> {
     let (shard, tensor) = checkpoint.tensor(name).unwrap();
-    Side { shard, tensor, scales: None }
+    Operand { shard, tensor, scales: None }
 }
 
 /// Δ of one pair in float32.
@@ -43,7 +45,7 @@ fn difference(pair: Pair<'_>, numel: usize, threads: usize) -> drift_fast_core::
 }
 
 /// A tensor of `rows` × `columns` cut into bands of rows, some of them absent, and each of the others
-/// into columns that lie in stored tensors, straight or transposed, after some padding.
+/// into columns of stored tensors, straight or transposed, after some padding.
 #[derive(Debug, Clone)]
 struct Plan {
     columns: usize,
@@ -69,7 +71,7 @@ fn plan() -> impl Strategy<Value = Plan> {
 
 proptest! {
     #[test]
-    fn a_difference_takes_each_element_from_where_its_part_lies(plan in plan(), threads in 1usize..4) {
+    fn a_difference_takes_each_element_from_its_block(plan in plan(), threads in 1usize..4) {
         let directory = tempfile::tempdir().unwrap();
         let mut stored: Vec<(String, Vec<usize>, Vec<f32>)> = Vec::new();
         let mut places = Vec::new();
@@ -112,11 +114,11 @@ proptest! {
         write(&other, &[("w", vec![row, plan.columns], vec![0.5; numel])]);
         let a = Checkpoint::open(&path, Reader::Pread).unwrap();
         let b = Checkpoint::open(&other, Reader::Mmap).unwrap();
-        let parts = places
+        let blocks = places
             .iter()
             .rev()
-            .map(|(name, rows, columns, offset, strides)| Part {
-                source: side(&a, name),
+            .map(|(name, rows, columns, offset, strides)| Block {
+                source: operand(&a, name),
                 rows: rows.clone(),
                 columns: columns.clone(),
                 offset: *offset,
@@ -124,8 +126,8 @@ proptest! {
                 column_stride: strides.1,
             })
             .collect();
-        let composed = Composed::new(&[row, plan.columns], parts).unwrap();
-        let pair = Pair { reasoning: Minuend::Composed(composed), multimodal: side(&b, "w") };
+        let blocks = Blocks::new(&[row, plan.columns], blocks).unwrap();
+        let pair = Pair { reasoning: Source::Blocks(blocks), multimodal: operand(&b, "w") };
         let found = difference(pair, numel, threads).unwrap();
         let covered: Vec<bool> = (0..row)
             .map(|row| places.iter().any(|place| place.1.contains(&row)))
@@ -138,52 +140,52 @@ proptest! {
 }
 
 #[test]
-fn parts_that_overlap_leave_gaps_or_reach_outside_are_refused() {
+fn blocks_that_overlap_leave_gaps_or_reach_outside_are_refused() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("a.safetensors");
     write(&path, &[("t", vec![12], (0..12).map(|i| i as f32).collect())]);
     let a = Checkpoint::open(&path, Reader::Pread).unwrap();
-    let part = |rows: std::ops::Range<usize>,
-                columns: std::ops::Range<usize>,
-                offset,
-                strides: (usize, usize)| Part {
-        source: side(&a, "t"),
+    let block = |rows: std::ops::Range<usize>,
+                 columns: std::ops::Range<usize>,
+                 offset,
+                 strides: (usize, usize)| Block {
+        source: operand(&a, "t"),
         rows,
         columns,
         offset,
         row_stride: strides.0,
         column_stride: strides.1,
     };
-    let refused = |parts| match Composed::new(&[4, 3], parts) {
+    let refused = |blocks| match Blocks::new(&[4, 3], blocks) {
         Err(Error::Argument(message)) => message,
         Err(other) => panic!("another error: {other}"),
         Ok(_) => panic!("accepted"),
     };
-    assert!(Composed::new(&[4, 3], vec![part(0..4, 0..3, 0, (3, 1))]).is_ok());
-    assert!(Composed::new(&[4, 3], vec![part(1..3, 0..3, 0, (3, 1))]).is_ok());
+    assert!(Blocks::new(&[4, 3], vec![block(0..4, 0..3, 0, (3, 1))]).is_ok());
+    assert!(Blocks::new(&[4, 3], vec![block(1..3, 0..3, 0, (3, 1))]).is_ok());
     refused(vec![]);
     let overlaps = [
-        vec![part(0..4, 0..3, 0, (3, 1)), part(0..4, 0..3, 0, (3, 1))],
-        vec![part(0..3, 0..3, 0, (3, 1)), part(2..4, 0..3, 0, (3, 1))],
-        vec![part(0..4, 0..2, 0, (2, 1)), part(0..4, 1..3, 0, (2, 1))],
-        vec![part(0..4, 0..2, 0, (2, 1))],
-        vec![part(0..4, 1..3, 0, (2, 1))],
+        vec![block(0..4, 0..3, 0, (3, 1)), block(0..4, 0..3, 0, (3, 1))],
+        vec![block(0..3, 0..3, 0, (3, 1)), block(2..4, 0..3, 0, (3, 1))],
+        vec![block(0..4, 0..2, 0, (2, 1)), block(0..4, 1..3, 0, (2, 1))],
+        vec![block(0..4, 0..2, 0, (2, 1))],
+        vec![block(0..4, 1..3, 0, (2, 1))],
     ];
-    for parts in overlaps {
-        assert!(refused(parts).contains("overlap or leave a gap"));
+    for blocks in overlaps {
+        assert!(refused(blocks).contains("overlap or leave a gap"));
     }
     let outside = [
-        part(0..5, 0..3, 0, (3, 1)),
-        part(0..4, 0..4, 0, (3, 1)),
-        part(0..4, 0..3, 1, (3, 1)),
-        part(0..4, 0..3, 0, (4, 1)),
-        part(0..4, 0..3, usize::MAX, (3, 1)),
-        part(0..4, 0..3, 0, (usize::MAX, 1)),
-        part(0..4, 0..3, 0, (2, 2)),
-        part(2..2, 0..3, 0, (3, 1)),
+        block(0..5, 0..3, 0, (3, 1)),
+        block(0..4, 0..4, 0, (3, 1)),
+        block(0..4, 0..3, 1, (3, 1)),
+        block(0..4, 0..3, 0, (4, 1)),
+        block(0..4, 0..3, usize::MAX, (3, 1)),
+        block(0..4, 0..3, 0, (usize::MAX, 1)),
+        block(0..4, 0..3, 0, (2, 2)),
+        block(2..2, 0..3, 0, (3, 1)),
     ];
-    for part in outside {
-        let message = refused(vec![part]);
+    for block in outside {
+        let message = refused(vec![block]);
         assert!(message.contains("does not fit t"), "{message}");
     }
 }
@@ -210,8 +212,8 @@ fn what_was_not_downloaded_is_refused_and_never_read_as_zeros() {
         let checkpoint = Checkpoint::open(&path, reader).unwrap();
         assert!(checkpoint.shards()[0].is_partial());
         let pair = |name| Pair {
-            reasoning: Minuend::Whole(side(&checkpoint, "here")),
-            multimodal: side(&checkpoint, name),
+            reasoning: Source::Whole(operand(&checkpoint, "here")),
+            multimodal: operand(&checkpoint, name),
         };
         assert_eq!(difference(pair("here"), 4, 1).unwrap(), [0.0; 4]);
         let error = difference(pair("hole"), 4, 1).unwrap_err().to_string();
@@ -224,8 +226,8 @@ fn what_was_not_downloaded_is_refused_and_never_read_as_zeros() {
         assert_eq!(
             difference(
                 Pair {
-                    reasoning: Minuend::Whole(side(&checkpoint, "here")),
-                    multimodal: side(&checkpoint, "hole"),
+                    reasoning: Source::Whole(operand(&checkpoint, "here")),
+                    multimodal: operand(&checkpoint, "hole"),
                 },
                 4,
                 1

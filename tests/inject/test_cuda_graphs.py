@@ -1,11 +1,12 @@
 """What is launched as one is what would have been launched kernel by kernel.
 
-Owns: when a recording is replayed, and that one never writes where a gradient no longer lies.
+Owns: when a graph is replayed, and that it never writes where a gradient no longer is.
 """
 
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 import drift_fast
-from drift_fast.inject.compute.cuda_graphs import Recordings
+from drift_fast.inject.compute.cuda_graphs import CudaGraphs, Launch
 from support import reference
 from support.injection_models import delta_towards, gradients_of, text_batch, tiny_qwen2
 
@@ -23,76 +24,83 @@ on_a_device = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a 
 
 
 class Tape:
-    """Stands for a graph: replays what was launched while it was recorded."""
+    """In place of a graph: replays what was launched while it was captured."""
 
     def __init__(self, launch: Any) -> None:
         self.replay = launch
 
 
-def recordings(monkeypatch: pytest.MonkeyPatch) -> Recordings:
-    monkeypatch.setattr(Recordings, "_recorded", lambda self, one: Tape(one.launch))
-    return Recordings(CPU)
+def graphs_of_tapes(monkeypatch: pytest.MonkeyPatch) -> CudaGraphs:
+    monkeypatch.setattr(CudaGraphs, "_captured", lambda self, launch: Tape(launch.capture))
+    return CudaGraphs(CPU)
 
 
-def take_steps(held: Recordings, addresses: list[Any]) -> list[int]:
+def launched(
+    graphs: CudaGraphs,
+    addresses: Any,
+    run: Callable[[], None] = lambda: None,
+    *,
+    unmoved: bool = True,
+) -> None:
+    graphs.launch(Launch("place", addresses, run, run, lambda: unmoved))
+    graphs.capture()
+
+
+def take_steps(graphs: CudaGraphs, addresses: list[Any]) -> list[int]:
     """Return how many replays there had been after each step."""
     counts = []
     for one in addresses:
-        held.replay("place", one, lambda: None, lambda: True, priority=0)
-        held.record()
-        counts.append(held.replayed)
+        launched(graphs, one)
+        counts.append(graphs.replayed)
     return counts
 
 
-def test_what_lay_twice_in_one_place_is_replayed_from_then_on(
+def test_what_was_twice_in_one_place_is_replayed_from_then_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert take_steps(recordings(monkeypatch), [1, 1, 1, 1]) == [0, 0, 1, 2]
+    assert take_steps(graphs_of_tapes(monkeypatch), [1, 1, 1, 1]) == [0, 0, 1, 2]
 
 
-def test_what_has_moved_is_launched_and_recorded_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    held = recordings(monkeypatch)
-    assert take_steps(held, [1, 1, 1, 2, 1, 2, 2, 2]) == [0, 0, 1, 1, 2, 2, 3, 4]
+def test_what_has_moved_is_launched_and_captured_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs = graphs_of_tapes(monkeypatch)
+    assert take_steps(graphs, [1, 1, 1, 2, 1, 2, 2, 2]) == [0, 0, 1, 1, 2, 2, 3, 4]
 
 
-def test_what_lies_here_and_there_in_turn_is_replayed_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert take_steps(recordings(monkeypatch), [1, 2, 1, 2, 1, 2, 1]) == [0, 0, 0, 0, 1, 2, 3]
+def test_what_alternates_between_addresses_is_replayed_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert take_steps(graphs_of_tapes(monkeypatch), [1, 2, 1, 2, 1, 2, 1]) == [0, 0, 0, 0, 1, 2, 3]
 
 
-def test_no_more_recordings_are_kept_than_stated(monkeypatch: pytest.MonkeyPatch) -> None:
-    held = recordings(monkeypatch)
-    take_steps(held, [1, 1, 2, 2, 3, 3, 4, 4, 5, 5])
-    assert take_steps(held, [2, 3, 4, 5]) == [1, 2, 3, 4]
-    assert take_steps(held, [1]) == [4]
+def test_no_more_graphs_are_kept_than_stated(monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs = graphs_of_tapes(monkeypatch)
+    take_steps(graphs, [1, 1, 2, 2, 3, 3, 4, 4, 5, 5])
+    assert take_steps(graphs, [2, 3, 4, 5]) == [1, 2, 3, 4]
+    assert take_steps(graphs, [1]) == [4]
 
 
-def test_what_moves_for_ever_is_recorded_a_few_times_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    held = recordings(monkeypatch)
-    take_steps(held, [at for at in range(100) for _ in range(2)])
-    assert held.replayed == 0
-    assert take_steps(held, [200, 200, 200]) == [0, 0, 0]
+def test_what_always_moves_is_captured_a_few_times_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs = graphs_of_tapes(monkeypatch)
+    take_steps(graphs, [at for at in range(100) for _ in range(2)])
+    assert graphs.replayed == 0
+    assert take_steps(graphs, [200, 200, 200]) == [0, 0, 0]
 
 
-def test_what_holds_no_longer_is_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
-    held = recordings(monkeypatch)
+def test_what_has_moved_by_then_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs = graphs_of_tapes(monkeypatch)
     for still in (True, False, False, True, True):
-        held.replay("place", 1, lambda: None, lambda still=still: still, priority=0)
-        held.record()
-    assert held.replayed == 1
+        launched(graphs, 1, unmoved=still)
+    assert graphs.replayed == 1
 
 
-def test_what_cannot_be_recorded_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(self: Recordings, one: Any) -> Any:
+def test_what_cannot_be_captured_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: CudaGraphs, launch: Launch) -> Any:
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(Recordings, "_recorded", refuse)
-    launched: list[int] = []
-    held = Recordings(CPU)
+    monkeypatch.setattr(CudaGraphs, "_captured", refuse)
+    steps: list[int] = []
+    graphs = CudaGraphs(CPU)
     for step in range(4):
-        launch = partial(launched.append, step)
-        held.replay("place", 1, launch, lambda: True, priority=0)
-        held.record()
-    assert launched == [0, 1, 2, 3]
+        launched(graphs, 1, partial(steps.append, step))
+    assert steps == [0, 1, 2, 3]
 
 
 def world(tmp_path: Path) -> tuple[Any, Any, dict[str, torch.Tensor]]:
@@ -103,7 +111,7 @@ def world(tmp_path: Path) -> tuple[Any, Any, dict[str, torch.Tensor]]:
 
 
 def replayed(injection: drift_fast.Injection) -> int:
-    return sum(group._recordings.replayed for group in injection._groups)
+    return sum(group._graphs.replayed for group in injection._groups)
 
 
 def before_of(model: Any) -> dict[str, torch.Tensor]:
@@ -117,7 +125,7 @@ def take_optimizer_step(model: Any) -> None:
 
 
 def backward(model: Any, batch: dict[str, torch.Tensor], *, in_place: bool = True) -> None:
-    """Run a pass whose gradients lie where the last ones did, if `in_place`."""
+    """Run a pass whose gradients are where the last ones were, if `in_place`."""
     model.zero_grad(set_to_none=not in_place)
     model(**batch).loss.backward()
 
@@ -168,9 +176,7 @@ def test_gradients_that_move_between_steps_are_the_ones_that_change(tmp_path: Pa
 
 @on_a_device
 @pytest.mark.parametrize("residency", ["device", "host", "device-int8"])
-def test_gradients_that_lie_anywhere_are_right_when_overlapped(
-    tmp_path: Path, residency: Any
-) -> None:
+def test_gradients_at_any_address_are_right_when_overlapped(tmp_path: Path, residency: Any) -> None:
     model, delta, batch = world(tmp_path)
     options = {"residency": residency, "prefetch": "600KB", "overlap": True}
     with drift_fast.Injection(model, delta, **options) as injection:
@@ -223,7 +229,7 @@ def test_infinity_in_one_gradient_is_skipped_in_a_replayed_step(tmp_path: Path) 
 
 
 @on_a_device
-def test_memory_of_recordings_is_given_back(tmp_path: Path) -> None:
+def test_memory_of_graphs_is_given_back(tmp_path: Path) -> None:
     model, delta, batch = world(tmp_path)
     allocated = []
     for _ in range(3):

@@ -1,0 +1,54 @@
+"""The command `drift-fast delta`."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+from drift_fast.cli.options import add_config, add_json, add_options, add_sources, from_flags
+from drift_fast.cli.output import bar, peak, print_json, report_transfers, statistics_json
+from drift_fast.delta.delta import compute_delta
+from drift_fast.delta.options import DeltaOptions
+from drift_fast.delta.parallel import identify
+
+
+def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command to the parser."""
+    parser = commands.add_parser(
+        "delta",
+        help="compute reasoning − multimodal and write it",
+        description="Compute Δ = W_reason − W_multimodal for the language backbone and write it.",
+    )
+    add_sources(parser)
+    parser.add_argument("--out", "-o", required=True, type=Path, help="directory to write")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw norms and cosines too")
+    add_json(parser)
+    add_config(parser)
+    add_options(parser, DeltaOptions)
+    parser.set_defaults(run=run)
+
+
+def run(given: argparse.Namespace) -> int:
+    """Compute, write and report."""
+    options = from_flags(given, DeltaOptions, "delta")
+    # Of several processes, one reports.
+    is_first = identify(options.ranks)[0] == 0
+    keywords = replace(options, progress_bar=None).to_dict()
+    with bar(options.progress_bar if is_first else False) as shown:
+        delta = compute_delta(
+            given.reasoning, given.multimodal, given.out, progress=shown, **keywords
+        )
+    if not is_first:
+        return 0
+    report_transfers(delta.sources)
+    if given.plot is not None:
+        delta.plot(given.plot)
+    if given.json:
+        print_json(statistics_json(delta, str(given.out)))
+        return 0
+    print(delta.stats.by_module().table())
+    if delta.compression is not None:
+        print(f"\n{delta.compression}")
+    print(f"\n{delta.coverage}\nwritten to {given.out}; {peak(delta.peak_nbytes)}")
+    return 0

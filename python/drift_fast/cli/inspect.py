@@ -1,0 +1,49 @@
+"""The command `drift-fast inspect`."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+
+from drift_fast.cli.options import add_config, add_json, add_options, add_sources, from_flags
+from drift_fast.cli.output import bar, peak, print_json, report_transfers, statistics_json
+from drift_fast.delta.delta import inspect
+from drift_fast.delta.options import InspectOptions
+from drift_fast.delta.statistics import Statistics
+
+
+def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command to the parser."""
+    parser = commands.add_parser(
+        "inspect",
+        help="norms and cosines between two checkpoints; writes nothing",
+        description="Measure norms and cosines between two checkpoints in one pass.",
+    )
+    add_sources(parser)
+    parser.add_argument(
+        "--by",
+        choices=("module", "layer", "tensor"),
+        default="module",
+        help="what has a row of the table (default module)",
+    )
+    add_json(parser)
+    add_config(parser)
+    add_options(parser, InspectOptions)
+    parser.set_defaults(run=run)
+
+
+def run(given: argparse.Namespace) -> int:
+    """Measure and report."""
+    options = from_flags(given, InspectOptions, "inspect")
+    keywords = replace(options, progress_bar=None).to_dict()
+    with bar(options.progress_bar) as shown:
+        report = inspect(given.reasoning, given.multimodal, progress=shown, **keywords)
+    report_transfers(report.sources)
+    if given.json:
+        print_json(statistics_json(report, None))
+        return 0
+    stats = report.stats
+    rows = {"module": stats.by_module(), "layer": stats.by_layer(), "tensor": stats}[given.by]
+    print(Statistics([*rows, stats.total]).table())
+    print(f"\n{report.coverage}\n{peak(report.peak_nbytes)}")
+    return 0

@@ -1,0 +1,147 @@
+"""Flags from the fields of option dataclasses, and options from flags and a configuration file.
+
+Owns no option: name, type, default, choices and help are the field's. `check_weights` becomes
+`--check-weights` and `--no-check-weights`. A flag wins over the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
+from dataclasses import MISSING, Field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from drift_fast.options import Options, about_of, check, plain
+
+SOURCE = "file, directory, Hub id (org/name[@revision]) or URL"
+# The commands that a configuration file may have a section for.
+SECTIONS = ("delta", "inspect", "merge", "check", "plan")
+
+Given = TypeVar("Given", bound=Options)
+
+
+def add_sources(parser: argparse.ArgumentParser) -> None:
+    """Add the two checkpoints."""
+    parser.add_argument("reasoning", help=f"text-only reasoning checkpoint: {SOURCE}")
+    parser.add_argument("multimodal", help=f"multimodal checkpoint: {SOURCE}")
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """Add the flag for output that programs read."""
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """Add the flag for a configuration file."""
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="YAML or JSON with the options below, as they are or in a section named like the "
+        "command; flags win",
+    )
+
+
+def add_options(
+    parser: argparse.ArgumentParser, cls: type[Options], only: Collection[str] = ()
+) -> None:
+    """Add a flag for each option of `cls`, or for some; what is not given is not in the result."""
+    for each in fields(cls):
+        if about_of(each).in_file and (not only or each.name in only):
+            _add_flag(parser, each)
+
+
+def from_flags(given: argparse.Namespace, cls: type[Given], command: str) -> Given:
+    """Return the options of a command: those of `--config`, over which flags win.
+
+    Raises:
+        ValueError: a configuration file that is not one, or a value without meaning.
+        FileNotFoundError, ImportError: no such file, or YAML without PyYAML.
+    """
+    flags = {name: value for name, value in vars(given).items() if name in cls.names()}
+    path = getattr(given, "config", None)
+    if path is None:
+        return cls(**flags)
+    return cls.from_dict({**read_section(path, command), **flags}, origin=str(path))
+
+
+def read_section(path: Path, command: str) -> Mapping[str, Any]:
+    """Return what a configuration file says about a command.
+
+    A file with sections has one for each command that it configures; one without them has the
+    options of a command as they are.
+
+    Raises:
+        ValueError: not a mapping, or sections of other commands only.
+        FileNotFoundError, ImportError: no such file, or YAML without PyYAML.
+    """
+    from drift_fast.config_files import read_settings
+
+    content = read_settings(path)
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path}: expected a mapping of options, got {content!r}")
+    sections = {name for name in SECTIONS if isinstance(content.get(name), Mapping)}
+    if not sections:
+        return content
+    if command not in sections:
+        raise ValueError(
+            f"{path}: expected a section {command!r}, found {', '.join(sorted(sections))}"
+        )
+    section: Mapping[str, Any] = content[command]
+    return section
+
+
+def _add_flag(parser: argparse.ArgumentParser, each: Field[Any]) -> None:
+    about = about_of(each)
+    flag = f"--{each.name.replace('_', '-')}"
+    described = _help(each)
+    if str(each.type).startswith("bool"):
+        parser.add_argument(
+            flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=described
+        )
+        return
+    parser.add_argument(
+        flag,
+        type=_reader(each),
+        # Shown in the help; the reader refuses another value, and knows those that are gone.
+        choices=about.choices,
+        metavar=about.metavar if about.choices is None else None,
+        default=argparse.SUPPRESS,
+        help=described,
+    )
+
+
+def _help(each: Field[Any]) -> str:
+    default = each.default
+    if default is MISSING or default is None:
+        shown = ""
+    elif isinstance(default, bool):
+        shown = f" (default {'yes' if default else 'no'})"
+    elif isinstance(default, tuple):
+        shown = f" (default {','.join(map(str, default))})"
+    else:
+        shown = f" (default {default})"
+    return f"{about_of(each).help}{shown}".replace("%", "%%")
+
+
+def _reader(each: Field[Any]) -> Callable[[str], Any]:
+    """Return what turns the text of a flag into a value, and refuses one without meaning."""
+    kinds = str(each.type).split(" | ")
+    numbers = [] if "str" in kinds else [one for one in (int, float) if one.__name__ in kinds]
+
+    def read(text: str) -> Any:
+        value: Any = text
+        for number in numbers:
+            with suppress(ValueError):
+                value = number(text)
+                break
+        try:
+            value = plain(each, value)
+            check(each, value)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+        return value
+
+    return read

@@ -1,0 +1,57 @@
+"""What several commands print: JSON and notes on standard output, remarks on standard error."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from drift_fast.progress_bar import ProgressBar
+
+if TYPE_CHECKING:
+    from drift_fast.delta.delta import Delta, Report
+
+
+def print_json(value: Any) -> None:
+    """Print plain values as JSON."""
+    json.dump(value, sys.stdout, indent=1)
+    print()
+
+
+def remark(text: str) -> None:
+    """Print a line on standard error."""
+    print(f"drift-fast: {text}", file=sys.stderr)
+
+
+def report_transfers(sources: Mapping[str, Any]) -> None:
+    """Say what was downloaded."""
+    for source in sources.values():
+        if source.get("transfer"):
+            remark(f"{source['url']}: {source['transfer']['report']}")
+
+
+def bar(wanted: bool | None) -> ProgressBar:
+    """Return a progress bar; one that is not wanted stays silent."""
+    return ProgressBar(io.StringIO() if wanted is False else None)
+
+
+def peak(nbytes: int | None) -> str:
+    """Return what a stream took, in words."""
+    return f"buffers took {(nbytes or 0) / 1e6:.1f} MB at most"
+
+
+def statistics_json(found: Delta | Report, out: str | None) -> dict[str, Any]:
+    """Return what `delta` and `inspect` print as JSON."""
+    stats = found.stats
+    return {
+        "out": out,
+        "sources": found.sources,
+        "coverage": found.coverage.to_dict(),
+        "peak_nbytes": found.peak_nbytes,
+        "total": stats.total.to_dict(),
+        "modules": [row.to_dict() for row in stats.by_module()],
+        "layers": [row.to_dict() for row in stats.by_layer()],
+        "tensors": [row.to_dict() for row in stats],
+    }

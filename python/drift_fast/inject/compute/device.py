@@ -1,0 +1,270 @@
+"""Measure and subtract on an accelerator: no value returns to the host, which never waits."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from drift_fast.inject.compute.base import SMALL, Sums
+from drift_fast.inject.compute.shortcuts import (
+    fused_step,
+    has_fused_step,
+    has_joint_norm,
+    has_wide_product,
+)
+from drift_fast.inject.compute.streams import shared_streams
+
+# Elements converted to float32 at a time where a dtype has no exact dot product of its own.
+_CHUNK = 1 << 24
+# A dot product is taken as a product of two matrices with this many rows: measured on an H100 in
+# bfloat16 as fast as torch.dot, whose result has three digits, and twice as fast as one row.
+_ROWS = 64
+# Launches on this many streams keep more of a GPU's memory busy: one axpy of 13 GB took 17.5 ms on
+# one stream, 14.2 on two and 13.3 on four of an H100.
+_STREAMS = 4
+
+
+class DeviceArithmetic:
+    """Tensors on an accelerator; sums and coefficients never leave it, so nothing is waited for."""
+
+    dtype = torch.float32
+
+    def __init__(self, device: torch.device, *, streams: int = _STREAMS, priority: int = 0) -> None:
+        self.device = device
+        self.priority = priority
+        count = streams if device.type == "cuda" and streams > 1 else 0
+        self._streams = shared_streams(device, priority, count)
+        self._packs: dict[tuple[int, ...], _Pack] = {}
+        # Grows whenever packs are freed: a graph that was captured with them must not run again.
+        self.generation = 0
+
+    @contextlib.contextmanager
+    def on_capture_streams(self) -> Iterator[None]:
+        """Launch on streams that are used for captures only.
+
+        What torch keeps for a stream, such as the workspace of a product, then belongs to the
+        graphs and is not given away when torch is asked to free its cache.
+        """
+        streams = self._streams
+        self._streams = shared_streams(self.device, self.priority, len(streams), "capture")
+        try:
+            yield
+        finally:
+            self._streams = streams
+
+    def measure(
+        self,
+        tensors: Sequence[torch.Tensor],
+        deltas: Sequence[torch.Tensor] | None,
+        *,
+        wide: bool = False,
+    ) -> Sums:
+        """Return the sums of each tensor with its Δ, in float32.
+
+        `wide` asks for float64 where the device has it, for sums whose small difference is wanted.
+        """
+        dtype = torch.float64 if wide and self.device.type != "mps" else torch.float32
+        norm = torch.zeros(len(tensors), dtype=dtype, device=self.device)
+        dot = torch.full_like(norm, math.nan) if deltas is None else torch.zeros_like(norm)
+        small, large = _by_size(tensors)
+        self._norms_into(norm, tensors)
+        if deltas is None:
+            return Sums(norm, dot)
+        products = self._products(tensors, deltas, large, dtype)
+        dots = dot.unbind()
+        for at in self._on_streams(large):
+            if at in products:
+                rows = (tensors[at].view(_ROWS, -1), deltas[at].view(_ROWS, -1).mT)
+                torch.mm(*rows, out_dtype=dtype, out=products[at])
+            else:
+                _dot_into(dots[at], tensors[at], deltas[at])
+        if products:
+            _scatter(dot, list(products), _traces(products))
+        if small:
+            pack = self._pack([tensors[at] for at in small])
+            left = pack.gather([tensors[at] for at in small], dtype)
+            right = pack.gather([deltas[at] for at in small], dtype)
+            _scatter(dot, small, (left * right).sum(1))
+        return Sums(norm, dot)
+
+    def subtract(
+        self, tensors: Sequence[torch.Tensor], deltas: Sequence[torch.Tensor], c: torch.Tensor
+    ) -> None:
+        """Subtract c·Δ from each tensor in place; c is a float32 vector on the device."""
+        small, large = _by_size(tensors)
+        values = c.unbind()
+        for at in self._on_streams(large):
+            _axpy(tensors[at], deltas[at], values[at])
+        if small:
+            some = [tensors[at] for at in small]
+            pack = self._pack(some)
+            each = torch.stack([values[at] for at in small])
+            moved = pack.flat(some) - pack.spread(each) * pack.flat([deltas[at] for at in small])
+            if len({tensor.dtype for tensor in some}) == 1:
+                moved = moved.to(some[0].dtype)
+            torch._foreach_copy_(some, list(torch.split(moved, pack.sizes)))
+
+    def _norms_into(self, norm: torch.Tensor, tensors: Sequence[torch.Tensor]) -> None:
+        """Write the norm of every tensor, all in one launch where torch can."""
+        full = [at for at, tensor in enumerate(tensors) if tensor.numel()]
+        if not full:
+            return
+        some = [tensors[at] for at in full]
+        alike = len({tensor.dtype for tensor in some}) == 1
+        if alike and norm.dtype == torch.float32 and has_joint_norm(some[0]):
+            found = list(torch._foreach_norm(some, 2, dtype=norm.dtype))
+        else:
+            found = [torch.linalg.vector_norm(tensor, dtype=norm.dtype) for tensor in some]
+        _scatter(norm, full, torch.stack(found))
+
+    def _products(
+        self,
+        tensors: Sequence[torch.Tensor],
+        deltas: Sequence[torch.Tensor] | None,
+        members: Sequence[int],
+        dtype: torch.dtype,
+    ) -> dict[int, torch.Tensor]:
+        """Return memory for each dot product that is taken as a product of matrices.
+
+        torch.dot of two bfloat16 vectors rounds its result to bfloat16; a product of matrices can
+        leave it in float32, in half the time that widening both would take. Its trace is the dot
+        product.
+        """
+        if deltas is None or dtype != torch.float32:
+            return {}
+        wide = [
+            at
+            for at in members
+            # Rows of a multiple of 16 bytes keep the product's loads aligned.
+            if tensors[at].dtype == deltas[at].dtype != dtype
+            and tensors[at].numel() % (_ROWS * 8) == 0
+            and has_wide_product(tensors[at])
+        ]
+        room = torch.empty(len(wide), _ROWS, _ROWS, dtype=dtype, device=self.device)
+        return dict(zip(wide, room.unbind(), strict=True))
+
+    def _on_streams(self, members: Sequence[int]) -> Iterator[int]:
+        """Yield the members, with a current stream of its own for each share of them."""
+        if len(members) < 2 or not self._streams:
+            yield from members
+            return
+        current = torch.cuda.current_stream(self.device)
+        for stream in self._streams:
+            stream.wait_stream(current)
+        try:
+            for at, stream in enumerate(self._streams):
+                with torch.cuda.stream(stream):
+                    yield from members[at :: len(self._streams)]
+        finally:
+            # Also after a failure: a capture cannot end while a stream has not come back.
+            for stream in self._streams:
+                current.wait_stream(stream)
+
+    def _pack(self, tensors: Sequence[torch.Tensor]) -> _Pack:
+        sizes = tuple(tensor.numel() for tensor in tensors)
+        if sizes not in self._packs:
+            # Gradients that are missing in one step or another make ever new packs.
+            if len(self._packs) >= 64:
+                self._packs.clear()
+                self.generation += 1
+            self._packs[sizes] = _Pack(sizes, self.device)
+        return self._packs[sizes]
+
+
+class _Pack:
+    """Many small tensors as the rows of one matrix, the short ones padded with zeros."""
+
+    def __init__(self, sizes: tuple[int, ...], device: torch.device) -> None:
+        self.sizes = list(sizes)
+        numel = sum(sizes)
+        # Every row's elements in the concatenation, and beyond its end the zero behind the last.
+        places = torch.full((len(sizes), max(sizes)), numel)
+        rows = torch.empty(numel, dtype=torch.int64)
+        start = 0
+        for row, size in enumerate(sizes):
+            places[row, :size] = torch.arange(start, start + size)
+            rows[start : start + size] = row
+            start += size
+        self._places = _to_device(places, device)
+        self._rows = _to_device(rows, device)
+
+    def flat(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return all elements in a row, as float32."""
+        return torch.cat([tensor.view(-1) for tensor in tensors]).float()
+
+    def gather(self, tensors: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+        """Return the matrix."""
+        flat = torch.nn.functional.pad(self.flat(tensors), (0, 1))
+        return flat.take(self._places).to(dtype)
+
+    def spread(self, values: torch.Tensor) -> torch.Tensor:
+        """Return one value for each row as one for each element."""
+        return values.index_select(0, self._rows)
+
+
+def _to_device(table: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a copy on the device, for which the host does not wait."""
+    if device.type == "cuda":
+        # Pinned memory that is freed is reused only after the copy from it, which torch watches.
+        table = table.pin_memory()
+    return table.to(device, non_blocking=True)
+
+
+def _by_size(tensors: Sequence[torch.Tensor]) -> tuple[list[int], list[int]]:
+    small = [at for at, tensor in enumerate(tensors) if 0 < tensor.numel() <= SMALL]
+    if len(small) < 8:
+        small = []
+    packed = set(small)
+    large = [at for at, t in enumerate(tensors) if at not in packed and t.numel()]
+    return small, large
+
+
+def _scatter(vector: torch.Tensor, members: Sequence[int], values: torch.Tensor) -> None:
+    """Write values at some places; a list as index would be copied to the device."""
+    if members[-1] - members[0] + 1 == len(members):
+        vector[members[0] : members[-1] + 1].copy_(values)
+        return
+    slots = [vector[at] for at in members]
+    torch._foreach_copy_(slots, list(values.to(vector.dtype).unbind()))
+
+
+def _traces(products: dict[int, torch.Tensor]) -> torch.Tensor:
+    """Return the trace of each product; they are adjacent in memory."""
+    first = next(iter(products.values()))
+    stacked = first.as_strided((len(products), _ROWS), (_ROWS * _ROWS, _ROWS + 1))
+    return stacked.sum(1)
+
+
+def _dot_into(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """Write ⟨left, right⟩, multiplied and summed in `out`'s dtype, to a scalar on the device."""
+    dtype = out.dtype
+    if left.dtype == right.dtype == dtype:
+        out.copy_(torch.dot(left, right))
+        return
+    starts = range(0, left.numel(), _CHUNK)
+    parts = [
+        torch.dot(left[at : at + _CHUNK].to(dtype), right[at : at + _CHUNK].to(dtype))
+        for at in starts
+    ]
+    out.copy_(torch.stack(parts).sum())
+
+
+def _axpy(tensor: torch.Tensor, delta: torch.Tensor, c: torch.Tensor) -> None:
+    """Compute tensor −= c·delta in place with c a float32 scalar on the device."""
+    fused = has_fused_step(tensor)
+    if fused and tensor.dtype == delta.dtype:
+        fused_step(tensor, delta, c)
+        return
+    for at in range(0, tensor.numel(), _CHUNK):
+        part, other = tensor[at : at + _CHUNK], delta[at : at + _CHUNK]
+        if fused:
+            fused_step(part, other.to(tensor.dtype), c)
+        elif tensor.dtype == torch.float32:
+            part.addcmul_(other.float(), c, value=-1.0)
+        else:
+            # In 16 bits torch would round c itself to the tensor's dtype; in float32 only the
+            # result is.
+            part.copy_(torch.addcmul(part.float(), other.float(), c, value=-1.0))

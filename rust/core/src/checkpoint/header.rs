@@ -1,0 +1,229 @@
+//! The header of a safetensors file: read and validated.
+//!
+//! Invariant: the tensors of a header that was read are inside the file, do not overlap, and cover it.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::fs::File;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use safetensors::tensor::{Metadata, TensorInfo as HeaderEntry};
+use serde::de::{Deserialize, Deserializer, Error as _, MapAccess, Visitor};
+
+use crate::error::{Error, Result};
+
+/// The limit that the safetensors format sets for a header.
+const MAX_HEADER_NBYTES: u64 = 100_000_000;
+const LENGTH_NBYTES: u64 = 8;
+/// Several times what the longest names of models take.
+const MAX_NAME_NBYTES: usize = 8192;
+/// One tensor as its header describes it.
+#[derive(Debug, Clone)]
+pub struct Tensor {
+    /// The name on disk.
+    pub name: String,
+    /// Any dtype that safetensors knows.
+    pub dtype: safetensors::Dtype,
+    /// Dimensions, outermost first.
+    pub shape: Vec<usize>,
+    /// Where its bytes lie in the file.
+    pub range: Range<u64>,
+}
+
+impl Tensor {
+    /// Count of elements.
+    pub fn numel(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// Elements `start` to `stop` of this tensor, in row-major order, as a tensor of one dimension.
+    ///
+    /// # Errors
+    /// A range that this tensor does not have, or a dtype whose elements are not whole bytes.
+    pub fn elements(&self, start: usize, stop: usize) -> Result<Self> {
+        let numel = self.numel();
+        let nbytes = self.range.end - self.range.start;
+        if start > stop || stop > numel {
+            return Err(Error::Argument(format!(
+                "{} has {numel} elements, not {start} to {stop}",
+                self.name
+            )));
+        }
+        if numel > 0 && !nbytes.is_multiple_of(numel as u64) {
+            return Err(Error::Argument(format!("{} cannot be read in part", self.name)));
+        }
+        let size = nbytes.checked_div(numel as u64).unwrap_or(0);
+        let range = self.range.start + start as u64 * size..self.range.start + stop as u64 * size;
+        Ok(Self { shape: vec![stop - start], range, ..self.clone() })
+    }
+}
+
+/// The tensors of a file, by rising offset, and the bytes that the header takes with its length.
+///
+/// # Errors
+/// A file shorter or longer than its header says, a header that is not JSON or names a tensor twice,
+/// or offsets that overlap or leave the file.
+pub(super) fn read(file: &File, path: &Path, file_nbytes: u64) -> Result<(Vec<Tensor>, u64)> {
+    let header = read_bytes(file, path, file_nbytes)?;
+    let nbytes = LENGTH_NBYTES + header.len() as u64;
+    Ok((parse(path, &header, nbytes, file_nbytes)?, nbytes))
+}
+
+fn read_bytes(file: &File, path: &Path, file_nbytes: u64) -> Result<Vec<u8>> {
+    if file_nbytes < LENGTH_NBYTES {
+        return Err(Error::checkpoint(
+            path,
+            format!(
+                "expected at least {LENGTH_NBYTES} bytes, found {file_nbytes}: not a safetensors file"
+            ),
+        ));
+    }
+    let mut length = [0; LENGTH_NBYTES as usize];
+    file.read_exact_at(&mut length, 0).map_err(Error::io(path, "read the header"))?;
+    let header_nbytes = u64::from_le_bytes(length);
+    let available = file_nbytes - LENGTH_NBYTES;
+    if header_nbytes > available || header_nbytes > MAX_HEADER_NBYTES {
+        let looks_pickled = length.starts_with(b"PK\x03\x04") || length[0] == 0x80;
+        let hint = if looks_pickled {
+            "this looks like a PyTorch pickle, which is never loaded: convert it to safetensors"
+        } else {
+            "the file is truncated or no safetensors file"
+        };
+        return Err(Error::checkpoint(
+            path,
+            format!(
+                "the header's length is given as {header_nbytes} bytes, but the file has {available} \
+                 after it and the format allows {MAX_HEADER_NBYTES}; {hint}"
+            ),
+        ));
+    }
+    let mut header = vec![0; header_nbytes as usize];
+    file.read_exact_at(&mut header, LENGTH_NBYTES).map_err(Error::io(path, "read the header"))?;
+    Ok(header)
+}
+
+fn parse(path: &Path, bytes: &[u8], data_start: u64, file_nbytes: u64) -> Result<Vec<Tensor>> {
+    let header: Header = serde_json::from_slice(bytes)
+        .map_err(|error| Error::checkpoint(path, format!("the header is not valid: {error}")))?;
+    let mut entries = header.0;
+    entries.sort_by_key(|(_, entry)| entry.data_offsets);
+    let mut expected_start = 0;
+    for (name, entry) in &entries {
+        check_entry(path, name, entry, expected_start)?;
+        expected_start = entry.data_offsets.1;
+    }
+    let expected_nbytes = data_start + expected_start as u64;
+    if file_nbytes != expected_nbytes {
+        let what = if file_nbytes < expected_nbytes { "truncated" } else { "too long" };
+        return Err(Error::checkpoint(
+            path,
+            format!(
+                "the file is {what}: its header describes {expected_nbytes} bytes, \
+                 found {file_nbytes}; copy or download it again"
+            ),
+        ));
+    }
+    // The format's own library has the last word on what is valid.
+    Metadata::new(None, entries.clone())
+        .map_err(|error| Error::checkpoint(path, format!("the header is not valid: {error}")))?;
+    let tensors = entries.into_iter().map(|(name, entry)| Tensor {
+        name,
+        dtype: entry.dtype,
+        shape: entry.shape,
+        range: data_start + entry.data_offsets.0 as u64..data_start + entry.data_offsets.1 as u64,
+    });
+    Ok(tensors.collect())
+}
+
+fn check_entry(path: &Path, name: &str, entry: &HeaderEntry, expected_start: usize) -> Result<()> {
+    let (start, end) = entry.data_offsets;
+    // Aligning names takes time that grows with the square of their components.
+    if name.len() > MAX_NAME_NBYTES {
+        return Err(Error::checkpoint(
+            path,
+            format!(
+                "a tensor's name has {} bytes, expected at most {MAX_NAME_NBYTES}: {:?}…",
+                name.len(),
+                name.chars().take(64).collect::<String>()
+            ),
+        ));
+    }
+    if end < start {
+        return Err(Error::tensor(
+            path,
+            name,
+            format!("its offsets run backwards: {start} to {end}"),
+        ));
+    }
+    if start != expected_start {
+        let what = if start < expected_start { "overlap the tensor before" } else { "leave a gap" };
+        return Err(Error::tensor(
+            path,
+            name,
+            format!("its offsets {start} to {end} {what}: expected to start at {expected_start}"),
+        ));
+    }
+    let nbits = entry
+        .shape
+        .iter()
+        .try_fold(entry.dtype.bitsize(), |product, &dimension| product.checked_mul(dimension));
+    match nbits {
+        Some(nbits) if nbits.is_multiple_of(8) && nbits / 8 == end - start => Ok(()),
+        _ => Err(Error::tensor(
+            path,
+            name,
+            format!(
+                "shape {:?} of dtype {} takes {}, but its offsets {start} to {end} hold {} bytes",
+                entry.shape,
+                entry.dtype,
+                nbits.map_or("more than can be addressed".to_owned(), |n| format!(
+                    "{} bytes",
+                    n.div_ceil(8)
+                )),
+                end - start
+            ),
+        )),
+    }
+}
+
+/// The header's entries in file order. A JSON reader that keeps the last of two equal names would
+/// hide a tensor, so a second one is refused.
+struct Header(Vec<(String, HeaderEntry)>);
+
+impl<'de> Deserialize<'de> for Header {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
+        struct HeaderVisitor;
+        impl<'de> Visitor<'de> for HeaderVisitor {
+            type Value = Header;
+
+            fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+                formatter.write_str("a JSON object of tensors")
+            }
+
+            fn visit_map<M: MapAccess<'de>>(
+                self,
+                mut map: M,
+            ) -> std::result::Result<Header, M::Error> {
+                let mut seen = HashMap::new();
+                let mut entries = Vec::new();
+                while let Some(name) = map.next_key::<String>()? {
+                    if seen.insert(name.clone(), ()).is_some() {
+                        return Err(M::Error::custom(format!("tensor {name:?} is named twice")));
+                    }
+                    if name == "__metadata__" {
+                        map.next_value::<HashMap<String, String>>()?;
+                        continue;
+                    }
+                    let entry = map
+                        .next_value::<HeaderEntry>()
+                        .map_err(|error| M::Error::custom(format!("tensor {name:?}: {error}")))?;
+                    entries.push((name, entry));
+                }
+                Ok(Header(entries))
+            }
+        }
+        deserializer.deserialize_map(HeaderVisitor)
+    }
+}
