@@ -17,15 +17,23 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import drift_fast
 from drift_fast import DriftError, Injection, NonFiniteError
+from drift_fast.dtypes import INT8_BLOCK
 from drift_fast.inject.compute.base import SMALL
 from drift_fast.inject.compute.host import HostArithmetic
-from drift_fast.inject.placement import stores as residency
-from drift_fast.inject.placement.stores import BLOCK, OnDisk, Plain, Quantised, Ring, choose
+from drift_fast.inject.placement import residency
+from drift_fast.inject.placement.held import InHostMemory, OnDisk
+from drift_fast.inject.placement.int8 import Int8, quantize
+from drift_fast.inject.placement.int8_blocks import Int8Blocks
+from drift_fast.inject.placement.residency import choose
+from drift_fast.inject.placement.stores import Ring
+from drift_fast.inject.shards.base import Whole
+from drift_fast.inject.targets import Recent, Target
 from support.injection_models import (
     Backbone,
     arithmetic,
@@ -33,6 +41,7 @@ from support.injection_models import (
     gradients_of,
     regression_batch,
     regression_loss,
+    write_checkpoint,
 )
 
 WIDTH, INNER = 192, 200
@@ -95,13 +104,15 @@ def assert_same(
 
 
 def rounded(tensor: torch.Tensor) -> torch.Tensor:
-    """Round as int8 in blocks of 64 with a bfloat16 scale does, written out once more."""
+    """Round as docs/format.md says of int8, in numpy: the least float16 not below |Δ| / 127."""
     flat = torch.nn.functional.pad(tensor.float().reshape(-1), (0, -tensor.numel() % 64))
-    blocks = flat.view(-1, 64)
-    scale = (blocks.abs().amax(1) / 126.5).bfloat16().float()
-    scale[scale == 0] = 1.0
-    steps = (blocks / scale[:, None]).round().clamp(-127, 127)
-    values = (steps * scale[:, None]).bfloat16()
+    blocks = flat.view(-1, 64).numpy()
+    exact = np.abs(blocks).max(1).astype(np.float64) / 127
+    scale = exact.astype(np.float16)
+    scale = np.where(scale < exact, np.nextafter(scale, np.float16(np.inf)), scale)
+    scale = scale.astype(np.float32)[:, None]
+    steps = np.rint(blocks / np.where(scale == 0, np.float32(1), scale)).clip(-127, 127)
+    values = torch.from_numpy(steps * scale).bfloat16()
     return values.reshape(-1)[: tensor.numel()].view(tensor.shape)
 
 
@@ -198,7 +209,7 @@ def test_the_ring_is_filled_again_and_again_within_a_step(
 def test_what_fits_is_filled_once(
     delta: drift_fast.Delta, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
-    kind = OnDisk if where == "disk" else Quantised
+    kind = OnDisk if where == "disk" else Int8
     model = backbone()
     injection = Injection(model, delta, residency=where, prefetch="100MB")
 
@@ -241,9 +252,11 @@ def test_no_more_of_delta_is_held_than_the_store_says(
         store = injection._groups[0].store
         numels = {name: p.numel() for name, p in model.model.named_parameters()}
         whole = 2 * sum(numels.values())
-        ring = 4 * 2 * (-(-max(numels.values()) // BLOCK) * BLOCK)
+        ring = 4 * 2 * (-(-max(numels.values()) // INT8_BLOCK) * INT8_BLOCK)
         small = 2 * sum(numel for numel in numels.values() if numel <= SMALL)
-        rounds = sum(-(-numel // BLOCK) * (BLOCK + 2) for numel in numels.values() if numel > SMALL)
+        rounds = sum(
+            -(-numel // INT8_BLOCK) * (INT8_BLOCK + 2) for numel in numels.values() if numel > SMALL
+        )
         expected = {
             "device": whole,
             "disk": ring + small,
@@ -552,45 +565,208 @@ def test_free_host_memory_is_known_here() -> None:
 # --- int8 --------------------------------------------------------------------------------------
 
 
-def filled(held: Any) -> torch.Tensor:
-    out = torch.full((held.numel + -held.numel % BLOCK,), 7.0, dtype=held.dtype)
+def filled(held: Int8) -> torch.Tensor:
+    out = torch.full((held.codes.numel(),), 7.0, dtype=held.dtype)
     held.fill(out)
-    return out[: held.numel]
+    return out[held.lead : held.lead + held.numel]
+
+
+def decoded(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the values that are injected for a flat Δ that is rounded on loading."""
+    return filled(Int8(*quantize(tensor), slice(0, tensor.numel())))
+
+
+def stored_as_int8(folder: Path, tensors: dict[str, torch.Tensor]) -> drift_fast.Delta:
+    """Write values as an int8 delta: their difference from zero is exact."""
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    return drift_fast.compute_delta(
+        write_checkpoint(folder / "values", tensors),
+        write_checkpoint(folder / "zeros", zeros),
+        folder / "int8",
+        dtype="int8",
+        modules="all",
+    )
 
 
 @pytest.mark.parametrize("numel", [1, 63, 64, 65, 40_000, 1_000_003])
 def test_int8_keeps_the_direction_of_a_gaussian_delta(numel: int) -> None:
     generator = torch.Generator().manual_seed(numel)
-    delta = torch.randn(numel, generator=generator) * 1e-4
-    found = filled(Quantised(delta)).double()
+    delta = torch.randn(numel, generator=generator) * 1e-3
+    found = decoded(delta).double()
     cosine = torch.dot(found, delta.double()) / found.norm() / delta.double().norm()
     assert cosine >= 0.9999
     assert torch.equal(found, rounded(delta).double())
 
 
 def test_int8_of_nothing_is_nothing() -> None:
-    assert filled(Quantised(torch.empty(0))).numel() == 0
+    assert decoded(torch.empty(0)).numel() == 0
 
 
 def test_int8_of_a_zero_block_is_zero_beside_blocks_that_are_not() -> None:
-    delta = torch.zeros(4 * BLOCK)
-    delta[BLOCK : 2 * BLOCK] = torch.linspace(-1, 1, BLOCK)
-    delta[3 * BLOCK + 5] = -3e-30
-    held = Quantised(delta)
-    assert (held.scale > 0).all()
-    found = filled(held)
-    assert not found[:BLOCK].any()
-    assert not found[2 * BLOCK : 3 * BLOCK].any()
-    assert (found - delta)[BLOCK : 2 * BLOCK].abs().max() <= 1.02 / 126.5 / 2 + 2**-8
-    assert found[3 * BLOCK + 5].item() == pytest.approx(-3e-30, rel=2**-8)
-    assert found[3 * BLOCK :].count_nonzero() == 1
+    delta = torch.zeros(3 * INT8_BLOCK)
+    delta[INT8_BLOCK : 2 * INT8_BLOCK] = torch.linspace(-1, 1, INT8_BLOCK)
+    found = decoded(delta)
+    assert not found[:INT8_BLOCK].any()
+    assert not found[2 * INT8_BLOCK :].any()
+    assert (found - delta)[INT8_BLOCK : 2 * INT8_BLOCK].abs().max() <= 1.01 / 127 / 2 + 2**-8
 
 
-@pytest.mark.parametrize("size", [1e-30, 1e-6, 1.0, 1e30])
-def test_int8_keeps_tiny_and_huge_values(size: float) -> None:
+def test_rounding_on_loading_is_the_rounding_of_an_int8_delta(tmp_path: Path) -> None:
+    """Codes and scales bit for bit: subnormal and huge scales, ties, and a last part of a block."""
+    generator = torch.Generator().manual_seed(2)
+    sizes = 2.0 ** torch.randint(-26, 21, (40_000, 1), generator=generator)
+    blocks = torch.randn(40_000, INT8_BLOCK, generator=generator) * sizes
+    # A largest value of 127: the scale is 1, and halves are ties.
+    blocks[:1000] = (torch.randn(1000, INT8_BLOCK, generator=generator) * 20).round() / 2
+    blocks[:1000, 0] = 127.0
+    # A largest value that is exactly 127 float16, and the next one, for which it is too small.
+    exact = 127 * torch.rand(1000, generator=generator).half().float()
+    blocks[1000:3000] = 0.0
+    blocks[1000:2000, 0] = exact
+    blocks[2000:3000, 5] = torch.nextafter(exact, torch.tensor(torch.inf))
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensor = blocks.view(-1)[:-19].view(3, -1)
+    delta = stored_as_int8(tmp_path, {name: tensor})
+    codes, scales = delta.read_codes(name, 0, tensor.numel())
+    found_codes, found_scales = quantize(tensor)
+    assert torch.equal(found_scales.view(-1), scales)
+    assert torch.equal(found_codes.view(-1)[: tensor.numel()], codes)
+    assert torch.equal(decoded(tensor), delta[name].view(-1))
+
+
+@pytest.fixture(scope="module")
+def int8_deltas(
+    tmp_path_factory: pytest.TempPathFactory, deltas: dict[str, drift_fast.Delta]
+) -> dict[str, drift_fast.Delta]:
+    """One Δ in bfloat16, and its values stored as int8."""
+    folder = tmp_path_factory.mktemp("int8")
+    values = dict(deltas["saved"].items())
+    return {"bfloat16": deltas["saved"], "int8": stored_as_int8(folder, values)}
+
+
+@pytest.mark.parametrize("where", ["device-int8", "host-int8"])
+def test_a_stored_int8_delta_is_injected_without_another_rounding(
+    int8_deltas: dict[str, drift_fast.Delta], where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, told = injected("device", int8_deltas["int8"])
+    monkeypatch.setattr(
+        "drift_fast.inject.placement.load.quantize", lambda *a: pytest.fail("rounded")
+    )
+    found, metrics = injected(where, int8_deltas["int8"])
+    for one, other in zip(found, expected, strict=True):
+        assert_same(one, other)
+    assert metrics == pytest.approx(told, rel=1e-9)
+
+
+@pytest.mark.parametrize("where", ["device-int8", "host-int8"])
+def test_rounding_on_loading_gives_the_gradients_of_the_values_stored_as_int8(
+    int8_deltas: dict[str, drift_fast.Delta], where: str
+) -> None:
+    # Small tensors stay as the delta has them.
+    options = {"modules": "re:proj.weight$"}
+    expected, _ = injected(where, int8_deltas["int8"], **options)
+    found, _ = injected(where, int8_deltas["bfloat16"], **options)
+    for one, other in zip(found, expected, strict=True):
+        assert_same(one, other)
+
+
+class Piece:
+    """A shard that is a run of elements."""
+
+    process_groups = ("group",)
+
+    def __init__(self, start: int, stop: int) -> None:
+        self.span = (start, stop)
+
+    def cut(self, whole: torch.Tensor) -> torch.Tensor:
+        return whole.reshape(-1)[slice(*self.span)]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize(
+    "span", [(0, 64), (0, 70), (3, 60), (63, 65), (64, 1000), (1001, 5003), (700, 700)]
+)
+def test_a_shard_that_begins_inside_a_block_holds_the_values_of_the_whole(
+    int8_deltas: dict[str, drift_fast.Delta], dtype: str, span: tuple[int, int]
+) -> None:
+    delta = int8_deltas[dtype]
+    name = "model.layers.0.mlp.up_proj.weight"
+    parameter = torch.nn.Parameter(torch.empty(delta.shapes[name]))
+    target = Target(name, (name,), (), parameter, delta.shapes[name])
+    blocks = Int8Blocks.around(target, Piece(*span))  # type: ignore[arg-type]
+    stored = blocks.stored(delta)
+    assert (stored is None) == (dtype == "bfloat16")
+    held = Int8(*(stored or quantize(blocks.values(Recent(delta)))), blocks.run)
+    whole = int8_deltas["int8"][name].reshape(-1)
+    assert torch.equal(filled(held), whole[slice(*span)])
+
+
+def joined_target(
+    delta: drift_fast.Delta, *, rows: int, columns: int, transposed: bool = False
+) -> Target:
+    """Two tensors of a delta as one parameter, one above the other."""
+    names = tuple(delta.shapes)
+    height, width = (columns, rows) if transposed else (rows, columns)
+    strides = (1, columns) if transposed else (columns, 1)
+    parts = tuple(
+        (name, at * height, (at + 1) * height, 0, width, 0, *strides)
+        for at, name in enumerate(names)
+    )
+    shape = (2 * height, width)
+    return Target(names[0], names, parts, torch.nn.Parameter(torch.empty(shape)), shape)
+
+
+def test_int8_tensors_that_are_joined_in_memory_stay_as_they_are_stored(tmp_path: Path) -> None:
+    names = [f"model.layers.0.mlp.{kind}_proj.weight" for kind in ("gate", "up")]
+    delta = stored_as_int8(tmp_path, {name: torch.randn(6, 192) for name in names})
+    target = joined_target(delta, rows=6, columns=192)
+    for shard in (Whole(target.parameter), Piece(3, 1500)):
+        blocks = Int8Blocks.around(target, shard)  # type: ignore[arg-type]
+        stored = blocks.stored(delta)
+        assert stored is not None
+        found = filled(Int8(*stored, blocks.run))
+        values = torch.cat([delta[name].reshape(-1) for name in names])
+        assert torch.equal(found, shard.cut(values))
+
+
+@pytest.mark.parametrize(("rows", "columns", "transposed"), [(64, 192, True), (5, 90, False)])
+def test_int8_blocks_that_are_torn_apart_are_rounded_once_more(
+    tmp_path: Path, rows: int, columns: int, transposed: bool
+) -> None:
+    names = [f"model.layers.0.mlp.{kind}_proj.weight" for kind in ("gate", "up")]
+    delta = stored_as_int8(tmp_path, {name: torch.randn(rows, columns) for name in names})
+    target = joined_target(delta, rows=rows, columns=columns, transposed=transposed)
+    blocks = Int8Blocks.around(target, Whole(target.parameter))
+    assert blocks.stored(delta) is None
+    values = blocks.values(Recent(delta))
+    assert torch.equal(decoded(values), rounded(values))
+
+
+def scaled_delta(size: float) -> Any:
+    class Given(dict[str, torch.Tensor]):
+        dtype = "float32"
+
+        @property
+        def shapes(self) -> dict[str, tuple[int, ...]]:
+            return {name: tuple(tensor.shape) for name, tensor in self.items()}
+
+    return Given({"model.layers.0.mlp.up_proj.weight": torch.randn(INNER, WIDTH) * size})
+
+
+@pytest.mark.parametrize("where", ["device-int8", "host-int8"])
+@pytest.mark.parametrize("size", [1e-30, 5e-9, 1e8])
+def test_values_that_int8_has_no_room_for_are_refused(where: str, size: float) -> None:
+    delta = scaled_delta(size)
+    with pytest.raises(DriftError, match=r"up_proj.*range of int8.*residency='device'"):
+        Injection(backbone(), delta, residency=where, prefetch=TIGHT)
+    Injection(backbone(), delta, residency="disk", prefetch=TIGHT).remove()
+
+
+@pytest.mark.parametrize("size", [1e-5, 1.0, 1e6])
+def test_int8_keeps_small_and_large_values(size: float) -> None:
     generator = torch.Generator().manual_seed(2)
     delta = torch.randn(10_000, generator=generator) * size
-    found = filled(Quantised(delta)).double() / size
+    found = decoded(delta).double() / size
     exact = delta.double() / size
     assert torch.dot(found, exact) / found.norm() / exact.norm() >= 0.9999
 
@@ -643,7 +819,7 @@ def test_norms_are_those_of_what_is_injected(
 def plain_ring(count: int = 7, *, dtype: torch.dtype = torch.bfloat16) -> tuple[Ring, list[Any]]:
     generator = torch.Generator().manual_seed(3)
     tensors = [torch.randn(100 + 31 * at, generator=generator).to(dtype) for at in range(count)]
-    ring = Ring([Plain(tensor) for tensor in tensors], [], torch.device("cpu"), 0)
+    ring = Ring([InHostMemory(tensor) for tensor in tensors], [], torch.device("cpu"), 0)
     return ring, tensors
 
 
@@ -679,7 +855,7 @@ def test_a_ring_starts_anew_wherever_it_was_left(count: int) -> None:
 def test_what_is_kept_in_several_types_stays_exact() -> None:
     tensors = [torch.randn(70), torch.randn(200).bfloat16(), torch.randn(300).half()]
     for order in (tensors, tensors[::-1]):
-        ring = Ring([Plain(tensor) for tensor in order], [], torch.device("cpu"), 0)
+        ring = Ring([InHostMemory(tensor) for tensor in order], [], torch.device("cpu"), 0)
         for start, stop, found in ring.batches():
             for one, other in zip(found, order[start:stop], strict=True):
                 assert torch.equal(one, other.float())

@@ -43,7 +43,8 @@ def plain(cell: Cell) -> Gradients:
 
 
 def resident(cell: Cell) -> Gradients:
-    from drift_fast.inject.placement import stores as residency
+    from drift_fast.inject.placement.held import OnDisk
+    from drift_fast.inject.placement.int8 import Int8
 
     model = cell.world.model()
     optimizer = sgd(model.parameters())
@@ -51,7 +52,7 @@ def resident(cell: Cell) -> Gradients:
     injection = cell.injection(model, **options)
     accumulate(cell, model)
     # What `residency` says is what was asked for; that Δ came from there is seen by its being read.
-    store = getattr(residency, cell.options.get("read_from", ""), None)
+    store: Any = {"Int8": Int8, "OnDisk": OnDisk}.get(cell.options.get("read_from", ""))
     if store is None or cell.alpha is None:
         injection.step()
     else:

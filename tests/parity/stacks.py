@@ -165,7 +165,7 @@ STACKS = (
         shapes="large",
         tolerance=INT8,
         at_least=INT8_LEAST,
-        options={"residency": "device-int8", "read_from": "Quantised", "prefetch": PREFETCH},
+        options={"residency": "device-int8", "read_from": "Int8", "prefetch": PREFETCH},
     ),
     Stack(
         "Δ resident: disk",

@@ -215,6 +215,14 @@ class Stored:
             name, buffer, elements=elements or (0, self._stats[name].numel)
         )
 
+    def read_codes(self, name: str, buffer: Any, elements: tuple[int, int]) -> None:
+        """Fill a buffer with the int8 codes of some elements as they are stored."""
+        self._checkpoint.read_into(name, buffer, elements=elements)
+
+    def read_scales(self, name: str, buffer: Any, blocks: tuple[int, int]) -> None:
+        """Fill a buffer with the float16 scales of some blocks of an int8 Δ."""
+        self._checkpoint.read_into(f"{name}.scale", buffer, elements=blocks)
+
     def statistics(self, progress: ProgressCallback | None = None) -> tuple[Statistics, int | None]:
         return self._stats, None
 

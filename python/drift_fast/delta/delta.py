@@ -27,7 +27,7 @@ from drift_fast.delta.format import DESCRIPTION, FORMAT_VERSION
 from drift_fast.delta.options import DeltaOptions
 from drift_fast.delta.parallel import Ranks, agree, first, together
 from drift_fast.delta.statistics import Compression, Statistics
-from drift_fast.dtypes import RETIRED, check_stored_dtype, tensor_dtype
+from drift_fast.dtypes import INT8_BLOCK, RETIRED, check_stored_dtype, tensor_dtype
 from drift_fast.errors import CheckpointError
 from drift_fast.options import unknown
 from drift_fast.preflight.warn import warn_of_configurations
@@ -536,6 +536,28 @@ class Delta(Mapping[str, "torch.Tensor"]):
         # numpy has no bfloat16, so Rust gets a window of bytes onto the tensor's own memory.
         window = tensor.detach().reshape(-1).view(torch.uint8).numpy()
         self._backend.read_into(name, window, elements)
+
+    @property
+    def has_codes(self) -> bool:
+        """Whether Δ is on disk as int8, which `read_codes` reads."""
+        return isinstance(self._backend, Stored) and self.stored_dtype == "int8"
+
+    def read_codes(self, name: str, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return int8 codes of elements [start, stop), and the float16 scales of their blocks.
+
+        Both are flat and as they are on disk, where `has_codes`. `start` is a multiple of 64, and
+        `stop` is one or the number of elements; docs/format.md says how values come about.
+        """
+        import torch
+
+        assert isinstance(self._backend, Stored)
+        blocks = start // INT8_BLOCK, -(-stop // INT8_BLOCK)
+        codes = torch.empty(stop - start, dtype=torch.int8)
+        scales = torch.empty(blocks[1] - blocks[0], dtype=torch.float16)
+        if codes.numel():
+            self._backend.read_codes(name, codes.view(torch.uint8).numpy(), (start, stop))
+            self._backend.read_scales(name, scales.view(torch.uint8).numpy(), blocks)
+        return codes, scales
 
     def plot(self, path: PathLike) -> Path:
         """Draw ‖Δ‖/‖W‖ and the cosine over layers × modules as a PNG.

@@ -34,7 +34,7 @@ from drift_fast.inject.lora.adapters import (
     adapters_of,
     stored_shape,
 )
-from drift_fast.inject.shards.base import Shard
+from drift_fast.inject.shards.base import Cut, Shard
 from drift_fast.inject.shards.find import parameters_of
 from drift_fast.names import container_of
 from drift_fast.shapes import matrix
@@ -133,7 +133,7 @@ class Target:
             return shard.span[1] - shard.span[0]
         return shard.weight().numel() if shard.process_groups else math.prod(self.shape)
 
-    def read(self, delta: Recent, shard: Shard) -> torch.Tensor:
+    def read(self, delta: Recent, shard: Cut) -> torch.Tensor:
         """Return the part of Δ that this process holds, flat, in the delta's dtype, on the CPU.
 
         Only that part is read where it is a run of rows. Where Δ lies in parts, two of its sources

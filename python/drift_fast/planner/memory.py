@@ -22,7 +22,7 @@ BUCKET_NUMEL = 500_000_000
 _LIVE_NUMEL = 1_000_000_000
 # bitsandbytes keeps one float32 scale for 256 codes.
 _STATE_8BIT = 1 + 4 / 256
-# 64 int8 codes and one bfloat16 scale.
+# 64 int8 codes and one float16 scale.
 _DELTA_INT8 = 66 / 64
 _DELTA_ITEMSIZE = {"float32": 4}
 

@@ -32,7 +32,7 @@ from drift_fast.inject.motion.optimizer_steps import (
 from drift_fast.inject.motion.plan import Plan
 from drift_fast.inject.motion.rounding import Thresholds, add_narrow, is_narrow
 from drift_fast.inject.placement.load import Loading, load_groups
-from drift_fast.inject.placement.stores import check_residency
+from drift_fast.inject.placement.residency import check_residency
 from drift_fast.inject.refusals import check_optimized
 from drift_fast.inject.schedule import ScheduleLike
 from drift_fast.inject.shards import zero

@@ -1,14 +1,14 @@
-"""From targets to groups: read the local part of each Δ, one tensor at a time, to where it lives.
+"""From targets to target groups: read the local part of each Δ to where it is kept.
 
-Owns the order of targets in a group, and who is left out because its Δ is zero. Host memory holds
-one tensor at a time, unless Δ is to live there.
+Owns the order of targets in a group, and which are left out because their Δ is zero. Host memory
+holds one tensor at a time, unless Δ is kept there.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -16,23 +16,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from drift_fast.dtypes import share_lost
 from drift_fast.errors import DriftError, NonFiniteError
 from drift_fast.inject.compute.base import SMALL, Arithmetic
 from drift_fast.inject.compute.device import DeviceArithmetic
 from drift_fast.inject.compute.host import HostArithmetic, norm_of
 from drift_fast.inject.compute.shortcuts import prepare
+from drift_fast.inject.config import Residency
 from drift_fast.inject.lora.group import FactorGroup
-from drift_fast.inject.placement.stores import (
-    Held,
-    OnDisk,
-    Plain,
-    Quantised,
-    Residency,
-    Resident,
-    Ring,
-    Store,
-    choose,
-)
+from drift_fast.inject.placement.held import Held, InHostMemory, OnDisk
+from drift_fast.inject.placement.int8 import Int8, quantize
+from drift_fast.inject.placement.int8_blocks import Int8Blocks
+from drift_fast.inject.placement.residency import choose
+from drift_fast.inject.placement.stores import Resident, Ring, Store
 from drift_fast.inject.shards.base import Shard
 from drift_fast.inject.shards.reduction import Reduction
 from drift_fast.inject.target_group import TargetGroup
@@ -46,11 +42,11 @@ Member = tuple[Target, Shard]
 
 @dataclass(frozen=True)
 class Loading:
-    """Where Δ shall live, and the memory on the device for what of it is on its way there."""
+    """Where Δ is kept, and the memory on the device for the parts of it that are under way."""
 
     residency: Residency = "auto"
     prefetch_nbytes: int = 10**9
-    # All that trains, whose gradients and optimizer states may be yet to come.
+    # All that trains: its gradients and optimizer states may be yet to come.
     trained: Sequence[torch.Tensor] = ()
 
 
@@ -62,7 +58,7 @@ def make_arithmetic(device: torch.device) -> Arithmetic:
 def load_groups(
     members: Sequence[Member], delta: DeltaLike, loading: Loading
 ) -> tuple[list[TargetGroup], Residency]:
-    """Read Δ of every target and return them by device and sharding, and where Δ lives.
+    """Read Δ of every target; return the targets by device and sharding, and the residency.
 
     Norms are taken once, here, of the values that will be injected. The delta's statistics know the
     norm before rounding, which for a bias of a few elements differs in the third digit; and a delta
@@ -71,7 +67,8 @@ def load_groups(
 
     Raises:
         NonFiniteError: Δ holds NaN or infinity.
-        DriftError: Δ is zero in every target, or a float64 parameter on an accelerator.
+        DriftError: Δ is zero in every target, beyond the range of int8 where that was asked for, or
+            of a float64 parameter on an accelerator.
         All are raised on every process, if on one.
     """
     kinds: dict[Any, list[Member]] = {}
@@ -80,18 +77,17 @@ def load_groups(
         kinds.setdefault(kind, []).append((target, shard))
     residency = loading.residency
     if residency == "auto":
-        residency = choose_for(kinds, delta, loading.trained)
+        residency = _choose_for(kinds, delta, loading.trained)
     everyone = Reduction(tuple(dict.fromkeys(one for _, some, _ in kinds for one in some)))
     groups: list[TargetGroup] = []
     for (device, _, adapted), some in kinds.items():
-        arithmetic = make_arithmetic(device)
-        kept, store, norms = load_store(
-            in_backward_order(some), delta, arithmetic, residency, loading, everyone
-        )
+        loader = _Loader(delta, make_arithmetic(device), residency, everyone)
+        kept = loader.load(in_backward_order(some))
         if kept:
-            targets, shards = zip(*kept, strict=True)
+            store = loader.store(kept, loading.prefetch_nbytes)
             make = FactorGroup if adapted else TargetGroup
-            groups.append(make(targets, shards, store, norms, arithmetic))
+            targets, shards, norms = zip(*((k.target, k.shard, k.norm) for k in kept), strict=True)
+            groups.append(make(targets, shards, store, norms, loader.arithmetic))
     if not groups:
         raise DriftError(
             "Δ is zero in every target, so an injection would do nothing; was the delta computed "
@@ -104,7 +100,7 @@ def load_groups(
     return groups, residency
 
 
-def choose_for(
+def _choose_for(
     kinds: dict[Any, list[Member]], delta: DeltaLike, trained: Sequence[torch.Tensor]
 ) -> Residency:
     """Choose a residency by the memory that is free, and say so in the log."""
@@ -120,7 +116,8 @@ def choose_for(
 def in_backward_order(members: Iterable[Member]) -> list[Member]:
     """Return the last layer first, and small tensors behind all others.
 
-    On an accelerator those are launch-bound and are handled together, when all gradients are there.
+    On an accelerator launching them takes longer than they do, so they are handled together, when
+    all gradients are there.
     """
     backward = list(members)[::-1]
     small = [member for member in backward if _is_small(*member)]
@@ -128,118 +125,157 @@ def in_backward_order(members: Iterable[Member]) -> list[Member]:
 
 
 def _is_small(target: Target, shard: Shard) -> bool:
-    """Tell by the mean part of all processes, on which they agree: they add up in one order."""
+    """Whether the mean part of all processes is small; they agree on it and add up in one order."""
     if not shard.process_groups:
         return target.numel(shard) <= SMALL
     parts = math.prod(dist.get_world_size(group) for group in shard.process_groups)
     return math.prod(target.shape) <= SMALL * parts
 
 
-def load_store(
-    members: Sequence[Member],
-    delta: DeltaLike,
-    arithmetic: Arithmetic,
-    residency: Residency,
-    loading: Loading,
-    everyone: Reduction,
-) -> tuple[list[Member], Store, list[float]]:
-    """Return the members whose Δ is not zero, a store of their Δ, and ‖Δ‖ over all processes.
+@dataclass
+class _Loaded:
+    """One target with its Δ where it is kept, and ‖Δ‖: of this process, later of all of them."""
 
-    Raises:
-        NonFiniteError, DriftError: as `load_groups`, on every process if on one.
-    """
-    device = arithmetic.device
-    groups = members[0][1].process_groups
-    held: list[Held | torch.Tensor] = []
-    local: list[float] = []
-    with everyone.together():
-        recent = Recent(delta)
-        scratch: list[torch.Tensor] = []
-        for target, shard in members:
-            if device.type != "cpu" and shard.weight().dtype == torch.float64:
-                raise DriftError(
-                    f"{target.name} is float64 on {device}, where norms are taken in float32; "
-                    "train in float32 or bfloat16, or on the CPU"
-                )
-            one, norm = _load(target, shard, recent, arithmetic, residency, scratch)
-            held.append(one)
-            local.append(norm)
-    squares = torch.tensor([norm * norm for norm in local], dtype=torch.float64)
-    norms: list[float] = Reduction(groups).sum(squares).sqrt().tolist()
-    with everyone.together():
-        for (target, _), norm in zip(members, norms, strict=True):
-            if not math.isfinite(norm):
-                raise NonFiniteError(
-                    f"{target.delta_name}: Δ holds NaN or infinite values, which would spread to "
-                    "every weight; repair the source checkpoint or leave the tensor out with "
-                    "modules=… or layers=…"
-                )
-        rows = [row for row in zip(members, held, norms, strict=True) if row[2] > 0]
-        kept = [member for member, _, _ in rows]
-        if device.type == "cuda":
-            for _, shard in kept:
-                prepare([shard.weight()])
-        store = _store([one for _, one, _ in rows], kept, device, loading)
-    return kept, store, [norm for _, _, norm in rows]
+    target: Target
+    shard: Shard
+    delta: Held | torch.Tensor
+    norm: float
+    # ‖Δ‖ before it was rounded to int8 here; the same where it was not.
+    exact_norm: float
 
 
-def _load(
-    target: Target,
-    shard: Shard,
-    recent: Recent,
-    arithmetic: Arithmetic,
-    residency: Residency,
-    scratch: list[torch.Tensor],
-) -> tuple[Held | torch.Tensor, float]:
-    device = arithmetic.device
-    tensor = target.read(recent, shard)
-    small = _is_small(target, shard)
-    if residency in ("device-int8", "host-int8") and not small:
-        quantised = Quantised(tensor.to(device))
-        numel = quantised.values.numel()
-        if not scratch or scratch[0].numel() < numel:
-            scratch[:] = [torch.empty(numel, dtype=quantised.dtype, device=device)]
-        quantised.fill(scratch[0][:numel])
-        # What is injected is what was rounded, so its norm counts.
-        norm = float(arithmetic.measure([scratch[0][: quantised.numel]], None).norm.item())
-        return (quantised.to_host() if residency == "host-int8" else quantised), norm
-    norm = norm_of(tensor)
-    if small or residency == "device" or (residency == "host" and device.type == "cpu"):
-        return tensor.to(device), norm
-    if residency == "host":
-        return Plain(tensor), norm
+class _Loader:
+    """Reads the Δ of one device's targets, which are all sharded in one way."""
 
-    def read(out: torch.Tensor) -> None:
-        try:
-            target.read_into(recent, shard, out)
-        except (OSError, DriftError) as error:
+    def __init__(
+        self, delta: DeltaLike, arithmetic: Arithmetic, residency: Residency, everyone: Reduction
+    ) -> None:
+        self.arithmetic = arithmetic
+        self._delta = delta
+        self._recent = Recent(delta)
+        self._residency = residency
+        self._int8 = residency in ("device-int8", "host-int8")
+        self._everyone = everyone
+        self._scratch = torch.empty(0, dtype=Int8.dtype, device=arithmetic.device)
+
+    def load(self, members: Sequence[Member]) -> list[_Loaded]:
+        """Return the targets whose Δ is not zero, with norms over all processes.
+
+        Raises:
+            NonFiniteError, DriftError: as `load_groups`, on every process if on one.
+        """
+        with self._everyone.together():
+            loaded = [self._load(*member) for member in members]
+        reduction = Reduction(members[0][1].process_groups)
+
+        def total(norms: list[float]) -> list[float]:
+            squares = torch.tensor([norm * norm for norm in norms], dtype=torch.float64)
+            summed: list[float] = reduction.sum(squares).sqrt().tolist()
+            return summed
+
+        norms = total([one.norm for one in loaded])
+        exact = total([one.exact_norm for one in loaded]) if self._int8 else norms
+        with self._everyone.together():
+            for one, norm, exact_norm in zip(loaded, norms, exact, strict=True):
+                one.norm, one.exact_norm = norm, exact_norm
+                self._check(one)
+            return [one for one in loaded if one.norm > 0]
+
+    def store(self, kept: Sequence[_Loaded], prefetch_nbytes: int) -> Store:
+        """Return a store of what was loaded.
+
+        Raises:
+            As `load_groups`, on every process if on one.
+        """
+        device = self.arithmetic.device
+        with self._everyone.together():
+            if device.type == "cuda":
+                for one in kept:
+                    prepare([one.shard.weight()])
+            resident = [one.delta for one in kept if isinstance(one.delta, torch.Tensor)]
+            elsewhere = [one.delta for one in kept if not isinstance(one.delta, torch.Tensor)]
+            if not elsewhere:
+                return Resident(resident, _by_layer(kept))
+            return Ring(elsewhere, resident, device, prefetch_nbytes)
+
+    def _load(self, target: Target, shard: Shard) -> _Loaded:
+        device = self.arithmetic.device
+        if device.type != "cpu" and shard.weight().dtype == torch.float64:
             raise DriftError(
-                f"{target.delta_name}: Δ could not be read again, as residency='disk' does in "
-                f"every step: {error}. Keep the files of the delta, or of both checkpoints, as "
-                "they are until training ends, or attach with residency='host' or 'device'"
-            ) from error
+                f"{target.name} is float64 on {device}, where norms are taken in float32; "
+                "train in float32 or bfloat16, or on the CPU"
+            )
+        small = _is_small(target, shard)
+        if self._int8 and not small:
+            return self._load_int8(target, shard)
+        tensor = target.read(self._recent, shard)
+        norm = norm_of(tensor)
+        held: Held | torch.Tensor
+        in_place = self._residency == "host" and device.type == "cpu"
+        if small or self._residency == "device" or in_place:
+            held = tensor.to(device)
+        elif self._residency == "host":
+            held = InHostMemory(tensor)
+        else:
+            held = OnDisk(tensor.numel(), tensor.dtype, self._reader(target, shard))
+        return _Loaded(target, shard, held, norm, norm)
 
-    return OnDisk(tensor.numel(), tensor.dtype, read), norm
+    def _load_int8(self, target: Target, shard: Shard) -> _Loaded:
+        device = self.arithmetic.device
+        blocks = Int8Blocks.around(target, shard)
+        stored = blocks.stored(self._delta)
+        exact = None
+        if stored is None:
+            values = blocks.values(self._recent)
+            exact = norm_of(values[blocks.run])
+            stored = quantize(values.to(device))
+        held = Int8(*stored, blocks.run).to(device)
+        numel = held.codes.numel()
+        if self._scratch.numel() < numel:
+            self._scratch = torch.empty(numel, dtype=held.dtype, device=device)
+        held.fill(self._scratch[:numel])
+        # What is injected is what was rounded, so its norm counts.
+        norm = float(self.arithmetic.measure([self._scratch[blocks.run]], None).norm.item())
+        if self._residency == "host-int8":
+            held.to("cpu")
+        return _Loaded(target, shard, held, norm, norm if exact is None else exact)
+
+    def _reader(self, target: Target, shard: Shard) -> Callable[[torch.Tensor], None]:
+        recent = self._recent
+
+        def read(out: torch.Tensor) -> None:
+            try:
+                target.read_into(recent, shard, out)
+            except (OSError, DriftError) as error:
+                raise DriftError(
+                    f"{target.delta_name}: Δ could not be read again, as residency='disk' does in "
+                    f"every step: {error}. Keep the files of the delta, or of both checkpoints, as "
+                    "they are until training ends, or attach with residency='host' or 'device'"
+                ) from error
+
+        return read
+
+    def _check(self, one: _Loaded) -> None:
+        """Refuse a Δ that is not finite, or that int8 has no room for."""
+        if not math.isfinite(one.norm) or not math.isfinite(one.exact_norm):
+            raise NonFiniteError(
+                f"{one.target.delta_name}: Δ holds NaN or infinite values, which would spread to "
+                "every weight; repair the source checkpoint or leave the tensor out with "
+                "modules=… or layers=…"
+            )
+        if self._int8 and one.norm**2 < (1 - share_lost("int8")) * one.exact_norm**2:
+            raise DriftError(
+                f"{one.target.delta_name}: {1 - one.norm / one.exact_norm:.1%} of ‖Δ‖ is beyond "
+                f"the range of int8, as of an int8 delta (docs/format.md); attach with "
+                "residency='device', 'host' or 'disk'"
+            )
 
 
-def _store(
-    held: Sequence[Held | torch.Tensor],
-    members: Sequence[Member],
-    device: torch.device,
-    loading: Loading,
-) -> Store:
-    resident = [one for one in held if isinstance(one, torch.Tensor)]
-    elsewhere = [one for one in held if not isinstance(one, torch.Tensor)]
-    if not elsewhere:
-        return Resident(resident, _by_layer(members))
-    return Ring(elsewhere, resident, device, loading.prefetch_nbytes)
-
-
-def _by_layer(members: Sequence[Member]) -> list[tuple[int, int]]:
+def _by_layer(kept: Sequence[_Loaded]) -> list[tuple[int, int]]:
     """Return runs of targets of one layer, small tensors at the end as one run."""
     marks = [
-        None if _is_small(target, shard) else layer_of(target.delta_name)
-        for target, shard in members
+        None if _is_small(one.target, one.shard) else layer_of(one.target.delta_name)
+        for one in kept
     ]
     starts = [at for at in range(len(marks)) if at == 0 or marks[at] != marks[at - 1]]
     return list(pairwise([*starts, len(marks)]))

@@ -12,7 +12,18 @@ import torch
 from torch import nn
 
 
-class Shard(Protocol):
+class Cut(Protocol):
+    """A part of one parameter."""
+
+    @property
+    def span(self) -> tuple[int, int] | None:
+        """Elements [start, stop) in row-major order, None for the whole and for what is no run."""
+
+    def cut(self, whole: torch.Tensor) -> torch.Tensor:
+        """Return this part of a tensor of the parameter's shape; it may share its memory."""
+
+
+class Shard(Cut, Protocol):
     """The part of one parameter that this process holds; all of it where nothing is sharded.
 
     Local tensors may have any shape whose row-major order is that of the shard.
@@ -23,15 +34,8 @@ class Shard(Protocol):
         """What spread the parameter over processes, for messages."""
 
     @property
-    def span(self) -> tuple[int, int] | None:
-        """Elements [start, stop) of the parameter in row-major order, None if it is no such run."""
-
-    @property
     def process_groups(self) -> tuple[Any, ...]:
         """Process groups over which sums are taken; none where nothing is sharded."""
-
-    def cut(self, whole: torch.Tensor) -> torch.Tensor:
-        """Return this part of a tensor of the parameter's shape; it may share its memory."""
 
     def gradient(self) -> torch.Tensor | None:
         """Return the local gradient, to be changed in place."""

@@ -1,0 +1,104 @@
+"""Δ as int8 in memory: codes, and one float16 scale for every 64 elements, as on disk.
+
+docs/format.md describes the format, which the Rust kernels write to disk and decode. Codes that
+were read from disk and codes that were made here give the same bfloat16 values as there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from drift_fast.dtypes import INT8_BLOCK
+from drift_fast.inject.placement.page_locked import page_locked
+
+_CODE_MAX = 127.0
+_LARGEST = torch.finfo(torch.float16).max
+_LARGEST_BITS = 0x7BFF
+# Blocks that are rounded at a time.
+_ROWS = 1 << 18
+
+
+class Int8:
+    """Δ as codes of shape [blocks, 64] and scales of shape [blocks, 1]: 66 bytes instead of 128.
+
+    `lead` elements of the first block, and the last ones of the last, belong to other shards.
+    """
+
+    dtype = torch.bfloat16
+
+    def __init__(self, codes: torch.Tensor, scales: torch.Tensor, run: slice | None = None) -> None:
+        self.codes = _in_blocks(codes)
+        self.scales = scales.view(-1, 1)
+        self.lead = 0 if run is None else run.start
+        self.numel = codes.numel() if run is None else run.stop - run.start
+
+    @classmethod
+    def joined(cls, members: Sequence[Int8]) -> Int8:
+        """Return the blocks of several as those of one, page-locked where they are in host memory.
+
+        One launch decodes them all; the members are left with views of it.
+        """
+        codes = torch.cat([member.codes for member in members])
+        scales = torch.cat([member.scales for member in members])
+        one = cls(codes, scales)
+        if codes.device.type == "cpu":
+            one.codes, one.scales = page_locked(one, codes), page_locked(one, scales)
+        counts = [len(member.codes) for member in members]
+        parts = zip(torch.split(one.codes, counts), torch.split(one.scales, counts), strict=True)
+        for member, (codes, scales) in zip(members, parts, strict=True):
+            member.codes, member.scales = codes, scales
+        return one
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of codes and scales."""
+        return self.codes.nbytes + self.scales.nbytes
+
+    def to(self, device: torch.device | str) -> Int8:
+        """Move to a device."""
+        self.codes, self.scales = self.codes.to(device), self.scales.to(device)
+        return self
+
+    def fill(self, out: torch.Tensor) -> None:
+        codes, scales = self.codes, self.scales
+        if codes.device != out.device:
+            codes = codes.to(out.device, non_blocking=True)
+            scales = scales.to(out.device, non_blocking=True)
+        # In float32, and rounded once to bfloat16, as an int8 delta is decoded; float16 would
+        # round a first time.
+        torch.mul(codes, scales.float(), out=out.view(codes.shape))
+
+
+def quantize(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return codes of shape [blocks, 64] and scales of shape [blocks, 1] of a finite flat tensor.
+
+    The rounding is that of the kernel which writes an int8 delta, bit for bit.
+    """
+    padded = _in_blocks(tensor)
+    codes = torch.empty(padded.shape, dtype=torch.int8, device=tensor.device)
+    scales = torch.empty(len(padded), 1, dtype=torch.float16, device=tensor.device)
+    for start in range(0, len(padded), _ROWS):
+        rows = padded[start : start + _ROWS].float()
+        scale = _least_scale(rows.abs().amax(1, keepdim=True))
+        scales[start : start + _ROWS] = scale
+        divisor = torch.where(scale == 0, torch.ones_like(scale), scale).float()
+        codes[start : start + _ROWS] = (rows / divisor).clamp_(-_CODE_MAX, _CODE_MAX).round_()
+    return codes, scales
+
+
+def _in_blocks(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the elements as rows of one block each, the last one padded with zeros."""
+    flat = tensor.reshape(-1)
+    return torch.nn.functional.pad(flat, (0, -flat.numel() % INT8_BLOCK)).view(-1, INT8_BLOCK)
+
+
+def _least_scale(largest: torch.Tensor) -> torch.Tensor:
+    """Return the least float16 not below |Δ| / 127 of each block's largest |Δ|, or the largest."""
+    # Divided by a tensor: a GPU would multiply by the reciprocal of a number.
+    nearest = (largest / torch.full_like(largest, _CODE_MAX)).half().clamp_(max=_LARGEST)
+    # The product of 11 bits and 7 is exact.
+    short = nearest.float() * _CODE_MAX < largest
+    bits = nearest.view(torch.int16) + short.to(torch.int16)
+    return bits.clamp_(max=_LARGEST_BITS).view(torch.float16)
