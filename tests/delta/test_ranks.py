@@ -12,15 +12,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.distributed import FileStore
 
 from drift_fast import CheckpointError, Delta, DriftError, NonFiniteError, compute_delta
 from drift_fast.delta.parallel import balance, identify, parse_ranks
-from drift_fast.delta.rendezvous import Group
+from drift_fast.delta.process_group import _error_of
 from support.synthetic import Pair, everything_under, refused, write_pair
 
 WORKER = Path(__file__).parents[1] / "support" / "rank_worker.py"
@@ -105,7 +105,6 @@ def test_ranks_write_the_bytes_of_one_process(
     assert every_byte(out) == every_byte(alone)
     assert len(every_byte(out)) > 2 * size
     assert everything_under(out.parent) == {"delta", *(f"delta/{n}" for n in every_byte(alone))}
-    assert not any(one["torch"] for one in found), "torch was imported to write a delta"
 
 
 def test_the_ranks_of_torch_distributed_write_the_bytes_of_one_process(
@@ -179,56 +178,49 @@ def test_a_killed_rank_stops_the_others_and_the_next_run_cleans_up(
     pair: Pair, alone: Path, out: Path, victim: int
 ) -> None:
     started = [
-        start(pair, out, rank, 2, silence=2.0, at_progress="die" if rank == victim else None)
+        start(pair, out, rank, 2, at_progress="die" if rank == victim else None)
         for rank in range(2)
     ]
     found = finish(started)
     survivor = found[1 - victim]
     assert started[victim].returncode == -9
     assert survivor["error"] == "DriftError", survivor
-    assert f"rank {victim}: it has given no sign of life for 2 s" in survivor["text"]
+    assert f"rank {victim} ended without a word" in survivor["text"]
     assert_nothing_opens(out)
     # Rank 0 removes everything; without it the hidden directory stays, for the next run.
     assert bool(everything_under(out.parent)) == (victim == 0)
     if victim == 0:
         stale = out.with_name(".delta.incomplete")
-        assert (stale / "ranks").is_dir()
+        assert stale.is_dir()
         assert all(one.get("names") for one in run(pair, out, 2))
         assert every_byte(out) == every_byte(alone)
         assert not stale.exists()
 
 
 def test_a_single_process_cleans_up_after_several(pair: Pair, alone: Path, out: Path) -> None:
-    board = out.with_name(".delta.incomplete") / "ranks"
-    board.mkdir(parents=True)
-    (board / "roll").write_text("left behind")
+    hidden = out.with_name(".delta.incomplete")
+    hidden.mkdir(parents=True)
+    (hidden / "delta-00001-of-00009.safetensors").write_text("left behind")
     compute_delta(pair.reasoning, pair.multimodal, out, max_shard_size=SHARD)
     assert every_byte(out) == every_byte(alone)
 
 
-def test_what_a_crashed_run_left_on_the_board_is_not_taken_for_this_runs(
+def test_what_a_crashed_run_left_in_the_store_is_not_taken_for_this_runs(
     pair: Pair, alone: Path, out: Path
 ) -> None:
-    board = out.with_name(".delta.incomplete") / "ranks"
-    board.mkdir(parents=True)
-    stale = {
-        "announced-1": "stale",
-        "roll": json.dumps({"run": "0123456789abcdef", "tokens": ["stale"]}),
-        "0123456789abcdef-here-1": "",
-        "0123456789abcdef-go": "",
-        "0123456789abcdef-0-0": '{"reasoning": []}',
-        "0123456789abcdef-failed": '{"rank": 1, "kind": "ValueError", "text": "old"}',
-    }
-    for name, text in stale.items():
-        (board / name).write_text(text)
+    file = out.with_name(".delta.ranks")
+    left = FileStore(str(file), -1)
+    for key in ("here-1", "go-stale", "failed", "seen-0", "seen-1"):
+        left.set(key, '{"rank": 1, "kind": "ValueError", "text": "old"}')
     # Rank 1 meets the leavings alone for a while.
     second = start(pair, out, 1, 2)
     deadline = time.monotonic() + 30
-    while (board / "announced-1").read_text() == "stale" and time.monotonic() < deadline:
+    while left.get("here-1").startswith(b"{") and time.monotonic() < deadline:
         time.sleep(0.01)
     found = finish([start(pair, out, 0, 2), second])
     assert all(one.get("names") for one in found), found
     assert every_byte(out) == every_byte(alone)
+    assert not file.exists()
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -243,11 +235,11 @@ def test_a_rank_that_never_comes_is_named_and_the_remedy_said(
     assert everything_under(out.parent) == set()
 
 
-def test_only_the_rank_that_did_not_come_is_named() -> None:
-    board = MemoryBoard()
-    board.put("announced-2", "here")
-    with refused(DriftError, "rank 1 of 3 never came"):
-        Group.meet(board, rank=0, size=3, limit=0.1, where="here")
+def test_only_the_rank_that_did_not_come_is_named(pair: Pair, out: Path) -> None:
+    first, last = finish([start(pair, out, rank, 3, limit=8.0) for rank in (0, 2)])
+    assert "rank 1 of 3 never came" in first["text"]
+    assert "rank 2 waited in vain for rank 0" in last["text"]
+    assert everything_under(out.parent) == set()
 
 
 @pytest.mark.slow  # torch is loaded twice
@@ -334,75 +326,24 @@ def test_nan_in_one_ranks_share_is_refused_as_in_one_process_or_counted(
 # ------------------------------------------------------------------ how they meet
 
 
-class MemoryBoard:
-    """A board that nobody clears, as the store of a process group is."""
-
-    def __init__(self) -> None:
-        self.texts: dict[str, str] = {}
-
-    def put(self, key: str, text: str) -> None:
-        self.texts[key] = text
-
-    def get(self, key: str) -> str | None:
-        return self.texts.get(key)
-
-    def close(self) -> None:
-        return None
+def test_one_process_group_serves_again(pair: Pair, alone: Path, out: Path, tmp_path: Path) -> None:
+    found = run(pair, out, 2, launcher=None, gloo=str(tmp_path / "store"), again=True)
+    assert all(one.get("names") for one in found), found
+    assert every_byte(out) == every_byte(alone)
 
 
-def meet(board: MemoryBoard, size: int, texts: Sequence[str]) -> list[str]:
-    """Meet as `size` threads and return what rank 0 collected."""
-
-    def take_part(rank: int) -> list[str]:
-        group = Group.meet(board, rank=rank, size=size, limit=20, where="here")
-        try:
-            assert group.share("from 0" if rank == 0 else None) == "from 0"
-            return group.collect(texts[rank])
-        finally:
-            group.close()
-
-    with ThreadPoolExecutor(size) as pool:
-        found = list(pool.map(take_part, range(size)))
-    assert found[1:] == [[]] * (size - 1)
-    return found[0]
+@pytest.mark.parametrize("kind", [CheckpointError, FileExistsError, ValueError, OSError])
+def test_an_error_reaches_the_others_as_its_own_kind_with_the_rank(kind: type[Exception]) -> None:
+    found = _error_of({"rank": 1, "kind": kind.__name__, "text": "a shard is cut off"})
+    assert type(found) is kind
+    assert str(found) == "rank 1: a shard is cut off"
 
 
-def test_a_board_that_was_used_before_serves_again() -> None:
-    board = MemoryBoard()
-    assert meet(board, 3, ["a", "b", "c"]) == ["a", "b", "c"]
-    assert meet(board, 3, ["d", "e", "f"]) == ["d", "e", "f"]
-
-
-@pytest.mark.parametrize("roll", ["", "{", "[]", '{"tokens": 1}', '{"run": "../x", "tokens": []}'])
-def test_what_is_no_roll_is_waited_out(roll: str) -> None:
-    board = MemoryBoard()
-    board.put("roll", roll)
-    with refused(DriftError, "rank 1 waited in vain", "ranks=None"):
-        Group.meet(board, rank=1, size=2, limit=0.1, where="here")
-
-
-def test_an_error_reaches_the_others_as_its_own_kind_with_the_rank() -> None:
-    kinds = (CheckpointError, FileExistsError, ValueError, OSError)
-    for kind in kinds:
-        board = MemoryBoard()
-
-        def take_part(rank: int, board: MemoryBoard = board, kind: type = kind) -> None:
-            group = Group.meet(board, rank=rank, size=2, limit=20, where="here")
-            try:
-                if rank == 1:
-                    raise kind("a shard is cut off")
-                group.share("")
-                group.collect()
-            except BaseException as error:
-                group.fail(error)
-                raise
-            finally:
-                group.close()
-
-        with ThreadPoolExecutor(2) as pool:
-            waiting = pool.submit(take_part, 0), pool.submit(take_part, 1)
-            with refused(kind, "rank 1: a shard is cut off"):
-                waiting[0].result()
+@pytest.mark.parametrize("kind", ["SystemExit", "print", "absent", "UnicodeDecodeError"])
+def test_an_error_that_cannot_be_made_again_is_a_drift_error(kind: str) -> None:
+    found = _error_of({"rank": 2, "kind": kind, "text": "what it said"})
+    assert type(found) is DriftError
+    assert str(found) == "rank 2: what it said"
 
 
 # ------------------------------------------------------------------ who takes part

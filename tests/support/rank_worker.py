@@ -1,7 +1,4 @@
-"""One rank of a run of several: called with JSON arguments, prints what came of it as JSON.
-
-It imports no torch unless asked to, as a launcher's process may not have it at hand.
-"""
+"""One rank of a run of several: called with JSON arguments, prints what came of it as JSON."""
 
 from __future__ import annotations
 
@@ -33,19 +30,6 @@ def main(arguments: dict[str, Any]) -> None:
         if what == "interrupt":
             raise KeyboardInterrupt
 
-    if "silence" in arguments:
-        # Ranks may be slow to start on a busy machine, but once met, a short silence tells.
-        from drift_fast.delta.rendezvous import Group
-
-        meet = Group.meet
-
-        def impatient(*given: Any, **options: Any) -> Group:
-            group = meet(*given, **options)
-            group.limit = arguments["silence"]
-            return group
-
-        Group.meet = impatient  # type: ignore[method-assign]
-
     keywords = {"progress": progress, **arguments.get("keywords", {})}
     if isinstance(keywords.get("ranks"), list):
         keywords["ranks"] = tuple(keywords["ranks"])
@@ -56,7 +40,12 @@ def main(arguments: dict[str, Any]) -> None:
             delta = drift_fast.compute_delta(
                 arguments["reasoning"], arguments["multimodal"], arguments["out"], **keywords
             )
-        found = {"names": delta.names, "torch": "torch" in sys.modules}
+            if arguments.get("again"):
+                keywords["overwrite"] = True
+                delta = drift_fast.compute_delta(
+                    arguments["reasoning"], arguments["multimodal"], arguments["out"], **keywords
+                )
+        found = {"names": delta.names}
     except BaseException as error:
         found = {"error": type(error).__name__, "text": str(error)}
     print(json.dumps(found))

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     import torch
 
     from drift_fast.delta.combine import Summands
-    from drift_fast.delta.rendezvous import Group
+    from drift_fast.delta.process_group import ProcessGroup
 
 # What `drift.json` may take for one tensor beside its name.
 _ROW_NBYTES = 1024
@@ -252,7 +252,7 @@ def inspect(
 def _ready(
     pair: AlignedPair,
     progress: ProgressCallback | None,
-    group: Group | None = None,
+    group: ProcessGroup | None = None,
 ) -> AlignedPair:
     """Bring what is needed to this machine and look whether the weights belong together.
 
@@ -388,7 +388,7 @@ class Delta(Mapping[str, "torch.Tensor"]):
     def _write(
         self,
         path: PathLike,
-        group: Group | None,
+        group: ProcessGroup | None,
         *,
         overwrite: bool,
         max_shard_nbytes: int,

@@ -1,9 +1,10 @@
 """One delta written by several processes, which a launcher started, as one would write it.
 
 Owns who takes part, which shards each writes, and what all must agree on before the first byte.
-How they meet and end together is `rendezvous`'. Every process pairs the checkpoints; rank 0 makes
-the hidden directory and reserves every file, each rank streams the tensors of its own shards into
-them, and rank 0 joins the statistics, in the order of one process, and gives the delta its name.
+How they meet and end together is `process_group`'s. Every process aligns the checkpoints. Rank 0
+makes the hidden directory and reserves every file, each rank streams the tensors of its own shards
+into them, and rank 0 joins the statistics, in the order of one process, and gives the delta its
+name.
 
 Invariant: every file of the delta has the bytes that one process with the same `max_shard_size`
 would write, and it has its name only if every rank wrote and flushed its part.
@@ -19,11 +20,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
-from drift_fast import _core
+from drift_fast._core import DeltaWriter, __version__, places_of
+from drift_fast._core import shards as shards_of
 from drift_fast.errors import DriftError
 
 if TYPE_CHECKING:
-    from drift_fast.delta.rendezvous import Group
+    from drift_fast.delta.process_group import ProcessGroup
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +48,7 @@ T = TypeVar("T")
 def identify(ranks: Ranks) -> tuple[int, int]:
     """Return this process' rank and how many there are; (0, 1) is a process alone.
 
-    "auto" asks an initialised torch.distributed, if torch was imported already, then the variables
+    "auto" asks an initialized torch.distributed, if torch was imported already, then the variables
     of torchrun, Open MPI and Slurm. A Slurm batch script that was not started by srun is alone,
     whatever number of tasks it asked for.
 
@@ -76,7 +78,7 @@ def identify(ranks: Ranks) -> tuple[int, int]:
             numbers = int(os.environ[rank]), int(os.environ[size])
         except ValueError:
             raise ValueError(
-                f"{rank}={os.environ[rank]!r} and {size}={os.environ[size]!r} are no numbers; "
+                f"{rank}={os.environ[rank]!r} and {size}={os.environ[size]!r} are not numbers; "
                 "correct them, or pass ranks=None for this process alone"
             ) from None
         return _checked(*numbers, f"{rank} and {size}")
@@ -100,7 +102,7 @@ def parse_ranks(text: str) -> Ranks:
 
 
 @contextmanager
-def together(target: str | os.PathLike[str], ranks: Ranks) -> Iterator[Group | None]:
+def together(target: str | os.PathLike[str], ranks: Ranks) -> Iterator[ProcessGroup | None]:
     """Meet the other ranks that write to `target`; None where this process is alone.
 
     An error that leaves the block reaches all ranks.
@@ -115,33 +117,17 @@ def together(target: str | os.PathLike[str], ranks: Ranks) -> Iterator[Group | N
     if size == 1:
         yield None
         return
-    # Loaded here, so that importing the package stays light.
-    from drift_fast.delta.rendezvous import FileBoard, Group, StoreBoard
+    # Loaded here, since it needs torch, which one process alone does not.
+    from drift_fast.delta.process_group import Meeting, joined
 
-    limit = _time_limit()
-    place, hidden = map(Path, _core.places_of(target))
-    distributed = _distributed() if ranks == "auto" else None
-    store = None if distributed is None else _store()
-    board = (
-        FileBoard(hidden / "ranks", rank=rank)
-        if store is None
-        else StoreBoard(store, f"drift_fast {place} ")
-    )
-    try:
-        group = Group.meet(board, rank=rank, size=size, limit=limit, where=str(place))
-    except BaseException:
-        board.close()
-        raise
-    try:
+    place, hidden = map(Path, places_of(target))
+    if hidden.is_symlink():
+        raise FileExistsError(f"{hidden} is a link; choose another output directory")
+    with joined(Meeting(rank, size, place, _time_limit())) as group:
         yield group
-    except BaseException as error:
-        group.fail(error)
-        raise
-    finally:
-        group.close()
 
 
-def first(group: Group | None, action: Callable[[], T]) -> T:
+def first(group: ProcessGroup | None, action: Callable[[], T]) -> T:
     """Do something on rank 0 and, once it has done, on the others, which may find it done."""
     if group is None:
         return action()
@@ -153,7 +139,7 @@ def first(group: Group | None, action: Callable[[], T]) -> T:
     return action()
 
 
-def agree(group: Group, seen: dict[str, Any]) -> None:
+def agree(group: ProcessGroup, seen: dict[str, Any]) -> None:
     """Compare what this rank sees with what rank 0 sees.
 
     Raises:
@@ -173,7 +159,7 @@ def agree(group: Group, seen: dict[str, Any]) -> None:
 
 
 def write(
-    group: Group,
+    group: ProcessGroup,
     target: str | os.PathLike[str],
     tensors: list[tuple[str, list[int]]],
     dtype: str,
@@ -181,7 +167,7 @@ def write(
     max_shard_nbytes: int,
     description_nbytes: int,
     overwrite: bool,
-    fill: Callable[[_core.DeltaWriter, Sequence[int]], Sequence[Mapping[str, Any]]],
+    fill: Callable[[DeltaWriter, Sequence[int]], Sequence[Mapping[str, Any]]],
     describe: Callable[[list[dict[str, Any]]], str],
 ) -> None:
     """Write a delta as one of several ranks; when it returns, the delta has its name.
@@ -195,17 +181,17 @@ def write(
     """
     import json
 
-    plan = _core.shards(tensors, dtype, max_shard_nbytes=max_shard_nbytes)
-    options = {"arguments": [dtype, max_shard_nbytes, overwrite, _core.__version__]}
+    plan = shards_of(tensors, dtype, max_shard_nbytes=max_shard_nbytes)
+    options = {"arguments": [dtype, max_shard_nbytes, overwrite, __version__]}
     agree(group, {"list of tensors": tensors} | options)
     shares = balance([nbytes for _, _, nbytes in plan], group.size)
     if group.rank == 0:
-        _tell_if_uneven(plan, shares)
+        _warn_if_uneven(plan, shares)
     own = shares[group.rank]
     places = [place for shard in own for place in range(*plan[shard][:2])]
 
-    def create() -> _core.DeltaWriter:
-        return _core.DeltaWriter(
+    def create() -> DeltaWriter:
+        return DeltaWriter(
             target,
             tensors,
             dtype,
@@ -227,11 +213,9 @@ def write(
         else:
             digest = group.share()
             group.collect()
-            # From here on rank 0 may take the board away.
-            group.close()
             _wait_for_name(group, target, digest)
     except BaseException as error:
-        # First told: what is removed with the files is where the others would read it.
+        # Reported first: without their files the others would fail with errors of their own.
         group.fail(error)
         raise
     finally:
@@ -252,7 +236,7 @@ def balance(nbytes: Sequence[int], size: int) -> list[list[int]]:
     return [sorted(share) for share in shares]
 
 
-def _tell_if_uneven(plan: Sequence[tuple[int, int, int]], shares: list[list[int]]) -> None:
+def _warn_if_uneven(plan: Sequence[tuple[int, int, int]], shares: list[list[int]]) -> None:
     size, total = len(shares), sum(nbytes for _, _, nbytes in plan)
     if len(plan) >= 2 * size:
         return
@@ -275,31 +259,29 @@ def _tell_if_uneven(plan: Sequence[tuple[int, int, int]], shares: list[list[int]
     )
 
 
-def _joined(group: Group, create: Callable[[], _core.DeltaWriter]) -> _core.DeltaWriter:
-    from drift_fast.delta.rendezvous import retried
+def _joined(group: ProcessGroup, create: Callable[[], DeltaWriter]) -> DeltaWriter:
+    from drift_fast.delta.process_group import retried
 
     if group.rank == 0:
         writer = create()
         try:
             group.share()
-        except BaseException as error:
-            group.fail(error)
+        except BaseException:
             writer.abort()
             raise
         return writer
     group.share()
     try:
-        found: _core.DeltaWriter = retried(create, FileNotFoundError, min(10.0, group.limit))
+        return retried(create, FileNotFoundError, min(10.0, group.limit))
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{error}: rank 0 made this file but rank {group.rank} does not see it; all ranks need "
             "one shared file system"
         ) from error
-    return found
 
 
 def _in_order(
-    group: Group,
+    group: ProcessGroup,
     shares: list[list[int]],
     plan: Sequence[tuple[int, int, int]],
     found: list[str],
@@ -320,25 +302,23 @@ def _in_order(
     return [placed[place] for place in sorted(placed)]
 
 
-def _name_it(group: Group, writer: _core.DeltaWriter, text: str) -> None:
+def _name_it(group: ProcessGroup, writer: DeltaWriter, text: str) -> None:
     from hashlib import sha256
 
     group.share(sha256(text.encode()).hexdigest())
+    # Every rank knows what to look for before the delta can have its name.
     group.collect()
-    # Every rank knows what to look for. The board goes first: a sign of life that is written to it
-    # while the hidden directory is tidied up would keep the delta from its name.
-    group.close()
     writer.commit(text)
 
 
-def _wait_for_name(group: Group, target: str | os.PathLike[str], digest: str) -> None:
+def _wait_for_name(group: ProcessGroup, target: str | os.PathLike[str], digest: str) -> None:
     from hashlib import sha256
 
-    from drift_fast.delta.rendezvous import retried
+    from drift_fast.delta.process_group import retried
 
     place = Path(target)
     # It goes as the delta gets its name; an overwritten one of the same digest stays until then.
-    hidden = Path(_core.places_of(place)[1])
+    hidden = Path(places_of(place)[1])
 
     def look() -> None:
         # Opening the directory makes a network file system ask anew what is in it.
@@ -358,20 +338,11 @@ def _wait_for_name(group: Group, target: str | os.PathLike[str], digest: str) ->
 
 
 def _distributed() -> Any:
-    """Return torch.distributed where it is initialised; torch is not imported for it."""
+    """Return torch.distributed where it is initialized; torch is not imported for it."""
     found: Any = sys.modules.get("torch.distributed")
     if found is not None and found.is_available() and found.is_initialized():
         return found
     return None
-
-
-def _store() -> Any:
-    """Return the store of the default group; files do where a version of torch shows none."""
-    try:
-        # It has no public name, but torch's own elastic and checkpoint code asks for it here.
-        return sys.modules["torch.distributed.distributed_c10d"]._get_default_store()
-    except (KeyError, AttributeError, RuntimeError):
-        return None
 
 
 def _in_slurm_step() -> bool:

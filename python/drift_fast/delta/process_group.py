@@ -1,0 +1,317 @@
+"""Several processes that write one delta: they meet, pass texts on, and end together.
+
+Owns the meeting, the texts between rank 0 and the others, and how an error of one rank reaches all;
+what the texts say is `parallel`'s. torch.distributed does the rest: gloo carries the texts, and its
+store tells who has come and why a rank ended. Processes that write one delta share a file system,
+so where no group exists a `FileStore` beside the output needs neither address nor port.
+
+The roll is called in the store, since a gloo group can name nobody before all of them are there.
+"""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import json
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from torch.distributed import FileStore, PrefixStore  # type: ignore[attr-defined]
+
+from drift_fast import errors
+from drift_fast.errors import DriftError
+
+T = TypeVar("T")
+
+# A rank may stream for as long as its disk takes; a rank that died closes its connections at once.
+_PATIENCE = timedelta(days=7)
+# How often a waiting rank looks whether another one has failed, in seconds.
+_GLANCE = 0.2
+# How long rank 0 keeps the store for others to read why all of them end, in seconds.
+_FAREWELL = 10.0
+_ALONE = "if one process alone is to write, pass ranks=None (drift-fast delta --ranks none)"
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """Which processes are to meet, where they write, and how long each waits for the others."""
+
+    rank: int
+    size: int
+    target: Path
+    limit: float
+
+
+@contextlib.contextmanager
+def joined(meeting: Meeting) -> Iterator[ProcessGroup]:
+    """Meet the other ranks, in a side group of the default group or in a group of our own.
+
+    An error that leaves the block reaches all ranks.
+
+    Raises:
+        DriftError: a rank that never came or that ended, or an error of another rank, which is
+            raised as an error of its own kind where there is one.
+    """
+    with contextlib.ExitStack() as stack:
+        store = stack.enter_context(_store(meeting))
+        _call_roll(store, meeting)
+        ours = not dist.is_initialized()
+        if ours:
+            dist.init_process_group(
+                "gloo",
+                store=store.fresh(),
+                rank=meeting.rank,
+                world_size=meeting.size,
+                timeout=_PATIENCE,
+            )
+        side = None if ours else dist.new_group(backend="gloo", timeout=_PATIENCE)
+        stack.callback(dist.destroy_process_group, side)
+        group = ProcessGroup(store, meeting, side)
+        stack.callback(group.close)
+        try:
+            yield group
+        except BaseException as error:
+            group.fail(error)
+            raise
+
+
+class ProcessGroup:
+    """Processes that met; every one of them calls `share` and `collect` in the same order."""
+
+    def __init__(self, store: _Store, meeting: Meeting, group: Any) -> None:
+        self.rank, self.size, self.limit = meeting.rank, meeting.size, meeting.limit
+        self._store = store
+        self._group = group
+        # Collectives cannot be interrupted, waiting for a thread can.
+        self._thread = ThreadPoolExecutor(1, "drift_fast ranks")
+        self._failed = False
+        self._next_look = 0.0
+
+    def share(self, text: str = "") -> str:
+        """Return rank 0's text on every rank.
+
+        Raises:
+            The error of another rank, or DriftError where one has died.
+        """
+        if self.rank != 0:
+            return self._receive(0)
+        for rank in range(1, self.size):
+            self._send(text, rank)
+        return text
+
+    def collect(self, text: str = "") -> list[str]:
+        """Return the texts of all ranks on rank 0, and an empty list on the others.
+
+        Raises:
+            As `share`.
+        """
+        if self.rank != 0:
+            self._send(text, 0)
+            return []
+        return [text, *(self._receive(rank) for rank in range(1, self.size))]
+
+    def check(self) -> None:
+        """Raise the error that another rank has reported; cheap enough for every tick of a stream.
+
+        Raises:
+            As `share`.
+        """
+        if time.monotonic() < self._next_look:
+            return
+        self._next_look = time.monotonic() + _GLANCE
+        reported = self._store.get("failed")
+        if reported is not None:
+            raise _error_of(json.loads(reported))
+
+    def fail(self, error: BaseException) -> None:
+        """Report why this rank ends, and on rank 0 wait until the others have read it."""
+        if self._failed:
+            return
+        self._failed = True
+        if self._store.get("failed") is None:
+            # str(OSError) would show its number.
+            text = getattr(error, "strerror", None) or str(error)
+            report = {"rank": self.rank, "kind": type(error).__name__, "text": text}
+            self._store.set("failed", json.dumps(report))
+        self._store.set(f"seen-{self.rank}", "")
+        seen = [f"seen-{rank}" for rank in range(self.size)]
+        if self.rank == 0:
+            _until(lambda: all(map(self._store.has, seen)), min(self.limit, _FAREWELL))
+
+    def close(self) -> None:
+        """Let go of the thread; one that still waits ends with the group."""
+        self._thread.shutdown(wait=False)
+
+    def _send(self, text: str, rank: int) -> None:
+        self._exchange(rank, lambda: dist.send_object_list([text], rank, self._group))
+
+    def _receive(self, rank: int) -> str:
+        received: list[Any] = [None]
+        self._exchange(rank, lambda: dist.recv_object_list(received, rank, self._group))
+        return str(received[0])
+
+    def _exchange(self, rank: int, action: Callable[[], object]) -> None:
+        waiting: Future[object] = self._thread.submit(action)
+        try:
+            while not waiting.done():
+                with contextlib.suppress(TimeoutError):
+                    waiting.exception(timeout=_GLANCE)
+                self.check()
+            waiting.result()
+        except RuntimeError as error:
+            if isinstance(error, DriftError):
+                raise
+            self._next_look = 0.0
+            self.check()
+            raise DriftError(
+                f"rank {rank} ended without a word while it wrote its part of the delta; see what "
+                "that process printed"
+            ) from error
+
+
+class _Store:
+    """The store of a process group; what is missing is None, and every run has a prefix."""
+
+    def __init__(self, open_store: Callable[[], Any]) -> None:
+        self._open = open_store
+        self._store = open_store()
+
+    def fresh(self) -> Any:
+        """Open it anew, as a rank must whose file was replaced."""
+        self._store = self._open()
+        return self._store
+
+    def has(self, key: str) -> bool:
+        return bool(self._store.check([key]))
+
+    def get(self, key: str) -> str | None:
+        return self._store.get(key).decode() if self.has(key) else None
+
+    def set(self, key: str, text: str) -> None:
+        self._store.set(key, text)
+
+    def delete(self, key: str) -> None:
+        self._store.delete_key(key)
+
+
+@contextlib.contextmanager
+def _store(meeting: Meeting) -> Iterator[_Store]:
+    if dist.is_initialized():
+        # It has no public name, but torch's own elastic and checkpoint code asks for it here.
+        default: Any = dist.distributed_c10d._get_default_store()
+        yield _Store(lambda: PrefixStore(f"drift_fast {meeting.target}", default))
+        return
+    file = meeting.target.with_name(f".{meeting.target.name}.ranks")
+    made: list[Path] = []
+    if meeting.rank == 0:
+        made = [path for path in file.parents if not path.exists()]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        # A run that was killed may have left one.
+        file.unlink(missing_ok=True)
+        file.touch()
+    elif not _until(file.exists, meeting.limit):
+        raise _nobody_called(meeting)
+    try:
+        # Without a number of workers the file stays until rank 0 removes it.
+        yield _Store(lambda: FileStore(str(file), -1))
+    finally:
+        if meeting.rank == 0:
+            file.unlink(missing_ok=True)
+            for path in made:
+                # Not empty any more: the delta is there.
+                with contextlib.suppress(OSError):
+                    path.rmdir()
+
+
+def _call_roll(store: _Store, meeting: Meeting) -> None:
+    """Wait until every rank has come.
+
+    Each rank says that it is here under a fresh token, and rank 0 answers to that token, so what an
+    earlier run left in the store is never taken for this one's.
+    """
+    if meeting.rank == 0:
+        here = {rank: f"here-{rank}" for rank in range(1, meeting.size)}
+        if not _until(lambda: all(map(store.has, here.values())), meeting.limit):
+            missing = [rank for rank, key in here.items() if not store.has(key)]
+            raise DriftError(
+                f"{_named(missing)} of {meeting.size} never came to write {meeting.target} within "
+                f"{meeting.limit:g} s (DRIFT_FAST_RANK_TIMEOUT). All ranks must make this call "
+                f"with the same output on one shared file system; {_ALONE}"
+            )
+        store.delete("failed")
+        for rank, key in here.items():
+            token = store.get(key)
+            store.delete(key)
+            store.delete(f"seen-{rank}")
+            store.set(f"go-{token}", "")
+        return
+    token = secrets.token_hex(16)
+
+    def called() -> bool:
+        store.fresh()
+        if store.has(f"go-{token}"):
+            return True
+        if store.get(f"here-{meeting.rank}") != token:
+            store.set(f"here-{meeting.rank}", token)
+        return False
+
+    if not _until(called, meeting.limit):
+        store.delete(f"here-{meeting.rank}")
+        raise _nobody_called(meeting)
+
+
+def _nobody_called(meeting: Meeting) -> DriftError:
+    return DriftError(
+        f"rank {meeting.rank} waited in vain for rank 0 to write {meeting.target} within "
+        f"{meeting.limit:g} s (DRIFT_FAST_RANK_TIMEOUT): rank 0, or another rank, never came. All "
+        f"ranks must make this call with the same output on one shared file system; {_ALONE}"
+    )
+
+
+def _error_of(report: dict[str, Any]) -> Exception:
+    """Return an error of the kind that was reported, which says whose it was."""
+    if report["kind"] == "KeyboardInterrupt":
+        return DriftError(f"rank {report['rank']} was interrupted, so all ranks stopped")
+    kind = getattr(errors, report["kind"], None) or getattr(builtins, report["kind"], None)
+    text = f"rank {report['rank']}: {report['text']}"
+    if isinstance(kind, type) and issubclass(kind, DriftError | OSError | ValueError):
+        with contextlib.suppress(TypeError):
+            return kind(text)
+    return DriftError(text)
+
+
+def _named(ranks: list[int]) -> str:
+    shown = ", ".join(map(str, ranks[:8])) + (", …" if len(ranks) > 8 else "")
+    return f"rank {shown}" if len(ranks) == 1 else f"ranks {shown}"
+
+
+def _until(condition: Callable[[], bool], limit: float) -> bool:
+    """Wait until a condition holds, at most `limit` seconds, and return whether it does."""
+    end = time.monotonic() + limit
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def retried(action: Callable[[], T], error: type[BaseException], limit: float) -> T:
+    """Return what `action` returns, tried again for `limit` seconds while it raises `error`.
+
+    Over a network a file may show some time after another machine wrote it.
+    """
+    end = time.monotonic() + limit
+    while True:
+        try:
+            return action()
+        except error:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.05)
