@@ -179,9 +179,15 @@ class ProcessGroup:
 class _Store:
     """The store of a process group; what is missing is None, and every run has a prefix."""
 
-    def __init__(self, open_store: Callable[[], Any]) -> None:
+    def __init__(self, open_store: Callable[[], Any], file: Path | None = None) -> None:
         self._open = open_store
+        self._file = file
         self._store = open_store()
+
+    @property
+    def is_there(self) -> bool:
+        """Whether rank 0 still keeps it; opening a file that is gone would make another."""
+        return self._file is None or self._file.exists()
 
     def fresh(self) -> Any:
         """Open it anew, as a rank must whose file was replaced."""
@@ -220,7 +226,7 @@ def _store(meeting: Meeting) -> Iterator[_Store]:
         raise _nobody_called(meeting)
     try:
         # Without a number of workers the file stays until rank 0 removes it.
-        yield _Store(lambda: FileStore(str(file), -1))
+        yield _Store(lambda: FileStore(str(file), -1), file)
     finally:
         if meeting.rank == 0:
             file.unlink(missing_ok=True)
@@ -255,6 +261,8 @@ def _call_roll(store: _Store, meeting: Meeting) -> None:
     token = secrets.token_hex(16)
 
     def called() -> bool:
+        if not store.is_there:
+            return False
         store.fresh()
         if store.has(f"go-{token}"):
             return True
@@ -263,7 +271,8 @@ def _call_roll(store: _Store, meeting: Meeting) -> None:
         return False
 
     if not _until(called, meeting.limit):
-        store.delete(f"here-{meeting.rank}")
+        if store.is_there:
+            store.delete(f"here-{meeting.rank}")
         raise _nobody_called(meeting)
 
 
