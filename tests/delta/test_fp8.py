@@ -61,11 +61,11 @@ def dequantised(
 
 
 def write_config(directory: Path, block: Any = None, **more: Any) -> None:
-    quantisation: dict[str, Any] = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+    quantization: dict[str, Any] = {"quant_method": "fp8", "activation_scheme": "dynamic"}
     if block is not None:
-        quantisation["weight_block_size"] = block
+        quantization["weight_block_size"] = block
     directory.mkdir(parents=True, exist_ok=True)
-    config = {"quantization_config": quantisation, **more}
+    config = {"quantization_config": quantization, **more}
     (directory / "config.json").write_text(json.dumps(config))
 
 
@@ -201,7 +201,7 @@ def test_scales_are_no_weights_and_are_not_left_over(tmp_path: Path, both: bool)
 def test_check_notes_what_the_rounding_means_and_that_the_pair_fits(tmp_path: Path) -> None:
     pair, _ = pair_in_fp8(tmp_path)
     report = check(pair.reasoning, pair.multimodal)
-    (row,) = (finding for finding in report.findings if finding.subject == "quantisation")
+    (row,) = (finding for finding in report.findings if finding.subject == "quantization")
     assert row.severity == "note"
     for word in ("the reasoning model (fp8)", "8-bit floats", "block scales", "rounding"):
         assert word in row.message
@@ -215,7 +215,7 @@ def test_a_model_in_fp8_cannot_be_trained_along_delta(tmp_path: Path) -> None:
     pair, _ = pair_in_fp8(tmp_path)
     report = check(pair.multimodal, pair.multimodal, pair.reasoning)
     breaks = [row.subject for row in report.findings if row.severity == "breaks"]
-    assert "quantisation" in breaks
+    assert "quantization" in breaks
 
 
 def _paths(pair: Pair) -> tuple[Path, Path]:

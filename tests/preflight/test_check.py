@@ -24,7 +24,9 @@ from drift_fast.alignment.options import PairOptions
 from drift_fast.alignment.pairing import align_checkpoints, fetch
 from drift_fast.checkpoints.config_json import Configuration
 from drift_fast.preflight.check import Finding, Preflight
-from drift_fast.preflight.facts import _OTHER_PARTIAL_ROTARY, _OTHER_THETA, describe, read_headers
+from drift_fast.preflight.facts import describe
+from drift_fast.preflight.headers import read_headers
+from drift_fast.preflight.rope import _OTHER_PARTIAL_ROTARY, _OTHER_THETA
 from support.range_server import RangeServer
 from support.synthetic import refused, write_raw, write_sparse
 
@@ -607,7 +609,7 @@ FACTS: list[tuple[str, JSON, JSON, str, tuple[str, ...]]] = [
         ("q_proj", "choose two models of one backbone"),
     ),
     ("partial rotary factor", {"partial_rotary_factor": "absent"}, {}, "same", ()),
-    ("norm epsilon", {}, {"rms_norm_eps": 1e-5}, "note", ("variance", "nothing needs doing")),
+    ("norm epsilon", {}, {"rms_norm_eps": 1e-5}, "note", ("variance", "nothing needs to be done")),
     ("activation", {}, {"hidden_act": "gelu"}, "breaks", ("function", "backbone")),
     ("activation", {}, {"hidden_act": "swish"}, "same", ()),
     ("sliding window", {}, {"sliding_window": 32}, "note", ("window", "samples")),
@@ -623,7 +625,7 @@ FACTS: list[tuple[str, JSON, JSON, str, tuple[str, ...]]] = [
         {},
         {"max_position_embeddings": 128},
         "note",
-        ("context", "no weight"),
+        ("context", "not a dimension of any weight"),
     ),
     ("vocabulary size", {}, {"vocab_size": 72}, "note", ("not selected",)),
     ("tie_word_embeddings", {}, {"tie_word_embeddings": True}, "note", ("not selected",)),
@@ -639,14 +641,14 @@ FACTS: list[tuple[str, JSON, JSON, str, tuple[str, ...]]] = [
     ("model_type", {}, {"model_type": "mistral"}, "note", ("architectures",)),
     ("model_type", {}, {"model_type": "llama_vision"}, "same", ("family",)),
     (
-        "quantisation",
+        "quantization",
         {},
         {"quantization_config": {"quant_method": "awq", "bits": 4}},
         "breaks",
-        ("the multimodal model", "awq, 4 bits", "unquantised"),
+        ("the multimodal model", "awq, 4 bits", "unquantized"),
     ),
     (
-        "quantisation",
+        "quantization",
         {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}},
         {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}},
         "breaks",
@@ -719,7 +721,7 @@ def test_heads_of_another_size_break_although_every_shape_agrees(tmp_path: Path)
     report = check(a, write(tmp_path / "b", other, shapes))
     assert finding(report, "alignment").severity == "same"
     assert subjects(report, "breaks") == {"attention heads", "KV heads", "head dimension"}
-    assert_says(finding(report, "attention heads"), "even where the shapes agree")
+    assert_says(finding(report, "attention heads"), "even if the shapes agree")
 
 
 def test_biases_that_only_one_side_has_break_where_attention_is_selected(tmp_path: Path) -> None:
@@ -838,11 +840,11 @@ def test_tying_is_read_at_either_level(tmp_path: Path, level: str) -> None:
         ("Qwen3-8B-FP8", "Qwen3-8B"),
     ],
 )
-def test_the_unquantised_checkpoint_is_named_where_the_name_tells(
+def test_the_unquantized_checkpoint_is_named_where_the_name_tells(
     tmp_path: Path, path: str, shorter: str
 ) -> None:
     a = tiny(tmp_path / path, changed({"quantization_config": {"quant_method": "awq"}}))
-    row = finding(check(a, tiny(tmp_path / "b")), "quantisation")
+    row = finding(check(a, tiny(tmp_path / "b")), "quantization")
     assert_says(row, f"by its name {shorter}")
     assert path not in row.message
 
@@ -851,7 +853,7 @@ def test_packed_weights_are_seen_in_the_headers_too(tmp_path: Path) -> None:
     shapes = backbone(TINY, "model.")
     a = write(tmp_path / "a", TINY, shapes, dtype="U8")
     report = check(a, tiny(tmp_path / "b"))
-    row = finding(report, "quantisation")
+    row = finding(report, "quantization")
     assert row.severity == "breaks"
     assert_says(row, "stored as U8")
 
@@ -864,18 +866,18 @@ def test_a_packed_shape_is_not_taken_for_a_contradiction(tmp_path: Path) -> None
     }
     a = write(tmp_path / "a", config, packed, dtype="U8")
     report = check(a, tiny(tmp_path / "b"))
-    assert subjects(report, "breaks") == {"alignment", "quantisation"}
+    assert subjects(report, "breaks") == {"alignment", "quantization"}
     assert str(finding(report, "dtype").reasoning) == "U8 (from the headers)"
 
 
-def test_a_quantised_model_cannot_be_trained_and_is_reported_once(tmp_path: Path) -> None:
-    quantised = changed({"quantization_config": {"quant_method": "fp8"}})
+def test_a_quantized_model_cannot_be_trained_and_is_reported_once(tmp_path: Path) -> None:
+    quantized = changed({"quantization_config": {"quant_method": "fp8"}})
     plain = tiny(tmp_path / "plain")
-    report = check(plain, plain, tiny(tmp_path / "model", quantised))
+    report = check(plain, plain, tiny(tmp_path / "model", quantized))
     assert [row.between for row in report.findings if row.severity == "breaks"] == [
         ("reference", "model")
     ]
-    report = check(plain, tiny(tmp_path / "reference", quantised), plain)
+    report = check(plain, tiny(tmp_path / "reference", quantized), plain)
     assert [row.between for row in report.findings if row.severity == "breaks"] == [
         ("expert", "reference")
     ]
@@ -1333,7 +1335,7 @@ def test_no_configuration_makes_a_check_fail_in_another_way_than_naming_it(
         report.table()
         json.dumps(report.to_dict(), allow_nan=False)
         if pair == (b, b):
-            against_itself = {"config.json", "layers on disk", "quantisation"}
+            against_itself = {"config.json", "layers on disk", "quantization"}
             assert subjects(report, "breaks") <= against_itself
     assert refusals <= {True}
 

@@ -19,7 +19,9 @@ from drift_fast.checkpoints.config_json import Configuration, Section
 from drift_fast.checkpoints.opened import PathLike, open_checkpoint
 from drift_fast.errors import CheckpointError, DriftError
 from drift_fast.names import is_other_modality, kind_of, layer_of
-from drift_fast.preflight.facts import Fact, describe, read_headers
+from drift_fast.preflight.fact import Fact
+from drift_fast.preflight.facts import describe
+from drift_fast.preflight.headers import read_headers
 from drift_fast.selection import Selection
 
 VISION = "vision tower and projector"

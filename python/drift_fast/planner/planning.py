@@ -16,7 +16,7 @@ from drift_fast.planner.counts import VISION, Model, read_model
 from drift_fast.planner.memory import Memory, estimate
 from drift_fast.planner.report import Figure, Origin, TrainingPlan, sized
 from drift_fast.planner.training import Training, read_configuration
-from drift_fast.preflight.check import ITEMSIZE
+from drift_fast.preflight.cost import ITEMSIZE
 from drift_fast.selection import Selection
 from drift_fast.sizes import MEMORY, parse_size
 

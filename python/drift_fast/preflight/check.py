@@ -7,7 +7,6 @@ torch. A pair that cannot be aligned is a finding here, not an error; what the d
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -22,56 +21,16 @@ from drift_fast.alignment.refusals import is_usable, why_not
 from drift_fast.checkpoints.opened import PathLike, open_checkpoint
 from drift_fast.config_files import printable
 from drift_fast.dtypes import check_stored_dtype
-from drift_fast.preflight.facts import STATED, Fact
+from drift_fast.preflight.cost import DeltaCost, estimate_cost
+from drift_fast.preflight.fact import STATED, Fact
+from drift_fast.preflight.findings import Finding, ModelSide
 from drift_fast.preflight.options import parse_rate
-from drift_fast.preflight.rules import Finding, ModelSide, compare
+from drift_fast.preflight.rules import compare
 from drift_fast.selection import Layers, Modules
 
-__all__ = ["Finding", "Plan", "Preflight", "check"]
+__all__ = ["Finding", "Preflight", "check"]
 
-# What the README's table shows for either command, whatever the size of the checkpoints.
-_COMPUTE_MEMORY_NBYTES = 20_000_000
-# Bytes of an element on disk and on the device, where what is compressed is bfloat16.
-ITEMSIZE = {
-    "bfloat16": (2.0, 2),
-    "float16": (2.0, 2),
-    "float32": (4.0, 4),
-    "int8": (1 + 2 / 64, 2),
-}
 _VALUE_WIDTH = 44
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What computing Δ and training with it takes, in bytes, and seconds at an assumed rate.
-
-    `read_nbytes` are of the first and of the second checkpoint. `seconds` is reading both and
-    writing Δ at `rate_nbytes` a second. `training_memory_nbytes` is Δ on the device, beside the
-    weights; `compute_memory_nbytes` was measured and does not depend on the size.
-    """
-
-    dtype: str
-    delta_nbytes: int
-    read_nbytes: tuple[int, int]
-    compute_memory_nbytes: int
-    training_memory_nbytes: int
-    rate_nbytes: int
-    seconds: float
-    download_nbytes: int
-
-    def lines(self) -> list[str]:
-        """Return the plan as text, a line for each resource."""
-        first, second = map(_nbytes, self.read_nbytes)
-        return [
-            f"disk      {_nbytes(self.delta_nbytes)} for Δ in {self.dtype}",
-            f"reading   {first} of the first checkpoint and {second} of the second",
-            f"download  {_nbytes(self.download_nbytes)}",
-            f"time      {_seconds(self.seconds)} to read and write at {_nbytes(self.rate_nbytes)} "
-            "per second, a rate assumed and not measured",
-            f"memory    about {_nbytes(self.compute_memory_nbytes)} to compute, whatever the size",
-            f"training  {_nbytes(self.training_memory_nbytes)} for Δ on the device, beside the "
-            "weights",
-        ]
 
 
 @dataclass(frozen=True)
@@ -83,7 +42,7 @@ class Preflight:
     pairs: int
     coverage: Coverage | None
     prefixes: tuple[str, str] | None
-    plan: Plan | None
+    plan: DeltaCost | None
 
     @property
     def ok(self) -> bool:
@@ -184,7 +143,7 @@ def check(
         len(pair.pairs),
         pair.coverage,
         pair.alignment.prefixes,
-        _plan(pair, dtype, rate_nbytes),
+        estimate_cost(pair, dtype, rate_nbytes),
     )
 
 
@@ -205,26 +164,6 @@ def _findings(
         (first.role, second.role),
     )
     return [alignment, *compare(first, second, pair, refusals, attaches=attaches)]
-
-
-def _plan(pair: AlignedPair, dtype: str, rate_nbytes: int) -> Plan:
-    of_second = sum(pair.multimodal.nbytes(one.name) for one in pair.pairs)
-    on_disk, on_device = ITEMSIZE[dtype]
-    numel = sum(math.prod(pair.shapes[one.name]) for one in pair.pairs)
-    delta_nbytes = math.ceil(on_disk * numel)
-    return Plan(
-        dtype=dtype,
-        delta_nbytes=delta_nbytes,
-        read_nbytes=(pair.nbytes - of_second, of_second),
-        compute_memory_nbytes=_COMPUTE_MEMORY_NBYTES,
-        training_memory_nbytes=on_device * numel,
-        rate_nbytes=rate_nbytes,
-        seconds=(pair.nbytes + delta_nbytes) / rate_nbytes,
-        download_nbytes=sum(
-            side.download_nbytes(needed)
-            for side, needed in zip((pair.reasoning, pair.multimodal), pair.needed(), strict=True)
-        ),
-    )
 
 
 def _aligned(rows: Sequence[Finding], between: tuple[str, str]) -> str:
@@ -249,19 +188,3 @@ def _aligned(rows: Sequence[Finding], between: tuple[str, str]) -> str:
 def _indented(message: str) -> str:
     """Keep the lines of a message together, and what strangers put into it off the terminal."""
     return "\n  ".join(printable(line, 2000) for line in message.split("\n"))
-
-
-def _nbytes(nbytes: int) -> str:
-    if nbytes == 0:
-        return "nothing"
-    for unit, scale in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if nbytes >= scale:
-            return f"{nbytes / scale:.2f} {unit}".replace(".00 ", " ")
-    return f"{nbytes} bytes"
-
-
-def _seconds(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.1f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes / 60:.1f} h"

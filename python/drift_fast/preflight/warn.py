@@ -13,8 +13,9 @@ def warn_of_configurations(pair: AlignedPair) -> None:
     if not all(side.configuration.found for side in (pair.reasoning, pair.multimodal)):
         return
     # Loaded here, so that importing the package stays light.
-    from drift_fast.preflight.facts import HEADERS
-    from drift_fast.preflight.rules import ModelSide, compare
+    from drift_fast.preflight.fact import HEADERS
+    from drift_fast.preflight.findings import ModelSide
+    from drift_fast.preflight.rules import compare
 
     found = compare(
         ModelSide("reasoning", pair.reasoning),

@@ -1,0 +1,116 @@
+"""What a checkpoint's names, dtypes and shapes say about its language backbone."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from drift_fast.names import container_of, kind_of, layer_of
+from drift_fast.shapes import Shape
+
+Shapes = Mapping[str, Shape]
+
+_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+
+_PROJECTION = re.compile(r"(?:^|\.)((?:q|k|v|o|qkv)_proj|mlp\.down_proj)\.(weight|bias)$")
+_QK_NORM = re.compile(r"(?:^|\.)(?:q|k|query|key)_(?:layer)?norm\.weight$")
+_EXPERT = re.compile(r"\.experts\.(?:(\d+)\.)?")
+
+
+@dataclass(frozen=True)
+class Headers:
+    """What the names, dtypes and shapes of one side's language backbone say.
+
+    A dimension is None where the tensors have several, or none that tells.
+    """
+
+    layers: int
+    dtypes: tuple[str, ...]
+    packed: tuple[str, ...]
+    biases: tuple[str, ...]
+    qk_norm: bool
+    experts: int
+    hidden: int | None
+    intermediate: int | None
+    attention: int | None
+    key_value: int | None
+    head_dimension: int | None
+    vocabulary: int | None
+
+
+def read_headers(shapes: Shapes, dtypes: Mapping[str, str], paired: Iterable[str] = ()) -> Headers:
+    """Read the backbone's facts off a checkpoint's names, dtypes and shapes.
+
+    `paired` are names known to lie in the backbone; without any that lie in a layer, the backbone
+    is the container of layers with most elements outside towers and projectors.
+    """
+    containers = {container_of(name) for name in paired} - {None} or _largest(shapes)
+    layers: set[int | None] = set()
+    stored: set[str] = set()
+    biases: set[str] = set()
+    experts: set[int] = set()
+    found: dict[str, set[tuple[int, ...]]] = defaultdict(set)
+    latent = qk_norm = False
+    for name, shape in shapes.items():
+        dtype = dtypes[name]
+        if kind_of(name) == "embed":
+            found["embed"].add(shape)
+        if container_of(name) not in containers:
+            continue
+        layers.add(layer_of(name))
+        # Indices and masks are not what weights are packed into.
+        if len(shape) > 1 and dtype not in ("I64", "BOOL"):
+            stored.add(dtype)
+        if expert := _EXPERT.search(name):
+            experts.add(int(expert[1]) + 1 if expert[1] else next(iter(shape), 0))
+        latent = latent or "kv_a_proj" in name
+        projection = _PROJECTION.search(name)
+        if projection and projection[2] == "weight":
+            # Weights packed into integers have the packing's shape.
+            if dtype in _DTYPES or dtype.startswith("F8"):
+                found[projection[1]].add(shape)
+        elif projection and projection[1] != "mlp.down_proj":
+            biases.update(projection[1].removesuffix("_proj"))
+        elif _QK_NORM.search(name):
+            qk_norm = True
+            # Some models keep a row for each head; the last axis is the head's in any case.
+            found["qk_norm"].add(shape[-1:])
+    attention, key_value = _only(found["o_proj"], 1), _only(found["k_proj"], 0)
+    head_dimension = _only(found["qk_norm"], 0)
+    if head_dimension in (attention, key_value):
+        # A norm over all heads at once says nothing about one of them.
+        head_dimension = None
+    if latent:
+        # Latent attention: what o_proj reads are value heads, of another size than the query's.
+        attention = key_value = head_dimension = None
+    return Headers(
+        layers=len(layers),
+        dtypes=tuple(sorted(_DTYPES[dtype] for dtype in stored if dtype in _DTYPES)),
+        packed=tuple(sorted(dtype for dtype in stored if dtype not in _DTYPES)),
+        biases=tuple(part for part in "qkvo" if part in biases),
+        qk_norm=qk_norm,
+        experts=max(experts, default=0),
+        hidden=_only(found["o_proj"], 0),
+        intermediate=_only(found["mlp.down_proj"], 1),
+        attention=attention,
+        key_value=key_value,
+        head_dimension=head_dimension,
+        vocabulary=_only(found["embed"], 0),
+    )
+
+
+def _largest(shapes: Shapes) -> set[str | None]:
+    numel: dict[str | None, int] = defaultdict(int)
+    for name, shape in shapes.items():
+        if kind_of(name) in ("attn", "mlp") and container_of(name) is not None:
+            numel[container_of(name)] += math.prod(shape)
+    return {max(numel, key=lambda container: numel[container])} if numel else set()
+
+
+def _only(shapes: set[tuple[int, ...]], axis: int) -> int | None:
+    """Return the one size that all shapes have along `axis`."""
+    sizes = {shape[axis] if axis < len(shape) else None for shape in shapes}
+    return sizes.pop() if len(sizes) == 1 else None
