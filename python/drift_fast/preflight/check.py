@@ -1,32 +1,31 @@
 """Whether two models fit each other and what their Δ will cost, from configurations and headers.
 
-Owns the preflight: opening, pairing, the plan and how all of it is shown. Reads neither weights nor
-torch. A pair that cannot be aligned is a finding here, not an error; what the differences mean is
-`compare`'s.
+Owns `check` and how its result is shown. It reads neither weights nor torch. A pair that cannot be
+aligned is a finding here, not an error; what differences mean is for `rules` to say.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from drift_fast.alignment.coverage import Coverage
-from drift_fast.alignment.embeddings import Rows
-from drift_fast.alignment.mapping import MappingLike
 from drift_fast.alignment.model_pair import AlignedPair
-from drift_fast.alignment.options import PairOptions
+from drift_fast.alignment.options import PairOptions, SelectionOptions
 from drift_fast.alignment.pairing import survey_checkpoints
 from drift_fast.alignment.refusals import is_usable, why_not
 from drift_fast.checkpoints.opened import PathLike, open_checkpoint
 from drift_fast.config_files import printable
-from drift_fast.dtypes import check_stored_dtype
+from drift_fast.options import takes
 from drift_fast.preflight.cost import DeltaCost, estimate_cost
 from drift_fast.preflight.fact import STATED, Fact
 from drift_fast.preflight.findings import Finding, ModelSide
-from drift_fast.preflight.options import parse_rate
+from drift_fast.preflight.options import CheckOptions, parse_rate
 from drift_fast.preflight.rules import compare
-from drift_fast.selection import Layers, Modules
+
+if TYPE_CHECKING:
+    from drift_fast._keywords import CheckKeywords
 
 __all__ = ["Finding", "Preflight", "check"]
 
@@ -92,17 +91,12 @@ class Preflight:
         }
 
 
+@takes(CheckOptions)
 def check(
     reasoning: PathLike,
     multimodal: PathLike,
     model: PathLike | None = None,
-    *,
-    modules: Modules = ("attn", "mlp"),
-    layers: Layers = None,
-    mapping: MappingLike | None = None,
-    rows: Rows = None,
-    dtype: str = "bfloat16",
-    read_rate: int | str = "1GB",
+    **options: Unpack[CheckKeywords],
 ) -> Preflight:
     """Compare two models by configuration and headers, and say what their Δ will cost.
 
@@ -110,29 +104,25 @@ def check(
     attached to the third: facts are compared from each to the next. A pair that cannot be aligned
     is a finding that breaks, not an error.
 
-    Args:
-        modules, layers, dtype: as in `compute_delta`.
-        mapping, rows: as in `compute_delta`, between the first two.
-        read_rate: bytes a second, or text such as "1GB" or "500MB", that time is estimated with.
+    `mapping` and `rows` are between the first two.
 
     Raises:
         FileNotFoundError: a source or a map file that is not there.
         CheckpointError: a checkpoint or a config.json that is not valid; the key is named.
         ValueError: an argument without meaning.
     """
-    check_stored_dtype(dtype)
-    rate_nbytes = parse_rate(read_rate)
-    options = PairOptions(modules=modules, layers=layers, mapping=mapping, rows=rows)
+    chosen = CheckOptions.from_keywords(options, function="check")
+    pairing = PairOptions(**{name: getattr(chosen, name) for name in SelectionOptions.names()})
     given = [reasoning, multimodal] if model is None else [reasoning, multimodal, model]
     roles = ["reasoning", "multimodal"] if model is None else ["expert", "reference", "model"]
     sides = [
         ModelSide(role, open_checkpoint(source)) for source, role in zip(given, roles, strict=True)
     ]
-    pair = survey_checkpoints(sides[0].opened, sides[1].opened, options)
+    pair = survey_checkpoints(sides[0].opened, sides[1].opened, pairing)
     findings = _findings(sides[0], sides[1], pair)
     if model is not None:
         # A Δ meets a parameter of its own shape, row i with row i.
-        by_index = replace(options, mapping=None, rows="index")
+        by_index = replace(pairing, mapping=None, rows="index")
         attached = survey_checkpoints(sides[1].opened, sides[2].opened, by_index)
         findings += _findings(sides[1], sides[2], attached, attaches=True)
     if not is_usable(why_not(pair)):
@@ -143,7 +133,7 @@ def check(
         len(pair.pairs),
         pair.coverage,
         pair.alignment.prefixes,
-        estimate_cost(pair, dtype, rate_nbytes),
+        estimate_cost(pair, chosen.dtype, parse_rate(chosen.read_rate)),
     )
 
 
