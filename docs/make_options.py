@@ -40,11 +40,18 @@ CLASSES = (
     "drift_fast.inject.config.TargetOptions",
     "drift_fast.inject.config.InjectionConfig",
     "drift_fast.integrations.settings.Settings",
+    "drift_fast.planner.training.Training",
+    "drift_fast.planner.options.PlanOptions",
 )
 # What trains: the options of a file that names its delta.
 INJECTION = "Settings"
 # The sections of a configuration file that are commands, with the class of each.
-COMMANDS = {"delta": "DeltaOptions", "inspect": "InspectOptions", "check": "CheckOptions"}
+COMMANDS = {
+    "delta": "DeltaOptions",
+    "inspect": "InspectOptions",
+    "check": "CheckOptions",
+    "plan": "PlanOptions",
+}
 JSON_TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", NoneType: "null"}
 
 LINE_LENGTH = 100

@@ -9,8 +9,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, TypedDict
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from drift_fast.alignment.embeddings import Rows
     from drift_fast.alignment.mapping import MappingLike
+    from drift_fast.checkpoints.opened import PathLike
     from drift_fast.delta.parallel import Ranks
     from drift_fast.inject.config import CapBy, Rescale, Residency, ScopeName
     from drift_fast.inject.schedule import ScheduleLike
@@ -118,3 +121,48 @@ class SettingsKeywords(InjectionKeywords, total=False):
 
     delta: str
     csv: str | None
+
+
+class TrainingKeywords(TypedDict, total=False):
+    """The keywords of `Training`."""
+
+    steps: int | None
+    samples: int | None
+    epochs: float
+    batch: int
+    accumulation: int
+    learning_rate: float
+    scheduler: str
+    warmup: float
+    tokens: int
+    max_tokens: int | None
+    image_tokens: int
+    modules: Modules
+    layers: str | None
+    dtype: str
+    precision: str
+    trained: str
+    gpus: int
+    sharding: str
+    optimizer: str
+    offload: str
+    gradient_checkpointing: bool
+    residency: str
+    alpha: float
+    scale: str
+    schedule: str | None
+    progress_cap: float | Mapping[str, float] | None
+    progress_target: float | Mapping[str, float] | None
+    save_total_limit: int | None
+    save_steps: float
+    save_strategy: str
+
+
+class PlanKeywords(TrainingKeywords, total=False):
+    """The keywords of `PlanOptions`."""
+
+    delta: PathLike | None
+    rms: float | None
+    gpu_memory: int | str | None
+    utilisation: float | None
+    peak: float

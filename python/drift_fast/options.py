@@ -114,6 +114,20 @@ class Options:
             TypeError: not a mapping.
             ValueError: an unknown or retired key, or a value without meaning.
         """
+        keywords = cls.read(values, origin=origin)
+        try:
+            return cls(**keywords)
+        except ValueError as error:
+            raise ValueError(f"{origin}: {error}") from error
+
+    @classmethod
+    def read(cls, values: Mapping[str, Any], *, origin: str) -> dict[str, Any]:
+        """Return keyword arguments from plain values, which may be some of the options.
+
+        Raises:
+            TypeError: not a mapping.
+            ValueError: an unknown or retired key, or a value of another type.
+        """
         if not isinstance(values, Mapping):
             raise TypeError(f"{origin} must be a mapping of options, got {type(values).__name__}")
         known = {each.name: each for each in fields(cls) if about_of(each).in_file}
@@ -121,7 +135,7 @@ class Options:
             if name not in known:
                 raise ValueError(f"{origin}: {unknown(name, known, 'option')}")
         try:
-            return cls(**{name: plain(known[name], value) for name, value in values.items()})
+            return {name: plain(known[name], value) for name, value in values.items()}
         except ValueError as error:
             raise ValueError(f"{origin}: {error}") from error
 
@@ -172,8 +186,10 @@ def check(each: Field[Any], value: Any) -> None:
         raise ValueError(f"{each.name} must be one of {', '.join(about.choices)}, got {value!r}")
 
 
-def plain(each: Field[Any], value: Any) -> Any:
+def plain(each: Field[Any], value: Any, *, called: str | None = None) -> Any:
     """Return the value of an option from a plain one, as a flag or a file gives it.
+
+    called: the name to use in an error, by default that of the option.
 
     Raises:
         ValueError: a value of another type; types that are more than numbers and text are left to
@@ -192,7 +208,7 @@ def plain(each: Field[Any], value: Any) -> Any:
     expected = tuple(one for kind in kinds for one in _TYPES[kind])
     if not isinstance(value, expected) or (isinstance(value, bool) and bool not in expected):
         names = " or ".join(_NAMES[kind] for kind in kinds)
-        raise ValueError(f"{each.name} must be {names}, got {value!r}")
+        raise ValueError(f"{called or each.name} must be {names}, got {value!r}")
     return value
 
 

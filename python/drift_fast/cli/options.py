@@ -60,11 +60,16 @@ def from_flags(given: argparse.Namespace, cls: type[Given], command: str) -> Giv
         ValueError: a configuration file that is not one, or a value without meaning.
         FileNotFoundError, ImportError: no such file, or YAML without PyYAML.
     """
-    flags = {name: value for name, value in vars(given).items() if name in cls.names()}
+    flags = given_flags(given, cls)
     path = getattr(given, "config", None)
     if path is None:
         return cls(**flags)
     return cls.from_dict({**read_section(path, command), **flags}, origin=str(path))
+
+
+def given_flags(given: argparse.Namespace, cls: type[Options]) -> dict[str, Any]:
+    """Return the options that were given as flags."""
+    return {name: value for name, value in vars(given).items() if name in cls.names()}
 
 
 def read_section(path: Path, command: str) -> Mapping[str, Any]:

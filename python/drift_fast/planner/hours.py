@@ -14,65 +14,57 @@ from drift_fast.errors import CheckpointError
 from drift_fast.planner import rates
 from drift_fast.planner.counts import VISION, Model
 from drift_fast.planner.report import Figure, Origin, sized
-from drift_fast.planner.training import Training
+from drift_fast.planner.scenario import Scenario
 
 # Patches along one side of a token; models have 2, and a config.json is not trusted.
 _MOST_MERGED = 64
 
 
-def figures(
-    run: Training,
-    model: Model,
-    selected: int,
-    residency: str,
-    speed: tuple[float, float, str],
-) -> Iterator[Figure]:
-    """Yield steps, operations, seconds of a step and of the run.
-
-    speed: of one GPU, operations a second at most, the share of it that is reached, and where that
-        share comes from.
-    """
-    section = "Time"
-    peak, share, why = speed
+def figures(planned: Scenario, residency: str) -> Iterator[Figure]:
+    """Yield steps, operations, seconds of a step and of the run."""
+    section, run, speed = "Time", planned.run, planned.run.speed
     steps = run.optimizer_steps
-    told = "given" if run.steps is not None else (
+    source = "given" if run.steps is not None else (
         f"{run.samples:,} samples × {run.epochs:g} epochs in batches of "
         f"{run.batch * run.accumulation * run.gpus}"
     )  # fmt: skip
-    yield Figure(section, "optimizer steps", steps, "steps", "given", told)
-    factor = 8 if run.gradient_checkpointing else 6
-    active, vision = model.active_numel(), model.by_kind()[VISION]
-    merged = _patches_per_token(model)
-    samples = run.batch * run.accumulation
-    towers = 2 if run.trained == "language" else factor
-    done = factor * active * run.step_tokens + towers * vision * merged * run.image_tokens * samples
-    formula = f"{factor}·N·tokens, N {active / 1e9:.2f} billion"
-    if run.image_tokens:
-        formula += f", and {towers}·(vision tower)·patches"
+    yield Figure(section, "optimizer steps", steps, "steps", "given", source)
+    done, formula = _operations(planned)
     yield Figure(section, "operations of a step", done, "operations", "estimated", formula)
-    measured: Origin = "measured" if why != "given" else "given"
-    yield Figure(section, "utilisation", share, "share", measured, why)
-    compute = done / (peak * share)
-    note = "operations/(peak·utilisation); no communication, optimizer, data, attention scores"
-    yield Figure(section, "compute of a step", compute, "seconds", "estimated", note)
-    added, origin, source = _injection(run, residency, selected)
+    origin: Origin = "measured" if speed.source != "given" else "given"
+    yield Figure(section, "utilisation", speed.share, "share", origin, speed.source)
+    compute = done / (speed.peak * speed.share)
+    source = "operations/(peak·utilisation); no communication, optimizer, data, attention scores"
+    yield Figure(section, "compute of a step", compute, "seconds", "estimated", source)
+    added, origin, source = _injection(planned, residency)
     yield Figure(section, "injection of a step", added, "seconds", origin, source)
-    if added is not None:
-        source = "injection/compute of a step"
-        yield Figure(section, "injection's share", added / compute, "share", "estimated", source)
+    source = "injection/compute of a step"
+    yield Figure(section, "injection's share", added / compute, "share", "estimated", source)
     if run.gpus > 1:
-        moved, formula = _communication(run, model)
+        moved, formula = _communication(planned)
         source = f"{formula}; not in the hours"
         yield Figure(section, "moved between GPUs in a step", moved, "bytes", "estimated", source)
-    total = steps * (compute + (added or 0.0))
+    total = steps * (compute + added)
     source = "steps·(compute + injection): a lower bound"
     yield Figure(section, "training", total, "seconds", "estimated", source)
 
 
-def _communication(run: Training, model: Model) -> tuple[int, str]:
+def _operations(planned: Scenario) -> tuple[int, str]:
+    """Return what a process computes in an optimizer step, with the formula."""
+    run, model = planned.run, planned.multimodal
+    factor = 8 if run.gradient_checkpointing else 6
+    towers = 2 if run.trained == "language" else factor
+    active, vision = model.active_numel(), model.by_kind()[VISION]
+    patches = _patches_per_token(model) * run.image_tokens * run.batch * run.accumulation
+    formula = f"{factor}·N·tokens, N {active / 1e9:.2f} billion"
+    if run.image_tokens:
+        formula += f", and {towers}·(vision tower)·patches"
+    return factor * active * run.step_tokens + towers * vision * patches, formula
+
+
+def _communication(planned: Scenario) -> tuple[int, str]:
     """Return what a process sends in an optimizer step, by ring algorithms without the (n−1)/n."""
-    total = model.numel()
-    trained = total - (model.by_kind()[VISION] if run.trained == "language" else 0)
+    run, total, trained = planned.run, planned.multimodal.numel(), planned.trained_numel
     wide = 4 if run.precision == "fp32" else 2
     if run.sharding == "ddp":
         itemsize = 2 if run.precision == "bf16" else 4
@@ -89,14 +81,15 @@ def _communication(run: Training, model: Model) -> tuple[int, str]:
     return run.accumulation * of_pass, f"micro-batches·(2·{wide}·P gathered + {reduced}·T reduced)"
 
 
-def _injection(run: Training, residency: str, selected: int) -> tuple[float | None, Origin, str]:
-    share = selected / (run.gpus if run.sharded else 1)
-    told = "Δ of one process" if run.sharded else "Δ"
+def _injection(planned: Scenario, residency: str) -> tuple[float, Origin, str]:
+    run = planned.run
+    share = planned.delta_numel / (run.gpus if run.sharded else 1)
+    what = "Δ of one process" if run.sharded else "Δ"
     kinds = {run.modules} if isinstance(run.modules, str) else set(run.modules)
     row = rates.injecting(residency, attention_only=kinds == {"attn"})
     if row is not None:
         scaled = f"{row.seconds * 1e3:.1f} ms for {row.numel / 1e9:.2f} billion elements"
-        source = f"{scaled}, scaled to {told}; {row.source}"
+        source = f"{scaled}, scaled to {what}; {row.source}"
         return row.seconds_per_numel * share, "measured", source
     nbytes = 2 * share
     source = f"not measured on a GPU; {sized(nbytes)} read at the rate of {rates.READ.source}"

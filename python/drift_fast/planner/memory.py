@@ -1,8 +1,8 @@
-"""GPU and host memory of one process, part by part, with the formula of each.
+"""GPU and host memory of one process, item by item, with the formula of each.
 
 Owns the formulas; all are estimates, and none was measured at 7B. P is all elements, T those that
-train, n the number of GPUs. What they leave out: fragmentation beyond the allowance, and what a
-framework keeps that is not named here.
+train, D those of Δ, n the number of GPUs. Not in them: fragmentation beyond the allowance, and what
+a framework keeps that is not named here.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from drift_fast.planner.training import Training
 
 # CUDA's context, kernels, NCCL's buffers, and a little fragmentation.
 ALLOWANCE_NBYTES = 2_000_000_000
-# What `Injection` keeps on the device of a Δ that lives elsewhere, unless told otherwise.
+# The default of `Injection` for what it keeps on the device of a Δ that lives elsewhere.
 PREFETCH_NBYTES = 1_000_000_000
-# What examples/qwen2_5_vl_7b/zero2.json and zero3.json state, in elements.
+# What examples/qwen2_5_vl_7b/zero2.json and zero3.json set, in elements.
 BUCKET_NUMEL = 500_000_000
 _LIVE_NUMEL = 1_000_000_000
 # bitsandbytes keeps one float32 scale for 256 codes.
@@ -28,31 +28,32 @@ _DELTA_ITEMSIZE = {"float32": 4}
 
 
 @dataclass(frozen=True)
-class Part:
-    """Bytes of one thing, and how they follow."""
+class MemoryItem:
+    """Bytes of one thing, how they follow, and whether they are in host memory."""
 
     name: str
     nbytes: float
     formula: str
     assumed: bool = False
+    on_host: bool = False
 
 
 @dataclass(frozen=True)
 class Memory:
     """What one process holds on its GPU and in host memory."""
 
-    device: list[Part]
-    host: list[Part]
+    device: list[MemoryItem]
+    host: list[MemoryItem]
     residency: str
     why: str
 
     @property
     def device_nbytes(self) -> int:
-        return round(sum(part.nbytes for part in self.device))
+        return round(sum(item.nbytes for item in self.device))
 
     @property
     def host_nbytes(self) -> int:
-        return round(sum(part.nbytes for part in self.host))
+        return round(sum(item.nbytes for item in self.host))
 
 
 def estimate(training: Training, model: Model, delta_numel: int, gpu_nbytes: int | None) -> Memory:
@@ -61,99 +62,120 @@ def estimate(training: Training, model: Model, delta_numel: int, gpu_nbytes: int
     residency "auto" becomes "device", or "host" where Δ does not fit beside the rest of
     `gpu_nbytes`.
     """
-    base = list(_states(training, model)) + list(_passes(training, model))
-    base.append(Part("CUDA, NCCL, fragmentation", ALLOWANCE_NBYTES, "an allowance", assumed=True))
-    device = [part for part in base if not part.name.startswith("host: ")]
-    host = [
-        Part(part.name.removeprefix("host: "), part.nbytes, part.formula)
-        for part in base
-        if part.name.startswith("host: ")
-    ]
+    items = [*_states(training, model), *_passes(training, model)]
+    items.append(
+        MemoryItem("CUDA, NCCL, fragmentation", ALLOWANCE_NBYTES, "an allowance", assumed=True)
+    )
     residency, why = training.residency, "given"
     if residency == "auto":
         residency, why = "device", "auto: beside the gradients"
-        left = None if gpu_nbytes is None else gpu_nbytes - sum(part.nbytes for part in device)
-        beside = sum(part.nbytes for part in _delta(training, "device", delta_numel))
+        taken = sum(item.nbytes for item in items if not item.on_host)
+        left = None if gpu_nbytes is None else gpu_nbytes - taken
+        beside = sum(item.nbytes for item in _delta(training, "device", delta_numel))
         if left is not None and beside > left:
             residency, why = "host", "auto: beside the gradients it would not fit"
-    for part in _delta(training, residency, delta_numel):
-        if part.name.startswith("host: "):
-            host.append(Part(part.name.removeprefix("host: "), part.nbytes, part.formula))
-        else:
-            device.append(part)
-    return Memory(device, host, residency, why)
+    items += _delta(training, residency, delta_numel)
+    device = [item for item in items if not item.on_host]
+    return Memory(device, [item for item in items if item.on_host], residency, why)
 
 
-def _states(training: Training, model: Model) -> Iterator[Part]:
+@dataclass(frozen=True)
+class _Sizes:
+    """The numbers that the formulas of weights, gradients and states share."""
+
+    total: int
+    trained: int
+    gpus: int
+    # Bytes of an element of weights and gradients, of all states of one, and with bfloat16 compute.
+    itemsize: int
+    state: float
+    mixed: bool
+    optimizer: str
+
+    @classmethod
+    def of(cls, training: Training, model: Model) -> _Sizes:
+        total = model.numel()
+        trained = total if training.trained == "all" else total - model.by_kind()[VISION]
+        itemsize = 2 if training.precision == "bf16" else 4
+        state = {"adamw": 2 * itemsize, "adamw8bit": 2 * _STATE_8BIT, "sgd": 0}[training.optimizer]
+        mixed = training.precision == "bf16-mixed"
+        return cls(total, trained, training.gpus, itemsize, state, mixed, training.optimizer)
+
+    def states(self, share: int, over: str, *, on_host: bool = False) -> MemoryItem:
+        """Return the optimizer's states of a share of the elements that train."""
+        formula = f"{self.state:.3g}·T{over}, {self.optimizer}"
+        nbytes = self.state * self.trained / share
+        return MemoryItem("optimizer states", nbytes, formula, on_host=on_host)
+
+
+def _states(training: Training, model: Model) -> Iterator[MemoryItem]:
     """Yield weights, gradients and the optimizer's states."""
-    total = model.numel()
-    vision = model.by_kind()[VISION]
-    trained = total if training.trained == "all" else total - vision
-    frozen = total - trained
-    n, sharding = training.gpus, training.sharding
-    mixed = training.precision == "bf16-mixed"
-    itemsize = 2 if training.precision == "bf16" else 4
-    state = {"adamw": 2 * itemsize, "adamw8bit": 2 * _STATE_8BIT, "sgd": 0}[training.optimizer]
-    all_host = "host: " if training.offload == "all" else ""
-    some_host = "host: " if training.offload != "none" else ""
-    if sharding in ("none", "ddp"):
-        yield Part("weights", itemsize * total, f"{itemsize}·P")
-        if mixed:
-            yield Part("bfloat16 copies", 2 * trained, "2·T, which autocast holds until backward")
-        yield Part("gradients", itemsize * trained, f"{itemsize}·T")
-        if sharding == "ddp" and n > 1:
-            yield Part(
-                "DDP's buckets", itemsize * trained, f"{itemsize}·T, as the Trainer sets DDP up"
-            )
-        yield Part("optimizer states", state * trained, f"{state:.3g}·T, {training.optimizer}")
-    elif sharding == "fsdp2":
-        kept = itemsize * trained + (2 if mixed else itemsize) * frozen
-        yield Part(
-            f"{all_host}weights", kept / n, f"({itemsize}·T + {2 if mixed else itemsize}·(P−T))/n"
-        )
-        yield Part(f"{all_host}gradients", itemsize * trained / n, f"{itemsize}·T/n")
-        yield Part(
-            f"{all_host}optimizer states",
-            state * trained / n,
-            f"{state:.3g}·T/n, {training.optimizer}",
-        )
+    sizes = _Sizes.of(training, model)
+    if training.sharding in ("none", "ddp"):
+        yield from _replicated(sizes, ddp=training.sharding == "ddp")
+    elif training.sharding == "fsdp2":
         wide = 2 if training.precision != "fp32" else 4
-        yield Part(
+        yield from _fsdp2(sizes, on_host=training.offload == "all")
+        yield MemoryItem(
             "gathered weights",
             wide * (2 * model.layer_numel() + model.outside_numel()),
-            f"{wide}·(two decoder layers + what lies in no layer)",
+            f"{wide}·(two decoder layers + what is outside the layers)",
         )
     else:
-        stage = int(sharding[-1])
-        low = 2 if mixed else 4
-        share = n if stage == 3 else 1
-        yield Part(
-            f"{all_host if stage == 3 else ''}weights",
-            low * total / share,
-            f"{low}·P" + ("/n" if share > 1 else ""),
+        yield from _zero(sizes, int(training.sharding[-1]), training.offload)
+
+
+def _replicated(sizes: _Sizes, *, ddp: bool) -> Iterator[MemoryItem]:
+    itemsize, trained = sizes.itemsize, sizes.trained
+    yield MemoryItem("weights", itemsize * sizes.total, f"{itemsize}·P")
+    if sizes.mixed:
+        yield MemoryItem("bfloat16 copies", 2 * trained, "2·T, which autocast holds until backward")
+    yield MemoryItem("gradients", itemsize * trained, f"{itemsize}·T")
+    if ddp and sizes.gpus > 1:
+        yield MemoryItem(
+            "DDP's buckets", itemsize * trained, f"{itemsize}·T, as the Trainer sets DDP up"
         )
-        if some_host:
-            yield Part("host: gradients", 4 * trained / n, "4·T/n")
-        else:
-            parts = n if stage >= 2 else 1
-            yield Part(
-                "gradients", low * trained / parts, f"{low}·T" + ("/n" if stage >= 2 else "")
-            )
-            if mixed:
-                yield Part("gradients at the step", 4 * trained / n, "4·T/n, in float32")
-        if mixed:
-            yield Part(f"{some_host}float32 weights", 4 * trained / n, "4·T/n")
-        yield Part(
-            f"{some_host}optimizer states",
-            state * trained / n,
-            f"{state:.3g}·T/n, {training.optimizer}",
-        )
+    yield sizes.states(1, "")
+
+
+def _fsdp2(sizes: _Sizes, *, on_host: bool) -> Iterator[MemoryItem]:
+    itemsize, n = sizes.itemsize, sizes.gpus
+    of_frozen = 2 if sizes.mixed else itemsize
+    kept = itemsize * sizes.trained + of_frozen * (sizes.total - sizes.trained)
+    formula = f"({itemsize}·T + {of_frozen}·(P−T))/n"
+    yield MemoryItem("weights", kept / n, formula, on_host=on_host)
+    yield MemoryItem("gradients", itemsize * sizes.trained / n, f"{itemsize}·T/n", on_host=on_host)
+    yield sizes.states(n, "/n", on_host=on_host)
+
+
+def _zero(sizes: _Sizes, stage: int, offload: str) -> Iterator[MemoryItem]:
+    n, trained = sizes.gpus, sizes.trained
+    low = 2 if sizes.mixed else 4
+    offloaded = offload != "none"
+    share = n if stage == 3 else 1
+    yield MemoryItem(
+        "weights",
+        low * sizes.total / share,
+        f"{low}·P" + ("/n" if share > 1 else ""),
+        on_host=offload == "all" and stage == 3,
+    )
+    if offloaded:
+        yield MemoryItem("gradients", 4 * trained / n, "4·T/n", on_host=True)
+    else:
+        shares = n if stage >= 2 else 1
+        formula = f"{low}·T" + ("/n" if stage >= 2 else "")
+        yield MemoryItem("gradients", low * trained / shares, formula)
+        if sizes.mixed:
+            yield MemoryItem("gradients at the step", 4 * trained / n, "4·T/n, in float32")
+    if sizes.mixed:
+        yield MemoryItem("float32 weights", 4 * trained / n, "4·T/n", on_host=offloaded)
+    yield sizes.states(n, "/n", on_host=offloaded)
+    if n > 1 or stage == 3:
         bucket = min(BUCKET_NUMEL, trained)
-        if n > 1 or stage == 3:
-            yield Part("buckets", 2 * low * bucket, f"2·{low}·{BUCKET_NUMEL:.0e}, or 2·{low}·T")
-        if stage == 3:
-            live = min(_LIVE_NUMEL, total)
-            yield Part("gathered weights", low * live, f"{low}·{_LIVE_NUMEL:.0e}, or {low}·P")
+        yield MemoryItem("buckets", 2 * low * bucket, f"2·{low}·{BUCKET_NUMEL:.0e}, or 2·{low}·T")
+    if stage == 3:
+        live = min(_LIVE_NUMEL, sizes.total)
+        yield MemoryItem("gathered weights", low * live, f"{low}·{_LIVE_NUMEL:.0e}, or {low}·P")
 
 
 def layer_nbytes_per_token(model: Model, itemsize: int) -> tuple[float, str] | None:
@@ -183,7 +205,7 @@ def _inner(model: Model) -> int | None:
     return inner
 
 
-def _passes(training: Training, model: Model) -> Iterator[Part]:
+def _passes(training: Training, model: Model) -> Iterator[MemoryItem]:
     """Yield what one forward and backward pass keeps."""
     tokens = training.batch * (training.max_tokens or training.tokens)
     b = 4 if training.precision == "fp32" else 2
@@ -193,23 +215,25 @@ def _passes(training: Training, model: Model) -> Iterator[Part]:
     if found is not None and layers and hidden:
         of_layer, formula = found
         if training.gradient_checkpointing:
-            yield Part(
+            yield MemoryItem(
                 "activations",
                 tokens * (layers * b * hidden + of_layer),
                 f"tokens·({b}·h·layers + one layer of {formula})",
             )
         else:
-            yield Part("activations", tokens * layers * of_layer, f"tokens·layers·({formula})")
+            yield MemoryItem(
+                "activations", tokens * layers * of_layer, f"tokens·layers·({formula})"
+            )
     if vocabulary:
-        yield Part(
+        yield MemoryItem(
             "logits",
             tokens * (b + 12) * vocabulary,
             f"tokens·({b} + 4 + 4 + 4)·vocabulary: logits, in float32, log-probabilities, gradient",
         )
 
 
-def _delta(training: Training, residency: str, numel: int) -> Iterator[Part]:
-    """Yield Δ of one process: its rows under sharding, all of it elsewhere."""
+def _delta(training: Training, residency: str, numel: int) -> Iterator[MemoryItem]:
+    """Yield Δ of one process: its rows under sharding, otherwise all of it."""
     share = numel / (training.gpus if training.sharded else 1)
     rows = "D/n" if training.sharded else "D"
     itemsize = _DELTA_ITEMSIZE.get(training.dtype, 2)
@@ -217,8 +241,9 @@ def _delta(training: Training, residency: str, numel: int) -> Iterator[Part]:
     whole = (_DELTA_INT8 if int8 else itemsize) * share
     formula = f"{_DELTA_INT8:.3g}·{rows}" if int8 else f"{itemsize}·{rows}"
     if residency.startswith("device"):
-        yield Part("Δ", whole, formula)
+        yield MemoryItem("Δ", whole, formula)
     elif residency.startswith("host"):
-        yield Part("host: Δ", whole, f"{formula}, page-locked")
+        yield MemoryItem("Δ", whole, f"{formula}, page-locked", on_host=True)
     if residency != "device":
-        yield Part("Δ on its way", min(PREFETCH_NBYTES, itemsize * share), "prefetch=1GB, or Δ")
+        ahead = min(PREFETCH_NBYTES, itemsize * share)
+        yield MemoryItem("Δ on its way", ahead, "prefetch=1GB, or Δ")

@@ -24,6 +24,19 @@ _TOKENS = 2048
 
 
 @dataclass(frozen=True)
+class Speed:
+    """How fast one GPU computes.
+
+    `peak` is in operations a second, `share` what a run reaches of it, `source` says where that
+    share comes from.
+    """
+
+    peak: float
+    share: float
+    source: str
+
+
+@dataclass(frozen=True)
 class Measured:
     """One row of a results file: its section and first cell, and the cells that are used."""
 

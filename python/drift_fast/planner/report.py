@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from textwrap import indent
 from typing import Any, Literal
 
 from drift_fast.config_files import printable
+from drift_fast.tables import render
 
 Origin = Literal["configuration", "headers", "given", "measured", "estimated", "assumed", "unknown"]
 Unit = Literal["bytes", "seconds", "elements", "tokens", "steps", "operations", "share", ""]
@@ -81,21 +83,18 @@ class TrainingPlan:
         blocks = []
         for section in dict.fromkeys(figure.section for figure in self.figures):
             rows = [figure for figure in self.figures if figure.section == section]
-            wide = max(len(row.name) for row in rows)
-            tall = max(len(row.shown()) for row in rows)
-            lines = [
-                f"  {row.name:<{wide}}  {row.shown():>{tall}}  {row.origin}: "
-                f"{printable(row.source, _SOURCE_WIDTH)}"
+            cells = [
+                (row.name, row.shown(), f"{row.origin}: {printable(row.source, _SOURCE_WIDTH)}")
                 for row in rows
             ]
-            blocks.append("\n".join([section, *lines]))
-        told = [f"warning: {text}" for text in self.warnings]
+            blocks.append(f"{section}\n{indent(render(('', '', ''), cells, '<><'), '  ')}")
+        notes = [f"warning: {text}" for text in self.warnings]
         if self.remedies:
-            told += ["It would fit", *(f"  {text}" for text in self.remedies)]
+            notes += ["It would fit", *(f"  {text}" for text in self.remedies)]
         if self.unused:
-            told.append(f"not used here: {printable(', '.join(self.unused), 400)}")
-        if told:
-            blocks.append("\n".join(told))
+            notes.append(f"not used here: {printable(', '.join(self.unused), 400)}")
+        if notes:
+            blocks.append("\n".join(notes))
         return "\n\n".join(blocks)
 
     def to_dict(self) -> dict[str, Any]:

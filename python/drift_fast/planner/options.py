@@ -1,0 +1,59 @@
+"""The options of `plan`: a training run, the GPU, and how large Δ is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from drift_fast.checkpoints.opened import PathLike
+from drift_fast.options import option
+from drift_fast.planner import rates
+from drift_fast.planner.training import Training
+from drift_fast.sizes import parse_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions(Training):
+    """The options of `plan`."""
+
+    delta: PathLike | None = option(
+        None, "directory of a delta, whose statistics λ is predicted from", metavar="DIR"
+    )
+    rms: float | None = option(
+        None, "root mean square of the elements of Δ, in place of a delta", metavar="X"
+    )
+    gpu_memory: int | str | None = option(
+        None,
+        "memory of one GPU, such as 80GB",
+        check=lambda value: value is None or parse_size(value),
+        metavar="SIZE",
+    )
+    utilisation: float | None = option(
+        None,
+        "share of its peak that a GPU reaches; by default what was measured on an H100",
+        metavar="SHARE",
+    )
+    peak: float = option(
+        rates.H100_FLOPS,
+        "operations that one GPU does in a second; by default those of an H100 in bfloat16",
+        in_file=False,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        share = self.speed.share
+        if not 0 < share <= 1 or not 0 < self.peak < float("inf"):
+            raise ValueError(
+                f"utilisation must be in (0, 1] and peak positive, got {share}, {self.peak}"
+            )
+
+    @property
+    def speed(self) -> rates.Speed:
+        """How fast one GPU computes."""
+        if self.utilisation is None:
+            return rates.Speed(self.peak, *rates.utilisation())
+        return rates.Speed(self.peak, self.utilisation, "given")
+
+    @property
+    def gpu_nbytes(self) -> int | None:
+        """Memory of one GPU."""
+        return None if self.gpu_memory is None else parse_size(self.gpu_memory)

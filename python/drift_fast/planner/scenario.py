@@ -1,0 +1,44 @@
+"""What is planned: two models, the run, and the tensors of the multimodal one that Δ is for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from drift_fast.planner.counts import VISION, Model
+from drift_fast.planner.options import PlanOptions
+from drift_fast.selection import Selection
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """Two models and a run; `names` are the multimodal model's tensors that Δ is for."""
+
+    run: PlanOptions
+    reasoning: Model
+    multimodal: Model
+    selection: Selection
+    names: list[str]
+
+    @classmethod
+    def of(cls, run: PlanOptions, reasoning: Model, multimodal: Model) -> Scenario:
+        """Select the tensors.
+
+        Raises:
+            ValueError: the run selects none of the multimodal model.
+        """
+        selection = Selection.parse(run.modules, run.layers)
+        names = multimodal.selected(selection)
+        if not names:
+            raise ValueError(f"{multimodal.given}: {selection} selects none of its tensors")
+        return cls(run, reasoning, multimodal, selection, names)
+
+    @property
+    def delta_numel(self) -> int:
+        """Elements of Δ."""
+        return self.multimodal.numel(self.names)
+
+    @property
+    def trained_numel(self) -> int:
+        """Elements of the multimodal model that train."""
+        frozen = self.multimodal.by_kind()[VISION] if self.run.trained == "language" else 0
+        return self.multimodal.numel() - frozen
