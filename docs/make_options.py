@@ -39,6 +39,7 @@ CLASSES = (
     "drift_fast.inject.config.ResidencyOptions",
     "drift_fast.inject.config.TargetOptions",
     "drift_fast.inject.config.InjectionConfig",
+    "drift_fast.inject.motion.options.MotionOptions",
     "drift_fast.integrations.settings.Settings",
     "drift_fast.planner.training.Training",
     "drift_fast.planner.options.PlanOptions",

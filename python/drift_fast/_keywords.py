@@ -116,6 +116,13 @@ class InjectionKeywords(TargetKeywords, ResidencyKeywords, StrengthKeywords, tot
     overlap: bool
 
 
+class MotionKeywords(TargetKeywords, ResidencyKeywords, total=False):
+    """The keywords of `MotionOptions`."""
+
+    schedule: ScheduleLike
+    seed: int
+
+
 class SettingsKeywords(InjectionKeywords, total=False):
     """The keywords of `Settings`."""
 

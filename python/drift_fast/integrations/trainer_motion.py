@@ -6,7 +6,6 @@ wrapped and the number of steps is known. The motion then follows the optimizer 
 
 from __future__ import annotations
 
-import inspect
 import math
 import warnings
 from typing import Any
@@ -15,6 +14,7 @@ from transformers import TrainerCallback
 
 from drift_fast.errors import DriftError, DriftWarning
 from drift_fast.inject.motion.motion import PlannedMotion
+from drift_fast.inject.motion.options import MotionOptions
 from drift_fast.inject.strength.per_module import PerModule, number
 from drift_fast.inject.targets import DeltaLike, opened
 from drift_fast.integrations.wrapped_method import WrappedMethod
@@ -175,7 +175,7 @@ def attach_motion(
         )
     if "optimizer" in options:
         raise ValueError("a trainer has its own optimizer; leave optimizer=… out")
-    inspect.signature(PlannedMotion).bind(trainer, delta, progress=progress, steps=1, **options)
+    MotionOptions.from_keywords(options, function="attach_motion")
     share = number(window, "window")
     if not 0.0 < share <= 1.0:
         raise ValueError(f"window must be a share of the run above 0 and up to 1, got {window!r}")

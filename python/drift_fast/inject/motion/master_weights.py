@@ -1,19 +1,25 @@
 """Float32 copies of 16-bit weights that an optimizer keeps in its own state.
 
-Owns finding them, by value and not by a table of names: the copy is what the optimizer steps, so a
-motion of the 16-bit weights alone would be overwritten by its next step. Copies that an engine
-keeps elsewhere (DeepSpeed) are reached by its shards.
+Owns finding them, by value and not by a table of names: the optimizer steps the copy, so its next
+step would overwrite a motion of the 16-bit weights alone. Copies that an engine keeps elsewhere
+(DeepSpeed) are reached by its shards.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from drift_fast.inject.motion.optimizer_steps import parameters_of_optimizer
+from drift_fast.inject.motion.rounding import is_narrow
 from drift_fast.inject.shards.base import Shard
+from drift_fast.inject.target_group import TargetGroup
+
+logger = logging.getLogger(__name__)
 
 
 class MasterWeights:
@@ -40,7 +46,7 @@ class MasterWeights:
         self._shard.write_gradient(gradient)
 
     def weight(self) -> torch.Tensor:
-        # Asked for each time: loading an optimizer's state puts another tensor there.
+        # Looked up each time: loading an optimizer's state puts another tensor there.
         return _local(self._optimizer.state[self._parameter][self._key])
 
     def write_weight(self, weight: torch.Tensor) -> None:
@@ -48,12 +54,30 @@ class MasterWeights:
         self._shard.write_weight(weight)
 
 
-@torch.no_grad()
-def find_key(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> str | None:
-    """Return under which name the optimizer's state holds float32 copies of these parameters.
+def reach_master_weights(groups: Sequence[TargetGroup], optimizer: torch.optim.Optimizer) -> None:
+    """Reach 16-bit weights through the float32 copies that an optimizer's state may hold."""
+    held = parameters_of_optimizer(optimizer)
+    found = [
+        (group, at)
+        for group in groups
+        for at, shard in enumerate(group.shards)
+        if id(group.targets[at].parameter) in held and is_narrow(shard.weight().dtype)
+    ]
+    parameters = [group.targets[at].parameter for group, at in found]
+    key = _find_key(optimizer, parameters)
+    if key is None:
+        return
+    logger.info("moving %d parameters through %r of the optimizer's state", len(found), key)
+    for (group, at), parameter in zip(found, parameters, strict=True):
+        group.shards[at] = MasterWeights(group.shards[at], parameter, optimizer, key)
 
-    All of them must be there and be the parameter but for its rounding, and one of them be more
-    than zeros, since moments start at zero. Waits for the device.
+
+@torch.no_grad()
+def _find_key(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> str | None:
+    """Return the name under which the optimizer's state holds float32 copies of these parameters.
+
+    Every copy must be there and equal its parameter except for rounding, and one of them must not
+    be all zeros, since moments start at zero. Waits for the device.
     """
     states: list[Any] = [optimizer.state.get(parameter) for parameter in parameters]
     if not states or not all(isinstance(state, dict) for state in states):
@@ -70,12 +94,12 @@ def _is_copy(held: Any, parameter: nn.Parameter) -> bool:
         return False
     if held.shape != parameter.shape:
         return False
-    kind = torch.finfo(parameter.dtype)
+    limits = torch.finfo(parameter.dtype)
     low = _local(parameter).float()
-    return torch.allclose(_local(held), low, rtol=kind.eps, atol=kind.tiny * kind.eps)
+    return torch.allclose(_local(held), low, rtol=limits.eps, atol=limits.tiny * limits.eps)
 
 
 def _local(tensor: Any) -> torch.Tensor:
-    """Return the tensor, of a DTensor its local part, with nothing for autograd to follow."""
+    """Return the tensor, or a DTensor's local part, with nothing for autograd to follow."""
     local: torch.Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     return local.detach()

@@ -1,7 +1,7 @@
 """When the targets were stepped: by torch's optimizers, or by DeepSpeed's.
 
 Owns the hooks that a planned motion runs on, and the guard that fails a run in which an optimizer
-steps twice with no motion between. A step that was left out for an overflow is no step.
+steps twice with no motion between. A step that was left out for an overflow does not count.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def parameters_of_optimizer(optimizer: torch.optim.Optimizer) -> set[int]:
 class OptimizerSteps:
     """Steps of every torch optimizer that holds a target; `given` is the one that was named.
 
-    `stepped` is called after each. Whoever moves the weights calls `moved`.
+    `stepped` is called after each. What moves the weights calls `moved`.
     """
 
     def __init__(
@@ -42,8 +42,8 @@ class OptimizerSteps:
         self._ids = {id(parameter) for parameter in parameters}
         self._call = stepped
         self._done = False
-        # How often the weights were moved, now, and when an optimizer began its present and its
-        # last step. One that wraps another steps around it, and may end after a move.
+        # How often the weights were moved: so far, and when an optimizer began its current and its
+        # last step. An optimizer that wraps another steps around it, and may end after a move.
         self._moves = 0
         self._beginning: Any = weakref.WeakKeyDictionary()
         self._begun: Any = weakref.WeakKeyDictionary()
@@ -56,7 +56,7 @@ class OptimizerSteps:
         return self._fresh
 
     def start(self) -> None:
-        """Begin to follow."""
+        """Start following steps."""
         self._handles = [
             register_optimizer_step_pre_hook(self._before),
             register_optimizer_step_post_hook(self._after),
@@ -74,13 +74,13 @@ class OptimizerSteps:
         self._begun.clear()
 
     def release(self) -> None:
-        """Follow no longer."""
+        """Stop following steps."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
 
     def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        """Fail an optimizer's second step after which nothing was moved in between."""
+        """Fail an optimizer's second step if nothing was moved since its first."""
         if self._done or self._ids.isdisjoint(parameters_of_optimizer(optimizer)):
             return
         if self._begun.get(optimizer) != self._moves:
@@ -124,12 +124,12 @@ class EngineSteps:
         self._wrapper: Any = None
 
     def start(self) -> None:
-        """Begin to follow."""
+        """Start following steps."""
         original = self.given.step
 
         def step(*args: Any, **kwargs: Any) -> Any:
             result = original(*args, **kwargs)
-            # Someone may have wrapped this one, and so call it after it was released.
+            # Other code may have wrapped this step, and call it after it was released.
             if self._following and not bool(getattr(self.given, "overflow", False)):
                 self._advance()
             return result
@@ -146,7 +146,7 @@ class EngineSteps:
         """Nothing is kept from step to step."""
 
     def release(self) -> None:
-        """Follow no longer, and give the optimizer its own step back if nobody has wrapped it."""
+        """Stop following steps, and restore the optimizer's own step if nobody has wrapped it."""
         self._following = False
         if self._wrapper is None or self.given.__dict__.get("step") is not self._wrapper:
             return
@@ -157,7 +157,7 @@ class EngineSteps:
 
 
 def _was_left_out(optimizer: torch.optim.Optimizer) -> bool:
-    """Tell whether a fused optimizer has left its step out, as a scaler told it on the device.
+    """Whether a fused optimizer has left its step out, as a scaler says on the device.
 
     Other optimizers are not called by a scaler that finds infinity. Only with a scaler does this
     wait for the device, as the scaler itself does for other optimizers.

@@ -1,8 +1,8 @@
 """Add increments to 16-bit weights that are smaller than these can tell, without losing any.
 
 A bfloat16 weight has eight bits, so that an increment below 1/512 of it rounds away, and a motion
-in forty of them would not move at all. Here the motion up to now is what is rounded, to multiples
-of the weight's unit in the last place, and the weight gets the difference to the last step. Each
+in forty of them would not move at all. Here the motion up to now is rounded, to multiples of
+the weight's unit in the last place, and the weight gets the difference to the last step. Each
 element rounds at a threshold of its own, u in (0, 1), the same in every step:
 
     w += h·(⌊m_t/h + u⌋ − ⌊m_{t−1}/h + u⌋)        h the unit, m_t the motion up to step t
@@ -18,6 +18,7 @@ tensor, so that shards, replicas and a resumed run round alike, on any device.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterable, Iterator
 
 import torch
 
@@ -28,7 +29,7 @@ _STORED = {torch.bfloat16: (7, 2.0**-126), torch.float16: (10, 2.0**-24)}
 
 
 def is_narrow(dtype: torch.dtype) -> bool:
-    """Tell whether weights of this dtype would lose small increments."""
+    """Whether weights of this dtype would lose small increments."""
     return dtype in _STORED
 
 
@@ -49,10 +50,14 @@ class Thresholds:
             table = torch.rand(_PERIOD, generator=generator).clamp_(2.0**-25, 1 - 2.0**-24)
             self._tables[device] = table.to(device)
 
-    def run(self, name: str, start: int, most: int, device: torch.device) -> torch.Tensor:
-        """Return u of up to `most` elements of a tensor from `start` on, at least of one."""
-        place = (zlib.crc32(name.encode()) + start) % _PERIOD
-        return self._tables[device][place : place + most]
+    def runs(self, name: str, start: int, weight: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Yield u of a flat weight's elements in runs; `start` is the first one's place."""
+        stop = start + weight.numel()
+        while start < stop:
+            place = (zlib.crc32(name.encode()) + start) % _PERIOD
+            run = self._tables[weight.device][place : place + stop - start]
+            yield run
+            start += run.numel()
 
 
 def add_narrow(
@@ -60,23 +65,18 @@ def add_narrow(
     delta: torch.Tensor,
     before: float,
     after: float,
-    thresholds: Thresholds,
-    *,
-    name: str,
-    start: int,
+    thresholds: Iterable[torch.Tensor],
 ) -> None:
     """Move a flat 16-bit tensor from `before`·delta to `after`·delta, in place.
 
-    `start` is the place of its first element in the whole tensor of this name. Weights that are not
-    finite stay as they are. Nothing waits for the device; memory for four million float32 values, a
-    few times over, is used.
+    Weights that are not finite stay as they are. Nothing waits for the device; memory for four
+    million float32 values, a few times over, is used.
     """
-    done = 0
-    while done < weight.numel():
-        u = thresholds.run(name, start + done, weight.numel() - done, weight.device)
-        run = slice(done, done + u.numel())
+    start = 0
+    for u in thresholds:
+        run = slice(start, start + u.numel())
         _add(weight[run], delta[run], before, after, u)
-        done += u.numel()
+        start = run.stop
 
 
 def _add(
@@ -85,12 +85,12 @@ def _add(
     bits, smallest = _STORED[weight.dtype]
     wide, step = weight.float(), delta.float()
     old, new = step * before, step * after
-    # For a weight that is far smaller than the motion, zero included, a unit of which the motion is
-    # not so many that float32 has no room for the fraction, or for the number.
+    # For a weight that is far smaller than the motion, zero included, a unit that is large enough
+    # for float32 to hold the motion's number of units and its fraction.
     reach = torch.maximum(wide.abs(), new.abs().mul_(2.0**-8))
     # A float32 without its significand is the power of two below.
     unit = (reach.view(torch.int32) & 0x7F800000).view(torch.float32).mul_(2.0**-bits)
-    # An infinite weight has an infinite unit, of which no finite motion is a multiple but zero.
+    # An infinite weight has an infinite unit; the bound makes any finite motion zero units of it.
     unit.clamp_(smallest, 2.0**120)
     count = new.div_(unit).add_(u).floor_().sub_(old.div_(unit).add_(u).floor_())
     weight.copy_(wide.add_(count.mul_(unit)))

@@ -1,6 +1,6 @@
-"""What a planned motion shall do, how its steps share it, and how far a saved one had come.
+"""The schedule of a planned motion: its share after each step, and where a saved one had come to.
 
-Owns what is stated, and the checks of a state that comes from a file. Knows no tensor.
+Owns what the user states, and the checks of a state that comes from a file. Knows no tensor.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from drift_fast.inject.strength.per_module import PerModule, plain
 _STATE_VERSION = 1
 
 
-class Plan:
-    """λ by module, the number of steps, and the share of the motion that is made after so many.
+class MotionSchedule:
+    """λ by module, the number of steps, and the share of the motion that each step completes.
 
     Raises:
-        ValueError: no number of steps, a schedule that shares nothing, or no seed.
+        ValueError: a number of steps, a schedule or a seed without meaning.
     """
 
     def __init__(self, progress: PerModule, steps: int, schedule: ScheduleLike, seed: int) -> None:
