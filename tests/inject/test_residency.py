@@ -33,7 +33,7 @@ from drift_fast.inject.placement.int8_blocks import Int8Blocks
 from drift_fast.inject.placement.residency import choose
 from drift_fast.inject.placement.stores import Ring
 from drift_fast.inject.shards.base import Whole
-from drift_fast.inject.targets import Recent, Target
+from drift_fast.inject.target import DeltaReader, Target
 from support.injection_models import (
     Backbone,
     arithmetic,
@@ -696,7 +696,7 @@ def test_a_shard_that_begins_inside_a_block_holds_the_values_of_the_whole(
     blocks = Int8Blocks.around(target, Piece(*span))  # type: ignore[arg-type]
     stored = blocks.stored(delta)
     assert (stored is None) == (dtype == "bfloat16")
-    held = Int8(*(stored or quantize(blocks.values(Recent(delta)))), blocks.run)
+    held = Int8(*(stored or quantize(blocks.values(DeltaReader(delta)))), blocks.run)
     whole = int8_deltas["int8"][name].reshape(-1)
     assert torch.equal(filled(held), whole[slice(*span)])
 
@@ -738,7 +738,7 @@ def test_int8_blocks_that_are_torn_apart_are_rounded_once_more(
     target = joined_target(delta, rows=rows, columns=columns, transposed=transposed)
     blocks = Int8Blocks.around(target, Whole(target.parameter))
     assert blocks.stored(delta) is None
-    values = blocks.values(Recent(delta))
+    values = blocks.values(DeltaReader(delta))
     assert torch.equal(decoded(values), rounded(values))
 
 

@@ -19,7 +19,7 @@ from drift_fast.inject.config import InjectionConfig
 from drift_fast.inject.scope import Scope
 from drift_fast.inject.shards.base import Shard
 from drift_fast.inject.shards.find import shards_of
-from drift_fast.inject.targets import Target
+from drift_fast.inject.target import Target
 
 
 class Handle(Protocol):

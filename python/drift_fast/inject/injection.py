@@ -35,7 +35,8 @@ from drift_fast.inject.shards.reduction import Reduction
 from drift_fast.inject.step_scope import StepScope
 from drift_fast.inject.strength.control import Control
 from drift_fast.inject.strength.per_module import PerModule
-from drift_fast.inject.targets import DeltaLike, find_targets, opened
+from drift_fast.inject.target import DeltaLike, opened
+from drift_fast.inject.targets import find_targets
 from drift_fast.inject.telemetry import append_rows, measure, summarize
 from drift_fast.inject.watchdog import Watchdog, claim, disclaim, refuse_second
 from drift_fast.options import takes

@@ -13,7 +13,7 @@ import torch
 from drift_fast.errors import DriftError
 from drift_fast.inject.config import InjectionConfig
 from drift_fast.inject.shards.base import Shard, Whole
-from drift_fast.inject.targets import Target
+from drift_fast.inject.target import Target
 
 
 def check_trained(targets: Sequence[Target]) -> None:

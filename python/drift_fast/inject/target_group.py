@@ -19,7 +19,7 @@ from drift_fast.inject.shards.base import Shard, Whole
 from drift_fast.inject.shards.reduction import Reduction
 from drift_fast.inject.strength.control import limit
 from drift_fast.inject.strength.formula import NEED_DOT, Scale, coefficients
-from drift_fast.inject.targets import Target
+from drift_fast.inject.target import Target
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from drift_fast.errors import DriftError
 from drift_fast.inject.config import ScopeName
-from drift_fast.inject.targets import Target
+from drift_fast.inject.target import Target
 
 # Parameters that an attachment holds, so that a second one is refused.
 _attached: Any = WeakIdKeyDictionary()

@@ -14,7 +14,7 @@ from drift_fast.inject.config import ConfigLike, InjectionConfig
 from drift_fast.inject.driver import Driver, Handle
 from drift_fast.inject.injection import Injection
 from drift_fast.inject.scope import Scope
-from drift_fast.inject.targets import DeltaLike
+from drift_fast.inject.target import DeltaLike
 from drift_fast.options import takes
 
 if TYPE_CHECKING:

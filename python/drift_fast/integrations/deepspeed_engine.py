@@ -25,7 +25,7 @@ from drift_fast.inject.shards import zero
 from drift_fast.inject.shards.base import Shard
 from drift_fast.inject.shards.zero_support import optimizer_of
 from drift_fast.inject.step_scope import StepScope
-from drift_fast.inject.targets import DeltaLike, Target
+from drift_fast.inject.target import DeltaLike, Target
 from drift_fast.integrations.wrapped_method import WrappedMethod
 
 

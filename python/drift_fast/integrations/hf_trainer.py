@@ -26,7 +26,8 @@ from drift_fast.inject.config import InjectionConfig
 from drift_fast.inject.driver import Driver, scale_of
 from drift_fast.inject.injection import Injection
 from drift_fast.inject.predict import Forecast
-from drift_fast.inject.targets import DeltaLike, find_targets, opened
+from drift_fast.inject.target import DeltaLike, opened
+from drift_fast.inject.targets import find_targets
 from drift_fast.inject.telemetry import append_rows
 from drift_fast.integrations.attached import AttachedInjection
 from drift_fast.integrations.deepspeed_engine import EngineDriver

@@ -16,7 +16,7 @@ from drift_fast.errors import DriftError, DriftWarning
 from drift_fast.inject.motion.motion import PlannedMotion
 from drift_fast.inject.motion.options import MotionOptions
 from drift_fast.inject.strength.per_module import PerModule, number
-from drift_fast.inject.targets import DeltaLike, opened
+from drift_fast.inject.target import DeltaLike, opened
 from drift_fast.integrations.wrapped_method import WrappedMethod
 
 # Where the trainer's state, which every checkpoint holds, keeps that of the motion.

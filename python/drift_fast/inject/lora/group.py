@@ -18,8 +18,8 @@ import torch
 
 from drift_fast.inject.compute.base import Arithmetic, Sums, flattened
 from drift_fast.inject.lora.adapters import Adapted, Factors
+from drift_fast.inject.target import Target
 from drift_fast.inject.target_group import Push, TargetGroup, pick, put
-from drift_fast.inject.targets import Target
 
 logger = logging.getLogger(__name__)
 

@@ -34,7 +34,8 @@ from drift_fast.inject.shards.find import process_groups_of, shards_of
 from drift_fast.inject.shards.reduction import Reduction
 from drift_fast.inject.shards.zero_support import is_engine, optimizer_of
 from drift_fast.inject.strength.per_module import PerModule, per_target
-from drift_fast.inject.targets import DeltaLike, Target, find_targets, opened
+from drift_fast.inject.target import DeltaLike, Target, opened
+from drift_fast.inject.targets import find_targets
 from drift_fast.inject.watchdog import claim, disclaim, refuse_second
 from drift_fast.names import kind_of
 from drift_fast.options import takes

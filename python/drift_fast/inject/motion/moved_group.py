@@ -8,8 +8,8 @@ import torch
 
 from drift_fast.inject.compute.base import flattened
 from drift_fast.inject.motion.rounding import Thresholds, add_narrow, is_narrow
+from drift_fast.inject.target import Target
 from drift_fast.inject.target_group import TargetGroup, plain_arithmetic
-from drift_fast.inject.targets import Target
 
 
 class MovedGroup:

@@ -22,7 +22,7 @@ import torch
 from drift_fast.delta.delta import Delta
 from drift_fast.dtypes import INT8_BLOCK
 from drift_fast.inject.shards.base import Cut, Shard
-from drift_fast.inject.targets import DeltaLike, Recent, Target
+from drift_fast.inject.target import DeltaLike, DeltaReader, Target
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Int8Blocks:
         last = min(-(-stop // INT8_BLOCK) * INT8_BLOCK, math.prod(target.shape))
         return cls(target, _Run((first, last)), (first, last), slice(start - first, stop - first))
 
-    def values(self, delta: Recent) -> torch.Tensor:
+    def values(self, delta: DeltaReader) -> torch.Tensor:
         """Return Δ of the blocks, flat, in the delta's dtype."""
         return self.target.read(delta, self.cut)
 
@@ -63,8 +63,8 @@ class Int8Blocks:
             return None
         if not self.target.parts and self.span is not None:
             return delta.read_codes(self.target.delta_name, *self.span)
-        codes = self.target.read(Recent(_PerElement(delta, scales=False)), self.cut)
-        scales = self.target.read(Recent(_PerElement(delta, scales=True)), self.cut)
+        codes = self.target.read(DeltaReader(_PerElement(delta, scales=False)), self.cut)
+        scales = self.target.read(DeltaReader(_PerElement(delta, scales=True)), self.cut)
         rest = -scales.numel() % INT8_BLOCK
         blocks = torch.cat([scales, scales[-1:].expand(rest)]).view(-1, INT8_BLOCK)
         if not torch.equal(blocks, blocks[:, :1].expand_as(blocks)):

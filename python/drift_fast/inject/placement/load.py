@@ -31,8 +31,8 @@ from drift_fast.inject.placement.residency import choose
 from drift_fast.inject.placement.stores import Resident, Ring, Store
 from drift_fast.inject.shards.base import Shard
 from drift_fast.inject.shards.reduction import Reduction
+from drift_fast.inject.target import DeltaLike, DeltaReader, Target
 from drift_fast.inject.target_group import TargetGroup
-from drift_fast.inject.targets import DeltaLike, Recent, Target
 from drift_fast.names import layer_of
 
 logger = logging.getLogger(__name__)
@@ -152,7 +152,7 @@ class _Loader:
     ) -> None:
         self.arithmetic = arithmetic
         self._delta = delta
-        self._recent = Recent(delta)
+        self._recent = DeltaReader(delta)
         self._residency = residency
         self._int8 = residency in ("device-int8", "host-int8")
         self._everyone = everyone

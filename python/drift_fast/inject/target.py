@@ -1,0 +1,157 @@
+"""One weight that is injected into, and how its part of Δ is read.
+
+Owns which elements of which tensor of the delta make up a target, and what of them this process
+reads.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from drift_fast.alignment.layout import Rectangle
+from drift_fast.delta.delta import Delta
+from drift_fast.errors import DriftError
+from drift_fast.inject.lora.adapters import Adapted
+from drift_fast.inject.shards.base import Cut, Shard
+from drift_fast.shapes import matrix
+
+
+class DeltaLike(Protocol):
+    """What an injection needs of a delta."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+    def __getitem__(self, name: str, /) -> torch.Tensor: ...
+
+
+def opened(delta: DeltaLike | str | os.PathLike[str]) -> DeltaLike:
+    """Return a delta, opened from its directory if that is given.
+
+    Raises:
+        FileNotFoundError, CheckpointError: no whole delta there.
+        TypeError: neither a delta nor a path.
+    """
+    if isinstance(delta, str | os.PathLike):
+        return Delta.open(delta)
+    if not hasattr(delta, "shapes") or not hasattr(delta, "__getitem__"):
+        raise TypeError(
+            f"expected a Delta or the directory of one, got {type(delta).__name__}; "
+            "compute_delta(…) and Delta.open(…) return one"
+        )
+    return delta
+
+
+class DeltaReader:
+    """A delta that keeps the last two tensors that were read in parts.
+
+    Experts that are fused on disk and apart in memory ask for the same two over and over.
+    """
+
+    def __init__(self, delta: DeltaLike) -> None:
+        self._delta = delta
+        self._kept: dict[str, torch.Tensor] = {}
+
+    def whole(self, name: str) -> torch.Tensor:
+        """Return a tensor for the caller to keep."""
+        return self._delta[name]
+
+    def run(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Return elements [start, stop) of a tensor in row-major order, for the caller to keep."""
+        if isinstance(self._delta, Delta):
+            tensor = torch.empty(stop - start, dtype=getattr(torch, self._delta.dtype))
+            self._delta.read_into(name, tensor, start=start)
+            return tensor
+        return self._delta[name].reshape(-1)[start:stop].clone()
+
+    def into(self, name: str, start: int, out: torch.Tensor) -> bool:
+        """Fill a flat tensor with elements from `start` on; say whether the delta can do that."""
+        if not isinstance(self._delta, Delta):
+            return False
+        self._delta.read_into(name, out, start=start)
+        return True
+
+    def part(self, name: str) -> torch.Tensor:
+        """Return a tensor to copy from."""
+        if name not in self._kept:
+            while len(self._kept) >= 2:
+                del self._kept[next(iter(self._kept))]
+            self._kept[name] = self._delta[name]
+        return self._kept[name]
+
+
+@dataclass(frozen=True)
+class Target:
+    """One weight, and the tensors of the delta that are injected into it, whole or in parts.
+
+    Of an adapted weight, `parameter` is the first of the factors that train in its stead.
+    """
+
+    name: str
+    sources: tuple[str, ...]
+    parts: tuple[Rectangle, ...]
+    parameter: nn.Parameter
+    shape: tuple[int, ...]
+    adapted: Adapted | None = None
+
+    @property
+    def trained(self) -> tuple[nn.Parameter, ...]:
+        """The parameters that the optimizer steps."""
+        return (self.parameter,) if self.adapted is None else self.adapted.trained
+
+    @property
+    def delta_name(self) -> str:
+        """The delta's name, of several the first."""
+        return self.sources[0]
+
+    def numel(self, shard: Shard) -> int:
+        """Return how many elements this process holds."""
+        if shard.span is not None:
+            return shard.span[1] - shard.span[0]
+        return shard.weight().numel() if shard.process_groups else math.prod(self.shape)
+
+    def read(self, delta: DeltaReader, shard: Cut) -> torch.Tensor:
+        """Return the part of Δ that this process holds, flat, in the delta's dtype, on the CPU.
+
+        Only that part is read where it is a run of rows. Where several sources
+        make up the weight, two of them at most are held beside the result.
+        """
+        if not self.parts and shard.span is not None:
+            return delta.run(self.delta_name, *shard.span)
+        whole = delta.whole(self.delta_name) if not self.parts else self._assembled(delta)
+        local = shard.cut(whole)
+        # A part must not keep the whole alive.
+        if local.numel() == whole.numel():
+            return local.reshape(-1)
+        return local.clone(memory_format=torch.contiguous_format).view(-1)
+
+    def read_into(self, delta: DeltaReader, shard: Shard, out: torch.Tensor) -> None:
+        """Fill a flat CPU tensor, page-locked or not, with the part that this process holds."""
+        whole = shard.span is None and not shard.process_groups
+        if not self.parts and (whole or shard.span is not None):
+            start = 0 if shard.span is None else shard.span[0]
+            if delta.into(self.delta_name, start, out):
+                return
+        out.copy_(self.read(delta, shard))
+
+    def _assembled(self, delta: DeltaReader) -> torch.Tensor:
+        result: torch.Tensor | None = None
+        for source in self.sources:
+            stored = delta.part(source).reshape(-1)
+            if result is None:
+                result = torch.empty(self.shape, dtype=stored.dtype)
+            rows = result.view(matrix(self.shape))
+            for name, top, bottom, left, right, offset, down, across in self.parts:
+                if name == source:
+                    box = (bottom - top, right - left)
+                    values = torch.as_strided(stored, box, (down, across), offset)
+                    rows[top:bottom, left:right].copy_(values)
+        if result is None:
+            raise DriftError(f"{self.name} has no tensor of the delta")
+        return result
