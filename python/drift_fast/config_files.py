@@ -24,7 +24,6 @@ _WORDS = {
     "bool": "true or false",
     "float": "a number",
     "int": "an integer",
-    "int | float": "a number",
     "null": "null",
     "object": "an object",
     "str": "a string",
@@ -157,11 +156,14 @@ def _in_words(problem: str, value: str) -> str:
     mismatch = _MISMATCH.match(problem)
     if mismatch is None:
         return f"is wrong: {problem[:1].lower()}{problem[1:]}"
-    expected = re.sub(
-        r"`(.+?)`", lambda type_: _WORDS.get(type_[1], type_[1]), mismatch["expected"]
-    )
+    expected = re.sub(r"`(.+?)`", lambda word: _type_in_words(word[1]), mismatch["expected"])
     found = _WORDS.get(mismatch["found"] or "", mismatch["found"]) or value
     return f"must be {expected}, found {found}" if found else f"must be {expected}"
+
+
+def _type_in_words(name: str) -> str:
+    kinds = name.replace("int | float", "float").split(" | ")
+    return " or ".join(_WORDS.get(kind, kind) for kind in kinds)
 
 
 def _unique(items: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -198,7 +198,7 @@ def test_what_a_mapping_gives_none_for_is_left_out_and_counted(pair: Pair) -> No
 def test_a_file_that_is_no_map_is_refused_by_name(tmp_path: Path, pair: Pair, text: str) -> None:
     path = tmp_path / "map.json"
     path.write_text(text)
-    with refused(AlignmentError, "map.json", "not a map file"):
+    with refused(AlignmentError, "map.json", "expected a map file"):
         compute_delta(pair.reasoning, pair.multimodal, mapping=path)
 
 

@@ -1,7 +1,7 @@
-"""A pairing that the user states: prefix pairs, a dictionary, a callable or a map file.
+"""A stated mapping: prefix pairs, a dictionary, a function or a map file.
 
 Owns turning each form into one answer per name. What is stated is checked like what is found: every
-name must exist, shapes must agree, and nothing is paired twice; see `matching`.
+name must exist, shapes must agree, and nothing is paired twice; see `stated`.
 """
 
 from __future__ import annotations
@@ -10,74 +10,80 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, cast
 
+from msgspec import Struct
+
+from drift_fast.config_files import JsonFile
 from drift_fast.errors import AlignmentError
 
 PathLike = str | os.PathLike[str]
 
-# What one name is paired with: a name, several where it is split on the other side, or nothing.
-Partner = str | Sequence[str] | None
-# Prefix pairs, name → partner, a function that does the same, or a map file.
-MappingLike = (
-    Sequence[tuple[str, str]] | Mapping[str, Partner] | Callable[[str], Partner] | PathLike
-)
+# What one name matches: a name, several where it is split on the other side, or nothing.
+Stated = str | Sequence[str] | None
+# Prefix pairs, name → match, a function that does the same, or a map file.
+MappingLike = Sequence[tuple[str, str]] | Mapping[str, Stated] | Callable[[str], Stated] | PathLike
 
 FORMAT_VERSION = 1
-# A map of the largest checkpoints, of some 50,000 tensors, takes a tenth of this.
+# A map of the largest checkpoints, with some 50,000 tensors, takes a tenth of this.
 _MAX_NBYTES = 100 << 20
-
 
 # What the two sides are called in messages.
 CHECKPOINTS = ("reasoning checkpoint", "multimodal checkpoint")
 RUNTIME = ("delta", "model")
 
 
+class _MapFile(Struct):
+    format_version: int
+    pairs: dict[str, Any]
+
+
 def resolve(
     mapping: MappingLike,
-    left: Iterable[str],
-    right: Iterable[str],
-    sides: tuple[str, str] = CHECKPOINTS,
+    reasoning: Iterable[str],
+    multimodal: Iterable[str],
+    called: tuple[str, str] = CHECKPOINTS,
 ) -> dict[str, list[str]]:
-    """Return the stated partners of each name on the left, none where it is stated to have none.
+    """Return the stated multimodal names of each reasoning name; none where it has no match.
 
     Raises:
         AlignmentError: a name that the models do not have, or a prefix that matches nothing.
         FileNotFoundError, AlignmentError: a map file that is missing or not valid.
-        TypeError: a mapping of another kind.
+        TypeError: a mapping of another type.
     """
-    left, right = list(left), set(right)
+    names, targets = list(reasoning), set(multimodal)
     if isinstance(mapping, str | os.PathLike):
         mapping = read_map(mapping)
     if isinstance(mapping, Mapping):
-        _refuse_unknown(mapping, left, sides[0])
-        stated = {name: _partners(name, partner) for name, partner in mapping.items()}
+        _refuse_unknown(mapping, names, called[0])
+        stated = {name: _targets(name, found) for name, found in mapping.items()}
     elif callable(mapping):
-        stated = {name: _partners(name, mapping(name)) for name in left}
+        stated = {name: _targets(name, mapping(name)) for name in names}
     elif isinstance(mapping, Sequence) and not isinstance(mapping, str):
-        # A prefix says where a module lies, not that all of it has a counterpart.
+        # A prefix says where a module is, not that all of it has a match.
         return {
-            name: [partner]
-            for name, partner in _by_prefix(mapping, left, sides[0]).items()
-            if partner in right
+            name: [target]
+            for name, target in _by_prefix(mapping, names, called[0]).items()
+            if target in targets
         }
     else:
-        raise _another_kind(mapping)
-    _refuse_unknown((name for names in stated.values() for name in names), right, sides[1])
+        raise _wrong_type(mapping)
+    _refuse_unknown((name for found in stated.values() for name in found), targets, called[1])
     return stated
 
 
-def _partners(name: str, partner: Partner) -> list[str]:
-    if partner is None:
+def _targets(name: str, stated: Stated) -> list[str]:
+    if stated is None:
         return []
-    partners = [partner] if isinstance(partner, str) else partner
-    if not isinstance(partners, list | tuple) or not all(isinstance(one, str) for one in partners):
+    targets = [stated] if isinstance(stated, str) else stated
+    if not isinstance(targets, list | tuple) or not all(isinstance(one, str) for one in targets):
         raise TypeError(
-            f"the mapping gives {partner!r} for {name}; expected None, a name or several"
+            f"the mapping gives {stated!r} for {name}; expected None, a name or several"
         )
-    return list(partners)
+    return list(targets)
 
 
-def read_map(path: PathLike) -> dict[str, Partner]:
+def read_map(path: PathLike) -> dict[str, Stated]:
     """Read a map file, as `drift-fast align … --out` writes it.
 
     Raises:
@@ -90,36 +96,34 @@ def read_map(path: PathLike) -> dict[str, Partner]:
             f"{path}: no such map file; `drift-fast align REASONING MULTIMODAL --out {path}` "
             "writes one to edit"
         )
-    if path.stat().st_size > _MAX_NBYTES:
-        raise AlignmentError(f"{path}: a map file is at most {_MAX_NBYTES} bytes")
-    try:
-        stored = json.loads(path.read_bytes(), object_pairs_hook=_once)
-        version, pairs = stored["format_version"], stored["pairs"]
-        if version != FORMAT_VERSION:
-            raise ValueError(f"format version {version!r}, expected {FORMAT_VERSION}")
-        for name, partner in pairs.items():
-            _partners(name, partner)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise AlignmentError(
-            f"{path}: not a map file ({type(error).__name__}: {error}); expected "
-            '{"format_version": 1, "pairs": {reasoning name: multimodal name, several, or null}}'
-        ) from error
-    return dict(pairs)
+    expected = (
+        'expected a map file, {"format_version": 1, "pairs": {reasoning name: multimodal name, '
+        "several, or null}}"
+    )
+    file = JsonFile(path, _MAX_NBYTES, expected, unique_keys=True, error=AlignmentError)
+    stored = file.read(_MapFile)
+    if stored.format_version != FORMAT_VERSION:
+        raise file.wrong(f"format version {stored.format_version}, expected {FORMAT_VERSION}")
+    # One by one, so that an error names the tensor.
+    return {
+        name: file.convert(found, cast(Any, str | list[str] | None), f"pairs.{name}")
+        for name, found in stored.pairs.items()
+    }
 
 
 def write_map(
     path: PathLike, pairs: Sequence[tuple[str, str]], left_out: Iterable[str], **notes: object
 ) -> None:
-    """Write a map file: what is paired, and null for what is not.
+    """Write a map file: what is matched, and null for what is not.
 
     Raises:
         FileExistsError: the file is there.
     """
-    partners: dict[str, list[str]] = {}
-    for name, partner in pairs:
-        partners.setdefault(name, []).append(partner)
-    stated: dict[str, Partner] = {
-        name: found[0] if len(found) == 1 else found for name, found in partners.items()
+    matches: dict[str, list[str]] = {}
+    for name, match in pairs:
+        matches.setdefault(name, []).append(match)
+    stated: dict[str, Stated] = {
+        name: found[0] if len(found) == 1 else found for name, found in matches.items()
     }
     stored = {
         "format_version": FORMAT_VERSION,
@@ -143,9 +147,9 @@ def _by_prefix(pairs: Sequence[tuple[str, str]], names: Sequence[str], side: str
         try:
             first, second = pair
         except (TypeError, ValueError) as error:
-            raise _another_kind(pairs) from error
+            raise _wrong_type(pairs) from error
         given.append((str(first).rstrip("."), str(second).rstrip(".")))
-    # The longest prefix that fits decides, so that a part can be placed apart from the rest.
+    # The longest prefix that fits decides, so that a part can be placed elsewhere than the rest.
     given.sort(key=lambda pair: -len(pair[0]))
     used, stated = set(), {}
     for name in names:
@@ -159,13 +163,13 @@ def _by_prefix(pairs: Sequence[tuple[str, str]], names: Sequence[str], side: str
     unused = [first for first, _ in given if first not in used]
     if unused:
         raise AlignmentError(
-            f"no tensor of the {side} begins with {unused[0]!r}; its names are such as "
-            f"{names[0] if names else 'none'}"
+            f"no tensor of the {side} begins with {unused[0]!r}; an example "
+            f"of its names is {names[0] if names else 'none'}"
         )
     return stated
 
 
-def _another_kind(mapping: object) -> TypeError:
+def _wrong_type(mapping: object) -> TypeError:
     return TypeError(
         "mapping must be pairs of prefixes, a dictionary of names, a function or the path of a map "
         f"file, got {type(mapping).__name__}"
@@ -187,17 +191,8 @@ def _refuse_unknown(names: Iterable[str], known: Iterable[str], side: str) -> No
         )
 
 
-def _once(items: list[tuple[str, object]]) -> dict[str, object]:
-    names = dict(items)
-    if len(names) != len(items):
-        seen: set[str] = set()
-        twice = next(name for name, _ in items if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise ValueError(f"{twice!r} is named twice")
-    return names
-
-
 def parse_mapping(text: str | None) -> str | list[tuple[str, str]] | None:
-    """Return prefix pairs, written first:second and parted by commas, or the path of a map file."""
+    """Return prefix pairs from text such as `a:b,c:d`, or the path of a map file."""
     if text is None or ":" not in text or Path(text).exists():
         return text
     pairs = [pair.partition(":") for pair in text.split(",")]
