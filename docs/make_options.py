@@ -43,6 +43,7 @@ CLASSES = (
     "drift_fast.integrations.settings.Settings",
     "drift_fast.planner.training.Training",
     "drift_fast.planner.options.PlanOptions",
+    "drift_fast.bench.options.BenchOptions",
 )
 # What trains: the options of a file that names its delta.
 INJECTION = "Settings"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypedDict
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     from drift_fast.alignment.embeddings import Rows
     from drift_fast.alignment.mapping import MappingLike
@@ -173,3 +174,20 @@ class PlanKeywords(TrainingKeywords, total=False):
     gpu_memory: int | str | None
     utilisation: float | None
     peak: float
+
+
+class BenchKeywords(TypedDict, total=False):
+    """The keywords of `BenchOptions`."""
+
+    size: str
+    layers: int | None
+    threads: int
+    repeats: int
+    cold: bool
+    only: tuple[str, ...]
+    without: tuple[str, ...]
+    scaling: tuple[int, ...]
+    trace: bool
+    beside: Path | None
+    directory: Path | None
+    command: str

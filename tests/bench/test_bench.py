@@ -21,26 +21,29 @@ import pytest
 
 from drift_fast import DriftError
 from drift_fast.bench import (
-    Options,
     aims,
-    bench,
     check,
     commands,
     controls,
+    hardware,
     measure,
     page_cache,
-    suite,
+    timing,
+    verify,
 )
 from drift_fast.bench import pair as pairs
+from drift_fast.bench import session as session_module
 from drift_fast.bench.commands import Entry
+from drift_fast.bench.options import RIVALS, BenchOptions
 from drift_fast.bench.pair import Pair, make_pair
+from drift_fast.bench.report import markdown
 from drift_fast.bench.results import Results, Row, above_baseline_of
-from drift_fast.bench.suite import Session
+from drift_fast.bench.session import Session
 from drift_fast.cli.main import main
 from support.synthetic import refused, round_once
 
 LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-NO_RIVALS = tuple(f"--without={name}" for name in commands.RIVALS)
+NO_RIVALS = tuple(f"--without={name}" for name in RIVALS)
 
 
 def quiet(line: str) -> None:
@@ -62,7 +65,7 @@ def tiny(directory: Path) -> Pair:
 def session(tiny: Pair, directory: Path, tmp_path: Path) -> Session:
     """A session on the tiny pair that has run nothing yet."""
     return Session(
-        Options(size="tiny", repeats=2, cold=True),
+        BenchOptions(size="tiny", repeats=2, cold=True),
         tiny,
         tmp_path,
         empty_results(tiny),
@@ -278,8 +281,8 @@ def test_a_merge_is_compared_bit_for_bit_or_to_float32(tiny: Pair, tmp_path: Pat
 
 
 def test_the_merges_are_run_only_when_asked_for() -> None:
-    assert Options().parts == ["statistics", "delta"]
-    assert Options(only=("merge",)).parts == ["merge"]
+    assert BenchOptions().parts == ["statistics", "delta"]
+    assert BenchOptions(only=("merge",)).parts == ["merge"]
 
 
 def test_a_delta_that_lacks_a_tensor_is_wrong(tiny: Pair, tmp_path: Path) -> None:
@@ -301,14 +304,14 @@ def test_a_rival_that_is_wrong_is_marked_and_timed_all_the_same(
     name = next(iter(true))
     off = true | {name: [true[name][0] * 1.01, *true[name][1:]]}
 
-    rows = suite._check(session, [planted_rival(tmp_path, off)])
+    rows = verify.check_entries(session, [planted_rival(tmp_path, off)])
     row = rows["statistics", "planted"]
     session.results.rows.append(row)
-    suite._rounds(session, [(row, planted_rival(tmp_path, off))])
+    timing.time_rounds(session, [(row, planted_rival(tmp_path, off))])
 
     assert row.error == pytest.approx(0.01)
     assert len(row.walls) == 2
-    assert f"**wrong**: {name} is off by 1.0e-02" in suite.markdown(session.results)
+    assert f"**wrong**: {name} is off by 1.0e-02" in markdown(session.results)
 
 
 def test_nothing_is_timed_where_our_own_results_are_wrong(session: Session, tmp_path: Path) -> None:
@@ -316,7 +319,7 @@ def test_nothing_is_timed_where_our_own_results_are_wrong(session: Session, tmp_
     entry = planted_rival(tmp_path, {name: [0.0, 1.0, 1.0, 0.0] for name in true})
     ours = Entry("statistics", "ours", "ours", entry.command, entry.checked, results=entry.results)
     with refused(DriftError, "nothing was timed", "process/statistics/ours", "is off by"):
-        suite._check(session, [ours])
+        verify.check_entries(session, [ours])
 
 
 def test_a_rival_that_fails_says_so_and_the_others_run(session: Session, tmp_path: Path) -> None:
@@ -326,12 +329,12 @@ def test_a_rival_that_fails_says_so_and_the_others_run(session: Session, tmp_pat
         Entry("statistics", "broken", "a broken rival", broken, broken),
         planted_rival(tmp_path, check.truth(session.pair, threads=1)),
     ]
-    rows = suite._check(session, entries)
+    rows = verify.check_entries(session, entries)
 
     assert rows["statistics", "broken"].absent == "failed: no such luck"
     assert not rows["statistics", "planted"].wrong
     session.results.rows += rows.values()
-    assert "| a broken rival | failed: no such luck |" in suite.markdown(session.results)
+    assert "| a broken rival | failed: no such luck |" in markdown(session.results)
 
 
 # ------------------------------------------------------------------ measuring
@@ -381,7 +384,7 @@ def test_memory_that_a_process_takes_is_seen_as_anonymous_or_mapped(tmp_path: Pa
 
 @LINUX
 def test_a_file_is_evicted_and_warmed(tmp_path: Path) -> None:
-    if suite.hardware.describe(tmp_path)["file_system"] not in ("ext4", "xfs", "btrfs"):
+    if hardware.describe(tmp_path)["file_system"] not in ("ext4", "xfs", "btrfs"):
         pytest.skip("only a file system on a disk gives its pages up")
     file = tmp_path / "file"
     file.write_bytes(os.urandom(3_000_001))
@@ -412,12 +415,12 @@ def test_every_cold_run_begins_with_an_empty_cache_and_no_warm_one_does(
     )[:2]
     rows = {entry: Row(f"process/statistics/{entry.who}", entry.label) for entry in entries}
 
-    suite._rounds(session, [(row, entry) for entry, row in rows.items()])
+    timing.time_rounds(session, [(row, entry) for entry, row in rows.items()])
     assert len(done) == 4
     assert not any(line.startswith("evict") for line in done)
 
     done.clear()
-    suite._cold(session, entries)
+    timing.time_cold(session, entries)
     # Both sides and the renamed one, before each of two reads and two commands, twice.
     assert done[::2] == ["evict 3"] * 8
     assert [line.startswith("evict") for line in done] == [True, False] * 8
@@ -426,10 +429,10 @@ def test_every_cold_run_begins_with_an_empty_cache_and_no_warm_one_does(
 
 
 def test_a_slow_row_is_timed_in_the_first_half_of_the_rounds() -> None:
-    slow = Row("process/delta/plain", "plain", walls=[suite.SLOW_SECONDS + 1])
-    fast = Row("process/delta/ours", "ours", walls=[suite.SLOW_SECONDS - 1])
-    assert [suite._sits_out(slow, repeat, 3) for repeat in range(3)] == [False, False, True]
-    assert not any(suite._sits_out(fast, repeat, 3) for repeat in range(3))
+    slow = Row("process/delta/plain", "plain", walls=[timing.SLOW_SECONDS + 1])
+    fast = Row("process/delta/ours", "ours", walls=[timing.SLOW_SECONDS - 1])
+    assert [timing.sits_out(slow, repeat, 3) for repeat in range(3)] == [False, False, True]
+    assert not any(timing.sits_out(fast, repeat, 3) for repeat in range(3))
 
 
 # ------------------------------------------------------------------ commands and controls
@@ -588,7 +591,7 @@ def test_every_aim_is_met_or_missed_by_its_own_figures(
 def test_the_report_holds_every_aim_even_those_not_measured(tiny: Pair) -> None:
     results = empty_results(tiny)
     results.aims = aims.evaluate(results, None)
-    report = suite.markdown(results)
+    report = markdown(results)
     for aim in (*aims.AIMS, "peak memory, difference"):
         text = aim if isinstance(aim, str) else aim.text
         line = next(line for line in report.splitlines() if line.startswith(f"| {text}"))
@@ -608,7 +611,7 @@ def test_a_result_of_something_else_is_no_comparison(tmp_path: Path) -> None:
 def test_a_debug_build_is_refused(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(suite, "_core", SimpleNamespace(debug_build=True))
+    monkeypatch.setattr(session_module, "debug_build", True)
     for more in ([], ["--scaling", "1"], ["--trace"]):
         shared = ["--directory", str(tmp_path), "--out", str(tmp_path / "out"), *NO_RIVALS]
         assert main(["bench", "--size", "tiny", *shared, *more]) == 1
@@ -744,16 +747,14 @@ def test_options_without_meaning_are_refused(
     options: dict[str, Any], words: tuple[str, ...]
 ) -> None:
     with refused(ValueError, *words):
-        Options(**options)
+        BenchOptions(**options)
 
 
-def test_scaling_wants_positive_counts_and_no_trace(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    options = Options(size="tiny", directory=tmp_path)
-    with refused(ValueError, "positive", "[1, 0]"):
-        bench(options, tmp_path, quiet, scaling=[1, 0])
+def test_scaling_wants_positive_counts_and_no_trace(capsys: pytest.CaptureFixture[str]) -> None:
+    with refused(ValueError, "positive", "0"):
+        BenchOptions(scaling=(1, 0))
     with refused(ValueError, "choose one"):
-        bench(options, tmp_path, quiet, scaling=[1], trace=True)
-    assert main(["bench", "--scaling", "one,two"]) == 1
-    assert "--scaling one,two" in capsys.readouterr().err
+        BenchOptions(scaling=(1,), trace=True)
+    with pytest.raises(SystemExit):
+        main(["bench", "--scaling", "one,two"])
+    assert "argument --scaling: scaling must be" in capsys.readouterr().err

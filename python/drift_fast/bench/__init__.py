@@ -1,50 +1,45 @@
 """The benchmark suite behind `drift-fast bench`: a pair, its rivals and what the machine allows.
 
-Owns the three kinds of run and which files they leave. Pairs are `pair`'s, what is run `commands`'
-(`rivals` and `controls` are those programs), the order `suite`'s, `scaling`'s and `trace`'s,
-right or wrong `check`'s, aims `aims`', words `report`'s, pictures `chart`'s. It imports no torch:
-rivals run in processes of their own, and where one is not installed its row says so.
+Owns the three kinds of run and which files they leave. `pair` makes synthetic pairs; `commands`
+says what is run (`rivals` and `controls` are those programs); `session` prepares, `verify` checks
+results before `timing` times; `suite`, `scaling` and `trace` have the order; `aims`, `report` and
+`chart` show results. It imports no torch: rivals run in processes of their own, and the row of one
+that is not installed says so.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 
-from drift_fast.bench.suite import Options, Say, run_table, write
+from drift_fast.bench.options import BenchOptions
 
-__all__ = ["Options", "bench"]
+__all__ = ["BenchOptions", "bench"]
 
 
-def bench(
-    options: Options, out: Path, say: Say, *, scaling: Sequence[int] = (), trace: bool = False
-) -> tuple[str, list[Path]]:
+def bench(options: BenchOptions, out: Path, say: Callable[[str], object]) -> tuple[str, list[Path]]:
     """Run the suite, write its files to `out` and return the report and their paths.
 
-    Args:
-        say: called with a line about what is being done.
-        scaling: thread counts; runs ours and the control over them, in place of the table.
-        trace: watch our memory over time, in place of the table.
+    say: called with a line about what is being done.
 
     Raises:
         DriftError: a debug build, or results of ours that are wrong.
         OSError: not enough space for the pair and a delta.
-        ValueError: options without meaning.
     """
-    if scaling and trace:
-        raise ValueError("scaling and trace are runs of their own; choose one")
-    if scaling:
+    # Loaded here, since the command line needs the options only.
+    from drift_fast.bench.files import write
+
+    if options.scaling:
         from drift_fast.bench.scaling import run_scaling
 
-        results = run_scaling(scaling, options, say)
-        return _finished(write(results, out))
-    if trace:
+        paths = write(run_scaling(options, say), out)
+    elif options.trace:
         from drift_fast.bench.trace import run_trace, write_trace
 
         results, traces = run_trace(options, say)
-        return _finished([*write(results, out, traces), write_trace(results, traces, out)])
-    return _finished(write(run_table(options, say), out))
+        paths = [*write(results, out, traces), write_trace(results, traces, out)]
+    else:
+        from drift_fast.bench.suite import run_table
 
-
-def _finished(paths: list[Path]) -> tuple[str, list[Path]]:
+        paths = write(run_table(options, say), out)
     return paths[0].read_text(), paths

@@ -18,7 +18,6 @@ from drift_fast.bench.controls import READ_WAYS
 from drift_fast.bench.pair import Pair
 from drift_fast.bench.rivals import mergekit_configuration, mergekit_linear
 
-RIVALS = ("tuned", "plain", "public", "mergekit")
 # Of the reasoning model in the merges that are timed. At a round one such as 0.3, weights some
 # units in the last place apart meet on midpoints, where the last bit of float32 decides.
 MERGE_WEIGHT = 0.3141592653

@@ -7,30 +7,29 @@ another may win there.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
 
 from drift_fast.bench import check, commands
 from drift_fast.bench.commands import Entry
+from drift_fast.bench.options import BenchOptions
 from drift_fast.bench.results import Results, Row
-from drift_fast.bench.suite import Options, Say, check_entry, open_session, pick_way, time_inside
+from drift_fast.bench.session import Say, open_session, pick_way
+from drift_fast.bench.timing import time_inside
+from drift_fast.bench.verify import check_entry
 from drift_fast.errors import DriftError
 
 
-def run_scaling(counts: Sequence[int], options: Options, say: Say) -> Results:
+def run_scaling(options: BenchOptions, say: Say) -> Results:
     """Run ours and the control with each count of threads, checked once with the largest.
 
     Raises:
-        ValueError: a count below one, or none.
         DriftError: a debug build, or results of ours that are wrong.
         OSError: not enough space.
     """
-    if not counts or min(counts) < 1:
-        raise ValueError(f"thread counts must be positive, got {list(counts)}")
     session = open_session("scaling", options, say)
     pair, results = session.pair, session.results
     try:
         entries: list[Entry] = []
-        most = max(counts)
+        most = max(options.scaling)
         if "statistics" in options.parts:
             entries.append(commands.our_statistics(pair, session.work, threads=most))
         if "delta" in options.parts:
@@ -42,7 +41,7 @@ def run_scaling(counts: Sequence[int], options: Options, say: Say) -> Results:
             check_entry(session, entry, row, true)
             if row.wrong:
                 raise DriftError(f"nothing was timed, since {row.key} is wrong: {row.wrong}")
-        for threads in counts:
+        for threads in options.scaling:
             for part in options.parts:
                 way = pick_way(session, part, threads)
                 out = session.out if part == "delta" else None

@@ -13,15 +13,19 @@ from pathlib import Path
 
 from drift_fast.bench import check, commands, measure, page_cache
 from drift_fast.bench.aims import evaluate
+from drift_fast.bench.files import name
 from drift_fast.bench.measure import Sample
+from drift_fast.bench.options import BenchOptions
 from drift_fast.bench.results import Results, Row
-from drift_fast.bench.suite import Options, Say, check_entry, name, open_session, time_once
+from drift_fast.bench.session import Say, open_session
+from drift_fast.bench.timing import time_once
+from drift_fast.bench.verify import check_entry
 from drift_fast.errors import DriftError
 
 Traces = dict[str, tuple[Sample, ...]]
 
 
-def run_trace(options: Options, say: Say) -> tuple[Results, Traces]:
+def run_trace(options: BenchOptions, say: Say) -> tuple[Results, Traces]:
     """Watch `inspect` and `delta` once each, check what they computed, then time each once.
 
     Raises:
@@ -59,7 +63,7 @@ def run_trace(options: Options, say: Say) -> tuple[Results, Traces]:
         share = page_cache.resident(pair.files)
         if share is not None:
             results.notes.append(
-                f"At the end {share:.0%} of both checkpoints lay in the page cache, which is the "
+                f"At the end {share:.0%} of both checkpoints was in the page cache, which is the "
                 "system's and no process's"
             )
         results.notes.append(

@@ -69,7 +69,9 @@ def from_flags(given: argparse.Namespace, cls: type[Given], command: str) -> Giv
 
 def given_flags(given: argparse.Namespace, cls: type[Options]) -> dict[str, Any]:
     """Return the options that were given as flags."""
-    return {name: value for name, value in vars(given).items() if name in cls.names()}
+    found = {name: value for name, value in vars(given).items() if name in cls.names()}
+    repeated = {each.name for each in fields(cls) if _is_repeated(each)}
+    return {name: tuple(v) if name in repeated else v for name, v in found.items()}
 
 
 def read_section(path: Path, command: str) -> Mapping[str, Any]:
@@ -107,6 +109,15 @@ def _add_flag(parser: argparse.ArgumentParser, each: Field[Any]) -> None:
             flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=described
         )
         return
+    if _is_repeated(each):
+        parser.add_argument(
+            flag,
+            action="append",
+            metavar=about.metavar,
+            default=argparse.SUPPRESS,
+            help=f"{described}; may be repeated",
+        )
+        return
     parser.add_argument(
         flag,
         type=_reader(each),
@@ -118,9 +129,14 @@ def _add_flag(parser: argparse.ArgumentParser, each: Field[Any]) -> None:
     )
 
 
+def _is_repeated(each: Field[Any]) -> bool:
+    """Say whether a flag adds one name to those that were given before."""
+    return str(each.type) == "tuple[str, ...]"
+
+
 def _help(each: Field[Any]) -> str:
     default = each.default
-    if default is MISSING or default is None:
+    if default is MISSING or default is None or default == ():
         shown = ""
     elif isinstance(default, bool):
         shown = f" (default {'yes' if default else 'no'})"

@@ -1,0 +1,105 @@
+"""The options of a run of the suite."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from drift_fast.options import Options, option
+
+PARTS = ("statistics", "delta", "merge")
+# Without one being named; a merge takes as long again, and runs on request.
+USUAL = PARTS[:2]
+SETTINGS = ("process", "inside", "cold")
+RIVALS = ("tuned", "plain", "public", "mergekit")
+
+
+def cache_directory() -> Path:
+    """Return where pairs are kept by default."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "drift-fast" / "bench"
+
+
+def parse_counts(text: str) -> tuple[int, ...]:
+    """Return thread counts from text such as "1,2,4".
+
+    Raises:
+        ValueError: anything else.
+    """
+    try:
+        return tuple(int(count) for count in text.split(","))
+    except ValueError as error:
+        raise ValueError(f"scaling must be thread counts such as 1,2,4, got {text!r}") from error
+
+
+def _check_names(name: str, known: tuple[str, ...], value: Any) -> None:
+    for one in value:
+        if one not in known:
+            raise ValueError(f"{name} must be of {', '.join(known)}, got {one!r}")
+
+
+def _check_positive(name: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"{name} must be positive, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchOptions(Options):
+    """What a run of the suite measures."""
+
+    size: str = option("0.5B", "size of the pair: 0.5B, 1.5B, 3B or 7B", metavar="SIZE")
+    layers: int | None = option(
+        None, "layers of the pair; by default those of the model", metavar="N"
+    )
+    threads: int = option(
+        2, "threads of every command", check=lambda value: _check_positive("threads", value)
+    )
+    repeats: int = option(3, "timed rounds", check=lambda value: _check_positive("repeats", value))
+    cold: bool = option(False, "also with an empty page cache")
+    only: tuple[str, ...] = option(
+        (),
+        "leave out the other parts and settings: statistics, delta, merge (which runs only when "
+        "it is named), process, inside or cold",
+        check=lambda value: _check_names("only", (*PARTS, *SETTINGS), value),
+        metavar="PART",
+    )
+    without: tuple[str, ...] = option(
+        (),
+        "leave out a rival: tuned, plain, public or mergekit",
+        check=lambda value: _check_names("without", RIVALS, value),
+        metavar="RIVAL",
+    )
+    scaling: tuple[int, ...] = option(
+        (),
+        "instead: ours and the XOR over these thread counts, such as 1,2,4",
+        parse=parse_counts,
+        check=lambda value: _check_positive("thread counts of scaling", min(value, default=1)),
+        metavar="COUNTS",
+    )
+    trace: bool = option(False, "instead: our memory over time")
+    beside: Path | None = option(
+        None, "JSON of a run at another size, to compare memory with", parse=Path, metavar="JSON"
+    )
+    directory: Path | None = option(
+        None, "where pairs are kept, by default ~/.cache/drift-fast/bench", parse=Path
+    )
+    command: str = option("drift-fast bench", "what the report says was run", in_file=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.scaling and self.trace:
+            raise ValueError("scaling and trace are runs of their own; choose one")
+
+    @property
+    def parts(self) -> list[str]:
+        """The parts to run."""
+        return [part for part in PARTS if part in self.only] or list(USUAL)
+
+    @property
+    def settings(self) -> list[str]:
+        """The settings to run, `cold` on request."""
+        named = [setting for setting in SETTINGS if setting in self.only]
+        settings = named or ["process", "inside"]
+        return settings + (["cold"] if self.cold and "cold" not in settings else [])
