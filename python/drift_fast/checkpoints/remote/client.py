@@ -12,11 +12,9 @@ import random
 import re
 import ssl
 import threading
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from email.utils import parsedate_to_datetime
 from http.cookiejar import DefaultCookiePolicy
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -334,15 +332,13 @@ def _redirected(asked: str, url: str, place: str) -> str:
 
 def retry_after(text: str | None) -> float | None:
     """Return seconds from either form of Retry-After, at most five minutes."""
-    if text is None:
-        return None
-    if re.fullmatch(r"\d{1,9}", text.strip()):
-        return min(float(text), _WAIT_LIMIT)
+    from urllib3.exceptions import InvalidHeader
+    from urllib3.util import Retry
+
     try:
-        seconds = parsedate_to_datetime(text).timestamp() - time.time()
-    except (TypeError, ValueError, OverflowError, OSError):
+        return None if text is None else min(Retry().parse_retry_after(text), _WAIT_LIMIT)
+    except (InvalidHeader, ValueError, OverflowError):
         return None
-    return min(max(seconds, 0.0), _WAIT_LIMIT)
 
 
 def _innermost(error: BaseException) -> BaseException:

@@ -6,16 +6,19 @@ is a stranger's. What a header says is the checkpoint reader's to judge; here on
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
+
+from msgspec import Struct
 
 from drift_fast.checkpoints.remote.client import Client
 from drift_fast.checkpoints.remote.sparse import SparseShard, require_space, write_atomically
 from drift_fast.checkpoints.remote.transfer import RangesIgnored, RemoteFile, Sink, run_together
+from drift_fast.config_files import convert, parse_json
 from drift_fast.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -37,6 +40,10 @@ _PLAIN_NAME = re.compile(r"[^./\\][^/\\]*")
 _PICKLE = re.compile(r"\.(bin|pt|pth|ckpt|pkl)(\.index\.json)?\Z")
 # A file system allows 255, and the lists of ranges have longer names.
 _NAME_LIMIT_NBYTES = 200
+
+
+class _Index(Struct):
+    weight_map: dict[str, Any]
 
 
 def is_pickle(name: str) -> bool:
@@ -86,12 +93,11 @@ def shard_names(index: bytes, place: str) -> list[str]:
         CheckpointError: no index, or one that names something else.
     """
     try:
-        weight_map = json.loads(index)["weight_map"]
-        entries = list(weight_map.items())
-    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        entries = list(convert(parse_json(index), _Index).weight_map.items())
+    except ValueError as error:
         raise CheckpointError(
-            f"{place}: expected an index with a weight_map, found something else "
-            f"({type(error).__name__}); check the URL"
+            f"{place}: expected an index with a weight_map, found something else ({error}); check "
+            "the URL"
         ) from None
     for tensor, file in entries:
         if isinstance(file, str) and is_pickle(file):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
-import json
 import logging
 import os
 import re
@@ -20,10 +19,12 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+
+from msgspec import Struct, json
 
 from drift_fast.checkpoints.remote.client import Range, Stopped
 from drift_fast.checkpoints.remote.transfer import Identity
+from drift_fast.config_files import convert, parse_json
 from drift_fast.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -267,45 +268,37 @@ class SparseShard:
             self._describe()
 
     def _describe(self) -> None:
-        content = {
-            "format_version": FORMAT_VERSION,
-            "nbytes": self.identity.nbytes,
-            "etag": self.identity.etag,
-            "last_modified": self.identity.last_modified,
-            "ranges": self.ranges,
-        }
-        write_atomically(_sidecar(self.path), json.dumps(content).encode())
+        identity = self.identity
+        content = _Sidecar(
+            FORMAT_VERSION, identity.nbytes, self.ranges, identity.etag, identity.last_modified
+        )
+        write_atomically(_sidecar(self.path), json.encode(content))
 
 
 def _sidecar(path: Path) -> Path:
     return path.with_name(f"{path.name}.ranges.json")
 
 
+class _Sidecar(Struct):
+    format_version: int
+    nbytes: int
+    ranges: list[Range]
+    etag: str | None = None
+    last_modified: str | None = None
+
+
 def _parse(path: Path, text: bytes) -> SparseShard | None:
     try:
-        stored = json.loads(text)
-    except (ValueError, RecursionError):
+        stored = convert(parse_json(text), _Sidecar)
+    except ValueError:
         return None
-    if not isinstance(stored, dict) or stored.get("format_version") != FORMAT_VERSION:
+    held = stored.ranges
+    if stored.format_version != FORMAT_VERSION or held != merged(held):
         return None
-    nbytes, etag, last_modified = (stored.get(key) for key in ("nbytes", "etag", "last_modified"))
-    if type(nbytes) is not int or not all(
-        mark is None or isinstance(mark, str) for mark in (etag, last_modified)
-    ):
+    if held and (held[0][0] < 0 or held[-1][1] > stored.nbytes):
         return None
-    ranges = stored.get("ranges")
-    if not isinstance(ranges, list) or not all(map(_is_range, ranges)):
-        return None
-    held = [(start, end) for start, end in ranges]
-    if held != merged(held) or (held and (held[0][0] < 0 or held[-1][1] > nbytes)):
-        return None
-    return SparseShard(path, Identity(nbytes, etag, last_modified), held)
-
-
-def _is_range(value: Any) -> bool:
-    return (
-        isinstance(value, list) and len(value) == 2 and all(type(offset) is int for offset in value)
-    )
+    identity = Identity(stored.nbytes, stored.etag, stored.last_modified)
+    return SparseShard(path, identity, held)
 
 
 def _read_regular(path: Path, limit_nbytes: int) -> tuple[bytes, int] | None:
