@@ -304,7 +304,7 @@ def test_every_residency_gives_the_same_gradients(
 ) -> None:
     """Wide enough not to be kept as small tensors; `bound` makes the blocks and runs many."""
     if bound is not None:
-        monkeypatch.setattr("drift_fast.inject.lora.group._BLOCK_ON_CPU", 16 * 600)
+        monkeypatch.setattr("drift_fast.inject.lora.pull_back._BLOCK_ON_CPU", 16 * 600)
         monkeypatch.setattr("drift_fast.inject.lora.group._ROOM", bound)
     model = adapted(Backbone(width=64, inner=600), target_modules=list(MLP))
     stored = delta_towards(
@@ -883,7 +883,7 @@ def test_products_of_bfloat16_parts_are_those_of_the_factors(
             parameter.grad = gradients[name].to(factors)
     gradients = gradients_of(model)
     monkeypatch.setattr(torch, "mm", mm)
-    monkeypatch.setattr("drift_fast.inject.lora.group._multiplies_parts", lambda device: True)
+    monkeypatch.setattr("drift_fast.inject.lora.pull_back._multiplies_parts", lambda device: True)
     with arithmetic("device"), drift_fast.Injection(model, delta, scale=scale) as injection:
         injection.step()
     assert set(seen) == {RANK if factors == torch.bfloat16 else 3 * RANK}

@@ -6,7 +6,7 @@ shape [targets], in the order of `targets`, which is the order in which backward
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +42,26 @@ class Last:
     delta: torch.Tensor
     alpha: torch.Tensor | None = None
     angles: bool = False
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Targets [start, stop) of a group with their Δ, and how this step pushes them."""
+
+    start: int
+    stop: int
+    deltas: Sequence[torch.Tensor]
+    push: Push
+    arithmetic: Arithmetic
+
+    def delta(self, at: int) -> torch.Tensor:
+        """Return the Δ of one target by its number in the group."""
+        return self.deltas[at - self.start]
+
+    def part(self, start: int, stop: int) -> Bucket:
+        """Return the bucket of some of the targets."""
+        deltas = self.deltas[start - self.start : stop - self.start]
+        return Bucket(start, stop, deltas, self.push, self.arithmetic)
 
 
 class TargetGroup:
@@ -148,7 +168,7 @@ class TargetGroup:
             self._inject_sharded(push)
         else:
             for start, stop, deltas in self.store.batches():
-                self._process(start, stop, deltas, push, self.arithmetic)
+                self._process(Bucket(start, stop, deltas, push, self.arithmetic))
 
     def finish(self) -> None:
         """Let go of this step's gradients, which zero_grad may be about to free."""
@@ -166,7 +186,7 @@ class TargetGroup:
         push = self._follow(push)
         with self.store.bucket(at) as deltas:
             start, stop = self.store.buckets[at]
-            self._process(start, stop, deltas, push, arithmetic or self.arithmetic)
+            self._process(Bucket(start, stop, deltas, push, arithmetic or self.arithmetic))
 
     def inject_one(self, at: int, gradient: torch.Tensor, push: Push) -> Any:
         """Change a gradient that is not in its place yet; return whether it was skipped."""
@@ -197,73 +217,66 @@ class TargetGroup:
         loss_scale = None if push.loss_scale is None else self._loss_scale
         return Push(push.scale, self._alpha, loss_scale, push.max_push)
 
-    def _process(
-        self,
-        start: int,
-        stop: int,
-        deltas: Sequence[torch.Tensor],
-        push: Push,
-        arithmetic: Arithmetic,
-    ) -> None:
-        held = self._gradients(start, stop)
+    def _process(self, bucket: Bucket) -> None:
+        """Measure and change the gradients of a bucket, where nothing is sharded."""
+        held = self._gradients(bucket.start, bucket.stop)
         if not held:
             return
         members, gradients = list(held), list(held.values())
-        some = [deltas[at - start] for at in members]
-        graphs = self._graphs
-        # A gradient that lies transposed is changed through a copy, which has no place of its own.
+        # A transposed gradient is changed through a copy, which has no place of its own.
         still = all(gradient.is_contiguous() for gradient in gradients)
-        if graphs is None or not still or not may_capture(self.device):
-            with flattened(gradients) as flats:
-                self._launch(start, stop, members, flats, some, push, arithmetic)
-            for at, gradient in held.items():
-                self.shards[at].write_gradient(gradient)
+        if self._graphs is not None and still and may_capture(self.device):
+            self._graphs.launch(self._capturable(bucket, held))
             return
-        place = start, stop, some[0].data_ptr(), id(arithmetic)
-        generation = arithmetic.generation
+        with flattened(gradients) as flats:
+            self._launch(bucket, members, flats)
+        for at, gradient in held.items():
+            self.shards[at].write_gradient(gradient)
+
+    def _capturable(self, bucket: Bucket, held: Mapping[int, torch.Tensor]) -> Launch:
+        """Return the launch of a bucket, which a CUDA graph may take over."""
+        start, stop, push, arithmetic = bucket.start, bucket.stop, bucket.push, bucket.arithmetic
+        members, generation = list(held), arithmetic.generation
+        pointers = [gradient.data_ptr() for gradient in held.values()]
+        deltas = [bucket.delta(at).data_ptr() for at in members]
         addresses = (
             generation,
             tuple(members),
-            tuple((gradient.data_ptr(), gradient.dtype) for gradient in gradients),
-            tuple(delta.data_ptr() for delta in some),
+            tuple(pointers),
+            tuple(gradient.dtype for gradient in held.values()),
+            tuple(deltas),
             (push.scale, push.loss_scale is None, push.max_push),
         )
 
         # Not the gradients themselves: those that zero_grad frees must not live on here.
         def launch() -> None:
             flats = [gradient.view(-1) for gradient in self._gradients(start, stop).values()]
-            self._launch(start, stop, members, flats, some, push, arithmetic)
+            self._launch(bucket, members, flats)
 
         def unmoved() -> bool:
             now = self._gradients(start, stop)
-            pointers = [gradient.data_ptr() for gradient in now.values()]
             return (
                 arithmetic.generation == generation
                 and list(now) == members
-                and pointers == [address for address, _ in addresses[2]]
+                and [gradient.data_ptr() for gradient in now.values()] == pointers
             )
 
         def capture() -> None:
             with arithmetic.on_capture_streams():
                 launch()
 
-        graphs.launch(Launch(place, addresses, launch, capture, unmoved, arithmetic.priority))
+        place = start, stop, deltas[0], id(arithmetic)
+        return Launch(place, addresses, launch, capture, unmoved, arithmetic.priority)
 
     def _launch(
-        self,
-        start: int,
-        stop: int,
-        members: Sequence[int],
-        flats: Sequence[torch.Tensor],
-        deltas: Sequence[torch.Tensor],
-        push: Push,
-        arithmetic: Arithmetic,
+        self, bucket: Bucket, members: Sequence[int], flats: Sequence[torch.Tensor]
     ) -> None:
         """Measure and change flat gradients; what changes from step to step comes from vectors."""
-        sums = arithmetic.measure(flats, deltas if push.scale in NEED_DOT else None)
+        deltas = [bucket.delta(at) for at in members]
+        sums = bucket.arithmetic.measure(flats, deltas if bucket.push.scale in NEED_DOT else None)
         self._note(sums, members)
-        c = self._decide(start, stop, members, push)
-        arithmetic.subtract(flats, deltas, pick(c, [at - start for at in members]))
+        c = self._decide(bucket.start, bucket.stop, members, bucket.push)
+        bucket.arithmetic.subtract(flats, deltas, pick(c, [at - bucket.start for at in members]))
 
     def _inject_sharded(self, push: Push) -> None:
         # Every process takes part in the sum, whatever gradients it has.

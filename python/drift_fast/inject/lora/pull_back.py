@@ -1,0 +1,158 @@
+"""Δ pulled back onto low-rank factors: products of Δ, by far the largest tensor, and thin ones."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from drift_fast.inject.lora.adapters import Adapted, Factors
+
+logger = logging.getLogger(__name__)
+
+# Elements of Δ that are widened at a time: within a CPU's caches, and enough to fill a GPU.
+_BLOCK_ON_CPU, _BLOCK = 1 << 18, 1 << 24
+
+
+def pull_back(delta: torch.Tensor, adapted: Adapted) -> list[torch.Tensor]:
+    """Return Δ̃ of every trained factor, flat, in their order; at least float32.
+
+    `delta` is flat, of any dtype, on the factors' device.
+    """
+    trained = {id(parameter) for parameter in adapted.trained}
+    a = any(id(one.a) in trained for one in adapted.factors)
+    b = any(id(one.b) in trained for one in adapted.factors)
+    rows, columns = _stacked(adapted)
+    onto_rows, onto_columns = _products(
+        delta.view(adapted.shape),
+        rows,
+        columns,
+        onto_rows=a if adapted.transposed else b,
+        onto_columns=b if adapted.transposed else a,
+    )
+    onto_a, onto_b = (onto_rows, onto_columns)[:: 1 if adapted.transposed else -1]
+    parts = []
+    for one, run in _adapters(adapted):
+        for parameter, part in ((one.a, onto_a[:, run].mT), (one.b, onto_b[:, run])):
+            if id(parameter) in trained:
+                parts.append((part * one.scaling).contiguous().view(-1))
+    return parts
+
+
+def along(delta: torch.Tensor, adapted: Adapted) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return two flat tensors whose dot product is Σ s·⟨B·A, Δ⟩."""
+    rows, columns = _stacked(adapted)
+    onto_rows, _ = _products(
+        delta.view(adapted.shape), rows, columns, onto_rows=True, onto_columns=False
+    )
+    for one, run in _adapters(adapted):
+        onto_rows[:, run] *= one.scaling
+    return rows.to(onto_rows.dtype).contiguous().view(-1), onto_rows.view(-1)
+
+
+def _stacked(adapted: Adapted) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the factors of all adapters side by side, as [rows, ranks] and [columns, ranks]."""
+    a = [one.a.detach().mT for one in adapted.factors]
+    b = [one.b.detach() for one in adapted.factors]
+    sides = (a, b) if adapted.transposed else (b, a)
+    rows, columns = (side[0] if len(side) == 1 else torch.cat(side, 1) for side in sides)
+    return rows, columns
+
+
+def _adapters(adapted: Adapted) -> Iterator[tuple[Factors, slice]]:
+    """Yield each adapter with where its ranks are among those of all."""
+    start = 0
+    for one in adapted.factors:
+        yield one, slice(start, start + len(one.a))
+        start += len(one.a)
+
+
+def _products(
+    matrix: torch.Tensor,
+    rows: torch.Tensor,
+    columns: torch.Tensor,
+    *,
+    onto_rows: bool,
+    onto_columns: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return M·columns and Mᵀ·rows, in float32 or better; empty if not asked for."""
+    double = torch.float64 in (rows.dtype, columns.dtype)
+    dtype = torch.float64 if double else torch.float32
+    height, ranks = rows.shape
+    empty = torch.empty(0, ranks, dtype=dtype, device=matrix.device)
+    if matrix.dtype == torch.bfloat16 and not double and _multiplies_parts(matrix.device):
+        return (
+            _multiplied(matrix, columns) if onto_rows else empty,
+            _multiplied(matrix.mT, rows) if onto_columns else empty,
+        )
+    rows, columns = rows.to(dtype), columns.to(dtype)
+    first = empty.new_empty(rows.shape) if onto_rows else empty
+    second = empty.new_zeros(columns.shape) if onto_columns else empty
+    block = _BLOCK_ON_CPU if matrix.device.type == "cpu" else _BLOCK
+    step = height if matrix.dtype == dtype else max(1, block // matrix.shape[1])
+    with _full_precision(matrix.device):
+        for start in range(0, height, step):
+            part = matrix[start : start + step].to(dtype)
+            if onto_rows:
+                first[start : start + step] = part @ columns
+            if onto_columns:
+                second.addmm_(part.mT, rows[start : start + step])
+    return first, second
+
+
+def _multiplied(matrix: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """Return matrix·factor in float32, of a bfloat16 matrix that is not widened.
+
+    A float32 factor is the sum of three bfloat16 ones, so its product is the sum of theirs, which
+    are exact but for their float32 sums; and a thin product costs no more with three times the
+    columns, since what takes time is reading the matrix.
+    """
+    count = 1 if factor.dtype == torch.bfloat16 else 3
+    height, ranks = factor.shape
+    parts = torch.empty(height, count, ranks, dtype=torch.bfloat16, device=factor.device)
+    rest = factor
+    for at in range(count):
+        parts[:, at] = rest
+        if at + 1 < count:
+            rest = rest - parts[:, at]
+    product = torch.mm(matrix, parts.view(height, -1), out_dtype=torch.float32)
+    return product.view(-1, count, ranks).sum(1)
+
+
+@functools.cache
+def _multiplies_parts(device: torch.device) -> bool:
+    """Whether a bfloat16 product leaves this device's units in float32, tried once."""
+    if device.type != "cuda":
+        return False
+    try:
+        matrix = torch.full((8, 2048), 1.0, dtype=torch.bfloat16, device=device)
+        # 2048·(1 + 2⁻¹⁸) has more bits than a bfloat16 or a TF32.
+        factor = torch.full((2048, 8), 1 + 2**-18, device=device)
+        product = _multiplied(matrix, factor)
+        return bool((product - 2048 * (1 + 2**-18)).abs().max() <= 2048 * 2**-22)
+    except (RuntimeError, TypeError) as error:
+        logger.info("no wide product on %s, widening Δ instead: %s", device, error)
+        return False
+
+
+@contextlib.contextmanager
+def _full_precision(device: torch.device) -> Iterator[None]:
+    """Keep a float32 product from being rounded to TF32, whatever training has chosen."""
+    if device.type != "cuda":
+        yield
+        return
+    settings: Any = torch.backends.cuda.matmul
+    # Before torch 2.9 the setting has another name, and later the two must not be mixed.
+    name, exact = ("fp32_precision", "ieee")
+    if not hasattr(torch._C, "_get_fp32_precision_getter"):
+        name, exact = "allow_tf32", False  # type: ignore[assignment]
+    before = getattr(settings, name)
+    setattr(settings, name, exact)
+    try:
+        yield
+    finally:
+        setattr(settings, name, before)
