@@ -1,4 +1,5 @@
-# Two commands need no set-up: `make demo` and `make test`. The environment is .venv.
+# Two commands need no set-up: `make demo` and `make test`. The environment is .venv, in which
+# `make demo` installs what the demo needs, and the others the test stacks too.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -11,7 +12,7 @@ OLDEST_TESTS := $(addprefix tests/,alignment/test_families.py alignment/test_ali
 .PHONY: demo test test-slow test-oldest test-wheel families parity options lint bench reproduce \
 	reproduce-full format clean
 
-demo: .venv/built
+demo: .venv/demo
 	$(BIN)/drift-fast demo --out demo-output
 
 test: .venv/built
@@ -51,15 +52,15 @@ lint: .venv/built
 	$(BIN)/mypy
 	$(BIN)/python -m mypy.stubtest drift_fast._core
 
-# Writes docs/families.md anew.
+# Writes docs/families.md again.
 families: .venv/built
 	$(BIN)/python docs/make_families.py
 
-# Writes docs/parity.md anew: every way of training, against one process in float64.
+# Writes docs/parity.md again: every way of training, against one process in float64.
 parity: .venv/built
 	OMP_NUM_THREADS=1 $(BIN)/python docs/make_parity.py
 
-# Writes anew what follows from the option dataclasses: keyword types, docs/options.md, the schema.
+# Writes what follows from the option dataclasses again: keyword types, docs/options.md, the schema.
 options: .venv/built
 	$(BIN)/python docs/make_options.py
 
@@ -84,7 +85,13 @@ format: .venv/built
 clean:
 	rm -rf .venv build dist target demo-output bench-results
 
+.venv/demo: $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable '.[demo]'
+	touch $@
+
+# These are more than the demo needs, so that its stamp is as new.
 .venv/built: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
-	touch $@
+	touch .venv/demo $@

@@ -1,0 +1,105 @@
+"""The runs of the demo, a process of one thread for each of several at a time."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from drift_fast.delta.delta import Delta, compute_delta
+
+if TYPE_CHECKING:
+    from drift_fast.demo.experiment import Outcome, Protocol
+
+
+def run_jobs(
+    jobs: Sequence[tuple[str, int]],
+    *,
+    workers: int,
+    source: Path,
+    delta: Path,
+    protocol: Protocol,
+) -> list[Outcome]:
+    """Run (method, seed) jobs, each on one thread; outcomes in the jobs' order.
+
+    One worker is this process; more are processes of their own.
+    """
+    done: dict[tuple[str, int], Outcome] = {}
+    if workers == 1:
+        for method, seed in jobs:
+            done[method, seed] = _job(method, seed, source, delta, protocol)
+            _report(done[method, seed], len(done), len(jobs))
+        return [done[job] for job in jobs]
+    pool = ProcessPoolExecutor(
+        max_workers=min(workers, len(jobs)),
+        # Spawned, not forked: a process that has used torch's thread pool must not fork.
+        mp_context=multiprocessing.get_context("spawn"),
+    )
+    try:
+        waiting = {pool.submit(_job, *job, source, delta, protocol): job for job in jobs}
+        for future in as_completed(waiting):
+            done[waiting[future]] = future.result()
+            _report(future.result(), len(done), len(jobs))
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+    return [done[job] for job in jobs]
+
+
+def _report(outcome: Outcome, done: int, total: int) -> None:
+    from drift_fast.demo.experiment import METHODS
+
+    print(
+        f"[{done:2d}/{total}] seed {outcome.seed}, {METHODS[outcome.method].label}: "
+        f"answers right {outcome.answers_right:.3f}, digits read right {outcome.digits_read:.3f}",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def _job(method: str, seed: int, source: Path, delta: Path, protocol: Protocol) -> Outcome:
+    from drift_fast.demo.experiment import train_and_evaluate
+
+    with _one_thread(), _quiet_transformers():
+        return train_and_evaluate(
+            method,
+            seed,
+            checkpoint=source / "multimodal",
+            deltas={
+                "multimodal": Delta.open(delta),
+                "base": compute_delta(source / "expert", source / "base", threads=1),
+            },
+            protocol=protocol,
+        )
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Two threads of two processes each would fight over two cores; one also rounds alike."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Keep loading bars of fifteen tiny models out of the demo's output."""
+    from transformers.utils import logging as transformers_logging
+
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(logging.ERROR)
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
