@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, overload
 
 from drift_fast.names import kind_of, layer_of, module_of
+from drift_fast.tables import render
 
 if TYPE_CHECKING:
     import pandas
@@ -290,8 +291,8 @@ class Statistics(Sequence[Row]):
 
     def table(self) -> str:
         """Return the rows as aligned text, norms with four significant digits."""
-        head = ("", "tensors", "‖Δ‖", "‖W_reason‖", "‖W_multimodal‖", "‖Δ‖/‖W‖", "cosine")
-        body = [
+        norms = ("‖Δ‖", "‖W_reason‖", "‖W_multimodal‖", "‖Δ‖/‖W‖")
+        rows = [
             (
                 row.name,
                 f"{row.numel:,}",
@@ -303,16 +304,7 @@ class Statistics(Sequence[Row]):
             )
             for row in self._rows
         ]
-        rows = [(head[0], "elements", *head[2:]), *body]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-        lines = [
-            "  ".join(
-                cell.ljust(width) if column == 0 else cell.rjust(width)
-                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-            )
-            for row in rows
-        ]
-        return "\n".join(lines)
+        return render(("", "elements", *norms, "cosine"), rows, "<>>>>>>")
 
     @property
     def compression(self) -> Compression | None:

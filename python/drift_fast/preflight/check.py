@@ -23,6 +23,7 @@ from drift_fast.preflight.fact import STATED, Fact
 from drift_fast.preflight.findings import Finding, ModelSide
 from drift_fast.preflight.options import CheckOptions, parse_rate
 from drift_fast.preflight.rules import compare
+from drift_fast.tables import render
 
 if TYPE_CHECKING:
     from drift_fast._keywords import CheckKeywords
@@ -53,7 +54,7 @@ class Preflight:
         blocks = []
         for between in dict.fromkeys(finding.between for finding in self.findings):
             rows = [finding for finding in self.findings if finding.between == between]
-            blocks.append(_aligned(rows, between))
+            blocks.append(_facts(rows, between))
             meanings = [
                 f"{row.severity}: {row.subject}: {_indented(row.message)}"
                 for severity in ("breaks", "note")
@@ -156,8 +157,8 @@ def _findings(
     return [alignment, *compare(first, second, pair, refusals, attaches=attaches)]
 
 
-def _aligned(rows: Sequence[Finding], between: tuple[str, str]) -> str:
-    cells = [("", "", *between)] + [
+def _facts(rows: Sequence[Finding], between: tuple[str, str]) -> str:
+    cells = [
         (
             "" if row.severity == "same" else row.severity,
             row.subject,
@@ -165,14 +166,10 @@ def _aligned(rows: Sequence[Finding], between: tuple[str, str]) -> str:
             printable(str(row.multimodal), _VALUE_WIDTH),
         )
         for row in rows
-        # What neither model has, experts say, is in the JSON only.
+        # What neither model has, such as experts, is in the JSON only.
         if row.severity != "same" or row.reasoning.known or row.multimodal.known
     ]
-    widths = [max(len(row[column]) for row in cells) for column in range(4)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in cells
-    )
+    return render(("", "", *between), cells)
 
 
 def _indented(message: str) -> str:
