@@ -11,8 +11,7 @@ use drift_fast_core::align::pair::{Pair, Source};
 use drift_fast_core::checkpoint::Checkpoint;
 use drift_fast_core::checkpoint::Operand;
 use drift_fast_core::kernel::{self, Elements};
-use drift_fast_core::output::Storage;
-use drift_fast_core::output::format::Slot;
+use drift_fast_core::output::{OutputSpec, Slot, Storage};
 use drift_fast_core::stream::{CHUNK, Options, Outcome, Sink, run};
 use drift_fast_core::{Dtype, Error, Moments, Reader, Writer};
 
@@ -147,7 +146,14 @@ fn written(files: &Files, reader: Reader, options: &Options) -> (Outcome, Vec<Ve
         })
         .collect();
     let target = files.target();
-    let writer = Writer::create(&target, &slots, storage, 3 << 20, 0, true).unwrap();
+    let spec = OutputSpec {
+        target: &target,
+        slots: &slots,
+        max_shard_nbytes: 3 << 20,
+        description_nbytes: 0,
+        overwrite: true,
+    };
+    let writer = Writer::create(&spec, storage).unwrap();
     let outcome = stream(&pairs, Sink::Files(&writer), options).unwrap();
     writer.commit("{}").unwrap();
     let mut paths: Vec<PathBuf> =

@@ -20,15 +20,14 @@ mod _core {
     use drift_fast_core::align::{Alignment, Named, Ties, align as align_core};
     use drift_fast_core::in_memory::{Precision, Step, measure as measure_core, subtract_all};
     use drift_fast_core::merge::{Blend, Job, Method, run as run_merge};
-    use drift_fast_core::output::Storage;
-    use drift_fast_core::output::format::Slot;
+    use drift_fast_core::output::{
+        OutputSpec, RankShare, Slot, Storage, Writer, layout, places_of as output_places,
+        side_files,
+    };
     use drift_fast_core::stream::{Options, Progress, Sink, decode, run};
     use drift_fast_core::{
-        Dtype, Error, Moments, Reader, checkpoint,
-        checkpoint::Operand,
-        checkpoint::block_scales,
+        Dtype, Error, Moments, Reader, checkpoint, checkpoint::Operand, checkpoint::block_scales,
         dtype, kernel,
-        output::{side_files, writer},
     };
     use pyo3::buffer::PyBuffer;
     use pyo3::exceptions::{PyRuntimeError, PyValueError};
@@ -193,7 +192,7 @@ mod _core {
     /// A delta directory being written; it takes its name at `commit`.
     #[pyclass(frozen, module = "drift_fast._core")]
     struct DeltaWriter {
-        inner: Mutex<Option<writer::Writer>>,
+        inner: Mutex<Option<Writer>>,
     }
 
     #[pymethods]
@@ -217,25 +216,17 @@ mod _core {
         ) -> PyResult<Self> {
             let storage = parse_storage(dtype)?;
             let slots = slots(storage, tensors);
-            let part = shards.as_deref().map(|shards| writer::Part { shards, join });
-            let create = || match part {
-                None => writer::Writer::create(
-                    &target,
-                    &slots,
-                    storage,
-                    max_shard_nbytes,
-                    description_nbytes,
-                    overwrite,
-                ),
-                Some(part) => writer::Writer::create_part(
-                    &target,
-                    &slots,
-                    storage,
-                    max_shard_nbytes,
-                    description_nbytes,
-                    overwrite,
-                    part,
-                ),
+            let spec = OutputSpec {
+                target: &target,
+                slots: &slots,
+                max_shard_nbytes,
+                description_nbytes,
+                overwrite,
+            };
+            let share = shards.as_deref().map(|shards| RankShare { shards, join });
+            let create = || match share {
+                None => Writer::create(&spec, storage),
+                Some(share) => Writer::create_share(&spec, storage, share),
             };
             let inner = py.detach(create).map_err(to_py)?;
             Ok(Self { inner: Mutex::new(Some(inner)) })
@@ -279,15 +270,13 @@ mod _core {
     }
 
     impl DeltaWriter {
-        fn hold(&self) -> PyResult<MutexGuard<'_, Option<writer::Writer>>> {
+        fn hold(&self) -> PyResult<MutexGuard<'_, Option<Writer>>> {
             hold(&self.inner)
         }
     }
 
     /// Waiting here could deadlock: whoever holds the writer may be waiting for the interpreter.
-    fn hold(
-        writer: &Mutex<Option<writer::Writer>>,
-    ) -> PyResult<MutexGuard<'_, Option<writer::Writer>>> {
+    fn hold(writer: &Mutex<Option<Writer>>) -> PyResult<MutexGuard<'_, Option<Writer>>> {
         match writer.try_lock() {
             Ok(guard) => Ok(guard),
             Err(TryLockError::Poisoned(poisoned)) => Ok(poisoned.into_inner()),
@@ -310,7 +299,7 @@ mod _core {
     /// Whether a file of that name may go along when a model is merged.
     #[pyfunction]
     fn may_go_along(name: &str) -> bool {
-        side_files::may_go_along(name)
+        side_files::is_side_file(name)
     }
 
     /// The files that a delta of these tensors has: first tensor, end tensor, bytes.
@@ -322,7 +311,7 @@ mod _core {
         max_shard_nbytes: u64,
     ) -> PyResult<Vec<(usize, usize, u64)>> {
         let storage = parse_storage(dtype)?;
-        let plan = writer::shards(&slots(storage, tensors), storage, max_shard_nbytes);
+        let plan = layout::shards(&slots(storage, tensors), storage, max_shard_nbytes);
         let plan = plan.map_err(to_py)?;
         Ok(plan.into_iter().map(|s| (s.tensors.start, s.tensors.end, s.nbytes)).collect())
     }
@@ -330,7 +319,7 @@ mod _core {
     /// The absolute path of a delta and the hidden directory that it is written in.
     #[pyfunction]
     fn places_of(target: PathBuf) -> PyResult<(PathBuf, PathBuf)> {
-        writer::places_of(&target).map_err(to_py)
+        output_places(&target).map_err(to_py)
     }
 
     fn finished() -> PyErr {
@@ -603,7 +592,7 @@ mod _core {
     /// A merged model's directory being written; it takes its name at `commit`.
     #[pyclass(frozen, module = "drift_fast._core")]
     struct ModelWriter {
-        inner: Mutex<Option<writer::Writer>>,
+        inner: Mutex<Option<Writer>>,
     }
 
     #[pymethods]
@@ -642,16 +631,14 @@ mod _core {
                 })
                 .collect::<PyResult<Vec<_>>>()?
                 .concat();
-            let create = || {
-                writer::Writer::create_model(
-                    &target,
-                    &slots,
-                    max_shard_nbytes,
-                    description_nbytes,
-                    overwrite,
-                    &files,
-                )
+            let spec = OutputSpec {
+                target: &target,
+                slots: &slots,
+                max_shard_nbytes,
+                description_nbytes,
+                overwrite,
             };
+            let create = || Writer::create_model(&spec, &files);
             let inner = py.detach(create).map_err(to_py)?;
             Ok(Self { inner: Mutex::new(Some(inner)) })
         }

@@ -1,8 +1,15 @@
-//! A delta or a merged model on disk.
+//! A delta or a merged model on disk: what it consists of, and how it gets there whole.
 
 pub mod format;
+pub mod layout;
+mod naming;
 pub mod side_files;
-pub mod writer;
+mod space;
+mod staging;
+mod target;
+mod writer;
 
-pub use format::Storage;
-pub use writer::Writer;
+pub use format::{Slot, Storage};
+pub use staging::RANKS;
+pub use target::places_of;
+pub use writer::{OutputSpec, RankShare, Writer};

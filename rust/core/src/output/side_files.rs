@@ -1,4 +1,4 @@
-//! Files beside a model's weights that may go along when it is merged.
+//! Files beside a model's weights that a merge copies.
 //!
 //! Owns the list: settings, text and tokenizers, by name. A file that can run code (`.py`, a
 //! pickle) or that holds weights is never on it, whatever it is called.
@@ -32,17 +32,17 @@ pub const NAMES: [&str; 25] = [
     "configuration.json",
 ];
 
-const LICENCES: [&str; 3] = ["license", "licence", "notice"];
+const LICENSES: [&str; 3] = ["license", "licence", "notice"];
 const TEXTS: [&str; 4] = [".txt", ".md", ".rst", ".html"];
 
-/// Whether a file of that name may go along: one of [`NAMES`], or a licence as text.
-pub fn may_go_along(name: &str) -> bool {
-    NAMES.contains(&name) || is_licence(&name.to_ascii_lowercase())
+/// Whether a merge copies a file of that name: one of [`NAMES`], or a license as text.
+pub fn is_side_file(name: &str) -> bool {
+    NAMES.contains(&name) || is_license(&name.to_ascii_lowercase())
 }
 
 /// `LICENSE`, `notice.txt`, `LICENSE-MODEL.md`: no other ending, which could be that of code.
-fn is_licence(name: &str) -> bool {
-    let Some(rest) = LICENCES.iter().find_map(|word| name.strip_prefix(word)) else { return false };
+fn is_license(name: &str) -> bool {
+    let Some(rest) = LICENSES.iter().find_map(|word| name.strip_prefix(word)) else { return false };
     let rest = TEXTS.iter().find_map(|ending| rest.strip_suffix(ending)).unwrap_or(rest);
     let of_a_word = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_');
     rest.is_empty() || (rest.starts_with(['-', '_']) && rest.bytes().all(of_a_word))
@@ -53,9 +53,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn settings_and_licences_go_along_and_nothing_that_could_run() {
+    fn settings_and_licenses_are_copied_and_nothing_that_could_run() {
         for name in ["config.json", "qwen.tiktoken", "LICENSE", "licence.txt", "LICENSE-MODEL.md"] {
-            assert!(may_go_along(name), "{name}");
+            assert!(is_side_file(name), "{name}");
         }
         for name in [
             "license.py",
@@ -70,7 +70,7 @@ mod tests {
             "Config.json",
             "",
         ] {
-            assert!(!may_go_along(name), "{name}");
+            assert!(!is_side_file(name), "{name}");
         }
     }
 }

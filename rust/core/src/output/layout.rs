@@ -1,0 +1,121 @@
+//! Which tensors go into which shard, and where in it.
+
+use std::collections::HashSet;
+
+use safetensors::tensor::{Metadata, TensorInfo};
+
+use super::format::{Slot, Storage};
+use crate::error::{Error, Result};
+
+/// Of a header, by the format.
+const MAX_HEADER_NBYTES: usize = 100_000_000;
+
+/// One file of a delta: the differences in it and its size.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ShardPlan {
+    /// The differences in it, by their place in the list.
+    pub tensors: std::ops::Range<usize>,
+    /// Its size, header included.
+    pub nbytes: u64,
+}
+
+/// The files that a delta of these slots has, in order; nothing is written.
+///
+/// # Errors
+/// No slots, or slots that cannot be laid out.
+pub fn shards(slots: &[Slot], storage: Storage, max_shard_nbytes: u64) -> Result<Vec<ShardPlan>> {
+    let mut start = 0;
+    let plan = |shard: &ShardLayout<'_>| {
+        let tensors = start..start + shard.slots.len() / storage.slot(1);
+        start = tensors.end;
+        ShardPlan { tensors, nbytes: shard.nbytes() }
+    };
+    Ok(layout(slots, storage, max_shard_nbytes)?.iter().map(plan).collect())
+}
+
+/// One shard's header and the place of its tensors in the data that follows.
+pub(super) struct ShardLayout<'a> {
+    pub(super) slots: &'a [Slot],
+    pub(super) offsets: Vec<u64>,
+    pub(super) data_nbytes: u64,
+    pub(super) header: Vec<u8>,
+}
+
+impl ShardLayout<'_> {
+    pub(super) fn nbytes(&self) -> u64 {
+        self.header.len() as u64 + self.data_nbytes
+    }
+}
+
+/// The shards of an output.
+///
+/// # Errors
+/// No slots, slots of one name, or slots that cannot be laid out.
+pub(super) fn layout(
+    slots: &[Slot],
+    storage: Storage,
+    max_nbytes: u64,
+) -> Result<Vec<ShardLayout<'_>>> {
+    let mut names = HashSet::new();
+    if let Some(twice) = slots.iter().find(|slot| !names.insert(slot.name.as_str())) {
+        return Err(Error::Argument(format!(
+            "two tensors would be named {:?}, one by its own name and one as the scales of another; \
+             choose another dtype or leave one out",
+            twice.name
+        )));
+    }
+    // The slots of one Δ stay together, so that each shard can be written by another process.
+    let each = storage.slot(1);
+    let mut shards = Vec::new();
+    let (mut start, mut total) = (0, 0);
+    for (index, tensor) in slots.chunks(each).enumerate() {
+        let nbytes: u64 = tensor.iter().map(|slot| slot.nbytes() as u64).sum();
+        let at = index * each;
+        if at > start && total + nbytes > max_nbytes {
+            shards.push(shard_layout(&slots[start..at])?);
+            (start, total) = (at, 0);
+        }
+        total += nbytes;
+    }
+    if start < slots.len() {
+        shards.push(shard_layout(&slots[start..])?);
+    }
+    if shards.is_empty() {
+        return Err(Error::Argument("an output needs at least one tensor".to_owned()));
+    }
+    Ok(shards)
+}
+
+fn shard_layout(slots: &[Slot]) -> Result<ShardLayout<'_>> {
+    let mut offsets = Vec::with_capacity(slots.len());
+    let mut entries = Vec::with_capacity(slots.len());
+    let mut end = 0;
+    for slot in slots {
+        let start = end;
+        end += slot.nbytes();
+        offsets.push(start as u64);
+        let (dtype, shape) = (slot.dtype, slot.shape.clone());
+        entries.push((slot.name.clone(), TensorInfo { dtype, shape, data_offsets: (start, end) }));
+    }
+    let tensors = Metadata::new(None, entries)
+        .map_err(|error| Error::Argument(format!("cannot lay out the output: {error}")))?;
+    let failed = |error| Error::Argument(format!("cannot write the output's header: {error}"));
+    let tensors = serde_json::to_string(&tensors).map_err(failed)?;
+    // Written by hand: the order of a map of several entries would differ from run to run.
+    let mut json = r#"{"__metadata__":{"format":"pt"},"#.to_owned();
+    json += tensors.strip_prefix('{').unwrap_or(&tensors);
+    let mut json = json.into_bytes();
+    if json.len() > MAX_HEADER_NBYTES {
+        return Err(Error::Argument(format!(
+            "the header of a file of {} tensors would take {} bytes, and the format allows \
+             {MAX_HEADER_NBYTES}; pass a smaller max_shard_size",
+            slots.len(),
+            json.len()
+        )));
+    }
+    // The format pads the header with spaces so that the data starts on eight bytes.
+    json.resize(json.len().next_multiple_of(8), b' ');
+    let mut bytes = (json.len() as u64).to_le_bytes().to_vec();
+    bytes.append(&mut json);
+    Ok(ShardLayout { slots, offsets, data_nbytes: end as u64, header: bytes })
+}

@@ -1,0 +1,72 @@
+//! Space on the disk: asked for before anything is written, and given to each file at once.
+
+use std::fs::File;
+use std::io;
+use std::path::Path;
+
+use super::naming::Naming;
+use crate::error::{Error, Limit, Result};
+
+/// The bytes that files of these sizes and their directory take on the disk, if they are free.
+pub(super) fn check_space(
+    parent: &Path,
+    target: &Path,
+    naming: Naming,
+    sizes: impl Iterator<Item = u64>,
+) -> Result<u64> {
+    let (available, block) =
+        free_nbytes(parent).map_err(Error::io(parent, "ask for the free space"))?;
+    let needed = sizes
+        .chain([block])
+        .try_fold(0u64, |total, size| total.checked_add(size.checked_next_multiple_of(block)?))
+        .unwrap_or(u64::MAX);
+    if needed > available {
+        return Err(Error::NoSpace {
+            path: target.to_owned(),
+            what: naming.what,
+            needed,
+            available,
+            limit: Limit::FileSystem,
+        });
+    }
+    Ok(needed)
+}
+
+/// What is free to this user, and the unit in which it is given out.
+pub(super) fn free_nbytes(directory: &Path) -> io::Result<(u64, u64)> {
+    let statistics = rustix::fs::statvfs(directory)?;
+    let unit = statistics.f_frsize.max(1);
+    Ok((statistics.f_bavail.saturating_mul(unit), unit))
+}
+
+/// Have the system start writing a range to the disk, so that the flush at the end has little to do.
+///
+/// Linux does so for pages that it is told are not needed, and keeps those that are not clean. Of
+/// what was measured on two cores this took the least time (1.2 s for 3.1 GB, against 1.6 s without,
+/// 1.4 s by threads that only write and 2.0 s past the page cache).
+pub(super) fn start_writing(file: &File, position: u64, nbytes: usize) {
+    // Less than this is not worth a call.
+    const LEAST_NBYTES: usize = 64 << 10;
+    #[cfg(target_os = "linux")]
+    if nbytes >= LEAST_NBYTES {
+        let nbytes = std::num::NonZeroU64::new(nbytes as u64);
+        let _ = rustix::fs::fadvise(file, position, nbytes, rustix::fs::Advice::DontNeed);
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = (file, position, nbytes, LEAST_NBYTES);
+}
+
+/// Give the file its blocks now where the file system can, so that a full disk is found here.
+pub(super) fn reserve(file: &File, nbytes: u64) -> io::Result<()> {
+    #[cfg(target_os = "linux")]
+    {
+        use rustix::fs::{FallocateFlags, fallocate};
+        use rustix::io::Errno;
+        match fallocate(file, FallocateFlags::empty(), 0, nbytes) {
+            Ok(()) => return Ok(()),
+            Err(Errno::OPNOTSUPP | Errno::NOSYS) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    file.set_len(nbytes)
+}
