@@ -36,9 +36,12 @@ pub enum Error {
         /// What is wrong and what to do.
         message: String,
     },
-    /// Names or shapes of two checkpoints that cannot be paired.
+    /// Names or shapes of two checkpoints that do not match.
     #[error("{0}")]
     Alignment(String),
+    /// Tensors of two checkpoints that match in two ways which fit equally well.
+    #[error("{0}")]
+    Ambiguous(String),
     /// An output path that is taken.
     #[error("{}: {message}", path.display())]
     Exists {

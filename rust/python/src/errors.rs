@@ -26,13 +26,19 @@ create_exception!(
     drift_fast,
     AlignmentError,
     DriftError,
-    "Two models whose tensors cannot be paired, or can be in two ways."
+    "Two models whose tensors do not match, or match in two ways."
+);
+create_exception!(
+    drift_fast,
+    AmbiguousAlignmentError,
+    AlignmentError,
+    "Two models whose tensors match in two ways that fit equally well."
 );
 create_exception!(
     drift_fast,
     CoverageError,
     DriftError,
-    "Selected tensors that have no partner, so that part of the work would be left undone."
+    "Selected tensors that have no match, so part of the work would be left undone."
 );
 create_exception!(
     drift_fast,
@@ -46,6 +52,7 @@ pub(crate) fn to_py(error: Error) -> PyErr {
     match error {
         Error::NotFound { .. } => PyFileNotFoundError::new_err(message),
         Error::Checkpoint { .. } | Error::Tensor { .. } => CheckpointError::new_err(message),
+        Error::Ambiguous(_) => AmbiguousAlignmentError::new_err(message),
         Error::Alignment(_) => AlignmentError::new_err(message),
         Error::Exists { .. } => PyFileExistsError::new_err(message),
         Error::NoSpace { limit, .. } => PyOSError::new_err((limit.errno(), message)),

@@ -37,7 +37,8 @@ mod _core {
     use super::errors::to_py;
     #[pymodule_export]
     use super::errors::{
-        AlignmentError, CheckpointError, CoverageError, DriftError, NonFiniteError,
+        AlignmentError, AmbiguousAlignmentError, CheckpointError, CoverageError, DriftError,
+        NonFiniteError,
     };
 
     #[pymodule_init]
@@ -47,15 +48,15 @@ mod _core {
         module.add("debug_build", cfg!(debug_assertions))
     }
 
-    /// Reasoning name, multimodal name, and one reason for each that has no partner.
+    /// Reasoning name and multimodal name of each match, and a reason for each without one.
     #[pyclass(frozen, get_all, module = "drift_fast._core")]
     struct Aligned {
         prefixes: (String, String),
         pairs: Vec<(String, String)>,
-        unmatched_left: Vec<(String, String)>,
-        unmatched_right: Vec<(String, String)>,
+        unmatched_reasoning: Vec<(String, String)>,
+        unmatched_multimodal: Vec<(String, String)>,
         layer_conflict: String,
-        rivals: Vec<(String, String, usize)>,
+        alternatives: Vec<(String, String, usize)>,
     }
 
     /// An open checkpoint.
@@ -290,15 +291,15 @@ mod _core {
         tensors.into_iter().flat_map(|(name, shape)| storage.slots(name, shape)).collect()
     }
 
-    /// Names of files that may go along when a model is merged, licences aside.
+    /// Names of files that a merge copies, licenses aside.
     #[pyfunction]
-    fn accompanying_names() -> Vec<&'static str> {
+    fn side_file_names() -> Vec<&'static str> {
         side_files::NAMES.to_vec()
     }
 
-    /// Whether a file of that name may go along when a model is merged.
+    /// Whether a merge copies a file of that name.
     #[pyfunction]
-    fn may_go_along(name: &str) -> bool {
+    fn is_side_file(name: &str) -> bool {
         side_files::is_side_file(name)
     }
 
@@ -326,36 +327,38 @@ mod _core {
         PyRuntimeError::new_err("this output was committed or aborted already")
     }
 
-    /// Pair two lists of (name, shape).
+    /// Match two lists of (name, shape).
     #[pyfunction]
-    #[pyo3(signature = (left, right, *, prefer_equal_names = false))]
+    #[pyo3(signature = (reasoning, multimodal, *, prefer_equal_names = false))]
     fn align(
         py: Python<'_>,
-        left: Vec<(String, Vec<usize>)>,
-        right: Vec<(String, Vec<usize>)>,
+        reasoning: Vec<(String, Vec<usize>)>,
+        multimodal: Vec<(String, Vec<usize>)>,
         prefer_equal_names: bool,
     ) -> PyResult<Aligned> {
         let named = |list: Vec<(String, Vec<usize>)>| -> Vec<Named> {
             list.into_iter().map(|(name, shape)| Named { name, shape }).collect()
         };
-        let (left, right) = (named(left), named(right));
+        let (reasoning, multimodal) = (named(reasoning), named(multimodal));
         let ties = if prefer_equal_names { Ties::PreferEqualNames } else { Ties::Refuse };
-        let alignment = py.detach(|| align_core(&left, &right, ties)).map_err(to_py)?;
-        Ok(describe(alignment, &left, &right))
+        let alignment = py.detach(|| align_core(&reasoning, &multimodal, ties)).map_err(to_py)?;
+        Ok(named_alignment(alignment, &reasoning, &multimodal))
     }
 
-    fn describe(alignment: Alignment, left: &[Named], right: &[Named]) -> Aligned {
-        let reasons = |list: Vec<(usize, String)>, side: &[Named]| {
-            list.into_iter().map(|(at, reason)| (side[at].name.clone(), reason)).collect()
+    fn named_alignment(alignment: Alignment, reasoning: &[Named], multimodal: &[Named]) -> Aligned {
+        let reasons = |list: Vec<(usize, String)>, model: &[Named]| {
+            list.into_iter().map(|(at, reason)| (model[at].name.clone(), reason)).collect()
         };
-        let pair = |(a, b): (usize, usize)| (left[a].name.clone(), right[b].name.clone());
+        let names = |(source, name): (usize, usize)| {
+            (reasoning[source].name.clone(), multimodal[name].name.clone())
+        };
         Aligned {
             prefixes: alignment.prefixes,
-            pairs: alignment.pairs.into_iter().map(pair).collect(),
-            unmatched_left: reasons(alignment.unmatched_a, left),
-            unmatched_right: reasons(alignment.unmatched_b, right),
+            pairs: alignment.pairs.into_iter().map(names).collect(),
+            unmatched_reasoning: reasons(alignment.unmatched_reasoning, reasoning),
+            unmatched_multimodal: reasons(alignment.unmatched_multimodal, multimodal),
             layer_conflict: alignment.layer_conflict,
-            rivals: alignment.rivals,
+            alternatives: alignment.alternatives,
         }
     }
 

@@ -1,0 +1,84 @@
+//! What a tensor's name says: its components without wrappers, its layer, and the ways to cut it.
+
+use std::collections::HashMap;
+
+use super::Named;
+use crate::error::{Error, Result};
+
+/// Name components that wrappers insert and that say nothing about the model.
+const WRAPPERS: [&str; 5] =
+    ["module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer"];
+
+/// The tensors of one model by name.
+pub(super) struct TensorIndex<'a> {
+    pub(super) tensors: &'a [Named],
+    /// Names without wrappers.
+    pub(super) names: Vec<String>,
+    by_name: HashMap<String, usize>,
+}
+
+impl<'a> TensorIndex<'a> {
+    pub(super) fn new(tensors: &'a [Named]) -> Result<Self> {
+        let names: Vec<String> = tensors.iter().map(|tensor| unwrapped(&tensor.name)).collect();
+        let mut by_name = HashMap::with_capacity(names.len());
+        for (position, name) in names.iter().enumerate() {
+            if let Some(other) = by_name.insert(name.clone(), position) {
+                return Err(Error::Alignment(format!(
+                    "{:?} and {:?} are the same name without wrappers",
+                    tensors[other].name, tensors[position].name
+                )));
+            }
+        }
+        Ok(Self { tensors, names, by_name })
+    }
+
+    pub(super) fn shape(&self, position: usize) -> &[usize] {
+        &self.tensors[position].shape
+    }
+
+    pub(super) fn find(&self, name: &str) -> Option<usize> {
+        self.by_name.get(name).copied()
+    }
+
+    /// Positions of the parameters of numbered layers.
+    pub(super) fn layer_positions(&self) -> impl Iterator<Item = usize> + '_ {
+        (0..self.names.len()).filter(|&position| in_layer(&self.names[position]))
+    }
+}
+
+fn unwrapped(name: &str) -> String {
+    name.split('.').filter(|part| !WRAPPERS.contains(part)).collect::<Vec<_>>().join(".")
+}
+
+pub(super) fn is_number(component: &str) -> bool {
+    !component.is_empty() && component.bytes().all(|byte| byte.is_ascii_digit())
+}
+
+pub(super) fn in_layer(name: &str) -> bool {
+    name.split('.').any(is_number)
+}
+
+pub(super) fn join(prefix: &str, suffix: &str) -> String {
+    if prefix.is_empty() { suffix.to_owned() } else { format!("{prefix}.{suffix}") }
+}
+
+pub(super) fn suffix_after<'n>(name: &'n str, prefix: &str) -> Option<&'n str> {
+    if prefix.is_empty() { Some(name) } else { name.strip_prefix(prefix)?.strip_prefix('.') }
+}
+
+/// Every way to cut a name; a prefix holds no layer number, so that layers cannot shift.
+pub(super) fn cuts(name: &str) -> impl Iterator<Item = (&str, &str)> {
+    let dots: Vec<usize> = name.match_indices('.').map(|(at, _)| at).collect();
+    let last = dots.len().saturating_sub(1);
+    std::iter::once(("", name)).chain(
+        dots.into_iter()
+            .take(last)
+            .map(move |at| (&name[..at], &name[at + 1..]))
+            .take_while(|(prefix, _)| !in_layer(prefix)),
+    )
+}
+
+/// The last two components of a name.
+pub(super) fn tail(name: &str) -> Vec<&str> {
+    name.rsplitn(3, '.').take(2).collect()
+}
