@@ -2,6 +2,7 @@
 
 from drift_fast._core import (
     AlignmentError,
+    AmbiguousAlignmentError,
     CheckpointError,
     CoverageError,
     DriftError,
@@ -17,10 +18,6 @@ __all__ = [
     "DriftWarning",
     "NonFiniteError",
 ]
-
-
-class AmbiguousAlignmentError(AlignmentError):
-    """Two models whose tensors can be matched in two ways that fit equally well."""
 
 
 class DriftWarning(UserWarning):

@@ -93,10 +93,10 @@ def _align(
 def _as_stored(aligned: Aligned) -> NameAlignment:
     return NameAlignment(
         [Pair(name, source) for source, name in aligned.pairs],
-        aligned.unmatched_left,
-        aligned.unmatched_right,
+        aligned.unmatched_reasoning,
+        aligned.unmatched_multimodal,
         aligned.prefixes,
-        aligned.rivals,
+        aligned.alternatives,
         aligned.layer_conflict,
     )
 
@@ -149,9 +149,9 @@ def _match_canonical(
     )
     taken = {source for pair in pairs for source in pair.sources}
     named = {pair.name for pair in pairs}
-    reasons = _by_source(aligned.unmatched_left, sources)
+    reasons = _by_source(aligned.unmatched_reasoning, sources)
     reasons |= incomplete_experts(reasoning.shapes)
-    reasons_of_multimodal = _by_source(aligned.unmatched_right, targets) | partial
+    reasons_of_multimodal = _by_source(aligned.unmatched_multimodal, targets) | partial
     reasons_of_multimodal |= incomplete_experts(multimodal.shapes)
     missing = "only a part of its match is there"
     return NameAlignment(
@@ -159,7 +159,7 @@ def _match_canonical(
         [(n, reasons.get(n, missing)) for n in reasoning.shapes if n not in taken],
         [(n, reasons_of_multimodal.get(n, missing)) for n in multimodal.shapes if n not in named],
         common_prefixes((pair.sources[0], pair.name) for pair in pairs) or aligned.prefixes,
-        aligned.rivals,
+        aligned.alternatives,
         aligned.layer_conflict,
         method,
     )

@@ -63,7 +63,7 @@ def carried_over(multimodal: Opened) -> Carried:
     """
     directory, remote = multimodal.directory, multimodal.source.remote
     if remote is not None:
-        for name in _core.accompanying_names():
+        for name in _core.side_file_names():
             remote.optional_file(name)
     weights = {Path(shard).name for *_, shard in multimodal.checkpoint.tensors()} | {_INDEX}
     files: dict[str, tuple[Path, int]] = {}
@@ -72,7 +72,7 @@ def carried_over(multimodal: Opened) -> Carried:
         name = path.name
         if name in weights or name.startswith("."):
             continue
-        if _core.may_go_along(name) and path.is_file() and _is_within(path, directory):
+        if _core.is_side_file(name) and path.is_file() and _is_within(path, directory):
             nbytes = path.stat().st_size
             if nbytes > _LIMIT_NBYTES:
                 raise CheckpointError(
@@ -82,7 +82,7 @@ def carried_over(multimodal: Opened) -> Carried:
             files[name] = (path, nbytes)
         elif not name.endswith(".ranges.json"):
             left_behind.append(f"{name}/" if path.is_dir() else name)
-            if _core.may_go_along(name) and path.is_symlink():
+            if _core.is_side_file(name) and path.is_symlink():
                 outside.append(name)
     if "config.json" not in files:
         linked = " but a link to elsewhere" if "config.json" in outside else ""
