@@ -647,7 +647,7 @@ def test_a_second_attachment_is_refused(model: Backbone, delta: drift_fast.Delta
         ({"progress": {"attention": 0.5}}, "unknown module preset"),
         ({"schedule": "window(3, 7)"}, "never negative and not always zero"),
         ({"schedule": "linear(-2.0)"}, "never negative and not always zero"),
-        ({"schedule": "sine"}, "is no schedule"),
+        ({"schedule": "sine"}, "is not a schedule"),
         ({"seed": -1}, "seed must be"),
         ({"residency": "moon"}, "residency must be"),
         ({"min_coverage": 2.0}, "min_coverage"),

@@ -4,6 +4,8 @@ A schedule has no state, so a run resumes with the number of its step alone. Ste
 where a bound is a step or a share of the run, an int is steps and a float is a share, so that
 `window(0, 1)` is one step and `window(0, 1.0)` all of them. `str(schedule)` is text that
 `parse_schedule` reads.
+
+`constant`, `linear`, `cosine`, `warmup` and `window` make schedules; the classes have their names.
 """
 
 from __future__ import annotations
@@ -35,6 +37,10 @@ class Schedule(ABC):
     def __mul__(self, other: ScheduleLike) -> Schedule:
         return Product((self, parse_schedule(other)))
 
+    def __str__(self) -> str:
+        given = ", ".join(repr(value) for value in vars(self).values() if value is not None)
+        return f"{type(self).__name__.lower()}({given})"
+
 
 ScheduleLike: TypeAlias = str | Schedule | Callable[[int, int | None], float] | None
 
@@ -43,7 +49,7 @@ ScheduleLike: TypeAlias = str | Schedule | Callable[[int, int | None], float] | 
 class Constant(Schedule):
     """The same factor throughout."""
 
-    value: float
+    value: float = 1.0
 
     def __post_init__(self) -> None:
         _finite(self.value, "the factor of a constant schedule")
@@ -51,15 +57,12 @@ class Constant(Schedule):
     def __call__(self, step: int, total: int | None) -> float:
         return float(self.value)
 
-    def __str__(self) -> str:
-        return f"constant({self.value!r})"
-
 
 @dataclass(frozen=True)
 class Linear(Schedule):
-    """From 1 to `end` in a straight line."""
+    """Fall from 1 at step 0 to `end` after the last step, in a straight line."""
 
-    end: float
+    end: float = 0.0
 
     def __post_init__(self) -> None:
         _finite(self.end, "the end of a linear schedule")
@@ -67,15 +70,12 @@ class Linear(Schedule):
     def __call__(self, step: int, total: int | None) -> float:
         return self.end + (1.0 - self.end) * (1.0 - _share(self, step, total))
 
-    def __str__(self) -> str:
-        return f"linear({self.end!r})"
-
 
 @dataclass(frozen=True)
 class Cosine(Schedule):
-    """From 1 to `end` along half a cosine."""
+    """Fall from 1 at step 0 to `end` after the last step, along half a cosine."""
 
-    end: float
+    end: float = 0.0
 
     def __post_init__(self) -> None:
         _finite(self.end, "the end of a cosine schedule")
@@ -84,13 +84,13 @@ class Cosine(Schedule):
         fall = (1.0 + math.cos(math.pi * _share(self, step, total))) / 2.0
         return self.end + (1.0 - self.end) * fall
 
-    def __str__(self) -> str:
-        return f"cosine({self.end!r})"
-
 
 @dataclass(frozen=True)
 class Warmup(Schedule):
-    """Rising to 1, which the last of the given steps reaches, and 1 from there on."""
+    """Rise to 1 over the first steps (an int) or share of the run (a float).
+
+    The first of n steps has 1/n and the n-th 1, so that no step is without effect.
+    """
 
     length: Bound
 
@@ -101,16 +101,17 @@ class Warmup(Schedule):
         steps = _steps(self, self.length, total)
         return 1.0 if step >= steps else (step + 1) / steps
 
-    def __str__(self) -> str:
-        return f"warmup({self.length!r})"
-
 
 @dataclass(frozen=True)
 class Window(Schedule):
-    """1 from `start` until before `stop`, 0 outside."""
+    """Inject only from `start` until before `stop`: steps (ints) or shares of the run (floats).
+
+    `window(0, 0.3)` is the first 30 % of the run, `window(100)` all but the first 100 steps. A
+    share is rounded up to whole steps, so two windows that share a bound also meet.
+    """
 
     start: Bound
-    stop: Bound | None
+    stop: Bound | None = None
 
     def __post_init__(self) -> None:
         _check_bound(self.start, "the start of a window")
@@ -118,7 +119,7 @@ class Window(Schedule):
             return
         _check_bound(self.stop, "the stop of a window")
         if type(self.start) is type(self.stop) and self.stop <= self.start:
-            raise ValueError(f"{self} holds no step: its stop must lie after its start")
+            raise ValueError(f"{self} holds no step: its stop must come after its start")
 
     def __call__(self, step: int, total: int | None) -> float:
         start = _steps(self, self.start, total)
@@ -131,11 +132,6 @@ class Window(Schedule):
                 f"step {stop}; move its bounds apart"
             )
         return float(start <= step < stop)
-
-    def __str__(self) -> str:
-        if self.stop is None:
-            return f"window({self.start!r})"
-        return f"window({self.start!r}, {self.stop!r})"
 
 
 @dataclass(frozen=True)
@@ -167,36 +163,7 @@ class Custom(Schedule):
         return f"<{named.__module__}.{named.__qualname__}>"
 
 
-def constant(value: float = 1.0) -> Schedule:
-    """Multiply α by the same number throughout."""
-    return Constant(value)
-
-
-def linear(end: float = 0.0) -> Schedule:
-    """Fall from 1 at step 0 to `end` after the last step, in a straight line."""
-    return Linear(end)
-
-
-def cosine(end: float = 0.0) -> Schedule:
-    """Fall from 1 at step 0 to `end` after the last step, along half a cosine."""
-    return Cosine(end)
-
-
-def warmup(length: Bound) -> Schedule:
-    """Rise to 1 over the first steps (an int) or share of the run (a float).
-
-    The first of n steps has 1/n and the n-th 1, so that no step is without effect.
-    """
-    return Warmup(length)
-
-
-def window(start: Bound, stop: Bound | None = None) -> Schedule:
-    """Inject only from `start` until before `stop`: steps (ints) or shares of the run (floats).
-
-    `window(0, 0.3)` is the first 30 % of the run, `window(100)` all but the first 100 steps. A
-    share is rounded up to whole steps, so two windows that share a bound also meet.
-    """
-    return Window(start, stop)
+constant, linear, cosine, warmup, window = Constant, Linear, Cosine, Warmup, Window
 
 
 def parse_schedule(schedule: ScheduleLike) -> Schedule:
@@ -206,7 +173,7 @@ def parse_schedule(schedule: ScheduleLike) -> Schedule:
     "warmup(0.05) * window(0, 0.3)". A function is asked for the same step more than once.
 
     Raises:
-        ValueError: text that names no schedule, or an argument without meaning.
+        ValueError: text that does not name a schedule, or an argument without meaning.
         TypeError: none of these.
     """
     if schedule is None:
@@ -225,11 +192,7 @@ def parse_schedule(schedule: ScheduleLike) -> Schedule:
 
 
 _NAMED: dict[str, Callable[..., Schedule]] = {
-    "constant": constant,
-    "linear": linear,
-    "cosine": cosine,
-    "warmup": warmup,
-    "window": window,
+    kind.__name__.lower(): kind for kind in (Constant, Linear, Cosine, Warmup, Window)
 }
 
 
@@ -237,7 +200,7 @@ def _parse_factor(part: str, text: str) -> Schedule:
     found = re.fullmatch(r"\s*(\w+)\s*(?:\(([^()]*)\))?\s*", part)
     if found is None or found[1] not in _NAMED:
         raise ValueError(
-            f"{text!r} is no schedule: expected one of {', '.join(_NAMED)}, with numbers in "
+            f"{text!r} is not a schedule: expected one of {', '.join(_NAMED)}, with numbers in "
             "parentheses if any, or several joined by *; for example 'warmup(0.05) * cosine'"
         )
     given = (found[2] or "").strip()
