@@ -147,7 +147,10 @@ def convert(value: object, kind: type[T], key: str = "") -> T:
         return msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
         problem, _, where = str(error).partition(" - at ")
-        name = printable(f"{key}{where.strip('`').removeprefix('$')}".lstrip("."), 120)
+        # msgspec writes `key` in `$.place` of a key that is not of its type.
+        _, inside, place = where.rpartition(" in ")
+        path = f"{key}{(place if inside else where).strip('`').removeprefix('$')}".lstrip(".")
+        name = printable(f"a key of {path}" if inside else path, 120)
         found = "" if where else shown(value)
         raise ValueError(f"{name or 'the document'} {_in_words(problem, found)}") from error
 

@@ -135,10 +135,12 @@ def test_a_start_along_delta_that_is_no_number_is_refused(tmp_path: Path, damage
     injection = drift_fast.Injection(model, delta_towards(tmp_path, model))
     state = injection.state_dict()
     name = injection.targets[0]
-    with pytest.raises(drift_fast.DriftError, match="no finite number"):
+    with pytest.raises(drift_fast.DriftError, match="an injection's state is damaged: origin"):
         injection.load_state_dict({**state, "origin": {**state["origin"], name: damage}})
+    with pytest.raises(drift_fast.DriftError, match="a key of origin must be a string"):
+        injection.load_state_dict({**state, "origin": {**state["origin"], 1: 0.0}})
     with pytest.raises(drift_fast.DriftError, match="differ in 2 targets"):
-        injection.load_state_dict({**state, "origin": {**state["origin"], 1: 0.0, "other": 0.0}})
+        injection.load_state_dict({**state, "origin": {**state["origin"], "a": 0.0, "b": 0.0}})
     assert injection.state_dict() == state
 
 

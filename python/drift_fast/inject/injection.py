@@ -28,7 +28,12 @@ from drift_fast.inject.refusals import (
     check_sharding,
     check_trained,
 )
-from drift_fast.inject.saved_state import INJECTION_VERSION, stored_origin
+from drift_fast.inject.saved_state import (
+    InjectionState,
+    check_targets,
+    check_version,
+    read_state,
+)
 from drift_fast.inject.scope import Scope
 from drift_fast.inject.shards.find import process_groups_of
 from drift_fast.inject.shards.reduction import Reduction
@@ -48,6 +53,8 @@ if TYPE_CHECKING:
     from drift_fast._keywords import InjectionKeywords
 
 logger = logging.getLogger(__name__)
+
+_STATE_VERSION = 1
 
 
 @takes(InjectionConfig)
@@ -289,7 +296,7 @@ class Injection(Attachment):
             for target, value in zip(group.targets, group.origin, strict=True)
         }
         return {
-            "version": INJECTION_VERSION,
+            "version": _STATE_VERSION,
             "control": self._control.state_dict(),
             "origin": origin,
         }
@@ -301,11 +308,13 @@ class Injection(Attachment):
             DriftError: not such a state, or one of other targets; nothing is changed.
         """
         self._require_attached()
-        origin = stored_origin(state, [target.name for target in self._targets])
-        self._control.load_state_dict(state["control"])
+        saved = read_state(state, InjectionState, "an injection")
+        check_version("an injection", saved.version, _STATE_VERSION)
+        check_targets("injection", saved.origin, [target.name for target in self._targets])
+        self._control.load_state_dict(saved.control)
         self._scope.restate()
         for group in self._groups:
-            group.origin = [origin[target.name] for target in group.targets]
+            group.origin = [saved.origin[target.name] for target in group.targets]
 
     def remove(self) -> None:
         """Detach from the model and free Δ; gradients are left as they are. May be called twice."""

@@ -10,7 +10,14 @@ from collections.abc import Mapping, Set
 from typing import Any
 
 from drift_fast.errors import DriftError
-from drift_fast.inject.saved_state import Saved, shown
+from drift_fast.inject.saved_state import (
+    MotionState,
+    check_targets,
+    check_version,
+    damaged,
+    read_state,
+    shown,
+)
 from drift_fast.inject.schedule import ScheduleLike, parse_schedule
 from drift_fast.inject.strength.per_module import PerModule, plain
 
@@ -66,27 +73,12 @@ class MotionSchedule:
         Raises:
             DriftError: not such a state, or one of another plan or other targets.
         """
-        if not isinstance(state, Mapping):
-            raise DriftError(
-                f"expected a motion's state as a dictionary, got {type(state).__name__}; pass what "
-                "state_dict() returned"
-            )
-        stored = _SavedMotion(state)
-        if stored.integer("version") != _STATE_VERSION:
-            raise stored.refuse("version", str(_STATE_VERSION), state["version"])
-        origin = stored.mapping("origin")
-        odd = sorted(map(str, origin.keys() ^ names))
-        if odd:
-            raise DriftError(
-                f"the saved motion and this one differ in {len(odd)} targets, {odd[0]} first; "
-                "attach the same delta with the same modules=… and layers=… as the run that is "
-                "resumed"
-            )
-        values = _SavedMotion({"origin": list(origin.values())}).numbers("origin", len(origin))
-        taken = stored.integer("taken")
-        if taken > self.steps:
-            raise stored.refuse("taken", f"at most {self.steps}", taken)
-        plan, described = stored.mapping("plan"), self._described()
+        saved = read_state(state, MotionState, "a motion")
+        check_version("a motion", saved.version, _STATE_VERSION)
+        check_targets("motion", saved.origin, names)
+        if saved.taken > self.steps:
+            raise damaged("a motion", f"taken must be at most {self.steps}, found {saved.taken}")
+        plan, described = saved.plan, self._described()
         changed = [key for key in described if plan.get(key) != described[key]]
         if changed:
             key = changed[0]
@@ -96,12 +88,12 @@ class MotionSchedule:
                 "the saved run had, or start a motion of what is left without a saved state"
             )
         # A schedule that is a function is known by its name only.
-        if stored.numbers("share", 1) != [self.share(taken)]:
+        if saved.share != [self.share(saved.taken)]:
             raise DriftError(
-                f"the saved motion had made another share of its way after {taken} steps than this "
-                "one would have: attach with the schedule that the saved run had"
+                f"the saved motion had made another share of its way after {saved.taken} steps "
+                "than this one would have: attach with the schedule that the saved run had"
             )
-        return taken, dict(zip(origin, values, strict=True))
+        return saved.taken, saved.origin
 
     def _described(self) -> dict[str, Any]:
         return {
@@ -110,13 +102,3 @@ class MotionSchedule:
             "schedule": self._schedule,
             "seed": self._seed,
         }
-
-
-class _SavedMotion(Saved):
-    """The fields of a motion's state."""
-
-    def refuse(self, key: str, expected: str, found: Any) -> DriftError:
-        return DriftError(
-            f"a motion's state is damaged: {key} must be {expected}, got {shown(found)}; resume "
-            "from another checkpoint, or start without it"
-        )

@@ -15,9 +15,16 @@ import torch
 
 from drift_fast.errors import DriftError, DriftWarning
 from drift_fast.inject.config import CapBy, StrengthOptions
-from drift_fast.inject.saved_state import Saved, first_difference, shown
+from drift_fast.inject.saved_state import (
+    ControlState,
+    check_version,
+    damaged,
+    first_difference,
+    read_state,
+    shown,
+)
 from drift_fast.inject.schedule import parse_schedule
-from drift_fast.inject.strength.controllers import Aim, AimState, Cap, Sets
+from drift_fast.inject.strength.controllers import Aim, Cap, Sets
 from drift_fast.inject.strength.formula import check_alpha
 from drift_fast.inject.strength.per_module import (
     PerModule,
@@ -200,15 +207,6 @@ class Control:
 
         λ is kept as it was measured: the resumed run must measure it from the same weights θ_0.
         """
-        aim = None
-        if self._aim is not None:
-            state = self._aim.state
-            aim = {
-                "gain": state.gain.tolist(),
-                "drive": state.drive.tolist(),
-                "steps": state.steps,
-                "learned": state.learned,
-            }
         return {
             "version": _STATE_VERSION,
             "step": self._step,
@@ -217,7 +215,7 @@ class Control:
             "progress": None if self._previous is None else self._previous.tolist(),
             "progress_step": self._previous_step,
             "stopped": None if self._cap is None else self._cap.stopped.tolist(),
-            "aim": aim,
+            "aim": None if self._aim is None else self._aim.saved(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -229,31 +227,35 @@ class Control:
         Raises:
             DriftError: not such a state, or one of other targets.
         """
-        stored = Saved(state)
-        if stored.integer("version") != _STATE_VERSION:
+        saved = read_state(state, ControlState, "a control")
+        check_version("a control", saved.version, _STATE_VERSION)
+        if saved.names != self._names:
             raise DriftError(
-                f"a control's state has version {state['version']!r}, expected {_STATE_VERSION}; "
-                "resume with the version of drift_fast that saved it, or start without it"
+                f"the saved control is of {len(saved.names)} targets, this one of "
+                f"{len(self._names)}, and they differ{first_difference(saved.names, self._names)}; "
+                "attach the same delta with the same modules=… and layers=… as the run that is "
+                "resumed"
             )
-        names = stored.strings("names")
-        if names != self._names:
-            raise DriftError(
-                f"the saved control is of {len(names)} targets, this one of {len(self._names)}, "
-                f"and they differ{first_difference(names, self._names)}; attach the same delta "
-                "with the same modules=… and layers=… as the run that is resumed"
+        if saved.progress_step > saved.step:
+            raise damaged(
+                "a control",
+                f"progress_step must be a step up to {saved.step}, found {saved.progress_step}",
             )
-        step, previous_step = stored.integer("step"), stored.integer("progress_step")
-        if previous_step > step:
-            raise stored.refuse("progress_step", f"a step up to {step}", previous_step)
-        previous = stored.numbers("progress", len(names)) if stored.has("progress") else None
-        stopped = stored.flags("stopped", len(names))
-        aim = self._stored_aim(stored)
-        settings = stored.mapping("settings")
-        self._warn_of_change(settings)
-        self._step, self._previous_step = step, previous_step
-        self._previous = None if previous is None else torch.tensor(previous, dtype=torch.float64)
-        if self._cap is not None and stopped is not None:
-            self._cap.stopped = torch.tensor(stopped, dtype=torch.bool)
+        for key, values in (("progress", saved.progress), ("stopped", saved.stopped)):
+            if values is not None and len(values) != len(self._names):
+                raise damaged(
+                    "a control", f"{key} must have {len(self._names)} values, found {len(values)}"
+                )
+        aim = None
+        if self._aim is not None and saved.aim is not None:
+            aim = self._aim.read_state(saved.aim)
+        self._warn_of_change(saved.settings)
+        self._step, self._previous_step = saved.step, saved.progress_step
+        self._previous = (
+            None if saved.progress is None else torch.tensor(saved.progress, dtype=torch.float64)
+        )
+        if self._cap is not None and saved.stopped is not None:
+            self._cap.stopped = torch.tensor(saved.stopped, dtype=torch.bool)
         if self._aim is not None and aim is not None:
             self._aim.state = aim
         # All of it is moved to the device by the next call.
@@ -369,24 +371,6 @@ class Control:
                 DriftWarning,
                 stacklevel=3,
             )
-
-    def _stored_aim(self, stored: Saved) -> AimState | None:
-        aim = stored.child("aim")
-        if self._aim is None or aim is None:
-            return None
-        count = self._aim.count
-        gain = aim.numbers("gain", count)
-        drive = aim.numbers("drive", count)
-        if min(gain) <= 0:
-            raise aim.refuse("gain", "positive numbers", gain)
-        if min(drive) < 0:
-            raise aim.refuse("drive", "numbers that are not negative", drive)
-        return AimState(
-            torch.tensor(gain, dtype=torch.float64),
-            torch.tensor(drive, dtype=torch.float64),
-            steps=aim.integer("steps"),
-            learned=aim.integer("learned"),
-        )
 
 
 def limit(

@@ -9,8 +9,11 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
+
+from drift_fast.inject.saved_state import SavedAim, damaged
 
 # An aim multiplies α by something between these: it never turns round, and does not drown the
 # task's gradient where the target is out of reach.
@@ -124,11 +127,6 @@ class Aim:
         self._floor = self._first / 100
         self.state = self._fresh()
 
-    @property
-    def count(self) -> int:
-        """Number of sets."""
-        return len(self._targets)
-
     def place(self, device: torch.device, dtype: torch.dtype) -> None:
         """Move constants and state to a device."""
         self._sets.place(device, dtype)
@@ -141,6 +139,32 @@ class Aim:
     def restart(self) -> None:
         """Forget what was learned."""
         self.state = self._fresh()
+
+    def saved(self) -> dict[str, Any]:
+        """Return what was learned, for JSON; waits for the device."""
+        return {
+            "gain": self.state.gain.tolist(),
+            "drive": self.state.drive.tolist(),
+            "steps": self.state.steps,
+            "learned": self.state.learned,
+        }
+
+    def read_state(self, saved: SavedAim) -> AimState:
+        """Return what was learned from a state that `saved` returned.
+
+        Raises:
+            DriftError: a state of another number of sets, or numbers out of range.
+        """
+        for key, values in (("gain", saved.gain), ("drive", saved.drive)):
+            if len(values) != len(self._targets):
+                problem = f"have {len(self._targets)} values, found {len(values)}"
+            elif min(values) < 0 or (key == "gain" and min(values) == 0):
+                problem = f"be {'positive' if key == 'gain' else 'at least 0'}, found {min(values)}"
+            else:
+                continue
+            raise damaged("a control", f"aim.{key} must {problem}")
+        gain, drive = (torch.tensor(one, dtype=torch.float64) for one in (saved.gain, saved.drive))
+        return AimState(gain, drive, saved.steps, saved.learned)
 
     def _fresh(self) -> AimState:
         return AimState(self._first, torch.zeros_like(self._first))
