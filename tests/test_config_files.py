@@ -7,10 +7,10 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from tests.support.synthetic import refused
 
 from drift_fast.config_files import JsonFile, convert
 from drift_fast.errors import AlignmentError, CheckpointError, DriftError
+from support.synthetic import refused
 
 
 class Item(msgspec.Struct):
