@@ -1,6 +1,6 @@
 """Which tensors a user selects: `modules=` and `layers=`, parsed once and asked about names.
 
-Presets never select a vision or audio tower or a projector, whatever its tensors are called; a
+Presets never select a vision or audio tower or a projector, whatever the names of its tensors; a
 pattern given as `re:…` selects what it matches.
 """
 
@@ -31,12 +31,12 @@ class Selection:
 
     @classmethod
     def parse(cls, modules: Modules, layers: Layers) -> Selection:
-        """Check and normalise what a user gives.
+        """Check and normalize what a user gives.
 
         `modules` is one or several of the presets `attn`, `mlp`, `norm`, `embed`, `head`, `all`, or
-        `re:` and a regular expression searched in the name. `layers` is a number, a range or other
-        iterable of numbers, or text such as "0-3,8"; None is all, and tensors outside the layers
-        (embeddings, head) are then included where their module is.
+        `re:` followed by a regular expression that is searched in the name. `layers` is a number, a
+        range or other iterable of numbers, or text such as "0-3,8". None is all layers, and then
+        also tensors outside the layers (embeddings, head) if their module is selected.
 
         Raises:
             ValueError: an unknown preset, a pattern that does not compile, an empty or malformed
@@ -65,13 +65,13 @@ class Selection:
         return cls(names, _parse_layers(layers))
 
     def check_layers(self, names: Iterable[str]) -> None:
-        """Refuse layers that none of `names` lies in.
+        """Refuse selected layers that none of `names` is in.
 
         Raises:
-            ValueError: a selected layer that is not there, with those that are.
+            ValueError: a selected layer does not exist; the message says which do.
         """
         present = {layer for name in names if (layer := layer_of(name)) is not None}
-        # A range may be far longer than any model is deep, so it is not spelled out.
+        # A range may be far longer than any model is deep, so it is not expanded.
         absent = [
             layer
             for layers in self.layers or ()

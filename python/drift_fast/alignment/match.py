@@ -2,7 +2,7 @@
 
 Names are aligned as they are first. Where parameters of the layers are left over, both sides are
 brought to one form and aligned again: by transformers' own conversions where they can be followed,
-otherwise by names and shapes. This way split and fused weights, transposed or not, find each other.
+and by names and shapes where not. This way split and fused weights, transposed or not, are matched.
 No weight is read here.
 """
 
@@ -104,7 +104,7 @@ def _as_stored(aligned: Aligned) -> NameAlignment:
 def _refuse_unoriented(
     found: NameAlignment, reasoning: TensorIndex, multimodal: TensorIndex
 ) -> None:
-    """Refuse a pair of square fused experts of which nothing shows whether one is transposed."""
+    """Refuse square fused experts if nothing shows whether one of them is transposed."""
     for pair in found.pairs:
         sides = [(name, reasoning.shapes) for name in pair.sources]
         for name, shapes in [*sides, (pair.name, multimodal.shapes)]:

@@ -26,7 +26,7 @@ class SelectionOptions(Options):
     layers: Layers = option(None, "layer numbers, such as 0-3,8; all by default", metavar="LAYERS")
     mapping: MappingLike | None = option(
         None,
-        "which tensor belongs to which, where names do not tell: a map file that `drift-fast align "
+        "which tensors match if names do not show it: a map file that `drift-fast align "
         "--out` wrote, or prefix pairs such as model:model.llm",
         parse=parse_mapping,
         metavar="MAP",

@@ -1,4 +1,4 @@
-"""Why two checkpoints do not make a pair: every refusal, in the order in which they are told.
+"""Why two checkpoints do not make a pair: every refusal, in the order in which they are raised.
 
 A rule is a function of a pair that returns a refusal or None, and one entry of `RULES`. `check`
 shows refusals as findings and `align` as its problem; all other verbs raise the first.
@@ -35,7 +35,7 @@ Reason = Literal[
 class Refusal:
     """One reason why a pair is refused, and the error to raise for it.
 
-    With `strict_only`, `strict=False` goes on without what is refused.
+    With `strict_only`, `strict=False` continues without what is refused.
     """
 
     reason: Reason
@@ -132,7 +132,7 @@ def _unmatched(pair: ModelPair) -> Refusal | None:
         f"{len(missing)} tensors of {pair.selection} have no match "
         f"({pair.coverage.fraction:.1%} of the selected parameters are covered), between "
         f"{' and '.join(pair.paths)}:{listed(missing)}\nSelect other modules or layers, or pass "
-        "strict=False to go on without them"
+        "strict=False to continue without them"
     )
     return Refusal("unmatched tensors", error, strict_only=bool(pair.pairs))
 

@@ -107,7 +107,7 @@ def compare_weights(
 
 
 def warn_if_unrelated(similarity: Similarity | None, first: object, second: object) -> None:
-    """Warn of weights that have nothing in common, so that their difference is no direction."""
+    """Warn of weights that have nothing in common, whose difference has no meaning."""
     if similarity is None or similarity.compared < _ENOUGH or similarity.matched >= _UNLIKE:
         return
     warnings.warn(

@@ -1,10 +1,9 @@
 """Ask transformers how the tensors on disk become the parameters in memory.
 
-transformers 5 converts while it loads: it renames, stacks experts, joins, splits and transposes by
-tables of its own. Owns calling that machinery on layouts in place of tensors, so that each
-parameter is known as blocks of stored tensors and nothing is loaded. What cannot be followed, an
-operation that mixes elements say, gives no answer rather than a guess; `fused` then goes by names
-and shapes.
+transformers 5 converts while it loads: it renames, fuses, splits and transposes by tables of its
+own. Owns calling that machinery on layouts in place of tensors, so that each parameter is known as
+blocks of stored tensors and nothing is loaded. What cannot be followed, such as an operation that
+mixes elements, gives no answer in place of a guess; `fused` then uses names and shapes.
 """
 
 from __future__ import annotations
@@ -73,7 +72,7 @@ class _Traced(Layout):
         return tuple(parts)
 
     def contiguous(self) -> Layout:
-        """Return the layout: it says where elements are, not how memory is ordered."""
+        """Return the layout itself: it says where elements are, not how memory is ordered."""
         return self
 
     def squeeze(self, dim: int) -> Layout:
@@ -88,22 +87,22 @@ class _Traced(Layout):
 def convert(model: nn.Module, tensors: Mapping[str, Shape]) -> dict[str, Layout] | None:
     """Return each of the model's parameters as blocks of the tensors of its checkpoint.
 
-    Names are those of the model without any wrapper. None where transformers has no such machinery
+    Names are those of the model without wrappers. None if transformers has no such machinery
     (before 5.0), the model is not one of its own, or a conversion cannot be followed. Stored
-    tensors that become no parameter keep their names.
+    tensors that do not become a parameter keep their names.
     """
     if "transformers" not in sys.modules:
         # A model of transformers would have brought it along.
         return None
     from transformers import PreTrainedModel
 
-    # Of several models side by side, the largest; the whole of one comes before its parts.
+    # The largest of several models side by side; a whole model comes before its parts.
     inner = max(
         (one for one in model.modules() if isinstance(one, PreTrainedModel)),
         key=lambda one: sum(parameter.numel() for parameter in one.parameters()),
         default=None,
     )
-    # Wrappers and sharding change a model's class and names, so a bare twin of it is asked.
+    # Wrappers and sharding change a model's class and names, so an unwrapped copy is asked.
     kind = next(
         (c for c in type(inner).__mro__ if c.__module__.startswith("transformers.models.")), None
     )
@@ -116,8 +115,8 @@ def convert_checkpoint(directory: Path, tensors: Mapping[str, Shape]) -> dict[st
     """Return what `convert` does, for a checkpoint on disk and the model that its config names.
 
     The model is built from `config.json` without memory for weights. A config is untrusted: what
-    would lead to code, kernels or other models is left out of it, and one that states more modules
-    than the checkpoint has tensors is not built.
+    would lead to code, kernels or other models is removed, and a model with more modules than the
+    checkpoint has tensors is not built.
 
     Raises:
         CheckpointError: a config.json that is not a JSON object.
@@ -158,7 +157,7 @@ _COUNT = re.compile(r"layer|depth|expert|block|stage|head")
 
 
 def _own(entries: Any) -> Any:
-    """Return a config's entries without those that lead out of transformers."""
+    """Return a config's entries without those that lead outside of transformers."""
     if isinstance(entries, dict):
         return {key: _own(value) for key, value in entries.items() if not _FOREIGN.fullmatch(key)}
     if isinstance(entries, list):
@@ -167,7 +166,7 @@ def _own(entries: Any) -> Any:
 
 
 def _excess(entries: object, most: int) -> str:
-    """Return which count of modules is more than the checkpoint can hold, or nothing."""
+    """Return which count of modules is larger than the checkpoint can hold, or nothing."""
     pending = [("", entries)]
     while pending:
         key, value = pending.pop()
@@ -181,7 +180,7 @@ def _excess(entries: object, most: int) -> str:
 
 
 def _attempt(follow: Callable[[], dict[str, Layout] | None]) -> dict[str, Layout] | None:
-    """Take no answer for an answer: the machinery is private and a config is untrusted."""
+    """Return None on any error: the machinery is private and a config is untrusted."""
     try:
         return follow()
     except ImportError as error:
@@ -199,7 +198,7 @@ def _without_memory(kind: type, config: Any) -> Any:
 
 
 def _trace(model: Any, tensors: Mapping[str, Shape]) -> dict[str, Layout] | None:
-    """Follow the loading of a state dict, in the order that transformers goes."""
+    """Follow the loading of a state dict, in the order of transformers."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (
         WeightConverter,
@@ -243,10 +242,10 @@ def _trace(model: Any, tensors: Mapping[str, Shape]) -> dict[str, Layout] | None
 
 
 def _oriented_alike(layouts: Mapping[str, Layout], tensors: Mapping[str, Shape]) -> bool:
-    """Whether experts are turned as their shapes tell.
+    """Whether experts are transposed as their shapes show.
 
-    Transformers decides by the shape of one weight whether it is stored transposed, which a square
-    one does not show; together with its partner it does.
+    Transformers decides by the shape of one weight whether it is stored transposed. A square one
+    does not show that; together with the other weight of its experts it does.
     """
     stored = {name: Layout.stored(name, shape) for name, shape in tensors.items()}
     expected = {

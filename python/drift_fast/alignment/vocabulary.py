@@ -1,4 +1,4 @@
-"""Which rows of two embeddings or heads stand for the same token.
+"""Which rows of two embeddings or heads mean the same token.
 
 A row is matched only where both sides are known to mean the same token: by its string in one
 spelling, or by its index because the caller says so. No weight is read.

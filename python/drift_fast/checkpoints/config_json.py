@@ -27,7 +27,7 @@ _SECTIONS = (
 _MAX_INTEGER = 2**53
 _Size = Annotated[int, Meta(ge=0, le=_MAX_INTEGER)]
 _Positive = Annotated[int, Meta(ge=1, le=_MAX_INTEGER)]
-# Both ends are given, since NaN lies between no two numbers.
+# Both ends are given, since NaN is never between two numbers.
 _Number = (
     Annotated[int, Meta(ge=-_MAX_INTEGER, le=_MAX_INTEGER)]
     | Annotated[float, Meta(ge=-_MAX_INTEGER, le=_MAX_INTEGER)]

@@ -1,7 +1,7 @@
 """Where a checkpoint comes from: a path on disk, a Hub id, or an http(s) URL.
 
-Owns no reading of weights. A source is a directory or file that exists when `resolve` returns; of
-one that is not on this machine it holds the headers, and `remote` fetches the rest.
+Reads no weights. A source is a directory or file that exists when `resolve` returns. If the
+checkpoint is not on this machine, the directory holds its headers, and `remote` fetches the rest.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _URL = re.compile(r"https?://", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint on disk, the Hub id and commit it stands for, and how to fetch more of it."""
+    """A checkpoint on disk, its Hub id and commit, and how to fetch more of it."""
 
     path: Path
     repo: str | None = None
@@ -35,7 +35,7 @@ class Source:
     remote: RemoteCheckpoint | None = None
     transfers: list[Transfer] = field(default_factory=list, compare=False)
 
-    def describe(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return what identifies the source in `drift.json`."""
         described: dict[str, Any] = {
             "path": str(self.path),
@@ -48,7 +48,7 @@ class Source:
         return described
 
     def _transfer(self) -> dict[str, Any] | None:
-        """Return the bytes of the last fetch, which is all that a delta needed."""
+        """Return the bytes of the last fetch, which are all that a delta needed."""
         if not self.transfers:
             return None
         last = self.transfers[-1]
@@ -66,15 +66,14 @@ class Source:
 
 
 def resolve(source: str | os.PathLike[str]) -> Source:
-    """Find a checkpoint on disk, of a Hub id (`org/name`, `org/name@revision`) or of a URL.
+    """Find a checkpoint by its path, Hub id (`org/name`, `org/name@revision`) or URL.
 
-    A path that exists wins. Of a Hub id, a snapshot in the Hub's cache that is whole is taken;
-    otherwise only headers are read, and `Source.remote` fetches ranges of the files. With
-    `HF_HUB_OFFLINE` nothing is asked of the network.
+    A path that exists wins. For a Hub id, a complete snapshot in the Hub's cache is used; without
+    one only headers are read, and `Source.remote` fetches ranges of the files. With
+    `HF_HUB_OFFLINE` the network is not used.
 
     Raises:
-        FileNotFoundError: neither a path nor something that reads as a Hub id, or a URL that leads
-            nowhere.
+        FileNotFoundError: neither a path nor a possible Hub id, or a URL that leads nowhere.
         DriftError: a Hub id or URL without the packages that `drift-fast[hub]` installs.
         CheckpointError: a Hub id that cannot be resolved, or a server's answer that is not valid.
     """
@@ -103,7 +102,7 @@ def _from_hub(repo: str, revision: str | None) -> Source:
         from huggingface_hub import constants
     except ImportError as error:
         raise DriftError(
-            f"{repo} is no path on this machine, and resolving it as a Hub id needs "
+            f"{repo} is not a path on this machine, and resolving it as a Hub id needs "
             "huggingface_hub: pip install 'drift-fast[hub]'"
         ) from error
     if constants.HF_HUB_OFFLINE:
@@ -114,7 +113,7 @@ def _from_hub(repo: str, revision: str | None) -> Source:
     try:
         remote = open_hub(repo, revision)
     except CheckpointError as error:
-        # As huggingface_hub does: a Hub that does not answer is no reason not to use what is here.
+        # As huggingface_hub does: if the Hub does not answer, what is here can still be used.
         cached = _whole_snapshot(repo, revision)
         if cached is None:
             raise
@@ -127,7 +126,7 @@ def _from_hub(repo: str, revision: str | None) -> Source:
 
 
 def _whole_snapshot(repo: str, revision: str | None) -> Path | None:
-    """Return the snapshot in the Hub's cache if every shard of it is there."""
+    """Return the snapshot in the Hub's cache if all of its shards are there."""
     try:
         snapshot = _snapshot(repo, revision)
         _core.Checkpoint(snapshot)
@@ -137,7 +136,7 @@ def _whole_snapshot(repo: str, revision: str | None) -> Path | None:
 
 
 def _snapshot(repo: str, revision: str | None) -> Path:
-    """Return the snapshot of a Hub id in the Hub's cache, without asking the network.
+    """Return the snapshot of a Hub id in the Hub's cache, without using the network.
 
     Raises:
         CheckpointError: there is none.
@@ -149,7 +148,7 @@ def _snapshot(repo: str, revision: str | None) -> Path:
     except (OSError, ValueError) as error:
         at = f" at revision {revision}" if revision else ""
         raise CheckpointError(
-            f"{repo}{at}: no such path, and not in the Hub's cache although HF_HUB_OFFLINE forbids "
+            f"{repo}{at}: no such path, and not in the Hub's cache, while HF_HUB_OFFLINE forbids "
             f"asking the Hub ({type(error).__name__}: {_first_line(error)}). Check the id, or "
             "download it first"
         ) from error

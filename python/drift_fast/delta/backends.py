@@ -297,5 +297,5 @@ def describe_sources(pair: AlignedPair) -> dict[str, Any]:
             partial = (Path(checkpoint.path) / f"{file}.ranges.json").exists()
             digest_of = "sha256_of_header" if partial else "sha256_of_samples"
             shards.append({"file": file, "nbytes": nbytes, digest_of: digest} | source.mark(file))
-        described[side] = source.describe() | {"shards": shards}
+        described[side] = source.to_dict() | {"shards": shards}
     return described

@@ -35,7 +35,7 @@ _VALUE_WIDTH = 44
 
 @dataclass(frozen=True)
 class Preflight:
-    """What `check` found; `coverage`, `prefixes` and `plan` are None where nothing pairs."""
+    """What `check` found; `coverage`, `prefixes` and `plan` are None if nothing matches."""
 
     findings: list[Finding]
     selection: str
@@ -64,7 +64,7 @@ class Preflight:
             if meanings:
                 blocks.append("\n".join(meanings))
         if self.plan is None:
-            blocks.append(f"{self.selection}: nothing pairs, so there is no Δ to plan for")
+            blocks.append(f"{self.selection}: nothing matches, so there is no Δ to plan for")
         else:
             blocks.append("\n".join([f"{self.selection}: {self.coverage}", *self.plan.lines()]))
         return "\n\n".join([*blocks, self._verdict()])

@@ -24,7 +24,7 @@ _EXPERT = re.compile(r"\.experts\.(?:(\d+)\.)?")
 class Headers:
     """What the names, dtypes and shapes of one side's language backbone say.
 
-    A dimension is None where the tensors have several, or none that tells.
+    A dimension is None if the tensors have several, or none that shows it.
     """
 
     layers: int
@@ -41,13 +41,13 @@ class Headers:
     vocabulary: int | None
 
 
-def read_headers(shapes: Shapes, dtypes: Mapping[str, str], paired: Iterable[str] = ()) -> Headers:
-    """Read the backbone's facts off a checkpoint's names, dtypes and shapes.
+def read_headers(shapes: Shapes, dtypes: Mapping[str, str], matched: Iterable[str] = ()) -> Headers:
+    """Read the backbone's facts from a checkpoint's names, dtypes and shapes.
 
-    `paired` are names known to lie in the backbone; without any that lie in a layer, the backbone
-    is the container of layers with most elements outside towers and projectors.
+    `matched` are names known to be in the backbone. If none of them is in a layer, the backbone is
+    the container of layers with most elements outside towers and projectors.
     """
-    containers = {container_of(name) for name in paired} - {None} or _largest(shapes)
+    containers = {container_of(name) for name in matched} - {None} or _largest(shapes)
     layers: set[int | None] = set()
     stored: set[str] = set()
     biases: set[str] = set()
@@ -84,7 +84,7 @@ def read_headers(shapes: Shapes, dtypes: Mapping[str, str], paired: Iterable[str
         # A norm over all heads at once says nothing about one of them.
         head_dimension = None
     if latent:
-        # Latent attention: what o_proj reads are value heads, of another size than the query's.
+        # Latent attention: o_proj reads value heads, whose size differs from the query's.
         attention = key_value = head_dimension = None
     return Headers(
         layers=len(layers),

@@ -1,6 +1,6 @@
 """Checkpoints on a server: a local directory that holds just the bytes that are needed.
 
-`client` sends requests, `transfer` judges answers and goes on after interruptions, `sparse` keeps
+`client` sends requests, `transfer` judges answers and resumes after interruptions, `sparse` keeps
 what arrived, `shards` knows which files a checkpoint has, `url` and `hub` where it comes from.
 """
 

@@ -1,7 +1,7 @@
 """A checkpoint on a server as a local directory, which grows by the ranges that are asked for.
 
-Owns what is still to be downloaded of the ranges wanted, and the account of it. Invariant: when
-`fetch` returns, all of them are in the directory, and its list of ranges says so.
+Owns which of the wanted ranges are still to be downloaded, and the report of it. Invariant: when
+`fetch` returns, all wanted ranges are in the directory, and its list of ranges says so.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from drift_fast.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
-# Rather than ask twice, what lies between two ranges is read too.
+# A gap between two ranges that is not larger is read too, in place of a second request.
 _GAP_NBYTES = 256 << 10
 
 
 @dataclass(frozen=True)
 class Transfer:
-    """What one fetch asked for, in bytes; what crossed the network for it, and what was there.
+    """The bytes that one fetch wanted, received over the network, and found in the cache.
 
-    Gaps that were read along and what was sent twice are in `fetched_nbytes`; headers, which come
-    when the checkpoint is opened, are not. `total_nbytes` is of all shards.
+    `fetched_nbytes` includes gaps between ranges and what was sent twice, but not the headers,
+    which come when the checkpoint is opened. `total_nbytes` is the size of all shards.
     """
 
     wanted_nbytes: int
@@ -49,7 +49,7 @@ class Transfer:
 
     @property
     def saved_nbytes(self) -> int:
-        """What of the whole shards was never downloaded."""
+        """The bytes of the shards that were never downloaded."""
         return max(0, self.total_nbytes - self.fetched_nbytes - self.cached_nbytes)
 
     def __str__(self) -> str:
@@ -77,9 +77,9 @@ class Transfer:
 class RemoteCheckpoint:
     """A checkpoint on a server and the local directory that holds parts of it.
 
-    `directory` opens as a checkpoint of full length; each shard's holes are named by what its
-    `.ranges.json` leaves out. `url` says where from, without query. A single file is called
-    `model.safetensors` there, whatever its URL calls it. `etags` are the shards'.
+    `directory` opens as a checkpoint of full length; what the `.ranges.json` of a shard does not
+    list is a hole. `url` is where it comes from, without query. A single file is called
+    `model.safetensors` there, whatever its name in the URL. `etags` are those of the shards.
     """
 
     def __init__(
@@ -108,10 +108,10 @@ class RemoteCheckpoint:
         *,
         progress: Callable[[int, int], object] | None = None,
     ) -> Transfer:
-        """Download byte ranges `[start, end)` of shards, by file name, where they are not there.
+        """Download the byte ranges `[start, end)` of shards that are not there, by file name.
 
-        Ranges that lie close are read as one, and what an earlier run left is gone on with.
-        `progress` is called in this thread with bytes that are there and bytes that will be.
+        Ranges that are close together are read as one, and an earlier run is resumed. `progress`
+        is called on this thread with the bytes that are there and that will be.
 
         Raises:
             ValueError: a shard that the checkpoint does not have, or a range outside it.
@@ -151,7 +151,7 @@ class RemoteCheckpoint:
         )
 
     def optional_file(self, name: str) -> Path | None:
-        """Download a small file such as `tokenizer.json`; None where the server has none.
+        """Download a small file such as `tokenizer.json`; None if the server does not have it.
 
         Raises:
             ValueError: not the plain name of such a file.
@@ -181,8 +181,8 @@ class RemoteCheckpoint:
         shard = SparseShard.load(self.directory / name)
         if shard is None or not shard.identity.is_same(self._files[name].identity):
             raise CheckpointError(
-                f"{self.directory / name}: another process has replaced it or its list of ranges, "
-                "as it does when the file changed on the server; open the checkpoint again"
+                f"{self.directory / name}: another process replaced it or its list of ranges, "
+                "perhaps since the file changed on the server; open the checkpoint again"
             )
         return shard
 

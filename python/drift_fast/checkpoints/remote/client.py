@@ -1,8 +1,8 @@
 """The HTTP client: one request, the redirects it may follow, and where a token may go.
 
-Owns sessions, redirects, waiting between attempts and what of a URL is shown; what an answer says
-is `transfer`'s to judge. Invariant: headers with a token go to the one origin they are for, and
-neither they nor a query, where signatures stand, reach a message or a log.
+Owns sessions, redirects, waiting between attempts and which part of a URL is shown; `transfer`
+judges what an answer says. Invariant: headers with a token go only to the origin that they are for,
+and neither they nor a query, which may hold a signature, reach a message or a log.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ def sleep(seconds: float, stop: threading.Event) -> None:
 
 
 class Stopped(Exception):
-    """Another thread failed or the caller was interrupted; nothing more is to be done."""
+    """Another thread failed or the caller was interrupted, so this one stops."""
 
 
 class Dropped(Exception):
-    """No answer, or less than was promised: worth another attempt."""
+    """No answer, or a shorter one than was promised: worth another attempt."""
 
     def __init__(self, reason: str, retry_after: float | None = None) -> None:
         super().__init__(reason)
@@ -102,7 +102,11 @@ def bare_etag(etag: str | None) -> str | None:
 
 
 class Patience:
-    """How often in a row nothing came, and how long to wait before asking again."""
+    """How many attempts in a row brought nothing, and how long to wait before the next.
+
+    This is not `urllib3.util.Retry`, which resends requests: an attempt here may be a body that
+    broke off, is resumed after its last byte, and counts only if nothing of it arrived.
+    """
 
     def __init__(self, what: str, stop: threading.Event) -> None:
         self._what = what
@@ -110,21 +114,21 @@ class Patience:
         self._failures = 0
 
     def progressed(self) -> None:
-        """Begin counting anew: bytes arrived, so that not even this attempt counts."""
+        """Reset the count, since bytes arrived; this attempt does not count either."""
         self._failures = -1
 
     def wait(self, dropped: Dropped) -> None:
         """Wait before the next attempt.
 
         Raises:
-            CheckpointError: it was the last one.
-            Stopped: there is to be no other.
+            CheckpointError: the last attempt has failed.
+            Stopped: the client was stopped.
         """
         self._failures += 1
         if self._failures >= ATTEMPTS:
             raise CheckpointError(
                 f"{self._what}: {ATTEMPTS} attempts without progress, the last: {dropped}. What "
-                "has arrived is kept: try again later"
+                "has arrived is kept; try again later"
             ) from None
         seconds = dropped.retry_after
         if seconds is None:
@@ -141,7 +145,7 @@ class Answer:
 
     response: requests.Response
     url: str
-    # What the Hub itself says of the content, wherever it redirects to; bare.
+    # The ETag that the Hub itself states, wherever it redirects to; without quotes.
     linked_etag: str | None
 
     @property
@@ -154,7 +158,7 @@ class Answer:
 
     @property
     def content_nbytes(self) -> int | None:
-        """What Content-Length says, if it says anything."""
+        """The Content-Length, if it is stated."""
         text = self.header("Content-Length") or ""
         return int(text) if re.fullmatch(r"\d{1,19}", text) else None
 
@@ -163,7 +167,7 @@ class Answer:
 
 
 class Client:
-    """Sessions, one per thread, for one open or fetch; `stop` ends all that runs in them.
+    """Sessions, one for each thread, for one open or fetch; `stop` ends everything in them.
 
     Proxies and certificate bundles come from the environment; passwords and cookies do not.
     """
@@ -179,7 +183,7 @@ class Client:
         self._lock = threading.Lock()
 
     def get(self, url: str, span: Range | None = None) -> Answer:
-        """Ask for a file or for bytes `[start, end)` of it, following redirects.
+        """Request a file or its bytes `[start, end)`, following redirects.
 
         Raises:
             Dropped: no answer came.
@@ -203,10 +207,10 @@ class Client:
         raise CheckpointError(f"{shown(asked)}: more than {_REDIRECTS} redirects; check the URL")
 
     def body(self, answer: Answer, nbytes: int | None) -> Iterator[bytes]:
-        """Yield so many bytes of a body as they arrive, or all of it.
+        """Yield `nbytes` of a body as they arrive, or all of it.
 
         Raises:
-            Dropped: it ends before.
+            Dropped: the body ends earlier.
         """
         import urllib3
 
@@ -233,7 +237,7 @@ class Client:
             left = None if left is None else left - len(data)
 
     def close(self) -> None:
-        """Stop what still runs and close the connections."""
+        """Stop what is still running and close the connections."""
         self.stop.set()
         with self._lock:
             for session in self._sessions:
@@ -271,19 +275,19 @@ class Client:
                 return self._session().get(
                     url, headers=headers, allow_redirects=False, stream=True, timeout=_TIMEOUT
                 )
-        # Raised below, outside: the text of these exceptions, kept as context, has whole URLs.
+        # Raised outside of this block: as context, these exceptions would show whole URLs.
         except (requests.RequestException, urllib3.exceptions.HTTPError, ValueError) as error:
             failure = error
         reason = _reason(failure)
         if isinstance(_innermost(failure), ssl.SSLCertVerificationError):
             raise CheckpointError(
                 f"{shown(url)}: the server's certificate is not trusted ({reason}); behind a proxy "
-                "that opens connections, name its certificates in REQUESTS_CA_BUNDLE"
+                "that inspects connections, set REQUESTS_CA_BUNDLE to its certificates"
             )
         dropped = (requests.ConnectionError, requests.Timeout, urllib3.exceptions.HTTPError)
         if isinstance(failure, dropped):
             raise Dropped(reason)
-        raise CheckpointError(f"{shown(url)}: cannot be asked for ({reason}); check the URL")
+        raise CheckpointError(f"{shown(url)}: the request failed ({reason}); check the URL")
 
     def _session(self) -> requests.Session:
         session: requests.Session | None = getattr(self._local, "session", None)
@@ -293,7 +297,7 @@ class Client:
 
         class OneHop(requests.Session):
             def get_redirect_target(self, resp: requests.Response) -> str | None:
-                # Otherwise a redirect's body is read to its end, however long, even unfollowed.
+                # If this returned a target, the body of the redirect would be read to its end.
                 return None
 
         session = self._local.session = OneHop()
@@ -310,7 +314,7 @@ def _redirected(asked: str, url: str, place: str) -> str:
     """Return where a redirect leads.
 
     Raises:
-        CheckpointError: nowhere, out of encryption, or to what is no http(s) URL.
+        CheckpointError: nowhere, from https to http, or not to an http(s) URL.
     """
     if not place:
         raise CheckpointError(f"{shown(asked)}: the server redirects without saying where")
@@ -319,8 +323,8 @@ def _redirected(asked: str, url: str, place: str) -> str:
         scheme = origin_of(target)[0]
     except (ValueError, CheckpointError):
         raise CheckpointError(
-            f"{shown(asked)}: the server redirects to what is no http(s) URL, or to one with a "
-            "user or password, which is refused"
+            f"{shown(asked)}: the server redirects to something that is not an http(s) URL, or to "
+            "one with a user or password, which is refused"
         ) from None
     if origin_of(url)[0] == "https" and scheme != "https":
         raise CheckpointError(
@@ -347,7 +351,7 @@ def _innermost(error: BaseException) -> BaseException:
 
 
 def _reason(error: BaseException) -> str:
-    """Name the failure in few words; the messages of requests and urllib3 hold whole URLs."""
+    """Name the failure briefly; the messages of requests and urllib3 hold whole URLs."""
     cause = _innermost(error)
     detail = cause.strerror if isinstance(cause, OSError) else None
     return f"{type(cause).__name__}: {detail}" if detail else type(cause).__name__
@@ -371,7 +375,7 @@ _own = threading.local()
 
 @contextmanager
 def hiding_queries() -> Iterator[None]:
-    """Cut queries, which hold signatures, out of what HTTP packages log in this thread."""
+    """Remove queries, which may hold signatures, from what HTTP packages log in this thread."""
     _own.hiding = True
     try:
         yield

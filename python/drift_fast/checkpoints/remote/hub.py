@@ -1,7 +1,7 @@
 """A checkpoint on the Hugging Face Hub, pinned to a commit.
 
-Owns the calls of huggingface_hub, of which only what every version since 0.34 has is used, and
-what its errors mean for a user. The token is huggingface_hub's own and goes to its endpoint only.
+Owns the calls of huggingface_hub, limited to what every version since 0.34 has, and what its errors
+mean for a user. The token is huggingface_hub's own and goes only to its endpoint.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from drift_fast.checkpoints.remote.transfer import Identity, RemoteFile, run_tog
 from drift_fast.errors import CheckpointError, DriftError
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-# What huggingface_hub sends its requests with, by version.
+# The packages that send the requests of huggingface_hub, depending on its version.
 _HTTP_PACKAGES = frozenset({"requests", "urllib3", "httpx", "httpx2", "httpcore", "httpcore2"})
 
 Found = TypeVar("Found")
@@ -50,8 +50,8 @@ Found = TypeVar("Found")
 def open_hub(repo: str, revision: str | None, *, cache: Path | None = None) -> RemoteCheckpoint:
     """Open a model repository of the Hub; only headers and the index are downloaded.
 
-    `revision` is a branch, tag or commit, None the main branch. It is resolved to a commit once,
-    which every later request names. The endpoint is huggingface_hub's, `HF_ENDPOINT`.
+    `revision` is a branch, tag or commit; None is the main branch. It is resolved to a commit once,
+    and all later requests name that commit. The endpoint is huggingface_hub's, `HF_ENDPOINT`.
 
     Raises:
         FileNotFoundError: the repository has no safetensors.
@@ -74,7 +74,7 @@ def open_hub(repo: str, revision: str | None, *, cache: Path | None = None) -> R
             else:
                 index = hub.small_file(client, INDEX)
                 if index is None:
-                    raise CheckpointError(f"{hub}: {INDEX} has gone; try again")
+                    raise CheckpointError(f"{hub}: {INDEX} has disappeared; try again")
                 names = shard_names(index, f"{hub}/{INDEX}")
                 found = hub.files(client, names)
                 files = open_indexed(client, directory, index, f"{hub}/{INDEX}", found.__getitem__)
@@ -90,7 +90,7 @@ def open_hub(repo: str, revision: str | None, *, cache: Path | None = None) -> R
 
 
 class _Hub:
-    """A repository, at a commit once pinned, and what the Hub says of its files."""
+    """A repository, at a commit once it is pinned, and what the Hub says about its files."""
 
     def __init__(self, repo: str, revision: str | None) -> None:
         try:
@@ -117,7 +117,7 @@ class _Hub:
 
     def credentials(self) -> Credentials:
         """Return huggingface_hub's headers, with the token if there is one, for its endpoint."""
-        # By name: its type hints do not export it, though all versions have it.
+        # By name: the type hints do not export it, though all versions have it.
         utils = importlib.import_module("huggingface_hub.utils")
         headers = utils.build_hf_headers(
             library_name="drift_fast", library_version=_core.__version__
@@ -125,7 +125,7 @@ class _Hub:
         return Credentials(origin_of(self.url_of("")), headers)
 
     def metadata(self, client: Client, name: str) -> Any:
-        """Return commit, ETag and size of a file, or None where there is no such file."""
+        """Return commit, ETag and size of a file; None if there is no such file."""
         from huggingface_hub import get_hf_file_metadata
 
         return self._call(
@@ -139,16 +139,16 @@ class _Hub:
         )
 
     def pin(self, commit: str | None) -> None:
-        """Go on with this commit."""
+        """Use this commit from now on."""
         if commit is None or not _COMMIT.fullmatch(commit):
             raise CheckpointError(
-                f"{self}: the server names no commit, so it does not answer as a Hub does; check "
+                f"{self}: the server states no commit, so it does not answer like a Hub; check "
                 "HF_ENDPOINT and the proxy"
             )
         self.revision = commit
 
     def file(self, name: str, metadata: Any) -> RemoteFile:
-        """Return a file of the pinned commit, held to what the Hub says of it."""
+        """Return a file of the pinned commit, held to the identity that the Hub states."""
         if metadata.commit_hash != self.revision or metadata.size is None or not metadata.etag:
             raise CheckpointError(
                 f"{self}: the Hub does not give length and ETag of {name} at this commit; try again"
@@ -162,7 +162,7 @@ class _Hub:
         def ask(name: str) -> None:
             metadata = self.metadata(client, name)
             if metadata is None:
-                raise FileNotFoundError(f"{self}: the index names {name}, which is not there")
+                raise FileNotFoundError(f"{self}: the index names {name}, which is missing")
             found[name] = self.file(name, metadata)
 
         run_together([partial(ask, name) for name in names], client.stop)
@@ -193,7 +193,7 @@ class _Hub:
         return None if path is None else Path(path).read_bytes()
 
     def without_safetensors(self, client: Client) -> Exception:
-        """Return what to raise for a repository without safetensors."""
+        """Return the error for a repository without safetensors."""
         for name in PICKLES:
             if self.metadata(client, name) is not None:
                 return CheckpointError(f"{self}: found {name} and no safetensors: {CONVERT}")
@@ -207,7 +207,7 @@ class _Hub:
             try:
                 with hiding_queries():
                     return call()
-            # Judged below, outside: messages of huggingface_hub may hold whole signed URLs.
+            # Judged outside of this block: messages of huggingface_hub may hold signed URLs.
             except Exception as error:
                 failure = error
             if isinstance(failure, EntryNotFoundError) and not isinstance(
@@ -245,10 +245,10 @@ class _Hub:
 
 
 def _transient(failure: Exception) -> Dropped | None:
-    """Return why another attempt may do better, if it may."""
+    """Return why another attempt may succeed, None if it cannot."""
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    # What hf_hub_download raises when asking failed and its cache has nothing; why is the cause.
+    # hf_hub_download raises this if the request failed and its cache has nothing; see the cause.
     error = failure.__cause__ if isinstance(failure, LocalEntryNotFoundError) else failure
     if isinstance(error, HfHubHTTPError):
         response = error.response

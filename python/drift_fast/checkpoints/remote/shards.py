@@ -1,7 +1,7 @@
 """Which files a checkpoint on a server has, and the local shards with their headers.
 
-Invariant: a name is asked for, or written, only once it is known to be a plain one, since an index
-is a stranger's. What a header says is the checkpoint reader's to judge; here only its length is.
+Invariant: a name is requested or written only after it was found to be a plain one, since an index
+comes from a stranger. The checkpoint reader judges what a header says; here only its length counts.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ CONVERT = (
 )
 # The limit that the safetensors format sets for a header; other small files are held to it too.
 SMALL_NBYTES = 100_000_000
-# What the first request asks for: most headers are shorter.
+# The size of the first request; most headers are shorter.
 _START_NBYTES = 256 << 10
 _LENGTH_NBYTES = 8
 _PLAIN_NAME = re.compile(r"[^./\\][^/\\]*")
@@ -47,12 +47,12 @@ class _Index(Struct):
 
 
 def is_pickle(name: str) -> bool:
-    """Tell a pickled checkpoint, or the index of one, by its name."""
+    """Whether a file is a pickled checkpoint, or the index of one, by its name."""
     return _PICKLE.search(name) is not None
 
 
 def is_plain_name(name: str) -> bool:
-    """Whether it names a file in a directory, not a hidden one, in printable characters."""
+    """Whether it names a file in a directory that is not hidden, in printable characters."""
     return (
         name.isprintable()
         and _PLAIN_NAME.fullmatch(name) is not None
@@ -61,7 +61,7 @@ def is_plain_name(name: str) -> bool:
 
 
 def open_single(client: Client, directory: Path, file: RemoteFile) -> dict[str, RemoteFile]:
-    """Make the directory one of a single file, with its header; it wins over an older index."""
+    """Put the header of a single file in the directory; it wins over an older index."""
     _open_shard(client, directory / SINGLE, file)
     return {SINGLE: file}
 
@@ -73,7 +73,7 @@ def open_indexed(
     place: str,
     file_named: Callable[[str], RemoteFile],
 ) -> dict[str, RemoteFile]:
-    """Make the directory one of an index and its shards, with their headers."""
+    """Put an index and the headers of its shards in the directory."""
     files = {name: file_named(name) for name in shard_names(index, place)}
     run_together(
         [partial(_open_shard, client, directory / name, file) for name, file in files.items()],
@@ -90,7 +90,7 @@ def shard_names(index: bytes, place: str) -> list[str]:
     """Return the files that an index names, each a plain name, in order.
 
     Raises:
-        CheckpointError: no index, or one that names something else.
+        CheckpointError: not an index, or one that names something else.
     """
     try:
         entries = list(convert(parse_json(index), _Index).weight_map.items())
@@ -109,21 +109,21 @@ def shard_names(index: bytes, place: str) -> list[str]:
         ):
             raise CheckpointError(
                 f"{place}: tensor {tensor!r}: the index places it in {str(file)[:80]!r}, expected "
-                "the plain name of a .safetensors file beside the index; nothing else is asked for"
+                "the plain name of a .safetensors file beside the index; nothing else is requested"
             )
     names = sorted({file for _, file in entries})
     if not names:
         raise CheckpointError(f"{place}: the index names no tensor; check the URL")
     if SINGLE in names and len(names) > 1:
         raise CheckpointError(
-            f"{place}: the index names {SINGLE} among others, which alone would pass for the "
+            f"{place}: the index names {SINGLE} among others, which alone would be taken for the "
             "whole checkpoint; save the checkpoint again"
         )
     return names
 
 
 def _open_shard(client: Client, path: Path, file: RemoteFile) -> None:
-    """Make sure of a local shard of this identity, with its header."""
+    """Make sure that there is a local shard with this identity and its header."""
     shard = SparseShard.load(path)
     if shard is not None:
         if not file.is_identified:
@@ -134,7 +134,7 @@ def _open_shard(client: Client, path: Path, file: RemoteFile) -> None:
             kept = file.identity.is_same(shard.identity)
         if kept:
             return
-        logger.info("%s: changed on the server; what was downloaded is thrown away", file.shown)
+        logger.info("%s: changed on the server; what was downloaded is discarded", file.shown)
     start = bytearray()
     _read(client, file, 0, _START_NBYTES, lambda _, data: start.extend(data))
     nbytes = file.identity.nbytes

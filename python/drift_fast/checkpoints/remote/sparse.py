@@ -1,8 +1,8 @@
-"""Shards that are there in part: a file of the full length with holes, and a list of what it holds.
+"""Shards that are there in part: a file of full length with holes, and a list of what it holds.
 
-Owns the cache directory, its lock, and the sidecar `<shard>.ranges.json`. Invariants: a shard never
-stands without a sidecar of its own content, and a sidecar lists only what has reached the disk, so
-that no reader takes a hole for zeros, whenever a run ends.
+Owns the cache directory, its lock, and the sidecar `<shard>.ranges.json`. Invariants: a shard
+always has a sidecar of its own content, and a sidecar lists only what has reached the disk. So no
+reader takes a hole for zeros, whenever a run ends.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _flush: Callable[[int], None] = getattr(os, "fdatasync", os.fsync)
 
 
 def merged(ranges: Iterable[Range], gap_nbytes: int = 0) -> list[Range]:
-    """Return sorted ranges, those that touch or lie at most the gap apart as one; no empty ones."""
+    """Return sorted ranges without empty ones; those at most the gap apart become one."""
     result: list[Range] = []
     for start, end in sorted(ranges):
         if start >= end:
@@ -51,7 +51,7 @@ def merged(ranges: Iterable[Range], gap_nbytes: int = 0) -> list[Range]:
 
 
 def missing(wanted: Iterable[Range], held: Iterable[Range]) -> list[Range]:
-    """Return what of the wanted ranges is in no held one; both sorted and merged."""
+    """Return the parts of wanted ranges outside of held ranges; both are sorted and merged."""
     result: list[Range] = []
     holes = list(held)
     at = 0
@@ -101,10 +101,10 @@ def default_cache() -> Path:
 def make_directory(cache: Path | None, readable: str, key: str) -> Path:
     """Create a checkpoint's directory in the cache, for its owner only.
 
-    It is named by a part for people and a digest of `key`, which identifies the checkpoint.
+    Its name is a readable part and a digest of `key`, which identifies the checkpoint.
 
     Raises:
-        CheckpointError: a link or file stands in its place.
+        CheckpointError: there is a link or file in its place.
     """
     cache = default_cache() if cache is None else cache
     digest = hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()[:16]
@@ -124,10 +124,10 @@ def make_directory(cache: Path | None, readable: str, key: str) -> Path:
 
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Keep other processes from writing in the directory, waiting until they are done.
+    """Keep other processes from writing in the directory; wait until they are done.
 
     Raises:
-        CheckpointError: a link stands in the lock's place, or the file system has no locks.
+        CheckpointError: there is a link in place of the lock, or the file system has no locks.
     """
     path = directory / ".lock"
     try:
@@ -146,8 +146,8 @@ def locked(directory: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError as error:
             raise CheckpointError(
-                f"{path}: cannot be locked ({error.strerror}), which keeps two processes from "
-                "writing at once; name a cache on another file system in DRIFT_FAST_CACHE"
+                f"{path}: cannot be locked ({error.strerror}), and the lock keeps two processes "
+                "from writing at once; set DRIFT_FAST_CACHE to a cache on another file system"
             ) from error
         yield
     finally:
@@ -164,14 +164,14 @@ def require_space(directory: Path, nbytes: int) -> None:
     if nbytes > free:
         raise OSError(
             errno.ENOSPC,
-            f"{nbytes} bytes are to be downloaded and {free} are free; free some, or name a cache "
-            "on another disk in DRIFT_FAST_CACHE",
+            f"{nbytes} bytes will be downloaded and {free} are free; free some, or set "
+            "DRIFT_FAST_CACHE to a cache on another disk",
             str(directory),
         )
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Replace a file whole, or not at all; a link in its place is replaced and not followed."""
+    """Replace a file completely or not at all; a link is replaced, not followed."""
     partial = path.with_name(f".{path.name}.partial")
     with _created(partial) as file:
         _write(file, 0, data)
@@ -180,7 +180,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 class SparseShard:
-    """A shard's file and what it holds; what is written becomes part of it in `write_parts`."""
+    """A shard's file and the ranges that it holds, which `write_parts` extends."""
 
     def __init__(self, path: Path, identity: Identity, ranges: list[Range]) -> None:
         self.path = path
@@ -191,7 +191,7 @@ class SparseShard:
 
     @classmethod
     def load(cls, path: Path) -> SparseShard | None:
-        """Return a shard that an earlier run left, or None where it left nothing to go on with."""
+        """Return a shard that an earlier run left, or None if there is nothing to resume."""
         described = _read_regular(_sidecar(path), _SIDECAR_LIMIT_NBYTES)
         found = None if described is None else _parse(path, described[0])
         start = _read_regular(path, 8)
@@ -202,8 +202,8 @@ class SparseShard:
 
     @classmethod
     def create(cls, path: Path, identity: Identity, start: bytes) -> SparseShard:
-        """Write a new shard that holds the first bytes only, in place of any older one."""
-        # An older sidecar is replaced but never removed: a shard without one counts as whole.
+        """Write a new shard that holds only the first bytes, in place of an older one."""
+        # An older sidecar is replaced, never removed: a shard without one counts as complete.
         path.unlink(missing_ok=True)
         _flush_directory(path.parent)
         shard = cls(path, identity, merged([(0, len(start))]))
@@ -224,9 +224,9 @@ class SparseShard:
 
     @contextmanager
     def write_parts(self) -> Iterator[Callable[[int, bytes], None]]:
-        """Give a sink for bytes at an offset; each part becomes one of the ranges once it is safe.
+        """Give a sink for bytes at an offset; a part becomes one of the ranges once it is on disk.
 
-        What was written when the context is left, by an error too, is kept.
+        What was written is kept when the context ends, even by an error.
         """
         file = os.open(self.path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         written: list[Range] = []
@@ -256,7 +256,7 @@ class SparseShard:
             os.close(file)
 
     def close(self) -> None:
-        """Let no thread that was left behind alter the sidecar: the lock is given up next."""
+        """Keep threads that were left behind from changing the sidecar once the lock is free."""
         with self._lock:
             self._closed = True
 
@@ -304,7 +304,7 @@ def _parse(path: Path, text: bytes) -> SparseShard | None:
 def _read_regular(path: Path, limit_nbytes: int) -> tuple[bytes, int] | None:
     """Return the first bytes and the length of a regular file; None for anything else."""
     try:
-        # Without O_NONBLOCK a FIFO in its place would wait for a writer.
+        # Without O_NONBLOCK, opening a FIFO would wait for a writer.
         file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
         return None
@@ -326,12 +326,12 @@ def _created(path: Path) -> Iterator[int]:
 
 
 def _flush_directory(directory: Path) -> None:
-    """Order what was renamed or removed before what follows, should the power fail between."""
+    """Make renames and removals durable before what follows, in case the power fails."""
     file = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(file)
     except OSError as error:
-        # Some network file systems order renames but know no such call.
+        # Some network file systems order renames but do not have this call.
         if error.errno not in {errno.EINVAL, errno.ENOTSUP}:
             raise
     finally:

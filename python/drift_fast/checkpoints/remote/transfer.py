@@ -1,8 +1,7 @@
-"""Parts of one file on a server: which answers are believed, and going on where one broke off.
+"""Parts of one file on a server: which answers are accepted, and resuming where one broke off.
 
-Knows neither checkpoints nor the disk. Invariant: each byte that a sink is given is that byte of
-the one file which the identity names, in order and once; an answer that cannot be shown to be so
-raises.
+Knows neither checkpoints nor the disk. Invariant: a sink is given each byte of the file that the
+identity names in order and once; an answer for which this cannot be shown raises.
 """
 
 from __future__ import annotations
@@ -42,19 +41,19 @@ class RangesIgnored(Exception):
 
 
 class Forbidden(CheckpointError):
-    """A 401 or 403; storage services also answer so for what does not exist."""
+    """A 401 or 403, which storage services also answer for a file that does not exist."""
 
 
 @dataclass(frozen=True)
 class Identity:
-    """What two answers have in common if they are of one file."""
+    """What two answers have in common if they come from one file."""
 
     nbytes: int
     etag: str | None
     last_modified: str | None
 
     def is_same(self, other: Identity) -> bool:
-        """Compare lengths and ETags, or times where neither has an ETag."""
+        """Compare lengths and ETags, or times if neither has an ETag."""
         if self.nbytes != other.nbytes:
             return False
         if self.etag is not None or other.etag is not None:
@@ -63,10 +62,10 @@ class Identity:
 
 
 class RemoteFile:
-    """One file on a server, held to the identity of its first answer or to the one given.
+    """One file on a server, held to the identity given, or to that of its first answer.
 
-    A given identity is the Hub's: its ETag is compared with what the Hub's own answers say, and
-    the ETag of the server that the Hub redirects to with what that server said before.
+    A given identity is the Hub's. Its ETag is compared with the Hub's own answers; the ETag of a
+    server that the Hub redirects to is compared with earlier answers of that server.
     """
 
     def __init__(self, url: str, identity: Identity | None = None) -> None:
@@ -75,13 +74,13 @@ class RemoteFile:
         self.ranged = True
         self._identity = identity
         self._of_hub = identity is not None
-        # Where the URL redirected to: a signed URL, asked until it expires, never shown.
+        # Where the URL redirected to: a signed URL, used until it expires and never shown.
         self._target: str | None = None
         self._served: dict[tuple[str, str, int], Identity] = {}
 
     @property
     def identity(self) -> Identity:
-        """What it is held to; only after the first answer where none was given."""
+        """The identity that the file is held to, known after the first answer at the latest."""
         if self._identity is None:
             raise ValueError(f"{self.shown}: nothing has been read yet")
         return self._identity
@@ -91,10 +90,10 @@ class RemoteFile:
         return self._identity is not None
 
     def read(self, client: Client, start: int, end: int, sink: Sink) -> None:
-        """Give the sink bytes `[start, end)`, or up to the file's end, by range requests.
+        """Give the sink bytes `[start, end)`, at most to the end of the file, by range requests.
 
         Raises:
-            RangesIgnored: the server sends the whole file instead; the sink got nothing of it.
+            RangesIgnored: the server sends the whole file instead; the sink got nothing.
             FileNotFoundError: a 404.
             CheckpointError: the file changed, an answer that is not what was asked for, a
                 refusal, or no progress in several attempts.
@@ -119,8 +118,9 @@ class RemoteFile:
                 patience.wait(dropped)
 
     def read_through(self, client: Client, ranges: Sequence[Range], sink: Sink) -> None:
-        """Give the sink sorted, disjoint ranges, or their part up to the file's end, of a server
-        that ignores range requests, by reading the file from its start to the last of them.
+        """Give the sink sorted, disjoint ranges from a server that ignores range requests.
+
+        The file is read from its start to the last of them; they end at the end of the file.
 
         Raises: as `read`, without RangesIgnored.
         """
@@ -162,15 +162,15 @@ class RemoteFile:
                         data += part
                         if len(data) > limit_nbytes:
                             raise CheckpointError(
-                                f"{self.shown}: longer than the {limit_nbytes} bytes that a file "
-                                "of its kind may have; check the URL"
+                                f"{self.shown}: longer than {limit_nbytes} bytes, the limit for a "
+                                "file of its kind; check the URL"
                             )
                     return bytes(data)
             except Dropped as dropped:
                 patience.wait(dropped)
 
     def exists(self, client: Client) -> bool:
-        """Ask whether there is such a file; what cannot be told counts as no."""
+        """Return whether the server has the file; False if that cannot be found out."""
         try:
             self._ask(client, (0, 1)).close()
         except (Dropped, CheckpointError, FileNotFoundError):
@@ -211,13 +211,13 @@ class RemoteFile:
             remedy = (
                 "log in with `hf auth login` and ask for access on the model's page"
                 if self._of_hub
-                else "check the URL; one with a signature may have expired, so get it anew"
+                else "check the URL; one with a signature may have expired, so get a new one"
             )
             return Forbidden(f"{self.shown}: the server refuses access ({status}); {remedy}")
         if status == 416 and span is not None:
             return CheckpointError(
                 f"{self.shown}: the server has no bytes {span[0]} to {span[1]} (416), so the file "
-                "is empty, cut short or has changed; open it again"
+                "is empty, truncated or has changed; open it again"
             )
         return CheckpointError(
             f"{self.shown}: expected the file, the server answered {status}; check the URL"
@@ -237,7 +237,7 @@ class RemoteFile:
             )
 
     def _check_range(self, answer: Answer, start: int, end: int) -> int:
-        """Return where the answer ends: a server may send less than it was asked for."""
+        """Return where the answer ends: a server may send less than was asked for."""
         stated = answer.header("Content-Range") or "none"
         found = _CONTENT_RANGE.fullmatch(stated)
         if found is not None:
@@ -289,9 +289,9 @@ def run_together(
     stop: threading.Event,
     tick: Callable[[], object] = lambda: None,
 ) -> None:
-    """Run tasks in a few threads, calling `tick` from this one; the first failure ends all.
+    """Run tasks in a few threads, calling `tick` on this one; the first failure ends all.
 
-    Threads that hang in the network are left behind: they see `stop` before they do anything.
+    Threads that hang in the network are left behind; they check `stop` before they do anything.
 
     Raises: what the first failing task raised, or what interrupted the caller.
     """
@@ -310,7 +310,7 @@ def run_together(
                 failures.append(error)
                 stop.set()
 
-    # Not a pool of concurrent.futures: leaving Python would wait for its threads.
+    # Not a pool of concurrent.futures, since Python would wait for its threads at exit.
     threads = [
         threading.Thread(target=work, name=f"drift_fast-{number}", daemon=True)
         for number in range(min(CONNECTIONS, len(tasks)))

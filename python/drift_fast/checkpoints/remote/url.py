@@ -26,8 +26,8 @@ from drift_fast.errors import CheckpointError
 def open_url(url: str, *, cache: Path | None = None) -> RemoteCheckpoint:
     """Open a checkpoint at an http(s) URL; only headers and the index are downloaded.
 
-    The URL is of a `.safetensors` file, of a `*.safetensors.index.json`, or of a directory that
-    holds `model.safetensors` or else `model.safetensors.index.json`. Its query is sent with every
+    The URL is that of a `.safetensors` file, a `*.safetensors.index.json`, or a directory that
+    holds `model.safetensors` or `model.safetensors.index.json`. Its query is sent with every
     request but neither shown nor stored. No token is sent.
 
     Raises:
