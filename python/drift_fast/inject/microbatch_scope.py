@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 import torch
 
 from drift_fast.errors import DriftError
+from drift_fast.inject.compute.vectors import plain_arithmetic
 from drift_fast.inject.pushes import Pushes
 from drift_fast.inject.scope import Scope
-from drift_fast.inject.target_group import Push, TargetGroup, plain_arithmetic
+from drift_fast.inject.target_group import Push, TargetGroup
 from drift_fast.inject.watchdog import Watchdog
 
 

@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from drift_fast.inject.compute.vectors import beside, plain_arithmetic
 from drift_fast.inject.strength.control import Control
 from drift_fast.inject.strength.formula import Scale
-from drift_fast.inject.target_group import Push, TargetGroup, beside, plain_arithmetic
+from drift_fast.inject.target_group import Push, TargetGroup
 
 LossScale = Callable[[torch.device], torch.Tensor | float | None]
 

@@ -12,10 +12,11 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from drift_fast.errors import DriftError
+from drift_fast.inject.compute.vectors import plain_arithmetic
 from drift_fast.inject.overlap import Overlap
 from drift_fast.inject.pushes import Pushes
 from drift_fast.inject.scope import Scope
-from drift_fast.inject.target_group import Push, TargetGroup, plain_arithmetic
+from drift_fast.inject.target_group import Push, TargetGroup
 from drift_fast.inject.watchdog import Watchdog
 
 

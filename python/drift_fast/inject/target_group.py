@@ -6,7 +6,7 @@ shape [targets], in the order of `targets`, which is the order in which backward
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 
 from drift_fast.inject.compute.base import Arithmetic, Sums, flattened
 from drift_fast.inject.compute.cuda_graphs import CudaGraphs, Launch, may_capture
+from drift_fast.inject.compute.vectors import pick, put
 from drift_fast.inject.placement.stores import Store
 from drift_fast.inject.shards.base import Shard, Whole
 from drift_fast.inject.shards.reduction import Reduction
@@ -106,7 +107,7 @@ class TargetGroup:
 
     @property
     def resident(self) -> bool:
-        """Whether the Δ of any target can be had at any time."""
+        """Whether the Δ of every target is at hand at any time."""
         return hasattr(self.store, "deltas")
 
     @property
@@ -200,11 +201,11 @@ class TargetGroup:
         return (~finite).sum()
 
     def skipped(self) -> Any:
-        """Return how many finite coefficients could not be had, an int or a device tensor."""
+        """Return how many targets had no finite coefficient, an int or a device tensor."""
         return self._skipped.clone()
 
     def _follow(self, push: Push) -> Push:
-        """Take a step's push over to where it is read from; of one step it is one object."""
+        """Copy a step's push to where it is read from; all calls of one step give one object."""
         assert self.last is not None
         if self._push is not push:
             self._alpha.copy_(push.alpha)
@@ -282,30 +283,30 @@ class TargetGroup:
         # Every process takes part in the sum, whatever gradients it has.
         held = self._gradients(0, len(self.shards))
         members, gradients = list(held), list(held.values())
-        place = {at: index for index, at in enumerate(members)}
         with flattened(gradients) as flats:
-            if push.scale not in NEED_DOT:
-                if members:
-                    self._note(self.arithmetic.measure(flats, None), members)
-            else:
-                for start, stop, deltas in self.store.batches():
-                    inside = [at for at in members if start <= at < stop]
-                    if inside:
-                        some = [deltas[at - start] for at in inside]
-                        tensors = [flats[place[at]] for at in inside]
-                        self._note(self.arithmetic.measure(tensors, some), inside)
+            of_target = dict(zip(members, flats, strict=True))
+            if push.scale in NEED_DOT:
+                for inside, tensors, deltas in self._batches(of_target):
+                    self._note(self.arithmetic.measure(tensors, deltas), inside)
+            elif members:
+                self._note(self.arithmetic.measure(flats, None), members)
             assert self.last is not None
             sums = self._sum(Sums(self.last.norm, self.last.dot))
             self.last.norm, self.last.dot = sums.norm, sums.dot
             c = self._decide(0, len(self.shards), members, push)
-            for start, stop, deltas in self.store.batches():
-                inside = [at for at in members if start <= at < stop]
-                if inside:
-                    some = [deltas[at - start] for at in inside]
-                    tensors = [flats[place[at]] for at in inside]
-                    self.arithmetic.subtract(tensors, some, pick(c, inside))
+            for inside, tensors, deltas in self._batches(of_target):
+                self.arithmetic.subtract(tensors, deltas, pick(c, inside))
         for at, gradient in held.items():
             self.shards[at].write_gradient(gradient)
+
+    def _batches(
+        self, flats: Mapping[int, torch.Tensor]
+    ) -> Iterator[tuple[list[int], list[torch.Tensor], list[torch.Tensor]]]:
+        """Yield the targets of each batch of Δ that have gradients, these, and their Δ."""
+        for start, stop, deltas in self.store.batches():
+            inside = [at for at in flats if start <= at < stop]
+            if inside:
+                yield inside, [flats[at] for at in inside], [deltas[at - start] for at in inside]
 
     def _gradients(self, start: int, stop: int) -> dict[int, torch.Tensor]:
         found: dict[int, torch.Tensor | None]
@@ -392,31 +393,3 @@ class TargetGroup:
     def squares(self) -> list[float]:
         """Return ‖Δ‖² of each target."""
         return [norm * norm for norm in self.norms.tolist()]
-
-
-def plain_arithmetic(device: torch.device) -> torch.autocast:
-    """Compute in the dtypes that tensors have, whatever autocast the caller has entered."""
-    return torch.autocast(device_type=device.type, enabled=False)
-
-
-def beside(vector: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Return a vector on another device; only the host waits for what comes to it."""
-    return vector.to(device, non_blocking=device.type != "cpu")
-
-
-def put(vector: torch.Tensor, members: Sequence[int], values: torch.Tensor) -> None:
-    """Write values at some places; a list as index would be copied to the device."""
-    if members[-1] - members[0] + 1 == len(members):
-        vector[members[0] : members[-1] + 1].copy_(values)
-        return
-    for at, value in zip(members, values.unbind(), strict=True):
-        vector[at].copy_(value)
-
-
-def pick(vector: torch.Tensor, members: Sequence[int]) -> torch.Tensor:
-    """Return the entries at some places."""
-    if not members:
-        return vector[:0]
-    if members[-1] - members[0] + 1 == len(members):
-        return vector[members[0] : members[-1] + 1]
-    return torch.stack([vector[at] for at in members])

@@ -13,10 +13,11 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from drift_fast.inject.compute.base import Sums, flattened
+from drift_fast.inject.compute.vectors import pick, put
 from drift_fast.inject.lora.adapters import Adapted
 from drift_fast.inject.lora.pull_back import along, pull_back
 from drift_fast.inject.target import Target
-from drift_fast.inject.target_group import Bucket, Push, TargetGroup, pick, put
+from drift_fast.inject.target_group import Bucket, Push, TargetGroup
 
 # Elements of Δ̃ that are held at a time.
 _ROOM = 1 << 24

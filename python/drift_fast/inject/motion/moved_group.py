@@ -7,9 +7,10 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from drift_fast.inject.compute.base import flattened
+from drift_fast.inject.compute.vectors import plain_arithmetic
 from drift_fast.inject.motion.rounding import Thresholds, add_narrow, is_narrow
 from drift_fast.inject.target import Target
-from drift_fast.inject.target_group import TargetGroup, plain_arithmetic
+from drift_fast.inject.target_group import TargetGroup
 
 
 class MovedGroup:
