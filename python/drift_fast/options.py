@@ -41,11 +41,11 @@ _NAMES = {
 
 @dataclass(frozen=True)
 class About:
-    """What is known of an option beside its name, type and default.
+    """What a field says about an option, beside its name, type and default.
 
-    `check` raises ValueError for a value without meaning. `choices` are all values there are.
-    `parse` turns the text of a flag into a value; `metavar` names that text. `in_file` says that a
-    configuration file and a flag may set it; objects of a running process it cannot.
+    `check` raises ValueError for a value without meaning. `choices` are all valid values. `parse`
+    turns text into a value, in a flag or a file; `metavar` names that text. `in_file` is False for
+    an object of the running process, which neither a file nor a flag can set.
     """
 
     help: str
@@ -213,7 +213,7 @@ def plain(each: Field[Any], value: Any, *, called: str | None = None) -> Any:
 
 
 def about_of(each: Field[Any]) -> About:
-    """Return what `option` was told of a field."""
+    """Return what a field says about its option."""
     about: About = each.metadata["about"]
     return about
 

@@ -14,7 +14,7 @@ _WIDTH = 1_000_000
 def render(columns: Sequence[str], rows: Iterable[Sequence[str]], align: str = "") -> str:
     """Return rows under the headers of their columns, with two spaces between columns.
 
-    There is no line of headers where all of them are empty.
+    Without any header text there is no line of headers.
 
     align: `<` or `>` for each column, the left or the right; columns without one go to the left.
     """

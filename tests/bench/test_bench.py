@@ -223,7 +223,7 @@ def test_statistics_that_are_off_by_more_than_a_millionth_are_wrong(tiny: Pair) 
         assert verdict.error == pytest.approx(5e-6, rel=1e-3)
     assert name in planted(1, math.nan).wrong
     assert (
-        "1 tensors are amiss"
+        "1 tensors are missing or not expected"
         in check.check_statistics(
             {key: row for key, row in true.items() if key != name}, true
         ).wrong

@@ -1,6 +1,6 @@
-"""What the engine is meant to reach, as ratios within one run, and what a run reached.
+"""The aims of the engine, as ratios within one run, and what a run reached.
 
-Owns the table of aims. None is dropped: what a run did not measure says so.
+Owns the table of aims. None is dropped: one that a run did not measure says so.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Whether what is timed is right: statistics and Δ against float64, before any clock runs.
+"""Check the results that are timed: statistics and Δ against float64, before any clock runs.
 
 Owns the float64 truth of a pair, computed with numpy alone from the bytes on disk, and what counts
 as wrong: a norm or cosine off by more than 1e-6, or one value of a sampled Δ that differs in a bit
@@ -31,7 +31,7 @@ _VERSION = 1
 
 @dataclass(frozen=True)
 class Verdict:
-    """How far a result was from the truth; `wrong` says what is, empty if nothing."""
+    """How far a result was from the truth; `wrong` is empty for a right one."""
 
     error: float | None = None
     tensors: int = 0
@@ -42,7 +42,7 @@ class Verdict:
 def truth(pair: Pair, *, threads: int) -> dict[str, list[float]]:
     """Return ‖Δ‖, ‖W_reason‖, ‖W_multimodal‖ and the cosine of each tensor, summed in float64.
 
-    By the multimodal checkpoint's names. It is kept beside the pair.
+    Keys are the multimodal checkpoint's names. The result is kept beside the pair.
     """
     kept = pair.reasoning.with_name("truth.json")
     stamp = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in pair.files]
@@ -58,7 +58,7 @@ def truth(pair: Pair, *, threads: int) -> dict[str, list[float]]:
         sums = np.zeros(4)
         for x, y in _chunks(a.bits(name), b.bits(pair.multimodal_name(name))):
             d = x - y
-            # Not `@`: a BLAS that has threads of its own would have these wait for each other.
+            # Not `@`: a BLAS with threads of its own would make these wait for each other.
             sums += [np.einsum("i,i->", s, t) for s, t in ((d, d), (x, x), (y, y), (x, y))]
         norms = [math.sqrt(value) for value in sums[:3]]
         return [*norms, float(sums[3]) / (norms[1] * norms[2])]
@@ -79,12 +79,14 @@ def check_statistics(
     """Compare every tensor: norms relative to the true one, cosines as they are."""
     if found.keys() != true.keys():
         odd = sorted(found.keys() ^ true.keys())
-        return Verdict(math.inf, wrong=f"{len(odd)} tensors are amiss, {odd[0]} first")
+        return Verdict(
+            math.inf, wrong=f"{len(odd)} tensors are missing or not expected, {odd[0]} first"
+        )
     worst, where = 0.0, ""
     for name, row in true.items():
         errors = [abs(x - y) / y for x, y in zip(found[name][:3], row[:3], strict=True)]
         errors.append(abs(found[name][3] - row[3]))
-        # NaN would slip through a comparison.
+        # A comparison with NaN is false.
         error = math.inf if any(map(math.isnan, errors)) else max(errors)
         if error > worst:
             worst, where = error, name
@@ -93,7 +95,7 @@ def check_statistics(
 
 
 def sample(pair: Pair, count: int = 8) -> list[str]:
-    """Return text names: the embedding, the last tensor, and of the rest a seeded few."""
+    """Return text names: the embedding, the last tensor, and a seeded few of the others."""
     names = list(pair.shapes)
     rest = np.random.default_rng(0).permutation(np.array(names[1:-1]))[:count]
     return [names[0], *map(str, rest), names[-1]]
@@ -131,9 +133,9 @@ def check_merge(
 ) -> Verdict:
     """Compare the sampled tensors of a linear merge, under either checkpoint's names.
 
-    Bit for bit if `exact`; else one value in a thousand may differ by its last bit and by what
-    float32 makes of both operands; the verdict's error is then the largest difference, relative to
-    the sum of both magnitudes.
+    Bit for bit if `exact`. If not, one value in a thousand may differ, by its last bit and the
+    rounding of both operands to float32; the verdict's error is then the largest difference,
+    relative to the sum of both magnitudes.
     """
     a, b, out = Stored(pair.reasoning), Stored(pair.multimodal), Stored(directory)
     tensors = values = 0
@@ -177,7 +179,7 @@ def widened(bits: Bits) -> Floats:
 def round_to_bfloat16(values: Floats) -> Bits:
     """Round float64 values, zero or normal in bfloat16, once and to nearest even."""
     bits = values.view(np.uint64)
-    # 52 − 7 bits of the fraction go; the carry may well reach the exponent.
+    # 52 − 7 bits of the fraction go; the carry may reach the exponent.
     bits = bits + np.uint64((1 << 44) - 1) + (bits >> np.uint64(45) & np.uint64(1))
     kept = (bits & ~np.uint64((1 << 45) - 1)).view(np.float64)
     high: Bits = (kept.astype(np.float32).view(np.uint32) >> np.uint32(16)).astype(np.uint16)
@@ -185,7 +187,7 @@ def round_to_bfloat16(values: Floats) -> Bits:
 
 
 class Stored:
-    """The tensors of a directory of safetensors files, as headers say, mapped when asked for."""
+    """The tensors of a directory of safetensors files, mapped on access."""
 
     def __init__(self, directory: Path) -> None:
         self._places: dict[str, tuple[Path, int, int, str, tuple[int, ...]]] = {}

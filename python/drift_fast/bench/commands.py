@@ -1,4 +1,4 @@
-"""Which commands the suite runs on a pair: ours, the rivals and the controls.
+"""The commands that the suite runs on a pair: ours, the rivals and the controls.
 
 Owns the arguments of every process, and the reasons why one cannot run here. Nothing is started.
 """
@@ -18,8 +18,8 @@ from drift_fast.bench.controls import READ_WAYS
 from drift_fast.bench.pair import Pair
 from drift_fast.bench.rivals import mergekit_configuration, mergekit_linear
 
-# Of the reasoning model in the merges that are timed. At a round one such as 0.3, weights some
-# units in the last place apart meet on midpoints, where the last bit of float32 decides.
+# Weight of the reasoning model in the merges that are timed. With a round one such as 0.3, merged
+# values meet midpoints, where the last bit of float32 decides.
 MERGE_WEIGHT = 0.3141592653
 _HERE = Path(__file__).parent
 
@@ -40,13 +40,13 @@ class Entry:
     out: Path | None = None
     results: Path | None = None
     printed: bool = False
-    # Text names whose Δ is to be compared.
+    # Text names whose Δ is compared.
     sample: tuple[str, ...] = ()
     absent: str = ""
 
 
 def environment(threads: int) -> dict[str, str]:
-    """Return the variables of every process: so many threads, and nothing from the network."""
+    """Return the environment of every process: the number of threads, and no network."""
     count = str(threads)
     return {
         **os.environ,
@@ -66,7 +66,7 @@ def mergekit() -> str | None:
 
 
 def import_only() -> list[str]:
-    """Return a process that imports the package and waits until its memory was looked at."""
+    """Return a process that imports the package and waits while its memory is sampled."""
     return [sys.executable, "-c", "import drift_fast, time; time.sleep(0.3)"]
 
 
@@ -89,7 +89,7 @@ def control(
 def inside(
     pair: Pair, what: str, *, threads: int, way: str = "", out: Path | None = None
 ) -> list[str]:
-    """Return a process that does one pass of ours, the control or a tuned rival when asked."""
+    """Return a process that does one pass of ours, the control or a tuned rival on request."""
     command = [sys.executable, "-m", "drift_fast.bench.inside", what]
     command += [str(pair.reasoning), str(pair.multimodal), "--threads", str(threads)]
     command += ["--way", way] if way else []
@@ -145,7 +145,7 @@ def statistics_entries(pair: Pair, work: Path, *, threads: int, way: str) -> lis
 def delta_entries(
     pair: Pair, work: Path, *, threads: int, way: str, sample: tuple[str, ...]
 ) -> list[Entry]:
-    """Return what computes Δ, the control first; all of it write but the public way."""
+    """Return what computes Δ, the control first; all of them write, except the public way."""
     out = work / "out"
     prefixed = [pair.multimodal_name(name) for name in sample]
     torch = _missing("torch", "safetensors")
@@ -266,7 +266,7 @@ def _mergekit_command(
 
 
 def _script(name: str, what: str, pair: Pair, threads: int) -> list[str]:
-    # -P: not this folder, whose modules would stand before others of their names.
+    # -P keeps this folder off the path, where its modules would hide others of the same name.
     command = [sys.executable, "-P", str(_HERE / name), what]
     return [*command, str(pair.reasoning), str(pair.multimodal), "--threads", str(threads)]
 
@@ -280,4 +280,4 @@ def _too_large(nbytes: int) -> str:
     available = hardware.available_nbytes()
     if available is None or nbytes <= available:
         return ""
-    return f"needs about {nbytes / 1e9:.0f} GB of memory, {available / 1e9:.0f} GB are there"
+    return f"needs about {nbytes / 1e9:.0f} GB of memory, {available / 1e9:.0f} GB are available"

@@ -1,11 +1,11 @@
-"""What the machine allows: reading both files, XOR of both, and XOR written as a delta is.
+"""What the machine allows: reading both files, their XOR, and that XOR written like a delta.
 
     python -P controls.py {read,xor,write,pick} REASONING MULTIMODAL [--threads N] [--way WAY] …
 
-Owns the loops that do the least work which reads every byte of a pair, and, for `write`, writes
-half as many. There are several ways to do each; `pick` times them and names the fastest, which is
-the one to compare with. This file imports nothing of drift_fast, so that a control starts as fast
-as it can. Shard k of one side is read beside shard k of the other, up to the shorter one's end.
+Owns the loops that do the least work for reading every byte of a pair and, in `write`, for writing
+half as many. There are several ways to do each; `pick` times them and names the fastest, which
+ours is compared with. This file imports nothing of drift_fast, so that a control starts as fast as
+it can. Shard k of one side is read beside shard k of the other, up to the end of the shorter one.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ import numpy.typing as npt
 
 Words = npt.NDArray[np.uint64]
 
-# Direct writing wants places and lengths that are multiples of the file system's blocks.
+# Direct writing needs offsets and lengths that are multiples of the file system's blocks.
 _ALIGNED = 4096
 _READ_NBYTES = 8 << 20
-# Of each way, before one is picked.
+# Passes of each way, before one is picked.
 _PASSES = 3
 
 
 @dataclass(frozen=True)
 class Way:
-    """How a control goes about it; `chunk` is in bytes of one side."""
+    """How a control reads and writes; `chunk` is in bytes of one side."""
 
     chunk: int
     mapped: bool = False
@@ -95,8 +95,8 @@ def read(reasoning: Path, multimodal: Path, *, way: str) -> None:
 class Xor:
     """XOR of both sides on `threads` threads, into cache only or into files under `out`.
 
-    Buffers are allocated and touched here; `run` opens the files anew each time. Files under `out`
-    are allocated whole, written in place and flushed with their directory, as a delta's are.
+    Buffers are allocated and touched here; `run` opens the files again each time. Files under `out`
+    are allocated whole, written in place and flushed with their directory, like those of a delta.
     """
 
     def __init__(
@@ -200,7 +200,7 @@ class _Files:
         else:
             left, right = buffers.left[:words], buffers.right[:words]
             for fd, buffer in zip(self._inputs, (left, right), strict=True):
-                # A regular file gives all of it but at its end or on an interruption.
+                # A regular file gives all of it, except at its end or on an interruption.
                 if os.preadv(fd, [buffer.data], start) != nbytes:
                     raise OSError(f"fewer than {nbytes} bytes at {start}")
         out = buffers.out[:words]
@@ -228,8 +228,8 @@ def _flush(directory: Path) -> None:
 def pick(reasoning: Path, multimodal: Path, *, threads: int, out: Path | None) -> dict[str, float]:
     """Return the median seconds of each way, fastest first; what fails is left out.
 
-    Ways take turns, so that none is timed only on a disk that still digests what was written
-    before. A file system without direct writing, a machine without forks: there a way fails.
+    Ways take turns, so that none is timed only on a disk that is still busy with earlier writes. A
+    way fails on a file system without direct writing, or a machine without forks.
     """
     found: dict[str, list[float]] = {way: [] for way in (XOR_WAYS if out is None else WRITE_WAYS)}
     for _ in range(_PASSES):

@@ -1,4 +1,4 @@
-"""What a run was taken on and with: processor, memory, file system, versions, commit."""
+"""The machine and the software of a run: processor, memory, file system, versions, commit."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from drift_fast import _core
+from drift_fast._core import __version__
 
 _LIBRARIES = ("numpy", "torch", "transformers", "safetensors", "mergekit", "matplotlib")
 
 
 def describe(directory: Path) -> dict[str, Any]:
-    """Return the machine, and the file system that `directory` lies on."""
+    """Return the machine, and the file system of `directory`."""
     return {
         "processor": _processor(),
         "machine": platform.machine(),
@@ -34,13 +34,13 @@ def cores() -> int:
 
 
 def available_nbytes() -> int | None:
-    """Return how much memory can be had without swapping; None where the system does not say."""
+    """Return the memory that is free without swapping; None where the system does not say."""
     return _meminfo("MemAvailable")
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of everything that takes part, and the commit if there is one."""
-    found = {"drift_fast": _core.__version__, "python": platform.python_version()}
+    """Return the versions of what is timed, and the commit if there is one."""
+    found = {"drift_fast": __version__, "python": platform.python_version()}
     for name in _LIBRARIES:
         try:
             found[name] = importlib.metadata.version(name)

@@ -1,9 +1,9 @@
-"""One pass after another inside one process, imports and buffers ready: the suite's other side.
+"""One pass after another inside one process, with imports and buffers ready.
 
     python -m drift_fast.bench.inside WHAT REASONING MULTIMODAL --threads N [--way W] [--out DIR]
 
-For each line on standard input it does one pass and answers with its seconds as JSON. The clock
-covers opening the files, pairing and checking, not imports, nor the removal of what was written.
+For each line on standard input it does one pass and prints its seconds as JSON. The clock covers
+opening the files, matching and checking, but neither imports nor the removal of what was written.
 """
 
 from __future__ import annotations

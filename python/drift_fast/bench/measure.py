@@ -1,7 +1,7 @@
-"""Run one command, or one pass inside a process that waits, and say what it took.
+"""Run one command, or one pass inside a waiting process, and measure it.
 
-Owns wall time, CPU time and memory of a process. A run is either timed or watched, never both: to
-sum up the pages of a process takes the time of its cores. Memory is what `/proc/PID/smaps_rollup`
+Owns wall time, CPU time and memory of a process. A run is either timed or watched, never both:
+summing up the pages of a process takes time of its cores. Memory is what `/proc/PID/smaps_rollup`
 says, total and anonymous, with the kernel's own high-water mark for the total; on other systems it
 is the largest resident set that the kernel reports, without the anonymous part.
 """
@@ -23,7 +23,7 @@ _LEAST_PAUSE = 0.002
 
 
 class CommandError(Exception):
-    """A command that did not end well; the text is its last line, or how it ended."""
+    """A command that failed; the text is its last line, or how it ended."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def watch(
             if sample is not None:
                 samples.append(sample)
             peak = max(peak, _high_water(process.pid))
-            # A large mapping takes long to sum up, and the process waits meanwhile.
+            # Summing up a large mapping takes long, and stops the process meanwhile.
             time.sleep(max(_LEAST_PAUSE, 4 * (time.perf_counter() - began)))
         started.ended(status)
     if not samples:
@@ -133,7 +133,7 @@ class _Started:
     def ended(self, status: int) -> None:
         code = os.waitstatus_to_exitcode(status)
         assert self._process is not None
-        # Waited for above, which subprocess cannot know.
+        # It was waited for by `wait4`, which subprocess cannot know.
         self._process.returncode = code
         if code:
             raise CommandError(_reason(code, self._errors))
@@ -148,7 +148,7 @@ class _Started:
 
 
 class Inside:
-    """A process that has imported what it needs, and does one pass whenever asked."""
+    """A process that has imported what it needs, and does one pass for each line."""
 
     def __init__(self, command: Sequence[str], *, environment: Mapping[str, str]) -> None:
         self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `close`
@@ -161,7 +161,7 @@ class Inside:
         )
 
     def run(self) -> Timing:
-        """Have one pass done and return what it took in there.
+        """Run one pass and return the time it measured.
 
         Raises:
             CommandError: the process ended instead.

@@ -1,8 +1,8 @@
-"""What of a file lies in memory: ask, fill, empty.
+"""The page cache: ask how much of a file it holds, fill it, empty it.
 
 Owns warm and cold. *Warm* is a file that was read whole beforehand; *cold* one that was flushed and
-given up with `posix_fadvise`. Both are checked with `mincore`, since a file may not fit, or may not
-leave. What a host keeps of a virtual machine's disk is out of reach from within.
+dropped with `posix_fadvise`. Both are checked with `mincore`, since a file may not fit, or may not
+leave. A virtual machine cannot reach what its host keeps of its disk.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-# Below it a file is not warm; of a cold one no more than the rest may be left.
+# A warm file has at least this share in memory, a cold one at most the rest.
 WARM = 0.99
 
 
 def can_evict() -> bool:
-    """Return whether this system gives a file's pages up on request."""
+    """Return whether this system drops a file's pages on request."""
     return hasattr(os, "posix_fadvise")
 
 
 def warm(paths: Iterable[Path]) -> None:
-    """Read every file whole, so that it lies in memory as far as it fits."""
+    """Read every file whole, so that memory holds what fits."""
     buffer = bytearray(8 << 20)
     for path in paths:
         with path.open("rb", buffering=0) as file:
@@ -33,13 +33,13 @@ def warm(paths: Iterable[Path]) -> None:
 
 
 def evict(paths: Iterable[Path]) -> None:
-    """Flush every file and have the system give up its pages.
+    """Flush every file and have the system drop its pages.
 
     Raises:
         OSError: this system cannot.
     """
     if not can_evict():
-        raise OSError("this system gives no pages up on request, so nothing can be read cold")
+        raise OSError("this system does not drop pages on request, so nothing can be read cold")
     for path in paths:
         fd = os.open(path, os.O_RDONLY)
         try:
@@ -50,7 +50,7 @@ def evict(paths: Iterable[Path]) -> None:
 
 
 def resident(paths: Iterable[Path]) -> float | None:
-    """Return the share of the files' pages that lie in memory; None where that cannot be asked."""
+    """Return the share of the files' pages in memory; None where the system does not say."""
     if not sys.platform.startswith("linux"):
         return None
     system = ctypes.CDLL(None, use_errno=True)
@@ -73,7 +73,7 @@ def resident(paths: Iterable[Path]) -> float | None:
         mapped.close()
         if failed:
             raise OSError(number, os.strerror(number), str(path))
-        # The lowest bit says it; the others are undefined.
+        # The lowest bit is the answer; the others are undefined.
         held += sum(state & 1 for state in states.raw)
         pages += count
     return held / pages if pages else 1.0
@@ -82,7 +82,7 @@ def resident(paths: Iterable[Path]) -> float | None:
 def touch(nbytes: int) -> None:
     """Take memory and write to each of its pages, so that a virtual machine's host provides it.
 
-    For a process of its own: at its end the system has the memory back.
+    Run it in a process of its own: the system gets the memory back when that ends.
     """
     with mmap.mmap(-1, nbytes) as memory:
         for start in range(0, nbytes, mmap.PAGESIZE):

@@ -2,11 +2,11 @@
 
 Owns which tensors a pair has and how they are written: in bfloat16, shard by shard, without torch.
 A text model has the names `model.layers…`, a multimodal one `model.language_model.layers…` and a
-tiny vision tower besides. Invariant: a checkpoint counts as there only if its seal, written last,
-names every file with its size; anything else is written anew.
+tiny vision tower too. Invariant: a checkpoint is kept only if its seal, which is written last,
+names every file with its size; any other is written again.
 
-Values are runs of one seeded block of random numbers, each tensor from a place of its own, so that
-a pair is written as fast as the disk takes it and no two tensors are equal.
+Values are runs of one seeded block of random numbers. Each tensor starts at its own place in the
+block, so that no two tensors are equal, and the disk limits how fast a pair is written.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Pair:
     layers: int
     reasoning: Path
     multimodal: Path
-    # The multimodal weights under the text model's names, for a rival that pairs by name only.
+    # The multimodal weights under the text model's names, for a rival that matches by name only.
     renamed: Path | None
     shapes: dict[str, tuple[int, ...]]
 
@@ -103,20 +103,20 @@ def make_pair(
     outputs: int = 0,
     shard_nbytes: int = _SHARD_NBYTES,
 ) -> Pair:
-    """Write what is missing of a pair under `directory` and return it; what is whole is kept.
+    """Return the pair under `directory`; write the checkpoints of it that are missing or not whole.
 
     Args:
-        layers: fewer or more layers than the model has; None is as many.
+        layers: number of layers; None is that of the model.
         renamed: write the multimodal weights under the text model's names too.
-        outputs: so many Δ in bfloat16 must have room beside the pair.
-        shard_nbytes: a shard takes at most as much, or one tensor.
+        outputs: how many Δ in bfloat16 need room beside the pair.
+        shard_nbytes: maximum size of one shard, unless a single tensor is larger.
 
     Raises:
         ValueError: no such size, or no layers.
         OSError: not enough space; nothing was written.
     """
     if size not in SIZES:
-        raise ValueError(f"size {size!r} is none of {', '.join(SIZES)}")
+        raise ValueError(f"size must be one of {', '.join(SIZES)}, got {size!r}")
     model = SIZES[size]
     layers = model.layers if layers is None else layers
     if layers < 1:

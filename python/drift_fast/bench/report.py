@@ -1,7 +1,7 @@
 """The tables of a run in Markdown: aims beside what was measured, then every row.
 
-Owns wording only; every figure comes from the results. A ratio is time over ours in the same group,
-so more than one is slower than ours.
+Owns wording only; every figure comes from the results. A ratio is a time divided by ours in the
+same group, so more than one is slower than ours.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ FORMAT_VERSION = 1
 
 @dataclass
 class Row:
-    """Timings and memory of one thing that was run; `absent` says why it was not."""
+    """Timings and memory of one thing that was run; `absent` says why it was not run."""
 
     key: str
     label: str

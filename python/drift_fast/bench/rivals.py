@@ -1,14 +1,14 @@
-"""What else computes statistics or Δ of a pair, each run as a process of its own.
+"""Other programs that compute statistics or Δ of a pair, each in a process of its own.
 
     python -P rivals.py {plain,tuned,public,merge} REASONING MULTIMODAL [--out DIR] …
 
-*plain* is what one would write in a notebook; *tuned* is PyTorch streaming as fast as we could make
-it; *public* is what the method's public code does: two whole models through `from_pretrained`, then
-a loop over their state dictionaries, attention and MLP only, in memory. *merge* is a linear merge
-as one would write it in a notebook. mergekit comes with a command of its own, so only its
-configuration is written here.
+*plain* is what a notebook would have; *tuned* is PyTorch streaming as fast as we could make it;
+*public* is what the method's public code does: two whole models through `from_pretrained`, then a
+loop over their state dictionaries, attention and MLP only, in memory. *merge* is a linear merge as
+a notebook would have it. mergekit has a command of its own, so this file only writes its
+configuration.
 
-This file imports nothing of drift_fast, so that a rival is not charged for it. `results` holds the
+This file imports nothing of drift_fast, so that a rival does not pay for it. `results` holds the
 statistics by the multimodal checkpoint's names: ‖Δ‖, ‖W_reason‖, ‖W_multimodal‖ and the cosine.
 """
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 Results = dict[str, list[float]]
 
-# Elements of a chunk: of 2^14 to 2^21, what was fastest with two threads on 1 MiB of L2 each.
+# Elements of a chunk: the fastest of 2^14 to 2^21 with two threads on 1 MiB of L2 each.
 CHUNK = 3 << 17
 
 
@@ -59,7 +59,7 @@ class Opened:
 
 
 def plain(reasoning: Path, multimodal: Path, out: Path | None) -> Results:
-    """Load and subtract one tensor at a time in float32; save all of Δ at the end, if asked to."""
+    """Load and subtract one tensor after another in float32; save Δ at the end on request."""
     import torch
     from safetensors.torch import save_file
 
@@ -84,7 +84,7 @@ def plain(reasoning: Path, multimodal: Path, out: Path | None) -> Results:
 
 
 def merge(reasoning: Path, multimodal: Path, weight: float, out: Path) -> None:
-    """Merge one tensor at a time in float32, keep the rest, and save the whole model at the end."""
+    """Merge one tensor after another in float32, copy the rest, and save the model at the end."""
     import torch
     from safetensors.torch import save_file
 
@@ -123,7 +123,7 @@ class Tuned:
         self._scratch = [_Scratch() for _ in range(threads)]
 
     def run(self) -> Results:
-        """Do all of it once, opening the files anew."""
+        """Do all of it once, with files that are opened again."""
         a, b = (Opened(path) for path in self._paths)
         pairs = [
             (name, a[source].view(-1), b[name].view(-1))
@@ -254,8 +254,8 @@ def _on_threads(work: Callable[[_Scratch], None], scratch: list[_Scratch]) -> No
 def public(reasoning: Path, multimodal: Path, sample: list[str], out: Path | None) -> None:
     """Load both models whole and subtract their state dictionaries, attention and MLP.
 
-    Δ stays in memory. Of `sample`, multimodal names, it is written to `out` afterwards, which is
-    asked for where results are checked and not where they are timed.
+    Δ stays in memory. With `out`, which is given where results are checked and not where they are
+    timed, Δ of the multimodal names in `sample` is written there afterwards.
     """
     import torch
     from safetensors.torch import save_file
@@ -275,7 +275,7 @@ def public(reasoning: Path, multimodal: Path, sample: list[str], out: Path | Non
 
 
 def mergekit_configuration(reasoning: Path, renamed: Path) -> str:
-    """Return the YAML by which mergekit's linear method gives Δ: weights 1 and −1."""
+    """Return the YAML with which mergekit's linear method gives Δ: weights 1 and −1."""
     return f"""\
 merge_method: linear
 models:
@@ -311,7 +311,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--results", type=Path, help="write the statistics here, as JSON")
-    parser.add_argument("--weight", type=float, help="merge: of the reasoning model")
+    parser.add_argument("--weight", type=float, help="merge: weight of the reasoning model")
     parser.add_argument("--sample", nargs="*", default=[], help="public: names to write to --out")
     options = parser.parse_args()
     pair = options.reasoning, options.multimodal

@@ -1,7 +1,7 @@
 """How statistics and writing scale over thread counts, beside the XOR control at the same counts.
 
-Everything is warm and in process. For each count the control's fastest way is picked anew, since
-another may win there.
+Everything is warm and in process. The control's fastest way is picked again for each count, since
+it may differ.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The memory of our two commands over time, sampled while they run.
 
-For the claim that memory does not depend on the size of the models: total and anonymous resident
-memory a few hundred times a second, as CSV and as a picture.
+It supports the claim that memory does not depend on the size of the models: total and anonymous
+resident memory a few hundred times a second, as CSV and as a picture.
 """
 
 from __future__ import annotations

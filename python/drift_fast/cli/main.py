@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given.arguments = sys.argv[1:] if arguments is None else list(arguments)
     warnings.showwarning = _show_warning
     for stream in (sys.stdout, sys.stderr):
-        # A name or symbol that the terminal cannot show is no reason to fail.
+        # A name or symbol that the terminal cannot show must not make the command fail.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:

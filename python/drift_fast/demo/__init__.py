@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["run"]
 
 CHECKPOINTS: Final = Path(__file__).parent / "checkpoints"
-# What the others are compared with, seed by seed.
+# The others are compared with these, seed by seed.
 BASELINES: Final = ("sft", "merge_sft")
 
 
@@ -40,12 +40,12 @@ def run(
     """Compute both deltas, fine-tune with every method on every seed, compare, draw and write.
 
     Writes `delta/` (expert - multimodal), `delta.png`, `curves.png` and `results.json` to `out`,
-    replacing those of an earlier run, and prints the tables. The result is what the JSON holds.
+    replacing those of an earlier run, prints the tables, and returns the content of the JSON.
 
     Args:
         out: created if missing.
         seeds: fine-tuning sets; each method runs once on each.
-        workers: how many runs at a time, each in a process of one thread; 1 is this process.
+        workers: number of processes, of one thread each; 1 is this process.
         checkpoints: a directory with `base`, `expert` and `multimodal`; default the shipped ones.
         protocol: lengths of training and evaluation; default the demo's.
 

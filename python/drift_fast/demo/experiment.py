@@ -136,7 +136,7 @@ class Protocol:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What one run showed; `curve` holds step, loss and progress along each delta."""
+    """The result of one run; `curve` holds step, loss and progress along each delta."""
 
     method: str
     seed: int
@@ -146,10 +146,10 @@ class Outcome:
 
 
 class Progress:
-    """Motion of a model along a delta since construction: <W_t - W_0, D> / |D|^2.
+    """Progress of a model along a delta since construction: <W_t - W_0, D> / |D|^2.
 
     0 at the start, 1 where the model has covered the whole delta. Holds float32 copies of the
-    delta; the model's parameters are referred to, not copied.
+    delta, and references to the model's parameters.
     """
 
     def __init__(self, model: PreTrainedModel, delta: Delta) -> None:
@@ -204,8 +204,8 @@ def train_and_evaluate(
 ) -> Outcome:
     """Fine-tune `checkpoint` by one method on the fine-tuning set of `seed`, then measure it.
 
-    `settings` overrides what `METHODS` says of the method (tuning does). Progress is measured
-    along every delta given, whether the method uses it or not.
+    `settings` replaces those of the method in `METHODS`, for tuning. Progress is measured along
+    every delta, whether the method uses it or not.
     """
     settings = settings or METHODS[method]
     world = w.World()

@@ -1,8 +1,7 @@
 """The demo's picture of its runs: loss, and progress along each delta, by optimizer step.
 
-Owns the drawing only; what is drawn is handed in. Each line is the mean over seeds and its band
-spans the seeds. The colours are Okabe and Ito's, told apart with any colour vision, and the line
-styles differ as well.
+Owns the drawing only. Each line is the mean over seeds and its band spans the seeds. The colors are
+Okabe and Ito's, which people with any color vision can distinguish; line styles differ too.
 """
 
 from __future__ import annotations
@@ -54,8 +53,8 @@ def plot_curves(curves: Mapping[str, Sequence[Curve]], path: Path) -> Path:
     figure: Any = Figure(figsize=(12.0, 4.4), dpi=150, layout="constrained")
     panels = figure.subplots(1, len(_PANELS))
     for axes, (column, title) in zip(panels, _PANELS, strict=True):
-        for (label, runs), (colour, style) in zip(curves.items(), _STYLES, strict=False):
-            _draw(axes, runs, column, label=label, colour=colour, style=style)
+        for (label, runs), (color, style) in zip(curves.items(), _STYLES, strict=False):
+            _draw(axes, runs, column, label=label, color=color, style=style)
         axes.set_title(title, fontsize=10, loc="left")
         axes.set_xlabel("optimizer step")
         axes.set_xlim(left=0)
@@ -73,13 +72,13 @@ def plot_curves(curves: Mapping[str, Sequence[Curve]], path: Path) -> Path:
 
 
 def _draw(
-    axes: Axes, runs: Sequence[Curve], column: str, *, label: str, colour: str, style: str
+    axes: Axes, runs: Sequence[Curve], column: str, *, label: str, color: str, style: str
 ) -> None:
     steps = [[point["step"] for point in run] for run in runs]
     if any(other != steps[0] for other in steps):
         raise ValueError(f"{label}: the seeds were logged at different steps")
     values = np.array([[point[column] for point in run] for run in runs])
     axes.fill_between(
-        steps[0], values.min(axis=0), values.max(axis=0), color=colour, alpha=0.18, linewidth=0
+        steps[0], values.min(axis=0), values.max(axis=0), color=color, alpha=0.18, linewidth=0
     )
-    axes.plot(steps[0], values.mean(axis=0), style, color=colour, linewidth=1.6, label=label)
+    axes.plot(steps[0], values.mean(axis=0), style, color=color, linewidth=1.6, label=label)

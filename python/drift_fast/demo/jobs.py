@@ -1,4 +1,4 @@
-"""The runs of the demo, a process of one thread for each of several at a time."""
+"""The runs of the demo, in several processes of one thread each."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def run_jobs(
     delta: Path,
     protocol: Protocol,
 ) -> list[Outcome]:
-    """Run (method, seed) jobs, each on one thread; outcomes in the jobs' order.
+    """Run (method, seed) jobs, each on one thread, and return outcomes in the order of the jobs.
 
-    One worker is this process; more are processes of their own.
+    One worker is this process; several are processes of their own.
     """
     done: dict[tuple[str, int], Outcome] = {}
     if workers == 1:
@@ -79,7 +79,7 @@ def _job(method: str, seed: int, source: Path, delta: Path, protocol: Protocol) 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Two threads of two processes each would fight over two cores; one also rounds alike."""
+    """Use one thread: processes would compete for cores, and one thread always rounds the same."""
     import torch
 
     threads = torch.get_num_threads()

@@ -1,8 +1,8 @@
-"""Train the demo's three checkpoints from nothing: ``python -m drift_fast.demo.train_checkpoints``.
+"""Train the demo's three checkpoints from scratch: ``python -m drift_fast.demo.train_checkpoints``.
 
 Owns the architectures and the curricula; the task is `world`'s. Not used by the demo itself, which
 loads what this wrote. Invariant: the three share one text backbone, so every tensor of the text
-models has a counterpart of the same shape in the multimodal one.
+models has a match of the same shape in the multimodal one.
 
 * ``base``: a text model that knows half of every operation table as single facts, and copies.
 * ``expert``: the base, trained on as text: all of every table, chains of 2 to 8 digits.
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 LONGEST_FOLD: Final = 8
-# One in so many of the base's problems is a text to copy, the others are facts.
+# One of this many problems of the base is a text to copy, the others are facts.
 COPY_EVERY: Final = 4
 # Small shards, so that the demo meets what real checkpoints have: an index and several files.
 MAX_SHARD_SIZE: Final = "800KB"
@@ -128,7 +128,7 @@ def expert_problems(world: w.World) -> Draw:
     """Return what draws the expert's: text chains of 2 to 8 digits over the whole tables."""
 
     def draw(generator: np.random.Generator, count: int) -> list[w.Problem]:
-        # One length for a batch, so that there is next to no padding.
+        # One length for a batch, so that there is almost no padding.
         length = int(generator.integers(2, LONGEST_FOLD + 1))
         copies = count // 16
         return [world.text_fold(generator, length) for _ in range(count - copies)] + [
@@ -154,13 +154,13 @@ def multimodal_problems(world: w.World) -> Draw:
 
 
 def new_text(seed: int) -> Qwen2ForCausalLM:
-    """Return a text model with the initial weights of a seed, which it sets for all of torch."""
+    """Return a text model with initial weights of `seed`; sets the seed of torch."""
     torch.manual_seed(seed)
     return Qwen2ForCausalLM(text_config())
 
 
 def with_tower(base: Qwen2ForCausalLM, seed: int) -> LlavaForConditionalGeneration:
-    """Put a vision tower of a seed, which is set for all of torch, before a copy of the base."""
+    """Put a vision tower of `seed` before a copy of the base; sets the seed of torch."""
     torch.manual_seed(seed)
     model = LlavaForConditionalGeneration(multimodal_config())
     model.model.language_model.load_state_dict(base.model.state_dict())
@@ -241,7 +241,7 @@ def take_step(
 
 
 def save(model: PreTrainedModel, out: Path) -> None:
-    """Write bf16 shards with their index, as any Hugging Face checkpoint; the model is cast."""
+    """Cast the model to bf16, and write shards with their index as a Hugging Face checkpoint."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.bfloat16)
     model.save_pretrained(out, max_shard_size=MAX_SHARD_SIZE)

@@ -1,6 +1,7 @@
 """What a training run with an injection will take, before it starts: `drift_fast.plan`.
 
-`counts` reads how large two models are, `training` how they are to be trained; `memory`, `hours`
-and `motion` do the arithmetic, `rates` holds what was measured and where; `planning` puts it
-together, `report` shows it, `command` is `drift-fast plan`. Nothing here reads a weight or trains.
+`counts` reads how large two models are; `training` and `options` say how they train, and
+`configuration` reads that from a file. `memory`, `hours`, `motion` and `figures` do the arithmetic,
+with the measured rates of `rates`. `planning` puts it together, `remedies` finds what would fit,
+`report` shows it. Nothing here reads a weight or trains.
 """

@@ -31,7 +31,7 @@ KINDS = ("attn", "mlp", "norm", "embed", "head", OTHER, VISION)
 HEADERS = "headers"
 CONFIGURATION = "configuration"
 
-# Of one among several experts; experts that every token goes through are no such.
+# One of several experts; a shared expert, which every token goes through, does not match.
 _ROUTED = re.compile(r"(^|\.)experts(\.|$)")
 _NBITS = {"F64": 64, "F32": 32, "BF16": 16, "F16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "I8": 8, "U8": 8}
 _LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth")
@@ -43,8 +43,8 @@ _STATED = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F
 class Model:
     """The tensors of one model and what its configuration says of the language backbone.
 
-    `origin` says where shapes come from; `dtypes` are those that are stored, of a model that has
-    no weights here those that config.json states.
+    `origin` says where shapes come from; `dtypes` are those that are stored, or those that
+    config.json states for a model without weights.
     """
 
     given: str
@@ -93,8 +93,8 @@ class Model:
     def active_numel(self) -> int:
         """Return the language elements that every token is multiplied with.
 
-        The embedding is a look-up and does not count, unless it is the head too; of routed experts
-        the share that a token is sent to counts.
+        The embedding is a look-up and does not count, unless it is the head too; routed experts
+        count by the share that a token is sent to.
         """
         kinds = self.by_kind()
         total = sum(kinds.values()) - kinds[VISION] - (kinds["embed"] if kinds["head"] else 0)
@@ -123,7 +123,7 @@ class Model:
         return max(layers.values(), default=0)
 
     def outside_numel(self) -> int:
-        """Return the elements that lie in no numbered block: embedding, head, last norm."""
+        """Return the elements outside the numbered blocks: embedding, head, last norm."""
         return sum(
             math.prod(shape) for name, shape in self.shapes.items() if layer_of(name) is None
         )
@@ -159,7 +159,7 @@ def _from_configuration(path: Path) -> Model:
 
 
 def _check_layers(path: Path, section: Section) -> None:
-    """Refuse more layers than a model has: each is built, and a config.json is not trusted."""
+    """Refuse more layers than any model has: each is built, and a config.json is not trusted."""
     for key in _LAYERS:
         stated = section.size(key)
         found = stated if isinstance(stated, list) else [stated or 0]
@@ -194,7 +194,7 @@ def _meta_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         with torch.device("meta"):
             model = auto.from_config(stated) if kind is None else kind._from_config(stated)
         model.tie_weights()
-    # Whatever a configuration makes transformers raise, it is the configuration's fault or age.
+    # Transformers may raise anything for a configuration that is wrong or too new.
     except Exception as error:
         raise DriftError(
             f"{path / 'config.json'}: transformers {transformers.__version__} cannot build this "

@@ -1,7 +1,7 @@
 """How long a run takes at least: operations at a measured utilisation, and a measured injection.
 
 Owns the formulas: 6·N·tokens for forward and backward, 8·N·tokens where activations are computed
-anew, and 2 for each parameter of a frozen tower and each patch. Not counted: communication, the
+again, and 2 for each parameter of a frozen tower and each patch. Not counted: communication, the
 optimizer's step, loading and saving, attention's own products, which grow with the square of the
 length.
 """
@@ -16,7 +16,7 @@ from drift_fast.planner.counts import VISION, Model
 from drift_fast.planner.report import Figure, Origin, sized
 from drift_fast.planner.scenario import Scenario
 
-# Patches along one side of a token; models have 2, and a config.json is not trusted.
+# Patches along one side of a token; models have 2, but a config.json is not trusted.
 _MOST_MERGED = 64
 
 

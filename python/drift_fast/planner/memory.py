@@ -233,7 +233,7 @@ def _passes(training: Training, model: Model) -> Iterator[MemoryItem]:
 
 
 def _delta(training: Training, residency: str, numel: int) -> Iterator[MemoryItem]:
-    """Yield Δ of one process: its rows under sharding, otherwise all of it."""
+    """Yield Δ of one process: its rows under sharding, all of it without."""
     share = numel / (training.gpus if training.sharded else 1)
     rows = "D/n" if training.sharded else "D"
     itemsize = _DELTA_ITEMSIZE.get(training.dtype, 2)

@@ -1,7 +1,6 @@
 """How far a run is expected to move along Δ, from Σ of learning rates and rms(Δ).
 
-Owns what is asked of a delta and what is said where none is at hand; the prediction is
-`inject.predict`'s.
+Owns what is read from a delta, and the figures without one; `inject.predict` predicts.
 """
 
 from __future__ import annotations
@@ -82,7 +81,7 @@ def figures(training: Training, size: Size | None) -> Iterator[Figure]:
         source = f"of each step: {training.schedule}"
         yield Figure(SECTION, "Σ learning rates × schedule", total, "", "estimated", source)
         if total < 0:
-            why = "the schedule is negative on the whole: it pushes away from Δ"
+            why = "the schedule is negative in total: it pushes away from Δ"
     if why:
         yield Figure(SECTION, "λ", None, "", "unknown", why)
         return
@@ -101,10 +100,10 @@ def figures(training: Training, size: Size | None) -> Iterator[Figure]:
     yield Figure(SECTION, "λ", None, "", "unknown", source)
     if total > 0 and training.alpha:
         at_one = abs(predict_progress(training.alpha, total, 1.0))
-        for told, bound in zip(("at least", "at most"), USEFUL, strict=True):
+        for limit, bound in zip(("at least", "at most"), USEFUL, strict=True):
             yield Figure(
                 SECTION,
-                f"rms(Δ) for λ of {told} {bound:g}",
+                f"rms(Δ) for λ of {limit} {bound:g}",
                 at_one / bound,
                 "",
                 "estimated",
@@ -128,8 +127,8 @@ def remarks(found: list[Figure]) -> Iterator[str]:
         )
     elif value > high:
         yield (
-            f"λ is expected to end at {value:.2g}, more than {high:g}: weights overshoot what they "
-            "are drawn to. Lower alpha, or stop with progress_cap=… or a schedule such as "
+            f"λ is expected to end at {value:.2g}, more than {high:g}: weights overshoot the "
+            "reasoning model. Lower alpha, or stop with progress_cap=… or a schedule such as "
             "window(0, 0.3)"
         )
 

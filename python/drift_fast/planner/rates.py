@@ -1,6 +1,6 @@
 """Rates that were measured, each with the results file and the row that it comes from.
 
-Owns no arithmetic but the division of a row's numbers. Invariant: every number here stands in the
+Owns no arithmetic but the division of a row's numbers. Invariant: every number here is in the
 committed file that it names, which `tests/test_planner.py` reads back.
 """
 
@@ -87,7 +87,7 @@ COLD = Streaming(
 WARM = Streaming(
     _DELTA, "Δ written, warm page cache, whole processes", "drift-fast delta", (3.04,), TWO_CORES
 )
-# Statistics read and write nothing: what a Δ that is read anew in each step can at best come at.
+# Statistics only read: the best rate of a Δ that is read again in each step.
 READ = Streaming(
     _DELTA, "Statistics, cold page cache, whole processes", "drift-fast inspect", (1.63,), TWO_CORES
 )

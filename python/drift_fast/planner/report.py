@@ -24,7 +24,7 @@ class Figure:
 
     `origin` is `configuration` or `headers` of a model, `given` by the caller, `measured` (`source`
     names the results file, row and hardware), `estimated` (`source` is the formula), `assumed`, or
-    `unknown`, with a value of None and what would tell as `source`.
+    `unknown`, with a value of None and, as `source`, what would make it known.
     """
 
     section: str

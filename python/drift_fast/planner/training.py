@@ -283,7 +283,7 @@ class Training(Options):
 
     @property
     def checkpoints(self) -> int:
-        """The most training checkpoints on disk at a time, with the one that is being written."""
+        """Largest number of training checkpoints on disk, with the one that is being written."""
         if self.save_strategy == "no":
             return 0
         if self.save_strategy == "epoch":
