@@ -14,17 +14,10 @@ mod reasons;
 pub mod similarity;
 
 use crate::error::Result;
+pub use names::Named;
 use names::TensorIndex;
+pub use prefixes::Ties;
 use prefixes::{Models, Prefixes, alternatives, best, distinct};
-
-/// A tensor's name and dimensions.
-#[derive(Debug, Clone)]
-pub struct Named {
-    /// As on disk or in memory.
-    pub name: String,
-    /// Outermost first.
-    pub shape: Vec<usize>,
-}
 
 /// Which tensors of two models match.
 #[derive(Debug, Clone)]
@@ -41,15 +34,6 @@ pub struct Alignment {
     pub layer_conflict: String,
     /// Other pairs of prefixes that match some of the same tensors, with how many, most first.
     pub alternatives: Vec<(String, String, usize)>,
-}
-
-/// Whether equal names may decide between two ways to match.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Ties {
-    /// Two pairs of prefixes that explain everything are an error.
-    Refuse,
-    /// Equal prefixes win, as where a model's own names are looked up in it.
-    PreferEqualNames,
 }
 
 /// Match the tensors of two models.

@@ -2,12 +2,20 @@
 
 use std::collections::HashMap;
 
-use super::Named;
 use crate::error::{Error, Result};
 
 /// Name components that wrappers insert and that say nothing about the model.
 const WRAPPERS: [&str; 5] =
     ["module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer"];
+
+/// A tensor's name and dimensions.
+#[derive(Debug, Clone)]
+pub struct Named {
+    /// As on disk or in memory.
+    pub name: String,
+    /// Outermost first.
+    pub shape: Vec<usize>,
+}
 
 /// The tensors of one model by name.
 pub(super) struct TensorIndex<'a> {

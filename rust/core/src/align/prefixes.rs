@@ -2,12 +2,20 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
-use super::Ties;
 use super::names::{TensorIndex, cuts, is_number, join, suffix_after};
 use crate::error::{Error, Result};
 
 /// Other pairs of prefixes that are shown.
 const SHOWN: usize = 3;
+
+/// Whether equal names may decide between two ways to match.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ties {
+    /// Two pairs of prefixes that explain everything are an error.
+    Refuse,
+    /// Equal prefixes win, as where a model's own names are looked up in it.
+    PreferEqualNames,
+}
 
 /// What the reasoning model's names begin with, and the multimodal model's in its place.
 pub(super) type Prefixes = (String, String);

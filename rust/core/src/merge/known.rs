@@ -2,9 +2,12 @@
 
 use std::ops::Range;
 
+use super::job::{Blend, Found, Job, Method};
 use super::passes::{length, step};
 use super::trim::{Counts, Interval};
-use super::{Blend, Found, Job, Method, PARALLEL};
+
+/// A cosine beyond this is taken for parallel, where a great circle is a straight line or undefined.
+const PARALLEL: f64 = 0.9995;
 
 /// What is known of one tensor of the batch.
 #[derive(Default)]

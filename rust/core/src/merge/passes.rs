@@ -5,9 +5,9 @@
 
 use std::ops::Range;
 
+use super::job::{Job, Method};
 use super::scratch::Scratch;
 use super::trim::{Counts, Interval, SAMPLE};
-use super::{Job, Method};
 use crate::align::compose::{RUN, matrix};
 use crate::align::pair::Source;
 use crate::error::Result;

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::Blend;
+use super::job::Blend;
 
 impl Blend<'_> {
     /// Those of some elements that every side stores.

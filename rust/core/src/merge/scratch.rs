@@ -1,6 +1,6 @@
 //! Buffers that a worker of a merge keeps from chunk to chunk.
 
-use super::Method;
+use super::job::Method;
 use super::step::Widened;
 use super::trim::{Counts, SAMPLE};
 use crate::kernel::blend::{BLOCK, Environment};

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::{Blend, Found, Method, limit};
+use super::job::{Blend, Found, Method, limit};
 use crate::dtype::Dtype;
 use crate::kernel::Elements;
 use crate::kernel::blend::{self, BLOCK, Values};
@@ -190,21 +190,5 @@ impl Widened {
                 sources && !written.value(i).is_finite()
             })
             .count() as u64
-    }
-}
-
-impl Found {
-    pub(super) fn add(&mut self, other: &Found) {
-        let sum = |own: Option<u64>, other: Option<u64>| match (own, other) {
-            (None, None) => None,
-            (own, other) => Some(own.unwrap_or(0) + other.unwrap_or(0)),
-        };
-        self.merged += other.merged;
-        self.nonfinite_reasoning += other.nonfinite_reasoning;
-        self.nonfinite_multimodal += other.nonfinite_multimodal;
-        self.nonfinite_base += other.nonfinite_base;
-        self.overflow += other.overflow;
-        self.kept_reasoning = sum(self.kept_reasoning, other.kept_reasoning);
-        self.kept_multimodal = sum(self.kept_multimodal, other.kept_multimodal);
     }
 }

@@ -7,10 +7,10 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
+use super::job::{Found, Job, Method};
 use super::known::{Gave, Known};
 use super::passes::{Pass, PassChunk, length, step};
 use super::trim::{Counts, Interval};
-use super::{Found, Job, Method};
 use crate::stream::CHUNK;
 
 /// Hands out the chunks of a merge.

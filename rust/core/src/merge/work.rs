@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use super::job::{Blend, Found, Job, Method, key};
 use super::known::Gave;
 use super::passes::{Pass, PassChunk, length};
 use super::present::{absent, common};
@@ -9,7 +10,6 @@ use super::scratch::Scratch;
 use super::step::{Sides, Step, Widened};
 use super::trim::{Interval, SAMPLE, SAMPLE_RUNS};
 use super::turns::Turns;
-use super::{Blend, Found, Job, Method, key};
 use crate::align::pair::Source;
 use crate::error::Result;
 use crate::kernel::blend::{self, BLOCK};
