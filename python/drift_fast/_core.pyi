@@ -17,9 +17,9 @@ __all__ = [
     "NonFiniteError",
     "__version__",
     "align",
+    "correlate_samples",
     "debug_build",
     "is_side_file",
-    "likeness",
     "measure",
     "merge",
     "places_of",
@@ -193,7 +193,7 @@ def subtract_into(
     memory: int | None = None,
     elements: tuple[int, int] | None = None,
 ) -> Moments: ...
-def likeness(
+def correlate_samples(
     reasoning: Checkpoint, multimodal: Checkpoint, pairs: list[tuple[_Source, str]]
 ) -> tuple[list[float], int]: ...
 def measure(

@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from drift_fast._core import Checkpoint
-from drift_fast._core import likeness as correlate_samples
+from drift_fast._core import Checkpoint, correlate_samples
 from drift_fast.alignment.name_alignment import Pair
 from drift_fast.errors import DriftWarning
 from drift_fast.names import kind_of, layer_of, module_of

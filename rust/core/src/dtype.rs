@@ -56,7 +56,7 @@ impl Dtype {
         }
     }
 
-    /// The type that a header's dtype stands for, if it can be subtracted.
+    /// The type of a header's dtype, if it can be subtracted.
     pub const fn from_header(dtype: safetensors::Dtype) -> Option<Self> {
         match dtype {
             safetensors::Dtype::BF16 => Some(Dtype::BF16),
@@ -78,7 +78,7 @@ pub enum Fp8 {
 }
 
 impl Fp8 {
-    /// The codes that a header's dtype stands for.
+    /// The codes of a header's dtype.
     pub const fn from_header(dtype: safetensors::Dtype) -> Option<Self> {
         match dtype {
             safetensors::Dtype::F8_E4M3 => Some(Fp8::E4M3),

@@ -26,7 +26,7 @@ pub enum Error {
         /// What is wrong and what to do.
         message: String,
     },
-    /// A tensor that is not valid, not there, or not of a dtype that can be read.
+    /// A tensor that is not valid, is not there, or has a dtype that cannot be read.
     #[error("{}: tensor {tensor:?}: {message}", path.display())]
     Tensor {
         /// The file, or the checkpoint's directory where no file holds the tensor.

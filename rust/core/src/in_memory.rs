@@ -34,15 +34,15 @@ pub fn measure(
     threads: usize,
 ) -> Result<Vec<Moments>> {
     let mut chunks = Vec::new();
-    for (pair, (left, right)) in pairs.iter().enumerate() {
-        if left.numel() != right.numel() {
+    for (pair, (first, second)) in pairs.iter().enumerate() {
+        if first.numel() != second.numel() {
             return Err(Error::Argument(format!(
                 "pair {pair} has {} elements on one side and {} on the other",
-                left.numel(),
-                right.numel()
+                first.numel(),
+                second.numel()
             )));
         }
-        let numel = left.numel();
+        let numel = first.numel();
         chunks
             .extend((0..numel).step_by(CHUNK).map(|start| (pair, start, numel.min(start + CHUNK))));
     }
@@ -52,11 +52,11 @@ pub fn measure(
         loop {
             let index = next.fetch_add(1, Ordering::Relaxed);
             let Some(&(pair, start, end)) = chunks.get(index) else { return };
-            let (left, right) = &pairs[pair];
-            let (left, right) = (left.slice(start, end), right.slice(start, end));
+            let (first, second) = &pairs[pair];
+            let (first, second) = (first.slice(start, end), second.slice(start, end));
             let moments = match precision {
-                Precision::Fast => subtract(left, right, None),
-                Precision::Float64 => moments_in_float64(left, right),
+                Precision::Fast => subtract(first, second, None),
+                Precision::Float64 => moments_in_float64(first, second),
             };
             // Each index is handed out once, so the cell is empty.
             let _ = results[index].set(moments);

@@ -1,8 +1,8 @@
 //! Threads that share one piece of work, watched over by the thread that asked for it.
 //!
-//! Owns starting, watching and ending them; what they do, and how they are told to stop, is the
+//! Owns starting, watching and ending them; what they do, and how they are stopped, is the
 //! caller's. Invariant: no worker outlives the call, and one that panics stops the others, which
-//! might otherwise wait for what it was to give.
+//! might wait forever for what it was to give.
 
 use std::ops::ControlFlow;
 use std::sync::mpsc::{self, RecvTimeoutError};

@@ -16,7 +16,7 @@ mod _core {
 
     use drift_fast_core::align::compose::{Block, Blocks};
     use drift_fast_core::align::pair::{Pair, Source};
-    use drift_fast_core::align::similarity::likeness as likeness_core;
+    use drift_fast_core::align::similarity::correlate_samples as correlate;
     use drift_fast_core::align::{Alignment, Named, Ties, align as align_core};
     use drift_fast_core::in_memory::{Precision, Step, measure as measure_core, subtract_all};
     use drift_fast_core::merge::{Blend, Job, Method, run as run_merge};
@@ -404,7 +404,7 @@ mod _core {
     }
 
     /// Fill a writable buffer with one difference, or with elements [start, stop) of it, and return
-    /// the moments of those. Of a composed tensor only the whole can be asked for.
+    /// the moments of those. A tensor put together from blocks is subtracted whole.
     #[pyfunction]
     #[pyo3(signature = (
         reasoning, multimodal, pair, buffer, *, dtype, threads, memory = None, elements = None
@@ -426,11 +426,13 @@ mod _core {
         let sliced;
         if let Some((start, stop)) = elements {
             let Source::Whole(reasoning) = pairs[0].reasoning else {
-                return Err(PyValueError::new_err("a composed tensor is subtracted whole"));
+                return Err(PyValueError::new_err(
+                    "a tensor put together from blocks is subtracted whole",
+                ));
             };
             let multimodal = pairs[0].multimodal;
             if reasoning.tensor.shape != multimodal.tensor.shape {
-                return Err(PyValueError::new_err("parts of tensors that differ in shape"));
+                return Err(PyValueError::new_err("elements of tensors that differ in shape"));
             }
             let slice = |operand: &Operand<'_>| operand.tensor.elements(start, stop).map_err(to_py);
             sliced = (slice(&reasoning)?, slice(&multimodal)?);
@@ -762,14 +764,14 @@ mod _core {
     /// The pairs are one module in each layer. Returns the correlations row by row, and the number of
     /// elements that each was taken over.
     #[pyfunction]
-    fn likeness(
+    fn correlate_samples(
         py: Python<'_>,
         reasoning: &Checkpoint,
         multimodal: &Checkpoint,
         pairs: Vec<(SourceNames, String)>,
     ) -> PyResult<(Vec<f64>, usize)> {
         let pairs = resolve(reasoning, multimodal, &pairs)?;
-        py.detach(|| likeness_core(&pairs)).map_err(to_py)
+        py.detach(|| correlate(&pairs)).map_err(to_py)
     }
 
     /// Run with the interpreter detached, coming back for signals and the progress callback.

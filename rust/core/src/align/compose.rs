@@ -2,7 +2,7 @@
 //!
 //! Owns where its blocks are stored and how a run of rows is gathered from them, chunk by chunk, so
 //! no model and no whole tensor is ever copied. The multimodal tensor is seen as rows × columns; a
-//! [`Block`] is a rectangle of it that lies in a tensor of the reasoning checkpoint, transposed or
+//! [`Block`] is a rectangle of it, stored in a tensor of the reasoning checkpoint, transposed or
 //! not. Blocks never overlap, and within their rows they cover every column.
 
 use std::ops::Range;
@@ -44,7 +44,7 @@ pub struct Blocks<'a> {
 }
 
 impl<'a> Blocks<'a> {
-    /// Check that the blocks lie inside their tensors, do not overlap and leave no column out.
+    /// Check that the blocks are inside their tensors, do not overlap and leave no column out.
     ///
     /// Rows that no block covers are not stored: their difference is zero and they enter no sum.
     ///
@@ -337,10 +337,10 @@ impl Block<Operand<'_>> {
         }
         // Transposed: a column of the tensor is a run of the stored one.
         let group = group(down).min(across);
-        for left in (0..across).step_by(group) {
-            let columns = group.min(across - left);
+        for first_column in (0..across).step_by(group) {
+            let columns = group.min(across - first_column);
             scratch.resize(columns * down * nbytes, 0);
-            let first = first + left * self.column_stride;
+            let first = first + first_column * self.column_stride;
             if self.column_stride == down {
                 self.read(first, scratch, nbytes)?;
             } else {
@@ -348,7 +348,7 @@ impl Block<Operand<'_>> {
                     self.read(first + column * self.column_stride, run, nbytes)?;
                 }
             }
-            let packed = &mut packed[column_nbytes + left * nbytes..];
+            let packed = &mut packed[column_nbytes + first_column * nbytes..];
             match nbytes {
                 2 => transpose::<2>(scratch, down, columns, packed, row_nbytes),
                 4 => transpose::<4>(scratch, down, columns, packed, row_nbytes),
@@ -359,7 +359,7 @@ impl Block<Operand<'_>> {
     }
 }
 
-/// How many runs of so many elements are gathered at a time.
+/// How many runs of `run` elements are gathered at a time.
 fn group(run: usize) -> usize {
     (GROUP / run.max(1)).max(1)
 }
@@ -375,9 +375,9 @@ fn transpose<const N: usize>(
     // Tiles, so that neither side walks through memory a cache line an element.
     const TILE: usize = 32;
     for top in (0..rows).step_by(TILE) {
-        for left in (0..columns).step_by(TILE) {
+        for start in (0..columns).step_by(TILE) {
             for row in top..rows.min(top + TILE) {
-                for column in left..columns.min(left + TILE) {
+                for column in start..columns.min(start + TILE) {
                     let (from, to) = ((column * rows + row) * N, row * row_nbytes + column * N);
                     packed[to..to + N].copy_from_slice(&runs[from..from + N]);
                 }

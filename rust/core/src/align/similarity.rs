@@ -1,6 +1,6 @@
 //! How much the weights of two models resemble each other, layer against layer, from samples.
 //!
-//! Names and shapes cannot tell a model whose layers are shifted by one from a right pairing; the
+//! Names and shapes cannot tell a model whose layers are shifted by one from the right match; the
 //! weights can, since fine-tuning leaves them close to where they came from and other layers of the
 //! same shape are unrelated. Owns the sampling and the correlations; what follows from them is
 //! decided by the caller.
@@ -24,7 +24,7 @@ const RUN: usize = 128;
 ///
 /// # Errors
 /// Shapes that differ between the pairs, or a failed read.
-pub fn likeness(pairs: &[Pair<'_>]) -> Result<(Vec<f64>, usize)> {
+pub fn correlate_samples(pairs: &[Pair<'_>]) -> Result<(Vec<f64>, usize)> {
     let Some(first) = pairs.first() else { return Ok((Vec::new(), 0)) };
     let shape = &first.multimodal.tensor.shape;
     if let Some(other) = pairs.iter().find(|pair| pair.multimodal.tensor.shape != *shape) {
@@ -40,7 +40,7 @@ pub fn likeness(pairs: &[Pair<'_>]) -> Result<(Vec<f64>, usize)> {
     let mut multimodal = Vec::with_capacity(pairs.len());
     for pair in pairs {
         reasoning.push(match &pair.reasoning {
-            Source::Whole(operand) => whole(*operand, &elements)?,
+            Source::Whole(operand) => values_at(*operand, &elements)?,
             Source::Blocks(blocks) => {
                 let mut bytes = Vec::with_capacity(elements.len());
                 blocks.pick(&elements, &mut bytes)?;
@@ -55,7 +55,7 @@ pub fn likeness(pairs: &[Pair<'_>]) -> Result<(Vec<f64>, usize)> {
                     .collect()
             }
         });
-        multimodal.push(whole(pair.multimodal, &elements)?);
+        multimodal.push(values_at(pair.multimodal, &elements)?);
     }
     let reasoning: Vec<Vec<f64>> = reasoning.iter().map(|values| standardized(values)).collect();
     let multimodal: Vec<Vec<f64>> = multimodal.iter().map(|values| standardized(values)).collect();
@@ -75,7 +75,7 @@ fn sampled(numel: usize) -> Vec<usize> {
     (0..RUNS).flat_map(|run| run * stride..run * stride + RUN).collect()
 }
 
-fn whole(operand: Operand<'_>, elements: &[usize]) -> Result<Vec<f64>> {
+fn values_at(operand: Operand<'_>, elements: &[usize]) -> Result<Vec<f64>> {
     let nbytes = operand.element_nbytes();
     let mut dequantized = Dequantized::default();
     let mut values = Vec::with_capacity(elements.len());
@@ -90,13 +90,13 @@ fn whole(operand: Operand<'_>, elements: &[usize]) -> Result<Vec<f64>> {
 }
 
 /// Values less their mean and of norm one, so that a product of two is their correlation; those that
-/// are not finite become the mean. Of values that do not vary, all are NaN.
+/// are not finite become the mean. Values that do not vary become NaN.
 fn standardized(values: &[f64]) -> Vec<f64> {
     let finite = || values.iter().filter(|value| value.is_finite());
     let count = finite().count().max(1) as f64;
     let mean = finite().sum::<f64>() / count;
     let squares: f64 = finite().map(|value| (value - mean) * (value - mean)).sum();
-    // Of a constant only the rounding of its mean is left, which would correlate with anything.
+    // What remains of a constant is the rounding of its mean, which would correlate with anything.
     let norm =
         if squares <= f64::EPSILON * count * mean * mean { f64::NAN } else { squares.sqrt() };
     values

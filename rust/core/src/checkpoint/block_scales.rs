@@ -2,8 +2,8 @@
 //!
 //! A weight `X.weight` of R × C codes has a tensor `X.weight_scale_inv` of ⌈R/r⌉ × ⌈C/c⌉ float32
 //! beside it, one for each block of r × c codes, as DeepSeek-V3 lays it out. The value of an element
-//! is float32(code) × scale in float32, which is what such models compute themselves. Of the scales
-//! only those of the rows at hand are read, so memory does not grow with the model.
+//! is float32(code) × scale in float32, which is what such models compute themselves. Only the
+//! scales of the rows at hand are read, so memory does not grow with the model.
 
 use std::ops::Range;
 
@@ -22,7 +22,7 @@ pub fn name_of(codes: &str) -> String {
     format!("{codes}{SUFFIX}")
 }
 
-/// The scales of one tensor of codes, where they lie; their shape fits.
+/// Where the scales of one tensor of codes are stored; their shape fits.
 #[derive(Debug, Clone, Copy)]
 pub struct Scales<'a> {
     format: Fp8,
@@ -38,7 +38,7 @@ impl<'a> Scales<'a> {
     /// Put codes and scales together; no scale is read.
     ///
     /// # Errors
-    /// Codes that are no matrix, or scales that are missing, not float32 or not one for each block.
+    /// Codes that are not a matrix, or scales that are missing, not float32 or not one for each block.
     pub fn new(
         format: Fp8,
         (shard, codes): (&Shard, &Tensor),
@@ -129,7 +129,7 @@ impl<'a> Scales<'a> {
     }
 
     /// The most bytes that [`Scales::dequantize`] uses for `numel` codes: their values and the
-    /// scales of the rows that they lie in.
+    /// scales of the rows that hold them.
     pub(crate) fn scratch_nbytes(&self, numel: usize) -> (usize, usize) {
         if numel == 0 {
             return (0, 0);

@@ -28,7 +28,7 @@ pub struct Tensor {
     pub dtype: safetensors::Dtype,
     /// Dimensions, outermost first.
     pub shape: Vec<usize>,
-    /// Where its bytes lie in the file.
+    /// Where its bytes are in the file.
     pub range: Range<u64>,
 }
 
@@ -89,7 +89,7 @@ fn read_bytes(file: &File, path: &Path, file_nbytes: u64) -> Result<Vec<u8>> {
         let hint = if looks_pickled {
             "this looks like a PyTorch pickle, which is never loaded: convert it to safetensors"
         } else {
-            "the file is truncated or no safetensors file"
+            "the file is truncated or is not a safetensors file"
         };
         return Err(Error::checkpoint(
             path,

@@ -1,6 +1,6 @@
 //! A checkpoint: one safetensors file, or a directory of shards with or without an index.
 //!
-//! Owns which files belong together and where each tensor lies; what is inside a file is
+//! Owns which files belong together and where each tensor is; what is inside a file is
 //! [`crate::checkpoint::shard`]'s. Every tensor that the index names is in the shard it names, and no shard
 //! holds one that the index does not place there.
 
@@ -63,7 +63,7 @@ impl Checkpoint {
             return Err(Error::checkpoint(path, PICKLE));
         }
         if name.ends_with(".json") {
-            let message = "no safetensors file; give the directory that it lies in";
+            let message = "not a safetensors file; give the directory that it is in";
             return Err(Error::checkpoint(path, message));
         }
         Self::from_files(path, &[path.to_owned()], None, reader)

@@ -32,7 +32,7 @@ impl<'a> Operand<'a> {
         nbytes.checked_div(self.tensor.numel()).unwrap_or(0)
     }
 
-    /// The most bytes that the values of `numel` codes take, none where there are no codes.
+    /// The most bytes that the values of `numel` codes take, zero where there are no codes.
     pub(crate) fn dequantized_nbytes(&self, numel: usize) -> usize {
         self.scales.map_or(0, |scales| {
             let (values, scales) = scales.scratch_nbytes(numel);

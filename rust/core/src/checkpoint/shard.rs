@@ -1,7 +1,8 @@
 //! One open safetensors file and its bytes, mapped or read.
 //!
-//! Owns the only `mmap` of the project; the header is [`super::header`]'s. The file must not shrink while it is mapped: touching a
-//! page past its end kills the process with SIGBUS, which [`Reader::Pread`] turns into an error.
+//! Owns the only `mmap` of the project; the header is [`super::header`]'s. The file must not shrink
+//! while it is mapped: touching a page past its end kills the process with SIGBUS, which
+//! [`Reader::Pread`] turns into an error.
 
 use std::fs::File;
 use std::ops::Range;
@@ -80,7 +81,7 @@ impl Identity {
         })
     }
 
-    /// Of the file that has this path now.
+    /// The identity of the file that has this path now.
     fn of_path(path: &Path) -> Result<Self> {
         let now = File::open(path).map_err(Error::io(path, "open the file again"))?;
         Self::of(&now, path)
@@ -91,7 +92,7 @@ impl Shard {
     /// Open `path` and validate its header; nothing of the data is read.
     ///
     /// # Errors
-    /// A path that is no regular file, a file shorter or longer than its header says, a header that
+    /// A path that is not a regular file, a file shorter or longer than its header says, a header that
     /// is not JSON or names a tensor twice, or offsets that overlap or leave the file.
     pub fn open(path: &Path, reader: Reader) -> Result<Self> {
         // Asked before opening: opening a FIFO would wait for a writer.
@@ -207,8 +208,8 @@ impl Shard {
             };
             let mut byte = [0];
             let mut probe = [std::io::IoSliceMut::new(&mut byte)];
-            // Asking for what is there already costs a walk over its pages, which a read of one byte
-            // that must not wait tells in advance.
+            // Asking for what is there already costs a walk over its pages; a read of one byte that
+            // must not wait shows whether it is.
             if !matches!(preadv2(&self.file, &mut probe, last, ReadWriteFlags::NOWAIT), Ok(1)) {
                 let nbytes = std::num::NonZeroU64::new(range.end - range.start);
                 let advice = rustix::fs::Advice::WillNeed;
@@ -264,7 +265,7 @@ impl Shard {
     /// SHA-256 of the length, the header and 64 samples of 4 KiB spread evenly over the data; of a
     /// file that is partly there, the samples are left out.
     ///
-    /// It tells checkpoints apart at a cost independent of their size; it is no proof of integrity.
+    /// It tells checkpoints apart at a cost independent of their size; it does not prove integrity.
     ///
     /// # Errors
     /// A read that fails.

@@ -5,7 +5,7 @@
 //!
 //! The scale is a binary16, the least not below the block's largest |Δ| / 127, so no code
 //! overflows and the scale is zero only where the whole block is. Where that would be subnormal
-//! there are fewer levels, and what lies below half of the scale becomes zero, which is counted. The
+//! there are fewer levels, and what is below half of the scale becomes zero, which is counted. The
 //! code is Δ / scale in float32, rounded to an integer; code × scale is rounded to bfloat16 once.
 //! A difference that is not finite becomes zero, since integers have no NaN.
 

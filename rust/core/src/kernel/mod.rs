@@ -61,19 +61,19 @@ macro_rules! by_dtypes {
 /// Elements where either side is NaN or infinite are counted and left out of the sums.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct Moments {
-    /// Σ(a − b)², of the exact difference rather than of its rounded form.
+    /// Σ(r − m)² of the reasoning side r and the multimodal side m, of the exact difference rather than of its rounded form.
     pub delta_sq: f64,
     /// Σ of the squares as written, where the output's range is narrower than the inputs' or the
     /// output is compressed (then as it is decoded); else the same as `delta_sq`. A difference says
     /// that values were lost to underflow.
     pub written_sq: f64,
-    /// Σa², the reasoning side.
+    /// Σr², the reasoning side.
     pub reasoning_sq: f64,
-    /// Σb², the multimodal side.
+    /// Σm², the multimodal side.
     pub multimodal_sq: f64,
-    /// Σab.
+    /// Σrm.
     pub dot: f64,
-    /// The largest |a − b|; where a block was summed in float32, of the difference rounded to that.
+    /// The largest |r − m|; where a block was summed in float32, of the difference rounded to that.
     pub max_abs: f64,
     /// Elements that do not differ.
     pub zeros: u64,
@@ -124,10 +124,11 @@ impl<'a> Elements<'a> {
     /// View `bytes` as elements.
     ///
     /// # Errors
-    /// Bytes that are no whole number of elements.
+    /// Bytes that are not a whole number of elements.
     pub fn new(dtype: Dtype, bytes: &'a [u8]) -> Result<Self> {
         if !bytes.len().is_multiple_of(dtype.nbytes()) {
-            let message = format!("{} bytes are no whole number of {}", bytes.len(), dtype.name());
+            let message =
+                format!("{} bytes are not a whole number of {}", bytes.len(), dtype.name());
             return Err(Error::Argument(message));
         }
         Ok(Self { dtype, bytes })

@@ -27,14 +27,14 @@ pub enum Method {
     DareLinear {
         /// The share that is kept.
         density: f64,
-        /// Of the random numbers.
+        /// The seed of the random numbers.
         seed: u64,
     },
-    /// Drop and rescale likewise, then elect a sign as [`Method::Ties`] does.
+    /// Drop and rescale the same way, then elect a sign as [`Method::Ties`] does.
     DareTies {
         /// The share that is kept.
         density: f64,
-        /// Of the random numbers.
+        /// The seed of the random numbers.
         seed: u64,
     },
     /// From m to r along the great circle through both, at w.
@@ -47,11 +47,11 @@ pub struct Blend<'a> {
     pub reasoning: Source<'a>,
     /// The base's, where there is one.
     pub base: Option<Source<'a>>,
-    /// Of the result.
+    /// The dtype of the result.
     pub dtype: Dtype,
-    /// Of the reasoning model.
+    /// The weight of the reasoning model.
     pub weight: f64,
-    /// Of the multimodal model's own task vector.
+    /// The weight of the multimodal model's own task vector.
     pub multimodal_weight: f64,
 }
 
@@ -66,7 +66,7 @@ pub struct Job<'a> {
 /// What was found of a merged tensor.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct Found {
-    /// Elements with a counterpart.
+    /// Elements that every side stores.
     pub merged: u64,
     /// NaN and infinities among those of the reasoning model.
     pub nonfinite_reasoning: u64,

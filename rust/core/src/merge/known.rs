@@ -13,8 +13,7 @@ const PARALLEL: f64 = 0.9995;
 #[derive(Default)]
 pub(super) struct Known {
     pub(super) found: Found,
-    /// For each task vector that is trimmed: the share that is kept, where the least of it lies, and
-    /// what this pass counted.
+    /// The trimming of each task vector that is trimmed.
     pub(super) trims: Vec<Trim>,
     /// Σr², Σm², Σrm of each chunk.
     pub(super) products: Vec<[f64; 3]>,
@@ -37,7 +36,7 @@ pub(super) enum Gave {
 }
 
 impl Known {
-    /// Of a tensor that no pass has read yet.
+    /// What is known before the first pass.
     pub(super) fn new(job: &Job<'_>, method: Method) -> Self {
         let mut known = Self::default();
         let Some(blend) = &job.blend else { return known };

@@ -28,7 +28,7 @@ use work::Merging;
 /// What a run found.
 #[derive(Debug)]
 pub struct Outcome {
-    /// Of each job; nothing of those that were copied.
+    /// What was found of each job; nothing for those that were copied.
     pub found: Vec<Option<Found>>,
     /// The most bytes that buffers took at a time; windows of mapped files are not among them.
     pub peak_nbytes: usize,

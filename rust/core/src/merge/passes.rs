@@ -33,7 +33,7 @@ pub(super) enum Pass {
     Write,
 }
 
-/// A piece of work.
+/// A chunk of a tensor in one pass.
 #[derive(Debug, Clone)]
 pub(super) struct PassChunk {
     pub(super) job: usize,

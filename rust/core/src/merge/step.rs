@@ -27,7 +27,7 @@ pub(super) struct Sides<'a> {
 }
 
 impl Sides<'_> {
-    /// Load block after block of the elements that have a counterpart; `then` gets the number of the
+    /// Load the elements that every side stores, block after block; `then` gets the number of the
     /// first element and how many there are.
     pub(super) fn each(
         &self,

@@ -3,9 +3,9 @@
 //! An interval that holds it is cut into bins, and each pass over the values counts what falls into
 //! which and the least and the greatest of each bin; the bin that holds the k-th largest is the next
 //! interval. A sample makes a good first guess, and is never more than that: only what a pass over all
-//! values has counted is an answer. What comes out is a value of the tensor whichever way the guess
-//! falls and in whichever order chunks are counted. NaN and infinities have no place among magnitudes;
-//! they are left out, and k is counted over the others.
+//! values has counted is an answer. The answer is a value of the tensor, whatever the guess was and in
+//! whichever order chunks are counted. NaN and infinities are left out, and k is counted over the
+//! others.
 
 /// Bins of one pass.
 const BINS: usize = 2048;
@@ -41,7 +41,7 @@ pub(super) struct Counts {
     bins: Vec<Bin>,
 }
 
-/// How many of the largest of so many values a share is: at least one, and no more than there are.
+/// How many of `numel` values the share `density` is: at least one, and no more than there are.
 fn rank(density: f64, numel: u64) -> u64 {
     ((density * numel as f64) as u64).max(1).min(numel)
 }
@@ -50,8 +50,8 @@ impl Interval {
     /// Every finite magnitude.
     pub(super) const ALL: Interval = Interval { low: 0, high: f64::MAX.to_bits(), counted: false };
 
-    /// Where the least of the largest, of which there are a share of `density`, probably lies,
-    /// judging by some magnitudes.
+    /// Where the least of the largest values probably is, judging by some magnitudes; the largest
+    /// are a share of `density`.
     pub(super) fn guess(sample: &mut Vec<u64>, density: f64) -> Self {
         sample.retain(|&magnitude| magnitude <= Self::ALL.high);
         if sample.is_empty() {
@@ -66,8 +66,8 @@ impl Interval {
         Self { low, high, counted: false }
     }
 
-    /// The value, once there is but one. A guess is none, however narrow: in bfloat16 a sample is
-    /// often of one value around the place that is sought.
+    /// The value, once there is only one. A guess does not count, however narrow: in bfloat16 a sample
+    /// often has a single value around the place that is sought.
     pub(super) fn only(&self) -> Option<u64> {
         (self.counted && self.low == self.high).then_some(self.low)
     }
@@ -96,7 +96,7 @@ impl Interval {
                 return known(bin.least, bin.greatest);
             }
         }
-        // The guess was too high. Of no more than all values, one is the k-th.
+        // The guess was too high: the k-th value is below it.
         known(0, self.low.saturating_sub(1))
     }
 }

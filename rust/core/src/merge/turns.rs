@@ -60,7 +60,7 @@ impl<'a> Turns<'a> {
         self.tensors.load(Ordering::Relaxed)
     }
 
-    /// Hand out no more, and let go whoever waits.
+    /// Hand out no more, and release the workers that wait.
     pub(super) fn stop(&self) {
         self.state().stopped = true;
         self.moved.notify_all();

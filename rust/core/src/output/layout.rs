@@ -7,7 +7,7 @@ use safetensors::tensor::{Metadata, TensorInfo};
 use super::format::{Slot, Storage};
 use crate::error::{Error, Result};
 
-/// Of a header, by the format.
+/// The most bytes of a header, by the format.
 const MAX_HEADER_NBYTES: usize = 100_000_000;
 
 /// One file of a delta: the differences in it and its size.

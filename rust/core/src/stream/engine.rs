@@ -42,18 +42,18 @@ pub(crate) trait Work: Sync {
     /// Work on a chunk, give back what was found, and return how many bytes were read.
     fn work(&self, chunk: &mut Self::Chunk, scratch: &mut Self::Scratch) -> Result<u64>;
 
-    /// Hand out no more, and let go whoever waits.
+    /// Hand out no more, and release the workers that wait.
     fn stop(&self);
 
     /// Tensors that are done.
     fn tensors(&self) -> usize;
 }
 
-/// Run `work` on so many threads until all of it is done.
+/// Run `work` on `workers` threads until all of it is done.
 ///
 /// # Errors
-/// Of the chunks that failed, the error of the earliest, so which one is reported depends little on
-/// timing; or an interruption by `tick`.
+/// The error of the earliest chunk that failed, so which one is reported depends little on timing;
+/// or an interruption by `tick`.
 pub(crate) fn run<W: Work>(
     work: &W,
     workers: usize,

@@ -206,7 +206,7 @@ impl<'a> Work for Subtraction<'a> {
 
 impl Subtraction<'_> {
     fn prefetch(&self, chunk: &Chunk) {
-        // Of rows that only one side has, nothing is read.
+        // Rows that only one side stores are not read.
         if chunk.is_stored {
             let pair = &self.pairs[chunk.pair];
             pair.reasoning.prefetch(&chunk.elements);

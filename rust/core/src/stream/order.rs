@@ -61,7 +61,7 @@ struct State<'a> {
 }
 
 impl<'a> Order<'a> {
-    /// The order of `pairs` on so many workers; `memory` is an output in memory and the bytes of
+    /// The order of `pairs` for `workers` workers; `memory` is an output in memory and the bytes of
     /// one element in it, and `prefetch_nbytes` how far [`Order::ahead`] runs before them.
     pub(crate) fn new(
         pairs: &'a [Pair<'a>],
@@ -159,7 +159,7 @@ impl<'a> Order<'a> {
         self.state().tensors
     }
 
-    /// Hand out no more.
+    /// Hand out no more, and release the workers that wait.
     pub(crate) fn stop(&self) {
         self.state().stopped = true;
         self.moved.notify_all();

@@ -27,7 +27,7 @@ pub(crate) struct ReadDemand {
 }
 
 impl ReadDemand {
-    /// Of chunks of up to `longest` elements.
+    /// The demand of chunks of up to `longest` elements.
     pub(crate) fn of_operand(operand: &Operand<'_>, longest: usize) -> Self {
         let nbytes = longest * operand.element_nbytes();
         let is_mapped = operand.shard.reader() == Reader::Mmap;
@@ -39,8 +39,8 @@ impl ReadDemand {
         }
     }
 
-    /// Of chunks of up to `longest` elements, in each of which up to `run` follow each other in a
-    /// band of blocks.
+    /// The demand of chunks of up to `longest` elements; where a chunk of blocks has several runs, they
+    /// have up to `run` elements.
     pub(crate) fn of(source: &Source<'_>, longest: usize, run: usize) -> Self {
         match source {
             Source::Whole(operand) => Self::of_operand(operand, longest),
@@ -96,8 +96,8 @@ impl SideBuffer {
             + self.values.held_nbytes()
     }
 
-    /// Elements of a source, and how many bytes were read. Of blocks, `elements` are whole rows, and
-    /// rows that are not stored come out as zero.
+    /// Elements of a source, and how many bytes were read. Where it is made of blocks, `elements` are
+    /// whole rows, and rows that are not stored are zero.
     pub(crate) fn read<'b>(
         &'b mut self,
         source: &Source<'b>,
