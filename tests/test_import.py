@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -74,3 +76,23 @@ def test_every_public_name_is_there(name: str) -> None:
 def test_a_name_that_is_not_there_is_no_attribute() -> None:
     with pytest.raises(AttributeError, match="no attribute 'absent'"):
         drift_fast.absent  # noqa: B018
+
+
+def test_type_checkers_see_every_public_name_at_its_own_module() -> None:
+    tree = ast.parse(Path(drift_fast.__file__).read_text(encoding="utf-8"))
+    guarded = next(
+        node
+        for node in tree.body
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+    )
+    seen = {
+        alias.name: node.module
+        for node in ast.walk(guarded)
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    eager = {name for name in drift_fast.__all__ if name == "__version__" or "Error" in name}
+    assert set(drift_fast.__all__) - eager - {"DriftWarning"} == set(seen)
+    for name, module in seen.items():
+        if name != "schedule":
+            assert drift_fast._LAZY[name] == module

@@ -26,12 +26,14 @@ if TYPE_CHECKING:
     from drift_fast.delta.combine import combine
     from drift_fast.delta.delta import Delta, Report, compute_delta, inspect
     from drift_fast.inject import schedule
+    from drift_fast.inject.config import InjectionConfig
     from drift_fast.inject.injection import Injection
     from drift_fast.inject.motion.motion import PlannedMotion
     from drift_fast.inject.predict import predict_progress
     from drift_fast.inject.targets import match_parameters
     from drift_fast.integrations.attach import attach
     from drift_fast.integrations.trainer_motion import attach_motion
+    from drift_fast.merging.merge import Merged, merge
     from drift_fast.planner.planning import plan
     from drift_fast.planner.report import TrainingPlan
     from drift_fast.preflight.check import Preflight, check
@@ -45,6 +47,7 @@ __all__ = [
     "DriftError",
     "DriftWarning",
     "Injection",
+    "InjectionConfig",
     "Merged",
     "NonFiniteError",
     "PlannedMotion",
@@ -80,6 +83,7 @@ _LAZY = {
     "align": "drift_fast.alignment.report",
     "check": "drift_fast.preflight.check",
     "Injection": "drift_fast.inject.injection",
+    "InjectionConfig": "drift_fast.inject.config",
     "match_parameters": "drift_fast.inject.targets",
     "attach": "drift_fast.integrations.attach",
     "attach_motion": "drift_fast.integrations.trainer_motion",
