@@ -5,24 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
 
 import torch
 
 from drift_fast.inject.config import Residency
-
-
-def check_residency(residency: str) -> Residency:
-    """Return `residency` if it names one.
-
-    Raises:
-        ValueError: an unknown residency.
-    """
-    if residency not in get_args(Residency):
-        raise ValueError(
-            f"residency must be one of {', '.join(get_args(Residency))}, got {residency!r}"
-        )
-    return residency  # type: ignore[return-value]
 
 
 def choose(
@@ -30,8 +16,8 @@ def choose(
 ) -> tuple[Residency, str]:
     """Return an exact residency for Δ of this size, and a line that says why.
 
-    On an accelerator, what training has yet to allocate (gradients, and two states of an AdamW for
-    every parameter) and a tenth of the memory for activations are kept free.
+    On an accelerator, memory is kept free for what training has yet to allocate (gradients, and two
+    AdamW states for every parameter), and a tenth of all memory for activations.
     """
     size = f"{nbytes / 1e9:.2f} GB of Δ"
     if device.type != "cuda":
@@ -44,7 +30,7 @@ def choose(
         )
     free, total = torch.cuda.mem_get_info(device)
     trained = [p for p in parameters if p.requires_grad and p.device == device]
-    # Of a sharded parameter this process has its part to allocate for.
+    # This process allocates for its own part of a sharded parameter.
     local = [p.to_local() if hasattr(p, "to_local") else p for p in trained]
     shares = zip(trained, local, strict=True)
     ahead = sum(own.nbytes * (3 if p.grad is None else 2) for p, own in shares) + total // 10
@@ -64,7 +50,7 @@ def choose(
 
 
 def _free_host_memory() -> int | None:
-    """Return the bytes that can be had without swapping, None where the system does not tell."""
+    """Return the bytes that are available without swapping, None where the system does not say."""
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
