@@ -27,7 +27,7 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from drift_fast import Injection, _core
-from drift_fast.inject.target import DeltaLike
+from drift_fast.delta.protocol import DeltaLike
 from drift_fast.selection import Selection
 
 

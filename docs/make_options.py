@@ -30,10 +30,13 @@ SCHEMA = ROOT / "docs" / "drift.schema.json"
 CLASSES = (
     "drift_fast.alignment.options.SelectionOptions",
     "drift_fast.alignment.options.PairOptions",
+    "drift_fast.delta.options.ProgressOptions",
     "drift_fast.delta.options.StreamOptions",
     "drift_fast.delta.options.OutputOptions",
     "drift_fast.delta.options.InspectOptions",
+    "drift_fast.delta.options.RankOptions",
     "drift_fast.delta.options.DeltaOptions",
+    "drift_fast.delta.options.SaveOptions",
     "drift_fast.preflight.options.CheckOptions",
     "drift_fast.inject.config.StrengthOptions",
     "drift_fast.inject.config.ResidencyOptions",

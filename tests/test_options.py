@@ -121,7 +121,7 @@ def test_a_retired_option_names_its_successor(name: str, successor: str) -> None
 def test_a_misspelled_option_is_told_the_nearest() -> None:
     with pytest.raises(TypeError, match=r"inspect\(\) .*'module'; did you mean 'modules'\?"):
         PairOptions.from_keywords({"module": "attn"}, function="inspect")
-    with pytest.raises(ValueError, match=r"file: .*'xyz'; expected threads, memory"):
+    with pytest.raises(ValueError, match=r"file: .*'xyz'; expected progress_bar, threads, memory"):
         StreamOptions.from_dict({"xyz": 1}, origin="file")
 
 

@@ -23,8 +23,8 @@ from drift_fast.errors import (
 
 if TYPE_CHECKING:
     from drift_fast.alignment.report import Alignment, align
-    from drift_fast.delta.combine import combine
-    from drift_fast.delta.delta import Delta, Report, compute_delta, inspect
+    from drift_fast.delta.compute import Report, compute_delta, inspect
+    from drift_fast.delta.delta import Delta, combine
     from drift_fast.inject import schedule
     from drift_fast.inject.config import InjectionConfig
     from drift_fast.inject.injection import Injection
@@ -72,10 +72,10 @@ __all__ = [
 # Where each name is, loaded on first use (PEP 562).
 _LAZY = {
     "Delta": "drift_fast.delta.delta",
-    "Report": "drift_fast.delta.delta",
-    "compute_delta": "drift_fast.delta.delta",
-    "inspect": "drift_fast.delta.delta",
-    "combine": "drift_fast.delta.combine",
+    "Report": "drift_fast.delta.compute",
+    "compute_delta": "drift_fast.delta.compute",
+    "inspect": "drift_fast.delta.compute",
+    "combine": "drift_fast.delta.delta",
     "Merged": "drift_fast.merging.merge",
     "merge": "drift_fast.merging.merge",
     "Alignment": "drift_fast.alignment.report",

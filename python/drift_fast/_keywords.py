@@ -42,14 +42,19 @@ class PairKeywords(SelectionKeywords, total=False):
     reader: str
 
 
-class StreamKeywords(TypedDict, total=False):
+class ProgressKeywords(TypedDict, total=False):
+    """The keywords of `ProgressOptions`."""
+
+    progress_bar: bool | None
+    on_progress: ProgressCallback | None
+
+
+class StreamKeywords(ProgressKeywords, total=False):
     """The keywords of `StreamOptions`."""
 
     threads: int | None
     memory: int | str
     allow_nonfinite: bool
-    progress_bar: bool | None
-    on_progress: ProgressCallback | None
 
 
 class OutputKeywords(TypedDict, total=False):
@@ -63,11 +68,22 @@ class InspectKeywords(StreamKeywords, PairKeywords, total=False):
     """The keywords of `InspectOptions`."""
 
 
-class DeltaKeywords(OutputKeywords, StreamKeywords, PairKeywords, total=False):
+class RankKeywords(TypedDict, total=False):
+    """The keywords of `RankOptions`."""
+
+    ranks: Ranks
+
+
+class DeltaKeywords(RankKeywords, OutputKeywords, StreamKeywords, PairKeywords, total=False):
     """The keywords of `DeltaOptions`."""
 
     dtype: str
-    ranks: Ranks
+
+
+class SaveKeywords(RankKeywords, OutputKeywords, ProgressKeywords, total=False):
+    """The keywords of `SaveOptions`."""
+
+    memory: int | str | None
 
 
 class CheckKeywords(SelectionKeywords, total=False):

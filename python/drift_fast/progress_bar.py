@@ -1,15 +1,12 @@
-"""How far a stream has come, and a bar of it on a terminal; nothing in a pipe."""
+"""How far a stream or a download has come, for a function or as a bar on standard error."""
 
 from __future__ import annotations
 
+import contextlib
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import TracebackType
-from typing import TextIO
-
-_BAR = 24
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -26,53 +23,71 @@ class Progress:
 ProgressCallback = Callable[[Progress], object]
 
 
-class ProgressBar:
-    """Show tensors, gigabytes per second and time left on one line of standard error.
+@contextlib.contextmanager
+def reported(
+    progress_bar: bool | None, on_progress: ProgressCallback | None
+) -> Iterator[ProgressCallback | None]:
+    """Yield what to call with each `Progress`: the function, a bar, both, or None for neither.
 
-    Calling it with a `Progress` redraws the line; leaving the context ends it. Where the stream is
-    no terminal it stays silent.
+    progress_bar: None shows one where standard error is a terminal, and in a notebook.
     """
+    shown = progress_bar
+    if shown is None:
+        shown = sys.stderr.isatty() or "ipykernel" in sys.modules
+    if not shown:
+        yield on_progress
+        return
+    with _bar(forced=progress_bar is True) as draw:
 
-    def __init__(self, stream: TextIO | None = None) -> None:
-        self._stream = sys.stderr if stream is None else stream
-        self._shown = self._stream.isatty()
-        self._started = time.monotonic()
-        self._stage = ""
+        def both(progress: Progress) -> None:
+            draw(progress)
+            if on_progress is not None:
+                on_progress(progress)
 
-    def __call__(self, progress: Progress) -> None:
-        if not self._shown:
-            return
-        if progress.stage != self._stage:
-            # A download says nothing of how fast the reading after it will be.
-            self._stage, self._started = progress.stage, time.monotonic()
-        done, total = progress.nbytes, progress.total_nbytes
-        elapsed = max(time.monotonic() - self._started, 1e-3)
-        rate = done / elapsed
-        share = min(1.0, done / total) if total else 1.0
-        filled = round(share * _BAR)
-        left = (total - done) / rate if rate > 0 else 0.0
-        line = (
-            f"{self._stage} [{'█' * filled}{'·' * (_BAR - filled)}] {share:4.0%}  "
-            f"{progress.tensors}/{progress.total_tensors} tensors  {rate / 1e9:.2f} GB/s  "
-            f"{_clock(left)} left"
+        yield both
+
+
+@contextlib.contextmanager
+def _bar(*, forced: bool) -> Iterator[ProgressCallback]:
+    """Show stage, tensors, rate and time left on one line; it vanishes at the end."""
+    # Loaded here, so that a run without a bar does not.
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        TaskID,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+    from rich.progress import Progress as RichProgress
+
+    bar = RichProgress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%  {task.fields[tensors]} tensors"),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True, force_terminal=True if forced else None),
+        transient=True,
+        # The stream calls about twenty times a second; a thread of its own draws nothing better.
+        auto_refresh=False,
+    )
+    # A stage of its own has a rate of its own: a download says nothing of the reading after it.
+    tasks: dict[str, TaskID] = {}
+
+    def draw(progress: Progress) -> None:
+        fields: dict[str, Any] = {"tensors": f"{progress.tensors}/{progress.total_tensors}"}
+        if progress.stage not in tasks:
+            for done in tasks.values():
+                bar.update(done, visible=False)
+            tasks[progress.stage] = bar.add_task(progress.stage, total=None, **fields)
+        bar.update(
+            tasks[progress.stage],
+            completed=progress.nbytes,
+            total=max(1, progress.total_nbytes),
+            refresh=True,
+            **fields,
         )
-        self._stream.write(f"\r\x1b[2K{line}")
-        self._stream.flush()
 
-    def __enter__(self) -> ProgressBar:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._shown:
-            self._stream.write("\r\x1b[2K")
-            self._stream.flush()
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes}:{rest:02d}"
+    with bar:
+        yield draw

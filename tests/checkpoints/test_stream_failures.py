@@ -65,7 +65,7 @@ def test_a_delta_that_does_not_fit_is_refused_before_anything_is_read(
     sources = write_sources(tmp_path, 5, 1024, 1024)
     seen: list[Progress] = []
     with pytest.raises(OSError, match="delta needs") as caught:
-        compute_delta(*sources, small_disk / "delta", progress=seen.append)
+        compute_delta(*sources, small_disk / "delta", on_progress=seen.append)
     full(caught.value, 8 * MEGABYTE)
     assert not [progress for progress in seen if progress.stage == "reading"]
     assert everything_under(small_disk) == set()
@@ -100,7 +100,7 @@ def test_a_disk_that_fills_meanwhile_gives_the_same_error_and_nothing_is_left_be
                     file.write(bytes(4096))
 
     with pytest.raises(OSError, match="delta needs") as caught:
-        compute_delta(*sources, small_disk / "delta", progress=fill)
+        compute_delta(*sources, small_disk / "delta", on_progress=fill)
     full(caught.value, 6 * MEGABYTE)
     assert everything_under(small_disk) == {"stranger"}
 
@@ -183,7 +183,7 @@ def test_a_source_that_changes_while_it_is_read_gives_an_error_and_no_delta(
 
     changed: list[Path] = []
     with pytest.raises(CheckpointError, match="changed while it was being read") as caught:
-        compute_delta(*sources, out, reader=reader, progress=interfere)
+        compute_delta(*sources, out, reader=reader, on_progress=interfere)
     assert str(sources[side]) in str(caught.value)
     assert changed
     assert everything_under(out.parent) == set()
@@ -192,7 +192,7 @@ def test_a_source_that_changes_while_it_is_read_gives_an_error_and_no_delta(
 def test_statistics_of_a_source_that_changes_are_refused_too(tmp_path: Path) -> None:
     sources = write_sources(tmp_path, 2, 64, 64)
     with pytest.raises(CheckpointError, match="changed while it was being read"):
-        inspect(*sources, progress=lambda _: append(sources[0]))
+        inspect(*sources, on_progress=lambda _: append(sources[0]))
 
 
 @pytest.mark.parametrize("call", [compute_delta, inspect])
@@ -207,7 +207,7 @@ def test_a_file_cut_off_while_it_is_read_gives_an_error_and_no_delta(
         if progress.stage == "reading":
             os.truncate(sources[0], 1 << 20)
 
-    options: dict[str, Any] = {"reader": "pread", "check_weights": False, "progress": cut}
+    options: dict[str, Any] = {"reader": "pread", "check_weights": False, "on_progress": cut}
     if call is compute_delta:
         options["out"] = out
     with pytest.raises((OSError, CheckpointError), match=r"did it shrink|changed while"):

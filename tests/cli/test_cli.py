@@ -555,7 +555,7 @@ def test_an_exception_in_the_progress_callback_stops_the_run_and_is_raised(
             raise Enough
 
     with pytest.raises(Enough):
-        drift_fast.compute_delta(*brief, out, progress=progress)
+        drift_fast.compute_delta(*brief, out, on_progress=progress)
     assert len(calls) == 2
     assert everything_under(out.parent) == set()
 

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 import drift_fast
 from drift_fast import CoverageError, Delta, compute_delta
-from drift_fast.delta.combine import Combined, combine
+from drift_fast.delta.combined import Combined
+from drift_fast.delta.delta import combine
 from support.injection_models import Backbone, delta_towards, train
 from support.synthetic import Pair, refused, round_once, write_pair
 
@@ -155,7 +156,7 @@ def test_scalars_empty_and_non_contiguous_tensors_keep_their_order() -> None:
 
 
 def test_long_tensors_are_summed_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("drift_fast.delta.combine._PIECE", 7)
+    monkeypatch.setattr("drift_fast.delta.combined._PIECE", 7)
     values = torch.arange(100.0).reshape(4, 25)
     combined = combine([(Tensors({"x": values}), 1.0), (Tensors({"x": values * values}), 0.5)])
     assert torch.equal(combined["x"], values + 0.5 * values * values)
@@ -235,7 +236,7 @@ def test_the_dtype_is_the_common_one_or_float32(deltas: list[Delta]) -> None:
 
 def test_what_was_combined_can_be_told_as_json(deltas: list[Delta]) -> None:
     first, second = deltas
-    told = json.loads(json.dumps(combine({first: 0.5, second: -1.0}).describe()))
+    told = json.loads(json.dumps(combine({first: 0.5, second: -1.0}).to_dict()))
     assert [term["weight"] for term in told["combined"]] == [0.5, -1.0]
     assert [term["delta"] for term in told["combined"]] == [str(first.path), str(second.path)]
     assert told["combined"][0]["sources"] == first.sources
@@ -262,7 +263,7 @@ def test_a_combined_delta_is_saved_with_the_bits_of_the_sum(
     deltas: list[Delta], out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # No multiple of any row, so that pieces cut through tensors.
-    monkeypatch.setattr("drift_fast.delta.combine._PIECE", 13)
+    monkeypatch.setattr("drift_fast.delta.combined._PIECE", 13)
     first, second = deltas
     assert first.path is not None
     weights = {first.path: 0.7, second: -1.3}

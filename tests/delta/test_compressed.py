@@ -19,7 +19,7 @@ import torch
 import drift_fast
 from drift_fast import CheckpointError, Delta, NonFiniteError, compute_delta
 from drift_fast.cli.main import main
-from drift_fast.delta.combine import combine
+from drift_fast.delta.delta import combine
 from drift_fast.delta.options import DeltaOptions
 from support.synthetic import (
     FLOAT_DTYPES,
@@ -188,7 +188,7 @@ def test_the_bytes_do_not_depend_on_the_threads(tmp_path: Path) -> None:
     found = []
     for threads in (1, 3):
         delta, _ = one_tensor(tmp_path, a, b, "int8", threads=threads)
-        found.append((contents(tmp_path / "delta"), delta.stats.to_json()))
+        found.append((contents(tmp_path / "delta"), delta.stats.to_rows()))
     assert found[0] == found[1]
 
 
@@ -200,7 +200,7 @@ def test_a_copy_of_a_compressed_delta_has_the_same_bytes(tmp_path: Path) -> None
     copy = delta.save(tmp_path / "copy", max_shard_size="9KB")
     assert contents(tmp_path / "copy") == contents(tmp_path / "delta")
     assert len(contents(tmp_path / "copy")) > 2
-    assert copy.stats.to_json() == delta.stats.to_json()
+    assert copy.stats.to_rows() == delta.stats.to_rows()
     assert all(torch.equal(copy[name], delta[name]) for name in delta)
 
 
@@ -382,7 +382,7 @@ def test_a_delta_written_before_those_sums_opens_without_them(tmp_path: Path) ->
     assert delta.stats[0].to_dict()["zero_share"] is None
     assert delta.compression is None
     copy = delta.save(tmp_path / "copy")
-    assert copy.stats.to_json() == told["statistics"]
+    assert copy.stats.to_rows() == told["statistics"]
 
 
 def test_the_command_writes_them_and_says_what_they_cost(

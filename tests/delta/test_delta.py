@@ -23,6 +23,7 @@ from safetensors import safe_open
 
 import drift_fast
 from drift_fast import Delta, compute_delta, inspect
+from drift_fast.progress_bar import Progress
 from support.synthetic import (
     EXPONENT_AND_MANTISSA_NBITS,
     FLOAT_DTYPES,
@@ -919,5 +920,22 @@ def test_a_retired_keyword_says_what_to_do_instead(tmp_path: Path, function: Any
     pair = write_pair(tmp_path)
     with refused(TypeError, function.__name__, "singular", "torch.linalg.svdvals"):
         function(pair.reasoning, pair.multimodal, singular=4)
-    with refused(TypeError, function.__name__, "overwite", "overwrite"):
-        function(pair.reasoning, pair.multimodal, overwite=True)
+    with refused(TypeError, function.__name__, "progress_bar=True", "on_progress="):
+        function(pair.reasoning, pair.multimodal, progress=False)
+    with refused(TypeError, function.__name__, "moduls", "did you mean 'modules'?"):
+        function(pair.reasoning, pair.multimodal, moduls="attn")
+
+
+def test_a_bar_is_shown_on_request_and_never_in_a_pipe(
+    pair: Pair, capfd: pytest.CaptureFixture[str]
+) -> None:
+    sources = pair.reasoning, pair.multimodal
+    drift_fast.inspect(*sources)
+    drift_fast.inspect(*sources, progress_bar=False)
+    assert capfd.readouterr() == ("", "")
+    seen: list[Progress] = []
+    drift_fast.inspect(*sources, progress_bar=True, on_progress=seen.append)
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    assert "reading" in captured.err
+    assert seen[-1].nbytes == seen[-1].total_nbytes > 0

@@ -95,7 +95,7 @@ def test_what_identifies_a_remote_source_does_not_depend_on_what_was_downloaded(
 
 def test_progress_tells_a_download_from_the_reading_after_it(server: RangeServer) -> None:
     seen = []
-    inspect(f"{server.url}/text", f"{server.url}/vlm", modules="attn", progress=seen.append)
+    inspect(f"{server.url}/text", f"{server.url}/vlm", modules="attn", on_progress=seen.append)
     stages = [progress.stage for progress in seen]
     assert list(dict.fromkeys(stages)) == ["downloading", "reading"]
     last = [progress for progress in seen if progress.stage == "downloading"][-1]

@@ -180,7 +180,7 @@ def test_a_delta_is_copied_piece_by_piece(
     first, second = (checkpoint(out.with_name(f"{n}.safetensors"), n, shapes) for n in (0, 1))
     delta = compute_delta(first, second, out, **ALL)
     seen: list[Any] = []
-    copy = delta.save(out.with_name("copy"), memory=1001, progress=seen.append)
+    copy = delta.save(out.with_name("copy"), memory=1001, on_progress=seen.append)
     assert contents(copy.path or out) == contents(out)
     assert copy.peak_nbytes == 1001
     assert (seen[-1].tensors, seen[-1].nbytes) == (len(SHAPES), seen[-1].total_nbytes)

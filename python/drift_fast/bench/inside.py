@@ -32,7 +32,7 @@ def prepare(
 
         measure = what == "tuned"
         return Tuned(reasoning, multimodal, threads=threads, out=out, measure=measure).run
-    from drift_fast.delta.delta import compute_delta, inspect
+    from drift_fast.delta.compute import compute_delta, inspect
 
     if out is None:
         return lambda: inspect(reasoning, multimodal, modules="all", rows="index", threads=threads)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 
 from drift_fast.cli.options import add_config, add_json, add_options, add_sources, from_flags
-from drift_fast.cli.output import bar, peak, print_json, report_transfers, statistics_json
-from drift_fast.delta.delta import compute_delta
+from drift_fast.cli.output import peak, print_json, report_transfers, statistics_json
+from drift_fast.delta.compute import compute_delta
 from drift_fast.delta.options import DeltaOptions
-from drift_fast.delta.parallel import identify
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -32,14 +30,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 def run(given: argparse.Namespace) -> int:
     """Compute, write and report."""
     options = from_flags(given, DeltaOptions, "delta")
-    # Of several processes, one reports.
-    is_first = identify(options.ranks)[0] == 0
-    keywords = replace(options, progress_bar=None).to_dict()
-    with bar(options.progress_bar if is_first else False) as shown:
-        delta = compute_delta(
-            given.reasoning, given.multimodal, given.out, progress=shown, **keywords
-        )
-    if not is_first:
+    delta = compute_delta(given.reasoning, given.multimodal, given.out, **options.to_dict())
+    if not options.is_first():
         return 0
     report_transfers(delta.sources)
     if given.plot is not None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
 
 from drift_fast.cli.options import add_config, add_json, add_options, add_sources, from_flags
-from drift_fast.cli.output import bar, peak, print_json, report_transfers, statistics_json
-from drift_fast.delta.delta import inspect
+from drift_fast.cli.output import peak, print_json, report_transfers, statistics_json
+from drift_fast.delta.compute import inspect
 from drift_fast.delta.options import InspectOptions
 from drift_fast.delta.statistics import Statistics
 
@@ -35,9 +34,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 def run(given: argparse.Namespace) -> int:
     """Measure and report."""
     options = from_flags(given, InspectOptions, "inspect")
-    keywords = replace(options, progress_bar=None).to_dict()
-    with bar(options.progress_bar) as shown:
-        report = inspect(given.reasoning, given.multimodal, progress=shown, **keywords)
+    report = inspect(given.reasoning, given.multimodal, **options.to_dict())
     report_transfers(report.sources)
     if given.json:
         print_json(statistics_json(report, None))

@@ -19,7 +19,7 @@ from drift_fast.cli.options import SOURCE
 from drift_fast.merging.config import METHODS
 from drift_fast.merging.layout import DTYPES
 from drift_fast.merging.merge import Merged, merge
-from drift_fast.progress_bar import ProgressBar
+from drift_fast.progress_bar import reported
 from drift_fast.sizes import MEMORY
 
 
@@ -93,7 +93,7 @@ def _weight(text: str) -> float | dict[str, float]:
 
 
 def _run(options: argparse.Namespace) -> int:
-    with ProgressBar() as bar:
+    with reported(None, None) as bar:
         merged = merge(
             options.method,
             options.reasoning,

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import json
 import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from drift_fast.progress_bar import ProgressBar
-
 if TYPE_CHECKING:
-    from drift_fast.delta.delta import Delta, Report
+    from drift_fast.delta.compute import Report
+    from drift_fast.delta.delta import Delta
 
 
 def print_json(value: Any) -> None:
@@ -30,11 +28,6 @@ def report_transfers(sources: Mapping[str, Any]) -> None:
     for source in sources.values():
         if source.get("transfer"):
             remark(f"{source['url']}: {source['transfer']['report']}")
-
-
-def bar(wanted: bool | None) -> ProgressBar:
-    """Return a progress bar; one that is not wanted stays silent."""
-    return ProgressBar(io.StringIO() if wanted is False else None)
 
 
 def peak(nbytes: int | None) -> str:

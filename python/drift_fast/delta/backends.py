@@ -1,6 +1,6 @@
 """Where a delta's tensors come from: two checkpoints that are subtracted, or files of a delta.
 
-Owns `Streamed` and `Stored`, which `Delta` reads through; sums of deltas are in `combine`.
+Owns `Streamed` and `Stored`, which `Delta` reads through; sums of deltas are in `summed`.
 Knows nothing of directories of deltas and their descriptions.
 """
 
@@ -10,16 +10,20 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from drift_fast import _core
+from drift_fast._core import Checkpoint, DeltaWriter, stream, subtract_into
 from drift_fast.alignment.model_pair import AlignedPair
 from drift_fast.delta.format import DESCRIPTION, INDEX
+from drift_fast.delta.options import StreamOptions
 from drift_fast.delta.statistics import Statistics, row_from_moments
 from drift_fast.dtypes import COMPRESSED, INT8_BLOCK, STORED_DTYPES, share_lost, tensor_dtype
 from drift_fast.errors import CheckpointError, DriftWarning, NonFiniteError
 from drift_fast.progress_bar import Progress, ProgressCallback
-from drift_fast.sizes import MEMORY, parse_size
+from drift_fast.sizes import MEMORY, parse_size, thread_count
+
+if TYPE_CHECKING:
+    from drift_fast._core import Moments
 
 
 class Backend(Protocol):
@@ -30,14 +34,16 @@ class Backend(Protocol):
     def read_into(
         self, name: str, buffer: Any, elements: tuple[int, int] | None = None
     ) -> None: ...
-    def statistics(self, progress: ProgressCallback | None = None) -> tuple[Statistics, int | None]:
+    def statistics(
+        self, on_progress: ProgressCallback | None = None
+    ) -> tuple[Statistics, int | None]:
         """Return the statistics, and the most bytes that buffers took; None if nothing was read."""
 
     def write(
         self,
-        writer: _core.DeltaWriter,
+        writer: DeltaWriter,
         places: Sequence[int],
-        progress: ProgressCallback | None,
+        on_progress: ProgressCallback | None,
         memory: int | None,
     ) -> tuple[Sequence[Mapping[str, Any]], int | None]:
         """Write the tensors of these places, the writer's first to last.
@@ -55,32 +61,25 @@ class Backend(Protocol):
 class Streamed:
     """A delta that exists as two checkpoints and how they are aligned."""
 
-    def __init__(
-        self,
-        pair: AlignedPair,
-        dtype: str,
-        threads: int,
-        memory: int,
-        allow_nonfinite: bool,
-    ) -> None:
+    def __init__(self, pair: AlignedPair, dtype: str, options: StreamOptions) -> None:
         self._pair = pair
         self._dtype = dtype
-        self._threads = threads
-        self._memory = memory
-        self._allow_nonfinite = allow_nonfinite
+        self._threads = thread_count(options.threads)
+        self._memory = parse_size(options.memory)
+        self._allow_nonfinite = options.allow_nonfinite
         self._pairs = {pair.name: pair for pair in pair.pairs}
         self.shapes = {name: pair.shapes[name] for name in self._pairs}
 
     def read_into(self, name: str, buffer: Any, elements: tuple[int, int] | None = None) -> None:
         source = self._pairs[name].source
         if elements is not None and not isinstance(source, str):
-            # What is put together from parts is put together whole.
+            # A tensor of several blocks is gathered whole.
             size = len(buffer) // max(1, elements[1] - elements[0])
             whole = bytearray(math.prod(self.shapes[name]) * size)
             self.read_into(name, whole)
             memoryview(buffer)[:] = whole[elements[0] * size : elements[1] * size]
             return
-        moments = _core.subtract_into(
+        moments = subtract_into(
             self._pair.reasoning.checkpoint,
             self._pair.multimodal.checkpoint,
             (source, name),
@@ -94,32 +93,32 @@ class Streamed:
 
     def write(
         self,
-        writer: _core.DeltaWriter,
+        writer: DeltaWriter,
         places: Sequence[int],
-        progress: ProgressCallback | None,
+        on_progress: ProgressCallback | None,
         memory: int | None,
-    ) -> tuple[list[_core.Moments], int]:
-        return self._stream(places, progress, writer, memory)
+    ) -> tuple[list[Moments], int]:
+        return self._stream(places, on_progress, writer, memory)
 
-    def statistics(self, progress: ProgressCallback | None = None) -> tuple[Statistics, int]:
-        rows, peak_nbytes = self._stream(range(len(self._pairs)), progress)
+    def statistics(self, on_progress: ProgressCallback | None = None) -> tuple[Statistics, int]:
+        rows, peak_nbytes = self._stream(range(len(self._pairs)), on_progress)
         return self.conclude(rows, written=False), peak_nbytes
 
     def _stream(
         self,
         places: Sequence[int],
-        progress: ProgressCallback | None = None,
-        writer: _core.DeltaWriter | None = None,
+        on_progress: ProgressCallback | None = None,
+        writer: DeltaWriter | None = None,
         memory: int | None = None,
-    ) -> tuple[list[_core.Moments], int]:
+    ) -> tuple[list[Moments], int]:
         pairs = [self._pair.pairs[place] for place in places]
         total_nbytes = sum(map(self._pair.nbytes_of, pairs))
 
         def report(tensors: int, nbytes: int) -> None:
-            if progress is not None:
-                progress(Progress(tensors, len(pairs), nbytes, total_nbytes))
+            if on_progress is not None:
+                on_progress(Progress(tensors, len(pairs), nbytes, total_nbytes))
 
-        return _core.stream(
+        return stream(
             self._pair.reasoning.checkpoint,
             self._pair.multimodal.checkpoint,
             [(pair.source, pair.name) for pair in pairs],
@@ -140,7 +139,7 @@ class Streamed:
             warn_of_zero(self._pair)
         return stats
 
-    def _check(self, moments: list[tuple[str, _core.Moments]], dtype: str) -> None:
+    def _check(self, moments: list[tuple[str, Moments]], dtype: str) -> None:
         if self._allow_nonfinite:
             return
         found = []
@@ -188,7 +187,7 @@ class Stored:
 
     def __init__(self, directory: Path, dtype: str, stats: Statistics) -> None:
         self._dtype = dtype
-        self._checkpoint = _core.Checkpoint(directory / INDEX, reader="auto")
+        self._checkpoint = Checkpoint(directory / INDEX, reader="auto")
         self._stats = stats
         found = {name: (kind, tuple(shape)) for name, kind, shape, _ in self._checkpoint.tensors()}
         expected = {row.name: (STORED_DTYPES[dtype], row.shape) for row in stats}
@@ -223,14 +222,16 @@ class Stored:
         """Fill a buffer with the float16 scales of some blocks of an int8 Δ."""
         self._checkpoint.read_into(f"{name}.scale", buffer, elements=blocks)
 
-    def statistics(self, progress: ProgressCallback | None = None) -> tuple[Statistics, int | None]:
+    def statistics(
+        self, on_progress: ProgressCallback | None = None
+    ) -> tuple[Statistics, int | None]:
         return self._stats, None
 
     def write(
         self,
-        writer: _core.DeltaWriter,
+        writer: DeltaWriter,
         places: Sequence[int],
-        progress: ProgressCallback | None,
+        on_progress: ProgressCallback | None,
         memory: int | None,
     ) -> tuple[list[Mapping[str, Any]], int]:
         # As it is stored: nothing is decoded, and so nothing rounded again.
@@ -255,11 +256,11 @@ class Stored:
                     self._checkpoint.read_into(name, piece, elements=(start, stop))
                     writer.write(slot, piece, offset=start * itemsize)
                     done += len(piece)
-                    if progress is not None:
-                        progress(Progress(index, len(rows), done, total))
+                    if on_progress is not None:
+                        on_progress(Progress(index, len(rows), done, total))
                 slot += 1
-            if progress is not None:
-                progress(Progress(index + 1, len(rows), done, total))
+            if on_progress is not None:
+                on_progress(Progress(index + 1, len(rows), done, total))
         return [{} for _ in rows], len(buffer)
 
     def conclude(self, rows: Sequence[Mapping[str, Any]], *, written: bool) -> Statistics:

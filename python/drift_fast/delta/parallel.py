@@ -26,6 +26,7 @@ from drift_fast.errors import DriftError
 
 if TYPE_CHECKING:
     from drift_fast.delta.process_group import ProcessGroup
+    from drift_fast.delta.writing import Content, Destination
 
 logger = logging.getLogger(__name__)
 
@@ -158,32 +159,26 @@ def agree(group: ProcessGroup, seen: dict[str, Any]) -> None:
             )
 
 
-def write(
+def write_part(
     group: ProcessGroup,
-    target: str | os.PathLike[str],
-    tensors: list[tuple[str, list[int]]],
-    dtype: str,
-    *,
-    max_shard_nbytes: int,
-    description_nbytes: int,
-    overwrite: bool,
+    content: Content,
+    destination: Destination,
     fill: Callable[[DeltaWriter, Sequence[int]], Sequence[Mapping[str, Any]]],
-    describe: Callable[[list[dict[str, Any]]], str],
 ) -> None:
     """Write a delta as one of several ranks; when it returns, the delta has its name.
 
-    `fill` writes the tensors of the given places in `tensors`, numbered from zero in the writer,
-    and returns one row of numbers for each. `describe` is called on rank 0 with the rows of all
-    tensors in order and returns the text of `drift.json`.
+    `fill` writes the tensors of the given places, numbered from zero in the writer, and returns one
+    row of numbers for each.
 
     Raises:
         FileExistsError, OSError, DriftError: as `together`; nothing is left that opens.
     """
     import json
 
-    plan = shards_of(tensors, dtype, max_shard_nbytes=max_shard_nbytes)
-    options = {"arguments": [dtype, max_shard_nbytes, overwrite, __version__]}
-    agree(group, {"list of tensors": tensors} | options)
+    tensors, dtype = content.tensors, content.stored_dtype
+    plan = shards_of(tensors, dtype, max_shard_nbytes=destination.max_shard_nbytes)
+    arguments = [dtype, destination.max_shard_nbytes, destination.overwrite, __version__]
+    agree(group, {"list of tensors": tensors, "arguments": arguments})
     shares = balance([nbytes for _, _, nbytes in plan], group.size)
     if group.rank == 0:
         _warn_if_uneven(plan, shares)
@@ -191,16 +186,7 @@ def write(
     places = [place for shard in own for place in range(*plan[shard][:2])]
 
     def create() -> DeltaWriter:
-        return DeltaWriter(
-            target,
-            tensors,
-            dtype,
-            max_shard_nbytes=max_shard_nbytes,
-            description_nbytes=description_nbytes,
-            overwrite=overwrite,
-            shards=own,
-            join=group.rank != 0,
-        )
+        return destination.writer(content, shards=own, join=group.rank != 0)
 
     writer = _joined(group, create)
     try:
@@ -208,12 +194,12 @@ def write(
         writer.flush()
         found = group.collect(json.dumps(rows))
         if group.rank == 0:
-            text = describe(_in_order(group, shares, plan, found))
+            text = content.text(_in_order(group, shares, plan, found))
             _name_it(group, writer, text)
         else:
             digest = group.share()
             group.collect()
-            _wait_for_name(group, target, digest)
+            _wait_for_name(group, destination.path, digest)
     except BaseException as error:
         # Reported first: without their files the others would fail with errors of their own.
         group.fail(error)

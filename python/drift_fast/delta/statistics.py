@@ -7,7 +7,7 @@ Norms are Frobenius norms of the exact Δ, before it is rounded for storage.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, overload
 
@@ -145,12 +145,7 @@ def row_from_moments(
         "flushed": moments["flushed"],
     }
     return Row(
-        name=name,
-        module=module_of(name),
-        layer=layer_of(name),
-        kind=kind_of(name),
-        shape=tuple(shape),
-        numel=math.prod(shape),
+        **_place(name, shape),
         delta_sq=moments["delta_sq"],
         reasoning_sq=moments["reasoning_sq"],
         multimodal_sq=moments["multimodal_sq"],
@@ -162,6 +157,18 @@ def row_from_moments(
         agreeing=moments["agreeing"],
         **(stored if compressed else {}),
     )
+
+
+def _place(name: str, shape: Sequence[int]) -> dict[str, Any]:
+    """Return the columns that follow from a tensor's name and shape."""
+    return {
+        "name": name,
+        "module": module_of(name),
+        "layer": layer_of(name),
+        "kind": kind_of(name),
+        "shape": tuple(shape),
+        "numel": math.prod(shape),
+    }
 
 
 @dataclass(frozen=True)
@@ -244,7 +251,7 @@ class Statistics(Sequence[Row]):
 
         return pyarrow.Table.from_pylist([row.to_dict() for row in self._rows])
 
-    def to_json(self) -> list[dict[str, Any]]:
+    def to_rows(self) -> list[dict[str, Any]]:
         """Return what `drift.json` stores: names, shapes and sums, from which the rest follows."""
         return [
             {"name": row.name, "shape": list(row.shape)}
@@ -258,33 +265,31 @@ class Statistics(Sequence[Row]):
         ]
 
     @classmethod
-    def from_json(cls, rows: list[dict[str, Any]]) -> Statistics:
-        """Restore what `to_json` returned.
+    def from_rows(cls, rows: Sequence[Mapping[str, Any]]) -> Statistics:
+        """Restore what `to_rows` returned, its types already checked.
 
         Raises:
-            KeyError, TypeError, ValueError: rows that `to_json` did not write.
+            ValueError: a negative square.
         """
         restored = []
         for row in rows:
-            name, shape = str(row["name"]), tuple(int(size) for size in row["shape"])
+            name = row["name"]
             sums: dict[str, Any] = {column: _float_or_nan(row[column]) for column in _SUMS}
             sums |= {
-                column: _float_or_nan(row[column]) for column in _OPTIONAL_SUMS if column in row
+                column: _float_or_nan(row[column])
+                for column in _OPTIONAL_SUMS
+                if row.get(column) is not None
             }
             if min(sums[key] for key in sums if key.endswith("_sq")) < 0:
                 raise ValueError(f"the statistics of {name} hold a negative square")
-            sums |= {column: int(row[column]) for column in _OPTIONAL_COUNTS if column in row}
+            counts: dict[str, Any] = {column: row.get(column) for column in _OPTIONAL_COUNTS}
             restored.append(
                 Row(
-                    name=name,
-                    module=module_of(name),
-                    layer=layer_of(name),
-                    kind=kind_of(name),
-                    shape=shape,
-                    numel=math.prod(shape),
-                    nonfinite=int(row["nonfinite"]),
-                    overflow=int(row["overflow"]),
+                    **_place(name, row["shape"]),
+                    nonfinite=row["nonfinite"],
+                    overflow=row["overflow"],
                     **sums,
+                    **counts,
                 )
             )
         return cls(restored)

@@ -15,7 +15,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from drift_fast.delta.delta import Delta, compute_delta
+from drift_fast.delta.compute import compute_delta
+from drift_fast.delta.delta import Delta
 from drift_fast.demo.comparison import compare, comparison_table, summarize
 from drift_fast.demo.jobs import run_jobs
 

@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from drift_fast.delta.delta import Delta, compute_delta
+from drift_fast.delta.compute import compute_delta
+from drift_fast.delta.delta import Delta
 
 if TYPE_CHECKING:
     from drift_fast.demo.experiment import Outcome, Protocol

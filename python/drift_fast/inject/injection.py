@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from drift_fast.delta.delta import open_delta
+from drift_fast.delta.protocol import DeltaLike
 from drift_fast.errors import DriftError
 from drift_fast.inject.attachment import Attachment
 from drift_fast.inject.config import ConfigLike, InjectionConfig
@@ -40,7 +42,6 @@ from drift_fast.inject.shards.reduction import Reduction
 from drift_fast.inject.step_scope import StepScope
 from drift_fast.inject.strength.control import Control
 from drift_fast.inject.strength.per_module import PerModule
-from drift_fast.inject.target import DeltaLike, opened
 from drift_fast.inject.targets import find_targets
 from drift_fast.inject.telemetry import append_rows, measure, summarize
 from drift_fast.inject.watchdog import Watchdog, claim, disclaim, refuse_second
@@ -119,7 +120,7 @@ class Injection(Attachment):
         driver.check(self._config)
         trained = tuple(model.parameters()) if isinstance(model, nn.Module) else ()
         with Reduction(process_groups_of(model)).together():
-            delta = opened(delta)
+            delta = open_delta(delta)
             members = self._find(model, delta)
         self._load(members, delta, trained)
         for group in self._groups:

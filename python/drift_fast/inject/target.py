@@ -7,45 +7,18 @@ reads.
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import nn
 
 from drift_fast.alignment.layout import Rectangle
 from drift_fast.delta.delta import Delta
+from drift_fast.delta.protocol import DeltaLike
 from drift_fast.errors import DriftError
 from drift_fast.inject.lora.adapters import Adapted
 from drift_fast.inject.shards.base import Cut, Shard
 from drift_fast.shapes import matrix
-
-
-class DeltaLike(Protocol):
-    """What an injection needs of a delta."""
-
-    @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
-    def __getitem__(self, name: str, /) -> torch.Tensor: ...
-
-
-def opened(delta: DeltaLike | str | os.PathLike[str]) -> DeltaLike:
-    """Return a delta, opened from its directory if that is given.
-
-    Raises:
-        FileNotFoundError, CheckpointError: no whole delta there.
-        TypeError: neither a delta nor a path.
-    """
-    if isinstance(delta, str | os.PathLike):
-        return Delta.open(delta)
-    if not hasattr(delta, "shapes") or not hasattr(delta, "__getitem__"):
-        raise TypeError(
-            f"expected a Delta or the directory of one, got {type(delta).__name__}; "
-            "compute_delta(…) and Delta.open(…) return one"
-        )
-    return delta
 
 
 class DeltaReader:

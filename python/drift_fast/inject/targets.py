@@ -22,6 +22,8 @@ from drift_fast.alignment.match import match
 from drift_fast.alignment.name_alignment import NameAlignment, Pair, TensorIndex
 from drift_fast.alignment.stated import LEFT_OUT
 from drift_fast.alignment.transformers_layout import convert
+from drift_fast.delta.delta import open_delta
+from drift_fast.delta.protocol import DeltaLike
 from drift_fast.errors import AlignmentError, AmbiguousAlignmentError, CoverageError, DriftError
 from drift_fast.inject.config import TargetOptions
 from drift_fast.inject.lora.adapters import (
@@ -33,7 +35,7 @@ from drift_fast.inject.lora.adapters import (
     stored_shape,
 )
 from drift_fast.inject.shards.find import parameters_of
-from drift_fast.inject.target import DeltaLike, Target, opened
+from drift_fast.inject.target import Target
 from drift_fast.names import container_of
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -54,7 +56,7 @@ def match_parameters(
         CoverageError: a tensor of the delta that has no parameter of its name and shape.
         AlignmentError: two parts of the model fit equally well, or a mapping that does not hold.
     """
-    targets, _ = find_targets(model, opened(delta), TargetOptions(mapping=mapping))
+    targets, _ = find_targets(model, open_delta(delta), TargetOptions(mapping=mapping))
     return {target.name: target.delta_name for target in targets}
 
 

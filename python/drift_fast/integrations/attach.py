@@ -9,12 +9,12 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from drift_fast.delta.protocol import DeltaLike
 from drift_fast.errors import DriftError
 from drift_fast.inject.config import ConfigLike, InjectionConfig
 from drift_fast.inject.driver import Driver, Handle
 from drift_fast.inject.injection import Injection
 from drift_fast.inject.scope import Scope
-from drift_fast.inject.target import DeltaLike
 from drift_fast.options import takes
 
 if TYPE_CHECKING:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from drift_fast.delta.protocol import DeltaLike
 from drift_fast.errors import DriftError
 from drift_fast.inject.config import ConfigLike, InjectionConfig
 from drift_fast.inject.driver import Driver, Handle
@@ -25,7 +26,7 @@ from drift_fast.inject.shards import zero
 from drift_fast.inject.shards.base import Shard
 from drift_fast.inject.shards.zero_support import optimizer_of
 from drift_fast.inject.step_scope import StepScope
-from drift_fast.inject.target import DeltaLike, Target
+from drift_fast.inject.target import Target
 from drift_fast.integrations.wrapped_method import WrappedMethod
 
 

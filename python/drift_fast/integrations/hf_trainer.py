@@ -21,12 +21,13 @@ from torch import nn
 from transformers import TrainerCallback
 
 from drift_fast.alignment.coverage import Coverage
+from drift_fast.delta.delta import open_delta
+from drift_fast.delta.protocol import DeltaLike
 from drift_fast.errors import DriftError, DriftWarning
 from drift_fast.inject.config import InjectionConfig
 from drift_fast.inject.driver import Driver, scale_of
 from drift_fast.inject.injection import Injection
 from drift_fast.inject.predict import Forecast
-from drift_fast.inject.target import DeltaLike, opened
 from drift_fast.inject.targets import find_targets
 from drift_fast.inject.telemetry import append_rows
 from drift_fast.integrations.attached import AttachedInjection
@@ -78,7 +79,7 @@ class TrainerInjection(AttachedInjection):
         if config.total_steps is None and trainer.args.max_steps > 0:
             config = replace(config, total_steps=trainer.args.max_steps)
         self._config = config
-        self._delta = opened(delta)
+        self._delta = open_delta(delta)
         self._forecast: Forecast | None = None
         self._drive: list[float] = []
         self._checked = self._removed = False

@@ -12,11 +12,12 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from drift_fast.delta.delta import open_delta
+from drift_fast.delta.protocol import DeltaLike
 from drift_fast.errors import DriftError, DriftWarning
 from drift_fast.inject.motion.motion import PlannedMotion
 from drift_fast.inject.motion.options import MotionOptions
 from drift_fast.inject.strength.per_module import PerModule, number
-from drift_fast.inject.target import DeltaLike, opened
 from drift_fast.integrations.wrapped_method import WrappedMethod
 
 # Where the trainer's state, which every checkpoint holds, keeps that of the motion.
@@ -183,4 +184,4 @@ def attach_motion(
         raise ValueError(f"steps must be a number of optimizer steps from 1, got {steps!r}")
     if any(isinstance(callback, TrainerMotion) for callback in trainer.callback_handler.callbacks):
         raise DriftError("this trainer has a planned motion already; remove() that one first")
-    return TrainerMotion(trainer, opened(delta), progress, steps, share, dict(options))
+    return TrainerMotion(trainer, open_delta(delta), progress, steps, share, dict(options))

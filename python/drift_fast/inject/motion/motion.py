@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any, Unpack
 import torch
 from torch import nn
 
+from drift_fast.delta.delta import open_delta
+from drift_fast.delta.protocol import DeltaLike
 from drift_fast.errors import DriftError, DriftWarning
 from drift_fast.inject.attachment import Attachment
 from drift_fast.inject.driver import unwrap_optimizer
@@ -34,7 +36,7 @@ from drift_fast.inject.shards.find import process_groups_of, shards_of
 from drift_fast.inject.shards.reduction import Reduction
 from drift_fast.inject.shards.zero_support import is_engine, optimizer_of
 from drift_fast.inject.strength.per_module import PerModule, per_target
-from drift_fast.inject.target import DeltaLike, Target, opened
+from drift_fast.inject.target import Target
 from drift_fast.inject.targets import find_targets
 from drift_fast.inject.watchdog import claim, disclaim, refuse_second
 from drift_fast.names import kind_of
@@ -95,7 +97,7 @@ class PlannedMotion(Attachment):
         trained = tuple(model.parameters()) if isinstance(model, nn.Module) else ()
         loading = Loading(wanted.residency, parse_size(wanted.prefetch), trained)
         with Reduction(process_groups_of(model)).together():
-            delta = opened(delta)
+            delta = open_delta(delta)
             targets, self.coverage = find_targets(model, delta, wanted)
             _check_moved(targets)
             values, _ = per_target([target.delta_name for target in targets], progress, "progress")

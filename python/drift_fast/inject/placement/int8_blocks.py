@@ -20,9 +20,10 @@ from dataclasses import dataclass
 import torch
 
 from drift_fast.delta.delta import Delta
+from drift_fast.delta.protocol import DeltaLike
 from drift_fast.dtypes import INT8_BLOCK
 from drift_fast.inject.shards.base import Cut, Shard
-from drift_fast.inject.target import DeltaLike, DeltaReader, Target
+from drift_fast.inject.target import DeltaReader, Target
 
 
 @dataclass(frozen=True)

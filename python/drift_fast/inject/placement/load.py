@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from drift_fast.delta.protocol import DeltaLike
 from drift_fast.dtypes import share_lost
 from drift_fast.errors import DriftError, NonFiniteError
 from drift_fast.inject.compute.base import SMALL, Arithmetic
@@ -31,7 +32,7 @@ from drift_fast.inject.placement.residency import choose
 from drift_fast.inject.placement.stores import Resident, Ring, Store
 from drift_fast.inject.shards.base import Shard
 from drift_fast.inject.shards.reduction import Reduction
-from drift_fast.inject.target import DeltaLike, DeltaReader, Target
+from drift_fast.inject.target import DeltaReader, Target
 from drift_fast.inject.target_group import TargetGroup
 from drift_fast.names import layer_of
 

@@ -1,0 +1,85 @@
+"""What `drift.json` says of a delta, read typed and within limits; docs/format.md describes it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from drift_fast.config_files import JsonFile
+from drift_fast.delta.format import DESCRIPTION, FORMAT_VERSION
+from drift_fast.dtypes import RETIRED, check_stored_dtype
+from drift_fast.errors import CheckpointError
+
+# A 671B pair has 45,395 tensors, of about 700 bytes each.
+_MAX_NBYTES = 1 << 30
+
+
+class StoredRow(msgspec.Struct, frozen=True):
+    """The statistics of one tensor: sums of squares and counts, from which the rest follows."""
+
+    name: str
+    shape: tuple[int, ...]
+    delta_sq: float | None
+    reasoning_sq: float | None
+    multimodal_sq: float | None
+    dot: float | None
+    nonfinite: int
+    overflow: int
+    max_abs: float | None = None
+    zeros: int | None = None
+    agreeing: int | None = None
+    stored_sq: float | None = None
+    stored_dot: float | None = None
+    flushed: int | None = None
+
+
+class Description(msgspec.Struct, frozen=True):
+    """What `drift.json` says of a delta; keys that it has beside these are left alone."""
+
+    dtype: str
+    selection: str
+    sources: dict[str, Any]
+    alignment: dict[str, Any]
+    coverage: dict[str, Any]
+    statistics: list[StoredRow]
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """The statistics as plain values."""
+        return [msgspec.structs.asdict(row) for row in self.statistics]
+
+    @classmethod
+    def read(cls, directory: Path) -> Description:
+        """Read the description of a delta.
+
+        Raises:
+            FileNotFoundError: there is none.
+            CheckpointError: not a description, or one that another version wrote.
+        """
+        path = directory / DESCRIPTION
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{directory}: not a delta: expected a directory with {DESCRIPTION}, which "
+                "compute_delta(reasoning, multimodal, out) writes"
+            )
+        file = JsonFile(path, _MAX_NBYTES, "compute the delta again")
+        content = file.read(dict[str, Any])
+        version, dtype = content.get("format_version"), content.get("dtype")
+        author = f"drift_fast {content.get('drift_fast_version', 'of an unknown version')}"
+        if version != FORMAT_VERSION:
+            raise file.wrong(
+                f"format version {version!r}, which {author} wrote, expected {FORMAT_VERSION}"
+            )
+        if dtype in RETIRED:
+            raise CheckpointError(
+                f"{directory}: {author} stored this delta as {dtype}, which this version does not "
+                "read; compute the delta again with dtype='bfloat16' or 'int8'"
+            )
+        description = file.convert(content, cls)
+        try:
+            check_stored_dtype(description.dtype)
+        except ValueError as error:
+            raise file.wrong(str(error)) from error
+        return description

@@ -1,0 +1,47 @@
+"""What a delta must have for those who read it: shapes and tensors by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+
+
+class DeltaLike(Protocol):
+    """A mapping of tensor name to Δ; each tensor that is read is a fresh one on the CPU."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+    def __getitem__(self, name: str, /) -> torch.Tensor: ...
+
+
+class StoredDelta(Protocol):
+    """A delta on disk, of which elements can be read without their tensor."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def stats(self) -> Any: ...
+    def read_into(self, name: str, tensor: torch.Tensor, *, start: int | None = None) -> None: ...
+
+
+def on_disk(delta: DeltaLike) -> StoredDelta | None:
+    """Return a delta as one whose elements can be read from disk, or None."""
+    if getattr(delta, "path", None) is not None and hasattr(delta, "read_into"):
+        return cast(StoredDelta, delta)
+    return None
+
+
+def label_of(delta: DeltaLike) -> str:
+    """Return what to call a delta in a message: its path, or what it is."""
+    path = getattr(delta, "path", None)
+    if path is not None:
+        return str(path)
+    # The representation of a foreign mapping may spell out its tensors.
+    return repr(delta) if type(delta).__module__.startswith("drift_fast.") else type(delta).__name__

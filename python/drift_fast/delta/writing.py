@@ -1,0 +1,110 @@
+"""Write a delta to a directory that appears whole or not at all, by one process or by several."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from drift_fast._core import DeltaWriter
+from drift_fast.delta.backends import Backend
+from drift_fast.delta.parallel import write_part
+from drift_fast.progress_bar import Progress, ProgressCallback
+
+if TYPE_CHECKING:
+    from drift_fast.delta.process_group import ProcessGroup
+
+# What `drift.json` may take for one tensor beside its name.
+_ROW_NBYTES = 1024
+
+Rows: TypeAlias = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Content:
+    """What is to be written: tensors of a backend, their dtype on disk, and the description.
+
+    `describe` returns `drift.json` as plain values from a row for each tensor, or without any.
+    """
+
+    backend: Backend
+    stored_dtype: str
+    describe: Callable[[Rows | None], dict[str, Any]]
+
+    @property
+    def tensors(self) -> list[tuple[str, list[int]]]:
+        """Name and shape of each tensor, in order."""
+        return [(name, list(shape)) for name, shape in self.backend.shapes.items()]
+
+    def text(self, rows: Rows) -> str:
+        """Return the text of `drift.json`."""
+        return json.dumps(self.describe(rows), indent=1) + "\n"
+
+    def description_nbytes(self) -> int:
+        """Return what `drift.json` will take at most, before there are statistics to put in."""
+        fixed = len(json.dumps(self.describe(None), indent=1))
+        return fixed + sum(len(json.dumps(name)) + _ROW_NBYTES for name in self.backend.shapes)
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where a delta is written, and in what; memory of None is what the backend has."""
+
+    path: Path
+    overwrite: bool
+    max_shard_nbytes: int
+    memory_nbytes: int | None = None
+
+    def writer(self, content: Content, **part: Any) -> DeltaWriter:
+        """Reserve the files, or, as one of several processes, those of its `part`."""
+        return DeltaWriter(
+            self.path,
+            content.tensors,
+            content.stored_dtype,
+            max_shard_nbytes=self.max_shard_nbytes,
+            overwrite=self.overwrite,
+            description_nbytes=content.description_nbytes(),
+            **part,
+        )
+
+
+def write(
+    content: Content,
+    destination: Destination,
+    on_progress: ProgressCallback | None,
+    group: ProcessGroup | None,
+) -> int | None:
+    """Write a delta and return the most bytes that buffers took, where that is known.
+
+    Raises:
+        FileExistsError, OSError: an output that is taken, or a full disk; nothing is left behind.
+        DriftError: another rank failed.
+    """
+    peak_nbytes: int | None = None
+
+    def fill(writer: DeltaWriter, places: Sequence[int]) -> Rows:
+        nonlocal peak_nbytes
+
+        def watched(progress: Progress) -> None:
+            if group is not None:
+                group.check()
+            if on_progress is not None:
+                on_progress(progress)
+
+        rows, peak_nbytes = content.backend.write(
+            writer, places, watched, destination.memory_nbytes
+        )
+        return rows
+
+    if group is not None:
+        write_part(group, content, destination, fill)
+        return peak_nbytes
+    writer = destination.writer(content)
+    try:
+        writer.commit(content.text(fill(writer, range(len(content.tensors)))))
+    except BaseException:
+        writer.abort()
+        raise
+    return peak_nbytes
