@@ -28,7 +28,7 @@ from drift_fast import _core
 from drift_fast.checkpoints.remote import (
     RemoteCheckpoint,
     Transfer,
-    client,
+    attempts,
     default_cache,
     open_url,
     sparse,
@@ -79,8 +79,8 @@ SHARDED = {
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Seconds that would have been waited; the spread of waits is seeded."""
     waited: list[float] = []
-    monkeypatch.setattr(client, "sleep", lambda seconds, stop: waited.append(seconds))
-    monkeypatch.setattr(client, "jitter", random.Random(0))
+    monkeypatch.setattr(attempts, "sleep", lambda seconds, stop: waited.append(seconds))
+    monkeypatch.setattr(attempts, "jitter", random.Random(0))
     return waited
 
 
@@ -738,7 +738,7 @@ def test_a_thread_left_behind_writes_nothing_to_a_list_that_is_no_longer_its_own
     shard = sparse.SparseShard.load(opened.directory / SINGLE)
     assert shard is not None
     before = held(opened.directory)
-    with pytest.raises(client.Stopped), shard.write_parts() as write:  # noqa: PT012
+    with pytest.raises(attempts.Stopped), shard.write_parts() as write:  # noqa: PT012
         write(1_000_000, FILE[1_000_000:1_000_100])
         shard.close()
     assert held(opened.directory) == before
@@ -1507,10 +1507,10 @@ TOKEN = "hf_hush_hush"
 # Opens and fetches in a process of its own: huggingface_hub reads its environment when imported.
 AT_HUB = """
 import json, logging, pathlib, sys
-from drift_fast.checkpoints.remote import open_hub, client
+from drift_fast.checkpoints.remote import open_hub, attempts
 logging.basicConfig(level=logging.DEBUG, stream=sys.stderr)
 waits = []
-client.sleep = lambda seconds, stop: waits.append(seconds)
+attempts.sleep = lambda seconds, stop: waits.append(seconds)
 results = []
 for asked in json.load(sys.stdin):
     del waits[:]

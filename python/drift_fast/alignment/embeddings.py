@@ -25,7 +25,7 @@ Rows = Literal["token", "index"] | None
 TIED = "tied to the embedding by the configuration: one parameter, taken with embed"
 
 
-@dataclass
+@dataclass(frozen=True)
 class RowAlignment:
     """The alignment with rows in place of whole embeddings, and what was found on the way.
 
@@ -52,22 +52,21 @@ def align_rows(
     Raises:
         CheckpointError: a tokenizer that is not valid.
     """
+    for side in (reasoning, multimodal):
+        if any(kind_of(n) in ("embed", "head") and n in selection for n in side.shapes):
+            side.download_files(FILES)
+    # Read even where nothing is tied, so that a configuration that is not valid is refused.
+    reasoning_tied = reasoning.configuration.is_tied
+    multimodal_tied = multimodal.configuration.is_tied
     chosen = [
         name
         for name in multimodal.shapes
         if name in selection and _is_vocabulary(name, multimodal.shapes)
     ]
-    for side in (reasoning, multimodal):
-        if any(kind_of(n) in ("embed", "head") and n in selection for n in side.shapes):
-            side.download_files(FILES)
-    # Read even where nothing is tied, so that a configuration that is not valid is refused.
-    reasoning_tied, multimodal_tied = (
-        reasoning.configuration.is_tied,
-        multimodal.configuration.is_tied,
-    )
     sources = _sources(found, reasoning.shapes, multimodal.shapes)
     pairs = {pair.name: pair for pair in found.pairs if pair.name not in chosen}
-    result = RowAlignment(found)
+    maps: dict[str, RowMap] = {}
+    problems: dict[str, str] = {}
     reasons = dict(found.unmatched_multimodal)
     for name in chosen:
         source = sources.get(name)
@@ -76,23 +75,17 @@ def align_rows(
         elif source is None:
             reasons.setdefault(name, "the other model has no single tensor of its kind and width")
         else:
-            here, there = reasoning.shapes[source], multimodal.shapes[name]
             try:
-                result.maps[name] = match_rows(
-                    TokenRows(reasoning.directory, here[0]),
-                    TokenRows(multimodal.directory, there[0]),
-                    by=rows,
-                )
+                maps[name] = _match(source, name, reasoning, multimodal, rows)
             except CoverageError as error:
-                problem = f"{source} {list(here)} and {name} {list(there)}: {error}"
-                reasons[name] = result.problems[name] = problem
+                reasons[name] = problems[name] = str(error)
             else:
-                pairs[name] = Pair(name, _parts(source, result.maps[name], there))
+                pairs[name] = Pair(name, _parts(source, maps[name], multimodal.shapes[name]))
     reasons_of_reasoning = dict(found.unmatched_reasoning)
     if reasoning_tied:
         reasons_of_reasoning |= {n: TIED for n in reasoning.shapes if kind_of(n) == "head"}
     taken = {source for pair in pairs.values() for source in pair.sources}
-    result.alignment = replace(
+    alignment = replace(
         found,
         pairs=[pairs[name] for name in multimodal.shapes if name in pairs],
         unmatched_reasoning=[
@@ -102,7 +95,20 @@ def align_rows(
         ],
         unmatched_multimodal=[(n, reasons[n]) for n in multimodal.shapes if n not in pairs],
     )
-    return result
+    return RowAlignment(alignment, maps, problems)
+
+
+def _match(source: str, name: str, reasoning: Opened, multimodal: Opened, rows: Rows) -> RowMap:
+    """Match the rows of one tensor with those of another; an error names both."""
+    here, there = reasoning.shapes[source], multimodal.shapes[name]
+    try:
+        return match_rows(
+            TokenRows(reasoning.directory, here[0]),
+            TokenRows(multimodal.directory, there[0]),
+            by=rows,
+        )
+    except CoverageError as error:
+        raise CoverageError(f"{source} {list(here)} and {name} {list(there)}: {error}") from error
 
 
 def _is_vocabulary(name: str, shapes: Mapping[str, Shape]) -> bool:

@@ -6,7 +6,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from drift_fast.names import container_of, kind_of, layer_of
 from drift_fast.shapes import Shape
@@ -41,64 +41,74 @@ class Headers:
     vocabulary: int | None
 
 
+@dataclass
+class _Seen:
+    """What was collected of the backbone's tensors: dtypes, and shapes by what has them."""
+
+    layers: set[int | None] = field(default_factory=set)
+    stored: set[str] = field(default_factory=set)
+    biases: set[str] = field(default_factory=set)
+    experts: set[int] = field(default_factory=set)
+    shapes: dict[str, set[Shape]] = field(default_factory=lambda: defaultdict(set))
+    latent: bool = False
+    qk_norm: bool = False
+
+    def add(self, name: str, dtype: str, shape: Shape) -> None:
+        self.layers.add(layer_of(name))
+        # Indices and masks are not what weights are packed into.
+        if len(shape) > 1 and dtype not in ("I64", "BOOL"):
+            self.stored.add(dtype)
+        if expert := _EXPERT.search(name):
+            self.experts.add(int(expert[1]) + 1 if expert[1] else next(iter(shape), 0))
+        self.latent = self.latent or "kv_a_proj" in name
+        projection = _PROJECTION.search(name)
+        if projection and projection[2] == "weight":
+            # Weights packed into integers have the packing's shape.
+            if dtype in _DTYPES or dtype.startswith("F8"):
+                self.shapes[projection[1]].add(shape)
+        elif projection and projection[1] != "mlp.down_proj":
+            self.biases.update(projection[1].removesuffix("_proj"))
+        elif _QK_NORM.search(name):
+            self.qk_norm = True
+            # Some models keep a row for each head; the last axis is the head's in any case.
+            self.shapes["qk_norm"].add(shape[-1:])
+
+    def heads(self) -> tuple[int | None, int | None, int | None]:
+        """Return the widths of attention and of keys and values, and the size of a head."""
+        if self.latent:
+            # Latent attention: o_proj reads value heads, whose size differs from the query's.
+            return None, None, None
+        attention, key_value = _only(self.shapes["o_proj"], 1), _only(self.shapes["k_proj"], 0)
+        head = _only(self.shapes["qk_norm"], 0)
+        # A norm over all heads at once says nothing about one of them.
+        return attention, key_value, None if head in (attention, key_value) else head
+
+
 def read_headers(shapes: Shapes, dtypes: Mapping[str, str], matched: Iterable[str] = ()) -> Headers:
-    """Read the backbone's facts from a checkpoint's names, dtypes and shapes.
+    """Read the facts of the backbone from a checkpoint's names, dtypes and shapes.
 
     `matched` are names known to be in the backbone. If none of them is in a layer, the backbone is
     the container of layers with most elements outside towers and projectors.
     """
     containers = {container_of(name) for name in matched} - {None} or _largest(shapes)
-    layers: set[int | None] = set()
-    stored: set[str] = set()
-    biases: set[str] = set()
-    experts: set[int] = set()
-    found: dict[str, set[tuple[int, ...]]] = defaultdict(set)
-    latent = qk_norm = False
+    seen = _Seen()
     for name, shape in shapes.items():
-        dtype = dtypes[name]
-        if kind_of(name) == "embed":
-            found["embed"].add(shape)
-        if container_of(name) not in containers:
-            continue
-        layers.add(layer_of(name))
-        # Indices and masks are not what weights are packed into.
-        if len(shape) > 1 and dtype not in ("I64", "BOOL"):
-            stored.add(dtype)
-        if expert := _EXPERT.search(name):
-            experts.add(int(expert[1]) + 1 if expert[1] else next(iter(shape), 0))
-        latent = latent or "kv_a_proj" in name
-        projection = _PROJECTION.search(name)
-        if projection and projection[2] == "weight":
-            # Weights packed into integers have the packing's shape.
-            if dtype in _DTYPES or dtype.startswith("F8"):
-                found[projection[1]].add(shape)
-        elif projection and projection[1] != "mlp.down_proj":
-            biases.update(projection[1].removesuffix("_proj"))
-        elif _QK_NORM.search(name):
-            qk_norm = True
-            # Some models keep a row for each head; the last axis is the head's in any case.
-            found["qk_norm"].add(shape[-1:])
-    attention, key_value = _only(found["o_proj"], 1), _only(found["k_proj"], 0)
-    head_dimension = _only(found["qk_norm"], 0)
-    if head_dimension in (attention, key_value):
-        # A norm over all heads at once says nothing about one of them.
-        head_dimension = None
-    if latent:
-        # Latent attention: o_proj reads value heads, whose size differs from the query's.
-        attention = key_value = head_dimension = None
+        if container_of(name) in containers:
+            seen.add(name, dtypes[name], shape)
+    attention, key_value, head_dimension = seen.heads()
     return Headers(
-        layers=len(layers),
-        dtypes=tuple(sorted(_DTYPES[dtype] for dtype in stored if dtype in _DTYPES)),
-        packed=tuple(sorted(dtype for dtype in stored if dtype not in _DTYPES)),
-        biases=tuple(part for part in "qkvo" if part in biases),
-        qk_norm=qk_norm,
-        experts=max(experts, default=0),
-        hidden=_only(found["o_proj"], 0),
-        intermediate=_only(found["mlp.down_proj"], 1),
+        layers=len(seen.layers),
+        dtypes=tuple(sorted(_DTYPES[dtype] for dtype in seen.stored if dtype in _DTYPES)),
+        packed=tuple(sorted(dtype for dtype in seen.stored if dtype not in _DTYPES)),
+        biases=tuple(part for part in "qkvo" if part in seen.biases),
+        qk_norm=seen.qk_norm,
+        experts=max(seen.experts, default=0),
+        hidden=_only(seen.shapes["o_proj"], 0),
+        intermediate=_only(seen.shapes["mlp.down_proj"], 1),
         attention=attention,
         key_value=key_value,
         head_dimension=head_dimension,
-        vocabulary=_only(found["embed"], 0),
+        vocabulary=_only({s for n, s in shapes.items() if kind_of(n) == "embed"}, 0),
     )
 
 

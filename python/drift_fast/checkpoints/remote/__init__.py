@@ -1,7 +1,8 @@
 """Checkpoints on a server: a local directory that holds just the bytes that are needed.
 
-`client` sends requests, `transfer` judges answers and resumes after interruptions, `sparse` keeps
-what arrived, `shards` knows which files a checkpoint has, `url` and `hub` where it comes from.
+`client` sends requests, `attempts` counts those that brought nothing, `transfer` judges answers and
+resumes after interruptions, `sparse` keeps what arrived, `shards` knows which files a checkpoint
+has, and `url` and `hub` where it comes from.
 """
 
 from drift_fast.checkpoints.remote.checkpoint import RemoteCheckpoint, Transfer

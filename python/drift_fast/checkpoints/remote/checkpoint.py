@@ -25,7 +25,8 @@ from drift_fast.checkpoints.remote.sparse import (
     require_space,
     write_atomically,
 )
-from drift_fast.checkpoints.remote.transfer import RangesIgnored, RemoteFile, Sink, run_together
+from drift_fast.checkpoints.remote.tasks import run_together
+from drift_fast.checkpoints.remote.transfer import RangesIgnored, RemoteFile, Sink
 from drift_fast.errors import CheckpointError
 
 logger = logging.getLogger(__name__)

@@ -13,19 +13,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from drift_fast import _core
+from drift_fast._core import __version__
+from drift_fast.checkpoints.remote.attempts import RETRIED, Dropped, Patience, retry_after
 from drift_fast.checkpoints.remote.checkpoint import RemoteCheckpoint
-from drift_fast.checkpoints.remote.client import (
-    RETRIED,
-    Client,
-    Credentials,
-    Dropped,
-    Patience,
-    hiding_queries,
-    origin_of,
-    retry_after,
-    shown,
-)
+from drift_fast.checkpoints.remote.client import Client, Credentials
+from drift_fast.checkpoints.remote.logs import hiding_queries
 from drift_fast.checkpoints.remote.shards import (
     CONVERT,
     INDEX,
@@ -37,7 +29,9 @@ from drift_fast.checkpoints.remote.shards import (
     shard_names,
 )
 from drift_fast.checkpoints.remote.sparse import locked, make_directory
-from drift_fast.checkpoints.remote.transfer import Identity, RemoteFile, run_together
+from drift_fast.checkpoints.remote.tasks import run_together
+from drift_fast.checkpoints.remote.transfer import Identity, RemoteFile
+from drift_fast.checkpoints.remote.urls import origin_of, shown
 from drift_fast.errors import CheckpointError, DriftError
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -119,9 +113,7 @@ class _Hub:
         """Return huggingface_hub's headers, with the token if there is one, for its endpoint."""
         # By name: the type hints do not export it, though all versions have it.
         utils = importlib.import_module("huggingface_hub.utils")
-        headers = utils.build_hf_headers(
-            library_name="drift_fast", library_version=_core.__version__
-        )
+        headers = utils.build_hf_headers(library_name="drift_fast", library_version=__version__)
         return Credentials(origin_of(self.url_of("")), headers)
 
     def metadata(self, client: Client, name: str) -> Any:
@@ -134,7 +126,7 @@ class _Hub:
                 get_hf_file_metadata,
                 self.url_of(name),
                 library_name="drift_fast",
-                library_version=_core.__version__,
+                library_version=__version__,
             ),
         )
 
@@ -187,7 +179,7 @@ class _Hub:
                 name,
                 revision=self.revision,
                 library_name="drift_fast",
-                library_version=_core.__version__,
+                library_version=__version__,
             ),
         )
         return None if path is None else Path(path).read_bytes()

@@ -17,7 +17,8 @@ from msgspec import Struct
 
 from drift_fast.checkpoints.remote.client import Client
 from drift_fast.checkpoints.remote.sparse import SparseShard, require_space, write_atomically
-from drift_fast.checkpoints.remote.transfer import RangesIgnored, RemoteFile, Sink, run_together
+from drift_fast.checkpoints.remote.tasks import run_together
+from drift_fast.checkpoints.remote.transfer import RangesIgnored, RemoteFile, Sink
 from drift_fast.config_files import convert, parse_json
 from drift_fast.errors import CheckpointError
 

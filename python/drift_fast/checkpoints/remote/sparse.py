@@ -22,7 +22,8 @@ from pathlib import Path
 
 from msgspec import Struct, json
 
-from drift_fast.checkpoints.remote.client import Range, Stopped
+from drift_fast.checkpoints.remote.attempts import Stopped
+from drift_fast.checkpoints.remote.client import Range
 from drift_fast.checkpoints.remote.transfer import Identity
 from drift_fast.config_files import convert, parse_json
 from drift_fast.errors import CheckpointError

@@ -7,31 +7,18 @@ identity names in order and once; an answer for which this cannot be shown raise
 from __future__ import annotations
 
 import re
-import threading
-import time
 from bisect import bisect_right
-from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
-from drift_fast.checkpoints.remote.client import (
-    RETRIED,
-    Answer,
-    Client,
-    Dropped,
-    Patience,
-    Range,
-    Stopped,
-    origin_of,
-    retry_after,
-    shown,
-)
+from drift_fast.checkpoints.remote.attempts import RETRIED, Dropped, Patience, retry_after
+from drift_fast.checkpoints.remote.client import Answer, Client, Range
+from drift_fast.checkpoints.remote.urls import Origin, origin_of, shown
 from drift_fast.errors import CheckpointError
 
 Sink = Callable[[int, bytes], object]
 
-CONNECTIONS = 8
 _EXPIRED = frozenset({401, 403, 404, 410})
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19})")
 
@@ -76,7 +63,7 @@ class RemoteFile:
         self._of_hub = identity is not None
         # Where the URL redirected to: a signed URL, used until it expires and never shown.
         self._target: str | None = None
-        self._served: dict[tuple[str, str, int], Identity] = {}
+        self._served: dict[Origin, Identity] = {}
 
     @property
     def identity(self) -> Identity:
@@ -282,54 +269,3 @@ class RemoteFile:
             f"{self.shown}: the file changed on the server while it was read (expected "
             f"{stated(expected)}; found {stated(found)}); open it again to read it afresh"
         )
-
-
-def run_together(
-    tasks: Sequence[Callable[[], object]],
-    stop: threading.Event,
-    tick: Callable[[], object] = lambda: None,
-) -> None:
-    """Run tasks in a few threads, calling `tick` on this one; the first failure ends all.
-
-    Threads that hang in the network are left behind; they check `stop` before they do anything.
-
-    Raises: what the first failing task raised, or what interrupted the caller.
-    """
-    pending = deque(tasks)
-    failures: list[BaseException] = []
-
-    def work() -> None:
-        while not stop.is_set():
-            try:
-                task = pending.popleft()
-            except IndexError:
-                return
-            try:
-                task()
-            except BaseException as error:
-                failures.append(error)
-                stop.set()
-
-    # Not a pool of concurrent.futures, since Python would wait for its threads at exit.
-    threads = [
-        threading.Thread(target=work, name=f"drift_fast-{number}", daemon=True)
-        for number in range(min(CONNECTIONS, len(tasks)))
-    ]
-    try:
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            while thread.is_alive() and not failures:
-                thread.join(0.05)
-                tick()
-    except BaseException:
-        stop.set()
-        raise
-    finally:
-        if stop.is_set():
-            deadline = time.monotonic() + 1.0
-            for thread in threads:
-                if thread.ident is not None:
-                    thread.join(max(0.0, deadline - time.monotonic()))
-    if failures:
-        raise next((error for error in failures if not isinstance(error, Stopped)), failures[0])

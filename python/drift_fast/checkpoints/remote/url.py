@@ -7,7 +7,7 @@ from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from drift_fast.checkpoints.remote.checkpoint import RemoteCheckpoint
-from drift_fast.checkpoints.remote.client import Client, origin_of, shown
+from drift_fast.checkpoints.remote.client import Client
 from drift_fast.checkpoints.remote.shards import (
     CONVERT,
     INDEX,
@@ -20,6 +20,7 @@ from drift_fast.checkpoints.remote.shards import (
 )
 from drift_fast.checkpoints.remote.sparse import locked, make_directory
 from drift_fast.checkpoints.remote.transfer import Forbidden, RemoteFile
+from drift_fast.checkpoints.remote.urls import origin_of, shown
 from drift_fast.errors import CheckpointError
 
 
