@@ -97,7 +97,7 @@ def test_several_presets_may_share_an_entry() -> None:
 @pytest.mark.parametrize(
     ("alpha", "words"),
     [
-        ({"attn": 1.0}, ("nothing of 5 of 13", NAMES[2], "modules=")),
+        ({"attn": 1.0}, ("no entry for 5 of 13", NAMES[2], "modules=")),
         ({"attn": 1.0, "mlp": 1.0}, ("lm_head.weight",)),
         ({"all": 1.0, "norm": 1.0}, ("'norm'", "decides no target")),
         ({"all": 1.0, "attention": 1.0}, ("unknown module preset", "attention")),
@@ -158,9 +158,9 @@ def test_a_depth_mask_takes_ranges_of_layers_and_a_factor_for_what_lies_outside(
 @pytest.mark.parametrize(
     ("mask", "words"),
     [
-        ([1.0] * 3, ("nothing of layer 3", "0 to 3")),
+        ([1.0] * 3, ("no entry for layer 3", "0 to 3")),
         ([1.0] * 5, ("layer 4 too many", "0 to 3")),
-        ({0: 1.0, "2-3": 1.0}, ("nothing of layer 1",)),
+        ({0: 1.0, "2-3": 1.0}, ("no entry for layer 1",)),
         ({"0-4": 1.0}, ("layer 4",)),
         ({"0-3": 1.0, 2: 0.0}, ("layer 2 twice",)),
         ({"0-999999999999": 1.0}, ("more layers",)),
@@ -228,7 +228,7 @@ def test_alpha_is_known_to_be_zero_only_where_it_is_zero_everywhere() -> None:
         ({"total_steps": 2.0}, ("total_steps",)),
         ({"progress_cap": 0.0}, ("progress_cap", "above 0")),
         ({"progress_cap": "high"}, ("progress_cap", "number")),
-        ({"progress_cap": {"attn": 1.0}}, ("progress_cap", "nothing of 4 of 12")),
+        ({"progress_cap": {"attn": 1.0}}, ("progress_cap", "no entry for 4 of 12")),
         ({"progress_cap": 1.0, "cap_by": "layer"}, ("cap_by", "overall")),
         ({"cap_by": "module"}, ("progress_cap=",)),
         ({"progress_cap": 1.0, "cap_by": "overall"}, ("squares=",)),

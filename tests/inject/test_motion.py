@@ -642,7 +642,7 @@ def test_a_second_attachment_is_refused(model: Backbone, delta: drift_fast.Delta
         ({"steps": True}, "steps must be"),
         ({"progress": float("nan")}, "progress must be a finite number"),
         ({"progress": "much"}, "progress must be a finite number"),
-        ({"progress": {"attn": 0.5}}, "progress says nothing of"),
+        ({"progress": {"attn": 0.5}}, "progress has no entry for"),
         ({"progress": {"all": 0.5, "embed": 1.0}}, "decides no target"),
         ({"progress": {"attention": 0.5}}, "unknown module preset"),
         ({"schedule": "window(3, 7)"}, "never negative and not always zero"),

@@ -121,7 +121,7 @@ def test_a_run_that_will_hardly_move_is_told_once_after_a_fifth_with_numbers_and
 def test_a_run_that_will_overshoot_is_told_once_after_a_fifth_with_numbers_and_a_remedy() -> None:
     ((when, text),) = warned(Forecast(100.0), 0.02)
     assert when == 20
-    for word in ("0.4", "20%", "heads for 2", "alpha", "progress_cap=", "window"):
+    for word in ("0.4", "20%", "heading for 2", "alpha", "progress_cap=", "window"):
         assert word in text
 
 

@@ -153,8 +153,8 @@ class TargetOptions(Options):
     layers: Layers = option(None, "layer numbers, such as 0-3,8; None is all", metavar="LAYERS")
     mapping: MappingLike | None = option(
         None,
-        "which tensor of the delta belongs to which parameter, where names do not tell: from delta "
-        "names to parameter names, in the forms that `compute_delta` takes",
+        "which tensor of the delta belongs to which parameter, where names do not show it: from "
+        "delta names to parameter names, in the forms that `compute_delta` takes",
         parse=parse_mapping,
         metavar="MAP",
     )

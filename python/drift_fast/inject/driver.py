@@ -1,7 +1,7 @@
-"""What differs between ways of training: a driver tells an injection, and the injection asks.
+"""What differs between training stacks: a driver says it, and an injection asks its driver.
 
 Owns how gradients and weights are reached, by what factor the loss is scaled, and how the injection
-hears of an optimizer's step. The class here is for a loop of one's own; a training library has a
+learns of an optimizer's step. The class here is for a user's own loop; each training library has a
 subclass in `drift_fast.integrations`.
 """
 
@@ -29,9 +29,9 @@ class Handle(Protocol):
 
 
 class Driver:
-    """A loop of one's own, which calls `Injection.step()` before it clips and steps."""
+    """A user's own loop, which calls `Injection.step()` before it clips and steps."""
 
-    # Why nobody may call `Injection.step()`, None where somebody must.
+    # Why a user must not call `Injection.step()`; None where a user must.
     runs_by_itself: str | None = None
 
     def __init__(
@@ -68,7 +68,7 @@ class Driver:
         return scale_of(self.scaler, device)
 
     def start(self, scope: Scope) -> list[Handle]:
-        """Tell the injection of every optimizer step from now on, until the handles are removed."""
+        """Report every optimizer step to the scope from now on, until the handles are removed."""
 
         def before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
             scope.before_optimizer_step(optimizer)
@@ -104,8 +104,8 @@ def _is_unscaled(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer)
     states = getattr(scaler, "_per_optimizer_states", None)
     if states is None:
         raise DriftError(
-            "this torch does not tell whether gradients were unscaled; use scale='gradnorm' or "
-            "'adaptive', which do not depend on it"
+            "this version of torch does not show whether gradients were unscaled; use "
+            "scale='gradnorm' or 'adaptive', which do not depend on it"
         )
     stage = states[id(optimizer)]["stage"]
     return bool(stage.name == "UNSCALED")

@@ -1,4 +1,4 @@
-"""An injection: what is attached to a model that trains, and what a user calls on it.
+"""An injection: attached to a model that trains, it changes gradients along a delta.
 
 Owns the life of an attachment: targets found, Δ in its place, the scope that runs it, and removal.
 One attachment per parameter at a time.
@@ -143,7 +143,7 @@ class Injection(Attachment):
         """Return the targets and how they are reached, in the order of the model.
 
         Raises:
-            CoverageError, DriftError: what is not there, or cannot be injected into.
+            CoverageError, DriftError: a target is missing, or cannot be injected into.
         """
         targets, self.coverage = find_targets(model, delta, self._config)
         check_trained(targets)
@@ -273,7 +273,7 @@ class Injection(Attachment):
         }
 
     def summary(self) -> dict[str, float]:
-        """Return what is worth a line in a log; waits for the device, as `metrics` does.
+        """Return a few dozen metrics for a log; waits for the device, as `metrics` does.
 
         Overall, by kind and by module (`progress/attn`, `progress/q_proj`, …): λ, cos(g, Δ),
         `relative_push`, α in force, and what was skipped or stopped.
@@ -329,7 +329,7 @@ class Injection(Attachment):
         self._groups.clear()
 
     def lost_from(self, model: nn.Module) -> list[str]:
-        """Return the targets that are not parameters of a model, which was wrapped since, say."""
+        """Return the targets that are not parameters of a model, such as one wrapped since."""
         held = {id(parameter) for parameter in model.parameters()}
         return [target.name for target in self._targets if id(target.parameter) not in held]
 

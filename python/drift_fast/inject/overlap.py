@@ -1,7 +1,7 @@
 """Inject while backward still runs: bucket after bucket, as soon as its gradients are final.
 
-Owns the hooks and the side stream, not the arithmetic. Buckets are injected in their order, that in
-which backward finishes them; what is left is done at the step.
+Owns the hooks and the side stream, not the arithmetic. Buckets are injected in the order in which
+backward finishes them; the step does the rest.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ class Overlap:
             else group.arithmetic
             for group in self._groups
         ]
-        # Launching takes the host as long as the kernels take the device; done in a hook it would
-        # hold up backward's own launches.
+        # Launching takes the host as long as the kernels take the device. In a hook it would delay
+        # backward's own launches.
         cuda = any(lane is not None for lane in self._lanes)
         self._launcher = ThreadPoolExecutor(1, "drift-fast-overlap") if cuda else None
         self._launched: list[Future[None]] = []
@@ -68,20 +68,20 @@ class Overlap:
                     self.handles.append(parameter.register_post_accumulate_grad_hook(hook))
 
     def close(self) -> None:
-        """Let the launching thread go, and have the device wait for what it launched."""
+        """End the launching thread, and make the device wait for what it launched."""
         if self._launcher is not None:
             self._launcher.shutdown(cancel_futures=True)
         self.let_go()
 
     def let_go(self) -> None:
-        """Have the current streams wait for what was launched, and hold its gradients no longer."""
+        """Make the current streams wait for what was launched, and release its gradients."""
         for lane in self._lanes:
             if lane is not None:
                 torch.cuda.current_stream(lane.device).wait_stream(lane)
         self._kept.clear()
 
     def reset(self) -> None:
-        """Start anew; the next backward pass is the first of a step."""
+        """Start over; the next backward pass is the first of a step."""
         self._wait()
         self.let_go()
         for group in self._groups:
@@ -89,15 +89,15 @@ class Overlap:
             group.finish()
         self._pushes = None
         self._next = [0] * len(self._groups)
-        # The gradients that are final, and of these the ones that were injected; a step that was
-        # given up leaves others behind than those that a parameter has now.
+        # Final gradients, and which of them were injected. After a step that was given up, a
+        # parameter has another gradient than the one noted here.
         self._ready: list[dict[int, Any]] = [{} for _ in self._groups]
         self._injected: list[set[int]] = [set() for _ in self._groups]
         self._latest: tuple[int, int] | None = None
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave backward passes alone whose gradients are not final."""
+        """Ignore backward passes, whose gradients are not final yet."""
         before, self._paused = self._paused, True
         try:
             yield
@@ -106,7 +106,7 @@ class Overlap:
 
     @torch.no_grad()
     def finish(self, which: int, push: Push) -> None:
-        """Inject what backward left over, on the stream of the caller."""
+        """Inject the buckets that backward did not, on the stream of the caller."""
         group, lane = self._groups[which], self._lanes[which]
         if lane is not None:
             torch.cuda.current_stream(group.device).wait_stream(lane)
@@ -114,12 +114,12 @@ class Overlap:
             group.inject_bucket(bucket, push)
 
     def join(self) -> list[Push] | None:
-        """Wait until all that backward made ready is launched; return the pushes of this step.
+        """Wait until every bucket that backward made ready is launched; return this step's pushes.
 
-        They are None if nothing was.
+        They are None if no bucket was.
 
         Raises:
-            What went wrong there.
+            The error of a launch.
             DriftError: gradients are not those that were injected.
         """
         self._wait()
@@ -140,11 +140,11 @@ class Overlap:
             one.result()
 
     def _is_given_up(self) -> bool:
-        """Tell whether what was injected belongs to a step that never came to its end."""
+        """Whether the injected gradients belong to a step that was not completed."""
         return self._latest is not None and not self._is_final(*self._latest)
 
     def _is_final(self, which: int, at: int) -> bool:
-        """Tell whether a parameter's gradient is the one that a hook was called with."""
+        """Whether a parameter's gradient is the one that its hook was called with."""
         ready, gradient = self._ready[which].get(at), self._groups[which].targets[at].parameter.grad
         return ready is not None and gradient is not None and ready() is gradient
 
@@ -177,8 +177,8 @@ class Overlap:
             lane = self._lanes[which]
             for at in range(start, stop):
                 gradient: Any = group.targets[at].parameter.grad
-                # Freed early, in a step that is given up, its memory would be used again while the
-                # lane still writes to it.
+                # If a step is given up, its gradients are freed early, and their memory would be
+                # used again while the lane still writes to it.
                 self._kept.append(gradient)
                 self._injected[which].add(at)
             self._latest = which, start
@@ -191,7 +191,7 @@ class Overlap:
 
     @torch.no_grad()
     def _inject(self, which: int, bucket: int, final: Any) -> None:
-        """Inject one bucket behind the event that says that its gradients are final."""
+        """Inject one bucket, after the event that marks its gradients as final."""
         group, lane = self._groups[which], self._lanes[which]
         with _on(lane, final, group.device):
             with self._beginning:
@@ -199,7 +199,7 @@ class Overlap:
                     self._pushes = self._begin()
                     for other in self._lanes:
                         if other is not None:
-                            # What begins a step on another device does so on its current stream.
+                            # A step begins on the current stream of each device.
                             other.wait_stream(torch.cuda.current_stream(other.device))
             if self._pushes:
                 group.inject_bucket(bucket, self._pushes[which], self._arithmetics[which])
@@ -207,7 +207,7 @@ class Overlap:
 
 @contextlib.contextmanager
 def _on(lane: torch.cuda.Stream | None, final: Any, device: torch.device) -> Iterator[None]:
-    """Work beside the stream of backward, behind an event on it."""
+    """Work on a side stream, after an event on the stream of backward."""
     with plain_arithmetic(device):
         if lane is None:
             yield

@@ -1,4 +1,4 @@
-"""Where a run will end on the way along Δ: before it starts, and from what it has done so far.
+"""Which progress λ a run will end at: predicted before it starts, and from its first steps.
 
 λ = ⟨θ_t − θ_0, Δ⟩/‖Δ‖² is 0 at the start and 1 where the weights have moved by all of Δ. Everything
 here is a Python float; nothing is injected or changed.
@@ -30,18 +30,18 @@ _MEASURED = (
     (3.2, 0.66),
 )
 
-# In the miniature, fine-tuning alone ended at λ below 0.01. Answers rose up to λ = 0.8 to 1.3 and
-# fell beyond; what was left of perception fell all the way, faster from 1 on.
+# In the miniature, fine-tuning alone ended at λ below 0.01. Answers improved up to λ = 0.8 to 1.3
+# and got worse beyond it; perception got worse all the way, faster from 1 on.
 USEFUL = (0.05, 1.0)
 
-# Share of a run's drive after which its end can be told from its beginning.
+# Share of a run's drive after which its beginning shows where it will end.
 ENOUGH = 0.2
 
 
 def rms(norm: float, numel: int) -> float:
     """Return the root mean square of Δ's elements from ‖Δ‖ and their number.
 
-    Of several tensors: from √(Σ‖Δ‖²) and the sum of their numbers of elements.
+    For several tensors, give √(Σ‖Δ‖²) and the sum of their numbers of elements.
     """
     if numel < 1 or not math.isfinite(norm) or norm < 0:
         raise ValueError(f"expected a finite ‖Δ‖ of at least one element, got {norm!r} of {numel}")
@@ -51,11 +51,11 @@ def rms(norm: float, numel: int) -> float:
 def predict_progress(alpha: float, learning_rates: float | Iterable[float], rms: float) -> float:
     """Return the λ that a run is expected to end at: c(α)·Σlr/rms(Δ).
 
-    An extrapolation from a miniature, for AdamW and the adaptive scale: right in its order of
-    magnitude, which tells a run that will not move from one that will overshoot. Under a schedule
-    give Σ of learning rate times the schedule's factor. c is interpolated between what was
-    measured from α = 0 to 3.2; beyond, that of 3.2 is taken, so λ is then at least what is
-    returned. A negative α gives the same way back.
+    This extrapolates from a miniature, for AdamW and the adaptive scale. The order of magnitude is
+    right, which distinguishes a run that will not move from one that will overshoot. Under a
+    schedule, give Σ of learning rate times the schedule's factor. c is interpolated between values
+    measured from α = 0 to 3.2. For a larger α, c(3.2) is used, so λ is at least what is returned. A
+    negative α gives the same λ with the other sign.
 
     Args:
         alpha: strength, one number.
@@ -88,16 +88,16 @@ def _coefficient(alpha: float) -> float:
 
 
 class Forecast:
-    """Follow λ at logging steps, tell where it will end, and warn once if that is not useful.
+    """Follow λ at logging steps, forecast its final value, and warn once if that is not useful.
 
-    λ grows with the drive, Σ of learning rate times the schedule's factor on α; that is what
-    `done` and `total` count, in any unit. The end is drawn in a straight line from the latter half
-    of the drive so far, so that a run that a cap has stopped is seen to stand still.
+    λ grows with the drive, Σ of learning rate times the schedule's factor on α; `done` and `total`
+    count the drive, in any unit. The forecast continues the latter half of the drive so far in a
+    straight line, so a run that a cap has stopped is forecast to stay where it is.
 
     Args:
         total: the drive of the whole run.
-        stops_at: the λ at which a cap or a target stops the run, if one does; more than it is not
-            forecast, and ending within a tenth of it is what was asked for.
+        stops_at: the λ at which a cap or a target stops the run, if there is one. The forecast does
+            not exceed it, and ending within a tenth of it is as intended.
 
     Raises:
         ValueError: a total that is not positive and finite.
@@ -112,13 +112,13 @@ class Forecast:
         if stops_at is not None:
             low, high = min(low, 0.9 * stops_at), max(high, 1.1 * stops_at)
         self._useful = low, high
-        # (done, λ) over the latter half of what has been done; a run starts at neither.
+        # (done, λ) over the latter half of the drive so far; a run starts with zero of both.
         self._seen = [(0.0, 0.0)]
         self._warned = False
 
     @property
     def final(self) -> float | None:
-        """The λ that the run heads for; None until λ was seen after some drive."""
+        """The λ that the run is heading for; None until λ was seen after some drive."""
         done, progress = self._seen[-1]
         if done == 0.0:
             return None
@@ -127,11 +127,11 @@ class Forecast:
         return min(final, max(progress, self._stops_at))
 
     def see(self, progress: float, done: float) -> float | None:
-        """Take in λ after `done` of the drive, and return the λ that the run heads for.
+        """Take in λ after `done` of the drive, and return the λ that the run is heading for.
 
-        Warns once, with a DriftWarning: when a fifth of the drive is done and the run heads for
-        less than 0.05 or more than 1, or as soon as λ is beyond 1. A λ that is not finite, or of
-        less drive than the last, is left out.
+        Warns once, with a DriftWarning: when a fifth of the drive is done and the run is heading
+        for less than 0.05 or more than 1, or as soon as λ is above 1. A λ that is not finite, or
+        that comes after less drive than the last one, is ignored.
         """
         if not (math.isfinite(progress) and math.isfinite(done)) or done < self._seen[-1][0]:
             return self.final
@@ -151,18 +151,18 @@ class Forecast:
         low, high = self._useful
         seen = f"after {share:.0%} of the run's drive (Σ learning rate × schedule)"
         if progress > high or (final > high and share >= ENOUGH):
-            told = (
-                f"progress along Δ is λ = {progress:.3g} {seen} and heads for {final:.3g}; beyond "
-                f"{high:g} weights overshoot what they are drawn to. Lower alpha, pass "
-                "progress_cap=… to stop there, or a schedule such as window(0, 0.3)"
+            message = (
+                f"progress along Δ is λ = {progress:.3g} {seen} and is heading for {final:.3g}; "
+                f"above {high:g} the weights overshoot. Lower alpha, pass progress_cap=… to stop "
+                "there, or a schedule such as window(0, 0.3)"
             )
         elif final < low and share >= ENOUGH:
-            told = (
-                f"progress along Δ is λ = {progress:.3g} {seen} and heads for {final:.3g}, less "
-                f"than {low:g}: the run will hardly differ from one without injection. Raise alpha "
-                "or the learning rate, train longer, or pass progress_target=…"
+            message = (
+                f"progress along Δ is λ = {progress:.3g} {seen} and is heading for {final:.3g}, "
+                f"less than {low:g}: the run will hardly differ from one without injection. Raise "
+                "alpha or the learning rate, train longer, or pass progress_target=…"
             )
         else:
             return
         self._warned = True
-        warnings.warn(told, DriftWarning, stacklevel=4)
+        warnings.warn(message, DriftWarning, stacklevel=4)

@@ -48,7 +48,7 @@ class Pushes:
         self._control.finish()
 
     def take_back(self) -> None:
-        """Count the last step as one that never was, since the optimizer left it out."""
+        """Uncount the last step, which the optimizer skipped."""
         self._control.undo()
 
     def _alphas(self) -> torch.Tensor:

@@ -34,7 +34,7 @@ class Scope(ABC):
 
     @abstractmethod
     def before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Hear that an optimizer is about to step.
+        """React to an optimizer that is about to step.
 
         Raises:
             DriftError: it would use gradients without the injection.
@@ -52,8 +52,8 @@ class Scope(ABC):
 
     @abstractmethod
     def restate(self) -> None:
-        """Hear that what is stated about α has changed."""
+        """React to a change of the stated α."""
 
     @abstractmethod
     def close(self) -> None:
-        """Stop what runs beside the caller."""
+        """Stop what runs in the background."""

@@ -24,8 +24,8 @@ class StepScope(Scope):
     """Runs when it is called, after the last backward pass and before clipping.
 
     strict: refuse a target without a gradient.
-    overlap: inject what is final while backward still runs; the step does the rest.
-    may_repeat: whether the optimizer may leave a step out, so that the next call finds gradients
+    overlap: inject gradients that are final while backward still runs; the step does the rest.
+    may_repeat: whether the optimizer may skip a step, after which the next call finds gradients
         that were injected already.
     """
 
@@ -73,7 +73,7 @@ class StepScope(Scope):
         if self.overlap is not None:
             self.overlap.reset()
         self.pushes.finish()
-        # One gradient stands for all: the next backward after zero_grad makes another tensor.
+        # One gradient represents all: the next backward after zero_grad makes another tensor.
         self._pending = self._any_gradient()
 
     def before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -81,11 +81,11 @@ class StepScope(Scope):
             self.optimizer_has_stepped()
 
     def optimizer_has_stepped(self) -> None:
-        """Hear that the injected gradients were used; some optimizers keep and zero them."""
+        """Note that the injected gradients were used; some optimizers keep and zero them."""
         self._pending = None
 
     def take_back(self) -> None:
-        """Hear that the optimizer left its step out, and threw the gradients away."""
+        """Note that the optimizer skipped its step, and discarded the gradients."""
         self.pushes.take_back()
         self.watchdog.begin(0)
 

@@ -63,7 +63,7 @@ class DeltaReader:
 class Target:
     """One weight, and the tensors of the delta that are injected into it, whole or in parts.
 
-    Of an adapted weight, `parameter` is the first of the factors that train in its stead.
+    An adapted weight trains through factors; `parameter` is then the first of these.
     """
 
     name: str

@@ -1,7 +1,7 @@
-"""What an injection can tell: progress along Δ, angles, pushes and α in force.
+"""The metrics of an injection: progress along Δ, angles, pushes and α in force.
 
-Owns the arithmetic of the summary. Everything here waits for the device, so it is asked for when
-something is logged, not in a step.
+Owns the arithmetic of the summary. Everything here waits for the device, so it is computed when
+metrics are logged, not in every step.
 """
 
 from __future__ import annotations
@@ -54,9 +54,10 @@ def measure(groups: Sequence[TargetGroup], control: Control) -> dict[str, float]
 
 
 def summarize(metrics: Mapping[str, float], groups: Sequence[TargetGroup]) -> dict[str, float]:
-    """Return what is worth a line in a log: overall, by kind (attn, mlp, …) and module (q_proj, …).
+    """Return metrics for a log: overall, by kind (attn, mlp, …) and by module (q_proj, …).
 
-    λ of several is weighed by ‖Δ‖². Their cosine is that of their gradients taken together.
+    λ of several targets is their mean weighted by ‖Δ‖². Their cosine is that of their gradients
+    taken together.
     """
     single = ("progress", "alpha", "relative_push", "cosine", "skipped", "stopped")
     result = {key: metrics[key] for key in single if key in metrics}

@@ -82,7 +82,7 @@ def run(arguments: dict[str, Any] | None = None, callbacks: list[Any] | None = N
 def _calling_trainer() -> Trainer:
     """Return the Trainer whose event runs this callback.
 
-    A callback is told the state, the model and the optimizer, but not the Trainer, and only the
+    A callback is given the state, the model and the optimizer, but not the Trainer, and only the
     Trainer knows the point between the last backward and clipping. It is on the call stack.
     """
     frame = sys._getframe(1)

@@ -74,7 +74,7 @@ class TrainerMotion(TrainerCallback):  # type: ignore[misc, unused-ignore]
                 raise DriftError(
                     f"this motion has moved the weights {self.motion.taken} times already, and a "
                     "second run would move them again from the start: remove() it first, and "
-                    "attach anew if that is what is meant"
+                    "attach again if you want that"
                 )
             self.motion.remove()
         steps = self._length(state.max_steps)

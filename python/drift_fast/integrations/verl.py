@@ -15,8 +15,8 @@ injection: in a resumed run schedules start anew and λ counts from there.
 
 Tested with verl 0.9.1 (transformers 5.9) without a GPU, where verl builds and shards no model: the
 engine is found by verl's registry, and its own `optimizer_step` on a whole module steps with the
-injected, clipped gradient. Otherwise against a stand-in of the engine. Not run: `sft_trainer` on
-accelerators, sharded. FSDP2 and FSDP1 are tested without verl.
+injected, clipped gradient. Everything else is tested against a stand-in of the engine. Not run:
+`sft_trainer` on accelerators, sharded. FSDP2 and FSDP1 are tested without verl.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""α in force at each step: per module and layer, by a schedule, a cap on λ, or a λ to aim for.
+"""α in force at each step: per module and layer, by a schedule, a cap on λ, or a target λ.
 
 Owns what a user states about α and the number of the step. α is a vector of shape [targets] on the
 targets' device; it is computed there, and after the first call nothing waits for it.
@@ -42,8 +42,9 @@ class Control:
     """The strength of every target, step by step.
 
     A mapping of modules has the keys of a selection: presets such as `attn`, or `re:<pattern>`.
-    Of several that match a target the most specific decides, `re:…` before a preset before `all`,
-    and of patterns the first. Every target must match one, and every one decide a target.
+    If several match a target, the most specific one decides: `re:…` before a preset before `all`,
+    and the first of several patterns. Every target must match a key, and every key must decide a
+    target.
 
     A cap switches a target off for good once λ + look_ahead·(λ − λ of the step before) has reached
     it: Adam's momentum carries weights on by about nine times their last change. A target scales α
@@ -192,11 +193,11 @@ class Control:
         self._step += 1
 
     def undo(self) -> None:
-        """Take back the last step, which the optimizer left out; an aim keeps what it learnt."""
+        """Uncount the last step, which the optimizer skipped; an aim keeps what it learned."""
         self._step = max(0, self._step - 1)
 
     def restart(self) -> None:
-        """Begin anew at step 0, for a second run; what a cap has switched off stays off."""
+        """Start over at step 0, for a second run; targets that a cap has switched off stay off."""
         self._step = self._previous_step = 0
         self._previous = None
         if self._aim is not None:
@@ -219,10 +220,10 @@ class Control:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state that `state_dict` returned; nothing is changed if it is refused.
+        """Continue from a state that `state_dict` returned; nothing is changed if it is refused.
 
-        What is stated now is what holds. Where it is not what the saved run stated, this warns with
-        a DriftWarning.
+        The options stated now apply. If they differ from those of the saved run, this warns with a
+        DriftWarning.
 
         Raises:
             DriftError: not such a state, or one of other targets.
@@ -366,7 +367,7 @@ class Control:
         ]
         if changed:
             warnings.warn(
-                f"the resumed run goes on with other settings than it was saved with: "
+                f"the resumed run continues with other settings than it was saved with: "
                 f"{'; '.join(changed)}. Pass what the saved run had to go on unchanged",
                 DriftWarning,
                 stacklevel=3,

@@ -1,4 +1,4 @@
-"""Caps on λ and a λ to aim for: what progress along Δ does to α, on the device.
+"""Caps on λ and a target λ: how progress along Δ changes α, on the device.
 
 Owns the arithmetic of both, on vectors of shape [targets] or [sets]. No value returns to the host
 and no branch depends on one, so a step waits for nothing.
@@ -15,13 +15,13 @@ import torch
 
 from drift_fast.inject.saved_state import SavedAim, damaged
 
-# An aim multiplies α by something between these: it never turns round, and does not drown the
-# task's gradient where the target is out of reach.
+# An aim multiplies α by a factor between these: it never reverses, and does not drown the task's
+# gradient if the target is out of reach.
 LEAST, MOST = 0.0, 4.0
 
 # An aim plans to arrive when this share of the schedule's drive is spent. Learning rates fall
-# towards the end, where no α could make up for what is missing; and the miniature that this method
-# was tried in did better with early motion than with late.
+# towards the end, where no α could make up for a shortfall; and in the miniature that this method
+# was tried in, early motion did better than late motion.
 ARRIVAL = 0.5
 
 # Square of the drive below which little is learned from a step, whose motion is mostly noise.
@@ -29,7 +29,7 @@ _SMALL = 0.25**2
 
 
 class Sets:
-    """Targets that are taken together, their λ weighed by ‖Δ‖²; λ of a set is ⟨moved,Δ⟩/‖Δ‖²."""
+    """Targets taken together, their λ weighted by ‖Δ‖²; λ of a set is ⟨moved,Δ⟩/‖Δ‖²."""
 
     def __init__(self, keys: Sequence[Hashable], squares: Sequence[float]) -> None:
         place = {key: at for at, key in enumerate(dict.fromkeys(keys))}
@@ -207,7 +207,7 @@ class Aim:
         state.learned += 1
         weight = 1.0 / min(self._horizon, state.learned + 3)
         beta = self._momentum
-        # Of the steps since, all but the first had only what momentum left of it.
+        # After the first of these steps, only momentum's remainder of the drive was left.
         lasting = (1.0 - beta**gap) / (1.0 - beta) / gap
         drive = state.drive * (lasting / (1.0 - beta**state.steps))
         step = drive * (rate - state.gain * drive) / (drive * drive).clamp(min=_SMALL)

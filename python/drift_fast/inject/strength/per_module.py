@@ -1,6 +1,7 @@
-"""What is stated about α and λ: one number, or numbers by module or by layer, for every target.
+"""Numbers stated for α and λ, one or by module or by layer, resolved for every target.
 
-Names alone decide, in the vocabulary of `drift_fast.names`. Whatever decides nothing is refused.
+Names alone decide, in the vocabulary of `drift_fast.names`. An entry that decides nothing is
+refused.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ def per_target(
 ) -> tuple[list[float], list[str]]:
     """Return a number for each name, and the entry that it comes from ("" for one number).
 
-    Of several entries that match, the most specific decides: `re:…`, then a preset, then `all`; of
-    patterns, the first.
+    If several entries match, the most specific one decides: `re:…`, then a preset, then `all`; of
+    several patterns, the first.
 
     Raises:
         ValueError: a name that no entry matches, an entry that decides none, an unknown preset, or
@@ -54,8 +55,8 @@ def per_target(
     absent = [name for name, entry in zip(names, chosen, strict=True) if entry is None]
     if absent:
         raise ValueError(
-            f"{what} says nothing of {len(absent)} of {len(names)} targets, {absent[0]} first: add "
-            "an entry for them, such as 'all', or leave them out with modules=…"
+            f"{what} has no entry for {len(absent)} of {len(names)} targets, {absent[0]} first: "
+            "add one, such as 'all', or leave these targets out with modules=…"
         )
     entries = [entry for entry in chosen if entry is not None]
     idle = [entry for entry in values if entry not in set(entries)]
@@ -96,7 +97,7 @@ def layer_factors(names: Sequence[str], given: LayerAlpha) -> list[float]:
     unknown = sorted(named - set(present))
     if unnamed or unknown:
         which = (
-            f"says nothing of layer {unnamed[0]}"
+            f"has no entry for layer {unnamed[0]}"
             if unnamed
             else f"has a layer {unknown[0]} too many"
         )
