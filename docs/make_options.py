@@ -29,6 +29,7 @@ SCHEMA = ROOT / "docs" / "drift.schema.json"
 # Every class of options, a base before what inherits from it.
 CLASSES = (
     "drift_fast.alignment.options.SelectionOptions",
+    "drift_fast.alignment.options.MatchOptions",
     "drift_fast.alignment.options.PairOptions",
     "drift_fast.delta.options.ProgressOptions",
     "drift_fast.delta.options.StreamOptions",
@@ -38,6 +39,7 @@ CLASSES = (
     "drift_fast.delta.options.DeltaOptions",
     "drift_fast.delta.options.SaveOptions",
     "drift_fast.preflight.options.CheckOptions",
+    "drift_fast.merging.options.MergeOptions",
     "drift_fast.inject.config.StrengthOptions",
     "drift_fast.inject.config.ResidencyOptions",
     "drift_fast.inject.config.TargetOptions",
@@ -54,6 +56,7 @@ INJECTION = "Settings"
 COMMANDS = {
     "delta": "DeltaOptions",
     "inspect": "InspectOptions",
+    "merge": "MergeOptions",
     "check": "CheckOptions",
     "plan": "PlanOptions",
 }

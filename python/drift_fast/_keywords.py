@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from drift_fast.inject.schedule import ScheduleLike
     from drift_fast.inject.strength.formula import Scale
     from drift_fast.inject.strength.per_module import LayerAlpha, PerModule
+    from drift_fast.merging.config import Weight
     from drift_fast.progress_bar import ProgressCallback
     from drift_fast.selection import Layers, Modules
 
@@ -33,13 +34,18 @@ class SelectionKeywords(TypedDict, total=False):
     rows: Rows
 
 
-class PairKeywords(SelectionKeywords, total=False):
-    """The keywords of `PairOptions`."""
+class MatchKeywords(SelectionKeywords, total=False):
+    """The keywords of `MatchOptions`."""
 
     strict: bool
-    min_coverage: float | None
     check_weights: bool
     reader: str
+
+
+class PairKeywords(MatchKeywords, total=False):
+    """The keywords of `PairOptions`."""
+
+    min_coverage: float | None
 
 
 class ProgressKeywords(TypedDict, total=False):
@@ -91,6 +97,33 @@ class CheckKeywords(SelectionKeywords, total=False):
 
     dtype: str
     read_rate: int | str
+
+
+class MergeKeywords(TypedDict, total=False):
+    """The keywords of `MergeOptions`."""
+
+    modules: Modules | None
+    layers: Layers
+    mapping: MappingLike | None
+    rows: Rows
+    strict: bool
+    check_weights: bool
+    reader: str
+    progress_bar: bool | None
+    on_progress: ProgressCallback | None
+    threads: int | None
+    memory: int | str
+    allow_nonfinite: bool
+    overwrite: bool
+    max_shard_size: int | str
+    base: PathLike | None
+    weight: Weight | None
+    multimodal_weight: float | None
+    density: float | None
+    seed: int | None
+    keep_layers: int | None
+    base_mapping: MappingLike | None
+    dtype: str | None
 
 
 class StrengthKeywords(TypedDict, total=False):

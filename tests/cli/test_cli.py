@@ -23,8 +23,11 @@ import pytest
 
 import drift_fast
 from drift_fast import Delta
+from drift_fast.bench.options import BenchOptions
 from drift_fast.delta.options import DeltaOptions, InspectOptions
+from drift_fast.merging.options import MergeOptions
 from drift_fast.options import Options, about_of
+from drift_fast.planner.options import PlanOptions
 from drift_fast.preflight.options import CheckOptions
 from support.synthetic import Pair, contents, everything_under, stored, write_file, write_sparse
 
@@ -598,7 +601,14 @@ def test_python_threads_run_while_a_delta_is_computed(endless: tuple[Path, Path]
 
 @pytest.mark.parametrize(
     ("command", "options"),
-    [("delta", DeltaOptions), ("inspect", InspectOptions), ("check", CheckOptions)],
+    [
+        ("delta", DeltaOptions),
+        ("inspect", InspectOptions),
+        ("check", CheckOptions),
+        ("merge", MergeOptions),
+        ("plan", PlanOptions),
+        ("bench", BenchOptions),
+    ],
 )
 def test_every_option_of_a_command_is_a_flag_with_its_help(
     command: str, options: type[Options]

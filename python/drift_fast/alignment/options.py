@@ -43,17 +43,10 @@ class SelectionOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairOptions(SelectionOptions):
+class MatchOptions(SelectionOptions):
     """How two checkpoints are opened, matched and verified."""
 
     strict: bool = option(True, "refuse when a selected tensor has no match, instead of listing it")
-    min_coverage: float | None = option(
-        None,
-        "refuse when less of the selected parameters is covered, such as 0.95; by default all of "
-        "them when strict",
-        check=_check_share,
-        metavar="SHARE",
-    )
     check_weights: bool = option(
         True, "compare samples of the weights, and refuse shifted or permuted layers"
     )
@@ -62,4 +55,17 @@ class PairOptions(SelectionOptions):
         "how files are read: auto, pread or mmap; a file that shrinks while it is mapped kills the "
         "process",
         choices=("auto", "mmap", "pread"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairOptions(MatchOptions):
+    """How two checkpoints are opened, matched, verified and counted."""
+
+    min_coverage: float | None = option(
+        None,
+        "refuse when less of the selected parameters is covered, such as 0.95; by default all of "
+        "them when strict",
+        check=_check_share,
+        metavar="SHARE",
     )

@@ -22,7 +22,7 @@ class ProgressOptions(Options):
     """How a stream says how far it has come."""
 
     progress_bar: bool | None = option(
-        None, "show a progress bar; None does where stderr is a terminal or in a notebook"
+        None, "show a progress bar; by default where stderr is a terminal, and in a notebook"
     )
     on_progress: ProgressCallback | None = option(
         None, "called on this thread with a `Progress`, about 20 times a second", in_file=False
@@ -33,7 +33,9 @@ class ProgressOptions(Options):
 class StreamOptions(ProgressOptions):
     """What a stream may take of the machine; none of it changes a bit of the result."""
 
-    threads: int | None = option(None, "worker threads; None is every core", check=thread_count)
+    threads: int | None = option(
+        None, "worker threads; as many as cores by default", check=thread_count
+    )
     memory: int | str = option(
         MEMORY,
         "bytes that all buffers may take, whatever the size of the models, such as 64MB",
@@ -90,8 +92,8 @@ class SaveOptions(RankOptions, OutputOptions, ProgressOptions):
 
     memory: int | str | None = option(
         None,
-        "bytes that all buffers may take; None is what `compute_delta` was given, and 64MB for a "
-        "delta on disk",
+        "bytes that all buffers may take; by default what `compute_delta` was given, and 64MB for "
+        "a delta on disk",
         check=_check_memory,
         metavar="SIZE",
     )
