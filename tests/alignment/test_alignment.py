@@ -276,7 +276,7 @@ def test_the_coverage_accounts_for_every_tensor_of_both_sides(planted: Planted) 
 
 # ------------------------------------------------------------------ mismatches
 
-# Single tensors without a partner are a matter of coverage, the whole pair one of alignment.
+# Single tensors without a match are a matter of coverage, the whole pair one of alignment.
 UNFIT = (AlignmentError, CoverageError)
 
 
@@ -429,7 +429,7 @@ def assert_paired_with(
 @pytest.mark.parametrize(
     "tower_prefix", ["vision_tower.vision_model.", "model.vision_model.", "a.", "model.visual."]
 )
-def test_a_vision_tower_with_the_language_models_names_and_dimensions_does_not_capture_the_pairing(
+def test_a_vision_tower_with_the_language_models_names_and_dimensions_does_not_capture_the_match(
     tmp_path: Path, rng: Any, tower_layers: int, tower_prefix: str
 ) -> None:
     text = language_model(rng)
@@ -438,7 +438,7 @@ def test_a_vision_tower_with_the_language_models_names_and_dimensions_does_not_c
     assert_paired_with(tmp_path, text, vlm, "model.language_model.")
 
 
-def test_a_tower_that_matches_biases_too_does_not_capture_the_pairing(
+def test_a_tower_that_matches_biases_too_does_not_capture_the_match(
     tmp_path: Path, rng: Any
 ) -> None:
     text = language_model(rng, bias=True, layers=3)

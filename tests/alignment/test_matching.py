@@ -161,7 +161,7 @@ def test_what_a_mapping_does_not_name_is_refused_when_strict_and_listed_otherwis
 ) -> None:
     full = dict(align(pair.reasoning, pair.multimodal).pairs)
     left_out = "model.layers.1.mlp.up_proj.weight"
-    short = {name: partner for name, partner in full.items() if name != left_out}
+    short = {name: match for name, match in full.items() if name != left_out}
     with refused(AlignmentError, left_out, "not in the mapping"):
         compute_delta(pair.reasoning, pair.multimodal, mapping=short)
     delta = compute_delta(pair.reasoning, pair.multimodal, mapping=short, strict=False)

@@ -34,269 +34,27 @@ JSON = dict[str, Any]
 
 # ------------------------------------------------------------------ published configurations
 
-R1_DISTILL_QWEN_7B: JSON = {
-    "architectures": ["Qwen2ForCausalLM"],
-    "attention_dropout": 0.0,
-    "bos_token_id": 151643,
-    "eos_token_id": 151643,
-    "hidden_act": "silu",
-    "hidden_size": 3584,
-    "initializer_range": 0.02,
-    "intermediate_size": 18944,
-    "max_position_embeddings": 131072,
-    "max_window_layers": 28,
-    "model_type": "qwen2",
-    "num_attention_heads": 28,
-    "num_hidden_layers": 28,
-    "num_key_value_heads": 4,
-    "rms_norm_eps": 1e-06,
-    "rope_theta": 10000,
-    "sliding_window": 4096,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-    "transformers_version": "4.44.0",
-    "use_cache": True,
-    "use_mrope": False,
-    "use_sliding_window": False,
-    "vocab_size": 152064,
-}
-QWEN25_MATH_7B: JSON = {
-    **R1_DISTILL_QWEN_7B,
-    "eos_token_id": 151643,
-    "max_position_embeddings": 4096,
-    "transformers_version": "4.43.1",
-}
-QWEN25_VL_7B: JSON = {
-    "architectures": ["Qwen2_5_VLForConditionalGeneration"],
-    "attention_dropout": 0.0,
-    "bos_token_id": 151643,
-    "eos_token_id": 151645,
-    "vision_start_token_id": 151652,
-    "vision_end_token_id": 151653,
-    "vision_token_id": 151654,
-    "image_token_id": 151655,
-    "video_token_id": 151656,
-    "hidden_act": "silu",
-    "hidden_size": 3584,
-    "initializer_range": 0.02,
-    "intermediate_size": 18944,
-    "max_position_embeddings": 128000,
-    "max_window_layers": 28,
-    "model_type": "qwen2_5_vl",
-    "num_attention_heads": 28,
-    "num_hidden_layers": 28,
-    "num_key_value_heads": 4,
-    "rms_norm_eps": 1e-06,
-    "rope_theta": 1000000.0,
-    "sliding_window": 32768,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-    "transformers_version": "4.41.2",
-    "use_cache": True,
-    "use_sliding_window": False,
-    "vision_config": {
-        "depth": 32,
-        "hidden_act": "silu",
-        "hidden_size": 1280,
-        "intermediate_size": 3420,
-        "num_heads": 16,
-        "in_chans": 3,
-        "out_hidden_size": 3584,
-        "patch_size": 14,
-        "spatial_merge_size": 2,
-        "spatial_patch_size": 14,
-        "window_size": 112,
-        "fullatt_block_indexes": [7, 15, 23, 31],
-        "tokens_per_second": 2,
-        "temporal_patch_size": 2,
-    },
-    "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
-    "vocab_size": 152064,
-}
-QWEN25_VL_7B_NESTED: JSON = {
-    "architectures": ["Qwen2_5_VLForConditionalGeneration"],
-    "dtype": "bfloat16",
-    "image_token_id": 151655,
-    "model_type": "qwen2_5_vl",
-    "text_config": {
-        "attention_dropout": 0.0,
-        "bos_token_id": 151643,
-        "dtype": "bfloat16",
-        "eos_token_id": 151645,
-        "hidden_act": "silu",
-        "hidden_size": 3584,
-        "initializer_range": 0.02,
-        "intermediate_size": 18944,
-        "layer_types": ["full_attention"] * 28,
-        "max_position_embeddings": 128000,
-        "max_window_layers": 28,
-        "model_type": "qwen2_5_vl_text",
-        "num_attention_heads": 28,
-        "num_hidden_layers": 28,
-        "num_key_value_heads": 4,
-        "pad_token_id": None,
-        "rms_norm_eps": 1e-06,
-        "rope_parameters": {
-            "mrope_section": [16, 24, 24],
-            "rope_theta": 1000000.0,
-            "rope_type": "default",
-            "type": "default",
-        },
-        "sliding_window": None,
-        "use_cache": True,
-        "use_sliding_window": False,
-        "vocab_size": 152064,
-    },
-    "tie_word_embeddings": False,
-    "transformers_version": "5.0.0",
-    "vision_config": {"depth": 32, "hidden_size": 1280, "model_type": "qwen2_5_vl_vision"},
-}
-R1_DISTILL_LLAMA_8B: JSON = {
-    "architectures": ["LlamaForCausalLM"],
-    "attention_bias": False,
-    "hidden_act": "silu",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "max_position_embeddings": 131072,
-    "mlp_bias": False,
-    "model_type": "llama",
-    "num_attention_heads": 32,
-    "num_hidden_layers": 32,
-    "num_key_value_heads": 8,
-    "pretraining_tp": 1,
-    "rms_norm_eps": 1e-05,
-    "rope_scaling": {
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-        "rope_type": "llama3",
-    },
-    "rope_theta": 500000.0,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-    "vocab_size": 128256,
-}
-# What transformers 4 wrote of the text model: where it differs from LlamaConfig's defaults.
-LLAMA3_LLAVA_NEXT_8B: JSON = {
-    "architectures": ["LlavaNextForConditionalGeneration"],
-    "image_token_index": 128256,
-    "model_type": "llava_next",
-    "projector_hidden_act": "gelu",
-    "text_config": {
-        "_name_or_path": "meta-llama/Meta-Llama-3-8B-Instruct",
-        "architectures": ["LlamaForCausalLM"],
-        "bos_token_id": 128000,
-        "eos_token_id": 128001,
-        "intermediate_size": 14336,
-        "max_position_embeddings": 8192,
-        "model_type": "llama",
-        "num_key_value_heads": 8,
-        "rms_norm_eps": 1e-05,
-        "rope_theta": 500000.0,
-        "torch_dtype": "bfloat16",
-        "vocab_size": 128320,
-    },
-    "tie_word_embeddings": False,
-    "torch_dtype": "float16",
-    "transformers_version": "4.41.0.dev0",
-    "vision_config": {"hidden_size": 1024, "model_type": "clip_vision_model"},
-    "vocab_size": 128320,
-}
-GEMMA3_4B: JSON = {
-    "architectures": ["Gemma3ForConditionalGeneration"],
-    "boi_token_index": 255999,
-    "eoi_token_index": 256000,
-    "image_token_index": 262144,
-    "mm_tokens_per_image": 256,
-    "model_type": "gemma3",
-    "text_config": {
-        "hidden_size": 2560,
-        "intermediate_size": 10240,
-        "model_type": "gemma3_text",
-        "num_hidden_layers": 34,
-        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
-        "sliding_window": 1024,
-    },
-    "torch_dtype": "bfloat16",
-    "transformers_version": "4.50.0.dev0",
-    "vision_config": {"hidden_size": 1152, "model_type": "siglip_vision_model"},
-}
-# The text model of the same, saved by transformers 5: RoPE is nested by type of layer.
-GEMMA3_4B_TEXT: JSON = {
-    "architectures": ["Gemma3ForCausalLM"],
-    "dtype": "bfloat16",
-    "head_dim": 256,
-    "hidden_activation": "gelu_pytorch_tanh",
-    "hidden_size": 2560,
-    "intermediate_size": 10240,
-    "max_position_embeddings": 131072,
-    "model_type": "gemma3_text",
-    "num_attention_heads": 8,
-    "num_hidden_layers": 34,
-    "num_key_value_heads": 4,
-    "query_pre_attn_scalar": 256,
-    "rms_norm_eps": 1e-06,
-    "rope_parameters": {
-        "full_attention": {"factor": 8.0, "rope_theta": 1000000.0, "rope_type": "linear"},
-        "sliding_attention": {"rope_theta": 10000.0, "rope_type": "default"},
-    },
-    "sliding_window": 1024,
-    "tie_word_embeddings": True,
-    "vocab_size": 262208,
-}
-QWEN3_8B: JSON = {
-    "architectures": ["Qwen3ForCausalLM"],
-    "attention_bias": False,
-    "head_dim": 128,
-    "hidden_act": "silu",
-    "hidden_size": 4096,
-    "intermediate_size": 12288,
-    "max_position_embeddings": 40960,
-    "max_window_layers": 36,
-    "model_type": "qwen3",
-    "num_attention_heads": 32,
-    "num_hidden_layers": 36,
-    "num_key_value_heads": 8,
-    "rms_norm_eps": 1e-06,
-    "rope_scaling": None,
-    "rope_theta": 1000000,
-    "sliding_window": None,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-    "transformers_version": "4.51.0",
-    "use_sliding_window": False,
-    "vocab_size": 151936,
-}
-QWEN3_VL_8B: JSON = {
-    "architectures": ["Qwen3VLForConditionalGeneration"],
-    "image_token_id": 151655,
-    "model_type": "qwen3_vl",
-    "text_config": {
-        "attention_bias": False,
-        "dtype": "bfloat16",
-        "head_dim": 128,
-        "hidden_act": "silu",
-        "hidden_size": 4096,
-        "intermediate_size": 12288,
-        "max_position_embeddings": 262144,
-        "model_type": "qwen3_vl_text",
-        "num_attention_heads": 32,
-        "num_hidden_layers": 36,
-        "num_key_value_heads": 8,
-        "rms_norm_eps": 1e-06,
-        "rope_scaling": {
-            "mrope_interleaved": True,
-            "mrope_section": [24, 20, 20],
-            "rope_type": "default",
-        },
-        "rope_theta": 5000000,
-        "vocab_size": 151936,
-    },
-    "tie_word_embeddings": False,
-    "transformers_version": "4.57.0.dev0",
-    "vision_config": {"depth": 27, "hidden_size": 1152, "model_type": "qwen3_vl"},
-}
+CONFIGS = Path(__file__).parent.parent / "data" / "configs"
+
+
+def published(name: str) -> JSON:
+    """Return a configuration as it was published, or as transformers saved it."""
+    found: JSON = json.loads((CONFIGS / f"{name}.json").read_text())
+    return found
+
+
+R1_DISTILL_QWEN_7B = published("DeepSeek-R1-Distill-Qwen-7B")
+QWEN25_MATH_7B = published("Qwen2.5-Math-7B")
+QWEN25_VL_7B = published("Qwen2.5-VL-7B")
+QWEN25_VL_7B_NESTED = published("Qwen2.5-VL-7B-nested")
+R1_DISTILL_LLAMA_8B = published("DeepSeek-R1-Distill-Llama-8B")
+# Its text model states only what differs from the defaults of LlamaConfig.
+LLAMA3_LLAVA_NEXT_8B = published("llama3-llava-next-8b")
+GEMMA3_4B = published("gemma-3-4b")
+# Saved by transformers 5, with RoPE nested by type of layer.
+GEMMA3_4B_TEXT = published("gemma-3-4b-text")
+QWEN3_8B = published("Qwen3-8B")
+QWEN3_VL_8B = published("Qwen3-VL-8B")
 
 # A model small enough to write by the dozen, whose shapes follow its configuration.
 TINY: JSON = {
@@ -1150,7 +908,7 @@ def test_what_cannot_be_aligned_is_a_finding_with_the_reason(tmp_path: Path) -> 
     json.dumps(report.to_dict(), allow_nan=False)
 
 
-def test_a_mapping_reaches_the_pairing(tmp_path: Path) -> None:
+def test_a_mapping_reaches_the_match(tmp_path: Path) -> None:
     a = tiny(tmp_path / "a")
     b = write(tmp_path / "b", TINY, backbone(TINY, "model.language_model."))
     assert check(a, b, mapping=[("model.", "model.language_model.")]).ok

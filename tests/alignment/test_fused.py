@@ -1,6 +1,6 @@
-"""Experts and projections that lie apart in one checkpoint and together in the other.
+"""Experts and projections that are split in one checkpoint and fused in the other.
 
-Checkpoints are written byte by byte, so that no conversion of another library stands between what
+Checkpoints are written byte by byte, so that no conversion of another library comes between what
 is planted and what is read; Δ is compared bit for bit with float64 rounded once.
 """
 
@@ -131,7 +131,7 @@ def test_delta_is_exact_whichever_way_either_side_stores_its_experts(
     "dtypes", list(itertools.product(("BF16", "F16", "F32"), repeat=2)), ids="-".join
 )
 @pytest.mark.parametrize("out", ["bfloat16", "float32"])
-def test_composed_tensors_take_every_mix_of_dtypes(
+def test_fused_tensors_take_every_mix_of_dtypes(
     tmp_path: Path, dtypes: tuple[str, str], out: str
 ) -> None:
     text, vlm = planted(np.random.default_rng(5), 8, 6, *dtypes)
@@ -313,7 +313,7 @@ def test_a_map_that_was_written_gives_the_pairs_that_were_found(
     assert all(torch.equal(stated[name], found[name]) for name in found)
     pairs = json.loads((tmp_path / "map.json").read_text())["pairs"]
     if fused == "reasoning":
-        name = next(name for name, partner in pairs.items() if isinstance(partner, list))
+        name = next(name for name, match in pairs.items() if isinstance(match, list))
         pairs[name].pop()
         with refused(AlignmentError, name, "all of its matches"):
             compute_delta(a, b, mapping=pairs)
