@@ -1,4 +1,4 @@
-"""Δ gives the same injection wherever it is kept: beside the gradients, or read anew."""
+"""Δ gives the same injection wherever it is kept: beside the gradients, or read in every step."""
 
 from __future__ import annotations
 
@@ -457,7 +457,7 @@ def trained(nbytes: int, *, grad: object = None, device: torch.device = CUDA) ->
         (78, 500, [trained(19 * GB, grad=object())], "device", "64.0 GB stay free"),
         # What lives elsewhere needs nothing here.
         (78, 500, [trained(99 * GB, device=torch.device("cpu"))], "device", "stay free"),
-        (10, 23, [], "disk", "23.0 GB free: read anew each step"),
+        (10, 23, [], "disk", "23.0 GB free: read in every step"),
         (10, 24, [], "host", "pinned host memory"),
         (10, None, [], "host", "pinned host memory"),
     ],

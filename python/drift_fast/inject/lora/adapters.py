@@ -1,4 +1,4 @@
-"""LoRA adapters of PEFT: which factors train in the stead of a weight, and what cannot be followed.
+"""LoRA adapters of PEFT: which factors train in place of a weight, and what cannot be followed.
 
 Owns what is known of PEFT's layers; knows nothing of Δ. A layer computes with
 W = W₀ + Σ s·B·A over its active adapters, whatever W₀ is stored as. Every other way of adapting a
@@ -82,7 +82,7 @@ def adapters_of(model: nn.Module) -> Adapters:
     from peft.utils.other import ModulesToSaveWrapper
 
     modules = list(model.named_modules(remove_duplicate=False))
-    refusal = _refusal(module for _, module in modules)
+    refusal = _model_refusal(module for _, module in modules)
     owners: dict[int, int] = {}
     for path, module in modules:
         if isinstance(module, ModulesToSaveWrapper):
@@ -98,12 +98,12 @@ def stored_shape(parameter: nn.Parameter, shape: tuple[int, ...]) -> tuple[int, 
     return shape if state is None else tuple(state.shape)
 
 
-def _refusal(modules: Iterator[nn.Module]) -> str:
+def _model_refusal(modules: Iterator[nn.Module]) -> str:
     """Return why no adapter of this model can be followed, or nothing."""
     for module in modules:
         kind = type(module)
         if kind.__module__.startswith("peft.tuners.xlora"):
-            return "X-LoRA scales its adapters anew for each token, so there is no one weight"
+            return "X-LoRA scales its adapters for each token, so there is no single weight"
         if is_fsdp1(module):
             return _sharded("FSDP")
     return ""
@@ -117,7 +117,7 @@ def _sharded(by: str) -> str:
 
 
 def _add_copies(found: Adapters, path: str, module: Any) -> None:
-    """Take the copy that trains for the module itself."""
+    """Let the copy that trains take the place of the module itself."""
     active = [name for name in module.active_adapters if name in module.modules_to_save]
     if module.disable_adapters or not active:
         active = []
@@ -158,37 +158,9 @@ def _add_layer(
 
 def _follow(module: Any, base: Any) -> Adapted | str:
     """Return a layer's factors, or why Δ cannot be pulled back onto them."""
-    from peft.tuners.lora import LoraLayer
-
-    kind = type(module)
-    package = kind.__module__.split(".")
-    if not issubclass(kind, LoraLayer) or package[:3] != ["peft", "tuners", "lora"]:
-        tuner = package[2] if package[:2] == ["peft", "tuners"] else kind.__module__
-        return f"its adapter is {kind.__name__} of {tuner}, which is no sum W₀ + s·B·A; use LoRA"
-    if module.merged:
-        return "its adapter is merged into the weight; call unmerge_adapter() first"
-    if module.disable_adapters:
-        return "its adapters are disabled; enable them first"
-    table = _tables(module)
-    if table is None:
-        return (
-            f"its adapter is of the kind {kind.__name__}, of which only those of linear layers and "
-            "embeddings can be injected into; leave it out with modules=…"
-        )
-    a_of, b_of, transposed = table
-    factors = []
-    for adapter in module.active_adapters:
-        if adapter not in a_of:
-            continue
-        variant = _variant(module, adapter)
-        if variant == "DoRA":
-            return (
-                f"the adapter {adapter} is a DoRA, whose trained magnitudes scale the weight: it "
-                "is no sum W₀ + s·B·A; train with use_dora=False"
-            )
-        if variant:
-            return f"the adapter {adapter} is of the variant {variant}; use plain LoRA"
-        factors.append(Factors(a_of[adapter], b_of[adapter], adapter, module.scaling))
+    factors = _active_factors(module)
+    if isinstance(factors, str):
+        return factors
     trained = tuple(p for one in factors for p in (one.a, one.b) if p.requires_grad)
     if not trained:
         return (
@@ -200,30 +172,70 @@ def _follow(module: Any, base: Any) -> Adapted | str:
         return _sharded(sharded)
     if any(p.requires_grad for name, p in base.named_parameters() if name != "bias"):
         return "the weight trains beside its adapters; freeze one of them"
-    kept = (
-        Factors(one.a, one.b, one.adapter, one.scalings)
-        for one in factors
-        if one.a.requires_grad or one.b.requires_grad
-    )
+    kept = tuple(one for one in factors if one.a.requires_grad or one.b.requires_grad)
     height, width = module.out_features, module.in_features
-    shape = (width, height) if transposed else (height, width)
-    return Adapted(tuple(kept), shape, transposed, trained)
+    transposed = _is_transposed(module)
+    return Adapted(kept, (width, height) if transposed else (height, width), transposed, trained)
 
 
-def _tables(module: Any) -> tuple[dict[str, Any], dict[str, Any], bool] | None:
-    """Return A and B by adapter, and whether the weight is stored as [in, out]."""
-    if len(module.lora_embedding_A):
-        # An embedding's rows are its inputs.
-        return dict(module.lora_embedding_A), dict(module.lora_embedding_B), True
+def _active_factors(module: Any) -> list[Factors] | str:
+    """Return the factors of a layer's active adapters, or why they do not make a sum W₀ + s·B·A."""
+    from peft.tuners.lora import LoraLayer
+
+    kind = type(module)
+    package = kind.__module__.split(".")
+    if not issubclass(kind, LoraLayer) or package[:3] != ["peft", "tuners", "lora"]:
+        tuner = package[2] if package[:2] == ["peft", "tuners"] else kind.__module__
+        return f"its adapter is {kind.__name__} of {tuner}, not a sum W₀ + s·B·A; use LoRA"
+    if module.merged:
+        return "its adapter is merged into the weight; call unmerge_adapter() first"
+    if module.disable_adapters:
+        return "its adapters are disabled; enable them first"
+    tables = _tables(module)
+    if tables is None:
+        return (
+            f"its adapter is a {kind.__name__}, and only adapters of linear layers and embeddings "
+            "can be injected into; leave it out with modules=…"
+        )
+    a_of, b_of = tables
+    factors = []
+    for adapter in module.active_adapters:
+        if adapter not in a_of:
+            continue
+        variant = _variant(module, adapter)
+        if variant == "DoRA":
+            return (
+                f"the adapter {adapter} is a DoRA, whose trained magnitudes scale the weight, not "
+                "a sum W₀ + s·B·A; train with use_dora=False"
+            )
+        if variant:
+            return f"the adapter {adapter} is of the variant {variant}; use plain LoRA"
+        factors.append(Factors(a_of[adapter], b_of[adapter], adapter, module.scaling))
+    return factors
+
+
+def _tables(module: Any) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """Return A and B by adapter, None for layers of other factors."""
+    if _is_embedding(module):
+        return dict(module.lora_embedding_A), dict(module.lora_embedding_B)
     layers = [*module.lora_A.values(), *module.lora_B.values()]
     plain = all(isinstance(layer, nn.Linear) for layer in layers)
     if not plain or type(module).__name__ in ("ParamWrapper", "MultiheadAttention"):
         return None
-    tables = [
+    a, b = (
         {adapter: layer.weight for adapter, layer in table.items()}
         for table in (module.lora_A, module.lora_B)
-    ]
-    return tables[0], tables[1], bool(getattr(module, "fan_in_fan_out", False))
+    )
+    return a, b
+
+
+def _is_embedding(module: Any) -> bool:
+    return len(module.lora_embedding_A) > 0
+
+
+def _is_transposed(module: Any) -> bool:
+    """Whether the weight is stored as [in, out]; an embedding's rows are its inputs."""
+    return _is_embedding(module) or bool(getattr(module, "fan_in_fan_out", False))
 
 
 def _variant(module: Any, adapter: str) -> str:

@@ -3,7 +3,7 @@
 With W = W₀ + Σ s·B·A the gradients of the factors are that of W pulled back, for every adapter
 g̃ = (s·Bᵀ·g, s·g·Aᵀ). So Δ̃ = (s·Bᵀ·Δ, s·Δ·Aᵀ) is what Δ in the gradient of W would be in theirs. The
 formula runs on these joint vectors, with one coefficient for each weight. Δ̃ changes whenever the
-factors do, so each step makes it anew; it is as large as the factors.
+factors do, so each step computes it; it is as large as the factors.
 """
 
 from __future__ import annotations

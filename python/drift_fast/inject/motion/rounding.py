@@ -1,4 +1,4 @@
-"""Add increments to 16-bit weights that are smaller than these can tell, without losing any.
+"""Add increments to 16-bit weights that are too small for these, without losing any.
 
 A bfloat16 weight has eight bits, so that an increment below 1/512 of it rounds away, and a motion
 in forty of them would not move at all. Here the motion up to now is rounded, to multiples of
@@ -24,7 +24,7 @@ import torch
 
 # The largest prime below 2²²: rows of no usual width repeat at the same column.
 _PERIOD = 4_194_301
-# Bits of the significand that are stored, and a float32 below which units are not told apart.
+# Bits of the significand that are stored, and the smallest unit.
 _STORED = {torch.bfloat16: (7, 2.0**-126), torch.float16: (10, 2.0**-24)}
 
 

@@ -26,7 +26,7 @@ def choose(
             return "device", f"{size} beside the parameters on {device}"
         return (
             "disk",
-            f"{size}, over half of the {free / 1e9:.1f} GB of free memory: read anew",
+            f"{size}, over half of the {free / 1e9:.1f} GB of free memory: read in every step",
         )
     free, total = torch.cuda.mem_get_info(device)
     trained = [p for p in parameters if p.requires_grad and p.device == device]
@@ -46,7 +46,7 @@ def choose(
             f"{short}: kept in pinned host memory (residency='device-int8' halves it instead, "
             "rounding Δ)"
         )
-    return "disk", f"{short}, and host memory has {host / 1e9:.1f} GB free: read anew each step"
+    return "disk", f"{short}, and host memory has {host / 1e9:.1f} GB free: read in every step"
 
 
 def _free_host_memory() -> int | None:

@@ -129,7 +129,7 @@ class Ring:
             try:
                 filled = filled.result()
             except BaseException:
-                # What failed is read anew in the next step.
+                # What failed is read again in the next step.
                 self._turn_to(at)
                 raise
         if self._lane is not None:
@@ -146,7 +146,7 @@ class Ring:
         if self._reader is not None:
             self._reader.shutdown(cancel_futures=True)
         if self._lane is not None:
-            # Buffers that are still being filled must not become someone else's memory.
+            # Buffers that are still being filled must not be allocated again.
             torch.cuda.current_stream(self._lane.device).wait_stream(self._lane)
             # Nor may the host's memory be unlocked that they are filled from.
             self._lane.synchronize()

@@ -17,7 +17,7 @@ class Cut(Protocol):
 
     @property
     def span(self) -> tuple[int, int] | None:
-        """Elements [start, stop) in row-major order, None for the whole and for what is no run."""
+        """Elements [start, stop) in row-major order, None for the whole, or for other parts."""
 
     def cut(self, whole: torch.Tensor) -> torch.Tensor:
         """Return this part of a tensor of the parameter's shape; it may share its memory."""

@@ -161,5 +161,5 @@ class _Flattened:
         return shard.detach().view(-1).narrow(0, self._offset, self._numel)
 
     def write_weight(self, weight: torch.Tensor) -> None:
-        # The weights that compute are gathered and cast from the shard anew.
+        # The weights that compute are gathered and cast from the shard again.
         self.weight().copy_(weight)
