@@ -15,7 +15,7 @@ from support.sharded_workers import launch
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "clipped": {"clip": 0.5},
-    "accumulation 4 without synchronisation": {
+    "accumulation 4 without synchronization": {
         "strategy": "SHARD_GRAD_OP",
         "accumulate": 4,
         "no_sync": True,

@@ -747,8 +747,8 @@ def test_factors_that_are_sharded_are_refused(delta: drift_fast.Delta, mark: str
 
 
 @pytest.fixture
-def quantised(tmp_path: Path) -> tuple[Any, drift_fast.Delta]:
-    """A model in 4 bits with adapters, and the delta of its unquantised checkpoint."""
+def quantized(tmp_path: Path) -> tuple[Any, drift_fast.Delta]:
+    """A model in 4 bits with adapters, and the delta of its unquantized checkpoint."""
     pytest.importorskip("bitsandbytes")
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -767,10 +767,10 @@ def quantised(tmp_path: Path) -> tuple[Any, drift_fast.Delta]:
 
 
 @pytest.mark.parametrize("scale", SCALES)
-def test_a_model_in_four_bits_is_injected_into_along_the_unquantised_delta(
-    quantised: tuple[Any, drift_fast.Delta], scale: str
+def test_a_model_in_four_bits_is_injected_into_along_the_unquantized_delta(
+    quantized: tuple[Any, drift_fast.Delta], scale: str
 ) -> None:
-    base, delta = quantised
+    base, delta = quantized
     model = adapted(base)
     packed = model.get_parameter("base_model.model.model.layers.0.mlp.up_proj.base_layer.weight")
     assert packed.dtype == torch.uint8
@@ -796,9 +796,9 @@ def test_a_model_in_four_bits_is_injected_into_along_the_unquantised_delta(
 
 
 def test_a_weight_in_four_bits_without_an_adapter_is_known_as_frozen(
-    quantised: tuple[Any, drift_fast.Delta],
+    quantized: tuple[Any, drift_fast.Delta],
 ) -> None:
-    base, delta = quantised
+    base, delta = quantized
     model = adapted(base, target_modules=["q_proj"])
     with pytest.raises(drift_fast.DriftError, match="target_modules"):
         drift_fast.Injection(model, delta)

@@ -115,7 +115,7 @@ def test_an_optimizer_moves_weights_as_with_the_restated_gradient(
             backward(plain, seed=step)
             third.step()
     expected, unmoved = weights_of(by_hand), weights_of(plain)
-    # Eight-bit states jump between neighbouring codes where a gradient differs in its last bit.
+    # Eight-bit states jump between neighboring codes where a gradient differs in its last bit.
     tolerance = 1e-2 if name in EIGHT_BITS else 1e-5
     differs = 0
     for key, weight in weights_of(network).items():

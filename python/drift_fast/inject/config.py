@@ -85,7 +85,7 @@ class StrengthOptions(Options):
         "parameter",
         "whose λ the cap is compared with: that of each parameter; of each module kind, or of the "
         "targets of each entry where the cap is by module; or of all targets, overall. λ of "
-        "several targets is weighed by ‖Δ‖²",
+        "several targets is weighted by ‖Δ‖²",
         choices=get_args(CapBy),
     )
     look_ahead: float = option(

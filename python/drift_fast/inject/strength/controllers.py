@@ -51,8 +51,8 @@ class Sets:
     def mean(self, values: torch.Tensor) -> torch.Tensor:
         """Return λ of each set, shape [sets], from λ of each target."""
         # One NaN spoils its own set alone; and a matrix product might round to TF32.
-        weighed = torch.where(self._shares > 0, self._shares * values, torch.zeros_like(values))
-        return weighed.sum(dim=1)
+        weighted = torch.where(self._shares > 0, self._shares * values, torch.zeros_like(values))
+        return weighted.sum(dim=1)
 
     def spread(self, values: torch.Tensor) -> torch.Tensor:
         """Return the value of each target's set, shape [targets]."""
@@ -100,7 +100,7 @@ class Aim:
 
     The model is dλ = gain · drive, where the drive of a step is what α is scaled by, schedule
     included, averaged as Adam's first moment averages gradients, its correction of the first steps
-    included. The gain is learned by normalised least mean squares, whose forgetting follows
+    included. The gain is learned by normalized least mean squares, whose forgetting follows
     learning rates and the saturation of large α, and starts as if α as stated were right. A step
     then takes the share of what is missing that its drive is of the drive left until arrival.
     """
