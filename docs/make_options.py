@@ -80,6 +80,20 @@ Generated from the option dataclasses by `python docs/make_options.py` (`make op
 edit. Each option is a keyword argument of the functions that take its class, a key of a
 configuration file, and a flag of the command line: `check_weights=False` is `check_weights: false`
 in a file and `--no-check-weights` as a flag.
+
+A configuration file is YAML or JSON. One that trains has a `delta` and options of
+[Settings](#settings). One for `--config` has a section for each command, or the options of one
+command without a section; flags win. An unknown key is an error. Editors complete and check both by
+[the schema](drift.schema.json):
+
+```yaml
+# yaml-language-server: $schema=docs/drift.schema.json
+delta:
+  modules: attn,mlp
+  max_shard_size: 2GB
+merge:
+  density: 0.2
+```
 """
 
 

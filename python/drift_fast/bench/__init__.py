@@ -9,15 +9,19 @@ that is not installed says so.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
+from drift_fast.bench.files import write
 from drift_fast.bench.options import BenchOptions
+from drift_fast.bench.scaling import run_scaling
+from drift_fast.bench.session import Say
+from drift_fast.bench.suite import run_table
+from drift_fast.bench.trace import run_trace, write_trace
 
 __all__ = ["BenchOptions", "bench"]
 
 
-def bench(options: BenchOptions, out: Path, say: Callable[[str], object]) -> tuple[str, list[Path]]:
+def bench(options: BenchOptions, out: Path, say: Say) -> tuple[str, list[Path]]:
     """Run the suite, write its files to `out` and return the report and their paths.
 
     say: called with a line about what is being done.
@@ -26,20 +30,11 @@ def bench(options: BenchOptions, out: Path, say: Callable[[str], object]) -> tup
         DriftError: a debug build, or results of ours that are wrong.
         OSError: not enough space for the pair and a delta.
     """
-    # Loaded here, since the command line needs the options only.
-    from drift_fast.bench.files import write
-
     if options.scaling:
-        from drift_fast.bench.scaling import run_scaling
-
         paths = write(run_scaling(options, say), out)
     elif options.trace:
-        from drift_fast.bench.trace import run_trace, write_trace
-
         results, traces = run_trace(options, say)
         paths = [*write(results, out, traces), write_trace(results, traces, out)]
     else:
-        from drift_fast.bench.suite import run_table
-
         paths = write(run_table(options, say), out)
     return paths[0].read_text(), paths

@@ -6,17 +6,16 @@ import argparse
 from pathlib import Path
 
 from drift_fast.alignment.options import PairOptions
+from drift_fast.alignment.report import align
 from drift_fast.cli.options import add_json, add_options, add_sources, from_flags
 from drift_fast.cli.output import print_json, remark
 
 
-def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the command to the parser."""
-    parser = commands.add_parser(
-        "align",
-        help="which tensor of one checkpoint is which of the other, and how surely",
-        description="Match the tensors of two checkpoints. Exit status 1 where delta would refuse "
-        "the pair and no map was asked for.",
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the command and add its arguments."""
+    parser.description = (
+        "Match the tensors of two checkpoints. Exit status 1 where delta would refuse "
+        "the pair and no map was asked for."
     )
     add_sources(parser)
     parser.add_argument("--out", "-o", type=Path, metavar="JSON", help="write a map file to edit")
@@ -28,8 +27,6 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 def run(given: argparse.Namespace) -> int:
     """Match, report, and write the map where one was asked for."""
-    from drift_fast.alignment.report import align
-
     options = from_flags(given, PairOptions, "align")
     found = align(given.reasoning, given.multimodal, **options.to_dict())
     if given.json:

@@ -6,19 +6,18 @@ import argparse
 import shlex
 from pathlib import Path
 
+from drift_fast.bench import bench
 from drift_fast.bench.options import BenchOptions
 from drift_fast.cli.options import add_options, given_flags
 from drift_fast.cli.output import remark
 
 
-def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the command to the parser."""
-    parser = commands.add_parser(
-        "bench",
-        help="time statistics and Δ of a synthetic pair beside rivals and what the machine allows",
-        description="Write a seeded synthetic pair, check every result against float64, and time "
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the command and add its arguments."""
+    parser.description = (
+        "Write a seeded synthetic pair, check every result against float64, and time "
         "drift-fast beside those of PyTorch, transformers and mergekit that are installed, and "
-        "beside an XOR of both files. Leaves a table, JSON and a picture at --out.",
+        "beside an XOR of both files. Leaves a table, JSON and a picture at --out."
     )
     parser.add_argument(
         "--out", "-o", type=Path, default=Path("bench-results"), help="directory for results"
@@ -29,8 +28,6 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 def run(given: argparse.Namespace) -> int:
     """Run the suite and print its report."""
-    from drift_fast.bench import bench
-
     command = shlex.join(["drift-fast", *given.arguments])
     options = BenchOptions(**given_flags(given, BenchOptions), command=command)
     report, paths = bench(options, given.out, remark)

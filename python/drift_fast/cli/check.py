@@ -6,17 +6,16 @@ import argparse
 
 from drift_fast.cli.options import SOURCE, add_config, add_json, add_options, from_flags
 from drift_fast.cli.output import print_json
+from drift_fast.preflight.check import check
 from drift_fast.preflight.options import CheckOptions
 
 
-def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the command to the parser."""
-    parser = commands.add_parser(
-        "check",
-        help="whether two models fit each other and what Δ will cost; reads no weight",
-        description="Compare two models by configuration and headers. With MODEL, the first two "
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the command and add its arguments."""
+    parser.description = (
+        "Compare two models by configuration and headers. With MODEL, the first two "
         "are an expert and its reference, whose Δ is to be attached to it. Exit status: 0 they "
-        "fit, notes included, 1 something breaks the method, 2 wrong usage.",
+        "fit, notes included, 1 something breaks the method, 2 wrong usage."
     )
     parser.add_argument("reasoning", help=f"text-only reasoning checkpoint, or expert: {SOURCE}")
     parser.add_argument("multimodal", help="multimodal checkpoint, or reference")
@@ -30,8 +29,6 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 def run(given: argparse.Namespace) -> int:
     """Compare and report."""
-    from drift_fast.preflight.check import check
-
     options = from_flags(given, CheckOptions, "check")
     report = check(given.reasoning, given.multimodal, given.model, **options.to_dict())
     if given.json:

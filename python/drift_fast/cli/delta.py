@@ -11,12 +11,10 @@ from drift_fast.delta.compute import compute_delta
 from drift_fast.delta.options import DeltaOptions
 
 
-def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the command to the parser."""
-    parser = commands.add_parser(
-        "delta",
-        help="compute reasoning − multimodal and write it",
-        description="Compute Δ = W_reason − W_multimodal for the language backbone and write it.",
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the command and add its arguments."""
+    parser.description = (
+        "Compute Δ = W_reason − W_multimodal for the language backbone and write it."
     )
     add_sources(parser)
     parser.add_argument("--out", "-o", required=True, type=Path, help="directory to write")

@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from drift_fast.demo import run as run_demo
 
-def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the command to the parser."""
-    parser = commands.add_parser(
-        "demo",
-        help="all steps on two tiny trained models: delta, fine-tuning, comparison, pictures",
-        description="Compute a delta between two tiny trained checkpoints, fine-tune on images "
-        "with and without it, and compare on held-out images.",
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the command and add its arguments."""
+    parser.description = (
+        "Compute a delta between two tiny trained checkpoints, fine-tune on images "
+        "with and without it, and compare on held-out images."
     )
     parser.add_argument(
         "--out", "-o", type=Path, default=Path("demo-output"), help="directory for results"
@@ -24,7 +24,5 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 def run(given: argparse.Namespace) -> int:
     """Run the demo."""
-    from drift_fast.demo import run as run_demo
-
     run_demo(given.out, seeds=given.seeds, workers=given.workers)
     return 0

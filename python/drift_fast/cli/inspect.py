@@ -11,13 +11,9 @@ from drift_fast.delta.options import InspectOptions
 from drift_fast.delta.statistics import Statistics
 
 
-def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the command to the parser."""
-    parser = commands.add_parser(
-        "inspect",
-        help="norms and cosines between two checkpoints; writes nothing",
-        description="Measure norms and cosines between two checkpoints in one pass.",
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the command and add its arguments."""
+    parser.description = "Measure norms and cosines between two checkpoints in one pass."
     add_sources(parser)
     parser.add_argument(
         "--by",

@@ -13,21 +13,31 @@ import io
 import sys
 import warnings
 from collections.abc import Sequence
+from importlib import import_module
 from typing import TextIO
 
 from drift_fast import __version__
-from drift_fast.cli import align, bench, check, delta, demo, inspect, merge, plan
 from drift_fast.cli.output import remark
 from drift_fast.errors import DriftError, DriftWarning
 
-# In the order of the help.
-_COMMANDS = (delta, inspect, align, check, merge, plan, demo, bench)
+# Each is a module of this folder, which is loaded when its command is given.
+_COMMANDS = {
+    "delta": "compute reasoning − multimodal and write it",
+    "inspect": "norms and cosines between two checkpoints; writes nothing",
+    "align": "which tensor of one checkpoint is which of the other, and how surely",
+    "check": "whether two models fit each other and what Δ will cost; reads no weight",
+    "merge": "merge a reasoning model into a multimodal one and write the result",
+    "plan": "memory, disk, hours and λ of a training run, before it starts; reads no weight",
+    "demo": "all steps on two tiny trained models: delta, fine-tuning, comparison, pictures",
+    "bench": "time statistics and Δ of a synthetic pair beside rivals and what the machine allows",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
-    given = _parser().parse_args(arguments)
-    given.arguments = sys.argv[1:] if arguments is None else list(arguments)
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    given = _parser(arguments).parse_args(arguments)
+    given.arguments = arguments
     warnings.showwarning = _show_warning
     for stream in (sys.stdout, sys.stderr):
         # A name or symbol that the terminal cannot show must not make the command fail.
@@ -46,7 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(given.value_error_status)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
+    """Return the parser, in which the command that `arguments` name has its arguments."""
     parser = argparse.ArgumentParser(
         prog="drift-fast",
         description="Stream the reasoning delta between two checkpoints, and inject it.",
@@ -54,8 +65,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"drift-fast {__version__}")
     parser.set_defaults(value_error_status=1)
     commands = parser.add_subparsers(required=True, metavar="command")
-    for command in _COMMANDS:
-        command.add(commands)
+    named = next((each for each in arguments if not each.startswith("-")), None)
+    for name, summary in _COMMANDS.items():
+        command = commands.add_parser(name, help=summary)
+        if name == named:
+            import_module(f"drift_fast.cli.{name}").add_arguments(command)
     return parser
 
 

@@ -10,17 +10,16 @@ from pathlib import Path
 from drift_fast.cli.options import add_config, add_json, add_options, add_sources, from_flags
 from drift_fast.cli.output import peak, print_json
 from drift_fast.merging.config import METHODS
+from drift_fast.merging.merge import merge
 from drift_fast.merging.options import MergeOptions
 from drift_fast.progress_bar import reported
 
 
-def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the command to the parser."""
-    parser = commands.add_parser(
-        "merge",
-        help="merge a reasoning model into a multimodal one and write the result",
-        description="Merge a text reasoning model into the language backbone of a multimodal one, "
-        "without loading either. The result is a directory that from_pretrained loads.",
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the command and add its arguments."""
+    parser.description = (
+        "Merge a text reasoning model into the language backbone of a multimodal one, "
+        "without loading either. The result is a directory that from_pretrained loads."
     )
     parser.add_argument("method", choices=METHODS, metavar="METHOD", help=", ".join(METHODS))
     add_sources(parser)
@@ -33,8 +32,6 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 def run(given: argparse.Namespace) -> int:
     """Merge, write and report."""
-    from drift_fast.merging.merge import merge
-
     options = from_flags(given, MergeOptions, "merge")
     keywords = replace(options, progress_bar=None).to_dict()
     with reported(options.progress_bar, None) as progress:

@@ -11,15 +11,14 @@ from pathlib import Path
 from drift_fast.cli.options import add_json, add_options, given_flags
 from drift_fast.cli.output import print_json
 from drift_fast.planner.options import PlanOptions
+from drift_fast.planner.planning import plan
 
 
-def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the command to the parser."""
-    parser = commands.add_parser(
-        "plan",
-        help="memory, disk, hours and λ of a training run, before it starts; reads no weight",
-        description="Say what Δ and a training run with it will take, and how far it will move, "
-        "each figure with where it comes from. A directory with a config.json is enough.",
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the command and add its arguments."""
+    parser.description = (
+        "Say what Δ and a training run with it will take, and how far it will move, "
+        "each figure with where it comes from. A directory with a config.json is enough."
     )
     parser.add_argument("reasoning", help="text-only reasoning checkpoint, or its config.json")
     parser.add_argument("multimodal", help="multimodal checkpoint, or its config.json")
@@ -43,8 +42,6 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 def run(given: argparse.Namespace) -> int:
     """Plan and report."""
-    from drift_fast.planner.planning import plan
-
     options = given_flags(given, PlanOptions)
     if given.peak_tflops is not None:
         options["peak"] = given.peak_tflops * 1e12

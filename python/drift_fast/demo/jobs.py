@@ -72,7 +72,9 @@ def _job(method: str, seed: int, source: Path, delta: Path, protocol: Protocol) 
             checkpoint=source / "multimodal",
             deltas={
                 "multimodal": Delta.open(delta),
-                "base": compute_delta(source / "expert", source / "base", threads=1),
+                "base": compute_delta(
+                    source / "expert", source / "base", threads=1, progress_bar=False
+                ),
             },
             protocol=protocol,
         )
