@@ -1,24 +1,26 @@
 """Write docs/families.md: which families are aligned, which are refused and why, as measured here.
 
-Owns the table only; the families, and what must hold for each, are those of tests/families.py.
+Owns the table; the families, and what must hold for each, are in tests/support/families.py.
 `python docs/make_families.py` runs every check and writes; `--check` runs them and compares.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import re
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import drift_fast
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent / "tests"))
+
+from support import families  # noqa: E402
+
 TABLE = HERE / "families.md"
 HEADER = (
     "family",
@@ -33,11 +35,11 @@ ABOUT = """# Families
 
 What `python docs/make_families.py` found with transformers {version}. Each family is built tiny
 from its transformers classes, its vision tower as wide and deep as the language model. The text
-model has random weights and each element of the multimodal model that of its counterpart plus a
-difference of its own, so a wrong partner, expert, half or orientation gives another Δ. *Aligned*
-means that every element of the backbone has exactly that Δ, that each tensor of either checkpoint
-is accounted for once, and that an injection moves every parameter of the loaded model by its own Δ
-and no other, whichever of the known layouts is on disk or in memory.
+model has random weights; each element of the multimodal model is its match plus a difference of its
+own, so a wrong match, expert, half or orientation gives a different Δ. *Aligned* means that every
+element of the backbone has exactly that Δ, that each tensor of either checkpoint is accounted for
+once, and that an injection moves every parameter of the loaded model by its own Δ and no other,
+whichever of the known layouts is on disk or in memory.
 
 {table}
 
@@ -47,20 +49,7 @@ checkpoint. Experts are stored *per expert* (one tensor for each of gate, up and
 """
 
 
-def load_families() -> ModuleType:
-    """Import tests/families.py by its path, tests being no package."""
-    path = HERE.parent / "tests" / "families.py"
-    spec = importlib.util.spec_from_file_location("families", path)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{path} cannot be imported")
-    module = importlib.util.module_from_spec(spec)
-    # Its dataclasses look their own module up.
-    sys.modules["families"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def faults(families: ModuleType, planted: Any, deltas: dict[str, Any]) -> Iterator[str]:
+def faults(planted: Any, deltas: dict[str, Any]) -> Iterator[str]:
     """Yield what is wrong with deltas from each layout on disk, in them and where they arrive."""
     for disk, delta in deltas.items():
         stored = planted.layouts[disk]
@@ -69,7 +58,7 @@ def faults(families: ModuleType, planted: Any, deltas: dict[str, Any]) -> Iterat
     yield from families.mismatched(planted, deltas)
 
 
-def measure(families: ModuleType, family: Any, directory: Path) -> tuple[str, str]:
+def measure(family: Any, directory: Path) -> tuple[str, str]:
     """Return the verdict with its reason, and how many tensors were matched of how many."""
     planted = families.plant(family, directory)
     deltas = {}
@@ -78,7 +67,7 @@ def measure(families: ModuleType, family: Any, directory: Path) -> tuple[str, st
             deltas[way] = drift_fast.compute_delta(
                 planted.reasoning.path, stored.path, modules="all", rows="index", dtype="float32"
             )
-        wrong = next(faults(families, planted, deltas), None)
+        wrong = next(faults(planted, deltas), None)
     except (drift_fast.AlignmentError, drift_fast.CoverageError) as error:
         unnamed = [name for name in family.names if name not in str(error)]
         if family.expected == "refused" and not unnamed:
@@ -96,12 +85,12 @@ def first_sentence(error: Exception) -> str:
     return re.split(r"(?<=\w)\. |; ", text)[0].replace("|", "/")[:200]
 
 
-def row(families: ModuleType, family: Any) -> tuple[str, ...] | None:
+def row(family: Any) -> tuple[str, ...] | None:
     """Measure one family; None where the installed transformers lacks it."""
     if family.missing:
         return None
     with tempfile.TemporaryDirectory() as directory:
-        verdict, matched = measure(families, family, Path(directory) / "measured")
+        verdict, matched = measure(family, Path(directory) / "measured")
         planted = families.plant(family, Path(directory) / "described")
     layouts = planted.layouts
     experts = "none"
@@ -154,8 +143,7 @@ def main() -> None:
         "--check", action="store_true", help="fail if the committed verdicts are not those found"
     )
     arguments = parser.parse_args()
-    families = load_families()
-    rows = [found for family in families.FAMILIES if (found := row(families, family))]
+    rows = [found for family in families.FAMILIES if (found := row(family))]
     table = render(rows)
     if not arguments.check:
         if len(rows) < len(families.FAMILIES):
