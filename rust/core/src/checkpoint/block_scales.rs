@@ -24,7 +24,7 @@ pub fn name_of(codes: &str) -> String {
 
 /// Where the scales of one tensor of codes are stored; their shape fits.
 #[derive(Debug, Clone, Copy)]
-pub struct Scales<'a> {
+pub struct BlockScales<'a> {
     format: Fp8,
     shard: &'a Shard,
     tensor: &'a Tensor,
@@ -34,7 +34,7 @@ pub struct Scales<'a> {
     first: usize,
 }
 
-impl<'a> Scales<'a> {
+impl<'a> BlockScales<'a> {
     /// Put codes and scales together; no scale is read.
     ///
     /// # Errors
@@ -128,7 +128,7 @@ impl<'a> Scales<'a> {
         Ok(())
     }
 
-    /// The most bytes that [`Scales::dequantize`] uses for `numel` codes: their values and the
+    /// The most bytes that [`BlockScales::dequantize`] uses for `numel` codes: their values and the
     /// scales of the rows that hold them.
     pub(crate) fn scratch_nbytes(&self, numel: usize) -> (usize, usize) {
         if numel == 0 {

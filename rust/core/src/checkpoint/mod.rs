@@ -19,7 +19,7 @@ use serde::de::{Deserialize, Deserializer, Error as _, MapAccess, Visitor};
 
 use crate::dtype::Fp8;
 use crate::error::{Error, Result};
-use block_scales::Scales;
+use block_scales::BlockScales;
 pub use header::Tensor;
 pub use operand::Operand;
 pub use shard::{Reader, Shard};
@@ -112,7 +112,7 @@ impl Checkpoint {
                     self.places.get(&block_scales::name_of(name)).map(|&(shard, tensor)| {
                         (&self.shards[shard], &self.shards[shard].tensors()[tensor])
                     });
-                Some(Scales::new(format, (shard, tensor), stored, block)?)
+                Some(BlockScales::new(format, (shard, tensor), stored, block)?)
             }
         };
         Ok(Operand { shard, tensor, scales })

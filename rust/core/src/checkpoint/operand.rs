@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::block_scales::{DEQUANTIZED, Scales};
+use super::block_scales::{BlockScales, DEQUANTIZED};
 use super::header::Tensor;
 use super::shard::Shard;
 use crate::dtype::{Dtype, Fp8};
@@ -17,7 +17,7 @@ pub struct Operand<'a> {
     /// The tensor in it.
     pub tensor: &'a Tensor,
     /// What its elements are multiplied by, where they are 8-bit codes.
-    pub scales: Option<Scales<'a>>,
+    pub scales: Option<BlockScales<'a>>,
 }
 
 impl<'a> Operand<'a> {

@@ -111,8 +111,8 @@ fn check(pair: &Pair<'_>, sink: &Sink<'_>) -> Result<()> {
         pair.multimodal.shard.path(),
         &pair.multimodal.tensor.name,
         format!(
-            "it is put together from parts of which one begins at element {start}, in the middle of a \
-             block of {granularity} that would share a scale; choose another dtype than int8"
+            "its part from element {start} on begins in the middle of a block of {granularity} \
+             elements that share a scale; choose another dtype than int8"
         ),
     ))
 }
