@@ -118,7 +118,12 @@ def test_a_retired_option_names_its_successor(name: str, successor: str) -> None
         DeltaOptions.from_dict({name: 1}, origin="drift.yaml")
 
 
-def test_a_misspelled_option_is_told_the_nearest() -> None:
+def test_a_dtype_that_is_gone_names_its_successor() -> None:
+    with pytest.raises(ValueError, match=r"storing Δ as float8_e4m3 is gone.*int8"):
+        DeltaOptions(dtype="float8_e4m3")
+
+
+def test_a_misspelled_option_names_the_nearest() -> None:
     with pytest.raises(TypeError, match=r"inspect\(\) .*'module'; did you mean 'modules'\?"):
         PairOptions.from_keywords({"module": "attn"}, function="inspect")
     with pytest.raises(ValueError, match=r"file: .*'xyz'; expected progress_bar, threads, memory"):

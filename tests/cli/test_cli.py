@@ -1,4 +1,4 @@
-"""The command line as a script and a person meet it: streams, statuses, progress, interruption.
+"""The command line in scripts and in terminals: streams, statuses, start-up, progress.
 
 Everything runs in a process of its own, since what is printed and how the process ends is what
 is tested.
@@ -6,69 +6,20 @@ is tested.
 
 from __future__ import annotations
 
-import json
 import os
 import pty
 import re
-import shutil
-import signal
 import subprocess
 import sys
 import time
-from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import drift_fast
 from drift_fast import Delta
-from drift_fast.bench.options import BenchOptions
-from drift_fast.delta.options import DeltaOptions, InspectOptions
-from drift_fast.merging.options import MergeOptions
-from drift_fast.options import Options, about_of
-from drift_fast.planner.options import PlanOptions
-from drift_fast.preflight.options import CheckOptions
-from support.synthetic import Pair, contents, everything_under, stored, write_file, write_sparse
-
-PROGRAM = [sys.executable, "-m", "drift_fast"]
-
-# Runs the command line in a process where importing torch fails.
-WITHOUT_TORCH = """
-import runpy, sys
-sys.modules["torch"] = None
-sys.argv = ["drift-fast", *sys.argv[1:]]
-runpy.run_module("drift_fast", run_name="__main__", alter_sys=True)
-"""
-
-
-def run(
-    *arguments: object, program: list[str] = PROGRAM, **options: Any
-) -> subprocess.CompletedProcess[str]:
-    command = [*program, *map(str, arguments)]
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=60, check=False, **options
-    )
-
-
-def succeeds(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
-    result = run(*arguments, **options)
-    assert result.returncode == 0, result.stderr
-    return result
-
-
-def strict(text: str) -> Any:
-    def refuse(constant: str) -> None:
-        raise AssertionError(f"{constant} is not JSON")
-
-    return json.loads(text, parse_constant=refuse)
-
-
-def rows_of(document: Any) -> dict[str, Any]:
-    return {row["name"]: row for row in document["tensors"]}
-
-
-# ------------------------------------------------------------------ results
+from support.commands import PROGRAM, WITHOUT_TORCH, read_terminal, rows_of, run, strict, succeeds
+from support.synthetic import Pair, contents, stored, write_file
 
 
 def test_delta_writes_what_the_library_writes(pair: Pair, tmp_path: Path) -> None:
@@ -143,9 +94,6 @@ def test_a_name_outside_ascii_is_printed_whatever_the_terminals_encoding(tmp_pat
                 "inspect", a, b, "--modules", "all", *options, env=environment, encoding="utf-8"
             )
             assert result.returncode == 0, result.stderr
-
-
-# ------------------------------------------------------------------ exit statuses
 
 
 def test_help_and_version_succeed_on_stdout() -> None:
@@ -257,9 +205,6 @@ def test_paths_may_be_relative_and_outside_ascii(pair: Pair, tmp_path: Path) -> 
     assert len(Delta.open(tmp_path / "größe" / "Δ")) == 14
 
 
-# ------------------------------------------------------------------ start-up
-
-
 def test_inspect_works_where_torch_cannot_be_imported(pair: Pair) -> None:
     program = [sys.executable, "-c", WITHOUT_TORCH]
     result = run("inspect", pair.reasoning, pair.multimodal, "--json", program=program)
@@ -292,48 +237,6 @@ def test_nothing_heavy_is_imported_to_inspect(pair: Pair) -> None:
     assert not imported & {"torch", "transformers", "matplotlib", "huggingface_hub", "pandas"}
 
 
-# ------------------------------------------------------------------ progress
-
-
-@pytest.fixture(scope="module")
-def endless(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A pair of 256 GB that takes no disk and, to read, longer than any test."""
-    directory = tmp_path_factory.mktemp("endless")
-    shapes = {f"model.layers.{n}.self_attn.q_proj.weight": (1 << 14, 1 << 14) for n in range(512)}
-    return write_sparse(directory / "a.safetensors", shapes), write_sparse(
-        directory / "b.safetensors", shapes
-    )
-
-
-@pytest.fixture(scope="module")
-def brief(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A pair of 1 GB in all, which takes some tenths of a second to read."""
-    directory = tmp_path_factory.mktemp("brief")
-    shapes = {f"model.layers.{n}.self_attn.q_proj.weight": (1 << 13, 1 << 12) for n in range(8)}
-    return (
-        write_sparse(directory / "a.safetensors", shapes, seed=1),
-        write_sparse(directory / "b.safetensors", shapes, seed=2),
-    )
-
-
-def read_terminal(master: int, until: float) -> str:
-    """Read what a program writes to its terminal until it closes it or the time is over."""
-    os.set_blocking(master, False)
-    text = b""
-    while time.monotonic() < until:
-        try:
-            piece = os.read(master, 65536)
-        except BlockingIOError:
-            time.sleep(0.01)
-            continue
-        except OSError:  # Linux reports the far end's closing as EIO.
-            break
-        if not piece:
-            break
-        text += piece
-    return text.decode(errors="replace")
-
-
 def test_a_progress_bar_with_its_rate_appears_on_a_terminal(brief: tuple[Path, Path]) -> None:
     master, slave = pty.openpty()
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
@@ -360,315 +263,6 @@ def test_no_bar_appears_in_a_pipe(brief: tuple[Path, Path]) -> None:
     result = succeeds("inspect", *brief, "--json")
     assert result.stderr == ""
     strict(result.stdout)
-
-
-# ------------------------------------------------------------------ interruption
-
-
-def wait_for(condition: Any, seconds: float, process: subprocess.Popen[Any]) -> None:
-    limit = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, "the program ended before it could be interrupted"
-        assert time.monotonic() < limit, "the program never got that far"
-        time.sleep(0.005)
-
-
-def interrupt(process: subprocess.Popen[Any]) -> float:
-    """Send Ctrl-C and return the seconds until the process is gone."""
-    begin = time.monotonic()
-    process.send_signal(signal.SIGINT)
-    try:
-        process.wait(20)
-    finally:
-        if process.poll() is None:
-            process.kill()
-    return time.monotonic() - begin
-
-
-def test_ctrl_c_stops_inspect_within_a_second(endless: tuple[Path, Path]) -> None:
-    process = subprocess.Popen(
-        [*PROGRAM, "inspect", *map(str, endless)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    statm = Path(f"/proc/{process.pid}/maps")
-    wait_for(
-        lambda: "a.safetensors" in statm.read_text() or cpu_seconds(process.pid) > 0.6, 30, process
-    )
-    time.sleep(0.3)
-    seconds = interrupt(process)
-    output, errors = process.communicate()
-    assert process.returncode == 130
-    assert seconds < 1.5
-    assert output == ""
-    assert "Traceback" not in errors
-
-
-def cpu_seconds(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-@pytest.fixture(scope="module")
-def writable(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A pair whose delta of 6 GB fits on the disk and takes seconds to write."""
-    directory = tmp_path_factory.mktemp("writable")
-    shapes = {f"model.layers.{n}.self_attn.q_proj.weight": (1 << 13, 1 << 13) for n in range(48)}
-    pair = (
-        write_sparse(directory / "a.safetensors", shapes),
-        write_sparse(directory / "b.safetensors", shapes),
-    )
-    if os.statvfs(directory).f_bavail * os.statvfs(directory).f_frsize < 8 << 30:
-        pytest.skip("needs 8 GB of free disk")
-    return pair
-
-
-def start_delta(pair: tuple[Path, Path], out: Path, *options: str) -> subprocess.Popen[str]:
-    """Start a run of many seconds and return it in the middle of its writing."""
-    command = [*PROGRAM, "delta", *map(str, pair), "--out", str(out), *options]
-    before = everything_under(out.parent)
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: everything_under(out.parent) != before, 60, process)
-    time.sleep(0.5)
-    assert process.poll() is None, "the run was over before it could be interrupted"
-    return process
-
-
-def kill(process: subprocess.Popen[str]) -> None:
-    process.kill()
-    process.communicate()
-
-
-def test_an_interrupted_delta_leaves_nothing_and_says_so_by_its_status(
-    writable: tuple[Path, Path], out: Path
-) -> None:
-    process = start_delta(writable, out, "--max-shard-size", "100MB")
-    seconds = interrupt(process)
-    output, errors = process.communicate()
-    assert process.returncode == 130, errors
-    assert everything_under(out.parent) == set()
-    assert seconds < 1.5
-    assert output == ""
-    assert "Traceback" not in errors
-
-
-def test_a_killed_run_can_be_started_again_and_leaves_no_remains(
-    writable: tuple[Path, Path], out: Path
-) -> None:
-    kill(start_delta(writable, out))
-    assert not (out / "drift.json").exists()
-    with pytest.raises((drift_fast.DriftError, OSError)):
-        Delta.open(out)
-    succeeds("delta", *writable, "--out", out, "--layers", "0-0")
-    assert len(Delta.open(out)) == 1
-    assert everything_under(out.parent) == {
-        "delta",
-        "delta/drift.json",
-        "delta/delta.safetensors.index.json",
-        "delta/delta-00001-of-00001.safetensors",
-    }
-
-
-def test_a_link_in_place_of_what_a_killed_run_left_is_not_followed(
-    writable: tuple[Path, Path], pair: Pair, tmp_path: Path, out: Path
-) -> None:
-    # In a directory that others may write to, cleaning up must not reach anywhere else.
-    kill(start_delta(writable, out))
-    remains = [path for path in out.parent.iterdir() if path != out]
-    assert remains, "nothing to replace; this test needs another way to find the temporary name"
-    precious = tmp_path / "precious"
-    precious.mkdir()
-    (precious / "thesis.txt").write_text("three years of work")
-    for path in remains:
-        shutil.rmtree(path)
-        path.symlink_to(precious)
-    run("delta", pair.reasoning, pair.multimodal, "--out", out)
-    assert everything_under(precious) == {"thesis.txt"}
-
-
-def test_an_interrupted_overwrite_keeps_the_former_delta(
-    writable: tuple[Path, Path], pair: Pair, out: Path
-) -> None:
-    drift_fast.compute_delta(pair.reasoning, pair.multimodal, out)
-    before = contents(out)
-    process = start_delta(writable, out, "--overwrite")
-    interrupt(process)
-    process.communicate()
-    assert process.returncode == 130
-    assert contents(out) == before
-    assert everything_under(out.parent) == {
-        "delta",
-        *(f"delta/{path.name}" for path in out.iterdir()),
-    }
-    assert len(Delta.open(out)) == 14
-
-
-def test_two_runs_into_one_directory_do_not_mix(pair: Pair, sharded_pair: Pair, out: Path) -> None:
-    commands = [
-        [*PROGRAM, "delta", str(each.reasoning), str(each.multimodal), "--out", str(out)]
-        for each in (pair, sharded_pair)
-    ]
-    processes = [
-        subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for c in commands
-    ]
-    errors = [process.communicate(timeout=60)[1] for process in processes]
-    statuses = [process.returncode for process in processes]
-    assert sorted(statuses) in ([0, 0], [0, 1]), errors
-    delta = Delta.open(out)
-    candidates = []
-    for each in (pair, sharded_pair):
-        alone = drift_fast.compute_delta(each.reasoning, each.multimodal)
-        candidates.append(all(bool((delta[name] == alone[name]).all()) for name in alone))
-    assert any(candidates)
-    assert everything_under(out) == {*contents(out), "drift.json"}
-
-
-def test_a_signal_handler_of_the_caller_stops_the_library_too(endless: tuple[Path, Path]) -> None:
-    class Alarm(Exception):
-        pass
-
-    def ring(*_: object) -> None:
-        raise Alarm
-
-    former = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, 0.5)
-    begin = time.monotonic()
-    try:
-        with pytest.raises(Alarm):
-            drift_fast.inspect(*endless)
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, former)
-    assert time.monotonic() - begin < 2.0
-
-
-def test_an_exception_in_the_progress_callback_stops_the_run_and_is_raised(
-    brief: tuple[Path, Path], out: Path
-) -> None:
-    calls: list[tuple[Any, ...]] = []
-
-    class Enough(Exception):
-        pass
-
-    def progress(*arguments: Any, **named: Any) -> None:
-        calls.append((*arguments, *named.values()))
-        if len(calls) == 2:
-            raise Enough
-
-    with pytest.raises(Enough):
-        drift_fast.compute_delta(*brief, out, on_progress=progress)
-    assert len(calls) == 2
-    assert everything_under(out.parent) == set()
-
-
-def test_python_threads_run_while_a_delta_is_computed(endless: tuple[Path, Path]) -> None:
-    import threading
-
-    beats = 0
-    done = threading.Event()
-
-    def beat() -> None:
-        nonlocal beats
-        while not done.wait(0.01):
-            beats += 1
-
-    thread = threading.Thread(target=beat)
-
-    class Alarm(Exception):
-        pass
-
-    def ring(*_: object) -> None:
-        raise Alarm
-
-    former = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, 0.7)
-    thread.start()
-    try:
-        with pytest.raises(Alarm):
-            drift_fast.inspect(*endless, threads=1)
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, former)
-        done.set()
-        thread.join()
-    assert beats > 15, "the interpreter was held while Rust was reading"
-
-
-# ------------------------------------------------------------------ options and --config
-
-
-@pytest.mark.parametrize(
-    ("command", "options"),
-    [
-        ("delta", DeltaOptions),
-        ("inspect", InspectOptions),
-        ("check", CheckOptions),
-        ("merge", MergeOptions),
-        ("plan", PlanOptions),
-        ("bench", BenchOptions),
-    ],
-)
-def test_every_option_of_a_command_is_a_flag_with_its_help(
-    command: str, options: type[Options]
-) -> None:
-    environment = {**os.environ, "COLUMNS": "1000"}
-    shown = succeeds(command, "--help", env=environment).stdout
-    for each in fields(options):
-        if about_of(each).in_file:
-            assert f"--{each.name.replace('_', '-')}" in shown
-            assert about_of(each).help in shown
-
-
-def test_a_dtype_that_is_gone_says_what_to_write(pair: Pair, out: Path) -> None:
-    arguments = ("delta", pair.reasoning, pair.multimodal, "--out", out)
-    result = run(*arguments, "--dtype", "float8_e4m3")
-    assert result.returncode == 2
-    assert "storing Δ as float8_e4m3 is gone" in result.stderr
-    assert "int8" in result.stderr
-
-
-@pytest.mark.parametrize("section", [True, False], ids=["in a section", "at the top"])
-@pytest.mark.parametrize("ending", ["yaml", "json"])
-def test_a_configuration_file_sets_options_and_flags_win(
-    pair: Pair, tmp_path: Path, section: bool, ending: str
-) -> None:
-    pytest.importorskip("yaml")
-    values: dict[str, Any] = {"modules": ["attn"], "layers": "0", "strict": False}
-    content = {"inspect": values, "delta": {"dtype": "float32"}} if section else values
-    path = tmp_path / f"drift.{ending}"
-    # JSON is YAML, too.
-    path.write_text(json.dumps(content))
-    arguments = ("inspect", pair.reasoning, pair.multimodal, "--json", "--config", path)
-    names = set(rows_of(strict(succeeds(*arguments).stdout)))
-    assert names
-    assert all(".layers.0.self_attn." in name for name in names)
-    names = set(rows_of(strict(succeeds(*arguments, "--layers", "1").stdout)))
-    assert names
-    assert all(".layers.1.self_attn." in name for name in names)
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        ({"module": "attn"}, ["'module'", "did you mean 'modules'?"]),
-        ({"inspect": {"thread": 2}}, ["'thread'", "did you mean 'threads'?"]),
-        ({"inspect": {"singular": 3}}, ["'singular'", "it is gone"]),
-        ({"threads": "many"}, ["threads must be an integer", "'many'"]),
-        ({"delta": {"threads": 2}}, ["a section 'inspect'", "delta"]),
-        (["attn"], ["a mapping of options"]),
-    ],
-)
-def test_a_configuration_file_that_is_wrong_is_named_with_the_key(
-    pair: Pair, tmp_path: Path, content: Any, words: list[str]
-) -> None:
-    path = tmp_path / "drift.json"
-    path.write_text(json.dumps(content))
-    result = run("inspect", pair.reasoning, pair.multimodal, "--config", path)
-    assert result.returncode in (1, 2)
-    for word in [str(path), *words]:
-        assert word in result.stderr
 
 
 def test_a_bar_that_is_not_wanted_is_not_drawn(brief: tuple[Path, Path]) -> None:

@@ -1,7 +1,7 @@
 """Rates that were measured, each with the results file and the row that it comes from.
 
 Owns no arithmetic but the division of a row's numbers. Invariant: every number here is in the
-committed file that it names, which `tests/test_planner.py` reads back.
+committed file that it names, which tests/planner/test_counts.py reads back.
 """
 
 from __future__ import annotations
