@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from support import sharded_workers
-from support.sharded_workers import launch
+from support.processes import Joined, launch
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "clipped": {"clip": 0.5},
@@ -44,7 +44,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         "injected": (sharded_workers.fsdp_injections, (INJECTED,)),
         "refused": (sharded_workers.fsdp_refusals, ()),
     }
-    return launch(tmp_path_factory.mktemp("fsdp1"), jobs, processes=3)
+    return launch(tmp_path_factory.mktemp("fsdp1"), jobs, Joined(3))
 
 
 def check(reports: list[dict[str, Any]], variants: dict[str, dict[str, Any]]) -> None:
@@ -74,7 +74,7 @@ def test_local_gradients_tile_the_whole_one_and_changes_to_them_reach_the_weight
 @pytest.mark.slow
 def test_replicas_of_a_shard_are_not_counted_twice(tmp_path: Path) -> None:
     jobs = {"variants": (sharded_workers.fsdp_variants, (HYBRID,))}
-    check(launch(tmp_path, jobs, processes=4), HYBRID)
+    check(launch(tmp_path, jobs, Joined(4)), HYBRID)
 
 
 def test_an_injection_steps_along_the_injected_gradient(reports: list[dict[str, Any]]) -> None:

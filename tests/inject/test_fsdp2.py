@@ -7,14 +7,12 @@ on every rank, and that is what the shards are compared with.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
 import math
 import os
 import re
 import time
-import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -29,8 +27,8 @@ from torch import nn
 from drift_fast import Delta, Injection
 from drift_fast.inject.shards.dtensor import DTensorShard
 from support.injection_models import Backbone, delta_towards, regression_batch, regression_loss
+from support.processes import Joined, Report, launch
 
-Report = dict[str, Any]
 SCALES = ("absolute", "gradnorm", "adaptive", "project")
 # Rows that two processes share evenly, unevenly, and of which one has none.
 SHAPES: dict[str, dict[str, int]] = {
@@ -46,53 +44,21 @@ PATIENCE = timedelta(seconds=60)
 COUNT = 8
 
 
-# --- processes -----------------------------------------------------------------------------------
-
-
-def launch(
-    folder: Path, checks: list[Callable[[Path], Report]], *, processes: int, backend: str | None
+def run(
+    folder: Path, checks: list[Callable[[Path], Report]], joined: Joined
 ) -> dict[str, list[Report]]:
     """Run checks in joined processes; return what each rank reports, by check."""
     for name, shape in SHAPES.items():
         model = Backbone(**shape)
         delta = delta_towards(folder / name, model, dtype="float32", modules=("attn", "mlp"))
         delta.save(folder / name / "delta")
-    names = [check.__name__ for check in checks]
-    torch.multiprocessing.spawn(
-        _enter, args=(processes, str(folder), backend, names), nprocs=processes
-    )
-    reports = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(processes)]
-    return {name: [report[name] for report in reports] for name in names}
-
-
-def _enter(rank: int, processes: int, folder: str, backend: str | None, names: list[str]) -> None:
-    environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes}
-    os.environ.update({name: str(value) for name, value in environment.items()})
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        backend,
-        init_method=f"file://{folder}/meeting",
-        rank=rank,
-        world_size=processes,
-        timeout=PATIENCE,
-    )
-    report: dict[str, Report] = {}
-    for name in names:
-        try:
-            report[name] = globals()[name](Path(folder))
-        except Exception:
-            report[name] = {"failure": traceback.format_exc()}
-    Path(folder, f"{rank}.json").write_text(json.dumps(report))
-    with contextlib.suppress(RuntimeError):
-        dist.barrier()
-    dist.destroy_process_group()
+    jobs = {check.__name__: (check, (folder,)) for check in checks}
+    reports = launch(folder, jobs, joined)
+    return {name: [report[name] for report in reports] for name in jobs}
 
 
 def found(reports: dict[str, list[Report]], check: Callable[[Path], Report]) -> list[Report]:
-    """Return what every rank found, or fail with what went wrong on one."""
-    for rank, report in enumerate(reports[check.__name__]):
-        if "failure" in report:
-            pytest.fail(f"on rank {rank}: {report['failure']}", pytrace=False)
+    """Return what every rank found."""
     return reports[check.__name__]
 
 
@@ -546,7 +512,7 @@ PAIR = [
 @pytest.fixture(scope="module")
 def pair_reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Report]]:
     # Without a backend, as a script of one's own may have it, torch names none for the group.
-    return launch(tmp_path_factory.mktemp("two"), PAIR, processes=2, backend=None)
+    return run(tmp_path_factory.mktemp("two"), PAIR, Joined(2, None, PATIENCE))
 
 
 def assert_small(report: Report, bound: float = 1e-5) -> None:
@@ -776,7 +742,7 @@ FOUR = [
 
 @pytest.fixture(scope="module")
 def four_reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Report]]:
-    return launch(tmp_path_factory.mktemp("four"), FOUR, processes=4, backend="gloo")
+    return run(tmp_path_factory.mktemp("four"), FOUR, Joined(4, patience=PATIENCE))
 
 
 @pytest.mark.slow

@@ -706,14 +706,14 @@ def test_a_model_with_adapters_is_refused_with_a_remedy(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     from support.motion_workers import backbone, fsdp2
-    from support.sharded_workers import launch
+    from support.processes import Joined, launch
 
     folder = tmp_path_factory.mktemp("sharded")
     delta = folder / "delta"
     # Values of bfloat16, so that the delta fits both of the models.
     delta_towards(folder / "pair", backbone(torch.bfloat16), size=0.02, out=delta)
     jobs: dict[str, Any] = {"fsdp2": (fsdp2, (str(delta), str(folder)))}
-    return folder, [report["fsdp2"] for report in launch(folder / "work", jobs, processes=2)]
+    return folder, [report["fsdp2"] for report in launch(folder / "work", jobs, Joined(2))]
 
 
 @pytest.mark.slow
@@ -764,10 +764,10 @@ ENGINES: dict[str, dict[str, Any]] = {
 def engines(tmp_path_factory: pytest.TempPathFactory) -> Any:
     pytest.importorskip("deepspeed")
     from support.motion_workers import deepspeed
-    from support.sharded_workers import launch
+    from support.processes import Joined, launch
 
     jobs: dict[str, Any] = {name: (deepspeed, (options,)) for name, options in ENGINES.items()}
-    return launch(tmp_path_factory.mktemp("engines"), jobs, processes=2)
+    return launch(tmp_path_factory.mktemp("engines"), jobs, Joined(2))
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from support import sharded_workers
-from support.sharded_workers import launch
+from support.processes import Joined, launch
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed"
@@ -110,7 +110,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         "variants": (sharded_workers.deepspeed_variants, (VARIANTS,)),
         "injected": (sharded_workers.engine_injections, (INJECTED,)),
     }
-    return launch(tmp_path_factory.mktemp("zero"), jobs, processes=PROCESSES)
+    return launch(tmp_path_factory.mktemp("zero"), jobs, Joined(PROCESSES))
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +126,7 @@ def more_reports(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any
         ),
         **{str(case): (sharded_workers.unused, case[:2]) for case in UNUSED},
     }
-    return launch(tmp_path_factory.mktemp("more"), jobs, processes=PROCESSES)
+    return launch(tmp_path_factory.mktemp("more"), jobs, Joined(PROCESSES))
 
 
 def check(reports: list[dict[str, Any]], variants: dict[str, dict[str, Any]]) -> None:

@@ -8,16 +8,11 @@ batch, in one piece, which is what the shards are compared with.
 from __future__ import annotations
 
 import copy
-import json
 import logging
-import os
-import sys
-import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 from types import MethodType
 from typing import Any
 
@@ -26,50 +21,6 @@ import torch.distributed as dist
 from torch import nn
 
 LEARNING_RATE = 0.1
-
-
-Job = tuple[Callable[..., dict[str, Any]], tuple[Any, ...]]
-
-
-def launch(folder: Path, jobs: dict[str, Job], *, processes: int) -> list[dict[str, Any]]:
-    """Run jobs one after the other in processes joined by gloo; return each rank's reports."""
-    folder.mkdir(parents=True, exist_ok=True)
-    torch.multiprocessing.spawn(_enter, args=(processes, str(folder), jobs), nprocs=processes)
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(processes)]
-
-
-def _enter(rank: int, processes: int, folder: str, jobs: dict[str, Job]) -> None:
-    environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes}
-    os.environ.update({name: str(value) for name, value in environment.items()})
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=processes
-    )
-    with _output_in(f"{folder}/{rank}.log"):
-        report = {name: work(*arguments) for name, (work, arguments) in jobs.items()}
-    Path(folder, f"{rank}.json").write_text(json.dumps(report))
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-@contextmanager
-def _output_in(path: str) -> Iterator[None]:
-    """Send this process's output to a file, and what the compilers say that DeepSpeed tries out."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    kept = os.dup(1), os.dup(2)
-    log = os.open(path, os.O_WRONLY | os.O_CREAT)
-    try:
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        yield
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os.dup2(kept[0], 1)
-        os.dup2(kept[1], 2)
 
 
 # --- the model and its batches -----------------------------------------------------------------
