@@ -160,7 +160,7 @@ def test_without_a_call_the_first_step_fails(
 
 SCRIPT = """
 import json, sys
-sys.path[:0] = [{tests!r}]
+sys.path[:0] = {tests!r}
 import test_accelerate as t
 import drift_fast
 from support.injection_models import Backbone
@@ -183,7 +183,7 @@ def test_two_processes_inject_into_the_reduced_gradient(
         out, script = tmp_path / "found.json", tmp_path / "run.py"
         script.write_text(
             SCRIPT.format(
-                tests=str(Path(__file__).parents[1]),
+                tests=[str(Path(__file__).parent), str(Path(__file__).parents[1])],
                 delta=str(tmp_path / "delta"),
                 injected=injected,
                 clip=clip,

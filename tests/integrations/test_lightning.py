@@ -457,7 +457,7 @@ def test_an_option_that_does_not_exist_is_refused_at_once(delta: drift_fast.Delt
 
 DDP = """
 import json, sys
-sys.path[:0] = [{tests!r}]
+sys.path[:0] = {tests!r}
 import torch, lightning.pytorch as pl
 import test_lightning as t
 from support.injection_models import Backbone
@@ -487,7 +487,7 @@ def test_two_processes_inject_into_the_reduced_gradient(
         script = tmp_path / f"run_{injected}.py"
         script.write_text(
             DDP.format(
-                tests=str(Path(__file__).parents[1]),
+                tests=[str(Path(__file__).parent), str(Path(__file__).parents[1])],
                 delta=str(tmp_path / "delta"),
                 injected=injected,
                 out=str(out),
