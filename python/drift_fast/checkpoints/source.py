@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from drift_fast import _core
+from drift_fast._core import Checkpoint
 from drift_fast.errors import CheckpointError, DriftError
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ def _whole_snapshot(repo: str, revision: str | None) -> Path | None:
     """Return the snapshot in the Hub's cache if all of its shards are there."""
     try:
         snapshot = _snapshot(repo, revision)
-        _core.Checkpoint(snapshot)
+        Checkpoint(snapshot)
     except (CheckpointError, FileNotFoundError):
         return None
     return snapshot

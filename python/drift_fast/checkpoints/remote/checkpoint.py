@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -75,33 +75,27 @@ class Transfer:
         )
 
 
+@dataclass(frozen=True, eq=False)
 class RemoteCheckpoint:
     """A checkpoint on a server and the local directory that holds parts of it.
 
     `directory` opens as a checkpoint of full length; what the `.ranges.json` of a shard does not
     list is a hole. `url` is where it comes from, without query. A single file is called
-    `model.safetensors` there, whatever its name in the URL. `etags` are those of the shards.
+    `model.safetensors` there, whatever its name in the URL.
     """
 
-    def __init__(
-        self,
-        directory: Path,
-        url: str,
-        files: Mapping[str, RemoteFile],
-        *,
-        small_file: Callable[[Client, str], bytes | None],
-        repo: str | None = None,
-        revision: str | None = None,
-        credentials: Callable[[], Credentials | None] = lambda: None,
-    ) -> None:
-        self.directory = directory
-        self.url = url
-        self.repo = repo
-        self.revision = revision
-        self.etags = {name: file.identity.etag for name, file in files.items()}
-        self._files = dict(files)
-        self._small_file = small_file
-        self._credentials = credentials
+    directory: Path
+    url: str
+    files: Mapping[str, RemoteFile] = field(repr=False)
+    small_file: Callable[[Client, str], bytes | None] = field(repr=False)
+    repo: str | None = None
+    revision: str | None = None
+    credentials: Callable[[], Credentials | None] = field(default=lambda: None, repr=False)
+
+    @property
+    def etags(self) -> dict[str, str | None]:
+        """The ETags of the shards, by file name."""
+        return {name: file.identity.etag for name, file in self.files.items()}
 
     def fetch(
         self,
@@ -139,7 +133,7 @@ class RemoteCheckpoint:
             require_space(self.directory, needed_nbytes)
             counter = _Counter(cached_nbytes, cached_nbytes + needed_nbytes, progress)
             if parts:
-                with Client(self._credentials()) as client:
+                with Client(self.credentials()) as client:
                     self._download(client, shards, parts, counter)
                     self._read_through(client, shards, lacking, counter)
                     received_nbytes = client.received_nbytes
@@ -148,7 +142,7 @@ class RemoteCheckpoint:
             wanted_nbytes,
             received_nbytes,
             cached_nbytes,
-            sum(file.identity.nbytes for file in self._files.values()),
+            sum(file.identity.nbytes for file in self.files.values()),
         )
 
     def optional_file(self, name: str) -> Path | None:
@@ -161,8 +155,8 @@ class RemoteCheckpoint:
         if not is_plain_name(name) or ".safetensors" in name:
             raise ValueError(f"{name!r}: expected the plain name of a configuration file")
         path = self.directory / name
-        with locked(self.directory), Client(self._credentials()) as client:
-            data = self._small_file(client, name)
+        with locked(self.directory), Client(self.credentials()) as client:
+            data = self.small_file(client, name)
             if data is None:
                 path.unlink(missing_ok=True)
                 return None
@@ -170,9 +164,9 @@ class RemoteCheckpoint:
         return path
 
     def _checked(self, name: str, ranges: Sequence[Range]) -> list[Range]:
-        if name not in self._files:
-            raise ValueError(f"{self.url}: no shard {name!r}; it has {', '.join(self._files)}")
-        nbytes = self._files[name].identity.nbytes
+        if name not in self.files:
+            raise ValueError(f"{self.url}: no shard {name!r}; it has {', '.join(self.files)}")
+        nbytes = self.files[name].identity.nbytes
         for start, end in ranges:
             if not 0 <= start <= end <= nbytes:
                 raise ValueError(f"{name}: bytes {start} to {end} of a file of {nbytes} bytes")
@@ -180,7 +174,7 @@ class RemoteCheckpoint:
 
     def _local(self, name: str) -> SparseShard:
         shard = SparseShard.load(self.directory / name)
-        if shard is None or not shard.identity.is_same(self._files[name].identity):
+        if shard is None or not shard.identity.is_same(self.files[name].identity):
             raise CheckpointError(
                 f"{self.directory / name}: another process replaced it or its list of ranges, "
                 "perhaps since the file changed on the server; open the checkpoint again"
@@ -195,7 +189,7 @@ class RemoteCheckpoint:
         counter: _Counter,
     ) -> None:
         def read(name: str, part: Range) -> None:
-            file = self._files[name]
+            file = self.files[name]
             if file.ranged:
                 with shards[name].write_parts() as write:
                     try:
@@ -216,7 +210,7 @@ class RemoteCheckpoint:
     ) -> None:
         def read(name: str, ranges: Sequence[Range]) -> None:
             with shards[name].write_parts() as write:
-                self._files[name].read_through(client, ranges, counter.counting(write))
+                self.files[name].read_through(client, ranges, counter.counting(write))
 
         plan = {
             name: merged(missing(lacking[name], shard.ranges), _GAP_NBYTES)
