@@ -123,24 +123,9 @@ def make_pair(
         raise ValueError(f"a pair needs at least one layer, got {layers}")
     home = directory / f"{size}-{layers}"
     shapes = backbone(model, layers)
-    prefixed = {
-        MULTIMODAL + name.removeprefix(TEXT) if name.startswith(TEXT) else name: shape
-        for name, shape in shapes.items()
-    }
-    wanted = [
-        _Checkpoint(home / "text", shapes, {}, 0, _text_configuration(model, layers)),
-        _Checkpoint(
-            home / "multimodal",
-            prefixed,
-            vision_tower(model),
-            1,
-            _multimodal_configuration(model, layers),
-        ),
-    ]
-    if renamed:
-        wanted.append(
-            _Checkpoint(home / "renamed", shapes, {}, 1, _text_configuration(model, layers))
-        )
+    wanted = _checkpoints(home, model, layers, shapes)
+    if not renamed:
+        wanted.pop()
     spec = {"version": _VERSION, "layers": layers, **asdict(model), "shard_nbytes": shard_nbytes}
     missing = [checkpoint for checkpoint in wanted if not checkpoint.sealed(spec)]
     delta_nbytes = sum(2 * math.prod(shape) for shape in shapes.values())
@@ -156,6 +141,23 @@ def make_pair(
         renamed=home / "renamed" if renamed else None,
         shapes=shapes,
     )
+
+
+def _checkpoints(
+    home: Path, model: Size, layers: int, shapes: dict[str, tuple[int, ...]]
+) -> list[_Checkpoint]:
+    """Return the text, the multimodal and the renamed checkpoint, in this order."""
+    prefixed = {
+        MULTIMODAL + name.removeprefix(TEXT) if name.startswith(TEXT) else name: shape
+        for name, shape in shapes.items()
+    }
+    text = _text_configuration(model, layers)
+    multimodal = _multimodal_configuration(model, layers)
+    return [
+        _Checkpoint(home / "text", shapes, {}, 0, text),
+        _Checkpoint(home / "multimodal", prefixed, vision_tower(model), 1, multimodal),
+        _Checkpoint(home / "renamed", shapes, {}, 1, text),
+    ]
 
 
 def backbone(size: Size, layers: int) -> dict[str, tuple[int, ...]]:

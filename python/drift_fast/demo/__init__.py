@@ -66,13 +66,7 @@ def run(
     protocol = protocol or Protocol()
     out.mkdir(parents=True, exist_ok=True)
 
-    expert, multimodal, base = (str(source / n) for n in ("expert", "multimodal", "base"))
-    delta = compute_delta(expert, multimodal, out / "delta", overwrite=True)
-    prior2 = compute_delta(expert, base)
-    _print_statistics("Δ = expert − multimodal", delta)
-    _print_statistics("Δ = expert − text base (the prior2 form)", prior2)
-    print(f"wrote {delta.path} and {delta.plot(out / 'delta.png')}\n", flush=True)
-
+    deltas = _compute_deltas(source, out)
     jobs = [(method, seed) for seed in range(seeds) for method in METHODS]
     outcomes = run_jobs(jobs, workers=workers, source=source, delta=out / "delta",
                          protocol=protocol)  # fmt: skip
@@ -89,10 +83,7 @@ def run(
         "machine": {"processor": platform.machine(), "python": platform.python_version()},
         "protocol": asdict(protocol),
         "settings": {name: asdict(method) for name, method in METHODS.items()},
-        "delta": {
-            "expert - multimodal": delta.stats.total.to_dict(),
-            "expert - base": prior2.stats.total.to_dict(),
-        },
+        "delta": {name: delta.stats.total.to_dict() for name, delta in deltas.items()},
         "summary": summary,
         "paired": paired,
         "runs": [asdict(outcome) for outcome in outcomes],
@@ -101,6 +92,17 @@ def run(
     target.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(f"\nwrote {picture} and {target}; {seconds:.0f} s in all", flush=True)
     return result
+
+
+def _compute_deltas(source: Path, out: Path) -> dict[str, Delta]:
+    """Compute the delta from the multimodal model and that from the text base, and print both."""
+    expert = source / "expert"
+    delta = compute_delta(expert, source / "multimodal", out / "delta", overwrite=True)
+    of_base = compute_delta(expert, source / "base")
+    _print_statistics("Δ = expert − multimodal", delta)
+    _print_statistics("Δ = expert − text base", of_base)
+    print(f"wrote {delta.path} and {delta.plot(out / 'delta.png')}\n", flush=True)
+    return {"expert - multimodal": delta, "expert - base": of_base}
 
 
 def _print_statistics(title: str, delta: Delta) -> None:
