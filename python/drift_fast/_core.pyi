@@ -197,8 +197,8 @@ def correlate_samples(
     reasoning: Checkpoint, multimodal: Checkpoint, pairs: list[tuple[_Source, str]]
 ) -> tuple[list[float], int]: ...
 def measure(
-    left: list[tuple[Any, str]],
-    right: list[tuple[Any, str]],
+    first: list[tuple[Any, str]],
+    second: list[tuple[Any, str]],
     *,
     threads: int,
     float64: bool = False,

@@ -66,6 +66,16 @@ impl Dtype {
             _ => None,
         }
     }
+
+    /// The dtype that a header has for it.
+    pub const fn to_header(self) -> safetensors::Dtype {
+        match self {
+            Dtype::BF16 => safetensors::Dtype::BF16,
+            Dtype::F16 => safetensors::Dtype::F16,
+            Dtype::F32 => safetensors::Dtype::F32,
+            Dtype::F64 => safetensors::Dtype::F64,
+        }
+    }
 }
 
 /// An 8-bit floating-point code.

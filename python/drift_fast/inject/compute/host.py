@@ -40,9 +40,9 @@ class HostArithmetic:
         wide: bool = False,
     ) -> Sums:
         """Return the sums of each tensor with its Δ; NaN where either holds NaN or infinity."""
-        left = [_window(tensor) for tensor in tensors]
-        right = left if deltas is None else [_window(delta) for delta in deltas]
-        sums = measure(left, right, threads=torch.get_num_threads(), float64=wide)
+        first = [_window(tensor) for tensor in tensors]
+        second = first if deltas is None else [_window(delta) for delta in deltas]
+        sums = measure(first, second, threads=torch.get_num_threads(), float64=wide)
         table = torch.tensor(sums, dtype=torch.float64).reshape(-1, 3)
         dot = torch.full_like(table[:, 2], math.nan) if deltas is None else table[:, 2]
         return Sums(table[:, 0].sqrt(), dot)

@@ -38,10 +38,7 @@ impl Storage {
     /// The tensors that hold one Δ of this name and shape.
     pub fn slots(self, name: String, shape: Vec<usize>) -> Vec<Slot> {
         let dtype = match self {
-            Storage::Plain(Dtype::BF16) => safetensors::Dtype::BF16,
-            Storage::Plain(Dtype::F16) => safetensors::Dtype::F16,
-            Storage::Plain(Dtype::F32) => safetensors::Dtype::F32,
-            Storage::Plain(Dtype::F64) => safetensors::Dtype::F64,
+            Storage::Plain(dtype) => dtype.to_header(),
             Storage::Int8 => safetensors::Dtype::I8,
         };
         let numel: usize = shape.iter().product();

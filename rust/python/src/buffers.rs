@@ -1,0 +1,68 @@
+//! Python buffers that Rust reads and fills: the only unsafe code of this crate.
+
+use pyo3::buffer::PyBuffer;
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+
+/// A Python buffer that remains exported, and so alive and in place, while Rust fills it.
+pub(crate) struct Writable {
+    buffer: PyBuffer<u8>,
+}
+
+impl Writable {
+    pub(crate) fn new(object: &Bound<'_, PyAny>) -> PyResult<Self> {
+        let buffer = PyBuffer::<u8>::get(object)?;
+        if buffer.readonly() || !buffer.is_c_contiguous() {
+            return Err(PyValueError::new_err("the buffer must be writable and contiguous"));
+        }
+        Ok(Self { buffer })
+    }
+
+    pub(crate) fn bytes(&mut self) -> &mut [u8] {
+        if self.buffer.len_bytes() == 0 {
+            return &mut [];
+        }
+        // SAFETY: the export keeps the memory alive, in place and of this length; it is writable,
+        // contiguous and of unsigned bytes, for which every bit pattern is valid. That no Python
+        // thread touches it meanwhile, and that no two buffers of a call overlap, is what the
+        // callers guarantee: drift_fast.delta passes tensors that nobody else has seen,
+        // drift_fast.inject the gradients of distinct parameters between backward and the
+        // optimizer's step.
+        #[allow(unsafe_code)]
+        unsafe {
+            std::slice::from_raw_parts_mut(
+                self.buffer.buf_ptr().cast::<u8>(),
+                self.buffer.len_bytes(),
+            )
+        }
+    }
+}
+
+/// A Python buffer that remains exported, and so alive and in place, while Rust reads it.
+pub(crate) struct Readable {
+    buffer: PyBuffer<u8>,
+}
+
+impl Readable {
+    pub(crate) fn new(object: &Bound<'_, PyAny>) -> PyResult<Self> {
+        let buffer = PyBuffer::<u8>::get(object)?;
+        if !buffer.is_c_contiguous() {
+            return Err(PyValueError::new_err("the buffer must be contiguous"));
+        }
+        Ok(Self { buffer })
+    }
+
+    pub(crate) fn bytes(&self) -> &[u8] {
+        if self.buffer.len_bytes() == 0 {
+            return &[];
+        }
+        // SAFETY: the export keeps the memory alive, in place and of this length; it is contiguous
+        // and of unsigned bytes. That nobody writes to it meanwhile is what the callers guarantee:
+        // drift_fast.inject measures between backward and the optimizer's step, when no thread
+        // touches a gradient, and drift_fast.delta writes tensors that nobody else has seen.
+        #[allow(unsafe_code)]
+        unsafe {
+            std::slice::from_raw_parts(self.buffer.buf_ptr().cast::<u8>(), self.buffer.len_bytes())
+        }
+    }
+}

@@ -1,0 +1,137 @@
+//! An open checkpoint: what is in it, and reading tensors of it.
+
+use std::path::PathBuf;
+
+use drift_fast_core::checkpoint::{self, Operand, block_scales};
+use drift_fast_core::stream::decode::decode;
+use drift_fast_core::{Error, Result, dtype};
+use pyo3::prelude::*;
+
+use crate::buffers::Writable;
+use crate::convert::parse_reader;
+use crate::detach::detached;
+use crate::errors::to_py;
+
+/// An open checkpoint.
+#[pyclass(frozen, module = "drift_fast._core")]
+pub(crate) struct Checkpoint {
+    pub(crate) inner: checkpoint::Checkpoint,
+    /// Rows and columns of 8-bit codes that share a scale.
+    block: (usize, usize),
+}
+
+impl Checkpoint {
+    /// A tensor with the block scales that belong to it.
+    pub(crate) fn operand(&self, name: &str) -> PyResult<Operand<'_>> {
+        self.inner.operand(name, self.block).map_err(to_py)
+    }
+}
+
+#[pymethods]
+impl Checkpoint {
+    #[new]
+    #[pyo3(signature = (path, *, reader = "auto", block = None))]
+    fn new(
+        py: Python<'_>,
+        path: PathBuf,
+        reader: &str,
+        block: Option<(usize, usize)>,
+    ) -> PyResult<Self> {
+        let reader = parse_reader(reader)?;
+        let inner = detached(py, || checkpoint::Checkpoint::open(&path, reader))?;
+        Ok(Self { inner, block: block.unwrap_or((128, 128)) })
+    }
+
+    #[getter]
+    fn path(&self) -> PathBuf {
+        self.inner.path().to_owned()
+    }
+
+    /// Name, dtype, shape and file of each tensor.
+    fn tensors(&self) -> Vec<(String, String, Vec<usize>, PathBuf)> {
+        self.inner
+            .tensors()
+            .map(|(shard, tensor)| {
+                let dtype = tensor.dtype.to_string();
+                (tensor.name.clone(), dtype, tensor.shape.clone(), shard.path().to_owned())
+            })
+            .collect()
+    }
+
+    /// Each tensor of 8-bit codes, the tensor that holds its block scales or would, and what is
+    /// wrong with that one: nothing, unless it is missing or its dtype or shape does not fit.
+    fn scales(&self) -> Vec<(String, String, String)> {
+        self.inner
+            .tensors()
+            .filter(|(_, tensor)| dtype::Fp8::from_header(tensor.dtype).is_some())
+            .map(|(_, tensor)| {
+                let fits = self.inner.operand(&tensor.name, self.block);
+                let problem = fits.err().map_or(String::new(), |error| error.to_string());
+                (tensor.name.clone(), block_scales::name_of(&tensor.name), problem)
+            })
+            .collect()
+    }
+
+    /// The file that holds a tensor, and where its bytes begin and end there.
+    fn place(&self, name: &str) -> PyResult<(PathBuf, u64, u64)> {
+        let (shard, tensor) = self.inner.tensor(name).map_err(to_py)?;
+        Ok((shard.path().to_owned(), tensor.range.start, tensor.range.end))
+    }
+
+    /// Name, bytes and digest of each shard.
+    fn fingerprint(&self, py: Python<'_>) -> PyResult<Vec<(String, u64, String)>> {
+        detached(py, || {
+            self.inner
+                .shards()
+                .iter()
+                .map(|shard| {
+                    let name = shard.path().file_name().unwrap_or_default();
+                    let name = name.to_string_lossy().into_owned();
+                    Ok((name, shard.nbytes(), shard.fingerprint()?))
+                })
+                .collect::<Result<_>>()
+        })
+    }
+
+    /// Fill a buffer with all of a tensor, or with elements [start, stop) of it.
+    #[pyo3(signature = (name, buffer, *, elements = None))]
+    fn read_into(
+        &self,
+        py: Python<'_>,
+        name: &str,
+        buffer: &Bound<'_, PyAny>,
+        elements: Option<(usize, usize)>,
+    ) -> PyResult<()> {
+        let mut buffer = Writable::new(buffer)?;
+        detached(py, || {
+            let (shard, tensor) = self.inner.tensor(name)?;
+            let bytes = buffer.bytes();
+            let range = match elements {
+                None => tensor.range.clone(),
+                Some((start, stop)) => tensor.elements(start, stop)?.range,
+            };
+            let expected = (range.end - range.start) as usize;
+            if bytes.len() != expected {
+                return Err(Error::Argument(format!(
+                    "the buffer for {name} has {} bytes, expected {expected}",
+                    bytes.len()
+                )));
+            }
+            shard.read_exact_at(bytes, range.start)
+        })
+    }
+
+    /// Fill a buffer with elements [start, stop) of an int8 Δ as bfloat16.
+    #[pyo3(signature = (name, buffer, *, elements))]
+    fn decode_into(
+        &self,
+        py: Python<'_>,
+        name: &str,
+        buffer: &Bound<'_, PyAny>,
+        elements: (usize, usize),
+    ) -> PyResult<()> {
+        let mut buffer = Writable::new(buffer)?;
+        let (start, stop) = elements;
+        detached(py, || decode(&self.inner, name, start..stop, buffer.bytes()))
+    }
+}

@@ -1,0 +1,52 @@
+//! The one way into the core: without the interpreter, and back with a Python exception.
+
+use std::ops::ControlFlow;
+
+use drift_fast_core::Result;
+use drift_fast_core::stream::Progress;
+use pyo3::prelude::*;
+
+use crate::errors::to_py;
+
+/// A Python function that is called with the tensors and the bytes that are done.
+pub(crate) type Callback = Py<PyAny>;
+
+/// Run with the interpreter detached.
+pub(crate) fn detached<T: Send>(
+    py: Python<'_>,
+    work: impl FnOnce() -> Result<T> + Send,
+) -> PyResult<T> {
+    py.detach(work).map_err(to_py)
+}
+
+/// Run with the interpreter detached, coming back for signals and the progress callback.
+///
+/// What either of them raises ends the work and is raised here.
+pub(crate) fn interruptible<T: Send>(
+    py: Python<'_>,
+    progress: Option<Callback>,
+    work: impl FnOnce(&mut dyn FnMut(Progress) -> ControlFlow<()>) -> Result<T> + Send,
+) -> PyResult<T> {
+    let mut raised: Option<PyErr> = None;
+    let mut tick = |state: Progress| {
+        let answer = Python::attach(|py| {
+            py.check_signals()?;
+            if let Some(progress) = &progress {
+                progress.call1(py, (state.tensors, state.nbytes))?;
+            }
+            Ok(())
+        });
+        match answer {
+            Ok(()) => ControlFlow::Continue(()),
+            Err(error) => {
+                raised = Some(error);
+                ControlFlow::Break(())
+            }
+        }
+    };
+    let result = py.detach(|| work(&mut tick));
+    match raised {
+        Some(error) => Err(error),
+        None => result.map_err(to_py),
+    }
+}

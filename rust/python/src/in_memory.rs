@@ -1,0 +1,93 @@
+//! Tensors in host memory: their sums, and subtracting a multiple of Δ in place.
+
+use drift_fast_core::in_memory::{Precision, Step, measure as measure_core, subtract_all};
+use drift_fast_core::kernel::Elements;
+use drift_fast_core::{Dtype, Moments, Result};
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+
+use crate::buffers::{Readable, Writable};
+use crate::convert::parse_dtype;
+use crate::detach::detached;
+
+/// The bytes of a tensor and its dtype.
+type Tensor<'py> = (Bound<'py, PyAny>, String);
+
+/// Sums over pairs of tensors in memory: (‖first‖², ‖second‖², first · second).
+///
+/// Each tensor is a contiguous buffer of bytes and its dtype. NaN or infinity in either makes all
+/// three numbers NaN, so that no caller takes a partial sum for a whole one.
+#[pyfunction]
+#[pyo3(signature = (first, second, *, threads, float64 = false))]
+pub(crate) fn measure(
+    py: Python<'_>,
+    first: Vec<Tensor<'_>>,
+    second: Vec<Tensor<'_>>,
+    threads: usize,
+    float64: bool,
+) -> PyResult<Vec<(f64, f64, f64)>> {
+    if first.len() != second.len() {
+        return Err(PyValueError::new_err("both sides need the same number of tensors"));
+    }
+    let (first, second) = (readable(&first)?, readable(&second)?);
+    let precision = if float64 { Precision::Float64 } else { Precision::Fast };
+    let moments = detached(py, || {
+        let pairs = first
+            .iter()
+            .zip(&second)
+            .map(|(first, second)| Ok((elements(first)?, elements(second)?)))
+            .collect::<Result<Vec<_>>>()?;
+        measure_core(&pairs, precision, threads)
+    })?;
+    Ok(moments.iter().map(sums).collect())
+}
+
+fn sums(moments: &Moments) -> (f64, f64, f64) {
+    if moments.nonfinite_reasoning + moments.nonfinite_multimodal > 0 {
+        (f64::NAN, f64::NAN, f64::NAN)
+    } else {
+        (moments.reasoning_sq, moments.multimodal_sq, moments.dot)
+    }
+}
+
+/// Subtract c·Δ from every tensor in place: tensors and deltas as (bytes, dtype), one c each.
+#[pyfunction]
+#[pyo3(signature = (tensors, deltas, coefficients, *, threads))]
+pub(crate) fn subtract_scaled(
+    py: Python<'_>,
+    tensors: Vec<Tensor<'_>>,
+    deltas: Vec<Tensor<'_>>,
+    coefficients: Vec<f64>,
+    threads: usize,
+) -> PyResult<()> {
+    if tensors.len() != deltas.len() || tensors.len() != coefficients.len() {
+        return Err(PyValueError::new_err("each tensor needs one delta and one coefficient"));
+    }
+    let mut tensors = tensors
+        .iter()
+        .map(|(object, dtype)| Ok((Writable::new(object)?, parse_dtype(dtype)?)))
+        .collect::<PyResult<Vec<_>>>()?;
+    let deltas = readable(&deltas)?;
+    detached(py, || {
+        let steps = tensors
+            .iter_mut()
+            .zip(&deltas)
+            .zip(&coefficients)
+            .map(|(((tensor, dtype), delta), &c)| {
+                Ok(Step { dtype: *dtype, tensor: tensor.bytes(), delta: elements(delta)?, c })
+            })
+            .collect::<Result<Vec<_>>>()?;
+        subtract_all(steps, threads)
+    })
+}
+
+fn readable(tensors: &[Tensor<'_>]) -> PyResult<Vec<(Readable, Dtype)>> {
+    tensors
+        .iter()
+        .map(|(object, dtype)| Ok((Readable::new(object)?, parse_dtype(dtype)?)))
+        .collect()
+}
+
+fn elements((buffer, dtype): &(Readable, Dtype)) -> Result<Elements<'_>> {
+    Elements::new(*dtype, buffer.bytes())
+}

@@ -1,0 +1,123 @@
+//! Subtracting two checkpoints, tensor by tensor: into a delta's files, into memory, or nowhere.
+
+use drift_fast_core::Moments;
+use drift_fast_core::align::pair::{Pair, Source};
+use drift_fast_core::checkpoint::Operand;
+use drift_fast_core::stream::{Sink, run};
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+
+use crate::buffers::Writable;
+use crate::checkpoint::Checkpoint;
+use crate::convert::{SourceNames, dictionary, options, parse_dtype, resolve};
+use crate::detach::{Callback, interruptible};
+use crate::errors::to_py;
+use crate::writers::DeltaWriter;
+
+dictionary! {
+    /// What was measured of one pair while it was subtracted.
+    MomentsRow from Moments {
+        delta_sq: f64,
+        written_sq: f64,
+        reasoning_sq: f64,
+        multimodal_sq: f64,
+        dot: f64,
+        max_abs: f64,
+        zeros: u64,
+        agreeing: u64,
+        stored_dot: f64,
+        flushed: u64,
+        nonfinite_reasoning: u64,
+        nonfinite_multimodal: u64,
+        overflow: u64,
+    }
+}
+
+/// Stream pairs of tensors; return one dictionary of moments for each, and the most bytes that
+/// buffers took at a time.
+///
+/// `memory` bounds the buffers and what is mapped, in bytes; `prefetch` is how many bytes a disk is
+/// asked for ahead.
+#[pyfunction]
+#[pyo3(signature = (
+    reasoning, multimodal, pairs, *, threads, memory = None, writer = None, progress = None,
+    prefetch = None
+))]
+#[expect(clippy::too_many_arguments, reason = "they are the keywords of a Python function")]
+pub(crate) fn stream(
+    py: Python<'_>,
+    reasoning: &Checkpoint,
+    multimodal: &Checkpoint,
+    pairs: Vec<(SourceNames, String)>,
+    threads: usize,
+    memory: Option<usize>,
+    writer: Option<&DeltaWriter>,
+    progress: Option<Callback>,
+    prefetch: Option<u64>,
+) -> PyResult<(Vec<MomentsRow>, usize)> {
+    let pairs = resolve(reasoning, multimodal, &pairs)?;
+    let mut options = options(threads, memory);
+    options.prefetch_nbytes = prefetch.unwrap_or(options.prefetch_nbytes);
+    let into =
+        |sink: Sink<'_>| interruptible(py, progress, |tick| run(&pairs, sink, &options, tick));
+    let outcome = match writer {
+        None => into(Sink::None),
+        Some(writer) => writer.output.with(|files| into(Sink::Files(files))),
+    }?;
+    Ok((outcome.moments.iter().map(MomentsRow::from).collect(), outcome.peak_nbytes))
+}
+
+/// Fill a writable buffer with one difference, or with elements [start, stop) of it, and return
+/// the moments of those. A tensor that is put together from blocks is only subtracted whole.
+#[pyfunction]
+#[pyo3(signature = (
+    reasoning, multimodal, pair, buffer, *, dtype, threads, memory = None, elements = None
+))]
+#[expect(clippy::too_many_arguments, reason = "they are the keywords of a Python function")]
+pub(crate) fn subtract_into(
+    py: Python<'_>,
+    reasoning: &Checkpoint,
+    multimodal: &Checkpoint,
+    pair: (SourceNames, String),
+    buffer: &Bound<'_, PyAny>,
+    dtype: &str,
+    threads: usize,
+    memory: Option<usize>,
+    elements: Option<(usize, usize)>,
+) -> PyResult<MomentsRow> {
+    let mut buffer = Writable::new(buffer)?;
+    let mut pairs = resolve(reasoning, multimodal, &[pair])?;
+    let tensors;
+    if let Some((start, stop)) = elements {
+        let (reasoning, multimodal) = whole_tensors(&pairs[0])?;
+        let slice = |operand: &Operand<'_>| operand.tensor.elements(start, stop).map_err(to_py);
+        tensors = (slice(&reasoning)?, slice(&multimodal)?);
+        pairs[0] = Pair {
+            reasoning: Source::Whole(Operand {
+                tensor: &tensors.0,
+                scales: reasoning.scales.map(|scales| scales.from_element(start)),
+                ..reasoning
+            }),
+            multimodal: Operand {
+                tensor: &tensors.1,
+                scales: multimodal.scales.map(|scales| scales.from_element(start)),
+                ..multimodal
+            },
+        };
+    }
+    let sink = Sink::Memory(parse_dtype(dtype)?, buffer.bytes());
+    let options = options(threads, memory);
+    let outcome = interruptible(py, None, |tick| run(&pairs, sink, &options, tick))?;
+    Ok(MomentsRow::from(&outcome.moments[0]))
+}
+
+/// Both tensors of a pair of which elements can be subtracted.
+fn whole_tensors<'a>(pair: &Pair<'a>) -> PyResult<(Operand<'a>, Operand<'a>)> {
+    let Source::Whole(reasoning) = pair.reasoning else {
+        return Err(PyValueError::new_err("a tensor put together from blocks is subtracted whole"));
+    };
+    if reasoning.tensor.shape != pair.multimodal.tensor.shape {
+        return Err(PyValueError::new_err("elements of tensors that differ in shape"));
+    }
+    Ok((reasoning, pair.multimodal))
+}

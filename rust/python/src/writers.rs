@@ -1,0 +1,229 @@
+//! Directories being written, of a delta and of a merged model, and what they are going to hold.
+
+use std::path::PathBuf;
+use std::sync::{Mutex, MutexGuard, TryLockError};
+
+use drift_fast_core::Result;
+use drift_fast_core::output::{
+    OutputSpec, RankShare, Slot, Storage, Writer, layout, places_of as output_places, side_files,
+};
+use pyo3::exceptions::PyRuntimeError;
+use pyo3::prelude::*;
+
+use crate::buffers::Readable;
+use crate::checkpoint::Checkpoint;
+use crate::convert::{parse_dtype, parse_storage};
+use crate::detach::detached;
+use crate::errors::to_py;
+
+/// A writer that one call at a time uses, until it is committed or aborted.
+pub(crate) struct Output(Mutex<Option<Writer>>);
+
+impl Output {
+    fn create(py: Python<'_>, create: impl FnOnce() -> Result<Writer> + Send) -> PyResult<Self> {
+        detached(py, create).map(|writer| Self(Mutex::new(Some(writer))))
+    }
+
+    /// Call a function with the writer, which nobody else uses meanwhile.
+    pub(crate) fn with<T>(&self, work: impl FnOnce(&Writer) -> PyResult<T>) -> PyResult<T> {
+        work(self.hold()?.as_ref().ok_or_else(finished)?)
+    }
+
+    fn commit(&self, py: Python<'_>, description: &str) -> PyResult<()> {
+        let writer = self.hold()?.take().ok_or_else(finished)?;
+        detached(py, || writer.commit(description))
+    }
+
+    fn abort(&self) -> PyResult<()> {
+        drop(self.hold()?.take());
+        Ok(())
+    }
+
+    /// Waiting here could deadlock: whoever holds the writer may be waiting for the interpreter.
+    fn hold(&self) -> PyResult<MutexGuard<'_, Option<Writer>>> {
+        match self.0.try_lock() {
+            Ok(guard) => Ok(guard),
+            Err(TryLockError::Poisoned(poisoned)) => Ok(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) => {
+                Err(PyRuntimeError::new_err("this output is being written by another call"))
+            }
+        }
+    }
+}
+
+fn finished() -> PyErr {
+    PyRuntimeError::new_err("this output was committed or aborted already")
+}
+
+/// A delta directory being written; it takes its name at `commit`.
+#[pyclass(frozen, module = "drift_fast._core")]
+pub(crate) struct DeltaWriter {
+    pub(crate) output: Output,
+}
+
+#[pymethods]
+impl DeltaWriter {
+    #[new]
+    #[pyo3(signature = (
+        target, tensors, dtype, *, max_shard_nbytes, overwrite, description_nbytes = 0,
+        shards = None, join = false
+    ))]
+    #[expect(clippy::too_many_arguments, reason = "they are the keywords of a Python function")]
+    fn new(
+        py: Python<'_>,
+        target: PathBuf,
+        tensors: Vec<(String, Vec<usize>)>,
+        dtype: &str,
+        max_shard_nbytes: u64,
+        overwrite: bool,
+        description_nbytes: u64,
+        shards: Option<Vec<usize>>,
+        join: bool,
+    ) -> PyResult<Self> {
+        let storage = parse_storage(dtype)?;
+        let slots = slots(storage, tensors);
+        let spec = OutputSpec {
+            target: &target,
+            slots: &slots,
+            max_shard_nbytes,
+            description_nbytes,
+            overwrite,
+        };
+        let share = shards.as_deref().map(|shards| RankShare { shards, join });
+        let output = Output::create(py, || match share {
+            None => Writer::create(&spec, storage),
+            Some(share) => Writer::create_share(&spec, storage, share),
+        })?;
+        Ok(Self { output })
+    }
+
+    /// Write bytes from `offset` of one tensor of the files on, given by its place among those
+    /// that this writer writes: in the list, or, as integers, codes at twice that and their
+    /// scales after them.
+    #[pyo3(signature = (slot, buffer, *, offset = 0))]
+    fn write(
+        &self,
+        py: Python<'_>,
+        slot: usize,
+        buffer: &Bound<'_, PyAny>,
+        offset: usize,
+    ) -> PyResult<()> {
+        let buffer = Readable::new(buffer)?;
+        self.output.with(|files| detached(py, || files.write_at(slot, offset, buffer.bytes())))
+    }
+
+    /// Flush this writer's files to the disk.
+    fn flush(&self, py: Python<'_>) -> PyResult<()> {
+        self.output.with(|files| detached(py, || files.flush()))
+    }
+
+    /// Flush, add `drift.json` with this text, and give the directory its name.
+    fn commit(&self, py: Python<'_>, description: &str) -> PyResult<()> {
+        self.output.commit(py, description)
+    }
+
+    /// Remove what was written, unless it was committed.
+    fn abort(&self) -> PyResult<()> {
+        self.output.abort()
+    }
+}
+
+/// A merged model's directory being written; it takes its name at `commit`.
+#[pyclass(frozen, module = "drift_fast._core")]
+pub(crate) struct ModelWriter {
+    pub(crate) output: Output,
+}
+
+#[pymethods]
+impl ModelWriter {
+    /// Reserve the space for tensors of the multimodal checkpoint, each in the given dtype or in
+    /// its own, and for files of the given sizes.
+    #[new]
+    #[pyo3(signature = (
+        target, multimodal, tensors, *, max_shard_nbytes, overwrite, description_nbytes, files
+    ))]
+    #[expect(clippy::too_many_arguments, reason = "they are the keywords of a Python function")]
+    fn new(
+        py: Python<'_>,
+        target: PathBuf,
+        multimodal: &Checkpoint,
+        tensors: Vec<(String, Option<String>)>,
+        max_shard_nbytes: u64,
+        overwrite: bool,
+        description_nbytes: u64,
+        files: Vec<(String, u64)>,
+    ) -> PyResult<Self> {
+        let slots = tensors
+            .into_iter()
+            .map(|(name, dtype)| {
+                let tensor = multimodal.inner.tensor(&name).map_err(to_py)?.1;
+                let dtype = match dtype {
+                    None => tensor.dtype,
+                    Some(dtype) => parse_dtype(&dtype)?.to_header(),
+                };
+                Ok(Slot { name, shape: tensor.shape.clone(), dtype })
+            })
+            .collect::<PyResult<Vec<_>>>()?;
+        let spec = OutputSpec {
+            target: &target,
+            slots: &slots,
+            max_shard_nbytes,
+            description_nbytes,
+            overwrite,
+        };
+        let output = Output::create(py, || Writer::create_model(&spec, &files))?;
+        Ok(Self { output })
+    }
+
+    /// Write one of the files that were announced.
+    fn add(&self, py: Python<'_>, name: &str, buffer: &Bound<'_, PyAny>) -> PyResult<()> {
+        let buffer = Readable::new(buffer)?;
+        self.output.with(|files| detached(py, || files.add(name, buffer.bytes())))
+    }
+
+    /// Flush, add `merge.json` with this text, and give the directory its name.
+    fn commit(&self, py: Python<'_>, description: &str) -> PyResult<()> {
+        self.output.commit(py, description)
+    }
+
+    /// Remove what was written, unless it was committed.
+    fn abort(&self) -> PyResult<()> {
+        self.output.abort()
+    }
+}
+
+fn slots(storage: Storage, tensors: Vec<(String, Vec<usize>)>) -> Vec<Slot> {
+    tensors.into_iter().flat_map(|(name, shape)| storage.slots(name, shape)).collect()
+}
+
+/// The files that a delta of these tensors has: first tensor, end tensor, bytes.
+#[pyfunction]
+#[pyo3(signature = (tensors, dtype, *, max_shard_nbytes))]
+pub(crate) fn shards(
+    tensors: Vec<(String, Vec<usize>)>,
+    dtype: &str,
+    max_shard_nbytes: u64,
+) -> PyResult<Vec<(usize, usize, u64)>> {
+    let storage = parse_storage(dtype)?;
+    let shards = layout::shards(&slots(storage, tensors), storage, max_shard_nbytes);
+    let shards = shards.map_err(to_py)?;
+    Ok(shards.into_iter().map(|s| (s.tensors.start, s.tensors.end, s.nbytes)).collect())
+}
+
+/// The absolute path of a delta and the hidden directory that it is written in.
+#[pyfunction]
+pub(crate) fn places_of(target: PathBuf) -> PyResult<(PathBuf, PathBuf)> {
+    output_places(&target).map_err(to_py)
+}
+
+/// Names of files that a merge copies, licenses aside.
+#[pyfunction]
+pub(crate) fn side_file_names() -> Vec<&'static str> {
+    side_files::NAMES.to_vec()
+}
+
+/// Whether a merge copies a file of that name.
+#[pyfunction]
+pub(crate) fn is_side_file(name: &str) -> bool {
+    side_files::is_side_file(name)
+}
