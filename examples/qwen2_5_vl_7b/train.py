@@ -24,9 +24,9 @@ from typing import Any
 import torch
 import transformers
 import yaml
-from data import Collator, Opening, Samples
 
 import drift_fast
+from data import Collator, Opening, Samples
 
 OTHER_MODALITY = ("visual", "vision_tower", "multi_modal_projector")
 
