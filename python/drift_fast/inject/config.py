@@ -23,6 +23,7 @@ from drift_fast.sizes import parse_size
 
 CapBy = Literal["parameter", "module", "overall"]
 Residency = Literal["auto", "device", "device-int8", "host", "host-int8", "disk"]
+RESIDENCIES: tuple[str, ...] = get_args(Residency)
 ScopeName = Literal["step", "microbatch"]
 Rescale = Literal["weight"] | None
 
@@ -131,7 +132,7 @@ class ResidencyOptions(Options):
         "memory, rounded to int8 in blocks of 64), host (in page-locked host memory, copied "
         "ahead), host-int8, disk (read in every step from the delta, or from both checkpoints), "
         "or auto (the first of device, host and disk that has room, with a line in the log)",
-        choices=get_args(Residency),
+        choices=RESIDENCIES,
     )
     prefetch: int | str = option(
         "1GB",

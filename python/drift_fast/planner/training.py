@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from drift_fast.dtypes import STORED_DTYPES, check_stored_dtype
+from drift_fast.inject.config import RESIDENCIES
 from drift_fast.inject.schedule import parse_schedule
 from drift_fast.options import Options, option
 from drift_fast.selection import Modules
@@ -21,7 +22,6 @@ OPTIMIZERS = ("adamw", "adamw8bit", "sgd")
 OFFLOADS = ("none", "optimizer", "all")
 PRECISIONS = ("bf16-mixed", "bf16", "fp32")
 SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup")
-RESIDENCIES = ("auto", "device", "device-int8", "host", "host-int8", "disk")
 SCALES = ("absolute", "gradnorm", "adaptive", "project")
 TRAINED = ("language", "all")
 SAVING = ("no", "steps", "epoch")
