@@ -306,41 +306,59 @@ impl Block<Operand<'_>> {
         packed: &mut [u8],
         scratch: &mut Vec<u8>,
     ) -> Result<u64> {
-        let (down, across) = (rows.len(), self.columns.len());
         let first = self.offset + (rows.start - self.rows.start) * self.row_stride;
-        let row_nbytes = width * nbytes;
-        let column_nbytes = self.columns.start * nbytes;
-        let count = down * across * nbytes;
+        let out = Packed {
+            down: rows.len(),
+            row_nbytes: width * nbytes,
+            column_nbytes: self.columns.start * nbytes,
+            nbytes,
+            bytes: packed,
+        };
+        let count = out.down * self.columns.len() * nbytes;
         if self.column_stride == 1 {
-            if self.row_stride == across && across == width {
-                self.read(first, &mut packed[..count], nbytes)?;
-                return Ok(count as u64);
-            }
-            if self.row_stride == across {
-                let group = group(across).min(down);
-                for top in (0..down).step_by(group) {
-                    scratch.resize(group.min(down - top) * across * nbytes, 0);
-                    self.read(first + top * across, scratch, nbytes)?;
-                    for (row, source) in scratch.chunks_exact(across * nbytes).enumerate() {
-                        let at = (top + row) * row_nbytes + column_nbytes;
-                        packed[at..at + source.len()].copy_from_slice(source);
-                    }
-                }
-                return Ok(count as u64);
-            }
+            self.gather_rows(first, out, scratch)?;
+        } else {
+            self.gather_columns(first, out, scratch)?;
+        }
+        Ok(count as u64)
+    }
+
+    /// Gather where a row of the tensor is a run of the stored one.
+    fn gather_rows(&self, first: usize, out: Packed<'_>, scratch: &mut Vec<u8>) -> Result<()> {
+        let Packed { down, row_nbytes, column_nbytes, nbytes, bytes } = out;
+        let across = self.columns.len();
+        if self.row_stride != across {
             for row in 0..down {
                 let at = row * row_nbytes + column_nbytes;
-                let target = &mut packed[at..at + across * nbytes];
+                let target = &mut bytes[at..at + across * nbytes];
                 self.read(first + row * self.row_stride, target, nbytes)?;
             }
-            return Ok(count as u64);
+            return Ok(());
         }
-        // Transposed: a column of the tensor is a run of the stored one.
+        if across * nbytes == row_nbytes {
+            return self.read(first, &mut bytes[..down * row_nbytes], nbytes);
+        }
+        let group = group(across).min(down);
+        for top in (0..down).step_by(group) {
+            scratch.resize(group.min(down - top) * across * nbytes, 0);
+            self.read(first + top * across, scratch, nbytes)?;
+            for (row, source) in scratch.chunks_exact(across * nbytes).enumerate() {
+                let at = (top + row) * row_nbytes + column_nbytes;
+                bytes[at..at + source.len()].copy_from_slice(source);
+            }
+        }
+        Ok(())
+    }
+
+    /// Gather where a column of the tensor is a run of the stored one.
+    fn gather_columns(&self, first: usize, out: Packed<'_>, scratch: &mut Vec<u8>) -> Result<()> {
+        let Packed { down, row_nbytes, column_nbytes, nbytes, bytes } = out;
+        let across = self.columns.len();
         let group = group(down).min(across);
-        for first_column in (0..across).step_by(group) {
-            let columns = group.min(across - first_column);
+        for start in (0..across).step_by(group) {
+            let columns = group.min(across - start);
             scratch.resize(columns * down * nbytes, 0);
-            let first = first + first_column * self.column_stride;
+            let first = first + start * self.column_stride;
             if self.column_stride == down {
                 self.read(first, scratch, nbytes)?;
             } else {
@@ -348,15 +366,25 @@ impl Block<Operand<'_>> {
                     self.read(first + column * self.column_stride, run, nbytes)?;
                 }
             }
-            let packed = &mut packed[column_nbytes + first_column * nbytes..];
+            let packed = &mut bytes[column_nbytes + start * nbytes..];
             match nbytes {
                 2 => transpose::<2>(scratch, down, columns, packed, row_nbytes),
                 4 => transpose::<4>(scratch, down, columns, packed, row_nbytes),
                 _ => transpose::<8>(scratch, down, columns, packed, row_nbytes),
             }
         }
-        Ok(count as u64)
+        Ok(())
     }
+}
+
+/// Rows that are being filled, and where a block belongs in each.
+struct Packed<'b> {
+    down: usize,
+    row_nbytes: usize,
+    column_nbytes: usize,
+    /// Of an element.
+    nbytes: usize,
+    bytes: &'b mut [u8],
 }
 
 /// How many runs of `run` elements are gathered at a time.

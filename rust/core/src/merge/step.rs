@@ -76,6 +76,31 @@ impl Widened {
         let of = if task == 0 { &self.r } else { &self.m };
         blend::difference(&of[..len], &from[..len], &mut self.tasks[task][..len]);
     }
+
+    /// Write what stays the multimodal model's in the result's dtype, and return how many finite values
+    /// are beyond it.
+    pub(super) fn stay(&mut self, m: Elements<'_>, bytes: &mut [u8], dtype: Dtype) -> u64 {
+        let values = &mut self.m[..bytes.len() / dtype.nbytes()];
+        blend::widen(m, values);
+        blend::round(values, dtype, bytes);
+        if blend::largest(values) <= dtype.max_finite() {
+            return 0;
+        }
+        let written = Elements { dtype, bytes };
+        let lost = |(i, value): &(usize, &f64)| value.is_finite() && !written.value(*i).is_finite();
+        values.iter().enumerate().filter(lost).count() as u64
+    }
+
+    /// How many of the results are not finite although everything they are made of is.
+    pub(super) fn overflow(&self, len: usize, has_base: bool, written: Elements<'_>) -> u64 {
+        (0..len)
+            .filter(|&i| {
+                let base = !has_base || self.b[i].is_finite();
+                let sources = self.m[i].is_finite() && self.r[i].is_finite() && base;
+                sources && !written.value(i).is_finite()
+            })
+            .count() as u64
+    }
 }
 
 /// How the blocks of a tensor are merged.
@@ -127,22 +152,8 @@ impl Step<'_, '_> {
                 blend::added(&b[..len], w, &r[..len], v, &m[..len], &mut out[..len]);
             }
             Method::Ties { .. } | Method::DareLinear { .. } | Method::DareTies { .. } => {
-                let mut kept = [None; 2];
-                for (task, kept) in kept.iter_mut().enumerate().take(1 + usize::from(has_base)) {
-                    values.task(task, len, has_base);
-                    *kept = Some(self.thin(task, &mut values.tasks[task][..len], element));
-                }
+                let kept = self.thinned(values, element, len, has_base);
                 [found.kept_reasoning, found.kept_multimodal] = kept;
-                let Widened { m, b, tasks: [first, second], out, .. } = values;
-                let (first, second) = (&first[..len], &second[..len]);
-                let out = &mut out[..len];
-                match (has_base, self.method) {
-                    (false, _) => blend::moved(&m[..len], w, first, out),
-                    (true, Method::DareLinear { .. }) => {
-                        blend::added(&b[..len], w, first, v, second, out);
-                    }
-                    (true, _) => blend::elected(&b[..len], w, first, v, second, out),
-                }
             }
         }
         let out = &values.out[..len];
@@ -155,40 +166,37 @@ impl Step<'_, '_> {
         found
     }
 
+    /// Merge by task vectors that are thinned first, and return how many elements of each are kept.
+    fn thinned(
+        &self,
+        values: &mut Widened,
+        element: usize,
+        len: usize,
+        has_base: bool,
+    ) -> [Option<u64>; 2] {
+        let mut kept = [None; 2];
+        for (task, kept) in kept.iter_mut().enumerate().take(1 + usize::from(has_base)) {
+            values.task(task, len, has_base);
+            *kept = Some(self.thin(task, &mut values.tasks[task][..len], element));
+        }
+        let (w, v) = (self.blend.weight, self.blend.multimodal_weight);
+        let Widened { m, b, tasks: [first, second], out, .. } = values;
+        let (first, second, out) = (&first[..len], &second[..len], &mut out[..len]);
+        match (has_base, self.method) {
+            (false, _) => blend::moved(&m[..len], w, first, out),
+            (true, Method::DareLinear { .. }) => blend::added(&b[..len], w, first, v, second, out),
+            (true, _) => blend::elected(&b[..len], w, first, v, second, out),
+        }
+        kept
+    }
+
     /// Trim a task vector, or drop and rescale, and return how many elements are kept.
-    pub(super) fn thin(&self, task: usize, vector: &mut [f64], element: usize) -> u64 {
+    fn thin(&self, task: usize, vector: &mut [f64], element: usize) -> u64 {
         match self.method {
             Method::DareLinear { density, .. } | Method::DareTies { density, .. } => {
                 blend::drop_out(vector, self.keys[task], element as u64, limit(density), density)
             }
             _ => blend::trim(vector, self.thresholds[task]),
         }
-    }
-}
-
-impl Widened {
-    /// Write what stays the multimodal model's in the result's dtype, and return how many finite values
-    /// are beyond it.
-    pub(super) fn stay(&mut self, m: Elements<'_>, bytes: &mut [u8], dtype: Dtype) -> u64 {
-        let values = &mut self.m[..bytes.len() / dtype.nbytes()];
-        blend::widen(m, values);
-        blend::round(values, dtype, bytes);
-        if blend::largest(values) <= dtype.max_finite() {
-            return 0;
-        }
-        let written = Elements { dtype, bytes };
-        let lost = |(i, value): &(usize, &f64)| value.is_finite() && !written.value(*i).is_finite();
-        values.iter().enumerate().filter(lost).count() as u64
-    }
-
-    /// How many of the results are not finite although everything they are made of is.
-    pub(super) fn overflow(&self, len: usize, has_base: bool, written: Elements<'_>) -> u64 {
-        (0..len)
-            .filter(|&i| {
-                let base = !has_base || self.b[i].is_finite();
-                let sources = self.m[i].is_finite() && self.r[i].is_finite() && base;
-                sources && !written.value(i).is_finite()
-            })
-            .count() as u64
     }
 }

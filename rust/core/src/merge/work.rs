@@ -8,7 +8,7 @@ use super::passes::{Pass, PassChunk, length};
 use super::present::{absent, common};
 use super::scratch::Scratch;
 use super::step::{Sides, Step, Widened};
-use super::trim::{Interval, SAMPLE, SAMPLE_RUNS};
+use super::trim::{Counts, Interval, SAMPLE, SAMPLE_RUNS};
 use super::turns::Turns;
 use crate::align::pair::Source;
 use crate::error::Result;
@@ -133,19 +133,7 @@ impl Merging<'_> {
         let mut nbytes = 0;
         let gave = match chunk.pass {
             Pass::Narrow => {
-                let tasks = 1 + usize::from(sides.b.is_some());
-                for (task, counts) in counts.iter_mut().enumerate() {
-                    counts.clear();
-                    let interval = chunk.intervals[task];
-                    if task >= tasks || interval.only().is_some() {
-                        continue;
-                    }
-                    sides.each(&present, values, |values, _, len| {
-                        values.task(task, len, sides.b.is_some());
-                        let vector = &values.tasks[task][..len];
-                        counts.count(interval, vector.iter().map(|&value| blend::magnitude(value)));
-                    });
-                }
+                count(counts, &chunk.intervals, &sides, &present, values);
                 Gave::Counts
             }
             Pass::Measure => Gave::Products(sides.products(&present, values)),
@@ -219,6 +207,28 @@ impl Merging<'_> {
                 _ => [0; 2],
             },
         }
+    }
+}
+
+/// Count the magnitudes of the task vectors whose interval is still to be narrowed.
+fn count(
+    counts: &mut [Counts; 2],
+    intervals: &[Interval; 2],
+    sides: &Sides<'_>,
+    present: &[Range<usize>],
+    values: &mut Widened,
+) {
+    let has_base = sides.b.is_some();
+    for (task, (counts, interval)) in counts.iter_mut().zip(intervals).enumerate() {
+        counts.clear();
+        if task > usize::from(has_base) || interval.only().is_some() {
+            continue;
+        }
+        sides.each(present, values, |values, _, len| {
+            values.task(task, len, has_base);
+            let vector = &values.tasks[task][..len];
+            counts.count(*interval, vector.iter().map(|&value| blend::magnitude(value)));
+        });
     }
 }
 
