@@ -15,7 +15,7 @@ import torch
 from drift_fast.inject.compute.base import Arithmetic, Sums, flattened
 from drift_fast.inject.compute.cuda_graphs import CudaGraphs, Launch, may_capture
 from drift_fast.inject.compute.vectors import pick, put
-from drift_fast.inject.placement.stores import Store
+from drift_fast.inject.placement.stores import Resident, Store
 from drift_fast.inject.shards.base import Shard, Whole
 from drift_fast.inject.shards.reduction import Reduction
 from drift_fast.inject.strength.control import limit
@@ -108,7 +108,7 @@ class TargetGroup:
     @property
     def resident(self) -> bool:
         """Whether the Δ of every target is at hand at any time."""
-        return hasattr(self.store, "deltas")
+        return isinstance(self.store, Resident)
 
     @property
     def _widest(self) -> torch.dtype:
@@ -192,7 +192,8 @@ class TargetGroup:
     def inject_one(self, at: int, gradient: torch.Tensor, push: Push) -> Any:
         """Change a gradient that is not in its place yet; return whether it was skipped."""
         push = self._follow(push)
-        delta = [self.store.deltas[at]]  # type: ignore[attr-defined]
+        assert isinstance(self.store, Resident)
+        delta = [self.store.deltas[at]]
         one = slice(at, at + 1)
         with flattened([gradient]) as flats:
             sums = self.arithmetic.measure(flats, delta if push.scale in NEED_DOT else None)
