@@ -28,8 +28,10 @@ SCHEMA = ROOT / "docs" / "drift.schema.json"
 
 # Every class of options, a base before what inherits from it.
 CLASSES = (
-    "drift_fast.alignment.options.SelectionOptions",
     "drift_fast.alignment.options.MatchOptions",
+    "drift_fast.alignment.options.AlignOptions",
+    "drift_fast.alignment.options.ModuleOptions",
+    "drift_fast.alignment.options.SelectionOptions",
     "drift_fast.alignment.options.PairOptions",
     "drift_fast.delta.options.ProgressOptions",
     "drift_fast.delta.options.StreamOptions",
@@ -38,8 +40,9 @@ CLASSES = (
     "drift_fast.delta.options.RankOptions",
     "drift_fast.delta.options.DeltaOptions",
     "drift_fast.delta.options.SaveOptions",
+    "drift_fast.merging.method_options.MethodOptions",
+    "drift_fast.merging.config.MergeConfig",
     "drift_fast.preflight.options.CheckOptions",
-    "drift_fast.merging.options.MergeOptions",
     "drift_fast.inject.config.StrengthOptions",
     "drift_fast.inject.config.ResidencyOptions",
     "drift_fast.inject.config.TargetOptions",
@@ -56,7 +59,7 @@ INJECTION = "Settings"
 COMMANDS = {
     "delta": "DeltaOptions",
     "inspect": "InspectOptions",
-    "merge": "MergeOptions",
+    "merge": "MergeConfig",
     "check": "CheckOptions",
     "plan": "PlanOptions",
 }

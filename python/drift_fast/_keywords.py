@@ -20,29 +20,38 @@ if TYPE_CHECKING:
     from drift_fast.inject.schedule import ScheduleLike
     from drift_fast.inject.strength.formula import Scale
     from drift_fast.inject.strength.per_module import LayerAlpha, PerModule
-    from drift_fast.merging.config import Weight
+    from drift_fast.merging.method_options import Weight
     from drift_fast.progress_bar import ProgressCallback
     from drift_fast.selection import Layers, Modules
 
 
-class SelectionKeywords(TypedDict, total=False):
-    """The keywords of `SelectionOptions`."""
+class MatchKeywords(TypedDict, total=False):
+    """The keywords of `MatchOptions`."""
 
-    modules: Modules
-    layers: Layers
     mapping: MappingLike | None
     rows: Rows
 
 
-class MatchKeywords(SelectionKeywords, total=False):
-    """The keywords of `MatchOptions`."""
+class AlignKeywords(MatchKeywords, total=False):
+    """The keywords of `AlignOptions`."""
 
     strict: bool
     check_weights: bool
     reader: str
 
 
-class PairKeywords(MatchKeywords, total=False):
+class ModuleKeywords(TypedDict, total=False):
+    """The keywords of `ModuleOptions`."""
+
+    modules: Modules
+    layers: Layers
+
+
+class SelectionKeywords(MatchKeywords, ModuleKeywords, total=False):
+    """The keywords of `SelectionOptions`."""
+
+
+class PairKeywords(AlignKeywords, SelectionKeywords, total=False):
     """The keywords of `PairOptions`."""
 
     min_coverage: float | None
@@ -92,38 +101,31 @@ class SaveKeywords(RankKeywords, OutputKeywords, ProgressKeywords, total=False):
     memory: int | str | None
 
 
-class CheckKeywords(SelectionKeywords, total=False):
-    """The keywords of `CheckOptions`."""
+class MethodKeywords(TypedDict, total=False):
+    """The keywords of `MethodOptions`."""
 
-    dtype: str
-    read_rate: int | str
-
-
-class MergeKeywords(TypedDict, total=False):
-    """The keywords of `MergeOptions`."""
-
-    modules: Modules | None
-    layers: Layers
-    mapping: MappingLike | None
-    rows: Rows
-    strict: bool
-    check_weights: bool
-    reader: str
-    progress_bar: bool | None
-    on_progress: ProgressCallback | None
-    threads: int | None
-    memory: int | str
-    allow_nonfinite: bool
-    overwrite: bool
-    max_shard_size: int | str
-    base: PathLike | None
     weight: Weight | None
     multimodal_weight: float | None
     density: float | None
     seed: int | None
     keep_layers: int | None
+
+
+class MergeKeywords(OutputKeywords, StreamKeywords, AlignKeywords, MethodKeywords, total=False):
+    """The keywords of `MergeConfig`."""
+
+    base: PathLike | None
+    modules: Modules | None
+    layers: Layers
     base_mapping: MappingLike | None
     dtype: str | None
+
+
+class CheckKeywords(SelectionKeywords, total=False):
+    """The keywords of `CheckOptions`."""
+
+    dtype: str
+    read_rate: int | str
 
 
 class StrengthKeywords(TypedDict, total=False):

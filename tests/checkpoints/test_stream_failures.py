@@ -5,9 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
-import resource
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,9 +15,8 @@ import pytest
 
 from drift_fast import CheckpointError, _core, compute_delta, inspect
 from drift_fast.progress_bar import Progress
+from support.disks import MEGABYTE
 from support.synthetic import everything_under, round_once, stored_bits, write_file, write_sparse
-
-MEGABYTE = 1 << 20
 
 
 def write_layers(path: Path, noise: float, count: int, *shape: int) -> Path:
@@ -37,18 +34,6 @@ def write_sources(directory: Path, count: int, *shape: int) -> tuple[Path, Path]
         write_layers(directory / "a.safetensors", 0.0, count, *shape),
         write_layers(directory / "b.safetensors", 0.1, count, *shape),
     )
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 8 MiB in memory."""
-    directory = tmp_path / "disk"
-    directory.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(directory)]
-    if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode != 0:
-        pytest.skip("mounting a file system is not allowed here")
-    yield directory
-    subprocess.run(["umount", str(directory)], check=True)
 
 
 def full(error: OSError, free: int) -> None:
@@ -103,14 +88,6 @@ def test_a_disk_that_fills_meanwhile_gives_the_same_error_and_nothing_is_left_be
         compute_delta(*sources, small_disk / "delta", on_progress=fill)
     full(caught.value, 6 * MEGABYTE)
     assert everything_under(small_disk) == {"stranger"}
-
-
-@pytest.fixture
-def limit_files() -> Iterator[Callable[[int], None]]:
-    """Set how large a file may grow; Python ignores the signal that would say so."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda nbytes: resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_file_that_may_not_grow_so_large_is_refused_with_the_remedy(

@@ -12,7 +12,7 @@ import pytest
 
 from drift_fast.bench.options import BenchOptions
 from drift_fast.delta.options import DeltaOptions, InspectOptions
-from drift_fast.merging.options import MergeOptions
+from drift_fast.merging.config import MergeConfig
 from drift_fast.options import Options, about_of
 from drift_fast.planner.options import PlanOptions
 from drift_fast.preflight.options import CheckOptions
@@ -26,7 +26,7 @@ from support.synthetic import Pair
         ("delta", DeltaOptions),
         ("inspect", InspectOptions),
         ("check", CheckOptions),
-        ("merge", MergeOptions),
+        ("merge", MergeConfig),
         ("plan", PlanOptions),
         ("bench", BenchOptions),
     ],

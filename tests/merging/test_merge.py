@@ -305,8 +305,8 @@ def test_each_kind_of_module_has_its_own_weight_and_kinds_without_one_stay(
             options = {"w": tensor.weight, "v": 1.0}
             agrees(three, tensor.name, tensors[tensor.name], "task_arithmetic", options)
     assert {tensor.kind for tensor in merged.tensors if tensor.sources} == {"attn", "mlp"}
-    assert set(merged.carried) <= unchanged(three, out)
-    assert f"{PREFIX}norm.weight" in merged.carried
+    assert set(merged.copied) <= unchanged(three, out)
+    assert f"{PREFIX}norm.weight" in merged.copied
 
 
 def test_all_stands_for_the_kinds_that_a_mapping_does_not_name(three: Three, out: Path) -> None:
@@ -329,7 +329,7 @@ def test_modules_and_layers_restrict_what_is_merged(three: Three, out: Path) -> 
     assert {(tensor.kind, tensor.layer) for tensor in merged.tensors if tensor.sources} == {
         ("attn", 1)
     }
-    assert set(merged.carried) == unchanged(three, out)
+    assert set(merged.copied) == unchanged(three, out)
     reasons = {tensor.name: tensor.reason for tensor in merged.tensors}
     assert reasons[f"{PREFIX}layers.0.self_attn.q_proj.weight"] == "not selected"
 
@@ -342,7 +342,7 @@ def test_a_swap_keeps_the_first_layers_and_everything_outside_the_layers(
     tensors = stored_tensors(out)
     for name in merged.merged:
         assert tensors[name][2] == stored_tensors(three.reasoning)[text_name(name)][2]
-    assert set(merged.carried) == unchanged(three, out)
+    assert set(merged.copied) == unchanged(three, out)
 
 
 def test_rows_of_an_embedding_without_a_counterpart_stay_as_they_are(
@@ -463,7 +463,7 @@ def test_threads_memory_and_reader_alter_no_bit(
         ("average", {}, ["method", "linear", "average"]),
         ("linear", {}, ["linear needs a weight"]),
         ("slerp", {}, ["slerp needs a weight"]),
-        ("linear", {"weight": 0.5, "base": True}, ["no use for a base", "task_arithmetic"]),
+        ("linear", {"weight": 0.5, "base": True}, ["does not take a base", "task_arithmetic"]),
         ("layer_swap", {}, ["keep_layers"]),
         ("layer_swap", {"keep_layers": 1, "weight": 1.0}, ["leave weight out"]),
         ("layer_swap", {"keep_layers": -1}, ["keep_layers", "-1"]),
@@ -471,8 +471,8 @@ def test_threads_memory_and_reader_alter_no_bit(
         ("ties", {}, ["ties needs a density"]),
         ("ties", {"density": 0}, ["density", "above 0"]),
         ("ties", {"density": 1.5}, ["density", "at most 1"]),
-        ("ties", {"density": 0.5, "seed": 1}, ["no use for seed", "dare_linear"]),
-        ("task_arithmetic", {"density": 0.5}, ["no use for density", "ties"]),
+        ("ties", {"density": 0.5, "seed": 1}, ["does not take seed", "dare_linear"]),
+        ("task_arithmetic", {"density": 0.5}, ["does not take density", "ties"]),
         ("dare_ties", {"density": 0.5, "seed": -1}, ["seed", "-1"]),
         ("task_arithmetic", {"multimodal_weight": 0.5}, ["needs base"]),
         ("task_arithmetic", {"weight": float("nan")}, ["weight", "nan"]),
@@ -515,7 +515,7 @@ def test_what_the_base_does_not_have_is_refused_or_carried_over(
     )
     name = missing.replace("model.", PREFIX, 1)
     reasons = {tensor.name: tensor.reason for tensor in merged.tensors}
-    assert reasons[name] == "the base has no counterpart"
+    assert reasons[name] == "no match in the base"
     assert name in unchanged(three, out)
 
 

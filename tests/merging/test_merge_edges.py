@@ -263,7 +263,7 @@ def test_a_weight_that_no_merged_tensor_has_is_refused(
     tmp_path: Path, out: Path, weight: dict[str, float], more: dict[str, Any], unused: str
 ) -> None:
     three = write_three(tmp_path, head=None)
-    with refused(ValueError, unused, "nothing that is merged", "attn"):
+    with refused(ValueError, unused, "no merged tensor", "attn"):
         merge("linear", three.reasoning, three.multimodal, out, weight=weight, rows="index", **more)
     assert not out.exists()
 
@@ -291,7 +291,7 @@ def test_routers_that_stay_while_their_experts_are_merged_are_named(
     with pytest.warns(DriftWarning, match="2 tensors that choose") as caught:
         merged = merge("linear", *sources, out, weight={"mlp": 0.5})
     assert gate in str(caught[0].message)
-    assert gate in merged.carried
+    assert gate in merged.copied
     with warnings.catch_warnings():
         warnings.simplefilter("error", DriftWarning)
         merge("linear", *sources, tmp_path / "attn", weight={"attn": 0.5})
@@ -330,7 +330,7 @@ def test_buffers_are_carried_over_unless_a_pattern_names_them(tmp_path: Path, ou
         reasons = {tensor.name: tensor.reason for tensor in merged.tensors}
         for name in (frequencies, *buffers):
             ours = name.replace("model.", PREFIX, 1)
-            assert "no weight" in reasons[ours]
+            assert "not a weight" in reasons[ours]
             assert before[ours] == after[ours]
             assert ours not in merged.merged
     with refused(CheckpointError, "masked_bias", "I64", "modules"):

@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 import pytest
 from test_merge import stored_tensors
-from test_stream_failures import MEGABYTE, limit_files, small_disk  # noqa: F401
 
 from drift_fast import CheckpointError, DriftWarning, NonFiniteError, _core
 from drift_fast.cli.main import main
 from drift_fast.merging.merge import merge
 from drift_fast.progress_bar import Progress
+from support.disks import MEGABYTE
 from support.synthetic import (
     contents,
     everything_under,
@@ -99,9 +99,9 @@ def test_what_is_not_merged_is_carried_over_byte_for_byte(
     before, after = stored_tensors(sources[1]), stored_tensors(out)
     assert before.keys() == after.keys()
     assert {name for name in before if before[name] != after[name]} == set(merged.merged)
-    assert {"model.position_ids", "model.mask", "model.nothing"} <= set(merged.carried)
-    assert "model.visual.large" in merged.carried
-    assert any("vision_tower" in name and "q_proj" in name for name in merged.carried)
+    assert {"model.position_ids", "model.mask", "model.nothing"} <= set(merged.copied)
+    assert "model.visual.large" in merged.copied
+    assert any("vision_tower" in name and "q_proj" in name for name in merged.copied)
     index = json.loads((out / "model.safetensors.index.json").read_bytes())
     assert index["weight_map"].keys() == before.keys()
     assert index["metadata"]["total_size"] == sum(len(data) for *_, data in before.values())
@@ -186,9 +186,9 @@ def test_a_stored_head_that_is_tied_leaves_no_old_head_beside_a_merged_embedding
     assert "tied" in rows["lm_head.weight"].reason
     assert "left out" in rows["lm_head.weight"].reason
     assert "lm_head.weight" not in stored_tensors(out)
-    assert stored_tensors(out).keys() == {*merged.merged, *merged.carried}
+    assert stored_tensors(out).keys() == {*merged.merged, *merged.copied}
     kept = merge("linear", *pair, tmp_path / "kept", **ATTN)
-    assert "lm_head.weight" in kept.carried
+    assert "lm_head.weight" in kept.copied
     assert "lm_head.weight" in stored_tensors(tmp_path / "kept")
 
 
@@ -342,7 +342,7 @@ def test_an_interruption_leaves_nothing(sources: tuple[Path, Path], out: Path) -
         signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
-        merge("linear", *sources, out, **ATTN, progress=stop)
+        merge("linear", *sources, out, **ATTN, on_progress=stop)
     assert everything_under(out.parent) == set()
 
 
@@ -356,7 +356,7 @@ def test_a_process_that_is_killed_leaves_no_model_and_the_next_one_cleans_up(
         "def die(progress):\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
         "merge('linear', sys.argv[1], sys.argv[2], sys.argv[3], weight=0.5, modules='attn', "
-        "progress=die)\n"
+        "on_progress=die)\n"
     )
     result = subprocess.run(
         [sys.executable, "-c", program, str(reasoning), str(multimodal), str(out)], check=False
@@ -376,25 +376,25 @@ def test_a_source_that_changes_meanwhile_is_an_error(sources: tuple[Path, Path],
         os.utime(victim, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1000))
 
     with refused(CheckpointError, victim.name, "changed while it was being read"):
-        merge("linear", *sources, out, **ATTN, progress=touch)
+        merge("linear", *sources, out, **ATTN, on_progress=touch)
     assert everything_under(out.parent) == set()
 
 
 def test_a_model_that_does_not_fit_is_refused_before_anything_is_read(
-    small_disk: Path,  # noqa: F811
+    small_disk: Path,
     tmp_path: Path,
 ) -> None:
     reasoning, multimodal = write_sources(tmp_path / "sources", layers=10, hidden=300)
     seen: list[Progress] = []
     with pytest.raises(OSError, match=r"the merged model needs \d+ bytes but") as caught:
-        merge("linear", reasoning, multimodal, small_disk / "out", **ATTN, progress=seen.append)
+        merge("linear", reasoning, multimodal, small_disk / "out", **ATTN, on_progress=seen.append)
     assert caught.value.errno == errno.ENOSPC
     assert seen == []
     assert everything_under(small_disk) == set()
 
 
 def test_a_write_that_fails_in_the_middle_leaves_nothing(
-    limit_files: Callable[[int], None],  # noqa: F811
+    limit_files: Callable[[int], None],
     tmp_path: Path,
     out: Path,
 ) -> None:

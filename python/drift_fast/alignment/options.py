@@ -16,14 +16,9 @@ def _check_share(value: float | None) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SelectionOptions(Options):
-    """Which tensors are meant, and how they are matched."""
+class MatchOptions(Options):
+    """How tensors are matched where names do not show it."""
 
-    modules: Modules = option(
-        ("attn", "mlp"),
-        "presets attn, mlp, norm, embed, head, all, or re:<pattern>; separated by commas",
-    )
-    layers: Layers = option(None, "layer numbers, such as 0-3,8; all by default", metavar="LAYERS")
     mapping: MappingLike | None = option(
         None,
         "which tensors match if names do not show it: a map file that `drift-fast align "
@@ -37,13 +32,9 @@ class SelectionOptions(Options):
         choices=("token", "index"),
     )
 
-    def selection(self) -> Selection:
-        """Return the selected modules and layers, parsed."""
-        return Selection.parse(self.modules, self.layers)
-
 
 @dataclass(frozen=True, kw_only=True)
-class MatchOptions(SelectionOptions):
+class AlignOptions(MatchOptions):
     """How two checkpoints are opened, matched and verified."""
 
     strict: bool = option(True, "refuse when a selected tensor has no match, instead of listing it")
@@ -59,8 +50,28 @@ class MatchOptions(SelectionOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairOptions(MatchOptions):
-    """How two checkpoints are opened, matched, verified and counted."""
+class ModuleOptions(Options):
+    """Which tensors are selected."""
+
+    modules: Modules = option(
+        ("attn", "mlp"),
+        "presets attn, mlp, norm, embed, head, all, or re:<pattern>; separated by commas",
+    )
+    layers: Layers = option(None, "layer numbers, such as 0-3,8; all by default", metavar="LAYERS")
+
+    def selection(self) -> Selection:
+        """Return the selected modules and layers, parsed."""
+        return Selection.parse(self.modules, self.layers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectionOptions(MatchOptions, ModuleOptions):
+    """Which tensors are selected, and how they are matched."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairOptions(AlignOptions, SelectionOptions):
+    """How a pair of checkpoints is aligned and accounted for."""
 
     min_coverage: float | None = option(
         None,

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 from drift_fast.cli.options import add_config, add_json, add_options, add_sources, from_flags
 from drift_fast.cli.output import peak, print_json
-from drift_fast.merging.config import METHODS
+from drift_fast.merging.config import MergeConfig
 from drift_fast.merging.merge import merge
-from drift_fast.merging.options import MergeOptions
-from drift_fast.progress_bar import reported
+from drift_fast.merging.methods import METHODS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,23 +25,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", "-o", required=True, type=Path, help="directory to write")
     add_json(parser)
     add_config(parser)
-    add_options(parser, MergeOptions)
+    add_options(parser, MergeConfig)
     parser.set_defaults(run=run)
 
 
 def run(given: argparse.Namespace) -> int:
     """Merge, write and report."""
-    options = from_flags(given, MergeOptions, "merge")
-    keywords = replace(options, progress_bar=None).to_dict()
-    with reported(options.progress_bar, None) as progress:
-        merged = merge(
-            given.method,
-            given.reasoning,
-            given.multimodal,
-            given.out,
-            progress=progress,
-            **keywords,
-        )
+    options = from_flags(given, MergeConfig, "merge").to_dict()
+    merged = merge(given.method, given.reasoning, given.multimodal, given.out, **options)
     if given.json:
         fields = {"path": str(merged.path), "coverage": merged.coverage.to_dict()}
         print_json(asdict(merged) | fields)

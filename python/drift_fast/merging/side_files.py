@@ -1,9 +1,9 @@
-"""Which files of the multimodal model go along with a merge, and which are left behind.
+"""Which side files of the multimodal model a merge copies, and which are left behind.
 
-What may go along by its name is the core's list: settings, text, tokenizers and licences, never a
-file that can run code or that holds weights. Owns where such a file may lie: links are followed
-within the model's directory and to the blobs of the Hub's cache, which consists of them, and to
-nowhere else, since what goes along may be published.
+The core lists the names of side files: settings, text, tokenizers and licenses, never a file that
+can run code or that holds weights. Owns where such a file may be: links are followed within the
+model's directory and to the blobs of the Hub's cache, which consists of them, and to nowhere else,
+since a merged model may be published.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from drift_fast import _core
+from drift_fast._core import is_side_file, side_file_names
 from drift_fast.errors import CheckpointError, DriftWarning
 
 if TYPE_CHECKING:
@@ -25,12 +25,12 @@ _LIMIT_NBYTES = 500_000_000
 
 
 @dataclass(frozen=True)
-class Carried:
-    """Files that go along, with their sizes, and the names of those that are left behind."""
+class SideFiles:
+    """Files to copy, with their sizes, and the names of those that are left behind."""
 
     files: dict[str, tuple[Path, int]]
     left_behind: list[str]
-    # Of those left behind, links to somewhere else that have a name that would go along.
+    # Those left behind that are side files by name, but links to somewhere else.
     outside: list[str]
 
     @property
@@ -54,16 +54,16 @@ class Carried:
         return data
 
 
-def carried_over(multimodal: Opened) -> Carried:
-    """Return what goes along from beside a multimodal model's weights.
+def find_side_files(multimodal: Opened) -> SideFiles:
+    """Return the side files beside a multimodal model's weights.
 
     Raises:
-        FileNotFoundError: no config.json, without which the result loads nowhere.
+        FileNotFoundError: no config.json, without which the result does not load.
         CheckpointError: a file that is far too large, or a server that fails.
     """
     directory, remote = multimodal.directory, multimodal.source.remote
     if remote is not None:
-        for name in _core.side_file_names():
+        for name in side_file_names():
             remote.optional_file(name)
     weights = {Path(shard).name for *_, shard in multimodal.checkpoint.tensors()} | {_INDEX}
     files: dict[str, tuple[Path, int]] = {}
@@ -72,7 +72,7 @@ def carried_over(multimodal: Opened) -> Carried:
         name = path.name
         if name in weights or name.startswith("."):
             continue
-        if _core.is_side_file(name) and path.is_file() and _is_within(path, directory):
+        if is_side_file(name) and path.is_file() and _is_within(path, directory):
             nbytes = path.stat().st_size
             if nbytes > _LIMIT_NBYTES:
                 raise CheckpointError(
@@ -82,7 +82,7 @@ def carried_over(multimodal: Opened) -> Carried:
             files[name] = (path, nbytes)
         elif not name.endswith(".ranges.json"):
             left_behind.append(f"{name}/" if path.is_dir() else name)
-            if _core.is_side_file(name) and path.is_symlink():
+            if is_side_file(name) and path.is_symlink():
                 outside.append(name)
     if "config.json" not in files:
         linked = " but a link to elsewhere" if "config.json" in outside else ""
@@ -90,7 +90,7 @@ def carried_over(multimodal: Opened) -> Carried:
             f"{directory}: there is no config.json{linked} beside the multimodal weights, so the "
             "merged model could not be loaded; give the directory that save_pretrained wrote"
         )
-    return Carried(files, left_behind, outside)
+    return SideFiles(files, left_behind, outside)
 
 
 def _is_within(path: Path, directory: Path) -> bool:
@@ -102,19 +102,19 @@ def _is_within(path: Path, directory: Path) -> bool:
     return found.is_relative_to(home) or of_a_cache
 
 
-def warn_of_what_stays(carried: Carried) -> None:
-    """Warn of code that the model comes with, and of links to elsewhere: neither goes along."""
-    if carried.code:
+def warn_of_what_stays(found: SideFiles) -> None:
+    """Warn of code that the model comes with, and of links to elsewhere: neither is copied."""
+    if found.code:
         warnings.warn(
-            f"the multimodal model comes with code ({', '.join(carried.code)}), which is never "
+            f"the multimodal model comes with code ({', '.join(found.code)}), which is never "
             "copied: a model that needs it loads only once you have put it beside the merged one",
             DriftWarning,
             stacklevel=3,
         )
-    if carried.outside:
+    if found.outside:
         warnings.warn(
             f"left behind, since they are links out of the multimodal model's directory: "
-            f"{', '.join(carried.outside)}; put the files themselves there if they belong to it",
+            f"{', '.join(found.outside)}; put the files themselves there if they belong to it",
             DriftWarning,
             stacklevel=3,
         )

@@ -1,0 +1,123 @@
+"""Why a tensor is not merged although it is selected and matched: buffers, tied heads, routers."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import warnings
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from drift_fast._core import Checkpoint
+from drift_fast.alignment.embeddings import TIED
+from drift_fast.alignment.model_pair import AlignedPair
+from drift_fast.alignment.name_alignment import Pair
+from drift_fast.checkpoints.opened import Opened
+from drift_fast.errors import CheckpointError, DriftWarning
+from drift_fast.merging.method_options import REST
+from drift_fast.names import kind_of
+from drift_fast.selection import Selection
+
+# Integers and booleans, as the format names them.
+_WHOLE = re.compile(r"[IU]\d+|BOOL")
+_POSITIONS = ("inv_freq", "original_inv_freq")
+_COMPARED_NBYTES = 8 << 20
+
+LEFT_OUT_AS_TIED = "left out: tied to the embedding by the configuration, which is merged"
+
+
+def why_a_buffer(pair: Pair, aligned: AlignedPair) -> str:
+    """Return why a pair is not a weight, or nothing; what a pattern names is meant."""
+    name = pair.name
+    patterns = [one for one in aligned.selection.modules if one.startswith("re:")]
+    if any(name in Selection((one,), None) for one in patterns):
+        return ""
+    if name.rpartition(".")[2] in _POSITIONS:
+        return "a buffer of position frequencies, not a weight"
+    stored = [
+        aligned.multimodal.dtypes[name],
+        *(aligned.reasoning.dtypes[source] for source in pair.sources),
+    ]
+    whole = next((dtype for dtype in stored if _WHOLE.fullmatch(dtype)), None)
+    if whole is None or _is_packed(name):
+        return ""
+    return f"a buffer of {whole}, not a weight"
+
+
+def _is_packed(name: str) -> bool:
+    """Whether integers of this name are a quantized weight, such as `q_proj.qweight`."""
+    module = name.rpartition(".")[0]
+    unpacked = (name, f"{module}.weight", re.sub(r"_(blocks|scales)$", "", name))
+    return any(kind_of(one) != "other" for one in unpacked)
+
+
+def warn_of_routers(merged: Collection[str], names: Collection[str]) -> None:
+    """Warn of routers that stay the multimodal model's while the experts they choose are merged."""
+    blocks = {name.partition(".experts.")[0] for name in merged if ".experts." in name}
+    routers = [
+        name
+        for name in names
+        if name not in merged
+        and kind_of(name) == "other"
+        and any(name.startswith(f"{block}.") for block in blocks)
+    ]
+    if routers:
+        warnings.warn(
+            f"{len(routers)} tensors that choose among experts stay the multimodal model's while "
+            f"those experts are merged: {', '.join(routers[:8])}"
+            f"{f' and {len(routers) - 8} more' if len(routers) > 8 else ''}. Merge them too with "
+            "modules=[…] and a pattern such as r're:\\.(gate|router)\\.', and, where weight is a "
+            f"mapping, a number for {REST!r}",
+            DriftWarning,
+            stacklevel=5,
+        )
+
+
+def tied_heads(
+    reasons: Mapping[str, str], merged: Collection[str], multimodal: Opened
+) -> dict[str, str]:
+    """Return stored heads that are one parameter with a merged embedding, and that embedding."""
+    shapes = {name: tuple(shape) for name, _, shape, _ in multimodal.checkpoint.tensors()}
+    embeddings = [name for name in merged if kind_of(name) == "embed"]
+    return {
+        head: embedding
+        for head, reason in reasons.items()
+        if reason == TIED and head in shapes
+        for embedding in embeddings
+        if shapes[head] == shapes[embedding]
+    }
+
+
+def check_tied(tied: Mapping[str, str], multimodal: Opened) -> None:
+    """Refuse a head that is tied by the configuration and differs from the embedding.
+
+    Raises:
+        CheckpointError: there is one.
+    """
+    for head, embedding in tied.items():
+        if not _equal(multimodal.checkpoint, head, embedding):
+            raise CheckpointError(
+                f"{multimodal.source.path}: the configuration ties {head} to {embedding}, and they "
+                "differ; set tie_word_embeddings to false in its config.json to merge both, or "
+                "leave the embedding as it is with modules=('attn', 'mlp', 'norm')"
+            )
+
+
+def _equal(checkpoint: Checkpoint, first: str, second: str) -> bool:
+    """Tell whether two tensors of a checkpoint have the same dtype and bytes."""
+    dtypes = {name: dtype for name, dtype, *_ in checkpoint.tensors()}
+    if dtypes[first] != dtypes[second]:
+        return False
+    places = [checkpoint.place(name) for name in (first, second)]
+    with contextlib.ExitStack() as stack:
+        files = []
+        for path, start, _ in places:
+            files.append(stack.enter_context(Path(path).open("rb")))
+            files[-1].seek(start)
+        rest = places[0][2] - places[0][1]
+        while rest:
+            a, b = (file.read(min(rest, _COMPARED_NBYTES)) for file in files)
+            if a != b or not a:
+                return False
+            rest -= len(a)
+    return True

@@ -1,0 +1,104 @@
+"""What became of each tensor of a merge, and the refusal of values that are not finite."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from drift_fast.errors import NonFiniteError
+from drift_fast.merging.layout import Blended
+from drift_fast.names import kind_of, layer_of
+
+if TYPE_CHECKING:
+    from drift_fast._core import Found
+
+COPIED_SCALES = "block scales of a tensor that is copied"
+
+
+@dataclass(frozen=True)
+class MergedTensor:
+    """What became of one tensor.
+
+    `sources` are the reasoning checkpoint's names, none where the tensor was copied, and then
+    `reason` says why. `merged` counts elements with a match. `kept_reasoning` and
+    `kept_multimodal` count what trimming or dropping left of each task vector, and `cosine` is that
+    of both tensors, each where the method has it. `nonfinite` counts NaN and infinities of the
+    sources, `overflow` results beyond the dtype.
+    """
+
+    name: str
+    kind: str
+    layer: int | None
+    sources: tuple[str, ...] = ()
+    weight: float | None = None
+    reason: str = ""
+    merged: int = 0
+    kept_reasoning: int | None = None
+    kept_multimodal: int | None = None
+    cosine: float | None = None
+    nonfinite: int = 0
+    overflow: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what is known of it for `merge.json`; its name tells the kind and the layer."""
+        derived = {"kind", "layer"}
+        return {
+            key: value
+            for key, value in asdict(self).items()
+            if key not in derived and value not in (None, "", (), 0)
+        }
+
+
+def outcome_of(
+    name: str, blended: Blended | None, found: Found | None, reason: str
+) -> MergedTensor:
+    """Return what became of a tensor, from what the core found or the reason that it was copied."""
+    if blended is None or found is None:
+        return MergedTensor(name, kind_of(name), layer_of(name), reason=reason or COPIED_SCALES)
+    nonfinite = (found[f"nonfinite_{role}"] for role in ("reasoning", "multimodal", "base"))  # type: ignore[literal-required]
+    return MergedTensor(
+        name,
+        kind_of(name),
+        layer_of(name),
+        tuple(blended.pair.sources),
+        blended.weight,
+        merged=found["merged"],
+        kept_reasoning=found["kept_reasoning"],
+        kept_multimodal=found["kept_multimodal"],
+        cosine=found["cosine"],
+        nonfinite=sum(nonfinite),
+        overflow=found["overflow"],
+    )
+
+
+def refuse_nonfinite(found: Iterable[tuple[Blended, Found]], paths: Mapping[str, Path]) -> None:
+    """Refuse NaN and infinities, in sources or in results; `paths` are those of each model.
+
+    Raises:
+        NonFiniteError: there are some.
+    """
+    problems = [problem for blended, row in found for problem in _problems(blended, row, paths)]
+    if problems:
+        more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise NonFiniteError(
+            "; ".join(problems[:8])
+            + more
+            + ". Pass allow_nonfinite=True to count them in the report instead"
+        )
+
+
+def _problems(blended: Blended, row: Found, paths: Mapping[str, Path]) -> Iterator[str]:
+    name, base = blended.pair.name, blended.of_base
+    for count, names, role in (
+        (row["nonfinite_reasoning"], blended.pair.sources, "reasoning"),
+        (row["nonfinite_multimodal"], [name], "multimodal"),
+        (row["nonfinite_base"], [] if base is None else base.sources, "base"),
+    ):
+        if count:
+            there = " and ".join(names[:3])
+            yield f"{there} has {count} NaN or infinite values in {paths[role]}"
+    if row["overflow"]:
+        remedy = "; choose dtype='float32'" if blended.dtype == "float16" else ""
+        yield f"{name}: {row['overflow']} results are beyond the range of {blended.dtype}{remedy}"
