@@ -183,7 +183,7 @@ def _unlike(pair: ModelPair) -> Refusal | None:
     error = AlignmentError(
         f"{outlier.source} does not resemble {outlier.match} (correlation "
         f"{outlier.correlation:.2f}) although other modules do ({outlier.highest:.2f}): the two do "
-        "not belong together, are stored in different orders, or one was trained anew. Leave the "
+        "not belong together, are stored in different orders, or one was retrained. Leave the "
         "module out, or pass check_weights=False if this is meant"
     )
     return Refusal("unlike weights", error)

@@ -107,7 +107,7 @@ def _split_pairs(
 
 
 def _refuse_parts_left_over(pairs: Sequence[Pair], reasoning: TensorIndex) -> None:
-    """Refuse a reasoning tensor of which a mapping places only a part, or one part twice."""
+    """Refuse a mapping that places only a part of a reasoning tensor, or one part twice."""
     used: dict[str, int] = {}
     for pair in pairs:
         if isinstance(pair.source, str):
