@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from drift_fast import _core
-from drift_fast.delta.parallel import balance
+from drift_fast.delta.shared_writing import balance
 from drift_fast.selection import Selection
 from drift_fast.sizes import parse_size
 

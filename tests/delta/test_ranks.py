@@ -19,8 +19,9 @@ import pytest
 from torch.distributed import FileStore
 
 from drift_fast import CheckpointError, Delta, DriftError, NonFiniteError, compute_delta
-from drift_fast.delta.parallel import balance, identify, parse_ranks
+from drift_fast.delta.parallel import identify, parse_ranks
 from drift_fast.delta.process_group import _error_of
+from drift_fast.delta.shared_writing import balance
 from support.synthetic import Pair, everything_under, refused, write_pair
 
 WORKER = Path(__file__).parents[1] / "support" / "rank_worker.py"

@@ -30,7 +30,7 @@ def main(arguments: dict[str, Any]) -> None:
         if what == "interrupt":
             raise KeyboardInterrupt
 
-    keywords = {"progress": progress, **arguments.get("keywords", {})}
+    keywords = {"on_progress": progress, **arguments.get("keywords", {})}
     if isinstance(keywords.get("ranks"), list):
         keywords["ranks"] = tuple(keywords["ranks"])
     try:

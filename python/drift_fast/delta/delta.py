@@ -25,7 +25,7 @@ from drift_fast.delta.parallel import together
 from drift_fast.delta.protocol import DeltaLike
 from drift_fast.delta.statistics import Compression, Statistics
 from drift_fast.delta.summed import Summed
-from drift_fast.delta.writing import Content, Destination, Rows, write
+from drift_fast.delta.writing import Content, Destination, Rows, write_alone
 from drift_fast.dtypes import DTYPES, INT8_BLOCK, tensor_dtype
 from drift_fast.errors import CheckpointError
 from drift_fast.progress_bar import ProgressCallback, reported
@@ -134,7 +134,13 @@ class Delta(Mapping[str, "torch.Tensor"]):
         if self.path is not None and target.exists() and target.samefile(self.path):
             raise FileExistsError(f"{target}: the delta is there already; choose another path")
         content = Content(self._backend, self.stored_dtype, self._describe)
-        self.peak_nbytes = write(content, destination, on_progress, group)
+        if group is None:
+            self.peak_nbytes = write_alone(content, destination, on_progress)
+        else:
+            # Loaded here, since it needs torch, which one process alone does not.
+            from drift_fast.delta.shared_writing import write_together
+
+            self.peak_nbytes = write_together(group, content, destination, on_progress)
         saved = Delta.open(target)
         saved.peak_nbytes = self.peak_nbytes
         return saved

@@ -1,4 +1,4 @@
-"""Write a delta to a directory that appears whole or not at all, by one process or by several."""
+"""What is written of a delta and where, and how one process writes it, whole or not at all."""
 
 from __future__ import annotations
 
@@ -6,15 +6,11 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 from drift_fast._core import DeltaWriter
 from drift_fast.delta.backends import Backend
-from drift_fast.delta.parallel import write_part
-from drift_fast.progress_bar import Progress, ProgressCallback
-
-if TYPE_CHECKING:
-    from drift_fast.delta.process_group import ProcessGroup
+from drift_fast.progress_bar import ProgressCallback
 
 # What `drift.json` may take for one tensor beside its name.
 _ROW_NBYTES = 1024
@@ -70,40 +66,20 @@ class Destination:
         )
 
 
-def write(
-    content: Content,
-    destination: Destination,
-    on_progress: ProgressCallback | None,
-    group: ProcessGroup | None,
+def write_alone(
+    content: Content, destination: Destination, on_progress: ProgressCallback | None
 ) -> int | None:
     """Write a delta and return the most bytes that buffers took, where that is known.
 
     Raises:
         FileExistsError, OSError: an output that is taken, or a full disk; nothing is left behind.
-        DriftError: another rank failed.
     """
-    peak_nbytes: int | None = None
-
-    def fill(writer: DeltaWriter, places: Sequence[int]) -> Rows:
-        nonlocal peak_nbytes
-
-        def watched(progress: Progress) -> None:
-            if group is not None:
-                group.check()
-            if on_progress is not None:
-                on_progress(progress)
-
-        rows, peak_nbytes = content.backend.write(
-            writer, places, watched, destination.memory_nbytes
-        )
-        return rows
-
-    if group is not None:
-        write_part(group, content, destination, fill)
-        return peak_nbytes
     writer = destination.writer(content)
     try:
-        writer.commit(content.text(fill(writer, range(len(content.tensors)))))
+        rows, peak_nbytes = content.backend.write(
+            writer, range(len(content.tensors)), on_progress, destination.memory_nbytes
+        )
+        writer.commit(content.text(rows))
     except BaseException:
         writer.abort()
         raise
