@@ -1,4 +1,4 @@
-"""QLoRA: the weights are in 4 bits, Δ comes from the two unquantised checkpoints.
+"""QLoRA: the weights are in 4 bits, Δ comes from the two unquantized checkpoints.
 
 What a step needs is Δ and the factors; how the frozen weights are stored plays no part in it.
 """

@@ -1,6 +1,6 @@
 """Pictures of the lines of results: answers against perception, and both over λ.
 
-Owns the drawing only. The colours are Okabe and Ito's, told apart with any colour vision, and the
+Owns the drawing only. The colors are Okabe and Ito's, told apart with any color vision, and the
 markers differ as well.
 """
 
@@ -16,7 +16,7 @@ from matplotlib.transforms import Bbox
 from methods import METHODS, REGIMES
 from pool import Line, by_key
 
-# By family: colour, marker.
+# By family: color, marker.
 _FAMILIES: Final = {
     "reference": ("#000000", "o"),
     "merge": ("#999999", "v"),
@@ -25,7 +25,7 @@ _FAMILIES: Final = {
     "motion": ("#009E73", "P"),
     "control": ("#CC79A7", "x"),
 }
-_LABELLED: Final = (
+_LABELED: Final = (
     "as_is",
     "sft",
     "merge_sft_two",
@@ -71,22 +71,22 @@ def _pareto(regimes: dict[str, list[Line]], path: Path) -> Path:
     rows = -(-len(regimes) // columns)
     figure: Any = Figure(figsize=(7.5 * columns, 5.4 * rows), dpi=130, layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
-    labelled: dict[Any, tuple[dict[str, tuple[float, ...]], list[str]]] = {}
+    labeled: dict[Any, tuple[dict[str, tuple[float, ...]], list[str]]] = {}
     for axes, (regime, lines) in zip(panels, regimes.items(), strict=False):
         points = {
             name: tuple(statistics.fmean(row[m] for row in rows) for m in ("digits", "answers"))
             for (name,), rows in by_key(lines, "method").items()
         }
         for name, (digits, answers) in points.items():
-            colour, marker = _FAMILIES[METHODS[name].family]
-            axes.plot(digits, answers, marker, color=colour, markersize=6)
+            color, marker = _FAMILIES[METHODS[name].family]
+            axes.plot(digits, answers, marker, color=color, markersize=6)
         front = _front(points)
         axes.step(
             [points[n][0] for n in front], [points[n][1] for n in front], where="pre",
             color="0.7", linewidth=1, zorder=0,
         )  # fmt: skip
         named = [name for name in front if METHODS[name].control is None]
-        labelled[axes] = (points, list(dict.fromkeys([*named, *_LABELLED])))
+        labeled[axes] = (points, list(dict.fromkeys([*named, *_LABELED])))
         pairs = len({(line["world"], line["set"]) for line in lines})
         axes.set_title(f"{REGIMES[regime].label}\npairs: {pairs}", fontsize=8, loc="left")
         axes.set_xlabel("digits read right")
@@ -97,13 +97,13 @@ def _pareto(regimes: dict[str, list[Line]], path: Path) -> Path:
     for axes in panels[len(regimes) :]:
         axes.set_visible(False)
     present = {METHODS[line["method"]].family for lines in regimes.values() for line in lines}
-    for family, (colour, marker) in _FAMILIES.items():
+    for family, (color, marker) in _FAMILIES.items():
         if family in present:
-            panels[0].plot([], [], marker, color=colour, label=family)
+            panels[0].plot([], [], marker, color=color, label=family)
     figure.legend(loc="outside lower center", ncols=6, frameon=False, fontsize=8)
     # Only a figure that has been laid out knows where its points lie.
     figure.draw_without_rendering()
-    for axes, (points, names) in labelled.items():
+    for axes, (points, names) in labeled.items():
         _label(axes, points, names)
     figure.savefig(path)
     return path
@@ -164,12 +164,12 @@ def _doses(lines: Sequence[Line], path: Path) -> Path:
             (("answers", "answers right"), ("digits", "digits read right"))
         ):
             axes = panels[row, column]
-            for family, (colour, marker) in _FAMILIES.items():
+            for family, (color, marker) in _FAMILIES.items():
                 mine = [line for line in lines if METHODS[line["method"]].family == family]
                 axes.plot(
                     [line["progress"][prior]["all"] for line in mine],
                     [line[measure] for line in mine],
-                    marker, color=colour, markersize=3, alpha=0.35, linestyle="none",
+                    marker, color=color, markersize=3, alpha=0.35, linestyle="none",
                 )  # fmt: skip
             _curves(axes, lines, prior, measure)
             axes.axvline(1.0, color="0.85", linewidth=0.8, zorder=0)
@@ -179,9 +179,9 @@ def _doses(lines: Sequence[Line], path: Path) -> Path:
         panels[1, column].set_xlabel("final progress λ along Δ (1 = all of Δ)")
         panels[1, column].set_xlim(-0.5, 2.2)
     present = {METHODS[line["method"]].family for line in lines}
-    for family, (colour, marker) in _FAMILIES.items():
+    for family, (color, marker) in _FAMILIES.items():
         if family in present:
-            panels[0, 0].plot([], [], marker, color=colour, label=family)
+            panels[0, 0].plot([], [], marker, color=color, label=family)
     figure.legend(loc="outside lower center", ncols=6, frameon=False, fontsize=8)
     figure.savefig(path)
     return path
@@ -204,8 +204,8 @@ def _curves(axes: Any, lines: Sequence[Line], prior: str, measure: str) -> None:
             )
             for same in by_key(texts, "text").values()
         )
-        colour, _ = _FAMILIES[METHODS[name].family]
-        axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.6)
+        color, _ = _FAMILIES[METHODS[name].family]
+        axes.plot(*zip(*points, strict=True), color=color, linewidth=1.6)
 
 
 def _name(name: str) -> str:

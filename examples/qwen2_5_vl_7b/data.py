@@ -125,7 +125,7 @@ class Collator:
     def labels(self, tokens: torch.Tensor, turns: int) -> torch.Tensor:
         """Return a row of token ids with all but the assistant's turns replaced by −100.
 
-        The token that holds the newline behind the role is not labelled. Where an answer starts
+        The token that holds the newline behind the role is not labeled. Where an answer starts
         with a newline, Qwen's tokenizer makes one token of both.
 
         turns: how many the sample has.

@@ -223,7 +223,7 @@ class PlanKeywords(TrainingKeywords, total=False):
     delta: PathLike | None
     rms: float | None
     gpu_memory: int | str | None
-    utilisation: float | None
+    utilization: float | None
     peak: float
 
 

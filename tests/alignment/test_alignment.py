@@ -52,7 +52,7 @@ TEXT = {
     "pad_token_id": 0,
     "tie_word_embeddings": False,
 }
-# The tower has the language model's width, depth and projection names: the worst neighbour.
+# The tower has the language model's width, depth and projection names: the worst neighbor.
 VISION = {
     "hidden_size": 16,
     "intermediate_size": 24,

@@ -113,7 +113,7 @@ def test_pairs_without_meaning_are_refused(tmp_path: Path) -> None:
 def test_rounding_once_to_bfloat16_is_the_reference_s() -> None:
     rng = np.random.default_rng(0)
     values = rng.normal(0, 1, 20_000) * 2.0 ** rng.integers(-60, 60, 20_000)
-    # Halfway between two neighbours: to the even one.
+    # Halfway between two neighbors: to the even one.
     halves = (np.arange(1, 400, 2) / 2 + 128) * 2.0 ** rng.integers(-20, 20, 200)
     for some in (values, halves, -halves, np.zeros(3)):
         assert np.array_equal(check.round_to_bfloat16(some), round_once(some, "BF16"))

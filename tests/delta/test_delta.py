@@ -102,7 +102,7 @@ def assert_same_bits(found: Bits, expected: Bits, a: Stored, b: Stored) -> None:
 
 
 def nearest_by_fractions(value: float, dtype: str) -> int:
-    """Round by exact comparison with both neighbours: slow, obvious, and unlike round_once."""
+    """Round by exact comparison with both neighbors: slow, obvious, and unlike round_once."""
     exponent_nbits, mantissa_nbits = EXPONENT_AND_MANTISSA_NBITS[dtype]
     sign = math.copysign(1.0, value) < 0
     bias = (1 << (exponent_nbits - 1)) - 1
@@ -134,7 +134,7 @@ def nearest_by_fractions(value: float, dtype: str) -> int:
     st.sampled_from(["BF16", "F16", "F32"]),
 )
 @settings(max_examples=400, deadline=None)
-def test_the_oracle_rounds_to_the_nearest_neighbour_and_ties_to_even(
+def test_the_oracle_rounds_to_the_nearest_neighbor_and_ties_to_even(
     value: float, dtype: str
 ) -> None:
     assert int(round_once(value, dtype)[0]) == nearest_by_fractions(value, dtype)

@@ -48,7 +48,7 @@ def values_of(dtype: str) -> np.ndarray[Any, Any]:
     return found
 
 
-def dequantised(
+def dequantized(
     codes: np.ndarray[Any, Any], dtype: str, scales: np.ndarray[Any, Any], block: tuple[int, int]
 ) -> np.ndarray[Any, Any]:
     """Return float32(code) × scale in float32, block by block."""
@@ -80,7 +80,7 @@ def random_codes(
     return (
         Stored(dtype, (rows, columns), codes.tobytes()),
         stored(scales, "F32"),
-        dequantised(codes, dtype, scales, block),
+        dequantized(codes, dtype, scales, block),
     )
 
 
@@ -142,7 +142,7 @@ def test_every_code_has_its_value_and_those_that_are_no_number_are_counted(
         check_weights=False,
         allow_nonfinite=True,
     )
-    expected = dequantised(codes, dtype, np.full((1, 1), 0.3, np.float32), (128, 128))
+    expected = dequantized(codes, dtype, np.full((1, 1), 0.3, np.float32), (128, 128))
     np.testing.assert_array_equal(delta[NAME].numpy(), expected)
     assert delta.stats[NAME].nonfinite == count
 
@@ -154,7 +154,7 @@ def pair_in_fp8(
     pair = write_pair(directory, seed=seed, hidden=64, inner=96, layers=3)
     values: dict[str, np.ndarray[Any, Any]] = {}
 
-    def quantised(tensors: dict[str, Stored]) -> dict[str, Stored]:
+    def quantized(tensors: dict[str, Stored]) -> dict[str, Stored]:
         found = {}
         for name, tensor in tensors.items():
             found[name] = tensor
@@ -166,12 +166,12 @@ def pair_in_fp8(
             scales = np.full((1, 1), scale.item(), np.float32)
             found[name] = Stored("F8_E4M3", tensor.shape, codes.tobytes())
             found[f"{name}_scale_inv"] = stored(scales, "F32")
-            values[name] = dequantised(codes, "F8_E4M3", scales, (128, 128))
+            values[name] = dequantized(codes, "F8_E4M3", scales, (128, 128))
         return found
 
-    write_checkpoint(pair.reasoning, quantised(pair.text))
+    write_checkpoint(pair.reasoning, quantized(pair.text))
     if both:
-        write_checkpoint(pair.multimodal, quantised(pair.vlm))
+        write_checkpoint(pair.multimodal, quantized(pair.vlm))
     if config:
         write_config(pair.reasoning)
     return pair, values

@@ -131,9 +131,9 @@ def test_a_batch_labels_targets_only_and_refuses_a_mixture(world: w.World) -> No
     problems = [world.text_fold(generator, 2), world.text_fold(generator, 4)]
     batch = w.collate(problems)
     for i, problem in enumerate(problems):
-        labelled = batch.labels[i] != w.IGNORED_LABEL
-        assert tuple(batch.labels[i][labelled]) == problem.target
-        assert tuple(batch.input_ids[i][labelled]) == problem.target
+        labeled = batch.labels[i] != w.IGNORED_LABEL
+        assert tuple(batch.labels[i][labeled]) == problem.target
+        assert tuple(batch.input_ids[i][labeled]) == problem.target
     with pytest.raises(ValueError, match="not both"):
         w.collate([problems[0], world.image_fold(generator, 2, "train")])
 

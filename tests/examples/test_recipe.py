@@ -204,7 +204,7 @@ def test_text_that_holds_the_marks_of_a_turn_is_refused(
         collate([{"messages": messages, "images": []}])
 
 
-def test_an_answer_whose_first_newline_merges_with_the_templates_is_labelled(
+def test_an_answer_whose_first_newline_merges_with_the_templates_is_labeled(
     recipe: dict[str, Any],
 ) -> None:
     """With a tokenizer that makes one token of two newlines, as Qwen's does."""

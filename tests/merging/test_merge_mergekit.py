@@ -139,7 +139,7 @@ def test_task_arithmetic_is_the_same(models: dict[str, Path], tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("density", [0.2, 0.5, 1.0])
-def test_ties_is_the_same_at_equal_weights_where_theirs_normalises(
+def test_ties_is_the_same_at_equal_weights_where_theirs_normalizes(
     models: dict[str, Path], tmp_path: Path, density: float
 ) -> None:
     own = {"weight": 1.0, "density": density}

@@ -141,4 +141,4 @@ def test_the_results_file_names_the_size_that_injections_are_scaled_from() -> No
     text = (ROOT / rates.BOTH.file).read_text(encoding="utf-8")
     assert f"{2 * rates.BOTH.numel / 1e9:.2f} GB of Δ in bfloat16" in text
     assert "2048\ntokens" in text
-    assert 0.3 < rates.utilisation()[0] < 0.6
+    assert 0.3 < rates.utilization()[0] < 0.6

@@ -37,15 +37,15 @@ def test_every_figure_says_where_it_comes_from_and_time_follows_from_the_stated_
     assert found["time, cold"].value == pytest.approx(4 * attention.numel / 1.21e9)
     # The embedding is looked up; the head is multiplied with.
     active = REASONING_NUMEL - 152064 * 3584
-    compute = 6 * active * 2048 / (rates.utilisation()[0] * rates.H100_FLOPS)
+    compute = 6 * active * 2048 / (rates.utilization()[0] * rates.H100_FLOPS)
     assert found["compute of a step"].value == pytest.approx(compute)
     assert found["injection of a step"].value == pytest.approx(attention.seconds / 8)
     assert found["training"].value == pytest.approx(1500 * (compute + attention.seconds / 8))
     again = drift_fast.plan(
-        REASONING, MULTIMODAL, steps=10, gradient_checkpointing=True, utilisation=0.5, peak=1e12
+        REASONING, MULTIMODAL, steps=10, gradient_checkpointing=True, utilization=0.5, peak=1e12
     )
     assert again["compute of a step"].value == pytest.approx(8 * active * 2048 / 0.5e12)
-    assert again["utilisation"].origin == "given"
+    assert again["utilization"].origin == "given"
 
 
 def test_what_does_not_fit_is_told_with_what_would() -> None:
@@ -185,7 +185,7 @@ def test_hours_in_float32_are_not_silently_those_of_bfloat16() -> None:
     given: dict[str, Any] = {"steps": 5, "precision": "fp32", "rms": 1e-5}
     found = drift_fast.plan(REASONING, MULTIMODAL, **given)
     assert any("bfloat16, and fp32" in warning for warning in found.warnings)
-    found = drift_fast.plan(REASONING, MULTIMODAL, **given, peak=67e12, utilisation=0.5)
+    found = drift_fast.plan(REASONING, MULTIMODAL, **given, peak=67e12, utilization=0.5)
     assert not any("bfloat16, and fp32" in warning for warning in found.warnings)
 
 

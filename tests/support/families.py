@@ -1,6 +1,6 @@
 """Tiny multimodal models of every family that is claimed, each with a text model of its backbone.
 
-Owns the catalogue, what corresponds to what in memory, and the planting: the text model gets random
+Owns the catalog, what corresponds to what in memory, and the planting: the text model gets random
 weights, and each element of the multimodal one is its counterpart plus a difference of its own.
 Invariant: correspondence is known from the classes alone, never from `drift_fast`.
 """
@@ -50,7 +50,7 @@ TEXT = {
 TIED = {**TEXT, "tie_word_embeddings": True}
 # q_proj is 32 × 16, so a transposed one is seen by its shape too.
 WIDE = {**TEXT, "head_dim": 8}
-# The tower has the language model's width, depth and projection names: the worst neighbour.
+# The tower has the language model's width, depth and projection names: the worst neighbor.
 VISION = {
     "hidden_size": HIDDEN,
     "intermediate_size": INNER,

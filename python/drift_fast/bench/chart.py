@@ -63,9 +63,9 @@ def _ratios(rows: list[Row]) -> list[float]:
 
 def _group(ax: Axes, group: str, rows: list[Row]) -> None:
     ratios = _ratios(rows)
-    colours = [{"ours": _OURS, "xor": _CONTROL}.get(row.who, _RIVAL) for row in rows]
+    colors = [{"ours": _OURS, "xor": _CONTROL}.get(row.who, _RIVAL) for row in rows]
     # From one on: longer than ours to the right, shorter to the left.
-    ax.barh(range(len(rows)), [ratio - 1 for ratio in ratios], left=1, color=colours, height=0.7)
+    ax.barh(range(len(rows)), [ratio - 1 for ratio in ratios], left=1, color=colors, height=0.7)
     for at, ratio in enumerate(ratios):
         ax.text(max(ratio, 1) * 1.1, at, f"{ratio:.2f}×", va="center", fontsize=8)
     names = [row.label.replace("**", "") + (" (wrong)" if row.wrong else "") for row in rows]
@@ -91,7 +91,7 @@ def _lines(results: Results, path: Path) -> Path:
     figure = _figure(3.6)
     axes = figure.subplots(1, max(1, len(parts)), squeeze=False)[0]
     for ax, part in zip(axes, parts, strict=False):
-        for who, label, colour in (("ours", "drift_fast", _OURS), ("xor", "XOR control", _CONTROL)):
+        for who, label, color in (("ours", "drift_fast", _OURS), ("xor", "XOR control", _CONTROL)):
             rows = [
                 row
                 for row in results.rows
@@ -99,7 +99,7 @@ def _lines(results: Results, path: Path) -> Path:
             ]
             rates = [results.nbytes / (row.wall or 1) / 1e9 for row in rows]
             counts = [row.threads for row in rows]
-            ax.plot(counts, rates, "o-", color=colour, label=label)
+            ax.plot(counts, rates, "o-", color=color, label=label)
         ax.set_title(titles[part], fontsize=10, loc="left")
         ax.set_xscale("log", base=2)
         ax.set_xticks(counts, [str(count) for count in counts])

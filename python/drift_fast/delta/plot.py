@@ -52,7 +52,7 @@ def _heat_map(
     layers: list[int],
     column: str,
     title: str,
-    colours: str,
+    colors: str,
 ) -> None:
     values = [
         [
@@ -61,7 +61,7 @@ def _heat_map(
         ]
         for module in modules
     ]
-    image = axes.imshow(values, aspect="auto", cmap=colours, interpolation="nearest")
+    image = axes.imshow(values, aspect="auto", cmap=colors, interpolation="nearest")
     axes.set_title(title, fontsize=10, loc="left")
     axes.set_yticks(range(len(modules)), modules, fontsize=8)
     step = max(1, len(layers) // 16)

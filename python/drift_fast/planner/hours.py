@@ -1,4 +1,4 @@
-"""How long a run takes at least: operations at a measured utilisation, and a measured injection.
+"""How long a run takes at least: operations at a measured utilization, and a measured injection.
 
 Owns the formulas: 6·N·tokens for forward and backward, 8·N·tokens where activations are computed
 again, and 2 for each parameter of a frozen tower and each patch. Not counted: communication, the
@@ -32,9 +32,9 @@ def figures(planned: Scenario, residency: str) -> Iterator[Figure]:
     done, formula = _operations(planned)
     yield Figure(section, "operations of a step", done, "operations", "estimated", formula)
     origin: Origin = "measured" if speed.source != "given" else "given"
-    yield Figure(section, "utilisation", speed.share, "share", origin, speed.source)
+    yield Figure(section, "utilization", speed.share, "share", origin, speed.source)
     compute = done / (speed.peak * speed.share)
-    source = "operations/(peak·utilisation); no communication, optimizer, data, attention scores"
+    source = "operations/(peak·utilization); no communication, optimizer, data, attention scores"
     yield Figure(section, "compute of a step", compute, "seconds", "estimated", source)
     added, origin, source = _injection(planned, residency)
     yield Figure(section, "injection of a step", added, "seconds", origin, source)

@@ -27,7 +27,7 @@ class PlanOptions(Training):
         check=lambda value: value is None or parse_size(value),
         metavar="SIZE",
     )
-    utilisation: float | None = option(
+    utilization: float | None = option(
         None,
         "share of its peak that a GPU reaches; by default what was measured on an H100",
         metavar="SHARE",
@@ -43,15 +43,15 @@ class PlanOptions(Training):
         share = self.speed.share
         if not 0 < share <= 1 or not 0 < self.peak < float("inf"):
             raise ValueError(
-                f"utilisation must be in (0, 1] and peak positive, got {share}, {self.peak}"
+                f"utilization must be in (0, 1] and peak positive, got {share}, {self.peak}"
             )
 
     @property
     def speed(self) -> rates.Speed:
         """How fast one GPU computes."""
-        if self.utilisation is None:
-            return rates.Speed(self.peak, *rates.utilisation())
-        return rates.Speed(self.peak, self.utilisation, "given")
+        if self.utilization is None:
+            return rates.Speed(self.peak, *rates.utilization())
+        return rates.Speed(self.peak, self.utilization, "given")
 
     @property
     def gpu_nbytes(self) -> int | None:

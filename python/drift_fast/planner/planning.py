@@ -128,8 +128,8 @@ def _remarks(planned: Scenario, memory: Memory) -> Iterator[str]:
 
 
 def _speed_remarks(run: PlanOptions) -> Iterator[str]:
-    if run.precision == "fp32" and (run.peak == rates.H100_FLOPS or run.utilisation is None):
+    if run.precision == "fp32" and (run.peak == rates.H100_FLOPS or run.utilization is None):
         yield (
-            "hours follow from a peak and a utilisation in bfloat16, and fp32 takes several times "
-            "as long: give peak (--peak-tflops) and utilisation of float32"
+            "hours follow from a peak and a utilization in bfloat16, and fp32 takes several times "
+            "as long: give peak (--peak-tflops) and utilization of float32"
         )

@@ -115,7 +115,7 @@ def injecting(residency: str, *, attention_only: bool) -> Injecting | None:
     return BY_RESIDENCY.get(residency)
 
 
-def utilisation() -> tuple[float, str]:
+def utilization() -> tuple[float, str]:
     """Return the share of an H100's peak that the measured pass without injection reached.
 
     6 operations for each of the layers' elements and each token. The pass has neither head, vision

@@ -103,7 +103,7 @@ fn compression(criterion: &mut Criterion) {
 }
 
 /// Runs of 128 codes under a scale each, as a block-scaled weight is read.
-fn dequantisation(criterion: &mut Criterion) {
+fn dequantization(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("dequantize");
     for (place, numel) in SIZES {
         let codes: Vec<u8> = (0..numel).map(|i| (i.wrapping_mul(97) % 120) as u8).collect();
@@ -132,6 +132,6 @@ fn brief() -> Criterion {
 criterion_group! {
     name = kernels;
     config = brief();
-    targets = subtraction, compression, dequantisation
+    targets = subtraction, compression, dequantization
 }
 criterion_main!(kernels);

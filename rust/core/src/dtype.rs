@@ -206,7 +206,7 @@ pub(crate) fn f64_to_f32_odd(value: f64) -> f32 {
     let nearest = value as f32;
     let back = f64::from(nearest);
     let bits = nearest.to_bits();
-    // Inexact: of the two neighbours around the value, the one whose last bit is set. Without a
+    // Inexact: of the two neighbors around the value, the one whose last bit is set. Without a
     // branch, so that a loop over it vectorises.
     let up = u32::from(back.abs() < value.abs());
     let down = u32::from(back.abs() > value.abs());

@@ -14,7 +14,7 @@ fn value(dtype: Dtype, bytes: &[u8]) -> f64 {
     }
 }
 
-/// The neighbour nearest to `exact` among all values of a 16-bit type, ties to even, by search.
+/// The neighbor nearest to `exact` among all values of a 16-bit type, ties to even, by search.
 fn nearest_16(dtype: Dtype, exact: f64) -> f64 {
     let at = |bits: u16| value(dtype, &bits.to_le_bytes());
     let infinity = if dtype == Dtype::F16 { 0x7c00 } else { 0x7f80 };
