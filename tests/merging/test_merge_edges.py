@@ -9,7 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_merge import (
+
+from drift_fast import AlignmentError, CheckpointError, DriftWarning, NonFiniteError
+from drift_fast.merging.merge import merge
+from support import merge_reference
+from support.merged_models import (
     PREFIX,
     Three,
     agrees,
@@ -19,10 +23,6 @@ from test_merge import (
     text_name,
     write_three,
 )
-
-from drift_fast import AlignmentError, CheckpointError, DriftWarning, NonFiniteError
-from drift_fast.merging.merge import merge
-from support import merge_reference
 from support.synthetic import (
     Stored,
     language_model,

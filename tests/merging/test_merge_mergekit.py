@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_merge import near, stored_tensors
 
 from drift_fast.merging.merge import merge
+from support.merged_models import near, stored_tensors
 from support.synthetic import Stored, language_model, stored, write_checkpoint
 
 MERGEKIT = shutil.which("mergekit-yaml")

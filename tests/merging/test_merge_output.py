@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_merge import stored_tensors
 
 from drift_fast import CheckpointError, DriftWarning, NonFiniteError, _core
 from drift_fast.cli.main import main
 from drift_fast.merging.merge import merge
 from drift_fast.progress_bar import Progress
 from support.disks import MEGABYTE
+from support.merged_models import stored_tensors
 from support.synthetic import (
     contents,
     everything_under,
