@@ -11,7 +11,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a stream or a download has come: tensors and bytes, done and in all."""
+    """How far a stream or a download has come: tensors and bytes, done and in total."""
 
     tensors: int
     total_tensors: int

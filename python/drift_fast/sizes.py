@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 
-# What buffers take in all, unless told otherwise.
+# What all buffers together take by default.
 MEMORY = "64MB"
 
 

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 def plot_statistics(stats: Statistics, path: str | os.PathLike[str]) -> Path:
     """Draw ‖Δ‖/‖W_multimodal‖ and cos(W_reason, W_multimodal) over layers × modules, as a PNG.
 
-    Weights and biases of one module are taken together. Tensors outside the layers are not shown;
-    where there are no layers at all, one column stands for everything.
+    Weights and biases of one module count together. Tensors outside the layers are not shown;
+    without any layers, one column holds all tensors.
 
     Raises:
         ImportError: matplotlib is not installed.

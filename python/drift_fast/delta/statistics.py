@@ -224,7 +224,7 @@ class Statistics(Sequence[Row]):
         return self._grouped(lambda row: (row.module, None))
 
     def by_layer(self) -> Statistics:
-        """Return one row for each layer, over all modules; what lies outside is one row."""
+        """Return one row for each layer, over all modules; all outside the layers are one row."""
         return self._grouped(lambda row: ("all", row.layer))
 
     def by_module_and_layer(self) -> Statistics:
