@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from drift_fast import _core
+from drift_fast._core import shards as shards_of
 from drift_fast.delta.shared_writing import balance
 from drift_fast.selection import Selection
 from drift_fast.sizes import parse_size
@@ -161,7 +161,7 @@ class Work:
 
 def work(shapes: Shapes, dtype: str, ranks: int, shard_nbytes: int) -> Work:
     tensors = [(name, list(shape)) for name, shape in shapes.items()]
-    plan = _core.shards(tensors, "bfloat16", max_shard_nbytes=shard_nbytes)
+    plan = shards_of(tensors, "bfloat16", max_shard_nbytes=shard_nbytes)
     read, written = [], []
     for share in balance([nbytes for _, _, nbytes in plan], ranks):
         held = [tensors[place] for shard in share for place in range(*plan[shard][:2])]

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import drift_fast
+from drift_fast import _core
 
 HEAVY = {
     "asyncio",
@@ -96,3 +97,45 @@ def test_type_checkers_see_every_public_name_at_its_own_module() -> None:
     for name, module in seen.items():
         if name != "schedule":
             assert drift_fast._LAZY[name] == module
+
+
+def parsed(name: str) -> ast.Module:
+    return ast.parse((Path(drift_fast.__file__).parent / name).read_text(encoding="utf-8"))
+
+
+def imported(body: list[ast.stmt]) -> dict[str, str]:
+    """Return the module that each name is imported from, as `__init__.py` writes it."""
+    return {
+        alias.asname or alias.name: str(statement.module)
+        for statement in body
+        if isinstance(statement, ast.ImportFrom)
+        for alias in statement.names
+    }
+
+
+def test_a_type_checker_sees_every_public_name_where_it_is_loaded_from() -> None:
+    body = parsed("__init__.py").body
+    (typed,) = (
+        statement
+        for statement in body
+        if isinstance(statement, ast.If) and ast.unparse(statement.test) == "TYPE_CHECKING"
+    )
+    lazy = imported(typed.body)
+    eager = set(imported(body)) & set(drift_fast.__all__)
+    assert eager.isdisjoint(lazy)
+    assert eager | set(lazy) == set(drift_fast.__all__)
+    # A module is not an attribute of one: `__getattr__` imports it.
+    assert lazy.pop("schedule") == "drift_fast.inject"
+    assert lazy == drift_fast._LAZY
+
+
+def test_the_stub_has_every_name_of_the_compiled_module() -> None:
+    body = parsed("_core.pyi").body
+    (listed,) = (
+        ast.literal_eval(statement.value)
+        for statement in body
+        if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "__all__"
+    )
+    assert listed == sorted(listed)
+    assert set(listed) == set(_core.__all__)
+    assert set(listed) - {"__version__"} == {name for name in dir(_core) if name[0] != "_"}

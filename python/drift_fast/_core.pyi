@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias, TypedDict, final, type_check_only
+from typing import Any, NotRequired, TypeAlias, TypedDict, final, type_check_only
 
 __all__ = [
     "Aligned",
@@ -22,7 +22,7 @@ __all__ = [
     "is_side_file",
     "measure",
     "merge",
-    "places_of",
+    "output_paths",
     "shards",
     "side_file_names",
     "stream",
@@ -33,6 +33,8 @@ __all__ = [
 __version__: str
 debug_build: bool
 
+# Errors: rust/python/src/errors.rs.
+
 class DriftError(Exception): ...
 class CheckpointError(DriftError): ...
 class AlignmentError(DriftError): ...
@@ -40,9 +42,67 @@ class AmbiguousAlignmentError(AlignmentError): ...
 class CoverageError(DriftError): ...
 class NonFiniteError(DriftError): ...
 
+# What several verbs take: rust/python/src/convert.rs.
+
+_Path: TypeAlias = str | os.PathLike[str]
+_NamesAndShapes: TypeAlias = list[tuple[str, list[int]]]
 # See `layout.Rectangle`.
 _Rectangle: TypeAlias = tuple[str, int, int, int, int, int, int, int]
 _Source: TypeAlias = str | Sequence[_Rectangle]
+# A buffer with the bytes of a tensor, and its dtype.
+_Tensor: TypeAlias = tuple[Any, str]
+# Called with the tensors and the bytes that are done.
+_OnProgress: TypeAlias = Callable[[int, int], object]
+
+@type_check_only
+class Limits(TypedDict):
+    threads: int
+    memory: NotRequired[int | None]
+    prefetch: NotRequired[int | None]
+
+# checkpoint.rs
+
+@final
+class Checkpoint:
+    def __new__(
+        cls, path: _Path, *, reader: str = "auto", block: tuple[int, int] | None = None
+    ) -> Checkpoint: ...
+    @property
+    def path(self) -> os.PathLike[str]: ...
+    def tensors(self) -> list[tuple[str, str, list[int], os.PathLike[str]]]: ...
+    def scales(self) -> list[tuple[str, str, str]]: ...
+    def place(self, name: str) -> tuple[os.PathLike[str], int, int]: ...
+    def fingerprint(self) -> list[tuple[str, int, str]]: ...
+    def read_into(
+        self, name: str, buffer: Any, *, elements: tuple[int, int] | None = None
+    ) -> None: ...
+    def decode_into(self, name: str, buffer: Any, *, elements: tuple[int, int]) -> None: ...
+
+# align.rs
+
+@final
+class Aligned:
+    @property
+    def prefixes(self) -> tuple[str, str]: ...
+    @property
+    def pairs(self) -> list[tuple[str, str]]: ...
+    @property
+    def unmatched_reasoning(self) -> list[tuple[str, str]]: ...
+    @property
+    def unmatched_multimodal(self) -> list[tuple[str, str]]: ...
+    @property
+    def layer_conflict(self) -> str: ...
+    @property
+    def alternatives(self) -> list[tuple[str, str, int]]: ...
+
+def align(
+    reasoning: _NamesAndShapes, multimodal: _NamesAndShapes, *, prefer_equal_names: bool = False
+) -> Aligned: ...
+def correlate_samples(
+    reasoning: Checkpoint, multimodal: Checkpoint, pairs: list[tuple[_Source, str]]
+) -> tuple[list[float], int]: ...
+
+# stream.rs
 
 @type_check_only
 class Moments(TypedDict):
@@ -60,79 +120,37 @@ class Moments(TypedDict):
     nonfinite_multimodal: int
     overflow: int
 
-@final
-class Aligned:
-    @property
-    def prefixes(self) -> tuple[str, str]: ...
-    @property
-    def pairs(self) -> list[tuple[str, str]]: ...
-    @property
-    def unmatched_reasoning(self) -> list[tuple[str, str]]: ...
-    @property
-    def unmatched_multimodal(self) -> list[tuple[str, str]]: ...
-    @property
-    def layer_conflict(self) -> str: ...
-    @property
-    def alternatives(self) -> list[tuple[str, str, int]]: ...
+def stream(
+    reasoning: Checkpoint,
+    multimodal: Checkpoint,
+    pairs: Sequence[tuple[_Source, str]],
+    limits: Limits,
+    *,
+    writer: DeltaWriter | None = None,
+    progress: _OnProgress | None = None,
+) -> tuple[list[Moments], int]: ...
+def subtract_into(
+    reasoning: Checkpoint,
+    multimodal: Checkpoint,
+    pair: tuple[_Source, str],
+    out: _Tensor,
+    limits: Limits,
+    *,
+    elements: tuple[int, int] | None = None,
+) -> Moments: ...
 
-@final
-class Checkpoint:
-    def __new__(
-        cls,
-        path: str | os.PathLike[str],
-        *,
-        reader: str = "auto",
-        block: tuple[int, int] | None = None,
-    ) -> Checkpoint: ...
-    @property
-    def path(self) -> os.PathLike[str]: ...
-    def tensors(self) -> list[tuple[str, str, list[int], os.PathLike[str]]]: ...
-    def scales(self) -> list[tuple[str, str, str]]: ...
-    def decode_into(self, name: str, buffer: Any, *, elements: tuple[int, int]) -> None: ...
-    def place(self, name: str) -> tuple[os.PathLike[str], int, int]: ...
-    def fingerprint(self) -> list[tuple[str, int, str]]: ...
-    def read_into(
-        self, name: str, buffer: Any, *, elements: tuple[int, int] | None = None
-    ) -> None: ...
+# merge.rs
 
-@final
-class DeltaWriter:
-    def __new__(
-        cls,
-        target: str | os.PathLike[str],
-        tensors: list[tuple[str, list[int]]],
-        dtype: str,
-        *,
-        max_shard_nbytes: int,
-        overwrite: bool,
-        description_nbytes: int = 0,
-        shards: list[int] | None = None,
-        join: bool = False,
-    ) -> DeltaWriter: ...
-    def write(self, slot: int, buffer: Any, *, offset: int = 0) -> None: ...
-    def flush(self) -> None: ...
-    def commit(self, description: str) -> None: ...
-    def abort(self) -> None: ...
-
-@final
-class ModelWriter:
-    def __new__(
-        cls,
-        target: str | os.PathLike[str],
-        multimodal: Checkpoint,
-        tensors: list[tuple[str, str | None]],
-        *,
-        max_shard_nbytes: int,
-        overwrite: bool,
-        description_nbytes: int,
-        files: list[tuple[str, int]],
-    ) -> ModelWriter: ...
-    def add(self, name: str, buffer: Any) -> None: ...
-    def commit(self, description: str) -> None: ...
-    def abort(self) -> None: ...
-
+# Reasoning, multimodal and, for a method that needs one, the base.
+_Models: TypeAlias = tuple[Checkpoint, Checkpoint, Checkpoint | None]
 # Source in the reasoning checkpoint and in the base, dtype of the result, and both weights.
 _Blended: TypeAlias = tuple[_Source, _Source | None, str, float, float]
+
+@type_check_only
+class Method(TypedDict):
+    name: str
+    density: float | None
+    seed: int
 
 @type_check_only
 class Found(TypedDict):
@@ -146,67 +164,64 @@ class Found(TypedDict):
     cosine: float | None
 
 def merge(
-    reasoning: Checkpoint,
-    multimodal: Checkpoint,
-    base: Checkpoint | None,
+    models: _Models,
     tensors: list[tuple[str, _Blended | None]],
     writer: ModelWriter,
+    method: Method,
+    limits: Limits,
     *,
-    method: str,
-    density: float | None = None,
-    seed: int = 0,
-    threads: int,
-    memory: int | None = None,
-    progress: Callable[[int, int], object] | None = None,
+    progress: _OnProgress | None = None,
 ) -> tuple[list[Found | None], int]: ...
-def align(
-    reasoning: list[tuple[str, list[int]]],
-    multimodal: list[tuple[str, list[int]]],
-    *,
-    prefer_equal_names: bool = False,
-) -> Aligned: ...
-def side_file_names() -> list[str]: ...
-def is_side_file(name: str) -> bool: ...
-def shards(
-    tensors: list[tuple[str, list[int]]], dtype: str, *, max_shard_nbytes: int
-) -> list[tuple[int, int, int]]: ...
-def places_of(target: str | os.PathLike[str]) -> tuple[os.PathLike[str], os.PathLike[str]]: ...
-def stream(
-    reasoning: Checkpoint,
-    multimodal: Checkpoint,
-    pairs: Sequence[tuple[_Source, str]],
-    *,
-    threads: int,
-    memory: int | None = None,
-    writer: DeltaWriter | None = None,
-    progress: Callable[[int, int], object] | None = None,
-    prefetch: int | None = None,
-) -> tuple[list[Moments], int]: ...
-def subtract_into(
-    reasoning: Checkpoint,
-    multimodal: Checkpoint,
-    pair: tuple[_Source, str],
-    buffer: Any,
-    *,
-    dtype: str,
-    threads: int,
-    memory: int | None = None,
-    elements: tuple[int, int] | None = None,
-) -> Moments: ...
-def correlate_samples(
-    reasoning: Checkpoint, multimodal: Checkpoint, pairs: list[tuple[_Source, str]]
-) -> tuple[list[float], int]: ...
+
+# in_memory.rs
+
 def measure(
-    first: list[tuple[Any, str]],
-    second: list[tuple[Any, str]],
-    *,
-    threads: int,
-    float64: bool = False,
+    first: list[_Tensor], second: list[_Tensor], *, threads: int, float64: bool = False
 ) -> list[tuple[float, float, float]]: ...
 def subtract_scaled(
-    tensors: list[tuple[Any, str]],
-    deltas: list[tuple[Any, str]],
-    coefficients: list[float],
-    *,
-    threads: int,
+    tensors: list[_Tensor], deltas: list[_Tensor], coefficients: list[float], *, threads: int
 ) -> None: ...
+
+# writers.rs
+
+@type_check_only
+class Output(TypedDict):
+    target: _Path
+    overwrite: bool
+    max_shard_nbytes: int
+    description_nbytes: int
+
+@type_check_only
+class Share(TypedDict):
+    shards: list[int]
+    join: bool
+
+@final
+class DeltaWriter:
+    def __new__(
+        cls, output: Output, tensors: _NamesAndShapes, dtype: str, *, share: Share | None = None
+    ) -> DeltaWriter: ...
+    def write(self, slot: int, buffer: Any, *, offset: int = 0) -> None: ...
+    def flush(self) -> None: ...
+    def commit(self, description: str) -> None: ...
+    def abort(self) -> None: ...
+
+@final
+class ModelWriter:
+    def __new__(
+        cls,
+        output: Output,
+        multimodal: Checkpoint,
+        tensors: list[tuple[str, str | None]],
+        files: list[tuple[str, int]],
+    ) -> ModelWriter: ...
+    def add(self, name: str, buffer: Any) -> None: ...
+    def commit(self, description: str) -> None: ...
+    def abort(self) -> None: ...
+
+def shards(
+    tensors: _NamesAndShapes, dtype: str, *, max_shard_nbytes: int
+) -> list[tuple[int, int, int]]: ...
+def output_paths(target: _Path) -> tuple[os.PathLike[str], os.PathLike[str]]: ...
+def side_file_names() -> list[str]: ...
+def is_side_file(name: str) -> bool: ...

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from drift_fast import _core
+from drift_fast._core import Checkpoint
 from support.range_server import Content, Fault, HubServer, RangeServer
 from support.remote import (
     CHANGED,
@@ -154,7 +154,7 @@ def test_a_hub_model_is_read_in_part_at_its_commit_and_the_token_stays_with_the_
         "merges.txt": "None",
     }
     assert (directory / "tokenizer.json").read_bytes() == b"x" * 9000
-    assert len(_core.Checkpoint(Path(many["directory"])).tensors()) == 3
+    assert len(Checkpoint(Path(many["directory"])).tensors()) == 3
     check_held(Path(many["directory"]), SHARDS)
 
     sizes = START_NBYTES + 200_000 + 100 + 3 * (START_NBYTES + 100_000) + 9000

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from drift_fast import _core
+from drift_fast._core import Checkpoint
 from drift_fast.checkpoints.remote import RemoteCheckpoint, open_url
 from drift_fast.checkpoints.remote.hub import open_hub
 from drift_fast.errors import CheckpointError, DriftError
@@ -36,9 +36,7 @@ def test_opening_downloads_the_start_of_the_file_and_opens_as_a_checkpoint(
     server: RangeServer, tmp_path: Path
 ) -> None:
     opened = open_url(f"{server.url}/m/", cache=tmp_path)
-    assert [
-        (name, shape) for name, _, shape, _ in _core.Checkpoint(opened.directory).tensors()
-    ] == [
+    assert [(name, shape) for name, _, shape, _ in Checkpoint(opened.directory).tensors()] == [
         ("a", [3_000_000]),
         ("b", [2_000_000]),
     ]
@@ -73,7 +71,7 @@ def test_a_file_of_another_name_is_the_single_file_of_its_directory(
 ) -> None:
     server.files["/m/weights v2.safetensors"] = FILE
     opened = open_url(f"{server.url}/m/weights%20v2.safetensors", cache=tmp_path)
-    assert len(_core.Checkpoint(opened.directory).tensors()) == 2
+    assert len(Checkpoint(opened.directory).tensors()) == 2
     assert list(opened.etags) == [SINGLE]
 
 
@@ -82,7 +80,7 @@ def test_an_index_brings_all_shards(server: RangeServer, tmp_path: Path, place: 
     server.files = {**SHARDED, "/m/other.safetensors.index.json": SHARDED[f"/m/{INDEX}"]}
     opened = open_url(server.url + place, cache=tmp_path)
     assert sorted(opened.etags) == sorted(SHARDS)
-    tensors = _core.Checkpoint(opened.directory).tensors()
+    tensors = Checkpoint(opened.directory).tensors()
     assert sorted(name for name, _, _, _ in tensors) == ["a", "b", "c"]
     check_held(opened.directory, SHARDS)
 
@@ -94,10 +92,10 @@ def test_a_directory_that_becomes_one_of_shards_no_longer_opens_as_the_single_fi
     server.files = dict(SHARDED)
     second = open_url(f"{server.url}/m", cache=tmp_path)
     assert first.directory == second.directory
-    assert len(_core.Checkpoint(second.directory).tensors()) == 3
+    assert len(Checkpoint(second.directory).tensors()) == 3
     server.files = {f"/m/{SINGLE}": FILE}
     third = open_url(f"{server.url}/m", cache=tmp_path)
-    assert len(_core.Checkpoint(third.directory).tensors()) == 2
+    assert len(Checkpoint(third.directory).tensors()) == 2
 
 
 def test_a_query_is_sent_but_neither_shown_nor_stored(
@@ -239,7 +237,7 @@ def test_a_header_longer_than_the_first_request_is_read_to_its_end(
     server.ranges = ranges
     opened = open_url(f"{server.url}/m", cache=tmp_path)
     assert held(opened.directory) == [(0, 700_008)]
-    assert len(_core.Checkpoint(opened.directory).tensors()) == 1
+    assert len(Checkpoint(opened.directory).tensors()) == 1
     check_held(opened.directory, {SINGLE: data})
 
 

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from drift_fast import CheckpointError, _core, compute_delta, inspect
+from drift_fast import CheckpointError, compute_delta, inspect
+from drift_fast._core import Checkpoint, DeltaWriter, stream
 from drift_fast.progress_bar import Progress
 from support.disks import MEGABYTE
 from support.synthetic import everything_under, round_once, stored_bits, write_file, write_sparse
@@ -107,19 +108,22 @@ def test_a_write_that_fails_in_the_middle_says_what_is_needed(
     limit_files: Callable[[int], None], tmp_path: Path, out: Path, threads: int
 ) -> None:
     sources = write_sources(tmp_path, 4, 1024, 1024)
-    a, b = map(_core.Checkpoint, sources)
+    a, b = map(Checkpoint, sources)
     names = [name for name, *_ in a.tensors()]
-    writer = _core.DeltaWriter(
-        out,
+    writer = DeltaWriter(
+        {
+            "target": out,
+            "overwrite": False,
+            "max_shard_nbytes": 1 << 30,
+            "description_nbytes": 0,
+        },
         [(name, [1024, 1024]) for name in names],
         "bfloat16",
-        max_shard_nbytes=1 << 30,
-        overwrite=False,
     )
     limit_files(3 * MEGABYTE)
     pairs: Any = [(name, name) for name in names]
     with pytest.raises(OSError, match="the delta needs 8") as caught:
-        _core.stream(a, b, pairs, threads=threads, writer=writer, memory=8 * MEGABYTE)
+        stream(a, b, pairs, {"threads": threads, "memory": 8 * MEGABYTE}, writer=writer)
     assert caught.value.errno == errno.EFBIG
     writer.abort()
     assert everything_under(out.parent) == set()

@@ -8,12 +8,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
-from drift_fast import Delta, _core, compute_delta, inspect
+from drift_fast import Delta, compute_delta, inspect
+from drift_fast._core import Checkpoint, DeltaWriter
+from drift_fast._core import stream as stream_pairs
 from drift_fast.cli import main as cli
 from support.synthetic import (
     FLOAT_DTYPES,
@@ -25,6 +27,9 @@ from support.synthetic import (
     write_file,
     write_sparse,
 )
+
+if TYPE_CHECKING:
+    from drift_fast._core import Moments
 
 MEGABYTE = 1_000_000
 SHAPES: dict[str, tuple[int, ...]] = {
@@ -62,19 +67,23 @@ def many_shapes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def stream(
     sources: tuple[Path, Path], out: Path, *, reader: str = "pread", **options: Any
-) -> tuple[dict[str, bytes], list[_core.Moments], int]:
+) -> tuple[dict[str, bytes], list[Moments], int]:
     """Write a delta of every tensor and return the bytes of its files, the moments and the peak."""
-    a, b = (_core.Checkpoint(path, reader=reader) for path in sources)
-    writer = _core.DeltaWriter(
-        out,
+    a, b = (Checkpoint(path, reader=reader) for path in sources)
+    writer = DeltaWriter(
+        {
+            "target": out,
+            "overwrite": True,
+            "max_shard_nbytes": 3 * MEGABYTE,
+            "description_nbytes": 0,
+        },
         [(name, list(shape)) for name, shape in SHAPES.items()],
         "bfloat16",
-        max_shard_nbytes=3 * MEGABYTE,
-        overwrite=True,
     )
     pairs: Any = [(name, name) for name in SHAPES]
+    limits: Any = options
     try:
-        moments, peak_nbytes = _core.stream(a, b, pairs, writer=writer, **options)
+        moments, peak_nbytes = stream_pairs(a, b, pairs, limits, writer=writer)
         writer.commit("{}")
     finally:
         writer.abort()

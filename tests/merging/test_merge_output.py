@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from drift_fast import CheckpointError, DriftWarning, NonFiniteError, _core
+from drift_fast import CheckpointError, DriftWarning, NonFiniteError
+from drift_fast._core import Checkpoint
 from drift_fast.cli.main import main
 from drift_fast.merging.merge import merge
 from drift_fast.progress_bar import Progress
@@ -109,7 +110,7 @@ def test_what_is_not_merged_is_carried_over_byte_for_byte(
     assert len(files) > 2
     assert all(re.fullmatch(r"model-\d{5}-of-\d{5}\.safetensors", name) for name in files)
     assert files == {path.name for path in out.glob("*.safetensors")}
-    assert [name for name, *_ in _core.Checkpoint(out).tensors()] == [
+    assert [name for name, *_ in Checkpoint(out).tensors()] == [
         tensor.name for tensor in merged.tensors
     ]
 
@@ -232,7 +233,7 @@ def test_merge_json_says_what_was_done_from_what(sources: tuple[Path, Path], out
     assert (told["multimodal_weight"], told["density"], told["seed"]) == (0.25, 0.75, 9)
     assert told["sources"].keys() == {"reasoning", "multimodal", "base"}
     digests = [shard["sha256_of_samples"] for shard in told["sources"]["base"]["shards"]]
-    assert digests == [digest for *_, digest in _core.Checkpoint(sources[0]).fingerprint()]
+    assert digests == [digest for *_, digest in Checkpoint(sources[0]).fingerprint()]
     assert told["coverage"]["reasoning"] == merged.coverage.to_dict()
     assert told["files"] == ["config.json"]
     assert [row["name"] for row in told["tensors"]] == [one.name for one in merged.tensors]

@@ -83,10 +83,8 @@ class Streamed:
             self._pair.reasoning.checkpoint,
             self._pair.multimodal.checkpoint,
             (source, name),
-            buffer,
-            dtype=tensor_dtype(self._dtype),
-            threads=self._threads,
-            memory=self._memory,
+            (buffer, tensor_dtype(self._dtype)),
+            {"threads": self._threads, "memory": self._memory},
             elements=elements,
         )
         self._check([(name, moments)], tensor_dtype(self._dtype))
@@ -122,8 +120,7 @@ class Streamed:
             self._pair.reasoning.checkpoint,
             self._pair.multimodal.checkpoint,
             [(pair.source, pair.name) for pair in pairs],
-            threads=self._threads,
-            memory=self._memory if memory is None else memory,
+            {"threads": self._threads, "memory": self._memory if memory is None else memory},
             writer=writer,
             progress=report,
         )

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
-from drift_fast._core import places_of
+from drift_fast._core import output_paths
 from drift_fast.errors import DriftError
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def together(target: str | os.PathLike[str], ranks: Ranks) -> Iterator[ProcessGr
     # Loaded here, since it needs torch, which one process alone does not.
     from drift_fast.delta.process_group import Meeting, joined
 
-    place, hidden = map(Path, places_of(target))
+    place, hidden = map(Path, output_paths(target))
     if hidden.is_symlink():
         raise FileExistsError(f"{hidden} is a link; choose another output directory")
     with joined(Meeting(rank, size, place, _time_limit())) as group:

@@ -57,7 +57,7 @@ def write_together(
     places = [place for shard in own for place in range(*plan[shard][:2])]
 
     def create() -> DeltaWriter:
-        return destination.writer(content, shards=own, join=group.rank != 0)
+        return destination.writer(content, {"shards": own, "join": group.rank != 0})
 
     def watched(progress: Progress) -> None:
         group.check()

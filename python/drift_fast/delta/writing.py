@@ -6,11 +6,14 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from drift_fast._core import DeltaWriter
 from drift_fast.delta.backends import Backend
 from drift_fast.progress_bar import ProgressCallback
+
+if TYPE_CHECKING:
+    from drift_fast._core import Output, Share
 
 # What `drift.json` may take for one tensor beside its name.
 _ROW_NBYTES = 1024
@@ -53,17 +56,15 @@ class Destination:
     max_shard_nbytes: int
     memory_nbytes: int | None = None
 
-    def writer(self, content: Content, **part: Any) -> DeltaWriter:
-        """Reserve the files, or, as one of several processes, those of its `part`."""
-        return DeltaWriter(
-            self.path,
-            content.tensors,
-            content.stored_dtype,
-            max_shard_nbytes=self.max_shard_nbytes,
-            overwrite=self.overwrite,
-            description_nbytes=content.description_nbytes(),
-            **part,
-        )
+    def writer(self, content: Content, share: Share | None = None) -> DeltaWriter:
+        """Reserve the files, or, as one of several processes, those of its share."""
+        output: Output = {
+            "target": self.path,
+            "overwrite": self.overwrite,
+            "max_shard_nbytes": self.max_shard_nbytes,
+            "description_nbytes": content.description_nbytes(),
+        }
+        return DeltaWriter(output, content.tensors, content.stored_dtype, share=share)
 
 
 def write_alone(

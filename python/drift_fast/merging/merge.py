@@ -260,13 +260,15 @@ class _Run:
         """Reserve the files of the result, and remove them if anything fails."""
         rows = sum(2 * len(json.dumps(name)) + _ROW_NBYTES for name in self.layout.names)
         writer = ModelWriter(
-            out,
+            {
+                "target": out,
+                "overwrite": self.given.overwrite,
+                "max_shard_nbytes": parse_size(self.given.max_shard_size),
+                "description_nbytes": len(json.dumps(description, indent=1)) + rows,
+            },
             self.found.reasoning.multimodal.checkpoint,
             self.layout.slots(),
-            max_shard_nbytes=parse_size(self.given.max_shard_size),
-            overwrite=self.given.overwrite,
-            description_nbytes=len(json.dumps(description, indent=1)) + rows,
-            files=[(name, nbytes) for name, (_, nbytes) in self.side_files.files.items()],
+            [(name, nbytes) for name, (_, nbytes) in self.side_files.files.items()],
         )
         try:
             yield writer
@@ -285,16 +287,18 @@ class _Run:
                 on_progress(Progress(tensors, total, nbytes, total_nbytes, "merging"))
 
         return merge_tensors(
-            self.found.reasoning.reasoning.checkpoint,
-            self.found.reasoning.multimodal.checkpoint,
-            None if base is None else base.reasoning.checkpoint,
+            (
+                self.found.reasoning.reasoning.checkpoint,
+                self.found.reasoning.multimodal.checkpoint,
+                None if base is None else base.reasoning.checkpoint,
+            ),
             self.layout.jobs(),
             writer,
-            method=chosen.method.name,
-            density=chosen.density,
-            seed=chosen.seed,
-            threads=thread_count(self.given.threads),
-            memory=parse_size(self.given.memory),
+            {"name": chosen.method.name, "density": chosen.density, "seed": chosen.seed},
+            {
+                "threads": thread_count(self.given.threads),
+                "memory": parse_size(self.given.memory),
+            },
             progress=report,
         )
 

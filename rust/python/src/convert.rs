@@ -42,10 +42,31 @@ pub(crate) fn parse_storage(name: &str) -> PyResult<Storage> {
     }
 }
 
-pub(crate) fn options(threads: usize, memory: Option<usize>) -> Options {
-    let unbounded = Options::new(threads);
-    Options { memory: memory.unwrap_or(unbounded.memory), ..unbounded }
+/// What a call may use of the machine: worker threads, bytes that the buffers and what is mapped
+/// may take, and bytes that a disk is asked for ahead.
+#[derive(FromPyObject)]
+#[pyo3(from_item_all)]
+pub(crate) struct Limits {
+    threads: usize,
+    #[pyo3(default)]
+    memory: Option<usize>,
+    #[pyo3(default)]
+    prefetch: Option<u64>,
 }
+
+impl From<Limits> for Options {
+    fn from(limits: Limits) -> Self {
+        let unlimited = Self::new(limits.threads);
+        Self {
+            memory: limits.memory.unwrap_or(unlimited.memory),
+            prefetch_nbytes: limits.prefetch.unwrap_or(unlimited.prefetch_nbytes),
+            ..unlimited
+        }
+    }
+}
+
+/// A buffer with the bytes of a tensor, and its dtype.
+pub(crate) type Tensor<'py> = (Bound<'py, PyAny>, String);
 
 /// What a multimodal tensor is paired with: the name of a tensor, or rectangles of several.
 #[derive(FromPyObject)]

@@ -7,11 +7,8 @@ use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
 use crate::buffers::{Readable, Writable};
-use crate::convert::parse_dtype;
+use crate::convert::{Tensor, parse_dtype};
 use crate::detach::detached;
-
-/// The bytes of a tensor and its dtype.
-type Tensor<'py> = (Bound<'py, PyAny>, String);
 
 /// Sums over pairs of tensors in memory: (‖first‖², ‖second‖², first · second).
 ///

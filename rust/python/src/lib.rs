@@ -37,7 +37,7 @@ mod _core {
     use super::stream::{stream, subtract_into};
     #[pymodule_export]
     use super::writers::{
-        DeltaWriter, ModelWriter, is_side_file, places_of, shards, side_file_names,
+        DeltaWriter, ModelWriter, is_side_file, output_paths, shards, side_file_names,
     };
 
     #[pymodule_init]

@@ -6,7 +6,7 @@ use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
 use crate::checkpoint::Checkpoint;
-use crate::convert::{SourceNames, dictionary, options, parse_dtype};
+use crate::convert::{Limits, SourceNames, dictionary, parse_dtype};
 use crate::detach::{Callback, interruptible};
 use crate::errors::to_py;
 use crate::writers::ModelWriter;
@@ -28,23 +28,57 @@ pub(crate) struct BlendNames {
 }
 
 impl BlendNames {
-    fn resolve<'a>(
-        &self,
-        reasoning: &'a Checkpoint,
-        base: Option<&'a Checkpoint>,
-        shape: &[usize],
-    ) -> PyResult<Blend<'a>> {
-        let base = match (base, &self.base) {
-            (Some(base), Some(source)) => Some(source.resolve(base, shape)?),
+    fn resolve<'a>(&self, models: &'a Models, shape: &[usize]) -> PyResult<Blend<'a>> {
+        let base = match (&models.base, &self.base) {
+            (Some(base), Some(source)) => Some(source.resolve(base.get(), shape)?),
             (None, None) => None,
             _ => return Err(PyValueError::new_err("a base and a tensor of it go together")),
         };
         Ok(Blend {
-            reasoning: self.reasoning.resolve(reasoning, shape)?,
+            reasoning: self.reasoning.resolve(models.reasoning.get(), shape)?,
             base,
             dtype: parse_dtype(&self.dtype)?,
             weight: self.weight,
             multimodal_weight: self.multimodal_weight,
+        })
+    }
+}
+
+/// The checkpoints that are merged; the base is None where the method does without one.
+#[derive(FromPyObject)]
+pub(crate) struct Models {
+    #[pyo3(item(0))]
+    reasoning: Py<Checkpoint>,
+    #[pyo3(item(1))]
+    multimodal: Py<Checkpoint>,
+    #[pyo3(item(2))]
+    base: Option<Py<Checkpoint>>,
+}
+
+/// A method by its name, with the density and the seed of those that drop elements.
+#[derive(FromPyObject)]
+#[pyo3(from_item_all)]
+pub(crate) struct MethodFields {
+    name: String,
+    density: Option<f64>,
+    seed: u64,
+}
+
+impl MethodFields {
+    fn parse(&self) -> PyResult<Method> {
+        let Self { name, density, seed } = self;
+        let seed = *seed;
+        let needed =
+            || density.ok_or_else(|| PyValueError::new_err(format!("{name} needs a density")));
+        Ok(match name.as_str() {
+            "layer_swap" => Method::Take,
+            "linear" => Method::Linear,
+            "task_arithmetic" => Method::TaskArithmetic,
+            "slerp" => Method::Slerp,
+            "ties" => Method::Ties { density: needed()? },
+            "dare_linear" => Method::DareLinear { density: needed()?, seed },
+            "dare_ties" => Method::DareTies { density: needed()?, seed },
+            other => return Err(PyValueError::new_err(format!("unknown method {other:?}"))),
         })
     }
 }
@@ -66,26 +100,18 @@ dictionary! {
 /// Merge tensors into a writer's slots, in their order, or copy those that nothing is given for;
 /// return what was found of each merged one, and the most bytes that buffers took at a time.
 #[pyfunction]
-#[pyo3(signature = (
-    reasoning, multimodal, base, tensors, writer, *, method, density = None, seed = 0, threads,
-    memory = None, progress = None
-))]
-#[expect(clippy::too_many_arguments, reason = "they are the keywords of a Python function")]
+#[pyo3(signature = (models, tensors, writer, method, limits, *, progress = None))]
 pub(crate) fn merge(
     py: Python<'_>,
-    reasoning: &Checkpoint,
-    multimodal: &Checkpoint,
-    base: Option<&Checkpoint>,
+    models: Models,
     tensors: Vec<(String, Option<BlendNames>)>,
     writer: &ModelWriter,
-    method: &str,
-    density: Option<f64>,
-    seed: u64,
-    threads: usize,
-    memory: Option<usize>,
+    method: MethodFields,
+    limits: Limits,
     progress: Option<Callback>,
 ) -> PyResult<(Vec<Option<FoundRow>>, usize)> {
-    let method = parse_method(method, density, seed)?;
+    let method = method.parse()?;
+    let multimodal = models.multimodal.get();
     let jobs = tensors
         .iter()
         .map(|(name, blend)| {
@@ -95,28 +121,14 @@ pub(crate) fn merge(
                 return Ok(Job { multimodal, blend: None });
             };
             let multimodal = multimodal.operand(name)?;
-            let blend = blend.resolve(reasoning, base, &multimodal.tensor.shape)?;
+            let blend = blend.resolve(&models, &multimodal.tensor.shape)?;
             Ok(Job { multimodal, blend: Some(blend) })
         })
         .collect::<PyResult<Vec<_>>>()?;
-    let options = options(threads, memory);
+    let options = limits.into();
     let outcome = writer.output.with(|files| {
         interruptible(py, progress, |tick| run(&jobs, method, files, &options, tick))
     })?;
     let rows = outcome.found.iter().map(|found| found.as_ref().map(FoundRow::from)).collect();
     Ok((rows, outcome.peak_nbytes))
-}
-
-fn parse_method(name: &str, density: Option<f64>, seed: u64) -> PyResult<Method> {
-    let needed = || density.ok_or_else(|| PyValueError::new_err(format!("{name} needs a density")));
-    Ok(match name {
-        "layer_swap" => Method::Take,
-        "linear" => Method::Linear,
-        "task_arithmetic" => Method::TaskArithmetic,
-        "slerp" => Method::Slerp,
-        "ties" => Method::Ties { density: needed()? },
-        "dare_linear" => Method::DareLinear { density: needed()?, seed },
-        "dare_ties" => Method::DareTies { density: needed()?, seed },
-        other => return Err(PyValueError::new_err(format!("unknown method {other:?}"))),
-    })
 }

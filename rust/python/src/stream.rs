@@ -9,7 +9,7 @@ use pyo3::prelude::*;
 
 use crate::buffers::Writable;
 use crate::checkpoint::Checkpoint;
-use crate::convert::{SourceNames, dictionary, options, parse_dtype, resolve};
+use crate::convert::{Limits, SourceNames, Tensor, dictionary, parse_dtype, resolve};
 use crate::detach::{Callback, interruptible};
 use crate::errors::to_py;
 use crate::writers::DeltaWriter;
@@ -35,29 +35,21 @@ dictionary! {
 
 /// Stream pairs of tensors; return one dictionary of moments for each, and the most bytes that
 /// buffers took at a time.
-///
-/// `memory` bounds the buffers and what is mapped, in bytes; `prefetch` is how many bytes a disk is
-/// asked for ahead.
 #[pyfunction]
 #[pyo3(signature = (
-    reasoning, multimodal, pairs, *, threads, memory = None, writer = None, progress = None,
-    prefetch = None
+    reasoning, multimodal, pairs, limits, *, writer = None, progress = None
 ))]
-#[expect(clippy::too_many_arguments, reason = "they are the keywords of a Python function")]
 pub(crate) fn stream(
     py: Python<'_>,
     reasoning: &Checkpoint,
     multimodal: &Checkpoint,
     pairs: Vec<(SourceNames, String)>,
-    threads: usize,
-    memory: Option<usize>,
+    limits: Limits,
     writer: Option<&DeltaWriter>,
     progress: Option<Callback>,
-    prefetch: Option<u64>,
 ) -> PyResult<(Vec<MomentsRow>, usize)> {
     let pairs = resolve(reasoning, multimodal, &pairs)?;
-    let mut options = options(threads, memory);
-    options.prefetch_nbytes = prefetch.unwrap_or(options.prefetch_nbytes);
+    let options = limits.into();
     let into =
         |sink: Sink<'_>| interruptible(py, progress, |tick| run(&pairs, sink, &options, tick));
     let outcome = match writer {
@@ -67,25 +59,20 @@ pub(crate) fn stream(
     Ok((outcome.moments.iter().map(MomentsRow::from).collect(), outcome.peak_nbytes))
 }
 
-/// Fill a writable buffer with one difference, or with elements [start, stop) of it, and return
+/// Fill a writable tensor with one difference, or with elements [start, stop) of it, and return
 /// the moments of those. A tensor that is put together from blocks is only subtracted whole.
 #[pyfunction]
-#[pyo3(signature = (
-    reasoning, multimodal, pair, buffer, *, dtype, threads, memory = None, elements = None
-))]
-#[expect(clippy::too_many_arguments, reason = "they are the keywords of a Python function")]
+#[pyo3(signature = (reasoning, multimodal, pair, out, limits, *, elements = None))]
 pub(crate) fn subtract_into(
     py: Python<'_>,
     reasoning: &Checkpoint,
     multimodal: &Checkpoint,
     pair: (SourceNames, String),
-    buffer: &Bound<'_, PyAny>,
-    dtype: &str,
-    threads: usize,
-    memory: Option<usize>,
+    out: Tensor<'_>,
+    limits: Limits,
     elements: Option<(usize, usize)>,
 ) -> PyResult<MomentsRow> {
-    let mut buffer = Writable::new(buffer)?;
+    let (mut buffer, dtype) = (Writable::new(&out.0)?, parse_dtype(&out.1)?);
     let mut pairs = resolve(reasoning, multimodal, &[pair])?;
     let tensors;
     if let Some((start, stop)) = elements {
@@ -105,8 +92,8 @@ pub(crate) fn subtract_into(
             },
         };
     }
-    let sink = Sink::Memory(parse_dtype(dtype)?, buffer.bytes());
-    let options = options(threads, memory);
+    let sink = Sink::Memory(dtype, buffer.bytes());
+    let options = limits.into();
     let outcome = interruptible(py, None, |tick| run(&pairs, sink, &options, tick))?;
     Ok(MomentsRow::from(&outcome.moments[0]))
 }

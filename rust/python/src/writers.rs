@@ -5,7 +5,7 @@ use std::sync::{Mutex, MutexGuard, TryLockError};
 
 use drift_fast_core::Result;
 use drift_fast_core::output::{
-    OutputSpec, RankShare, Slot, Storage, Writer, layout, places_of as output_places, side_files,
+    OutputSpec, RankShare, Slot, Storage, Writer, layout, output_paths as find_paths, side_files,
 };
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
@@ -55,6 +55,36 @@ fn finished() -> PyErr {
     PyRuntimeError::new_err("this output was committed or aborted already")
 }
 
+/// Where an output is written, and how; `drift.json` or `merge.json` takes `description_nbytes`.
+#[derive(FromPyObject)]
+#[pyo3(from_item_all)]
+struct OutputFields {
+    target: PathBuf,
+    overwrite: bool,
+    max_shard_nbytes: u64,
+    description_nbytes: u64,
+}
+
+impl OutputFields {
+    fn spec<'a>(&'a self, slots: &'a [Slot]) -> OutputSpec<'a> {
+        OutputSpec {
+            target: &self.target,
+            slots,
+            max_shard_nbytes: self.max_shard_nbytes,
+            description_nbytes: self.description_nbytes,
+            overwrite: self.overwrite,
+        }
+    }
+}
+
+/// The files that one of several processes writes; all but the first join what is there.
+#[derive(FromPyObject)]
+#[pyo3(from_item_all)]
+struct ShareFields {
+    shards: Vec<usize>,
+    join: bool,
+}
+
 /// A delta directory being written; it takes its name at `commit`.
 #[pyclass(frozen, module = "drift_fast._core")]
 pub(crate) struct DeltaWriter {
@@ -64,35 +94,22 @@ pub(crate) struct DeltaWriter {
 #[pymethods]
 impl DeltaWriter {
     #[new]
-    #[pyo3(signature = (
-        target, tensors, dtype, *, max_shard_nbytes, overwrite, description_nbytes = 0,
-        shards = None, join = false
-    ))]
-    #[expect(clippy::too_many_arguments, reason = "they are the keywords of a Python function")]
+    #[pyo3(signature = (output, tensors, dtype, *, share = None))]
     fn new(
         py: Python<'_>,
-        target: PathBuf,
+        output: OutputFields,
         tensors: Vec<(String, Vec<usize>)>,
         dtype: &str,
-        max_shard_nbytes: u64,
-        overwrite: bool,
-        description_nbytes: u64,
-        shards: Option<Vec<usize>>,
-        join: bool,
+        share: Option<ShareFields>,
     ) -> PyResult<Self> {
         let storage = parse_storage(dtype)?;
         let slots = slots(storage, tensors);
-        let spec = OutputSpec {
-            target: &target,
-            slots: &slots,
-            max_shard_nbytes,
-            description_nbytes,
-            overwrite,
-        };
-        let share = shards.as_deref().map(|shards| RankShare { shards, join });
-        let output = Output::create(py, || match share {
+        let spec = output.spec(&slots);
+        let output = Output::create(py, || match &share {
             None => Writer::create(&spec, storage),
-            Some(share) => Writer::create_share(&spec, storage, share),
+            Some(ShareFields { shards, join }) => {
+                Writer::create_share(&spec, storage, RankShare { shards, join: *join })
+            }
         })?;
         Ok(Self { output })
     }
@@ -139,18 +156,11 @@ impl ModelWriter {
     /// Reserve the space for tensors of the multimodal checkpoint, each in the given dtype or in
     /// its own, and for files of the given sizes.
     #[new]
-    #[pyo3(signature = (
-        target, multimodal, tensors, *, max_shard_nbytes, overwrite, description_nbytes, files
-    ))]
-    #[expect(clippy::too_many_arguments, reason = "they are the keywords of a Python function")]
     fn new(
         py: Python<'_>,
-        target: PathBuf,
+        output: OutputFields,
         multimodal: &Checkpoint,
         tensors: Vec<(String, Option<String>)>,
-        max_shard_nbytes: u64,
-        overwrite: bool,
-        description_nbytes: u64,
         files: Vec<(String, u64)>,
     ) -> PyResult<Self> {
         let slots = tensors
@@ -164,13 +174,7 @@ impl ModelWriter {
                 Ok(Slot { name, shape: tensor.shape.clone(), dtype })
             })
             .collect::<PyResult<Vec<_>>>()?;
-        let spec = OutputSpec {
-            target: &target,
-            slots: &slots,
-            max_shard_nbytes,
-            description_nbytes,
-            overwrite,
-        };
+        let spec = output.spec(&slots);
         let output = Output::create(py, || Writer::create_model(&spec, &files))?;
         Ok(Self { output })
     }
@@ -212,8 +216,8 @@ pub(crate) fn shards(
 
 /// The absolute path of a delta and the hidden directory that it is written in.
 #[pyfunction]
-pub(crate) fn places_of(target: PathBuf) -> PyResult<(PathBuf, PathBuf)> {
-    output_places(&target).map_err(to_py)
+pub(crate) fn output_paths(target: PathBuf) -> PyResult<(PathBuf, PathBuf)> {
+    find_paths(&target).map_err(to_py)
 }
 
 /// Names of files that a merge copies, licenses aside.

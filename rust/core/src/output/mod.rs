@@ -11,5 +11,5 @@ mod writer;
 
 pub use format::{Slot, Storage};
 pub use staging::RANKS;
-pub use target::places_of;
+pub use target::output_paths;
 pub use writer::{OutputSpec, RankShare, Writer};

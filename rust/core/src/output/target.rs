@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 ///
 /// # Errors
 /// A path that names no place for a delta.
-pub fn places_of(target: &Path) -> Result<(PathBuf, PathBuf)> {
+pub fn output_paths(target: &Path) -> Result<(PathBuf, PathBuf)> {
     places(target, Naming::DELTA)
 }
 
