@@ -138,6 +138,9 @@ def test_what_fits_is_filled_once(
         assert_same(gradients_of(model), expected[0])
 
 
+PAGE_NBYTES = 4096
+
+
 # --- memory ------------------------------------------------------------------------------------
 
 
@@ -177,8 +180,10 @@ def test_no_more_of_delta_is_held_than_the_store_says(
             "host-int8": rounds + ring + small,
         }[where]
         assert store.nbytes == expected
-        # What else an injection holds is a few numbers for each target.
-        assert expected <= held <= expected + 16_000
+        # What else an injection holds is a few numbers for each target, and where there is an
+        # accelerator, the rest of the last page of each page-locked tensor.
+        pages = 2 * PAGE_NBYTES * len(numels) if torch.cuda.is_available() else 0
+        assert expected <= held <= expected + 16_000 + pages
     del injection, store
     assert tensor_nbytes() <= before + 1_000
 

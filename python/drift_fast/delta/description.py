@@ -72,7 +72,7 @@ class Description(msgspec.Struct, frozen=True):
             raise file.wrong(
                 f"format version {version!r}, which {author} wrote, expected {FORMAT_VERSION}"
             )
-        if dtype in RETIRED:
+        if isinstance(dtype, str) and dtype in RETIRED:
             raise CheckpointError(
                 f"{directory}: {author} stored this delta as {dtype}, which this version does not "
                 "read; compute the delta again with dtype='bfloat16' or 'int8'"
