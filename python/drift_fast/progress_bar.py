@@ -26,25 +26,24 @@ ProgressCallback = Callable[[Progress], object]
 @contextlib.contextmanager
 def reported(
     progress_bar: bool | None, on_progress: ProgressCallback | None
-) -> Iterator[ProgressCallback | None]:
-    """Yield what to call with each `Progress`: the function, a bar, both, or None for neither.
+) -> Iterator[ProgressCallback]:
+    """Yield what to call with each `Progress`, which passes it to the function and to a bar.
 
     progress_bar: None shows one where standard error is a terminal, and in a notebook.
     """
+    call = on_progress or unreported
     shown = progress_bar
     if shown is None:
         shown = sys.stderr.isatty() or "ipykernel" in sys.modules
     if not shown:
-        yield on_progress
+        yield call
         return
     with _bar(forced=progress_bar is True) as draw:
+        yield lambda progress: (draw(progress), call(progress))
 
-        def both(progress: Progress) -> None:
-            draw(progress)
-            if on_progress is not None:
-                on_progress(progress)
 
-        yield both
+def unreported(progress: Progress) -> None:
+    """Do nothing, for a stream that nobody watches."""
 
 
 @contextlib.contextmanager

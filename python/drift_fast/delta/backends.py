@@ -19,7 +19,7 @@ from drift_fast.delta.options import StreamOptions
 from drift_fast.delta.statistics import Statistics, row_from_moments
 from drift_fast.dtypes import COMPRESSED, INT8_BLOCK, STORED_DTYPES, share_lost, tensor_dtype
 from drift_fast.errors import CheckpointError, DriftWarning, NonFiniteError
-from drift_fast.progress_bar import Progress, ProgressCallback
+from drift_fast.progress_bar import Progress, ProgressCallback, unreported
 from drift_fast.sizes import MEMORY, parse_size, thread_count
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class Backend(Protocol):
         self, name: str, buffer: Any, elements: tuple[int, int] | None = None
     ) -> None: ...
     def statistics(
-        self, on_progress: ProgressCallback | None = None
+        self, on_progress: ProgressCallback = unreported
     ) -> tuple[Statistics, int | None]:
         """Return the statistics, and the most bytes that buffers took; None if nothing was read."""
 
@@ -43,7 +43,7 @@ class Backend(Protocol):
         self,
         writer: DeltaWriter,
         places: Sequence[int],
-        on_progress: ProgressCallback | None,
+        on_progress: ProgressCallback,
         memory: int | None,
     ) -> tuple[Sequence[Mapping[str, Any]], int | None]:
         """Write the tensors of these places, the writer's first to last.
@@ -93,19 +93,19 @@ class Streamed:
         self,
         writer: DeltaWriter,
         places: Sequence[int],
-        on_progress: ProgressCallback | None,
+        on_progress: ProgressCallback,
         memory: int | None,
     ) -> tuple[list[Moments], int]:
         return self._stream(places, on_progress, writer, memory)
 
-    def statistics(self, on_progress: ProgressCallback | None = None) -> tuple[Statistics, int]:
+    def statistics(self, on_progress: ProgressCallback = unreported) -> tuple[Statistics, int]:
         rows, peak_nbytes = self._stream(range(len(self._pairs)), on_progress)
         return self.conclude(rows, written=False), peak_nbytes
 
     def _stream(
         self,
         places: Sequence[int],
-        on_progress: ProgressCallback | None = None,
+        on_progress: ProgressCallback,
         writer: DeltaWriter | None = None,
         memory: int | None = None,
     ) -> tuple[list[Moments], int]:
@@ -113,8 +113,7 @@ class Streamed:
         total_nbytes = sum(map(self._pair.nbytes_of, pairs))
 
         def report(tensors: int, nbytes: int) -> None:
-            if on_progress is not None:
-                on_progress(Progress(tensors, len(pairs), nbytes, total_nbytes))
+            on_progress(Progress(tensors, len(pairs), nbytes, total_nbytes))
 
         return stream(
             self._pair.reasoning.checkpoint,
@@ -164,13 +163,7 @@ class Streamed:
                     f"{name}: {row['overflow']} differences are beyond the range of {dtype}"
                     + ("; choose dtype='bfloat16' or 'float32'" if narrow else "")
                 )
-        if found:
-            more = f"; and {len(found) - 8} more" if len(found) > 8 else ""
-            raise NonFiniteError(
-                "; ".join(found[:8])
-                + more
-                + ". Pass allow_nonfinite=True to record them in the statistics instead"
-            )
+        refuse_problems(found, "record them in the statistics instead")
 
 
 # A few mebibytes; more at a time copies no faster.
@@ -220,7 +213,7 @@ class Stored:
         self._checkpoint.read_into(f"{name}.scale", buffer, elements=blocks)
 
     def statistics(
-        self, on_progress: ProgressCallback | None = None
+        self, on_progress: ProgressCallback = unreported
     ) -> tuple[Statistics, int | None]:
         return self._stats, None
 
@@ -228,7 +221,7 @@ class Stored:
         self,
         writer: DeltaWriter,
         places: Sequence[int],
-        on_progress: ProgressCallback | None,
+        on_progress: ProgressCallback,
         memory: int | None,
     ) -> tuple[list[Mapping[str, Any]], int]:
         # As it is stored: nothing is decoded, and so nothing rounded again.
@@ -253,11 +246,9 @@ class Stored:
                     self._checkpoint.read_into(name, piece, elements=(start, stop))
                     writer.write(slot, piece, offset=start * itemsize)
                     done += len(piece)
-                    if on_progress is not None:
-                        on_progress(Progress(index, len(rows), done, total))
+                    on_progress(Progress(index, len(rows), done, total))
                 slot += 1
-            if on_progress is not None:
-                on_progress(Progress(index + 1, len(rows), done, total))
+            on_progress(Progress(index + 1, len(rows), done, total))
         return [{} for _ in rows], len(buffer)
 
     def conclude(self, rows: Sequence[Mapping[str, Any]], *, written: bool) -> Statistics:
@@ -267,6 +258,19 @@ class Stored:
         for name, _, shape, _ in self._checkpoint.tensors():
             _, start, end = self._checkpoint.place(name)
             yield name, start, end, math.prod(shape)
+
+
+def refuse_problems(found: Sequence[str], instead: str) -> None:
+    """Refuse values that are not finite, the first few in full; `instead` is what is possible.
+
+    Raises:
+        NonFiniteError: there are some.
+    """
+    if found:
+        more = f"; and {len(found) - 8} more" if len(found) > 8 else ""
+        raise NonFiniteError(
+            f"{'; '.join(found[:8])}{more}. Pass allow_nonfinite=True to {instead}"
+        )
 
 
 def warn_of_zero(pair: AlignedPair) -> None:

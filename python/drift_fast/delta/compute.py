@@ -129,7 +129,7 @@ def inspect(
 
 
 def _ready(
-    pair: AlignedPair, on_progress: ProgressCallback | None, group: ProcessGroup | None = None
+    pair: AlignedPair, on_progress: ProgressCallback, group: ProcessGroup | None = None
 ) -> AlignedPair:
     """Download what is needed and check that the weights belong together.
 
@@ -138,8 +138,7 @@ def _ready(
     """
 
     def report(done: int, total: int) -> None:
-        if on_progress is not None:
-            on_progress(Progress(0, len(pair.pairs), done, total, "downloading"))
+        on_progress(Progress(0, len(pair.pairs), done, total, "downloading"))
 
     warn_of_configurations(pair)
     pair = first(group, lambda: fetch(pair, report))

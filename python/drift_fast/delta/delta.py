@@ -126,7 +126,7 @@ class Delta(Mapping[str, "torch.Tensor"]):
     def write(
         self,
         destination: Destination,
-        on_progress: ProgressCallback | None,
+        on_progress: ProgressCallback,
         group: ProcessGroup | None,
     ) -> Delta:
         """Write the delta as one process or as one of a group, and return it opened from there."""

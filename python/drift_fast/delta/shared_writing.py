@@ -37,7 +37,7 @@ def write_together(
     group: ProcessGroup,
     content: Content,
     destination: Destination,
-    on_progress: ProgressCallback | None,
+    on_progress: ProgressCallback,
 ) -> int | None:
     """Write a delta as one of several ranks; when it returns, the delta has its name.
 
@@ -61,8 +61,7 @@ def write_together(
 
     def watched(progress: Progress) -> None:
         group.check()
-        if on_progress is not None:
-            on_progress(progress)
+        on_progress(progress)
 
     writer = _joined(group, create)
     try:

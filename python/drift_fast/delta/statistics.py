@@ -53,6 +53,12 @@ class Row:
     stored_dot: float | None = None
     flushed: int | None = None
 
+    @classmethod
+    def of(cls, name: str, shape: Sequence[int], **moments: Any) -> Row:
+        """Return the row of one tensor, with the columns that follow from its name and shape."""
+        place = module_of(name), layer_of(name), kind_of(name)
+        return cls(name, *place, tuple(shape), math.prod(shape), **moments)
+
     @property
     def delta_norm(self) -> float:
         """‖Δ‖."""
@@ -80,11 +86,7 @@ class Row:
     @property
     def cosine(self) -> float:
         """cos(W_reason, W_multimodal), NaN where either is zero."""
-        norms = self.reasoning_norm * self.multimodal_norm
-        # min and max below would turn NaN into a direction.
-        if norms == 0 or not math.isfinite(norms + self.dot):
-            return math.nan
-        return max(-1.0, min(1.0, self.dot / norms))
+        return _cosine(self.dot, self.reasoning_norm * self.multimodal_norm)
 
     @property
     def zero_share(self) -> float:
@@ -99,17 +101,12 @@ class Row:
     @property
     def stored_norm(self) -> float:
         """‖stored‖ of a compressed Δ, else NaN."""
-        return math.nan if self.stored_sq is None else math.sqrt(self.stored_sq)
+        return math.sqrt(_float_or_nan(self.stored_sq))
 
     @property
     def stored_cosine(self) -> float:
         """cos(Δ, stored) of a compressed Δ; NaN elsewhere and where either is zero."""
-        if self.stored_dot is None:
-            return math.nan
-        norms = self.delta_norm * self.stored_norm
-        if norms == 0 or not math.isfinite(norms + self.stored_dot):
-            return math.nan
-        return max(-1.0, min(1.0, self.stored_dot / norms))
+        return _cosine(_float_or_nan(self.stored_dot), self.delta_norm * self.stored_norm)
 
     def to_dict(self) -> dict[str, Any]:
         """Return every column, derived ones included; NaN and infinity become None."""
@@ -132,43 +129,19 @@ _SUMS = ("delta_sq", "reasoning_sq", "multimodal_sq", "dot")
 # What a delta need not have: written by an earlier version, or not compressed.
 _OPTIONAL_SUMS = ("max_abs", "stored_sq", "stored_dot")
 _OPTIONAL_COUNTS = ("zeros", "agreeing", "flushed")
-_STORED = (*_SUMS, "nonfinite", "overflow")
+_COUNTS = ("nonfinite", "overflow")
+_STORED = (*_SUMS, *_COUNTS)
+_COMPRESSED = ("stored_sq", "stored_dot", "flushed")
 
 
 def row_from_moments(
     name: str, shape: Sequence[int], moments: Moments, *, compressed: bool = False
 ) -> Row:
     """Return the row of one tensor; `compressed` says that it was stored in eight bits."""
-    stored: dict[str, Any] = {
-        "stored_sq": moments["written_sq"],
-        "stored_dot": moments["stored_dot"],
-        "flushed": moments["flushed"],
-    }
-    return Row(
-        **_place(name, shape),
-        delta_sq=moments["delta_sq"],
-        reasoning_sq=moments["reasoning_sq"],
-        multimodal_sq=moments["multimodal_sq"],
-        dot=moments["dot"],
-        nonfinite=moments["nonfinite_reasoning"] + moments["nonfinite_multimodal"],
-        overflow=moments["overflow"],
-        max_abs=moments["max_abs"],
-        zeros=moments["zeros"],
-        agreeing=moments["agreeing"],
-        **(stored if compressed else {}),
-    )
-
-
-def _place(name: str, shape: Sequence[int]) -> dict[str, Any]:
-    """Return the columns that follow from a tensor's name and shape."""
-    return {
-        "name": name,
-        "module": module_of(name),
-        "layer": layer_of(name),
-        "kind": kind_of(name),
-        "shape": tuple(shape),
-        "numel": math.prod(shape),
-    }
+    columns: dict[str, Any] = {**moments, "stored_sq": moments["written_sq"]}
+    columns["nonfinite"] = moments["nonfinite_reasoning"] + moments["nonfinite_multimodal"]
+    kept = (*_STORED, "max_abs", "zeros", "agreeing", *(_COMPRESSED if compressed else ()))
+    return Row.of(name, shape, **{column: columns[column] for column in kept})
 
 
 @dataclass(frozen=True)
@@ -255,10 +228,9 @@ class Statistics(Sequence[Row]):
         """Return what `drift.json` stores: names, shapes and sums, from which the rest follows."""
         return [
             {"name": row.name, "shape": list(row.shape)}
-            | {column: _finite_or_none(getattr(row, column)) for column in _STORED}
             | {
                 column: _finite_or_none(getattr(row, column))
-                for column in (*_OPTIONAL_SUMS, *_OPTIONAL_COUNTS)
+                for column in (*_STORED, *_OPTIONAL_SUMS, *_OPTIONAL_COUNTS)
                 if getattr(row, column) is not None
             }
             for row in self._rows
@@ -274,24 +246,16 @@ class Statistics(Sequence[Row]):
         restored = []
         for row in rows:
             name = row["name"]
-            sums: dict[str, Any] = {column: _float_or_nan(row[column]) for column in _SUMS}
+            sums = {column: _float_or_nan(row[column]) for column in _SUMS}
             sums |= {
-                column: _float_or_nan(row[column])
+                column: float(row[column])
                 for column in _OPTIONAL_SUMS
                 if row.get(column) is not None
             }
             if min(sums[key] for key in sums if key.endswith("_sq")) < 0:
                 raise ValueError(f"the statistics of {name} hold a negative square")
-            counts: dict[str, Any] = {column: row.get(column) for column in _OPTIONAL_COUNTS}
-            restored.append(
-                Row(
-                    **_place(name, row["shape"]),
-                    nonfinite=row["nonfinite"],
-                    overflow=row["overflow"],
-                    **sums,
-                    **counts,
-                )
-            )
+            counts = {column: row.get(column) for column in (*_COUNTS, *_OPTIONAL_COUNTS)}
+            restored.append(Row.of(name, row["shape"], **sums, **counts))
         return cls(restored)
 
     def table(self) -> str:
@@ -316,13 +280,12 @@ class Statistics(Sequence[Row]):
         """How much of Δ is left in eight bits; None where it was not compressed."""
         if not self._rows or any(row.stored_sq is None for row in self._rows):
             return None
-        cosines = [row.stored_cosine for row in self._rows if row.delta_sq > 0]
+        moved = [row for row in self._rows if row.delta_sq > 0]
         flushed = sum(row.flushed or 0 for row in self._rows)
-        if not cosines:
+        if not moved:
             return Compression(math.nan, math.nan, "", math.nan, flushed)
         # What became zero throughout has no direction left.
-        cosines = [0.0 if math.isnan(cosine) else cosine for cosine in cosines]
-        moved = [row for row in self._rows if row.delta_sq > 0]
+        cosines = [0.0 if math.isnan(row.stored_cosine) else row.stored_cosine for row in moved]
         at = min(range(len(cosines)), key=cosines.__getitem__)
         together = self.total
         return Compression(
@@ -339,22 +302,23 @@ class Statistics(Sequence[Row]):
             groups.setdefault(key(row), []).append(row)
         rows = []
         for (module, layer), members in groups.items():
-            place = "outside the layers" if layer is None else f"layer {layer}"
-            label = module if layer is None and module != "all" else place
-            if module != "all" and layer is not None:
-                label = f"{module} in layer {layer}"
+            if module == "all":
+                label = "outside the layers" if layer is None else f"layer {layer}"
+            else:
+                label = module if layer is None else f"{module} in layer {layer}"
             rows.append(_together(label, module, layer, members))
         return Statistics(rows)
 
 
+def _cosine(dot: float, norms: float) -> float:
+    # min and max below would turn NaN into a direction.
+    if norms == 0 or not math.isfinite(norms + dot):
+        return math.nan
+    return max(-1.0, min(1.0, dot / norms))
+
+
 def _share(count: int | None, numel: int) -> float:
     return math.nan if count is None or numel == 0 else count / numel
-
-
-def _known(rows: Sequence[Row], column: str) -> list[Any] | None:
-    """Return a column, or None where a row does not have it."""
-    values = [getattr(row, column) for row in rows]
-    return None if None in values else values
 
 
 def _finite_or_none(value: Any) -> Any:
@@ -374,8 +338,8 @@ def _together(name: str, module: str, layer: int | None, rows: Sequence[Row]) ->
     kinds = {row.kind for row in rows}
 
     def total(column: str, add: Callable[[list[Any]], Any]) -> Any:
-        values = _known(rows, column)
-        return None if values is None else add(values)
+        values = [getattr(row, column) for row in rows]
+        return None if None in values else add(values)
 
     return Row(
         name=name,
@@ -384,16 +348,7 @@ def _together(name: str, module: str, layer: int | None, rows: Sequence[Row]) ->
         kind=kinds.pop() if len(kinds) == 1 else "several",
         shape=(),
         numel=sum(row.numel for row in rows),
-        delta_sq=math.fsum(row.delta_sq for row in rows),
-        reasoning_sq=math.fsum(row.reasoning_sq for row in rows),
-        multimodal_sq=math.fsum(row.multimodal_sq for row in rows),
-        dot=math.fsum(row.dot for row in rows),
-        nonfinite=sum(row.nonfinite for row in rows),
-        overflow=sum(row.overflow for row in rows),
         max_abs=total("max_abs", lambda values: max(values, default=0.0)),
-        zeros=total("zeros", sum),
-        agreeing=total("agreeing", sum),
-        stored_sq=total("stored_sq", math.fsum),
-        stored_dot=total("stored_dot", math.fsum),
-        flushed=total("flushed", sum),
+        **{column: total(column, math.fsum) for column in (*_SUMS, "stored_sq", "stored_dot")},
+        **{column: total(column, sum) for column in (*_COUNTS, *_OPTIONAL_COUNTS)},
     )

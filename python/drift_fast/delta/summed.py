@@ -11,8 +11,7 @@ from drift_fast.delta.combined import Combined
 from drift_fast.delta.statistics import Row, Statistics
 from drift_fast.dtypes import share_lost
 from drift_fast.errors import NonFiniteError
-from drift_fast.names import kind_of, layer_of, module_of
-from drift_fast.progress_bar import Progress, ProgressCallback
+from drift_fast.progress_bar import Progress, ProgressCallback, unreported
 
 if TYPE_CHECKING:
     import torch
@@ -37,14 +36,14 @@ class Summed:
         self,
         writer: DeltaWriter,
         places: Sequence[int],
-        on_progress: ProgressCallback | None,
+        on_progress: ProgressCallback,
         memory: int | None,
     ) -> tuple[list[Mapping[str, Any]], int | None]:
         # Pieces are of one size, so there is nothing that less memory could change.
         return self._measure(places, on_progress, writer), None
 
     def statistics(
-        self, on_progress: ProgressCallback | None = None
+        self, on_progress: ProgressCallback = unreported
     ) -> tuple[Statistics, int | None]:
         rows = self._measure(range(len(self.shapes)), on_progress, None)
         return self.conclude(rows, written=False), None
@@ -58,13 +57,9 @@ class Summed:
                     "choose dtype='bfloat16' or 'float32'"
                 )
             found.append(
-                Row(
-                    name=name,
-                    module=module_of(name),
-                    layer=layer_of(name),
-                    kind=kind_of(name),
-                    shape=shape,
-                    numel=math.prod(shape),
+                Row.of(
+                    name,
+                    shape,
                     delta_sq=row["delta_sq"],
                     reasoning_sq=math.nan,
                     multimodal_sq=self._combined.multimodal_sq(name),
@@ -78,7 +73,7 @@ class Summed:
     def _measure(
         self,
         places: Sequence[int],
-        on_progress: ProgressCallback | None,
+        on_progress: ProgressCallback,
         writer: DeltaWriter | None,
     ) -> list[Mapping[str, Any]]:
         names = list(self.shapes)
@@ -101,14 +96,12 @@ class Summed:
                 if writer is not None:
                     writer.write(slot, window, offset=start * itemsize)
                 done += len(window)
-                if on_progress is not None:
-                    on_progress(Progress(slot, len(places), done, total_nbytes))
+                on_progress(Progress(slot, len(places), done, total_nbytes))
             exact, written = (
                 math.fsum(column) for column in zip((0.0, 0.0), *squares, strict=True)
             )
             rows.append({"delta_sq": exact, "written_sq": written})
-        if on_progress is not None:
-            on_progress(Progress(len(places), len(places), done, total_nbytes))
+        on_progress(Progress(len(places), len(places), done, total_nbytes))
         return rows
 
 

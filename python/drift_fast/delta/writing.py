@@ -68,7 +68,7 @@ class Destination:
 
 
 def write_alone(
-    content: Content, destination: Destination, on_progress: ProgressCallback | None
+    content: Content, destination: Destination, on_progress: ProgressCallback
 ) -> int | None:
     """Write a delta and return the most bytes that buffers took, where that is known.
 

@@ -192,14 +192,11 @@ def _align_base(
         ) from error
 
 
-def _fetched(
-    pair: AlignedPair, layout: MergeLayout, on_progress: ProgressCallback | None
-) -> AlignedPair:
+def _fetched(pair: AlignedPair, layout: MergeLayout, on_progress: ProgressCallback) -> AlignedPair:
     """Download what the merge needs: of the multimodal checkpoint, everything."""
 
     def report(done: int, total: int) -> None:
-        if on_progress is not None:
-            on_progress(Progress(0, len(layout.names), done, total, "downloading"))
+        on_progress(Progress(0, len(layout.names), done, total, "downloading"))
 
     return fetch(pair, report, needed=(pair.needed()[0], set(layout.names)))
 
@@ -213,7 +210,7 @@ class _Run:
     side_files: SideFiles
     given: MergeConfig
 
-    def write(self, out: Path, on_progress: ProgressCallback | None) -> Merged:
+    def write(self, out: Path, on_progress: ProgressCallback) -> Merged:
         """Merge every tensor, copy the side files, and give the directory its name."""
         description = self._description()
         with self._writer(out, description) as writer:
@@ -277,14 +274,13 @@ class _Run:
             raise
 
     def _merge(
-        self, writer: ModelWriter, on_progress: ProgressCallback | None
+        self, writer: ModelWriter, on_progress: ProgressCallback
     ) -> tuple[list[Found | None], int]:
         chosen, base = self.layout.chosen, self.found.base
         total, total_nbytes = len(self.layout.written), self.layout.total_nbytes
 
         def report(tensors: int, nbytes: int) -> None:
-            if on_progress is not None:
-                on_progress(Progress(tensors, total, nbytes, total_nbytes, "merging"))
+            on_progress(Progress(tensors, total, nbytes, total_nbytes, "merging"))
 
         return merge_tensors(
             (

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from drift_fast.errors import NonFiniteError
+from drift_fast.delta.backends import refuse_problems
 from drift_fast.merging.layout import Blended
 from drift_fast.names import kind_of, layer_of
 
@@ -80,13 +80,7 @@ def refuse_nonfinite(found: Iterable[tuple[Blended, Found]], paths: Mapping[str,
         NonFiniteError: there are some.
     """
     problems = [problem for blended, row in found for problem in _problems(blended, row, paths)]
-    if problems:
-        more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise NonFiniteError(
-            "; ".join(problems[:8])
-            + more
-            + ". Pass allow_nonfinite=True to count them in the report instead"
-        )
+    refuse_problems(problems, "count them in the report instead")
 
 
 def _problems(blended: Blended, row: Found, paths: Mapping[str, Path]) -> Iterator[str]:
