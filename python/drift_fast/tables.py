@@ -6,9 +6,7 @@ The text is the same on a terminal, in a pipe and in a file: no color, and no li
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-
-# Wider than any line, so that rich neither wraps nor cuts one.
-_WIDTH = 1_000_000
+from unicodedata import east_asian_width
 
 
 def render(columns: Sequence[str], rows: Iterable[Sequence[str]], align: str = "") -> str:
@@ -18,19 +16,17 @@ def render(columns: Sequence[str], rows: Iterable[Sequence[str]], align: str = "
 
     align: `<` or `>` for each column, the left or the right; columns without one go to the left.
     """
-    # Loaded here, so that importing the package stays light.
-    from io import StringIO
+    lines = [*([tuple(columns)] if any(columns) else []), *map(tuple, rows)]
+    widths = [max(map(_width, cells), default=0) for cells in zip(*lines, strict=True)]
+    sides = align.ljust(len(columns), "<")
 
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+    def aligned(cell: str, side: str, width: int) -> str:
+        space = " " * (width - _width(cell))
+        return space + cell if side == ">" else cell + space
 
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=any(columns))
-    for column, side in zip(columns, align.ljust(len(columns), "<"), strict=True):
-        table.add_column(Text(column), justify="right" if side == ">" else "left", no_wrap=True)
-    for row in rows:
-        # Text, since rich would read brackets in a string as markup.
-        table.add_row(*map(Text, row))
-    stream = StringIO()
-    Console(file=stream, width=_WIDTH, color_system=None, legacy_windows=False).print(table)
-    return "\n".join(line.rstrip() for line in stream.getvalue().splitlines())
+    return "\n".join("  ".join(map(aligned, line, sides, widths)).rstrip() for line in lines)
+
+
+def _width(cell: str) -> int:
+    """Return how many columns of a terminal a text takes."""
+    return sum(2 if east_asian_width(character) in "WF" else 1 for character in cell)

@@ -12,7 +12,6 @@ from typing import Literal
 
 from drift_fast.alignment.layout import Rectangle
 from drift_fast.alignment.name_alignment import NameAlignment, Pair
-from drift_fast.alignment.tokenizer_files import FILES
 from drift_fast.alignment.vocabulary import RowMap, TokenRows, match_rows
 from drift_fast.checkpoints.opened import Opened
 from drift_fast.errors import CoverageError
@@ -21,6 +20,9 @@ from drift_fast.selection import Selection
 from drift_fast.shapes import Shape
 
 Rows = Literal["token", "index"] | None
+
+# What to download of a checkpoint on a server to read its vocabulary.
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "added_tokens.json", "tokenizer_config.json")
 
 TIED = "tied to the embedding by the configuration: one parameter, taken with embed"
 
@@ -54,7 +56,7 @@ def align_rows(
     """
     for side in (reasoning, multimodal):
         if any(kind_of(n) in ("embed", "head") and n in selection for n in side.shapes):
-            side.download_files(FILES)
+            side.download_files(_TOKENIZER_FILES)
     # Read even where nothing is tied, so that a configuration that is not valid is refused.
     reasoning_tied = reasoning.configuration.is_tied
     multimodal_tied = multimodal.configuration.is_tied

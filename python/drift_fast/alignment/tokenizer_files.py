@@ -15,8 +15,6 @@ from msgspec import Struct
 
 from drift_fast.config_files import JsonFile, shown
 
-# What to download of a checkpoint on a server to read its vocabulary.
-FILES = ("tokenizer.json", "vocab.json", "added_tokens.json", "tokenizer_config.json")
 SAVE = "save a tokenizer.json there with AutoTokenizer.from_pretrained(…).save_pretrained(…)"
 
 # Formats that need a library to be read, by the names transformers and mistral-common give them.

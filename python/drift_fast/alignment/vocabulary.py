@@ -9,10 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from drift_fast.alignment.tokenizer_files import SAVE, Vocabulary, read_vocabulary
 from drift_fast.errors import CoverageError
+
+if TYPE_CHECKING:
+    from drift_fast.alignment.tokenizer_files import Vocabulary
 
 _BY_INDEX = 'pass rows="index" if row i of both means the same token'
 
@@ -129,6 +131,9 @@ def _by_token(reasoning: TokenRows, multimodal: TokenRows) -> tuple[RowMap, str]
 
 
 def _comparable(reasoning: Path, multimodal: Path) -> tuple[Vocabulary, Vocabulary]:
+    # Loaded here, since few runs select an embedding.
+    from drift_fast.alignment.tokenizer_files import SAVE, read_vocabulary
+
     first, second = read_vocabulary(reasoning), read_vocabulary(multimodal)
     if first is None or second is None:
         missing = [str(path) for path, v in ((reasoning, first), (multimodal, second)) if v is None]
