@@ -30,10 +30,10 @@ from typing import Any, Final, TypedDict
 
 import numpy as np
 import torch
+import train_checkpoints as demo
 from transformers import LlavaForConditionalGeneration, PreTrainedModel, Qwen2ForCausalLM
 
 from drift_fast import compute_delta
-from drift_fast.demo import train_checkpoints as demo
 from drift_fast.demo import world as w
 from drift_fast.demo.experiment import decode, is_answer_right
 

@@ -61,46 +61,7 @@ class Method:
     merge_mlp: float = 0.0
 
 
-# How the settings below were chosen: eight trials for each method, by the mean of answers right
-# over two fine-tuning sets (seeds 100 and 101, which the demo does not use), measured on the
-# validation split's images. Every trial, best first: answers right, digits read right.
-# SFT
-#   lr 5e-5                                0.238    0.922
-#   lr 1e-4                                0.225    0.912
-#   lr 5e-4                                0.215    0.875
-#   lr 1.4e-4                              0.213    0.900
-#   lr 3e-4                                0.212    0.891
-#   lr 2e-4                                0.212    0.893
-#   lr 1e-3                                0.180    0.888
-#   lr 2e-3                                0.153    0.869
-# DRIFT, expert - multimodal
-#   alpha 0.5, lr 1e-3                     0.439    0.762
-#   alpha 0.35, lr 1e-3                    0.419    0.791
-#   alpha 0.7, lr 5e-4                     0.368    0.720
-#   alpha 1.0, lr 5e-4                     0.319    0.603
-#   alpha 0.2, lr 1e-3                     0.259    0.843
-#   alpha 1.0, lr 3e-4                     0.256    0.681
-#   alpha 0.35, lr 5e-4                    0.254    0.798
-#   alpha 0.5, lr 3e-4                     0.233    0.795
-# DRIFT, expert - text base
-#   alpha 1.0, lr 5e-4                     0.504    0.831
-#   alpha 0.5, lr 1e-3                     0.464    0.857
-#   alpha 0.7, lr 5e-4                     0.446    0.849
-#   alpha 0.35, lr 1e-3                    0.424    0.845
-#   alpha 1.0, lr 3e-4                     0.355    0.850
-#   alpha 0.35, lr 5e-4                    0.285    0.861
-#   alpha 0.5, lr 3e-4                     0.258    0.870
-#   alpha 0.2, lr 1e-3                     0.255    0.856
-# merge (expert - text base), then SFT
-#   attention 1.0, MLP 1.0, lr 3e-4        0.636    0.865
-#   attention 0.8, MLP 1.25, lr 5e-4       0.633    0.863
-#   attention 1.0, MLP 1.25, lr 3e-4       0.610    0.832
-#   attention 0.8, MLP 1.25, lr 3e-4       0.603    0.867
-#   attention 0.8, MLP 1.0, lr 5e-4        0.595    0.872
-#   attention 1.0, MLP 1.25, lr 1e-3       0.520    0.843
-#   attention 0.6, MLP 1.0, lr 5e-4        0.460    0.881
-#   attention 1.0, MLP 1.0, lr 2e-4        0.419    0.829
-# Plain SFT is flat below 5e-4 and worse above; its best trial is the smallest rate tried.
+# The best of eight trials for each method, which examples/miniature/README.md lists.
 METHODS: Final[dict[str, Method]] = {
     "as_is": Method(label="multimodal model as is", lr=None),
     "sft": Method(label="SFT", lr=5e-5),

@@ -1,4 +1,4 @@
-"""Train the demo's three checkpoints from scratch: ``python -m drift_fast.demo.train_checkpoints``.
+"""Train the demo's three checkpoints from scratch: ``python train_checkpoints.py --out DIR``.
 
 Owns the architectures and the curricula; the task is `world`'s. Not used by the demo itself, which
 loads what this wrote. Invariant: the three share one text backbone, so every tensor of the text
