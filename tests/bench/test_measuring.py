@@ -99,9 +99,9 @@ def test_every_cold_run_begins_with_an_empty_cache_and_no_warm_one_does(
     entries = commands.statistics_entries(
         session.pair, session.work, threads=2, way="pread, 1 MiB"
     )[:2]
-    rows = {entry: Row(f"process/statistics/{entry.who}", entry.label) for entry in entries}
+    rows = [(Row(f"process/statistics/{entry.who}", entry.label), entry) for entry in entries]
 
-    timing.time_rounds(session, [(row, entry) for entry, row in rows.items()])
+    timing.time_rounds(session, rows)
     assert len(done) == 4
     assert not any(line.startswith("evict") for line in done)
 
@@ -143,7 +143,7 @@ def test_a_rival_that_is_not_installed_or_does_not_fit_says_so(
 ) -> None:
     def reasons() -> dict[str, str]:
         entries = commands.statistics_entries(tiny, tmp_path, threads=2, way="")
-        entries += commands.delta_entries(tiny, tmp_path, threads=2, way="", sample=())
+        entries += commands.delta_entries(tiny, tmp_path, threads=2, way="")
         return {f"{entry.part}/{entry.who}": entry.absent for entry in entries}
 
     monkeypatch.setattr(commands, "mergekit", lambda: None)

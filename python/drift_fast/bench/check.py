@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +34,6 @@ class Verdict:
     """How far a result was from the truth; `wrong` is empty for a right one."""
 
     error: float | None = None
-    tensors: int = 0
     values: int = 0
     wrong: str = ""
 
@@ -91,7 +90,7 @@ def check_statistics(
         if error > worst:
             worst, where = error, name
     wrong = "" if worst <= TOLERANCE else f"{where} is off by {worst:.1e}"
-    return Verdict(worst, len(true), wrong=wrong)
+    return Verdict(worst, wrong=wrong)
 
 
 def sample(pair: Pair, count: int = 8) -> list[str]:
@@ -106,26 +105,13 @@ def check_delta(pair: Pair, directory: Path, names: Iterable[str]) -> Verdict:
 
     −0 and +0 count as equal, since both are the difference of equal values.
     """
-    a, b, out = Stored(pair.reasoning), Stored(pair.multimodal), Stored(directory)
-    tensors = values = 0
-    off: list[str] = []
-    for name in names:
-        prefixed = pair.multimodal_name(name)
-        place = prefixed if prefixed in out else name
-        if place not in out:
-            return Verdict(wrong=f"Δ of {prefixed} is missing")
-        if out.shape(place) != ("BF16", pair.shapes[name]):
-            return Verdict(wrong=f"Δ of {prefixed} is {out.shape(place)}")
-        got, different = out.bits(place), 0
-        for start, (x, y) in enumerate(_chunks(a.bits(name), b.bits(prefixed))):
-            wanted = round_to_bfloat16(x - y)
-            part = got[start * _CHUNK : start * _CHUNK + len(wanted)]
-            different += int(np.count_nonzero((part != wanted) & ((part | wanted) != 0x8000)))
-        tensors, values = tensors + 1, values + len(got)
-        if different:
-            off.append(f"{different} of {len(got)} values of {prefixed}")
-    wrong = f"Δ differs in {off[0]}" if off else ""
-    return Verdict(None, tensors, values, wrong)
+
+    def compare(x: Floats, y: Floats, found: Bits) -> tuple[int, int, float]:
+        wanted = round_to_bfloat16(x - y)
+        different = (found != wanted) & ((found | wanted) != 0x8000)
+        return int(np.count_nonzero(different)), 0, 0.0
+
+    return _check_values(pair, directory, names, compare, exact=True)
 
 
 def check_merge(
@@ -137,9 +123,32 @@ def check_merge(
     rounding of both operands to float32; the verdict's error is then the largest difference,
     relative to the sum of both magnitudes.
     """
+
+    def compare(x: Floats, y: Floats, found: Bits) -> tuple[int, int, float]:
+        wanted = round_to_bfloat16((1 - weight) * y + weight * x)
+        different = int(np.count_nonzero(found != wanted))
+        error = np.abs(widened(found) - widened(wanted))
+        worst = float(np.max(error / (np.abs(x) + np.abs(y) + 1e-300), initial=0))
+        allowance = 2**-7 * np.abs(widened(wanted)) + 2**-22 * (np.abs(x) + np.abs(y))
+        return different, int(np.count_nonzero(~(error <= allowance))), worst
+
+    return _check_values(pair, directory, names, compare, exact=exact)
+
+
+def _check_values(
+    pair: Pair,
+    directory: Path,
+    names: Iterable[str],
+    compare: Callable[[Floats, Floats, Bits], tuple[int, int, float]],
+    *,
+    exact: bool,
+) -> Verdict:
+    """Return the first tensor that is wrong, or how many values are right.
+
+    `compare` returns how many values differ, how many of them by too much, and the largest error.
+    """
     a, b, out = Stored(pair.reasoning), Stored(pair.multimodal), Stored(directory)
-    tensors = values = 0
-    worst = 0.0
+    values, worst = 0, 0.0
     for name in names:
         prefixed = pair.multimodal_name(name)
         place = prefixed if prefixed in out else name
@@ -149,20 +158,12 @@ def check_merge(
             return Verdict(wrong=f"{prefixed} is {out.shape(place)}")
         got, different, far = out.bits(place), 0, 0
         for start, (x, y) in enumerate(_chunks(a.bits(name), b.bits(prefixed))):
-            wanted = round_to_bfloat16((1 - weight) * y + weight * x)
-            part = got[start * _CHUNK : start * _CHUNK + len(wanted)]
-            different += int(np.count_nonzero(part != wanted))
-            error = np.abs(widened(part) - widened(wanted))
-            worst = max(worst, float(np.max(error / (np.abs(x) + np.abs(y) + 1e-300), initial=0)))
-            allowance = 2**-7 * np.abs(widened(wanted)) + 2**-22 * (np.abs(x) + np.abs(y))
-            far += int(np.count_nonzero(~(error <= allowance)))
-        tensors, values = tensors + 1, values + len(got)
-        allowed = 0 if exact else len(got) // 1000 + 1
-        if different > allowed or far:
-            return Verdict(
-                None, tensors, values, f"{different} of {len(got)} values of {prefixed} differ"
-            )
-    return Verdict(worst or None, tensors, values)
+            found = compare(x, y, got[start * _CHUNK : start * _CHUNK + len(x)])
+            different, far, worst = different + found[0], far + found[1], max(worst, found[2])
+        values += len(got)
+        if far or different > (0 if exact else len(got) // 1000 + 1):
+            return Verdict(None, values, f"{different} of {len(got)} values of {prefixed} differ")
+    return Verdict(worst or None, values)
 
 
 def _chunks(left: Bits, right: Bits) -> Iterator[tuple[Floats, Floats]]:

@@ -9,39 +9,44 @@ import importlib.util
 import os
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from drift_fast.bench import hardware
+from drift_fast.bench import check, hardware
 from drift_fast.bench.controls import READ_WAYS
 from drift_fast.bench.pair import Pair
-from drift_fast.bench.rivals import mergekit_configuration, mergekit_linear
+from drift_fast.bench.rivals import mergekit_configuration
 
 # Weight of the reasoning model in the merges that are timed. With a round one such as 0.3, merged
 # values meet midpoints, where the last bit of float32 decides.
 MERGE_WEIGHT = 0.3141592653
+_LABELS = {
+    "tuned": "tuned PyTorch streaming",
+    "plain": "plain safe_open + PyTorch + save_file",
+}
 _HERE = Path(__file__).parent
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One command of a part (statistics, delta), and the same with its results in files.
+    """One command of a part (statistics, delta, merge), and the same with its results in files.
 
-    What it writes goes to `out`, which is removed before and after it. In `checked`, statistics go
-    to `results`, or to standard output where `printed`.
+    What it writes goes to `out`, which is removed before and after it. `checked` is run where
+    results are compared, if that takes another command than the one that is timed. Statistics go to
+    `results`, or to standard output where `printed`.
     """
 
     part: str
     who: str
     label: str
-    command: tuple[str, ...]
-    checked: tuple[str, ...]
+    command: Sequence[str]
+    checked: Sequence[str] = ()
     out: Path | None = None
     results: Path | None = None
     printed: bool = False
     # Text names whose Δ is compared.
-    sample: tuple[str, ...] = ()
+    sample: Sequence[str] = ()
     absent: str = ""
 
 
@@ -63,11 +68,6 @@ def mergekit() -> str | None:
     return shutil.which("mergekit-yaml", path=str(Path(sys.executable).parent)) or shutil.which(
         "mergekit-yaml"
     )
-
-
-def import_only() -> list[str]:
-    """Return a process that imports the package and waits while its memory is sampled."""
-    return [sys.executable, "-c", "import drift_fast, time; time.sleep(0.3)"]
 
 
 def ours(pair: Pair, what: str, *, threads: int, out: Path | None = None) -> list[str]:
@@ -96,130 +96,115 @@ def inside(
     return command if out is None else [*command, "--out", str(out)]
 
 
-def our_statistics(pair: Pair, work: Path, *, threads: int) -> Entry:
-    """Return our command for norms and cosines."""
-    command = tuple(ours(pair, "inspect", threads=threads))
-    return Entry(
-        "statistics",
-        "ours",
-        "**drift-fast inspect**",
-        command,
-        (*command, "--json"),
-        results=work / "statistics.json",
-        printed=True,
-    )
-
-
-def our_delta(pair: Pair, work: Path, *, threads: int, sample: tuple[str, ...]) -> Entry:
-    """Return our command that writes Δ."""
-    out = work / "out"
-    command = tuple(ours(pair, "delta", threads=threads, out=out))
-    return Entry("delta", "ours", "**drift-fast delta**", command, command, out, sample=sample)
-
-
 def statistics_entries(pair: Pair, work: Path, *, threads: int, way: str) -> list[Entry]:
-    """Return what computes norms and cosines, the control first."""
+    """Return what computes norms and cosines: the control, ours, the rivals."""
     results = work / "statistics.json"
-    xor = tuple(control(pair, "xor", threads=threads, way=way))
+    mine = ours(pair, "inspect", threads=threads)
+
+    def rival(who: str) -> Entry:
+        command = _script("rivals.py", who, pair, threads)
+        checked = [*command, "--results", str(results)]
+        label = _LABELS[who].removesuffix(" + save_file")
+        absent = torch_missing()
+        return Entry("statistics", who, label, command, checked, results=results, absent=absent)
+
     return [
-        Entry("statistics", "xor", f"control: XOR of both files ({way})", xor, ()),
-        our_statistics(pair, work, threads=threads),
-        *(
-            Entry(
-                "statistics",
-                who,
-                label,
-                tuple(_script("rivals.py", who, pair, threads)),
-                (*_script("rivals.py", who, pair, threads), "--results", str(results)),
-                results=results,
-                absent=_missing("torch", "safetensors"),
-            )
-            for who, label in (
-                ("tuned", "tuned PyTorch streaming"),
-                ("plain", "plain safe_open + PyTorch"),
-            )
+        Entry(
+            "statistics",
+            "xor",
+            f"control: XOR of both files ({way})",
+            control(pair, "xor", threads=threads, way=way),
         ),
+        Entry(
+            "statistics",
+            "ours",
+            "**drift-fast inspect**",
+            mine,
+            [*mine, "--json"],
+            results=results,
+            printed=True,
+        ),
+        rival("tuned"),
+        rival("plain"),
     ]
 
 
-def delta_entries(
-    pair: Pair, work: Path, *, threads: int, way: str, sample: tuple[str, ...]
-) -> list[Entry]:
-    """Return what computes Δ, the control first; all of them write, except the public way."""
-    out = work / "out"
-    prefixed = [pair.multimodal_name(name) for name in sample]
-    torch = _missing("torch", "safetensors")
+def delta_entries(pair: Pair, work: Path, *, threads: int, way: str) -> list[Entry]:
+    """Return what computes Δ: the control, ours, the rivals; all but the public way write it."""
+    out, sample = work / "out", check.sample(pair)
 
-    def writes(who: str, label: str, command: list[str], absent: str, needs: int) -> Entry:
-        whole = (*command, "--out", str(out))
-        reason = absent or _too_large(needs)
-        return Entry("delta", who, label, whole, whole, out=out, sample=sample, absent=reason)
+    def entry(who: str, label: str, command: Sequence[str], absent: str = "") -> Entry:
+        return Entry("delta", who, label, command, out=out, sample=sample, absent=absent)
 
-    xor = tuple(control(pair, "write", threads=threads, way=way, out=out))
+    def rival(who: str, nbytes: int) -> Entry:
+        command = [*_script("rivals.py", who, pair, threads), "--out", str(out)]
+        return entry(who, _LABELS[who], command, torch_missing() or _too_large(nbytes))
+
     public = _script("rivals.py", "public", pair, threads)
-    inner = tuple(name for name in sample if ".self_attn." in name or ".mlp." in name)
+    prefixed = [pair.multimodal_name(name) for name in sample]
+    theirs, absent = _mergekit_command(pair, work, threads, (1.0, -1.0), "dtype: bfloat16")
     return [
-        Entry("delta", "xor", f"control: XOR, written and flushed ({way})", xor, (), out=out),
-        our_delta(pair, work, threads=threads, sample=sample),
-        writes(
-            "tuned",
-            "tuned PyTorch streaming",
-            _script("rivals.py", "tuned", pair, threads),
-            torch,
-            0,
-        ),
-        writes(
-            "plain",
-            "plain safe_open + PyTorch + save_file",
-            _script("rivals.py", "plain", pair, threads),
-            torch,
-            pair.delta_nbytes,
-        ),
+        _writing_control("delta", pair, out, threads, way),
+        entry("ours", "**drift-fast delta**", ours(pair, "delta", threads=threads, out=out)),
+        rival("tuned", 0),
+        rival("plain", pair.delta_nbytes),
         Entry(
             "delta",
             "public",
             "public way: two from_pretrained, attention + MLP, nothing written",
-            tuple(public),
-            (*public, "--out", str(out), "--sample", *prefixed),
+            public,
+            [*public, "--out", str(out), "--sample", *prefixed],
             out=out,
-            sample=inner,
+            sample=[name for name in sample if ".self_attn." in name or ".mlp." in name],
             absent=_missing("torch", "safetensors", "transformers")
             or _too_large(pair.nbytes + pair.delta_nbytes),
         ),
-        _mergekit_entry(pair, work, out, threads, sample),
+        entry(
+            "mergekit",
+            "mergekit, linear with weights 1 and −1",
+            theirs,
+            absent or _too_large(pair.nbytes),
+        ),
     ]
 
 
-def merge_entries(
-    pair: Pair, work: Path, *, threads: int, way: str, sample: tuple[str, ...]
-) -> list[Entry]:
-    """Return what merges linearly and writes a whole model, the control first."""
-    out = work / "out"
+def merge_entries(pair: Pair, work: Path, *, threads: int, way: str) -> list[Entry]:
+    """Return what merges linearly and writes a whole model: the control, ours, the rivals."""
+    out, sample = work / "out", check.sample(pair)
     mine = [sys.executable, "-m", "drift_fast", "merge", "linear"]
     mine += [str(pair.reasoning), str(pair.multimodal), "--weight", str(MERGE_WEIGHT)]
     mine += ["--rows", "index", "--threads", str(threads), "--out", str(out)]
     plain = _script("rivals.py", "merge", pair, threads)
     plain += ["--weight", str(MERGE_WEIGHT), "--out", str(out)]
     theirs, absent = _mergekit_command(
-        pair, work, out, threads, lambda a, b: mergekit_linear(a, b, MERGE_WEIGHT)
+        pair, work, threads, (MERGE_WEIGHT, 1 - MERGE_WEIGHT), "dtype: float32\nout_dtype: bfloat16"
     )
 
-    def merges(who: str, label: str, command: Sequence[str], absent: str = "") -> Entry:
-        whole = tuple(command)
-        return Entry("merge", who, label, whole, whole, out, sample=sample, absent=absent)
+    def entry(who: str, label: str, command: Sequence[str], absent: str = "") -> Entry:
+        return Entry("merge", who, label, command, out=out, sample=sample, absent=absent)
 
-    xor = tuple(control(pair, "write", threads=threads, way=way, out=out))
+    without_torch = torch_missing() or _too_large(pair.delta_nbytes)
     return [
-        Entry("merge", "xor", f"control: XOR, written and flushed ({way})", xor, (), out=out),
-        merges("ours", "**drift-fast merge linear**", mine),
-        merges(
-            "plain",
-            "plain safe_open + PyTorch + save_file",
-            plain,
-            _missing("torch", "safetensors") or _too_large(pair.delta_nbytes),
-        ),
-        merges("mergekit", "mergekit, linear", theirs, absent or _too_large(pair.nbytes)),
+        _writing_control("merge", pair, out, threads, way),
+        entry("ours", "**drift-fast merge linear**", mine),
+        entry("plain", _LABELS["plain"], plain, without_torch),
+        entry("mergekit", "mergekit, linear", theirs, absent or _too_large(pair.nbytes)),
     ]
+
+
+# By part.
+ENTRIES = {"statistics": statistics_entries, "delta": delta_entries, "merge": merge_entries}
+
+
+def our_entry(part: str, pair: Pair, work: Path, *, threads: int) -> Entry:
+    """Return our own command of a part."""
+    entries = ENTRIES[part](pair, work, threads=threads, way="")
+    return next(entry for entry in entries if entry.who == "ours")
+
+
+def _writing_control(part: str, pair: Pair, out: Path, threads: int, way: str) -> Entry:
+    command = control(pair, "write", threads=threads, way=way, out=out)
+    return Entry(part, "xor", f"control: XOR, written and flushed ({way})", command, out=out)
 
 
 def torch_missing() -> str:
@@ -232,37 +217,21 @@ def cold_reads(pair: Pair) -> Mapping[str, list[str]]:
     return {way: control(pair, "read", way=way) for way in READ_WAYS}
 
 
-def _mergekit_entry(
-    pair: Pair, work: Path, out: Path, threads: int, sample: tuple[str, ...]
-) -> Entry:
-    command, absent = _mergekit_command(pair, work, out, threads, mergekit_configuration)
-    return Entry(
-        "delta",
-        "mergekit",
-        "mergekit, linear with weights 1 and −1",
-        command,
-        command,
-        out=out,
-        sample=sample,
-        absent=absent or _too_large(pair.nbytes),
-    )
-
-
 def _mergekit_command(
-    pair: Pair, work: Path, out: Path, threads: int, configure: Callable[[Path, Path], str]
-) -> tuple[tuple[str, ...], str]:
+    pair: Pair, work: Path, threads: int, weights: tuple[float, float], dtypes: str
+) -> tuple[list[str], str]:
     """Return mergekit's command with a configuration written to `work`, or why there is none."""
     found = mergekit()
     if not found:
-        return (), "mergekit is not installed"
+        return [], "mergekit is not installed"
     if pair.renamed is None:
-        return (), "no checkpoint under the text model's names was made"
-    text = configure(pair.reasoning, pair.renamed)
+        return [], "no checkpoint under the text model's names was made"
     work.mkdir(parents=True, exist_ok=True)
-    configuration = work / f"{configure.__name__.strip('<>')}.yaml"
-    configuration.write_text(text)
-    flags = ("--lazy-unpickle", "--no-copy-tokenizer", "--no-write-model-card", "--quiet")
-    return (found, str(configuration), str(out), *flags, "--num-threads", str(threads)), ""
+    configuration = work / f"{weights[0]}.yaml"
+    configuration.write_text(mergekit_configuration(pair.reasoning, pair.renamed, weights, dtypes))
+    command = [found, str(configuration), str(work / "out"), "--lazy-unpickle", "--quiet"]
+    command += ["--no-copy-tokenizer", "--no-write-model-card", "--num-threads", str(threads)]
+    return command, ""
 
 
 def _script(name: str, what: str, pair: Pair, threads: int) -> list[str]:

@@ -19,9 +19,9 @@ import os
 import shutil
 import statistics
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -248,22 +248,9 @@ def pick(reasoning: Path, multimodal: Path, *, threads: int, out: Path | None) -
     return dict(sorted(medians.items(), key=lambda item: item[1]))
 
 
-def _on_threads(work: Callable[[Any], None], parts: Iterable[Any]) -> None:
-    failures: list[BaseException] = []
-
-    def guarded(part: Any) -> None:
-        try:
-            work(part)
-        except BaseException as error:
-            failures.append(error)
-
-    threads = [threading.Thread(target=guarded, args=(part,)) for part in parts]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if failures:
-        raise failures[0]
+def _on_threads(work: Callable[[Any], None], parts: Sequence[Any]) -> None:
+    with ThreadPoolExecutor(len(parts)) as pool:
+        list(pool.map(work, parts))
 
 
 def main() -> None:

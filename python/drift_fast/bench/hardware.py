@@ -12,6 +12,7 @@ from typing import Any
 from drift_fast._core import __version__
 
 _LIBRARIES = ("numpy", "torch", "transformers", "safetensors", "mergekit", "matplotlib")
+_MEMORY = "/proc/meminfo"
 
 
 def describe(directory: Path) -> dict[str, Any]:
@@ -20,7 +21,7 @@ def describe(directory: Path) -> dict[str, Any]:
         "processor": _processor(),
         "machine": platform.machine(),
         "cores": cores(),
-        "memory_nbytes": _meminfo("MemTotal"),
+        "memory_nbytes": next(iter(proc_nbytes(_MEMORY, "MemTotal")), None),
         "system": f"{platform.system()} {platform.release()}",
         "file_system": _file_system(directory),
     }
@@ -35,7 +36,7 @@ def cores() -> int:
 
 def available_nbytes() -> int | None:
     """Return the memory that is free without swapping; None where the system does not say."""
-    return _meminfo("MemAvailable")
+    return next(iter(proc_nbytes(_MEMORY, "MemAvailable")), None)
 
 
 def versions() -> dict[str, str]:
@@ -61,15 +62,14 @@ def _processor() -> str:
     return platform.processor() or "unknown"
 
 
-def _meminfo(field: str) -> int | None:
+def proc_nbytes(path: str, *fields: str) -> list[int]:
+    """Return fields in kB of a file under /proc, as bytes; nothing where one of them is missing."""
     try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            name, _, value = line.partition(":")
-            if name == field:
-                return int(value.split()[0]) * 1024
-    except (OSError, ValueError, IndexError):
-        pass
-    return None
+        lines = [line.partition(":") for line in Path(path).read_text().splitlines()]
+        found = {name: int(value.split()[0]) * 1024 for name, _, value in lines if name in fields}
+        return [found[name] for name in fields]
+    except (OSError, ValueError, LookupError):
+        return []
 
 
 def _file_system(directory: Path) -> str:

@@ -14,10 +14,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
+
+from drift_fast.bench.hardware import proc_nbytes
 
 _LEAST_PAUSE = 0.002
 
@@ -60,12 +63,7 @@ def run(
     Raises:
         CommandError: it failed or was killed.
     """
-    with _Started(command, environment, output) as started:
-        start = time.perf_counter()
-        process = started.process()
-        _, status, usage = os.wait4(process.pid, 0)
-        wall = time.perf_counter() - start
-        started.ended(status)
+    wall, usage = _execute(command, environment, output, lambda pid: os.wait4(pid, 0)[1:])
     return Timing(wall, usage.ru_utime + usage.ru_stime)
 
 
@@ -78,73 +76,63 @@ def watch(
         CommandError: it failed or was killed.
     """
     samples: list[Sample] = []
-    peak = 0
-    with _Started(command, environment, output) as started:
+    peaks = [0]
+
+    def wait(process: int) -> tuple[int, Any]:
         start = time.perf_counter()
-        process = started.process()
         while True:
-            pid, status, usage = os.wait4(process.pid, os.WNOHANG)
+            pid, status, usage = os.wait4(process, os.WNOHANG)
             if pid:
-                break
+                return status, usage
             began = time.perf_counter()
-            sample = _sample(process.pid, began - start)
-            if sample is not None:
-                samples.append(sample)
-            peak = max(peak, _high_water(process.pid))
+            held = proc_nbytes(f"/proc/{process}/smaps_rollup", "Rss", "Anonymous")
+            if held:
+                samples.append(Sample(began - start, *held))
+            # The most that was ever resident, which samples can miss.
+            peaks[:] = [max(peaks + proc_nbytes(f"/proc/{process}/status", "VmHWM"))]
             # Summing up a large mapping takes long, and stops the process meanwhile.
             time.sleep(max(_LEAST_PAUSE, 4 * (time.perf_counter() - began)))
-        started.ended(status)
+
+    _, usage = _execute(command, environment, output, wait)
     if not samples:
         # Bytes on macOS, kilobytes elsewhere.
         unit = 1 if sys.platform == "darwin" else 1024
         return Memory(usage.ru_maxrss * unit, None, ())
-    peak = max(peak, *(sample.nbytes for sample in samples))
+    peak = max(*peaks, *(sample.nbytes for sample in samples))
     return Memory(peak, max(sample.anonymous for sample in samples), tuple(samples))
 
 
-class _Started:
-    """A command with its errors in a file, so that no pipe fills up."""
-
-    def __init__(
-        self, command: Sequence[str], environment: Mapping[str, str], output: Path | None
-    ) -> None:
-        self._command = list(command)
-        self._environment = dict(environment)
-        self._output = output
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def __enter__(self) -> _Started:
-        self._errors: IO[bytes] = tempfile.TemporaryFile()
-        self._results: IO[bytes] | None = None
-        if self._output is not None:
-            self._results = self._output.open("wb")
-        return self
-
-    def process(self) -> subprocess.Popen[bytes]:
-        self._process = subprocess.Popen(
-            self._command,
+def _execute(
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    output: Path | None,
+    wait: Callable[[int], tuple[int, Any]],
+) -> tuple[float, Any]:
+    """Run a command until `wait` returns its status and usage; return its seconds and its usage."""
+    with ExitStack() as stack:
+        # Errors go to a file, so that no pipe fills up.
+        errors = stack.enter_context(tempfile.TemporaryFile())
+        results = subprocess.DEVNULL if output is None else stack.enter_context(output.open("wb"))
+        start = time.perf_counter()
+        process = subprocess.Popen(
+            list(command),
             stdin=subprocess.DEVNULL,
-            stdout=self._results or subprocess.DEVNULL,
-            stderr=self._errors,
-            env=self._environment,
+            stdout=results,
+            stderr=errors,
+            env=dict(environment),
         )
-        return self._process
-
-    def ended(self, status: int) -> None:
-        code = os.waitstatus_to_exitcode(status)
-        assert self._process is not None
-        # It was waited for by `wait4`, which subprocess cannot know.
-        self._process.returncode = code
-        if code:
-            raise CommandError(_reason(code, self._errors))
-
-    def __exit__(self, *_: object) -> None:
-        if self._process is not None and self._process.returncode is None:
-            self._process.kill()
-            self._process.wait()
-        self._errors.close()
-        if self._results is not None:
-            self._results.close()
+        try:
+            status, usage = wait(process.pid)
+            wall = time.perf_counter() - start
+            # It was waited for by `wait4`, which subprocess cannot know.
+            process.returncode = os.waitstatus_to_exitcode(status)
+        finally:
+            if process.returncode is None:
+                process.kill()
+                process.wait()
+        if process.returncode:
+            raise CommandError(_reason(process.returncode, errors))
+    return wall, usage
 
 
 class Inside:
@@ -193,30 +181,3 @@ def _reason(code: int, errors: IO[bytes]) -> str:
     errors.seek(0)
     lines = [line for line in errors.read().decode(errors="replace").splitlines() if line.strip()]
     return lines[-1].strip() if lines else f"exit status {code}"
-
-
-def _sample(pid: int, seconds: float) -> Sample | None:
-    found = {}
-    try:
-        with open(f"/proc/{pid}/smaps_rollup", "rb") as file:
-            for line in file:
-                name, _, rest = line.partition(b":")
-                if name in (b"Rss", b"Anonymous"):
-                    found[name] = int(rest.split()[0]) * 1024
-    except (OSError, ValueError, IndexError):
-        return None
-    if len(found) < 2:
-        return None
-    return Sample(seconds, found[b"Rss"], found[b"Anonymous"])
-
-
-def _high_water(pid: int) -> int:
-    """Return the most that was ever resident since the program began, which samples can miss."""
-    try:
-        with open(f"/proc/{pid}/status", "rb") as file:
-            for line in file:
-                if line.startswith(b"VmHWM:"):
-                    return int(line.split()[1]) * 1024
-    except (OSError, ValueError, IndexError):
-        pass
-    return 0

@@ -98,6 +98,11 @@ class BenchOptions(Options):
         return [part for part in PARTS if part in self.only] or list(USUAL)
 
     @property
+    def measured_parts(self) -> list[str]:
+        """The parts that are measured in process, over threads and over time: all but merges."""
+        return [part for part in self.parts if part != "merge"]
+
+    @property
     def settings(self) -> list[str]:
         """The settings to run, `cold` on request."""
         named = [setting for setting in SETTINGS if setting in self.only]

@@ -6,8 +6,7 @@ same group, so more than one is slower than ours.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
+import statistics
 from typing import Any
 
 from drift_fast.bench.results import Results, Row
@@ -99,7 +98,7 @@ def _times(row: Row, base: float | None, nbytes: int) -> list[str]:
     return [
         f"{row.wall:.3f}{spread}",
         f"{row.wall / base:.2f}×" if base else "",
-        f"{_median(row.cpus):.2f}",
+        f"{statistics.median_high(row.cpus):.2f}",
         f"{nbytes / row.wall / 1e9:.2f}",
     ]
 
@@ -114,11 +113,6 @@ def _result(row: Row) -> str:
 
 def _mega(nbytes: int | None) -> str:
     return "" if nbytes is None else f"{nbytes / 1e6:,.0f}"
-
-
-def _median(values: Iterable[float]) -> float:
-    ordered = sorted(values)
-    return ordered[len(ordered) // 2] if ordered else math.nan
 
 
 def _scaling(results: Results) -> list[str]:

@@ -19,7 +19,8 @@ import json
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -164,7 +165,8 @@ class Tuned:
                     if output is not None:
                         output.write(name, start, scratch.rounded(p, q, self._measure))
 
-        _on_threads(work, self._scratch)
+        with ThreadPoolExecutor(len(self._scratch)) as pool:
+            list(pool.map(work, self._scratch))
         if output is not None:
             output.close()
         if not self._measure:
@@ -233,24 +235,6 @@ class _Output:
         os.close(self._file)
 
 
-def _on_threads(work: Callable[[_Scratch], None], scratch: list[_Scratch]) -> None:
-    failures: list[BaseException] = []
-
-    def guarded(own: _Scratch) -> None:
-        try:
-            work(own)
-        except BaseException as error:
-            failures.append(error)
-
-    threads = [threading.Thread(target=guarded, args=(own,)) for own in scratch]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if failures:
-        raise failures[0]
-
-
 def public(reasoning: Path, multimodal: Path, sample: list[str], out: Path | None) -> None:
     """Load both models whole and subtract their state dictionaries, attention and MLP.
 
@@ -274,32 +258,19 @@ def public(reasoning: Path, multimodal: Path, sample: list[str], out: Path | Non
         save_file(kept, out / "delta.safetensors")
 
 
-def mergekit_configuration(reasoning: Path, renamed: Path) -> str:
-    """Return the YAML with which mergekit's linear method gives Δ: weights 1 and −1."""
+def mergekit_configuration(
+    reasoning: Path, renamed: Path, weights: tuple[float, float], dtypes: str
+) -> str:
+    """Return the YAML of mergekit's linear method; weights 1 and −1 give Δ."""
     return f"""\
 merge_method: linear
 models:
   - model: {json.dumps(str(reasoning))}
-    parameters: {{weight: 1.0}}
+    parameters: {{weight: {weights[0]}}}
   - model: {json.dumps(str(renamed))}
-    parameters: {{weight: -1.0}}
+    parameters: {{weight: {weights[1]}}}
 parameters: {{normalize: false}}
-dtype: bfloat16
-"""
-
-
-def mergekit_linear(reasoning: Path, renamed: Path, weight: float) -> str:
-    """Return the YAML of a linear merge, computed in float32 as the others do."""
-    return f"""\
-merge_method: linear
-models:
-  - model: {json.dumps(str(reasoning))}
-    parameters: {{weight: {weight}}}
-  - model: {json.dumps(str(renamed))}
-    parameters: {{weight: {1 - weight}}}
-parameters: {{normalize: false}}
-dtype: float32
-out_dtype: bfloat16
+{dtypes}
 """
 
 

@@ -9,13 +9,11 @@ from __future__ import annotations
 import shutil
 
 from drift_fast.bench import check, commands
-from drift_fast.bench.commands import Entry
 from drift_fast.bench.options import BenchOptions
 from drift_fast.bench.results import Results, Row
 from drift_fast.bench.session import Say, open_session, pick_way
 from drift_fast.bench.timing import time_inside
 from drift_fast.bench.verify import check_entry
-from drift_fast.errors import DriftError
 
 
 def run_scaling(options: BenchOptions, say: Say) -> Results:
@@ -28,19 +26,11 @@ def run_scaling(options: BenchOptions, say: Say) -> Results:
     session = open_session("scaling", options, say)
     pair, results = session.pair, session.results
     try:
-        entries: list[Entry] = []
         most = max(options.scaling)
-        if "statistics" in options.parts:
-            entries.append(commands.our_statistics(pair, session.work, threads=most))
-        if "delta" in options.parts:
-            sample = tuple(check.sample(pair))
-            entries.append(commands.our_delta(pair, session.work, threads=most, sample=sample))
         true = check.truth(pair, threads=most)
-        for entry in entries:
-            row = Row(f"check/{entry.part}/ours", entry.label)
-            check_entry(session, entry, row, true)
-            if row.wrong:
-                raise DriftError(f"nothing was timed, since {row.key} is wrong: {row.wrong}")
+        for part in options.measured_parts:
+            entry = commands.our_entry(part, pair, session.work, threads=most)
+            check_entry(session, entry, Row(f"check/{part}/ours", entry.label), true)
         for threads in options.scaling:
             for part in options.parts:
                 way = pick_way(session, part, threads)

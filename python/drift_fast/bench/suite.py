@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 
-from drift_fast.bench import check, commands
+from drift_fast.bench import commands
 from drift_fast.bench.aims import evaluate
 from drift_fast.bench.commands import Entry
 from drift_fast.bench.options import BenchOptions
@@ -47,30 +47,13 @@ def run_table(options: BenchOptions, say: Say) -> Results:
 
 
 def _entries(session: Session, ways: Mapping[str, str]) -> list[Entry]:
-    options, pair = session.options, session.pair
-    found: list[Entry] = []
-    if "statistics" in options.parts:
-        way = ways["statistics"]
-        found += commands.statistics_entries(pair, session.work, threads=options.threads, way=way)
-    if "delta" in options.parts:
-        found += commands.delta_entries(
-            pair,
-            session.work,
-            threads=options.threads,
-            way=ways["delta"],
-            sample=tuple(check.sample(pair)),
-        )
-    if "merge" in options.parts:
-        found += commands.merge_entries(
-            pair,
-            session.work,
-            threads=options.threads,
-            way=ways["merge"],
-            sample=tuple(check.sample(pair)),
-        )
+    options = session.options
     return [
         replace(entry, absent="left out") if entry.who in options.without else entry
-        for entry in found
+        for part in options.parts
+        for entry in commands.ENTRIES[part](
+            session.pair, session.work, threads=options.threads, way=ways[part]
+        )
     ]
 
 

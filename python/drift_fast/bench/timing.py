@@ -5,8 +5,7 @@ Invariant: rows that are compared with each other run in turn within the same ro
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 
 from drift_fast.bench import commands, measure, page_cache
 from drift_fast.bench.commands import Entry
@@ -56,8 +55,7 @@ def time_passes(session: Session, ways: Mapping[str, str]) -> None:
     }
     missing = "left out" if "tuned" in options.without else commands.torch_missing()
     absent = {"tuned": missing, "lean": missing}
-    # A merge is timed as a process only.
-    for part in (part for part in options.parts if part != "merge"):
+    for part in options.measured_parts:
         out = session.out if part == "delta" else None
         rows = {
             who: Row(f"inside/{part}/{who}", label, absent=absent.get(who, ""))
@@ -104,17 +102,14 @@ def time_inside(session: Session, processes: Iterable[tuple[Row, list[str]]], th
 
 
 def time_cold(session: Session, ready: Iterable[Entry]) -> None:
-    rows: list[tuple[Row, tuple[str, ...], Path | None]] = [
-        (Row(f"cold/read/{way}", way), tuple(command), None)
+    rows: list[tuple[Row, Sequence[str]]] = [
+        (Row(f"cold/read/{way}", way), command)
         for way, command in commands.cold_reads(session.pair).items()
     ]
-    rows += [
-        (Row(f"cold/{entry.part}/{entry.who}", entry.label), entry.command, entry.out)
-        for entry in ready
-    ]
-    session.results.rows += [row for row, _, _ in rows]
+    rows += [(Row(f"cold/{entry.part}/{entry.who}", entry.label), entry.command) for entry in ready]
+    session.results.rows += [row for row, _ in rows]
     if not page_cache.can_evict():
-        for row, _, _ in rows:
+        for row, _ in rows:
             row.absent = "this system does not empty its page cache on request"
         return
     files = list(session.pair.files)
@@ -122,7 +117,7 @@ def time_cold(session: Session, ready: Iterable[Entry]) -> None:
         files += session.pair.renamed.glob("*.safetensors")
     left = 0.0
     for repeat in range(session.options.repeats):
-        for row, command, _ in rows:
+        for row, command in rows:
             if row.absent or sits_out(row, repeat, session.options.repeats):
                 continue
             session.clear()

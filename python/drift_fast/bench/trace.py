@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from drift_fast.bench import check, commands, measure, page_cache
+from drift_fast.bench import check, commands, page_cache
 from drift_fast.bench.aims import evaluate
 from drift_fast.bench.files import name
 from drift_fast.bench.measure import Sample
@@ -19,8 +19,7 @@ from drift_fast.bench.options import BenchOptions
 from drift_fast.bench.results import Results, Row
 from drift_fast.bench.session import Say, open_session
 from drift_fast.bench.timing import time_once
-from drift_fast.bench.verify import check_entry
-from drift_fast.errors import DriftError
+from drift_fast.bench.verify import check_entry, watch_import
 
 Traces = dict[str, tuple[Sample, ...]]
 
@@ -39,22 +38,13 @@ def run_trace(options: BenchOptions, say: Say) -> tuple[Results, Traces]:
     try:
         say("summing up in float64")
         true = check.truth(pair, threads=options.threads)
-        baseline = measure.watch(commands.import_only(), environment=session.environment)
-        results.baseline_nbytes = baseline.nbytes
-        results.baseline_anonymous_nbytes = baseline.anonymous
-        sample = tuple(check.sample(pair))
-        for entry in (
-            commands.our_statistics(pair, session.work, threads=options.threads),
-            commands.our_delta(pair, session.work, threads=options.threads, sample=sample),
-        ):
-            if entry.part not in options.parts:
-                continue
+        watch_import(session)
+        for part in options.measured_parts:
+            entry = commands.our_entry(part, pair, session.work, threads=options.threads)
             row = Row(f"process/{entry.part}/ours", entry.label)
             results.rows.append(row)
             say(f"watching {row.key}")
             memory = check_entry(session, entry, row, true)
-            if row.wrong:
-                raise DriftError(f"{row.key} is wrong: {row.wrong}")
             traces[entry.label.strip("*")] = memory.samples
             session.clear()
             say(f"timing {row.key}")
@@ -66,9 +56,10 @@ def run_trace(options: BenchOptions, say: Say) -> tuple[Results, Traces]:
                 f"At the end {share:.0%} of both checkpoints was in the page cache, which is the "
                 "system's and no process's"
             )
+        imported = (results.baseline_nbytes or 0) / 1e6
         results.notes.append(
-            f"`import drift_fast` alone peaks at {baseline.nbytes / 1e6:.1f} MB; memory was "
-            "watched in a run of its own, which is not the timed one"
+            f"`import drift_fast` alone peaks at {imported:.1f} MB; memory was watched in a run of "
+            "its own, which is not the timed one"
         )
         results.aims = [
             aim for aim in evaluate(results, options.beside) if aim["measured"] is not None

@@ -6,6 +6,7 @@ Invariant: nothing is timed before its result was compared.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -19,9 +20,7 @@ from drift_fast.errors import DriftError
 def check_entries(session: Session, entries: Iterable[Entry]) -> dict[tuple[str, str], Row]:
     """Run each command once, watched, and compare its results; this round also warms up."""
     true = check.truth(session.pair, threads=session.options.threads)
-    baseline = measure.watch(commands.import_only(), environment=session.environment)
-    session.results.baseline_nbytes = baseline.nbytes
-    session.results.baseline_anonymous_nbytes = baseline.anonymous
+    watch_import(session)
     rows = {}
     for entry in entries:
         row = Row(f"process/{entry.part}/{entry.who}", entry.label, absent=entry.absent)
@@ -35,10 +34,16 @@ def check_entries(session: Session, entries: Iterable[Entry]) -> dict[tuple[str,
             if entry.who in ("ours", "xor"):
                 raise DriftError(f"{' '.join(entry.command)} failed: {error}") from error
             row.absent = f"failed: {error}"
-        if row.wrong and entry.who == "ours":
-            raise DriftError(f"nothing was timed, since {row.key} is wrong: {row.wrong}")
         session.clear()
     return rows
+
+
+def watch_import(session: Session) -> None:
+    """Note the memory of a process that imports the package and nothing more."""
+    command = [sys.executable, "-c", "import drift_fast, time; time.sleep(0.3)"]
+    baseline = measure.watch(command, environment=session.environment)
+    session.results.baseline_nbytes = baseline.nbytes
+    session.results.baseline_anonymous_nbytes = baseline.anonymous
 
 
 def check_entry(
@@ -48,6 +53,7 @@ def check_entry(
 
     Raises:
         CommandError: it failed.
+        DriftError: it is ours, and wrong.
     """
     session.clear()
     command = entry.checked or entry.command
@@ -65,6 +71,8 @@ def check_entry(
     elif entry.sample and entry.out is not None:
         verdict = check.check_delta(session.pair, entry.out, entry.sample)
         row.compared, row.wrong = verdict.values, verdict.wrong
+    if row.wrong and entry.who == "ours":
+        raise DriftError(f"nothing was timed, since {row.key} is wrong: {row.wrong}")
     return memory
 
 
