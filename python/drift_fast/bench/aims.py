@@ -31,12 +31,14 @@ class Aim:
         return value <= self.bound if self.at_most else value >= self.bound
 
 
-def _ratio(slower: str, faster: str) -> Callable[[Results], float | None]:
+def _faster(text: str, bound: float, group: str, who: str, shown: Callable[[float], str]) -> Aim:
+    """Return the aim to be `bound` times as fast as another of the same setting and part."""
+
     def measure(results: Results) -> float | None:
-        other, mine = results.wall(slower), results.wall(faster)
+        other, mine = results.wall(f"{group}/{who}"), results.wall(f"{group}/ours")
         return None if other is None or mine is None else other / mine
 
-    return measure
+    return Aim(text, bound, measure, shown)
 
 
 def _cold(results: Results) -> float | None:
@@ -82,57 +84,46 @@ def _exact(value: float) -> str:
     return "exact" if value == 0 else "not exact"
 
 
-_IN, _PROCESS = "inside", "process"
-_WRITTEN = "Δ written, warm, whole process, against"
 AIMS = (
-    Aim(
+    _faster(
         "statistics, warm, in process: rate against the XOR control",
         0.9,
-        _ratio(f"{_IN}/statistics/xor", f"{_IN}/statistics/ours"),
-        _share,
-    ),
-    Aim(
-        "statistics, warm, whole process, against tuned PyTorch (stated for 1.5B)",
-        4.5,
-        _ratio(f"{_PROCESS}/statistics/tuned", f"{_PROCESS}/statistics/ours"),
-        _times,
-    ),
-    Aim(
-        "statistics, warm, whole process, against plain PyTorch (stated for 1.5B)",
-        35,
-        _ratio(f"{_PROCESS}/statistics/plain", f"{_PROCESS}/statistics/ours"),
-        _times,
-    ),
-    Aim(
-        "statistics, warm, in process, against tuned PyTorch",
-        2.5,
-        _ratio(f"{_IN}/statistics/tuned", f"{_IN}/statistics/ours"),
-        _times,
-    ),
-    Aim(
-        "Δ written, warm, in process: rate against XOR + the same write method",
-        0.9,
-        _ratio(f"{_IN}/delta/xor", f"{_IN}/delta/ours"),
+        "inside/statistics",
+        "xor",
         _share,
     ),
     *(
-        Aim(
-            f"{_WRITTEN} {name}",
+        _faster(
+            f"statistics, warm, whole process, against {who} PyTorch (stated for 1.5B)",
             bound,
-            _ratio(f"{_PROCESS}/delta/{who}", f"{_PROCESS}/delta/ours"),
+            "process/statistics",
+            who,
             _times,
         )
-        for name, who, bound in (
-            ("tuned PyTorch", "tuned", 1.8),
-            ("mergekit", "mergekit", 10),
-            ("the public way", "public", 6),
-        )
+        for who, bound in (("tuned", 4.5), ("plain", 35))
     ),
-    Aim(
-        "merged model written (linear), warm, whole process, against mergekit",
-        8,
-        _ratio(f"{_PROCESS}/merge/mergekit", f"{_PROCESS}/merge/ours"),
+    _faster(
+        "statistics, warm, in process, against tuned PyTorch",
+        2.5,
+        "inside/statistics",
+        "tuned",
         _times,
+    ),
+    _faster(
+        "Δ written, warm, in process: rate against XOR + the same write method",
+        0.9,
+        "inside/delta",
+        "xor",
+        _share,
+    ),
+    *(
+        _faster(f"{what}, warm, whole process, against {name}", bound, group, who, _times)
+        for what, group, name, who, bound in (
+            ("Δ written", "process/delta", "tuned PyTorch", "tuned", 1.8),
+            ("Δ written", "process/delta", "mergekit", "mergekit", 10),
+            ("Δ written", "process/delta", "the public way", "public", 6),
+            ("merged model written (linear)", "process/merge", "mergekit", "mergekit", 8),
+        )
     ),
     Aim("statistics, cold: rate against a cold sequential read of both files", 0.9, _cold, _share),
     Aim(
