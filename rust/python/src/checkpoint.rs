@@ -4,11 +4,11 @@ use std::path::PathBuf;
 
 use drift_fast_core::checkpoint::{self, Operand, block_scales};
 use drift_fast_core::stream::decode::decode;
-use drift_fast_core::{Error, Result, dtype};
+use drift_fast_core::{Error, Reader, Result, dtype};
+use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
 use crate::buffers::Writable;
-use crate::convert::parse_reader;
 use crate::detach::detached;
 use crate::errors::to_py;
 
@@ -133,5 +133,16 @@ impl Checkpoint {
         let mut buffer = Writable::new(buffer)?;
         let (start, stop) = elements;
         detached(py, || decode(&self.inner, name, start..stop, buffer.bytes()))
+    }
+}
+
+fn parse_reader(name: &str) -> PyResult<Reader> {
+    match name {
+        "auto" => Ok(Reader::Auto),
+        "mmap" => Ok(Reader::Mmap),
+        "pread" => Ok(Reader::Pread),
+        other => Err(PyValueError::new_err(format!(
+            "reader must be 'auto', 'mmap' or 'pread', got {other:?}"
+        ))),
     }
 }

@@ -1,27 +1,16 @@
 //! Values that Python gives as text, tuples or lists, and what the core takes in their place.
 
+use drift_fast_core::Dtype;
 use drift_fast_core::align::compose::{Block, Blocks};
 use drift_fast_core::align::pair::{Pair, Source};
 use drift_fast_core::checkpoint::Operand;
 use drift_fast_core::output::Storage;
 use drift_fast_core::stream::Options;
-use drift_fast_core::{Dtype, Reader};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
 use crate::checkpoint::Checkpoint;
 use crate::errors::to_py;
-
-pub(crate) fn parse_reader(name: &str) -> PyResult<Reader> {
-    match name {
-        "auto" => Ok(Reader::Auto),
-        "mmap" => Ok(Reader::Mmap),
-        "pread" => Ok(Reader::Pread),
-        other => Err(PyValueError::new_err(format!(
-            "reader must be 'auto', 'mmap' or 'pread', got {other:?}"
-        ))),
-    }
-}
 
 pub(crate) fn parse_dtype(name: &str) -> PyResult<Dtype> {
     match name {
