@@ -78,6 +78,8 @@ def test_a_configuration_file_sets_options_and_flags_win(
         ({"inspect": {"singular": 3}}, ["'singular'", "it is gone"]),
         ({"threads": "many"}, ["threads must be an integer", "'many'"]),
         ({"delta": {"threads": 2}}, ["a section 'inspect'", "delta"]),
+        ({"inspect": {"threads": 2}, "modules": "attn"}, ["modules", "beside the sections"]),
+        ({"inspect": None, "mrege": {"density": 0.2}}, ["mrege", "inspect"]),
         (["attn"], ["a mapping of options"]),
     ],
 )

@@ -19,6 +19,7 @@ import pytest
 from torch.distributed import FileStore
 
 from drift_fast import CheckpointError, Delta, DriftError, NonFiniteError, compute_delta
+from drift_fast.delta import process_group
 from drift_fast.delta.parallel import identify, parse_ranks
 from drift_fast.delta.process_group import _error_of
 from drift_fast.delta.shared_writing import balance
@@ -186,7 +187,7 @@ def test_a_killed_rank_stops_the_others_and_the_next_run_cleans_up(
     survivor = found[1 - victim]
     assert started[victim].returncode == -9
     assert survivor["error"] == "DriftError", survivor
-    assert f"rank {victim} ended without a word" in survivor["text"]
+    assert f"rank {victim} exited unexpectedly" in survivor["text"]
     assert_nothing_opens(out)
     # Rank 0 removes everything; without it the hidden directory stays, for the next run.
     assert bool(everything_under(out.parent)) == (victim == 0)
@@ -230,7 +231,7 @@ def test_a_rank_that_never_comes_is_named_and_the_remedy_said(
 ) -> None:
     (found,) = finish([start(pair, out, rank, 3, limit=0.5)])
     assert found["error"] == "DriftError"
-    expected = "ranks 1, 2 of 3 never came" if rank == 0 else "rank 1 waited in vain for rank 0"
+    expected = "ranks 1, 2 of 3 never came" if rank == 0 else "rank 1 timed out waiting for rank 0"
     assert expected in found["text"]
     assert "ranks=None" in found["text"]
     assert everything_under(out.parent) == set()
@@ -239,7 +240,7 @@ def test_a_rank_that_never_comes_is_named_and_the_remedy_said(
 def test_only_the_rank_that_did_not_come_is_named(pair: Pair, out: Path) -> None:
     first, last = finish([start(pair, out, rank, 3, limit=8.0) for rank in (0, 2)])
     assert "rank 1 of 3 never came" in first["text"]
-    assert "rank 2 waited in vain for rank 0" in last["text"]
+    assert "rank 2 timed out waiting for rank 0" in last["text"]
     assert everything_under(out.parent) == set()
 
 
@@ -345,6 +346,27 @@ def test_an_error_that_cannot_be_made_again_is_a_drift_error(kind: str) -> None:
     found = _error_of({"rank": 2, "kind": kind, "text": "what it said"})
     assert type(found) is DriftError
     assert str(found) == "rank 2: what it said"
+
+
+def test_nothing_is_pickled_between_ranks() -> None:
+    source = Path(process_group.__file__).read_text(encoding="utf-8")
+    assert "_object" not in source
+    assert "dist.send(" in source
+
+
+def test_other_ranks_than_those_of_the_process_group_are_refused(
+    pair: Pair, out: Path, tmp_path: Path
+) -> None:
+    found = run(
+        pair,
+        out,
+        2,
+        launcher=None,
+        gloo=str(tmp_path / "store"),
+        keywords={"ranks": [0, 3]},
+    )
+    assert {one["error"] for one in found} == {"ValueError"}
+    assert "rank 1 of 2" in found[1]["text"]
 
 
 # ------------------------------------------------------------------ who takes part

@@ -89,15 +89,26 @@ def read_section(path: Path, command: str) -> Mapping[str, Any]:
     content = read_settings(path)
     if not isinstance(content, Mapping):
         raise ValueError(f"{path}: expected a mapping of options, got {content!r}")
-    sections = {name for name in SECTIONS if isinstance(content.get(name), Mapping)}
+    sections = {name for name in SECTIONS if name in content and _is_section(content[name])}
     if not sections:
         return content
+    others = sorted(str(name) for name in content if name not in sections)
+    if others:
+        raise ValueError(
+            f"{path}: {', '.join(others)} beside the sections {', '.join(sorted(sections))}; put "
+            f"options into a section, of which there are {', '.join(SECTIONS)}"
+        )
     if command not in sections:
         raise ValueError(
             f"{path}: expected a section {command!r}, found {', '.join(sorted(sections))}"
         )
-    section: Mapping[str, Any] = content[command]
+    section: Mapping[str, Any] = content[command] or {}
     return section
+
+
+def _is_section(value: object) -> bool:
+    # A section whose lines are all commented out is null.
+    return value is None or isinstance(value, Mapping)
 
 
 def _add_flag(parser: argparse.ArgumentParser, each: Field[Any]) -> None:

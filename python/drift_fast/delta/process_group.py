@@ -22,6 +22,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch.distributed import FileStore, PrefixStore  # type: ignore[attr-defined]
 
@@ -31,11 +32,11 @@ from drift_fast.errors import DriftError
 T = TypeVar("T")
 
 # A rank may stream for as long as its disk takes; a rank that died closes its connections at once.
-_PATIENCE = timedelta(days=7)
+_TIMEOUT = timedelta(days=7)
 # How often a waiting rank looks whether another one has failed, in seconds.
-_GLANCE = 0.2
+_POLL = 0.2
 # How long rank 0 keeps the store for others to read why all of them end, in seconds.
-_FAREWELL = 10.0
+_SHUTDOWN = 10.0
 _ALONE = "if one process alone is to write, pass ranks=None (drift-fast delta --ranks none)"
 
 
@@ -59,6 +60,15 @@ def joined(meeting: Meeting) -> Iterator[ProcessGroup]:
         DriftError: a rank that never came or that ended, or an error of another rank, which is
             raised as an error of its own kind where there is one.
     """
+    if dist.is_initialized() and (dist.get_rank(), dist.get_world_size()) != (
+        meeting.rank,
+        meeting.size,
+    ):
+        raise ValueError(
+            f"ranks=({meeting.rank}, {meeting.size}) differ from the process group that is "
+            f"initialized, where this is rank {dist.get_rank()} of {dist.get_world_size()}; leave "
+            "ranks out"
+        )
     with contextlib.ExitStack() as stack:
         store = stack.enter_context(_store(meeting))
         _call_roll(store, meeting)
@@ -69,9 +79,9 @@ def joined(meeting: Meeting) -> Iterator[ProcessGroup]:
                 store=store.fresh(),
                 rank=meeting.rank,
                 world_size=meeting.size,
-                timeout=_PATIENCE,
+                timeout=_TIMEOUT,
             )
-        side = None if ours else dist.new_group(backend="gloo", timeout=_PATIENCE)
+        side = None if ours else dist.new_group(backend="gloo", timeout=_TIMEOUT)
         stack.callback(dist.destroy_process_group, side)
         group = ProcessGroup(store, meeting, side)
         stack.callback(group.close)
@@ -125,7 +135,7 @@ class ProcessGroup:
         """
         if time.monotonic() < self._next_look:
             return
-        self._next_look = time.monotonic() + _GLANCE
+        self._next_look = time.monotonic() + _POLL
         reported = self._store.get("failed")
         if reported is not None:
             raise _error_of(json.loads(reported))
@@ -135,6 +145,13 @@ class ProcessGroup:
         if self._failed:
             return
         self._failed = True
+        # A store that is gone with its process must not hide the error that is being raised.
+        with contextlib.suppress(RuntimeError):
+            self._report(error)
+
+    def _report(self, error: BaseException) -> None:
+        if not self._store.is_there:
+            return
         if self._store.get("failed") is None:
             # str(OSError) would show its number.
             text = getattr(error, "strerror", None) or str(error)
@@ -143,36 +160,43 @@ class ProcessGroup:
         self._store.set(f"seen-{self.rank}", "")
         seen = [f"seen-{rank}" for rank in range(self.size)]
         if self.rank == 0:
-            _until(lambda: all(map(self._store.has, seen)), min(self.limit, _FAREWELL))
+            _until(lambda: all(map(self._store.has, seen)), min(self.limit, _SHUTDOWN))
 
     def close(self) -> None:
         """Let go of the thread; one that still waits ends with the group."""
         self._thread.shutdown(wait=False)
 
     def _send(self, text: str, rank: int) -> None:
-        self._exchange(rank, lambda: dist.send_object_list([text], rank, self._group))
+        # As bytes: torch's own way to send objects pickles them.
+        content = torch.frombuffer(bytearray(text.encode() + b"\n"), dtype=torch.uint8)
+        size = torch.tensor([content.numel()])
+        self._exchange(rank, lambda: dist.send(size, rank, self._group))
+        self._exchange(rank, lambda: dist.send(content, rank, self._group))
 
     def _receive(self, rank: int) -> str:
-        received: list[Any] = [None]
-        self._exchange(rank, lambda: dist.recv_object_list(received, rank, self._group))
-        return str(received[0])
+        size = torch.zeros(1, dtype=torch.int64)
+        self._exchange(rank, lambda: dist.recv(size, rank, self._group))
+        content = torch.empty(int(size), dtype=torch.uint8)
+        self._exchange(rank, lambda: dist.recv(content, rank, self._group))
+        return content.numpy().tobytes().decode()[:-1]
 
     def _exchange(self, rank: int, action: Callable[[], object]) -> None:
         waiting: Future[object] = self._thread.submit(action)
         try:
             while not waiting.done():
                 with contextlib.suppress(TimeoutError):
-                    waiting.exception(timeout=_GLANCE)
+                    waiting.exception(timeout=_POLL)
                 self.check()
             waiting.result()
         except RuntimeError as error:
             if isinstance(error, DriftError):
                 raise
             self._next_look = 0.0
-            self.check()
+            with contextlib.suppress(dist.DistError):
+                self.check()
             raise DriftError(
-                f"rank {rank} ended without a word while it wrote its part of the delta; see what "
-                "that process printed"
+                f"rank {rank} exited unexpectedly while the delta was being written; see what that "
+                "process printed"
             ) from error
 
 
@@ -278,7 +302,7 @@ def _call_roll(store: _Store, meeting: Meeting) -> None:
 
 def _nobody_called(meeting: Meeting) -> DriftError:
     return DriftError(
-        f"rank {meeting.rank} waited in vain for rank 0 to write {meeting.target} within "
+        f"rank {meeting.rank} timed out waiting for rank 0 to write {meeting.target} within "
         f"{meeting.limit:g} s (DRIFT_FAST_RANK_TIMEOUT): rank 0, or another rank, never came. All "
         f"ranks must make this call with the same output on one shared file system; {_ALONE}"
     )
