@@ -18,7 +18,7 @@ demo: .venv/demo
 
 test: .venv/built
 	cargo test --release --workspace --quiet
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow"
 	$(MAKE) --no-print-directory test-oldest test-wheel
 
 test-slow: .venv/built
@@ -50,6 +50,7 @@ lint: .venv/built
 	cargo clippy --release --workspace --all-targets --quiet -- -D warnings
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/mypy
 	$(BIN)/python -m mypy.stubtest drift_fast._core
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
