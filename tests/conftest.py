@@ -13,7 +13,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-# A shell ignores SIGINT in what it starts under `nohup` or with `&`, and children inherit that through
+# A shell ignores SIGINT in what it starts under `nohup` or with `&`, and children inherit that by
 # exec; a Python handler they do not. Without it nothing that tests interrupt would end.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
