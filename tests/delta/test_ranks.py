@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -242,6 +243,36 @@ def test_only_the_rank_that_did_not_come_is_named(pair: Pair, out: Path) -> None
     assert "rank 1 of 3 never came" in first["text"]
     assert "rank 2 timed out waiting for rank 0" in last["text"]
     assert everything_under(out.parent) == set()
+
+
+@pytest.mark.parametrize("ask", ["has", "get", "delete"])
+def test_a_store_that_rank_0_removes_during_a_question_answers_soon(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ask: str
+) -> None:
+    monkeypatch.setattr(process_group, "_GONE", timedelta(seconds=0.1))
+    file = tmp_path / "store"
+    store = process_group._Store(lambda: FileStore(str(file), -1), file)
+    store.set("key", "text")
+    if ask == "get":
+        monkeypatch.setattr(store, "has", lambda key: True)
+    # It is there for the last time that anybody looks before the question.
+    looked = iter([True, False])
+    monkeypatch.setattr(process_group._Store, "is_there", property(lambda self: next(looked)))
+    file.unlink()
+    assert not getattr(store, ask)("key")
+    assert not file.exists()
+
+
+@pytest.mark.parametrize("marked", [True, False])
+def test_a_file_that_a_late_rank_makes_is_removed_and_rank_0s_is_not(
+    tmp_path: Path, marked: bool
+) -> None:
+    meeting = process_group.Meeting(rank=1, size=2, target=tmp_path / "delta", limit=1.0)
+    file = tmp_path / ".delta.ranks"
+    FileStore(str(file), -1).set(process_group._MARK if marked else "refcount", "")
+    with process_group._store(meeting):
+        pass
+    assert file.exists() == marked
 
 
 @pytest.mark.slow  # torch is loaded twice

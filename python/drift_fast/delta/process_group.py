@@ -37,6 +37,9 @@ _TIMEOUT = timedelta(days=7)
 _POLL = 0.2
 # How long rank 0 keeps the store for others to read why all of them end, in seconds.
 _SHUTDOWN = 10.0
+# How long a FileStore looks for a file that rank 0 has removed; by default it does for minutes.
+_GONE = timedelta(seconds=5)
+_MARK = "made by rank 0"
 _ALONE = "if one process alone is to write, pass ranks=None (drift-fast delta --ranks none)"
 
 
@@ -76,7 +79,7 @@ def joined(meeting: Meeting) -> Iterator[ProcessGroup]:
         if ours:
             dist.init_process_group(
                 "gloo",
-                store=store.fresh(),
+                store=store.open(),
                 rank=meeting.rank,
                 world_size=meeting.size,
                 timeout=_TIMEOUT,
@@ -204,31 +207,47 @@ class _Store:
     """The store of a process group; what is missing is None, and every run has a prefix."""
 
     def __init__(self, open_store: Callable[[], Any], file: Path | None = None) -> None:
-        self._open = open_store
+        self.open = open_store
         self._file = file
-        self._store = open_store()
+        self.refresh()
 
     @property
     def is_there(self) -> bool:
         """Whether rank 0 still keeps it; opening a file that is gone would make another."""
         return self._file is None or self._file.exists()
 
-    def fresh(self) -> Any:
+    def refresh(self) -> None:
         """Open it anew, as a rank must whose file was replaced."""
-        self._store = self._open()
-        return self._store
+        self._store = self.open()
+        if self._file is not None:
+            self._store.set_timeout(_GONE)
+
+    def close(self) -> None:
+        """Let go of the store."""
+        del self._store
 
     def has(self, key: str) -> bool:
-        return bool(self._store.check([key]))
+        return self._ask(lambda: bool(self._store.check([key])), False)
 
     def get(self, key: str) -> str | None:
-        return self._store.get(key).decode() if self.has(key) else None
+        return self._ask(lambda: self._store.get(key).decode(), None) if self.has(key) else None
 
     def set(self, key: str, text: str) -> None:
         self._store.set(key, text)
 
     def delete(self, key: str) -> None:
-        self._store.delete_key(key)
+        self._ask(lambda: self._store.delete_key(key), False)
+
+    def _ask(self, question: Callable[[], T], gone: T) -> T:
+        """Return the answer, or `gone` where rank 0 has removed the store, even meanwhile."""
+        if not self.is_there:
+            return gone
+        try:
+            return question()
+        except dist.DistStoreError:
+            if self.is_there:
+                raise
+            return gone
 
 
 @contextlib.contextmanager
@@ -243,16 +262,26 @@ def _store(meeting: Meeting) -> Iterator[_Store]:
     if meeting.rank == 0:
         made = [path for path in file.parents if not path.exists()]
         file.parent.mkdir(parents=True, exist_ok=True)
-        # A run that was killed may have left one.
-        file.unlink(missing_ok=True)
-        file.touch()
+        # Made elsewhere, so that it never stands there without its mark; it replaces what a run
+        # left that was killed.
+        new = file.with_name(file.name + ".new")
+        new.unlink(missing_ok=True)
+        FileStore(str(new), -1).set(_MARK, "")
+        new.replace(file)
     elif not _until(file.exists, meeting.limit):
         raise _nobody_called(meeting)
+    # Without a number of workers the file stays until rank 0 removes it.
+    store = _Store(lambda: FileStore(str(file), -1), file)
     try:
-        # Without a number of workers the file stays until rank 0 removes it.
-        yield _Store(lambda: FileStore(str(file), -1), file)
+        yield store
     finally:
-        if meeting.rank == 0:
+        store.close()
+        if meeting.rank != 0:
+            # A FileStore that ends just after rank 0 has removed the file makes another, unmarked.
+            with contextlib.suppress(FileNotFoundError):
+                if _MARK.encode() not in file.read_bytes():
+                    file.unlink()
+        else:
             file.unlink(missing_ok=True)
             for path in made:
                 # Not empty any more: the delta is there.
@@ -287,7 +316,7 @@ def _call_roll(store: _Store, meeting: Meeting) -> None:
     def called() -> bool:
         if not store.is_there:
             return False
-        store.fresh()
+        store.refresh()
         if store.has(f"go-{token}"):
             return True
         if store.get(f"here-{meeting.rank}") != token:
@@ -295,8 +324,7 @@ def _call_roll(store: _Store, meeting: Meeting) -> None:
         return False
 
     if not _until(called, meeting.limit):
-        if store.is_there:
-            store.delete(f"here-{meeting.rank}")
+        store.delete(f"here-{meeting.rank}")
         raise _nobody_called(meeting)
 
 
