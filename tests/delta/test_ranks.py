@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from datetime import timedelta
@@ -243,6 +244,20 @@ def test_only_the_rank_that_did_not_come_is_named(pair: Pair, out: Path) -> None
     assert "rank 1 of 3 never came" in first["text"]
     assert "rank 2 timed out waiting for rank 0" in last["text"]
     assert everything_under(out.parent) == set()
+
+
+def test_a_rank_that_came_and_gave_up_sooner_is_not_named(tmp_path: Path) -> None:
+    meeting = process_group.Meeting(rank=0, size=3, target=tmp_path / "delta", limit=1.0)
+    with process_group._store(meeting) as store:
+        other = FileStore(str(tmp_path / ".delta.ranks"), -1)
+        other.set("here-2", "token")
+        leaving = threading.Timer(0.5, other.delete_key, ["here-2"])
+        leaving.start()
+        with pytest.raises(DriftError, match=r"^rank 1 of 3 never came"):
+            process_group._call_roll(store, meeting)
+        leaving.join()
+        assert not store.has("here-2")
+        del leaving, other
 
 
 @pytest.mark.parametrize("ask", ["has", "get", "delete"])

@@ -85,9 +85,9 @@ def joined(meeting: Meeting) -> Iterator[ProcessGroup]:
                 timeout=_TIMEOUT,
             )
         side = None if ours else dist.new_group(backend="gloo", timeout=_TIMEOUT)
-        stack.callback(dist.destroy_process_group, side)
         group = ProcessGroup(store, meeting, side)
         stack.callback(group.close)
+        stack.callback(dist.destroy_process_group, side)
         try:
             yield group
         except BaseException as error:
@@ -104,6 +104,7 @@ class ProcessGroup:
         self._group = group
         # Collectives cannot be interrupted, waiting for a thread can.
         self._thread = ThreadPoolExecutor(1, "drift_fast ranks")
+        self._waiting: Future[object] | None = None
         self._failed = False
         self._next_look = 0.0
 
@@ -166,8 +167,13 @@ class ProcessGroup:
             _until(lambda: all(map(self._store.has, seen)), min(self.limit, _SHUTDOWN))
 
     def close(self) -> None:
-        """Let go of the thread; one that still waits ends with the group."""
+        """Wait for the thread, which ends soon after the group, and let go of all that it held."""
         self._thread.shutdown(wait=False)
+        with contextlib.suppress(TimeoutError):
+            error = self._waiting.exception(timeout=_SHUTDOWN) if self._waiting else None
+            if error is not None:
+                # Its frames hold the group, and that holds the store.
+                error.with_traceback(None)
 
     def _send(self, text: str, rank: int) -> None:
         # As bytes: torch's own way to send objects pickles them.
@@ -184,7 +190,7 @@ class ProcessGroup:
         return content.numpy().tobytes().decode()[:-1]
 
     def _exchange(self, rank: int, action: Callable[[], object]) -> None:
-        waiting: Future[object] = self._thread.submit(action)
+        waiting = self._waiting = self._thread.submit(action)
         try:
             while not waiting.done():
                 with contextlib.suppress(TimeoutError):
@@ -297,8 +303,16 @@ def _call_roll(store: _Store, meeting: Meeting) -> None:
     """
     if meeting.rank == 0:
         here = {rank: f"here-{rank}" for rank in range(1, meeting.size)}
-        if not _until(lambda: all(map(store.has, here.values())), meeting.limit):
-            missing = [rank for rank, key in here.items() if not store.has(key)]
+        came: set[int] = set()
+
+        def all_here() -> bool:
+            now = {rank for rank, key in here.items() if store.has(key)}
+            came.update(now)
+            return now == here.keys()
+
+        if not _until(all_here, meeting.limit):
+            # One that came and gave up sooner than this rank says so itself.
+            missing = [rank for rank in here if rank not in came] or list(here)
             raise DriftError(
                 f"{_named(missing)} of {meeting.size} never came to write {meeting.target} within "
                 f"{meeting.limit:g} s (DRIFT_FAST_RANK_TIMEOUT). All ranks must make this call "
