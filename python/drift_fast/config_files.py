@@ -37,8 +37,8 @@ _MISMATCH = re.compile(r"Expected (?P<expected>.+?)(?:, got `(?P<found>.+?)`)?$"
 class JsonFile:
     """One JSON file, the limits it is held to, and what to do about one that is not valid.
 
-    `remedy` ends every message. `unique_keys` refuses an object in which a key occurs twice, of
-    which JSON parsers keep the last. `error` is what is raised.
+    `remedy` ends every message. `unique_keys` refuses an object in which a key occurs twice, where
+    JSON parsers keep the last value. `error` is what is raised.
     """
 
     path: Path

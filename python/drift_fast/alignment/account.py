@@ -1,4 +1,4 @@
-"""What of a selection is covered by an alignment, and what is missing."""
+"""Which selected tensors an alignment covers, and which are missing."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Account:
 def account_for(
     found: NameAlignment, selection: Selection, reasoning: Opened, multimodal: Opened
 ) -> Account:
-    """Count what of the selection is matched, by elements, and list what is not."""
+    """Count the selected elements that have a match, and list the tensors that have none."""
     pairs = sorted(
         (pair for pair in found.pairs if pair.name in selection), key=lambda pair: _order(pair.name)
     )

@@ -123,8 +123,8 @@ def _sources(
     """Return the reasoning tensor of each multimodal embedding and head that has one.
 
     What was paired or has the same name below the aligned prefixes goes first, so that a second
-    language model's embedding is not taken for the backbone's. Of what is left over, only one of a
-    kind on either side is placed.
+    language model's embedding is not taken for the backbone's. A leftover is
+    placed only if it is the only one of its kind on either side.
     """
     placed = found.vocabularies | {
         pair.name: pair.source

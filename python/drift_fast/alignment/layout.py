@@ -64,20 +64,14 @@ class Layout:
     def transposed(self, first: int, second: int) -> Layout:
         """Exchange two dimensions."""
 
-        def swap(values: Shape) -> Shape:
-            order = list(values)
-            order[first], order[second] = order[second], order[first]
-            return tuple(order)
-
-        return self._reshaped(swap, swap, swap)
+        order = list(range(len(self.shape)))
+        order[first], order[second] = second, first
+        return self._reshaped(lambda values, _: tuple(values[dim] for dim in order))
 
     def unsqueezed(self, dim: int) -> Layout:
         """Insert a dimension of size one."""
 
-        def insert(value: int) -> Callable[[Shape], Shape]:
-            return lambda values: (*values[:dim], value, *values[dim:])
-
-        return self._reshaped(insert(0), insert(1), insert(0))
+        return self._reshaped(lambda values, one: (*values[:dim], one, *values[dim:]))
 
     def squeezed(self, dim: int) -> Layout:
         """Drop a dimension of size one.
@@ -88,29 +82,20 @@ class Layout:
         if self.shape[dim] != 1:
             raise ValueError(f"dimension {dim} of {list(self.shape)} does not have size one")
 
-        def drop(values: Shape) -> Shape:
-            return (*values[:dim], *values[dim + 1 :])
+        return self._reshaped(lambda values, _: (*values[:dim], *values[dim + 1 :]))
 
-        return self._reshaped(drop, drop, drop)
-
-    def _reshaped(
-        self,
-        start: Callable[[Shape], Shape],
-        size: Callable[[Shape], Shape],
-        strides: Callable[[Shape], Shape],
-    ) -> Layout:
+    def _reshaped(self, change: Callable[[Shape, int], Shape]) -> Layout:
+        """Change the dimensions of starts, sizes and strides; a new one has the number given."""
         blocks = (
-            Block(start(b.start), size(b.size), b.source, b.offset, strides(b.strides))
+            Block(change(b.start, 0), change(b.size, 1), b.source, b.offset, change(b.strides, 0))
             for b in self.blocks
         )
-        return type(self)(size(self.shape), tuple(blocks))
+        return type(self)(change(self.shape, 1), tuple(blocks))
 
     def narrowed(self, dim: int, first: int, length: int) -> Layout:
         """Keep `length` indices of one dimension, from `first` on."""
-        box = [(0, size) for size in self.shape]
-        box[dim] = (first, length)
-        start = tuple(begin for begin, _ in box)
-        size = tuple(extent for _, extent in box)
+        start = tuple(first if at == dim else 0 for at in range(len(self.shape)))
+        size = (*self.shape[:dim], length, *self.shape[dim + 1 :])
         kept = (_cut(block, start, size) for block in self.blocks)
         moved = (
             replace(b, start=tuple(a - o for a, o in zip(b.start, start, strict=True)))

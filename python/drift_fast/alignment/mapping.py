@@ -1,6 +1,6 @@
 """A stated mapping: prefix pairs, a dictionary, a function or a map file.
 
-Owns turning each form into one answer per name. What is stated is checked like what is found: every
+Turns each form into one answer per name. A stated pair is checked like a pair that is found: every
 name must exist, shapes must agree, and nothing is paired twice; see `stated`.
 """
 
@@ -114,7 +114,7 @@ def read_map(path: PathLike) -> dict[str, Stated]:
 def write_map(
     path: PathLike, pairs: Sequence[tuple[str, str]], left_out: Iterable[str], **notes: object
 ) -> None:
-    """Write a map file: what is matched, and null for what is not.
+    """Write a map file: the match of each name, or null.
 
     Raises:
         FileExistsError: the file is there.

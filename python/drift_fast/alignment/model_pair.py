@@ -76,16 +76,16 @@ class AlignedPair(ModelPair):
 
     @property
     def coverage(self) -> Coverage:
-        """What of the selection is matched, and what is not."""
+        """Which selected tensors have a match, and which have none."""
         return self.account.coverage
 
     @property
     def nbytes(self) -> int:
-        """The bytes of both checkpoints that the selected pairs take."""
+        """How many bytes the selected pairs take in both checkpoints."""
         return sum(map(self.nbytes_of, self.pairs))
 
     def nbytes_of(self, pair: Pair) -> int:
-        """Return how many bytes of both checkpoints one pair takes."""
+        """Return how many bytes one pair takes in both checkpoints."""
         itemsize = ITEMSIZE.get(self.reasoning.dtypes[pair.sources[0]], 1)
         return self.multimodal.nbytes(pair.name) + pair.numel(self.shapes) * itemsize
 

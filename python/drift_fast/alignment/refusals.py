@@ -35,7 +35,7 @@ Reason = Literal[
 class Refusal:
     """One reason why a pair is refused, and the error to raise for it.
 
-    With `strict_only`, `strict=False` continues without what is refused.
+    With `strict_only`, `strict=False` continues without the tensors in question.
     """
 
     reason: Reason
@@ -169,8 +169,8 @@ def _shifted(pair: ModelPair) -> Refusal | None:
     error = AlignmentError(
         f"the layers do not belong together: {shift.source} resembles {shift.resembles} "
         f"(correlation {shift.higher:.2f}) and not its match, {shift.match} "
-        f"({shift.correlation:.2f}); {shift.count} of {shift.layers} layers are like this. The "
-        "layers of one model are shifted or permuted; state the right pairs with mapping=…, or "
+        f"({shift.correlation:.2f}); {shift.count} of {shift.layers} layers are like this. "
+        "The layers of one model are shifted or permuted; state the right pairs with mapping=…, or "
         "pass check_weights=False if this is meant"
     )
     return Refusal("shifted layers", error)

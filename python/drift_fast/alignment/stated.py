@@ -28,7 +28,7 @@ def match_stated(
     mapping: MappingLike,
     called: tuple[str, str] = CHECKPOINTS,
 ) -> NameAlignment:
-    """Pair what a mapping states, checked like what is found.
+    """Pair what a mapping states, with the checks of a pair that is found.
 
     Raises:
         AlignmentError: a mapping that does not hold.

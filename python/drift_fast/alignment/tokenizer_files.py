@@ -142,7 +142,7 @@ def _read_byte_level(file: JsonFile) -> Vocabulary:
 
 
 def _collect(parts: list[_Entries]) -> dict[str, int]:
-    """Return token → id of all parts; what is stated twice must agree."""
+    """Return token → id of all parts; a token that is stated twice must have one id."""
     tokens: dict[str, int] = {}
     owners: dict[int, str] = {}
     for part in parts:

@@ -42,7 +42,7 @@ class RowCount:
 class RowMap:
     """Matched rows as maximal runs (reasoning row, multimodal row, count), by multimodal row.
 
-    `reasoning` and `multimodal` count what is left over on either side.
+    `reasoning` and `multimodal` count the leftovers of either side.
     """
 
     runs: list[tuple[int, int, int]]

@@ -224,7 +224,7 @@ class Stored:
         on_progress: ProgressCallback,
         memory: int | None,
     ) -> tuple[list[Mapping[str, Any]], int]:
-        # As it is stored: nothing is decoded, and so nothing rounded again.
+        # Bytes are copied as stored: nothing is decoded, so nothing is rounded again.
         rows = [self._stats[place] for place in places]
         suffixes = ("", ".scale") if self._dtype == "int8" else ("",)
         size = {name: (end - start, numel) for name, start, end, numel in self._extents()}
@@ -261,7 +261,7 @@ class Stored:
 
 
 def refuse_problems(found: Sequence[str], instead: str) -> None:
-    """Refuse values that are not finite, the first few in full; `instead` is what is possible.
+    """Refuse values that are not finite, and say what `allow_nonfinite` does `instead`.
 
     Raises:
         NonFiniteError: there are some.
@@ -295,7 +295,7 @@ def describe_sources(pair: AlignedPair) -> dict[str, Any]:
         source, checkpoint = opened.source, opened.checkpoint
         shards = []
         for file, nbytes, digest in checkpoint.fingerprint():
-            # Of a file that was downloaded in part, only the header is sure to be there.
+            # A file that was downloaded in part is sure to have only its header.
             partial = (Path(checkpoint.path) / f"{file}.ranges.json").exists()
             digest_of = "sha256_of_header" if partial else "sha256_of_samples"
             shards.append({"file": file, "nbytes": nbytes, digest_of: digest} | source.mark(file))

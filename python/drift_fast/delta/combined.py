@@ -194,7 +194,7 @@ def _union(
                 unequal.append((name, f"shape {list(expected)} and {list(shape)}"))
     if unequal:
         raise CoverageError(
-            f"{len(unequal)} tensors have another shape in another delta:{listed(unequal)}\n"
+            f"{len(unequal)} tensors do not have the same shape in every delta:{listed(unequal)}\n"
             "Combine deltas of one architecture, computed with the same rows=…"
         )
     for (delta, _), shapes in zip(terms, held, strict=True):
@@ -203,7 +203,7 @@ def _union(
         raise CoverageError(
             f"{len(missing)} tensors are not in every delta:{listed(missing)}\n"
             "Compute the deltas with the same modules=… and layers=…, or pass "
-            "missing_as_zero=True to take what is missing as zero"
+            "missing_as_zero=True to take missing tensors as zero"
         )
     if not union:
         raise CoverageError("none of the deltas has a tensor")

@@ -46,8 +46,8 @@ def compute_delta(
     `compute_delta(expert, reference)` on two text models gives the difference of those, to be
     attached to a third.
 
-    `dtype="int8"` is what is written, in half of bfloat16's bytes: tensors come out as bfloat16,
-    and `Delta.compression` says what that costs. A `mapping` is checked like what is found by
+    `dtype="int8"` stores Δ in half of bfloat16's bytes: tensors come out as bfloat16, and
+    `Delta.compression` says what that costs. A `mapping` is checked like what is found by
     names, but may leave out tensors that only the multimodal model has. Rows of embeddings without
     a match get a Δ of zero. `memory` bounds all buffers and mapped windows; names and statistics
     come on top, and `Delta.peak_nbytes` says what was taken. The result depends on none of
@@ -133,8 +133,8 @@ def _ready(
 ) -> AlignedPair:
     """Download what is needed and check that the weights belong together.
 
-    Of several ranks, the first one downloads before the others, which may share its cache, and
-    alone looks at the weights.
+    With several ranks, rank 0 downloads first, since the others may share its cache, and only
+    rank 0 looks at the weights.
     """
 
     def report(done: int, total: int) -> None:

@@ -154,8 +154,8 @@ class Delta(Mapping[str, "torch.Tensor"]):
         It is `drift_fast.combine` with statistics and `save`, which writes piece by piece, so that
         memory does not grow with the deltas. Each element is the float64 sum rounded once. The
         statistics hold ‖Δ‖ of the exact sum, and ‖W_multimodal‖ where all deltas have the same;
-        there is no reasoning checkpoint, so its norm and the cosine are NaN. What was combined, and
-        with which weights, is in `sources`.
+        there is no reasoning checkpoint, so its norm and the cosine are NaN. `sources` holds the
+        combined deltas and their weights.
 
         Arguments and errors are those of `drift_fast.combine`; a delta that shows no elements
         apart, other than a `Delta`, is read whole for each piece.
@@ -185,13 +185,13 @@ class Delta(Mapping[str, "torch.Tensor"]):
         """Norms and cosines; a delta that is not on disk reads both checkpoints once for them."""
         if self._stats is None:
             self._stats, peak_nbytes = self._backend.statistics()
-            # Statistics that lay on disk took no stream.
+            # Statistics that are read from disk need no stream.
             self.peak_nbytes = self.peak_nbytes if peak_nbytes is None else peak_nbytes
         return self._stats
 
     @property
     def compression(self) -> Compression | None:
-        """What storing Δ in eight bits cost; None where it is not, or not yet, stored so."""
+        """What storing Δ in eight bits cost; None where it is not (yet) stored like that."""
         if self.path is None and self._stats is None:
             return None
         return self.stats.compression
@@ -333,7 +333,7 @@ def combine(deltas: Terms, *, missing_as_zero: bool = False, dtype: str | None =
     Args:
         deltas: {delta: weight, …} or pairs of (delta, weight); a delta is a `Delta`, the directory
             of one, or anything with its shapes and tensors. A weight may be negative.
-        missing_as_zero: take a tensor that a delta does not have as zero there; otherwise refuse.
+        missing_as_zero: take a tensor that a delta does not have as zero; if False, refuse it.
         dtype: of the result, "bfloat16", "float16" or "float32"; None is that of the deltas, or
             "float32" where they differ.
 

@@ -36,7 +36,7 @@ class StoredRow(msgspec.Struct, frozen=True):
 
 
 class Description(msgspec.Struct, frozen=True):
-    """What `drift.json` says of a delta; keys that it has beside these are left alone."""
+    """What `drift.json` says of a delta; other keys are ignored."""
 
     dtype: str
     selection: str

@@ -164,7 +164,7 @@ def _look_for(group: ProcessGroup, place: Path, digest: str) -> None:
     """Wait until this process sees the delta under its name; a network may take a while."""
 
     def look() -> None:
-        # Opening the directory makes a network file system ask anew what is in it.
+        # Opening the directory makes a network file system read its entries again.
         os.listdir(place.parent)
         if _digest((place / DESCRIPTION).read_bytes()) != digest:
             raise FileNotFoundError(place)

@@ -29,9 +29,9 @@ class Row:
     is the largest |Δ|, `zeros` counts elements that do not differ, `agreeing` those where neither
     side is zero and both have the same sign; a delta written before they were taken has None.
 
-    Of a compressed Δ, as it is decoded: `stored_sq` is ‖stored‖², `stored_dot` its product with the
-    exact Δ, and `flushed` counts differences other than zero that are stored as zero. Elsewhere
-    they are None.
+    For a compressed Δ, as decoded: `stored_sq` is ‖stored‖², `stored_dot` its product with the
+    exact Δ, and `flushed` counts differences other than zero that are stored as zero. For any other
+    Δ they are None.
     """
 
     name: str

@@ -23,7 +23,7 @@ Rows: TypeAlias = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Content:
-    """What is to be written: tensors of a backend, their dtype on disk, and the description.
+    """The content of a delta: tensors of a backend, their dtype on disk, and the description.
 
     `describe` returns `drift.json` as plain values from a row for each tensor, or without any.
     """

@@ -54,8 +54,8 @@ def predict_progress(alpha: float, learning_rates: float | Iterable[float], rms:
     This extrapolates from a miniature, for AdamW and the adaptive scale. The order of magnitude is
     right, which distinguishes a run that will not move from one that will overshoot. Under a
     schedule, give Σ of learning rate times the schedule's factor. c is interpolated between values
-    measured from α = 0 to 3.2. For a larger α, c(3.2) is used, so λ is at least what is returned. A
-    negative α gives the same λ with the other sign.
+    measured from α = 0 to 3.2. For a larger α, c(3.2) is used, so λ is at least the returned value.
+    A negative α gives the same λ with the other sign.
 
     Args:
         alpha: strength, one number.

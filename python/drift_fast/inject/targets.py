@@ -66,7 +66,7 @@ def find_targets(
     """Return the targets and an account of the delta's tensors and the model's parameters.
 
     Raises:
-        CoverageError: what is selected is not there, in full or up to `min_coverage`.
+        CoverageError: selected tensors are missing, or fewer than `min_coverage` are there.
         AlignmentError: two parts of the model fit equally well, or a mapping that does not hold.
         DriftError: two different tensors of the delta meet in one parameter (tied weights).
     """

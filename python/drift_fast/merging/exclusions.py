@@ -104,7 +104,7 @@ def check_tied(tied: Mapping[str, str], multimodal: Opened) -> None:
 
 
 def _equal(checkpoint: Checkpoint, first: str, second: str) -> bool:
-    """Tell whether two tensors of a checkpoint have the same dtype and bytes."""
+    """Whether two tensors of a checkpoint have the same dtype and bytes."""
     dtypes = {name: dtype for name, dtype, *_ in checkpoint.tensors()}
     if dtypes[first] != dtypes[second]:
         return False

@@ -42,7 +42,7 @@ class MergedTensor:
     overflow: int = 0
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what is known of it for `merge.json`; its name tells the kind and the layer."""
+        """Return what is known for `merge.json`; the name shows the kind and the layer."""
         derived = {"kind", "layer"}
         return {
             key: value

@@ -94,7 +94,7 @@ def find_side_files(multimodal: Opened) -> SideFiles:
 
 
 def _is_within(path: Path, directory: Path) -> bool:
-    """Tell whether a file's bytes lie in the model's directory, or in its Hub cache's blobs."""
+    """Whether a file's bytes are in the model's directory, or in its Hub cache's blobs."""
     found, home = path.resolve(), directory.resolve()
     # …/models--NAME/snapshots/REVISION/config.json is a link to …/models--NAME/blobs/HASH.
     snapshots = home.parent

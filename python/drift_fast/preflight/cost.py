@@ -9,7 +9,7 @@ from drift_fast.alignment.model_pair import AlignedPair
 
 # What the README's table shows for either command, whatever the size of the checkpoints.
 _COMPUTE_MEMORY_NBYTES = 20_000_000
-# Bytes of an element on disk and on the device, where what is compressed is bfloat16.
+# Bytes of an element on disk and on the device, where a compressed Δ is decoded to bfloat16.
 ITEMSIZE = {
     "bfloat16": (2.0, 2),
     "float16": (2.0, 2),

@@ -18,7 +18,7 @@ _QUANTIZED_NAME = re.compile(
 def judge_quantization(
     judged: Sequence[tuple[DescribedSide, Fact]], *, attaches: bool
 ) -> tuple[Severity, str]:
-    """Return the severity of what is quantized among the sides, and what it means.
+    """Return how severe the quantization of the sides is, and what it means.
 
     8-bit floats under block scales can be subtracted, but not trained along Δ (`attaches`).
     """

@@ -95,7 +95,7 @@ def describe_rope(configuration: Configuration) -> dict[str, Fact]:
 
 
 def _scaling(section: Section, entry: Section | None) -> dict[str, object]:
-    """Return one scaling as transformers 5 states it, without what is a fact of its own."""
+    """Return one scaling as transformers 5 states it, without what other facts hold."""
     if entry is None:
         return {"rope_type": "default"}
     kind = entry.text("rope_type", "type") or "default"

@@ -40,7 +40,7 @@ def compare(
 ) -> list[Finding]:
     """Return what two models have in common and what not, one finding for each fact.
 
-    `pair` are the two, aligned as far as it goes, and `refusals` what is refused about them. With
+    `pair` holds both, aligned as far as possible, and `refusals` the reasons against the pair. With
     `attaches`, Δ is to be attached to the second, and the first has been judged already.
 
     Raises:

@@ -32,7 +32,7 @@ def warn_of_configurations(pair: AlignedPair) -> None:
         first, second = pair.paths
         warnings.warn(
             f"the configurations of {first} and {second} do not fit each other; drift-fast check "
-            f"shows all of it. {'; '.join(broken)}",
+            f"shows every difference. {'; '.join(broken)}",
             DriftWarning,
             stacklevel=4,
         )

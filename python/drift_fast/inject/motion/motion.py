@@ -61,7 +61,7 @@ class PlannedMotion(Attachment):
     `optimizer.step()`; a run that forgets to is stopped.
 
     A float32 weight moves by plain addition. A 16-bit weight moves through its float32 copy where
-    the optimizer (or DeepSpeed) keeps one, and otherwise by increments whose rounding loses nothing
+    the optimizer (or DeepSpeed) keeps one, and elsewhere by increments whose rounding loses nothing
     on average: see `drift_fast.inject.motion.rounding`. Attach after the model was wrapped.
 
     Args:

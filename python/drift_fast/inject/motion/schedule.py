@@ -85,7 +85,7 @@ class MotionSchedule:
             raise DriftError(
                 f"the saved motion had {key} = {shown(plan.get(key))}, this one has "
                 f"{shown(described[key])}: a part of each would end at neither; attach with what "
-                "the saved run had, or start a motion of what is left without a saved state"
+                "the saved run had, or start a motion for the rest of the way without a saved state"
             )
         # A schedule that is a function is known by its name only.
         if saved.share != [self.share(saved.taken)]:

@@ -36,7 +36,7 @@ def full_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     out: they have their own shapes.
 
     Raises:
-        DriftError: `use_orig_params=False`, where there are no original parameters.
+        DriftError: `use_orig_params=False`, which has no original parameters.
     """
     places = _places(model)
     if not places:
