@@ -32,7 +32,10 @@ _OTHER_MODALITY = re.compile(
     r"(^|\.)(visual|vision\w*|vit\w*|image_\w+|audio\w*|speech\w*|\w*projector|connector"
     r"|perceiver\w*|resampler|merger)(\.|$)"
 )
-_NUMBERED = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
+# More digits than any layer has are part of a name, and may be more than Python converts.
+_NUMBERED = re.compile(r"(?:^|\.)(\d{1,9})(?=\.|$)")
+# Experts that a router chooses from, as `experts.3`, `experts.expert_3` or fused, as `experts`.
+_EXPERT = re.compile(r"(?:^|\.)(?!shared)\w*(?:experts|expert_?\d+)(?:\.|$)")
 
 
 def is_other_modality(name: str) -> bool:
@@ -53,6 +56,11 @@ def layer_of(name: str) -> int | None:
     """Return the number of the layer that a tensor is in, None outside the layers."""
     found = _NUMBERED.search(name)
     return int(found.group(1)) if found else None
+
+
+def is_expert(name: str) -> bool:
+    """Whether a tensor belongs to experts that a router chooses from, by its name."""
+    return _EXPERT.search(name) is not None
 
 
 def container_of(name: str) -> str | None:

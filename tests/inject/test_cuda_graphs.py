@@ -196,7 +196,7 @@ def test_gradients_at_any_address_are_right_when_overlapped(tmp_path: Path, resi
 def test_a_gradient_that_is_missing_now_and_then_is_left_out(tmp_path: Path) -> None:
     model, delta, batch = world(tmp_path)
     name = next(iter(delta))
-    with drift_fast.Injection(model, delta, strict=False) as injection:
+    with drift_fast.Injection(model, delta, missing_gradients="skip") as injection:
         for step in range(9):
             backward(model, batch)
             gradient = model.get_parameter(name).grad

@@ -299,13 +299,13 @@ def check_gradients_that_are_not_finite(folder: Path) -> Report:
 def check_missing_gradients(folder: Path) -> Report:
     """Gradients that no process has."""
     report: Report = {}
-    for strict in (True, False):
-        twins = Twins(folder, "uneven", strict=strict)
+    for policy, outcome in (("raise", "refused"), ("skip", "skipped")):
+        twins = Twins(folder, "uneven", missing_gradients=policy)
         twins.backward()
         for model in (twins.model, twins.plain):
             model.get_parameter(NAME).grad = None
-        report["refused" if strict else "skipped"] = refusal(twins.injection.step)
-        if not strict:
+        report[outcome] = refusal(twins.injection.step)
+        if policy == "skip":
             report["count"] = twins.injection.skipped
             twins.alone.step()
             # What is compared must be there.
@@ -314,6 +314,21 @@ def check_missing_gradients(folder: Path) -> Report:
                 parameter.grad = torch.ones_like(parameter)
             report["error"] = error_of(twins.model, twins.plain)["error"]
         twins.remove()
+    return report
+
+
+def check_gradients_that_one_process_lacks(folder: Path) -> Report:
+    """One process refuses after the sum, and the other learns of it there."""
+    twins = Twins(folder, "uneven")
+    twins.backward()
+    if dist.get_rank() == 1:
+        twins.model.get_parameter(NAME).grad = None
+    refused = refusal(twins.injection.step)
+    # The next step is not held up by it.
+    twins.backward()
+    twins.inject()
+    report = {"refused": refused, **error_of(twins.model, twins.plain)}
+    twins.remove()
     return report
 
 
@@ -500,6 +515,7 @@ PAIR = [
     check_metrics,
     check_gradients_that_are_not_finite,
     check_missing_gradients,
+    check_gradients_that_one_process_lacks,
     check_a_step_that_fails,
     check_one_failure_is_everyone_s,
     check_state,
@@ -602,6 +618,14 @@ def test_missing_gradients_are_refused_or_counted(pair_reports: dict[str, list[R
         assert report["skipped"] == ""
         assert report["count"] == 1
         assert report["error"] <= 1e-5
+
+
+def test_what_one_process_refuses_every_one_raises(pair_reports: dict[str, list[Report]]) -> None:
+    first, second = found(pair_reports, check_gradients_that_one_process_lacks)
+    assert "another process of this run refused its gradients" in first["refused"]
+    assert f"1 of 20 targets have no gradient, {NAME}" in second["refused"]
+    for report in (first, second):
+        assert report["error"] <= 1e-5, report
 
 
 def test_a_step_that_failed_leaves_the_next_one_right(

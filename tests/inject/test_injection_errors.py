@@ -307,10 +307,10 @@ def test_a_target_left_out_of_the_forward_pass_is_named(tmp_path: Path) -> None:
         injection.step()
 
 
-def test_not_strict_skips_and_counts_targets_without_a_gradient(
+def test_skipping_leaves_targets_without_a_gradient_out_and_counts_them(
     model: Backbone, delta: drift_fast.Delta
 ) -> None:
-    injection = drift_fast.Injection(model, delta, strict=False)
+    injection = drift_fast.Injection(model, delta, missing_gradients="skip")
     regression_loss(model, regression_batch()).backward()
     first, last = injection.targets[0], injection.targets[-1]
     before = gradients_of(model)

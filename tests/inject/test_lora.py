@@ -635,7 +635,7 @@ def test_a_layer_without_a_gradient_is_refused_or_counted(delta: drift_fast.Delt
         pytest.raises(drift_fast.DriftError, match="no gradient"),
     ):
         injection.step()
-    with drift_fast.Injection(model, delta, strict=False) as injection:
+    with drift_fast.Injection(model, delta, missing_gradients="skip") as injection:
         injection.step()
         assert (injection.injected, injection.skipped) == (13, 1)
 
@@ -795,13 +795,17 @@ def test_a_model_in_four_bits_is_injected_into_along_the_unquantized_delta(
     assert injection.metrics()["progress"] == pytest.approx(moved / total, rel=1e-3, abs=1e-6)
 
 
-def test_a_weight_in_four_bits_without_an_adapter_is_known_as_frozen(
+def test_a_weight_in_four_bits_without_an_adapter_is_known_as_packed(
     quantized: tuple[Any, drift_fast.Delta],
 ) -> None:
     base, delta = quantized
     model = adapted(base, target_modules=["q_proj"])
-    with pytest.raises(drift_fast.DriftError, match="target_modules"):
+    with pytest.raises(drift_fast.DriftError, match=r"Params4bit.*target_modules"):
         drift_fast.Injection(model, delta)
+    # Without a single adapter, unfreezing would not help either.
+    with pytest.raises(drift_fast.DriftError, match="packed weights do not train: add LoRA") as one:
+        drift_fast.Injection(model.unload(), delta)
+    assert "unfreeze" not in str(one.value)
 
 
 # --- the Trainer ------------------------------------------------------------------------------

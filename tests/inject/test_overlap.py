@@ -358,7 +358,7 @@ def test_what_a_given_up_step_made_ready_does_not_count_in_the_next(
     found = []
     for overlap in (True, False):
         model = Gated(layers=1)
-        options: dict[str, Any] = {"strict": False, "modules": r"re:layers\.0\."}
+        options: dict[str, Any] = {"missing_gradients": "skip", "modules": r"re:layers\.0\."}
         with Injection(model, delta, overlap=overlap, **options) as injection:
             (group,) = injection._groups
             start, stop = group.store.buckets[0]
@@ -390,14 +390,14 @@ def test_another_branch_after_a_step_that_was_given_up_is_injected(
     delta: drift_fast.Delta,
 ) -> None:
     model = Gated()
-    with Injection(model, delta, overlap=True, strict=False) as injection:
+    with Injection(model, delta, overlap=True, missing_gradients="skip") as injection:
         model.left_out = {0}
         backward(model, seed=7)
         model.left_out = {2}
         injection.alpha = 3.0
         backward(model)
         injection.step()
-        expected = injected_once(delta, left_out={2}, alpha=3.0, strict=False)
+        expected = injected_once(delta, left_out={2}, alpha=3.0, missing_gradients="skip")
         assert_same(gradients_of(model), expected)
         assert injection.skipped == 10
 
@@ -489,7 +489,7 @@ def test_gradients_are_not_held_beyond_their_step(
         assert not any(gradient() is not None for gradient in gradients)
 
 
-def test_missing_gradients_are_refused_when_strict(delta: drift_fast.Delta) -> None:
+def test_missing_gradients_are_refused_by_default(delta: drift_fast.Delta) -> None:
     model = Gated()
     with Injection(model, delta, overlap=True) as injection:
         model.left_out = {1}
@@ -509,8 +509,8 @@ def test_missing_gradients_are_skipped_and_counted_otherwise(
     delta: drift_fast.Delta, left_out: set[int]
 ) -> None:
     model = Gated()
-    expected = injected_once(delta, left_out=left_out, strict=False)
-    with Injection(model, delta, overlap=True, strict=False) as injection:
+    expected = injected_once(delta, left_out=left_out, missing_gradients="skip")
+    with Injection(model, delta, overlap=True, missing_gradients="skip") as injection:
         model.left_out = left_out
         for _ in range(2):
             backward(model)

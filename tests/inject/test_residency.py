@@ -295,7 +295,9 @@ def test_targets_without_a_gradient_are_skipped_and_counted(
         "model.layers.0.self_attn.q_proj.weight",
         "model.layers.0.self_attn.q_proj.bias",
     ]
-    with Injection(model, delta, residency=where, prefetch=TIGHT, strict=False) as injection:
+    with Injection(
+        model, delta, residency=where, prefetch=TIGHT, missing_gradients="skip"
+    ) as injection:
         for _ in range(2):
             backward(model, seed=0)
             for name in left_out:

@@ -100,6 +100,11 @@ def _backbone_test(found: NameAlignment, multimodal: Opened) -> Callable[[str], 
     return belongs
 
 
+def _is_number(part: str) -> bool:
+    # Python converts no more than some thousand digits.
+    return part.isdecimal() and len(part) <= 9
+
+
 def _order(name: str) -> list[tuple[int, str]]:
     """Sort layer 2 before layer 10, whatever order the files have."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]
+    return [(int(part), "") if _is_number(part) else (-1, part) for part in name.split(".")]

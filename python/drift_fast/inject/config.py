@@ -26,6 +26,7 @@ Residency = Literal["auto", "device", "device-int8", "host", "host-int8", "disk"
 RESIDENCIES: tuple[str, ...] = get_args(Residency)
 ScopeName = Literal["step", "microbatch"]
 Rescale = Literal["weight"] | None
+MissingGradients = Literal["auto", "skip", "raise"]
 
 # What a configuration in the directory of a delta is called.
 _FILES = ("injection.yaml", "injection.json")
@@ -161,8 +162,8 @@ class TargetOptions(Options):
     )
     strict: bool = option(
         True,
-        "refuse when a selected tensor of the delta has no parameter, or a target has no gradient, "
-        "instead of listing these in `coverage` and counting them in `skipped`",
+        "refuse when a selected tensor of the delta has no parameter, instead of listing it in "
+        "`coverage`",
     )
     min_coverage: float | None = option(
         None,
@@ -191,6 +192,13 @@ class InjectionConfig(TargetOptions, ResidencyOptions, StrengthOptions):
         False,
         "inject while backward still runs, where gradients are final; every backward pass then "
         "counts as the last before `step()`, unless it runs in `accumulating()`",
+    )
+    missing_gradients: MissingGradients = option(
+        "auto",
+        "what follows where a target has no gradient in a step: skip leaves it out of the step and "
+        "counts it in `skipped`, raise ends the run, and auto skips experts, to which a step may "
+        "send no token, and raises for all others",
+        choices=get_args(MissingGradients),
     )
 
     def __post_init__(self) -> None:

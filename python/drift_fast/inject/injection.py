@@ -22,12 +22,14 @@ from drift_fast.inject.attachment import Attachment
 from drift_fast.inject.config import ConfigLike, InjectionConfig
 from drift_fast.inject.driver import Driver, Handle
 from drift_fast.inject.microbatch_scope import MicrobatchScope
+from drift_fast.inject.missing import MissingAccount
 from drift_fast.inject.placement.load import Loading, Member, load_groups
 from drift_fast.inject.pushes import Pushes
 from drift_fast.inject.refusals import (
     check_adapted,
     check_optimized,
     check_sharding,
+    check_trainable,
     check_trained,
 )
 from drift_fast.inject.saved_state import (
@@ -94,8 +96,8 @@ class Injection(Attachment):
 
     Raises:
         CoverageError: the delta does not fit the model; names and shapes are listed.
-        DriftError: a frozen target, one that the optimizer does not hold, a way of sharding that is
-            not supported, or a second attachment.
+        DriftError: a target that is frozen or cannot be trained, one that the optimizer does not
+            hold, a way of sharding that is not supported, or a second attachment.
         NonFiniteError: the delta holds NaN or infinity.
         ValueError: an argument without meaning.
     """
@@ -132,8 +134,9 @@ class Injection(Attachment):
         )
         home = self._groups[0]
         self._control.place(home.device, home.norms.dtype)
+        self._missing = MissingAccount(self._targets, self._config.missing_gradients)
         self._watchdog = Watchdog(
-            model, self._targets, scope=self._config.scope, strict=self._config.strict
+            model, self._targets, scope=self._config.scope, missing=self._missing
         )
         self._scope = self._make_scope()
         self._handles: list[Handle] = [*driver.start(self._scope), *self._scope.handles]
@@ -146,6 +149,7 @@ class Injection(Attachment):
             CoverageError, DriftError: a target is missing, or cannot be injected into.
         """
         targets, self.coverage = find_targets(model, delta, self._config)
+        check_trainable(targets, model)
         check_trained(targets)
         check_adapted(targets, self._config)
         if self._driver.optimizer is not None:
@@ -184,7 +188,7 @@ class Injection(Attachment):
             self._groups,
             pushes,
             self._watchdog,
-            strict=config.strict,
+            missing=self._missing,
             overlap=config.overlap,
             may_repeat=driver.scaler is not None,
         )
@@ -219,7 +223,7 @@ class Injection(Attachment):
 
     @property
     def skipped(self) -> int:
-        """Parameters that the last step left alone: gradient not finite or, not strict, missing.
+        """Parameters that the last step left alone: their gradient was not finite, or missing.
 
         Reading it on an accelerator waits for the device.
         """
@@ -264,12 +268,15 @@ class Injection(Attachment):
         cos(g, Δ) where the scale asked for it, both of the last step's gradient before injection;
         they are left out where no step has measured them, as in the microbatch scope. `alpha` is α
         as it was in force in the last step, its mean over the targets, `stopped` how many of them a
-        cap has switched off. Under sharding every process must call this.
+        cap has switched off. Where experts may have no gradient, `missing_gradients` is how many
+        had none in the last step, and `never_had_gradient` how many had none in any step so far.
+        Under sharding every process must call this.
         """
         self._require_attached()
         return measure(self._groups, self._control) | {
             "injected": float(self.injected),
             "skipped": float(self.skipped),
+            **self._missing.metrics(),
         }
 
     def summary(self) -> dict[str, float]:

@@ -6,14 +6,98 @@ A target that stayed out unnoticed would train without Δ.
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Sequence
 
 import torch
+from torch import nn
 
 from drift_fast.errors import DriftError
 from drift_fast.inject.config import InjectionConfig
 from drift_fast.inject.shards.base import Shard, Whole
 from drift_fast.inject.target import Target
+
+# Packages whose parameters hold a weight as codes; one that trains is not among those refused.
+_PACKERS = ("bitsandbytes", "torchao", "quanto", "optimum", "hqq")
+_PACKED = (
+    "packed weights do not train: add LoRA adapters with PEFT to the modules that Δ is for "
+    "(target_modules of the LoraConfig), leave these out with modules=… or layers=…, or load the "
+    "model without quantization"
+)
+# How modules of quantized models call what they hold in place of a weight.
+_CODES = re.compile(r"(^|\.)(qweight|qzeros|weight_packed|W_q|weight_scale(_inv)?|\w+_blocks)$")
+
+
+def check_trainable(targets: Sequence[Target], model: nn.Module, *, loaded: bool = True) -> None:
+    """Refuse parameters that no optimizer can train, whatever requires a gradient.
+
+    loaded: whether weights must be there by now; before a model is sharded they may not be.
+
+    Raises:
+        DriftError: packed, complex or without data, or of an embedding with sparse gradients.
+    """
+    sparse = {
+        id(parameter)
+        for module in model.modules()
+        if getattr(module, "sparse", False) is True
+        for parameter in module.parameters(recurse=False)
+    }
+    reasons: dict[str, str] = {}
+    for target in targets:
+        for parameter in target.trained:
+            reason = _why_untrainable(parameter, model, loaded=loaded)
+            if reason is None and id(parameter) in sparse:
+                reason = (
+                    "its module asks for sparse gradients, and Δ is dense: build the embedding "
+                    "with sparse=False, or leave it out with modules=…"
+                )
+            if reason is not None:
+                reasons.setdefault(target.name, reason)
+    if reasons:
+        name, reason = next(iter(reasons.items()))
+        raise DriftError(
+            f"{len(reasons)} of {len(targets)} targets cannot be trained, {name} first: {reason}"
+        )
+
+
+def _why_untrainable(parameter: nn.Parameter, model: nn.Module, *, loaded: bool) -> str | None:
+    kind, dtype = type(parameter), str(parameter.dtype).removeprefix("torch.")
+    if not parameter.requires_grad and kind.__module__.split(".")[0] in _PACKERS:
+        return f"it is a {kind.__name__} of {kind.__module__.split('.')[0]}, and {_PACKED}"
+    if parameter.is_complex():
+        return (
+            f"it is {dtype}, and Δ is a real direction: hold it as real numbers "
+            "(torch.view_as_real), or leave it out with modules=…"
+        )
+    if not parameter.is_floating_point() or parameter.element_size() < 2:
+        return f"it is {dtype}, and {_PACKED}"
+    if parameter.is_meta and loaded:
+        if _is_offloaded(model):
+            return (
+                "it is on the meta device, offloaded by Accelerate, so that its weights are there "
+                'only while a layer computes: load the model without device_map (or with "cuda" '
+                "alone) and without cpu_offload or disk_offload, and train with residency=, FSDP "
+                "or ZeRO where memory is short"
+            )
+        return (
+            "it is on the meta device and has no data: load the weights first, with "
+            "from_pretrained, or to_empty and load_state_dict"
+        )
+    return None
+
+
+def _is_offloaded(model: nn.Module) -> bool:
+    """Whether Accelerate brings weights of a model in for each layer, and takes them out again."""
+    hooks = [getattr(module, "_hf_hook", None) for module in model.modules()]
+    each = [one for hook in hooks for one in getattr(hook, "hooks", (hook,))]
+    return any(getattr(hook, "offload", False) for hook in each)
+
+
+def packing_of(model: nn.Module) -> str:
+    """Return what to do with a model whose weights are stored as codes; empty where none are."""
+    names = itertools.chain(model.named_parameters(), model.named_buffers())
+    found = next((name for name, _ in names if _CODES.search(name)), None)
+    return "" if found is None else f"the model is quantized ({found}), and {_PACKED}"
 
 
 def check_trained(targets: Sequence[Target]) -> None:

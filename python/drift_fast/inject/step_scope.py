@@ -13,6 +13,7 @@ import torch
 
 from drift_fast.errors import DriftError
 from drift_fast.inject.compute.vectors import plain_arithmetic
+from drift_fast.inject.missing import MissingAccount
 from drift_fast.inject.overlap import Overlap
 from drift_fast.inject.pushes import Pushes
 from drift_fast.inject.scope import Scope
@@ -23,7 +24,7 @@ from drift_fast.inject.watchdog import Watchdog
 class StepScope(Scope):
     """Runs when it is called, after the last backward pass and before clipping.
 
-    strict: refuse a target without a gradient.
+    missing: the account of targets without a gradient.
     overlap: inject gradients that are final while backward still runs; the step does the rest.
     may_repeat: whether the optimizer may skip a step, after which the next call finds gradients
         that were injected already.
@@ -35,13 +36,13 @@ class StepScope(Scope):
         pushes: Pushes,
         watchdog: Watchdog,
         *,
-        strict: bool,
+        missing: MissingAccount,
         overlap: bool,
         may_repeat: bool,
     ) -> None:
         super().__init__(groups, pushes, watchdog)
         self._targets = [target for group in groups for target in group.targets]
-        self._strict = strict
+        self._missing = missing
         self._may_repeat = may_repeat
         self._pending: weakref.ref[torch.Tensor] | None = None
         self.overlap = Overlap(groups, pushes.begin) if overlap else None
@@ -57,18 +58,20 @@ class StepScope(Scope):
             missing, refusal = self._check_gradients()
             if refusal is not None and not any(group.sharded for group in self.groups):
                 raise refusal
-            present = [t.parameter for t in self._targets if t.name not in missing]
+            present = [t.parameter for at, t in enumerate(self._targets) if at not in missing]
             pushes = self.pushes.begin() if begun is None else begun
             self.watchdog.begin(len(missing))
-            self._inject(pushes)
+            self._inject(pushes, refused=refusal is not None)
         finally:
             for group in self.groups:
                 group.finish()
             if self.overlap is not None:
                 self.overlap.let_go()
+        # Only now: processes wait for each other in the sum over all of them.
         if refusal is not None:
-            # Only now: the other processes wait for this one in the sum over all of them.
             raise refusal
+        if any(group.refused for group in self.groups):
+            raise DriftError("another process of this run refused its gradients, and says why")
         self.watchdog.note(present)
         if self.overlap is not None:
             self.overlap.reset()
@@ -105,7 +108,7 @@ class StepScope(Scope):
             self.overlap.close()
         self.overlap = None
 
-    def _inject(self, pushes: list[Push]) -> None:
+    def _inject(self, pushes: list[Push], *, refused: bool) -> None:
         """Change all gradients; there are no pushes in a step in which α is zero."""
         if not pushes:
             return
@@ -114,30 +117,34 @@ class StepScope(Scope):
                 if self.overlap is not None:
                     self.overlap.finish(at, push)
                 else:
-                    group.inject(push)
+                    group.inject(push, refused=refused)
                 self.watchdog.skip(group.skipped())
                 group.capture()
 
-    def _check_gradients(self) -> tuple[set[str], DriftError | None]:
-        """Return the targets that have no gradient, and the refusal of what cannot be injected."""
-        missing = [group.targets[at].name for group in self.groups for at in group.missing()]
-        refusal = None
-        if len(missing) == len(self._targets):
-            refusal = DriftError(
-                "no target has a gradient, so nothing can be injected: call step() after backward "
-                "and before zero_grad; an optimizer that steps inside backward cannot be used"
-            )
-        elif missing and self._strict:
-            refusal = DriftError(
-                f"{len(missing)} of {len(self._targets)} targets have no gradient, {missing[0]} "
-                "first: they took no part in the loss. Leave them out with modules=… or layers=…, "
-                "or pass strict=False to skip and count them"
-            )
+    def _check_gradients(self) -> tuple[set[int], DriftError | None]:
+        """Return which targets have no gradient, and the refusal of what cannot be injected.
+
+        Every process of a sharded model must come to the sum over all of them, so nothing is
+        raised here.
+        """
+        missing: set[int] = set()
+        first = 0
+        for group in self.groups:
+            missing.update(first + at for at in group.missing())
+            first += len(group.targets)
         for target in self._targets:
             gradients = [p.grad for p in target.trained if p.grad is not None]
             if any(gradient.layout != torch.strided for gradient in gradients):
-                raise DriftError(f"the gradient of {target.name} is sparse, which is not supported")
-        return set(missing), refusal
+                return missing, DriftError(
+                    f"the gradient of {target.name} is sparse, and Δ is dense: build its embedding "
+                    "with sparse=False, or leave it out with modules=…"
+                )
+        if len(missing) == first:
+            return missing, DriftError(
+                "no target has a gradient, so nothing can be injected: call step() after backward "
+                "and before zero_grad; an optimizer that steps inside backward cannot be used"
+            )
+        return missing, self._missing.see(set(range(first)) - missing, missing)
 
     def _refuse_twice(self) -> None:
         pending = self._pending() if self._pending is not None else None

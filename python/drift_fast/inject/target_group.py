@@ -6,6 +6,7 @@ shape [targets], in the order of `targets`, which is the order in which backward
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -83,6 +84,8 @@ class TargetGroup:
         self.reduction = Reduction(shards[0].process_groups)
         self.norms = self.vector(norms)
         self.last: Last | None = None
+        # Whether a process is known to have refused the last gradients.
+        self.refused = False
         # What a step reads and counts stays in one place, whose address a captured graph holds.
         self._alpha = self.vector([0.0] * len(self.targets))
         self._loss_scale = torch.ones((), dtype=self._alpha.dtype, device=self.device)
@@ -151,23 +154,26 @@ class TargetGroup:
         self.last.alpha = self._alpha.zero_()
 
     def missing(self) -> list[int]:
-        """Return the targets that have no gradient, and keep the gradients for this step."""
+        """Return the targets that have no dense gradient, and keep the others for this step."""
         self._found = {}
         absent = []
         for at, shard in enumerate(self.shards):
             gradient = shard.gradient()
-            if gradient is None:
+            if gradient is None or gradient.layout != torch.strided:
                 absent.append(at)
             else:
                 self._found[at] = gradient
         return absent
 
-    def inject(self, push: Push) -> None:
-        """Measure and change every gradient."""
+    def inject(self, push: Push, *, refused: bool = False) -> None:
+        """Measure and change every gradient; none where a process of a sharded group has refused.
+
+        A process that refuses must call this too, since the others wait for it in a sum.
+        """
         push = self._follow(push)
         if self.sharded:
-            self._inject_sharded(push)
-        else:
+            self._inject_sharded(push, refused=refused)
+        elif not refused:
             for start, stop, deltas in self.store.batches():
                 self._process(Bucket(start, stop, deltas, push, self.arithmetic))
 
@@ -280,7 +286,7 @@ class TargetGroup:
         c = self._decide(bucket.start, bucket.stop, members, bucket.push)
         bucket.arithmetic.subtract(flats, deltas, pick(c, [at - bucket.start for at in members]))
 
-    def _inject_sharded(self, push: Push) -> None:
+    def _inject_sharded(self, push: Push, *, refused: bool) -> None:
         # Every process takes part in the sum, whatever gradients it has.
         held = self._gradients(0, len(self.shards))
         members, gradients = list(held), list(held.values())
@@ -292,7 +298,7 @@ class TargetGroup:
             elif members:
                 self._note(self.arithmetic.measure(flats, None), members)
             assert self.last is not None
-            sums = self._sum(Sums(self.last.norm, self.last.dot))
+            sums = self._sum(Sums(self.last.norm, self.last.dot), refused=refused)
             self.last.norm, self.last.dot = sums.norm, sums.dot
             c = self._decide(0, len(self.shards), members, push)
             for inside, tensors, deltas in self._batches(of_target):
@@ -344,13 +350,18 @@ class TargetGroup:
         finite = torch.isfinite(sums.norm) & torch.isfinite(c)
         return torch.where(finite, c, torch.zeros_like(c)), finite
 
-    def _sum(self, sums: Sums) -> Sums:
+    def _sum(self, sums: Sums, *, refused: bool = False) -> Sums:
         """Add up over processes, squares of norms in float64, which has room for them."""
         if not self.sharded:
             return sums
-        local = torch.cat([sums.norm.double().square(), sums.dot.double()])
-        total = self.reduction.sum(local)
+        squares = sums.norm.double().square()
+        if refused:
+            # No square is negative, and the root of this is not finite: nobody injects.
+            squares.fill_(-math.inf)
+        total = self.reduction.sum(torch.cat([squares, sums.dot.double()]))
         norm, dot = total.chunk(2)
+        # A device would have to be waited for.
+        self.refused = total.device.type == "cpu" and bool((norm == -math.inf).any())
         return Sums(norm.sqrt().to(sums.norm.dtype), dot.to(sums.dot.dtype))
 
     # Where the weights are.

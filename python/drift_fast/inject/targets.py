@@ -34,9 +34,15 @@ from drift_fast.inject.lora.adapters import (
     adapters_of,
     stored_shape,
 )
+from drift_fast.inject.refusals import packing_of
 from drift_fast.inject.shards.find import parameters_of
 from drift_fast.inject.target import Target
 from drift_fast.names import container_of
+
+_REMEDY = (
+    "Compute the delta from the checkpoint that this model was loaded from, state the pairs with "
+    "mapping=…, or pass strict=False (and no higher min_coverage) to inject only what fits"
+)
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -109,9 +115,7 @@ def find_targets(
         raise CoverageError(
             f"{len(missing)} of the delta's {len(wanted)} selected tensors have no parameter in "
             f"{type(model).__name__} ({coverage.fraction:.1%} covered):{listed(missing)}\n"
-            "Compute the delta from the checkpoint that this model was loaded from, state the "
-            "pairs with mapping=…, or pass strict=False (and no higher min_coverage) to inject "
-            "only what fits"
+            + (packing_of(model) or _REMEDY)
         )
     return [candidates.target(pair) for pair in pairs], coverage
 
@@ -152,7 +156,7 @@ def _match(
             raise
         raise CoverageError(
             f"none of the delta's {wanted} tensors has a parameter in {type(model).__name__}: "
-            f"{error}"
+            f"{packing_of(model) or error}"
         ) from error
 
 

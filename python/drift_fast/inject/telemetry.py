@@ -16,6 +16,18 @@ from drift_fast.inject.strength.control import Control
 from drift_fast.inject.target_group import TargetGroup
 from drift_fast.names import kind_of, module_of
 
+# What a log has one number of.
+_SINGLE = (
+    "progress",
+    "alpha",
+    "relative_push",
+    "cosine",
+    "skipped",
+    "missing_gradients",
+    "never_had_gradient",
+    "stopped",
+)
+
 
 def measure(groups: Sequence[TargetGroup], control: Control) -> dict[str, float]:
     """Return progress overall and by parameter, and cosines, push and α of the last step."""
@@ -59,8 +71,7 @@ def summarize(metrics: Mapping[str, float], groups: Sequence[TargetGroup]) -> di
     λ of several targets is their mean weighted by ‖Δ‖². Their cosine is that of their gradients
     taken together.
     """
-    single = ("progress", "alpha", "relative_push", "cosine", "skipped", "stopped")
-    result = {key: metrics[key] for key in single if key in metrics}
+    result = {key: metrics[key] for key in _SINGLE if key in metrics}
     moved: dict[str, list[float]] = {}
     angle: dict[str, list[float]] = {}
     for group in groups:

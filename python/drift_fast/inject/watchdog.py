@@ -17,6 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from drift_fast.errors import DriftError
 from drift_fast.inject.config import ScopeName
+from drift_fast.inject.missing import MissingAccount
 from drift_fast.inject.target import Target
 
 # Parameters that an attachment holds, so that a second one is refused.
@@ -62,12 +63,17 @@ class Watchdog:
     """
 
     def __init__(
-        self, model: nn.Module, targets: Sequence[Target], *, scope: ScopeName, strict: bool
+        self,
+        model: nn.Module,
+        targets: Sequence[Target],
+        *,
+        scope: ScopeName,
+        missing: MissingAccount,
     ) -> None:
         self._model = weakref.ref(model)
         self._targets = list(targets)
         self._scope = scope
-        self._strict = strict
+        self._account = missing
         # Optimizers that hold no target and were looked at.
         self._foreign: Any = weakref.WeakSet()
         self._place = {id(p): at for at, target in enumerate(targets) for p in target.trained}
@@ -107,10 +113,10 @@ class Watchdog:
             DriftError: it would use gradients without the injection.
         """
         held, fresh = self._consume(optimizer)
-        if held == 0:
+        if not held:
             self._refuse_replaced(optimizer)
             return False
-        if fresh == 0:
+        if not fresh:
             call = (
                 "call injection.step() between backward and optimizer.step()"
                 if self._scope == "step"
@@ -121,11 +127,10 @@ class Watchdog:
                 f"nothing was injected before this step of {type(optimizer).__name__}: {call}; or "
                 "call injection.remove() to train without it"
             )
-        if self._scope == "microbatch" and self._strict and fresh < held:
-            raise DriftError(
-                f"only {fresh} of {held} targets were injected before this step of "
-                f"{type(optimizer).__name__}: the others got no gradient"
-            )
+        if self._scope == "microbatch":
+            refusal = self._account.see(fresh, held - fresh)
+            if refusal is not None:
+                raise refusal
         return True
 
     def has_fresh(self) -> bool:
@@ -147,8 +152,8 @@ class Watchdog:
     def _counted(self) -> int:
         return sum(int(count) for count in [*self._skips, *self._skip_of.values()])
 
-    def _consume(self, optimizer: torch.optim.Optimizer) -> tuple[int, int]:
-        """Return how many targets the optimizer holds, and how many were injected for this step."""
+    def _consume(self, optimizer: torch.optim.Optimizer) -> tuple[set[int], set[int]]:
+        """Return which targets the optimizer holds, and which were injected for this step."""
         held = {
             self._place[id(parameter)]
             for group in optimizer.param_groups
@@ -156,11 +161,11 @@ class Watchdog:
             if id(parameter) in self._place
         }
         used = self._used.get(optimizer) or [0] * len(self._times)
-        fresh = sum(self._times[at] > used[at] for at in held)
+        fresh = {at for at in held if self._times[at] > used[at]}
         # All targets, so that one which joins the optimizer later brings no old injection along.
         self._used[optimizer] = list(self._times)
         self._consumed = self._consumed or bool(held)
-        return len(held), fresh
+        return held, fresh
 
     def _refuse_replaced(self, optimizer: torch.optim.Optimizer) -> None:
         """Fail where an optimizer trains the model, and no target can train any more."""

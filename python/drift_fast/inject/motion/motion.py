@@ -29,7 +29,7 @@ from drift_fast.inject.motion.options import MotionOptions
 from drift_fast.inject.motion.rounding import Thresholds
 from drift_fast.inject.motion.schedule import MotionSchedule
 from drift_fast.inject.placement.load import Loading, load_groups
-from drift_fast.inject.refusals import check_optimized
+from drift_fast.inject.refusals import check_optimized, check_trainable
 from drift_fast.inject.shards import zero
 from drift_fast.inject.shards.base import Shard
 from drift_fast.inject.shards.find import process_groups_of, shards_of
@@ -75,8 +75,9 @@ class PlannedMotion(Attachment):
 
     Raises:
         CoverageError: the delta does not fit the model; names and shapes are listed.
-        DriftError: a frozen or an adapted target, one that the optimizer does not hold, a way of
-            sharding that is not supported, or a target that has an injection or a motion already.
+        DriftError: a target that is frozen, adapted or cannot be trained, one that the optimizer
+            does not hold, a way of sharding that is not supported, or a target that has an
+            injection or a motion already.
         NonFiniteError: the delta holds NaN or infinity.
         TypeError: an unknown or retired keyword.
         ValueError: an argument without meaning.
@@ -99,6 +100,7 @@ class PlannedMotion(Attachment):
         with Reduction(process_groups_of(model)).together():
             delta = open_delta(delta)
             targets, self.coverage = find_targets(model, delta, wanted)
+            check_trainable(targets, model)
             _check_moved(targets)
             values, _ = per_target([target.delta_name for target in targets], progress, "progress")
             value_of = {target.name: value for target, value in zip(targets, values, strict=True)}
