@@ -264,11 +264,20 @@ def test_scales_that_give_no_value_are_refused(
     assert not (tmp_path / "delta").exists()
 
 
-def test_scales_without_codes_are_in_the_coverage(tmp_path: Path) -> None:
+def test_scales_without_codes_are_refused(tmp_path: Path) -> None:
+    """Nothing says whether the weight beside them was multiplied by them already."""
     bf16 = stored(np.ones((130, 140)), "BF16")
     first, second = changed(tmp_path, {NAME: bf16})
-    delta = compute_delta(first, second, check_weights=False)
-    assert SCALE in dict(delta.coverage.unmatched_reasoning)
+    with refused(CheckpointError, f"{SCALE} (F32)", "unquantized checkpoint"):
+        compute_delta(first, second, check_weights=False)
+
+
+def test_scales_of_activations_beside_codes_leave_them_as_they_are(tmp_path: Path) -> None:
+    activations = {NAME.replace("weight", "input_scale"): stored(1.0, "F32")}
+    first, second = changed(tmp_path / "static", activations)
+    plain, _ = changed(tmp_path / "plain", {})
+    static, dynamic = (compute_delta(one, second, check_weights=False) for one in (first, plain))
+    assert torch.equal(static[NAME], dynamic[NAME])
 
 
 def test_codes_that_are_no_matrix_are_refused(tmp_path: Path) -> None:

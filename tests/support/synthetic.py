@@ -29,6 +29,7 @@ Errors = type[BaseException] | tuple[type[BaseException], ...]
 EXPONENT_AND_MANTISSA_NBITS = {"BF16": (8, 7), "F16": (5, 10), "F32": (8, 23), "F64": (11, 52)}
 BITS_DTYPE = {"BF16": "<u2", "F16": "<u2", "F32": "<u4", "F64": "<u8"}
 NBYTES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "I64": 8, "I32": 4, "U8": 1, "BOOL": 1}
+NBYTES |= {"U32": 4, "U16": 2, "I8": 1, "F8_E4M3": 1, "F8_E8M0": 1}
 FLOAT_DTYPES = ("BF16", "F16", "F32", "F64")
 OUTPUT_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 

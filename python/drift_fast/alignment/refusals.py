@@ -10,15 +10,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeGuard
 
+from drift_fast.alignment.beside import find_beside
 from drift_fast.alignment.coverage import listed
 from drift_fast.alignment.inserted import find_inserted_layers
 from drift_fast.alignment.model_pair import AlignedPair, ModelPair
 from drift_fast.alignment.name_alignment import Unmatched
 from drift_fast.alignment.stated import LEFT_OUT
-from drift_fast.errors import AlignmentError, CoverageError, DriftError
+from drift_fast.errors import AlignmentError, CheckpointError, CoverageError, DriftError
 from drift_fast.names import is_other_modality, kind_of
 
 Reason = Literal[
+    "changed beside",
     "not matched",
     "exchanged models",
     "other layers",
@@ -68,10 +70,22 @@ def refuse(pair: ModelPair, *, strict: bool = True) -> None:
     """Raise the first reason to refuse a pair.
 
     Raises:
-        AlignmentError, CoverageError: there is one.
+        AlignmentError, CoverageError, CheckpointError: there is one.
     """
     for refusal in why_not(pair, strict=strict):
         raise refusal.error
+
+
+def _changed_beside(pair: ModelPair) -> Refusal | None:
+    sides = pair.reasoning, pair.multimodal
+    matched = (
+        {source for one in pair.alignment.pairs for source in one.sources},
+        {one.name for one in pair.alignment.pairs},
+    )
+    texts = []
+    for at, role in enumerate(("reasoning", "multimodal")):
+        texts += find_beside(sides[at], sides[1 - at], matched[at]).explain(sides[at], role)
+    return Refusal("changed beside", CheckpointError("; ".join(texts))) if texts else None
 
 
 def _not_matched(pair: ModelPair) -> Refusal | None:
@@ -198,6 +212,7 @@ def _is_matched(pair: ModelPair) -> TypeGuard[AlignedPair]:
 
 # In this order; the cause of what comes after it comes first.
 RULES: tuple[Rule, ...] = (
+    _changed_beside,
     _not_matched,
     _exchanged,
     _layer_conflict,

@@ -39,16 +39,7 @@ def why_a_buffer(pair: Pair, aligned: AlignedPair) -> str:
         *(aligned.reasoning.dtypes[source] for source in pair.sources),
     ]
     whole = next((dtype for dtype in stored if _WHOLE.fullmatch(dtype)), None)
-    if whole is None or _is_packed(name):
-        return ""
-    return f"a buffer of {whole}, not a weight"
-
-
-def _is_packed(name: str) -> bool:
-    """Whether integers of this name are a quantized weight, such as `q_proj.qweight`."""
-    module = name.rpartition(".")[0]
-    unpacked = (name, f"{module}.weight", re.sub(r"_(blocks|scales)$", "", name))
-    return any(kind_of(one) != "other" for one in unpacked)
+    return "" if whole is None else f"a buffer of {whole}, not a weight"
 
 
 def warn_of_routers(merged: Collection[str], names: Collection[str]) -> None:

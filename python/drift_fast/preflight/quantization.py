@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
-from drift_fast.checkpoints.source import Source
+from drift_fast.alignment.beside import unquantized_name
 from drift_fast.preflight.fact import Fact
 from drift_fast.preflight.findings import DescribedSide
 from drift_fast.preflight.meanings import Severity
-
-_QUANTIZED_NAME = re.compile(
-    r"[-_.](?:AWQ|GPTQ|(?:GPTQ-)?Int[48]|FP8|NVFP4|MXFP4|bnb|4bit|8bit|w4a16|w8a8)\b.*$", re.I
-)
 
 
 def judge_quantization(
@@ -29,7 +24,7 @@ def judge_quantization(
         elif fact.value is not None:
             quantized.append(
                 f"{side.model.the} ({fact.value}) is quantized: name its unquantized checkpoint"
-                + _unquantized(side.model.opened.source)
+                + unquantized_name(side.model.opened.source)
             )
     if quantized:
         use = "trained along Δ" if attaches else "subtracted"
@@ -55,10 +50,3 @@ def _is_block_scaled(side: DescribedSide) -> bool:
         and all(dtype in ("F8_E4M3", "F8_E5M2") for dtype in packed)
         and not side.model.opened.unscaled
     )
-
-
-def _unquantized(source: Source) -> str:
-    """Return the name without the suffix that says how it was quantized, if it has one."""
-    name = source.repo or source.path.name
-    shorter = _QUANTIZED_NAME.sub("", name)
-    return f", by its name {shorter}" if shorter and shorter != name else ""

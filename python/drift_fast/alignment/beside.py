@@ -1,0 +1,220 @@
+"""Tensors beside a weight that change it: adapters that are not merged, and codes of quantization.
+
+A weight is what a model computes with, and such a tensor is a part of it, so Δ of what is stored
+under the weight's own name is Δ of something else. The rule asks for no format: whatever is stored
+under the path of a weight of the backbone, and is neither matched nor known to leave the weight as
+it is, changes it. Only the wording of the remedy knows families.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from drift_fast.checkpoints.opened import ITEMSIZE, Opened
+from drift_fast.checkpoints.source import Source
+from drift_fast.names import container_of, is_other_modality, kind_of
+
+# What wraps a weight, or is added to it, in PEFT's names.
+_ADAPTER = re.compile(
+    r"(?:^|\.)(?:base_layer|original_module|modules_to_save"
+    r"|(?:lora|ia3|hada|lokr|oft|boft|vera|hra)_\w+)(?:\.|$)"
+)
+# What codes need to become a weight, in names that mean nothing else.
+_CODED = re.compile(
+    r"(?:^|[._])(?:qweight|qzeros|absmax|quant_map|quant_state|SCB|W_q|weight_(?:packed|scale\w*)"
+    r"|weight_zero_point|weight_global_scale|qdata)(?:\.|$)"
+)
+# Where only codes, never floats, have these names.
+_BLOCKS = re.compile(r"_(?:blocks|scales)$")
+# Words that say that an unknown tensor belongs to a quantization.
+_QUANTIZED = re.compile(r"scale|zero|quant|code|pack|bias|amax|blocks|tables|shape|g_idx", re.I)
+# Formats that transformers turns back into weights, and how.
+_DEQUANTIZED = {
+    r"\.(?:absmax|SCB)$": " and save what model.dequantize() returns",
+    r"_blocks$": ", quantization_config=Mxfp4Config(dequantize=True), and save it",
+}
+# Biases, and scales of activations or of a key-value cache, leave the weight as it is.
+_HARMLESS = re.compile(
+    r"(?:^|[._])(?:bias|(?:[kvqp]|kv|input|output|act|activation|prob)(?:_global)?_scale"
+    r"|(?:input|output)_(?:min|max)|running_mean|running_var)$"
+)
+_FLOATS = ("BF16", "F16", "F32", "F64")
+# Indices, counters and masks.
+_NO_WEIGHTS = ("I64", "U64", "BOOL")
+# How far above a tensor its weight may be: `q_proj.weight.quant_state.bitsandbytes__nf4`.
+_DEPTH = 5
+
+_QUANTIZED_NAME = re.compile(
+    r"[-_.](?:AWQ|GPTQ|(?:GPTQ-)?Int[48]|FP8|NVFP4|MXFP4|bnb|4bit|8bit|w4a16|w8a8)\b.*$", re.I
+)
+
+
+@dataclass
+class Beside:
+    """What changes the weights of one checkpoint, by the kind of remedy; each name once."""
+
+    adapters: list[str] = field(default_factory=list)
+    codes: list[str] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
+
+    def explain(self, side: Opened, role: str) -> list[str]:
+        """Return what was found in a checkpoint, what it means and what to do; one text a kind."""
+        where = f"the {role} checkpoint {side.source.path}"
+        texts = []
+        if self.adapters:
+            # The wrapped weights say less than the adapter's own.
+            names = sorted(self.adapters, key=lambda name: "base_layer" in name)
+            texts.append(
+                f"{where} has an adapter that is not merged: {_listed(names, side.dtypes)}. Its "
+                "weights are the base and the adapter together, so Δ of the base alone would be "
+                "another. Merge the adapter first: load the model with it, and save what "
+                "model.merge_and_unload() returns"
+            )
+        if self.codes:
+            # Both spellings, for whoever searches for one of them.
+            texts.append(
+                f"{where} is quantized (quantised): {_listed(self.codes, side.dtypes)}. Its "
+                "weights are codes together with their scales, which cannot be subtracted. Take "
+                f"the unquantized checkpoint{unquantized_name(side.source)}{_how(self.codes)}"
+            )
+        if self.unknown:
+            texts.append(
+                f"{where} has tensors under the path of a weight, which the other checkpoint "
+                f"lacks: {_listed(self.unknown, side.dtypes)}. They change what the model computes "
+                "with, so Δ of the weight alone would be another. Take a checkpoint in which they "
+                "are merged into their weights"
+            )
+        return texts
+
+
+def find_beside(side: Opened, other: Opened, matched: Collection[str]) -> Beside:
+    """Return what changes weights of the backbone of `side`, selected or not.
+
+    `matched` are the names of `side` that have a match. The backbone is the layers that they are
+    in, with norm, embeddings and head; where nothing matches, all layers but those of towers.
+    """
+    containers = {container_of(name) for name in matched} - {None}
+    own = _Places.of(side, containers)
+    weights = own.weights | _Places.of(other, set()).weights
+    kinds: dict[str, str] = {}
+    for (place, dtype), names in own.names.items():
+        kind = _kind(place, dtype, own.weights, weights)
+        if kind is None:
+            continue
+        chosen = names if kind != "unknown" else [name for name in names if name not in matched]
+        if kind == "unknown" and _is_coded(chosen, side.dtypes):
+            kind = "codes"
+        kinds |= dict.fromkeys(chosen, kind)
+    # In the order of the file, so that what belongs to one weight is named together.
+    found = Beside()
+    for name in side.shapes:
+        if name in kinds:
+            getattr(found, kinds[name]).append(name)
+    return found
+
+
+@dataclass
+class _Places:
+    """The tensors of a backbone by place in a layer and dtype, and the places of weights.
+
+    A tensor outside of the layers is its own place.
+    """
+
+    names: dict[tuple[str, str], list[str]] = field(default_factory=dict)
+    weights: set[str] = field(default_factory=set)
+
+    @classmethod
+    def of(cls, side: Opened, containers: Collection[str | None]) -> _Places:
+        found = cls()
+        for name, shape in side.shapes.items():
+            container = container_of(name)
+            if is_other_modality(name) or (containers and container not in {None, *containers}):
+                continue
+            place = name
+            if container is not None:
+                place = name[len(container) :].lstrip(".").partition(".")[2]
+            elif not any(_is_vocabulary(one) for one, _ in _above(name)):
+                continue
+            found.names.setdefault((place, side.dtypes[name]), []).append(name)
+            module, _, leaf = place.rpartition(".")
+            if leaf == "weight":
+                found.weights.add(module)
+            elif len(shape) > 1 and leaf != "bias":
+                found.weights.add(place)
+        return found
+
+
+def _is_vocabulary(module: str) -> bool:
+    return kind_of(f"{module}.weight") != "other"
+
+
+def _kind(place: str, dtype: str, own: set[str], weights: set[str]) -> str | None:
+    """Return which kind of tensor one at `place` is; None for a weight and what leaves it alone."""
+    if _ADAPTER.search(place):
+        return "adapters"
+    if _CODED.search(place) or (dtype not in _FLOATS and _BLOCKS.search(place)):
+        return "codes"
+    module, _, leaf = place.rpartition(".")
+    if dtype not in ITEMSIZE and (
+        kind_of(place) != "other" or (leaf == "weight" and dtype not in _NO_WEIGHTS)
+    ):
+        return "codes"
+    if leaf == "weight":
+        # What is deeper in a module than its weight is no part of the weight's own module.
+        return "unknown" if any(above in own for above, _ in _above(module)) else None
+    if dtype in _NO_WEIGHTS or _HARMLESS.search(place):
+        return None
+    if any(above in (own if "." in rest else weights) for above, rest in _above(place)):
+        return "unknown"
+    if any(stem in weights for stem in _stems(module, leaf)):
+        return "unknown"
+    return None
+
+
+def _above(place: str) -> Iterator[tuple[str, str]]:
+    """Return the paths above a place, the nearest first, and what is below each."""
+    above = place
+    for _ in range(_DEPTH):
+        above, dot, _ = above.rpartition(".")
+        if not dot:
+            return
+        yield above, place[len(above) + 1 :]
+
+
+def _stems(module: str, leaf: str) -> Iterator[str]:
+    """Return the names that a parameter's name begins with: `down_proj` of `down_proj_scale`."""
+    stem = leaf
+    for _ in range(_DEPTH):
+        stem, found, _ = stem.rpartition("_")
+        if not found:
+            return
+        yield f"{module}.{stem}" if module else stem
+
+
+def _is_coded(names: Collection[str], dtypes: Mapping[str, str]) -> bool:
+    """Whether tensors of unknown purpose belong to a quantization, by their types or names."""
+    return any(
+        dtypes[name] not in _FLOATS or _QUANTIZED.search(name.rpartition(".")[2]) for name in names
+    )
+
+
+def _how(names: Collection[str]) -> str:
+    """Return how transformers makes the weights that codes mean, where it does."""
+    for pattern, how in _DEQUANTIZED.items():
+        if any(re.search(pattern, name) for name in names):
+            return f"; if there is none, load this one with transformers{how}"
+    return ""
+
+
+def _listed(names: Collection[str], dtypes: Mapping[str, str]) -> str:
+    first = ", ".join(f"{name} ({dtypes[name]})" for name in list(names)[:3])
+    return f"{first} and {len(names) - 3} more" if len(names) > 3 else first
+
+
+def unquantized_name(source: Source) -> str:
+    """Return the name without the suffix that says how it was quantized, if it has one."""
+    name = source.repo or source.path.name
+    shorter = _QUANTIZED_NAME.sub("", name)
+    return f", by its name {shorter}" if shorter and shorter != name else ""
