@@ -30,6 +30,11 @@ _WORDS = {
 }
 # Types of which nothing inside is checked: JSON has no keys but text.
 _PLAIN = (bool, int, str, dict[str, Any])
+_LFS = b"version https://git-lfs"
+_LFS_REMEDY = (
+    "this is a git-lfs pointer, which stands for a file that was not downloaded: run "
+    "`git lfs pull` in its repository"
+)
 _MISMATCH = re.compile(r"Expected (?P<expected>.+?)(?:, got `(?P<found>.+?)`)?$")
 
 
@@ -55,9 +60,12 @@ class JsonFile:
             DriftError: of the type `error`: not a regular file, larger than the limit, not JSON, or
                 of another type.
         """
+        text = self._read_bytes()
         try:
-            content = parse_json(self._read_bytes(), unique_keys=self.unique_keys)
+            content = parse_json(text, unique_keys=self.unique_keys)
         except ValueError as error:
+            if text.startswith(_LFS):
+                raise self.error(f"{self.path}: {_LFS_REMEDY}") from error
             raise self.wrong(f"not valid JSON ({error})") from error
         return self.convert(content, kind)
 

@@ -127,7 +127,9 @@ def test_a_tensor_the_index_promises_and_the_shard_lacks_is_named(
     directory = write_checkpoint(tmp_path / "sharded", TENSORS, shards=2)
     file = "model-00001-of-00002.safetensors"
     write_index(directory, {WEIGHT: file, OTHER: file})
-    assert_refused_on_either_side(directory, sound, OTHER, file)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", drift_fast.DriftWarning)
+        assert_refused_on_either_side(directory, sound, OTHER, file, "download")
 
 
 def test_a_tensor_in_two_shards_is_refused_naming_both(tmp_path: Path, sound: Path) -> None:
@@ -225,7 +227,26 @@ def test_a_git_lfs_pointer_is_refused(tmp_path: Path, sound: Path) -> None:
     path.write_text(
         "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 12345\n"
     )
-    assert_refused_on_either_side(path, sound, path)
+    assert_refused_on_either_side(path, sound, path, "git lfs pull")
+
+
+@pytest.mark.parametrize(
+    ("start", "words"),
+    [
+        (b"<!DOCTYPE html><html>", ["web page", "download"]),
+        (b"<html><head>", ["web page", "download"]),
+        (b"GGUF\x03\0\0\0", ["GGUF", "not read"]),
+        (b"PK\x03\x04\0\0\x08\x08", ["pickle", "convert"]),
+        (b"\x80\x02}q\0(X\x12\0", ["pickle", "convert"]),
+        (bytes(64), ["zeros", "download it again"]),
+    ],
+)
+def test_a_file_of_another_kind_is_called_by_its_kind(
+    tmp_path: Path, sound: Path, start: bytes, words: list[str]
+) -> None:
+    path = tmp_path / "other.safetensors"
+    path.write_bytes(start + bytes(100))
+    assert_refused_on_either_side(path, sound, path, *words)
 
 
 @pytest.mark.parametrize(
@@ -339,25 +360,42 @@ def test_an_index_entry_that_leaves_the_directory_is_refused(
     assert_refused_on_either_side(directory, sound, "model.safetensors.index.json", target)
 
 
-@pytest.mark.parametrize("kind", ["relative", "absolute", "directory", "chain"])
-def test_an_index_entry_that_leaves_the_directory_by_a_link_is_refused(
-    tmp_path: Path, sound: Path, kind: str
-) -> None:
-    secret = write_file(tmp_path / "elsewhere" / "secret.safetensors", TENSORS)
+def linked_elsewhere(tmp_path: Path, kind: str) -> Path:
+    """Return a checkpoint whose index names a link to a shard outside of its directory."""
+    elsewhere = write_file(tmp_path / "elsewhere" / "shard.safetensors", TENSORS)
     directory = tmp_path / "checkpoint"
     directory.mkdir()
-    entry_name = "inner/secret.safetensors" if kind == "directory" else "shard.safetensors"
+    entry_name = "inner/shard.safetensors" if kind == "directory" else "shard.safetensors"
     if kind == "relative":
-        (directory / entry_name).symlink_to("../elsewhere/secret.safetensors")
+        (directory / entry_name).symlink_to("../elsewhere/shard.safetensors")
     elif kind == "absolute":
-        (directory / entry_name).symlink_to(secret)
+        (directory / entry_name).symlink_to(elsewhere)
     elif kind == "chain":
-        (directory / "hop").symlink_to("../elsewhere/secret.safetensors")
+        (directory / "hop").symlink_to("../elsewhere/shard.safetensors")
         (directory / entry_name).symlink_to("hop")
     else:
         (directory / "inner").symlink_to("../elsewhere")
     write_index(directory, dict.fromkeys(TENSORS, entry_name))
-    assert_refused_on_either_side(directory, sound, entry_name)
+    return directory
+
+
+@pytest.mark.parametrize("kind", ["relative", "absolute", "directory", "chain"])
+def test_ones_own_link_to_a_shard_elsewhere_is_followed(
+    tmp_path: Path, sound: Path, kind: str
+) -> None:
+    assert len(compute_delta(linked_elsewhere(tmp_path, kind), sound)) == 2
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+@pytest.mark.parametrize("kind", ["relative", "absolute", "directory", "chain"])
+def test_a_link_of_another_user_to_a_file_that_is_not_theirs_is_refused(
+    tmp_path: Path, sound: Path, kind: str
+) -> None:
+    directory = linked_elsewhere(tmp_path, kind)
+    os.chown(directory, 4321, -1)
+    assert_refused_on_either_side(directory, sound, "shard.safetensors", "another user")
+    os.chown(tmp_path / "elsewhere" / "shard.safetensors", 4321, -1)
+    assert len(compute_delta(directory, sound)) == 2
 
 
 def test_shards_in_a_folder_of_the_checkpoint_and_links_inside_it_are_read(
@@ -398,13 +436,20 @@ def test_the_hub_cache_layout_with_its_links_to_blobs_is_read(
     assert len(compute_delta(snapshot, sound)) == 2
 
 
-def test_a_hub_snapshot_may_not_link_beyond_its_own_blobs(tmp_path: Path, sound: Path) -> None:
-    secret = write_file(tmp_path / "models--other--name" / "blobs" / ("b" * 64), TENSORS)
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+def test_a_shared_hub_cache_links_to_its_own_blobs_whoever_has_them(
+    tmp_path: Path, sound: Path
+) -> None:
+    blob = write_file(tmp_path / "models--org--name" / "blobs" / ("b" * 64), TENSORS)
     snapshot = tmp_path / "models--org--name" / "snapshots" / ("a" * 40)
     snapshot.mkdir(parents=True)
-    (tmp_path / "models--org--name" / "blobs").mkdir()
-    (snapshot / "shard.safetensors").symlink_to(secret)
+    (snapshot / "shard.safetensors").symlink_to(blob)
     write_index(snapshot, dict.fromkeys(TENSORS, "shard.safetensors"))
+    os.chown(snapshot, 4321, -1)
+    assert len(compute_delta(snapshot, sound)) == 2
+    secret = write_file(tmp_path / "models--other--name" / "blobs" / ("b" * 64), TENSORS)
+    (snapshot / "shard.safetensors").unlink()
+    (snapshot / "shard.safetensors").symlink_to(secret)
     assert_refused_on_either_side(snapshot, sound, "shard.safetensors")
 
 

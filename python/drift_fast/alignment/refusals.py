@@ -21,6 +21,7 @@ from drift_fast.names import is_other_modality, kind_of
 
 Reason = Literal[
     "changed beside",
+    "missing from the shards",
     "not matched",
     "exchanged models",
     "other layers",
@@ -86,6 +87,32 @@ def _changed_beside(pair: ModelPair) -> Refusal | None:
     for at, role in enumerate(("reasoning", "multimodal")):
         texts += find_beside(sides[at], sides[1 - at], matched[at]).explain(sides[at], role)
     return Refusal("changed beside", CheckpointError("; ".join(texts))) if texts else None
+
+
+def _absent(pair: ModelPair) -> Refusal | None:
+    """Judge tensors that an index names and no shard holds, and that the other model has."""
+    if not isinstance(pair, AlignedPair):
+        return None
+    first, second = (f"{prefix}." if prefix else "" for prefix in pair.alignment.prefixes)
+    for side, other, own, others in (
+        (pair.reasoning, pair.multimodal, first, second),
+        (pair.multimodal, pair.reasoning, second, first),
+    ):
+        names = [
+            name
+            for name in side.absent
+            if name in pair.selection
+            and (pair.failure is not None or others + name.removeprefix(own) in other.shapes)
+        ]
+        if names:
+            error = CheckpointError(
+                f"{side.source.path}: tensor {names[0]!r}: the index places it in "
+                f"{side.absent[names[0]]!r}, which does not hold it"
+                + (f", and {len(names) - 1} more" if names[1:] else "")
+                + f"; they are of {pair.selection}, so download the checkpoint again"
+            )
+            return Refusal("missing from the shards", error, strict_only=bool(pair.pairs))
+    return None
 
 
 def _not_matched(pair: ModelPair) -> Refusal | None:
@@ -213,6 +240,7 @@ def _is_matched(pair: ModelPair) -> TypeGuard[AlignedPair]:
 # In this order; the cause of what comes after it comes first.
 RULES: tuple[Rule, ...] = (
     _changed_beside,
+    _absent,
     _not_matched,
     _exchanged,
     _layer_conflict,

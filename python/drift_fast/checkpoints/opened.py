@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -11,7 +12,10 @@ from pathlib import Path
 
 from drift_fast._core import Checkpoint
 from drift_fast.checkpoints.config_json import BLOCK, Configuration
+from drift_fast.checkpoints.diagnosis import Place, explain
 from drift_fast.checkpoints.source import Source, resolve
+from drift_fast.errors import CheckpointError, DriftWarning
+from drift_fast.names import kind_of
 from drift_fast.shapes import Shape
 
 PathLike = str | os.PathLike[str]
@@ -26,7 +30,8 @@ class Opened:
 
     `scales` are the tensors that hold the block scales of 8-bit codes, by the name of the codes;
     they are not weights, so `shapes` and `dtypes` leave them out. `unscaled` says, by the name of
-    the codes, what is wrong with scales that do not fit. `block` is its rows and columns.
+    the codes, what is wrong with scales that do not fit. `block` is its rows and columns. `absent`
+    are tensors that the index names and no shard holds, with the shard that it names.
     """
 
     source: Source
@@ -35,6 +40,7 @@ class Opened:
     dtypes: dict[str, str]
     scales: dict[str, str] = field(default_factory=dict)
     unscaled: dict[str, str] = field(default_factory=dict)
+    absent: dict[str, str] = field(default_factory=dict)
     block: tuple[int, int] = BLOCK
     reader: str = "auto"
 
@@ -113,7 +119,7 @@ class Opened:
 
 
 def open_checkpoint(source: PathLike, reader: str = "auto") -> Opened:
-    """Find a checkpoint and read its headers.
+    """Find a checkpoint and read its headers; warn where other loaders may read something else.
 
     Raises:
         FileNotFoundError, CheckpointError: a checkpoint that is not there or not valid.
@@ -121,22 +127,62 @@ def open_checkpoint(source: PathLike, reader: str = "auto") -> Opened:
     found = resolve(source)
     if found.remote is not None:
         found.remote.optional_file("config.json")
-    checkpoint = Checkpoint(found.path, reader=reader)
+    checkpoint = _open(found.path, reader)
     block = BLOCK
     if checkpoint.scales():
         block = Configuration.read(found.path).weight_block
         checkpoint = Checkpoint(found.path, reader=reader, block=block)
     codes = checkpoint.scales()
     tensors = {name: (dtype, tuple(shape)) for name, dtype, shape, _ in checkpoint.tensors()}
+    _refuse_empty(found.path, {name: shape for name, (_, shape) in tensors.items()})
     scales = {name: scale for name, scale, _ in codes if scale in tensors}
     held = set(scales.values())
     return Opened(
-        found,
-        checkpoint,
-        {name: shape for name, (_, shape) in tensors.items() if name not in held},
-        {name: dtype for name, (dtype, _) in tensors.items() if name not in held},
-        scales,
-        {name: problem for name, _, problem in codes if problem},
-        block,
-        reader,
+        source=found,
+        checkpoint=checkpoint,
+        shapes={name: shape for name, (_, shape) in tensors.items() if name not in held},
+        dtypes={name: dtype for name, (dtype, _) in tensors.items() if name not in held},
+        scales=scales,
+        unscaled={name: problem for name, _, problem in codes if problem},
+        absent=dict(checkpoint.absent()),
+        block=block,
+        reader=reader,
     )
+
+
+def _open(path: Path, reader: str) -> Checkpoint:
+    """Open what is at a path; a directory that does not open is explained."""
+    try:
+        checkpoint = Checkpoint(path, reader=reader)
+    except FileNotFoundError as error:
+        raise (_explained(path) or error) from None
+    notes = checkpoint.notes()
+    if path.is_dir() and (path / "adapter_config.json").exists():
+        notes.append(
+            f"{path} holds an adapter of PEFT beside the weights, which transformers adds when it "
+            "loads them and drift_fast does not: merge it first if it is not merged yet, or remove "
+            "its files"
+        )
+    for note in notes:
+        warnings.warn(note, DriftWarning, stacklevel=4)
+    return checkpoint
+
+
+def _explained(path: Path) -> Exception | None:
+    """Return what a directory without a checkpoint is; None where a file of one is missing."""
+    if not path.is_dir():
+        return None
+    place = Place.on_disk(path)
+    return None if place.holds_checkpoint else explain(place)
+
+
+def _refuse_empty(path: Path, shapes: dict[str, Shape]) -> None:
+    """Refuse weights of no elements, which ZeRO-3 leaves of those that other processes hold."""
+    empty = [name for name, shape in shapes.items() if shape == (0,) and kind_of(name) != "other"]
+    if empty:
+        raise CheckpointError(
+            f"{path}: {len(empty)} of {len(shapes)} tensors have shape [0], {empty[0]} first: the "
+            "weights were sharded by DeepSpeed ZeRO-3 when they were saved, and were not gathered. "
+            "Join the shards with the zero_to_fp32.py of that checkpoint, or save again with "
+            "stage3_gather_16bit_weights_on_model_save"
+        )

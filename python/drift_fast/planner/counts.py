@@ -161,7 +161,7 @@ def _from_configuration(path: Path) -> Model:
 def _check_layers(path: Path, section: Section) -> None:
     """Refuse more layers than any model has: each is built, and a config.json is not trusted."""
     for key in _LAYERS:
-        stated = section.size(key)
+        stated = section.size(key, needed=True)
         found = stated if isinstance(stated, list) else [stated or 0]
         if max(found) > _MOST_LAYERS:
             raise CheckpointError(

@@ -40,7 +40,7 @@ def describe(configuration: Configuration, headers: Headers) -> Description:
     Without a config.json they are those of the headers.
 
     Raises:
-        CheckpointError: an entry of a wrong type.
+        CheckpointError: an entry of a wrong type that a delta needs.
     """
     section = configuration.backbone
     stated_heads = section.size("num_attention_heads")
@@ -138,7 +138,7 @@ def _quantization(configuration: Configuration, headers: Headers) -> Fact:
     stated = configuration.anywhere(
         lambda part: part.section("quantization_config") or part.section("compression_config")
     )
-    if stated is not None:
+    if stated:
         method, nbits = stated.text("quant_method") or "method not stated", stated.size("bits")
         for loaded in (4, 8):
             if stated.truth(f"load_in_{loaded}bit"):

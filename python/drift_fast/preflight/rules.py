@@ -44,7 +44,7 @@ def compare(
     `attaches`, Δ is to be attached to the second, and the first has been judged already.
 
     Raises:
-        CheckpointError: an entry of a config.json that has a wrong type.
+        CheckpointError: an entry of a config.json that is needed and has a wrong type.
     """
     usable = is_usable(refusals)
     matched = pair.coverage.matched if usable else []

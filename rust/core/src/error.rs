@@ -65,7 +65,7 @@ pub enum Error {
         limit: Limit,
     },
     /// The operating system refused to read or write.
-    #[error("{}: cannot {action}: {source}", path.display())]
+    #[error("{}: cannot {action}: {source}{}", path.display(), remedy(source))]
     Io {
         /// The file concerned.
         path: PathBuf,
@@ -82,11 +82,33 @@ pub enum Error {
     Interrupted,
 }
 
+/// What to do about an error of the system that says little by itself.
+fn remedy(error: &io::Error) -> &'static str {
+    use rustix::io::Errno;
+    match error.raw_os_error().map(Errno::from_raw_os_error) {
+        Some(Errno::MFILE) => {
+            "; a process may open only so many files: raise the limit with `ulimit -n 65536` and run \
+             again"
+        }
+        Some(Errno::NFILE) => "; all processes together may open only so many files: end others",
+        Some(Errno::IO | Errno::STALE) => {
+            "; the disk or the network file system fails: copy the files to another one"
+        }
+        Some(Errno::NOSPC) => {
+            "; the file system has no room for another file, or directory: free some, or choose \
+             another directory"
+        }
+        _ => "",
+    }
+}
+
 /// What keeps an output from being written whole.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Limit {
     /// The file system is full.
     FileSystem,
+    /// The file system has room for bytes and for no further file.
+    Files,
     /// The user's or the directory's quota is used up.
     Quota,
     /// A file may not grow so large.
@@ -94,18 +116,19 @@ pub enum Limit {
 }
 
 impl Limit {
-    const ALL: [Limit; 3] = [Limit::FileSystem, Limit::Quota, Limit::FileSize];
+    const ALL: [Limit; 4] = [Limit::FileSystem, Limit::Files, Limit::Quota, Limit::FileSize];
 
-    /// The limit that a system error speaks of, if it does.
-    pub(crate) fn of(error: &io::Error) -> Option<Self> {
-        Self::ALL.into_iter().find(|limit| error.raw_os_error() == Some(limit.errno()))
+    /// The limit that a system error speaks of, if it does; `fits` says that bytes are free.
+    pub(crate) fn of(error: &io::Error, fits: bool) -> Option<Self> {
+        let found = Self::ALL.into_iter().find(|limit| error.raw_os_error() == Some(limit.errno()));
+        found.map(|limit| if fits && limit == Limit::FileSystem { Limit::Files } else { limit })
     }
 
     /// The system's number of the error.
     pub fn errno(self) -> i32 {
         use rustix::io::Errno;
         match self {
-            Limit::FileSystem => Errno::NOSPC,
+            Limit::FileSystem | Limit::Files => Errno::NOSPC,
             Limit::Quota => Errno::DQUOT,
             Limit::FileSize => Errno::FBIG,
         }
@@ -119,6 +142,10 @@ impl Limit {
             Limit::FileSystem => format!(
                 "but the file system has {available} free; choose another directory{narrower} or a \
                  narrower dtype"
+            ),
+            Limit::Files => format!(
+                "and the file system has {available} free, but no room for another file (`df -i` \
+                 shows its inodes); remove some or choose another directory"
             ),
             Limit::Quota => format!(
                 "but the quota there is used up, although the file system has {available} free; \
@@ -159,7 +186,8 @@ mod tests {
     #[test]
     fn a_full_disk_a_used_up_quota_and_a_file_too_large_are_told_apart() {
         for limit in Limit::ALL {
-            assert_eq!(Limit::of(&io::Error::from_raw_os_error(limit.errno())), Some(limit));
+            let error = io::Error::from_raw_os_error(limit.errno());
+            assert_eq!(Limit::of(&error, limit == Limit::Files), Some(limit));
             let path = PathBuf::from("delta");
             let what = "delta";
             let message =
@@ -169,7 +197,7 @@ mod tests {
                 "{message}"
             );
         }
-        assert_eq!(Limit::of(&io::Error::from_raw_os_error(5)), None);
-        assert_eq!(Limit::of(&io::ErrorKind::UnexpectedEof.into()), None);
+        assert_eq!(Limit::of(&io::Error::from_raw_os_error(5), true), None);
+        assert_eq!(Limit::of(&io::ErrorKind::UnexpectedEof.into(), true), None);
     }
 }

@@ -47,6 +47,16 @@ impl Checkpoint {
         self.inner.path().to_owned()
     }
 
+    /// What other loaders may read differently, as sentences.
+    fn notes(&self) -> Vec<String> {
+        self.inner.notes().to_vec()
+    }
+
+    /// Tensors that the index places in a file which does not hold them, with its name.
+    fn absent(&self) -> Vec<(String, String)> {
+        self.inner.absent().to_vec()
+    }
+
     /// Name, dtype, shape and file of each tensor.
     fn tensors(&self) -> Vec<(String, String, Vec<usize>, PathBuf)> {
         self.inner

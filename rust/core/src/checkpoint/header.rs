@@ -12,6 +12,7 @@ use std::path::Path;
 use safetensors::tensor::{Metadata, TensorInfo as HeaderEntry};
 use serde::de::{Deserialize, Deserializer, Error as _, MapAccess, Visitor};
 
+use super::magic;
 use crate::error::{Error, Result};
 
 /// The limit that the safetensors format sets for a header.
@@ -85,12 +86,8 @@ fn read_bytes(file: &File, path: &Path, file_nbytes: u64) -> Result<Vec<u8>> {
     let header_nbytes = u64::from_le_bytes(length);
     let available = file_nbytes - LENGTH_NBYTES;
     if header_nbytes > available || header_nbytes > MAX_HEADER_NBYTES {
-        let looks_pickled = length.starts_with(b"PK\x03\x04") || length[0] == 0x80;
-        let hint = if looks_pickled {
-            "this looks like a PyTorch pickle, which is never loaded: convert it to safetensors"
-        } else {
-            "the file is truncated or is not a safetensors file"
-        };
+        let hint = magic::describe(&length)
+            .unwrap_or("the file is truncated or is not a safetensors file");
         return Err(Error::checkpoint(
             path,
             format!(
@@ -105,8 +102,11 @@ fn read_bytes(file: &File, path: &Path, file_nbytes: u64) -> Result<Vec<u8>> {
 }
 
 fn parse(path: &Path, bytes: &[u8], data_start: u64, file_nbytes: u64) -> Result<Vec<Tensor>> {
-    let header: Header = serde_json::from_slice(bytes)
-        .map_err(|error| Error::checkpoint(path, format!("the header is not valid: {error}")))?;
+    let header: Header = serde_json::from_slice(bytes).map_err(|error| {
+        let hint = if bytes.is_empty() { magic::describe(&[0; 8]) } else { None };
+        let reason = hint.map_or_else(|| error.to_string(), str::to_owned);
+        Error::checkpoint(path, format!("the header is not valid: {reason}"))
+    })?;
     let mut entries = header.0;
     entries.sort_by_key(|(_, entry)| entry.data_offsets);
     let mut expected_start = 0;
@@ -213,7 +213,7 @@ impl<'de> Deserialize<'de> for Header {
                         return Err(M::Error::custom(format!("tensor {name:?} is named twice")));
                     }
                     if name == "__metadata__" {
-                        map.next_value::<HashMap<String, String>>()?;
+                        map.next_value::<Option<HashMap<String, String>>>()?;
                         continue;
                     }
                     let entry = map

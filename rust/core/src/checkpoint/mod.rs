@@ -1,31 +1,27 @@
 //! A checkpoint: one safetensors file, or a directory of shards with or without an index.
 //!
-//! Owns which files belong together and where each tensor is; what is inside a file is
-//! [`crate::checkpoint::shard`]'s. Every tensor that the index names is in the shard it names, and no shard
-//! holds one that the index does not place there.
+//! Owns where each tensor is; which files belong together is [`files`]', and what is inside one is
+//! [`shard`]'s. No tensor is in two shards, nor in another one than the index names.
 
 pub mod block_scales;
+mod files;
 mod header;
+mod magic;
 mod network_fs;
 pub(crate) mod operand;
 mod partial;
 pub(crate) mod shard;
 
-use std::collections::{BTreeMap, HashMap};
-use std::fmt;
-use std::path::{Component, Path, PathBuf};
-
-use serde::de::{Deserialize, Deserializer, Error as _, MapAccess, Visitor};
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
 
 use crate::dtype::Fp8;
 use crate::error::{Error, Result};
 use block_scales::BlockScales;
+use files::{Files, Index};
 pub use header::Tensor;
 pub use operand::Operand;
 pub use shard::{Reader, Shard};
-
-const SINGLE: &str = "model.safetensors";
-const INDEX: &str = "model.safetensors.index.json";
 
 /// An open checkpoint; shards are mapped when first read.
 #[derive(Debug)]
@@ -33,40 +29,20 @@ pub struct Checkpoint {
     path: PathBuf,
     shards: Vec<Shard>,
     places: HashMap<String, (usize, usize)>,
+    notes: Vec<String>,
+    absent: Vec<(String, String)>,
 }
 
 impl Checkpoint {
-    /// Open a `.safetensors` file, an index file (`*.index.json`), or a directory holding either
-    /// `model.safetensors` or `model.safetensors.index.json`; as in transformers, the single file
-    /// wins where both exist.
+    /// Open a `.safetensors` file, an index file (`*.index.json`), or a directory with
+    /// `model.safetensors`, `model.safetensors.index.json` or shards whose numbers say that all are
+    /// there.
     ///
     /// # Errors
     /// A missing file, a directory without safetensors, a `.bin` checkpoint, an index that is not
-    /// valid, names a file outside the directory or disagrees with the shards, or an invalid shard.
+    /// valid or names a file outside the directory, an invalid shard, or a tensor in two of them.
     pub fn open(path: &Path, reader: Reader) -> Result<Self> {
-        let metadata = std::fs::metadata(path).map_err(Error::io(path, "open the checkpoint"))?;
-        if metadata.is_dir() {
-            if path.join(SINGLE).exists() {
-                return Self::from_files(path, &[path.join(SINGLE)], None, reader);
-            }
-            if path.join(INDEX).exists() {
-                return Self::from_index(path, &path.join(INDEX), reader);
-            }
-            return Err(nothing_to_open(path));
-        }
-        let name = path.file_name().unwrap_or_default().to_string_lossy();
-        if name.ends_with(".index.json") {
-            let directory = path.parent().unwrap_or(Path::new("."));
-            return Self::from_index(directory, path, reader);
-        }
-        if is_pickle(&name) {
-            return Err(Error::checkpoint(path, PICKLE));
-        }
-        if name.ends_with(".json") {
-            let message = "not a safetensors file; give the directory that it is in";
-            return Err(Error::checkpoint(path, message));
-        }
-        Self::from_files(path, &[path.to_owned()], None, reader)
+        Self::from_files(path, Files::find(path)?, reader)
     }
 
     /// The path it was opened at.
@@ -118,203 +94,105 @@ impl Checkpoint {
         Ok(Operand { shard, tensor, scales })
     }
 
-    fn from_index(directory: &Path, index: &Path, reader: Reader) -> Result<Self> {
-        let metadata = std::fs::metadata(index).map_err(Error::io(index, "open the index"))?;
-        if !metadata.is_file() {
-            return Err(Error::checkpoint(index, "expected a regular file, found something else"));
-        }
-        let text = std::fs::read(index).map_err(Error::io(index, "read the index"))?;
-        let index_file: Index = serde_json::from_slice(&text).map_err(|error| {
-            Error::checkpoint(index, format!("the index is not valid: {error}"))
-        })?;
-        let weight_map = index_file.weight_map.0;
-        let mut files = BTreeMap::new();
-        for (tensor, file) in &weight_map {
-            if !files.contains_key(file) {
-                files.insert(file.clone(), shard_path(directory, index, tensor, file)?);
-            }
-        }
-        if files.is_empty() {
-            return Err(Error::checkpoint(index, "the index names no tensor"));
-        }
-        let paths: Vec<_> = files.values().cloned().collect();
-        for (file, path) in &files {
-            if !path.exists() {
-                return Err(Error::NotFound {
-                    path: path.clone(),
-                    message: format!(
-                        "no such file, although {} names the shard {file:?}; \
-                         download or copy the checkpoint again",
-                        index.display()
-                    ),
-                });
-            }
-        }
-        Self::from_files(directory, &paths, Some((index, &files, &weight_map)), reader)
+    /// What other loaders may read differently, as sentences.
+    pub fn notes(&self) -> &[String] {
+        &self.notes
     }
 
-    #[allow(clippy::type_complexity)]
-    fn from_files(
-        path: &Path,
-        files: &[PathBuf],
-        index: Option<(&Path, &BTreeMap<String, PathBuf>, &BTreeMap<String, String>)>,
-        reader: Reader,
-    ) -> Result<Self> {
-        let mut shards = Vec::with_capacity(files.len());
-        let mut places = HashMap::new();
-        for (number, file) in files.iter().enumerate() {
+    /// Tensors that the index places in a file which does not hold them, with its name.
+    pub fn absent(&self) -> &[(String, String)] {
+        &self.absent
+    }
+
+    fn from_files(path: &Path, mut files: Files, reader: Reader) -> Result<Self> {
+        let mut opened = Self {
+            path: path.to_owned(),
+            shards: Vec::with_capacity(files.paths.len()),
+            places: HashMap::new(),
+            notes: std::mem::take(&mut files.notes),
+            absent: Vec::new(),
+        };
+        let mut unnamed = Vec::new();
+        for (number, file) in files.paths.iter().enumerate() {
             let shard = Shard::open(file, reader)?;
             for (position, tensor) in shard.tensors().iter().enumerate() {
-                if let Some((index, files, weight_map)) = index {
-                    let Some(named) = weight_map.get(&tensor.name).and_then(|n| files.get(n))
-                    else {
-                        let message = format!(
-                            "{} holds it, but the index does not name it; save the checkpoint again",
-                            file.display()
-                        );
-                        return Err(Error::tensor(index, &tensor.name, message));
-                    };
-                    if named != file {
-                        let message = format!(
-                            "{} holds it too, although the index places it in {}; one of the two \
-                             is stale: save the checkpoint again",
-                            file.display(),
-                            named.display()
-                        );
-                        return Err(Error::tensor(index, &tensor.name, message));
-                    }
+                let named = files.index.as_ref().map(|index| index.places.get(&tensor.name));
+                let held = opened.places.insert(tensor.name.clone(), (number, position));
+                let other = match named {
+                    Some(Some(&named)) if named != number => Some(named),
+                    _ => held.map(|(shard, _)| shard),
+                };
+                if let Some(other) = other {
+                    return Err(held_twice(&files, &tensor.name, (number, other)));
                 }
-                places.insert(tensor.name.clone(), (number, position));
-            }
-            shards.push(shard);
-        }
-        if let Some((index, _, weight_map)) = index {
-            for (tensor, file) in weight_map {
-                if !places.contains_key(tensor) {
-                    let message =
-                        format!("the index places it in {file:?}, which does not hold it");
-                    return Err(Error::tensor(index, tensor, message));
+                if named == Some(None) {
+                    unnamed.push(tensor.name.clone());
                 }
             }
+            opened.shards.push(shard);
         }
-        if places.is_empty() {
+        if let Some(index) = &files.index {
+            opened.compare(index, &unnamed);
+        }
+        if opened.places.is_empty() {
             return Err(Error::checkpoint(path, "the checkpoint holds no tensor"));
         }
-        Ok(Self { path: path.to_owned(), shards, places })
+        Ok(opened)
     }
-}
 
-const PICKLE: &str = "a pickled checkpoint is never loaded, since unpickling runs code: \
-    convert it to safetensors (load it once where you trust it and call \
-    model.save_pretrained(directory, safe_serialization=True))";
-
-fn is_pickle(name: &str) -> bool {
-    [".bin", ".pt", ".pth", ".ckpt", ".pkl"].iter().any(|ending| name.ends_with(ending))
-        || name.ends_with(".bin.index.json")
-}
-
-fn nothing_to_open(directory: &Path) -> Error {
-    let mut names: Vec<String> = std::fs::read_dir(directory)
-        .map(|entries| {
-            entries
-                .flatten()
-                .map(|entry| entry.file_name().to_string_lossy().into_owned())
-                .collect()
-        })
-        .unwrap_or_default();
-    names.sort();
-    if names.iter().any(|name| is_pickle(name)) {
-        names.truncate(8);
-        let found = names.join(", ");
-        return Error::checkpoint(
-            directory,
-            format!("found no safetensors among {found}: {PICKLE}"),
-        );
-    }
-    if names.iter().any(|name| name == "drift.json") {
-        let message = "this is a delta, not a checkpoint; Delta.open reads it";
-        return Error::checkpoint(directory, message);
-    }
-    names.truncate(8);
-    let found = if names.is_empty() { "nothing".to_owned() } else { names.join(", ") };
-    Error::NotFound {
-        path: directory.to_owned(),
-        message: format!("expected {SINGLE} or {INDEX} in the directory, found {found}"),
-    }
-}
-
-/// Where an index entry points, refused when that is outside the checkpoint's directory.
-///
-/// An index is untrusted input: `../other` or a link elsewhere would read files that the user did
-/// not name. The Hub cache is the exception: its snapshots are links into `blobs` beside them.
-fn shard_path(directory: &Path, index: &Path, tensor: &str, file: &str) -> Result<PathBuf> {
-    let refuse = |why: &str| {
-        Err(Error::tensor(
-            index,
-            tensor,
-            format!("the index places it in {file:?}, {why}; entries must stay in the directory"),
-        ))
-    };
-    if is_pickle(file) {
-        return Err(Error::tensor(
-            index,
-            tensor,
-            format!("the index places it in {file:?}: {PICKLE}"),
-        ));
-    }
-    let relative = Path::new(file);
-    if file.is_empty() || !relative.components().all(|part| matches!(part, Component::Normal(_))) {
-        return refuse("which leaves the checkpoint's directory");
-    }
-    let path = directory.join(relative);
-    let (Ok(home), Ok(target)) = (directory.canonicalize(), path.canonicalize()) else {
-        return Ok(path);
-    };
-    if target.starts_with(&home) || is_hub_blob(&home, &target) {
-        return Ok(path);
-    }
-    refuse("a link out of the checkpoint's directory")
-}
-
-fn is_hub_blob(snapshot: &Path, target: &Path) -> bool {
-    let Some(snapshots) = snapshot.parent() else { return false };
-    let Some(repository) = snapshots.parent() else { return false };
-    snapshots.file_name().is_some_and(|name| name == "snapshots")
-        && target.parent() == Some(&repository.join("blobs"))
-}
-
-#[derive(serde::Deserialize)]
-struct Index {
-    weight_map: WeightMap,
-}
-
-/// Tensor name to file name; a name given twice is refused, as it would hide a tensor.
-struct WeightMap(BTreeMap<String, String>);
-
-impl<'de> Deserialize<'de> for WeightMap {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
-        struct WeightMapVisitor;
-        impl<'de> Visitor<'de> for WeightMapVisitor {
-            type Value = WeightMap;
-
-            fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-                formatter.write_str("a JSON object of tensor name to file name")
-            }
-
-            fn visit_map<M: MapAccess<'de>>(
-                self,
-                mut map: M,
-            ) -> std::result::Result<WeightMap, M::Error> {
-                let mut entries = BTreeMap::new();
-                while let Some((tensor, file)) = map.next_entry::<String, String>()? {
-                    if entries.contains_key(&tensor) {
-                        return Err(M::Error::custom(format!("tensor {tensor:?} is named twice")));
-                    }
-                    entries.insert(tensor, file);
-                }
-                Ok(WeightMap(entries))
-            }
+    /// Note where the index and the shards disagree on which tensors there are.
+    fn compare(&mut self, index: &Index, unnamed: &[String]) {
+        let file = |number: usize| {
+            self.shards[number].path().file_name().unwrap_or_default().to_string_lossy()
+        };
+        self.absent = index
+            .places
+            .iter()
+            .filter(|(tensor, _)| !self.places.contains_key(*tensor))
+            .map(|(tensor, &number)| (tensor.clone(), file(number).into_owned()))
+            .collect();
+        let path = index.path.display();
+        if let Some(first) = unnamed.first() {
+            self.notes.push(format!(
+                "{path}: the shards hold {} that the index does not name, {first:?} first; they \
+                 are read, as transformers 5 does and 4 does not. Save the checkpoint again for an \
+                 index that names them",
+                counted(unnamed.len())
+            ));
         }
-        deserializer.deserialize_map(WeightMapVisitor)
+        if let Some((first, held_by)) = self.absent.first() {
+            self.notes.push(format!(
+                "{path}: the index names {} that no shard holds, {first:?} of {held_by:?} first; \
+                 download the checkpoint again if a model needs them",
+                counted(self.absent.len())
+            ));
+        }
+    }
+}
+
+fn counted(tensors: usize) -> String {
+    if tensors == 1 { "a tensor".to_owned() } else { format!("{tensors} tensors") }
+}
+
+/// The error for a tensor that two files hold, the second of which the index names if there is one.
+fn held_twice(files: &Files, tensor: &str, (first, second): (usize, usize)) -> Error {
+    let [first, second] = [first, second].map(|number| files.paths[number].display());
+    match &files.index {
+        Some(index) => Error::tensor(
+            &index.path,
+            tensor,
+            format!(
+                "{first} holds it too, although the index places it in {second}; one of the two is \
+                 stale: save the checkpoint again"
+            ),
+        ),
+        None => Error::tensor(
+            files.paths[0].parent().unwrap_or(Path::new(".")),
+            tensor,
+            format!(
+                "{second} and {first} hold it, and the index is missing that says which counts: \
+                 download the checkpoint again"
+            ),
+        ),
     }
 }

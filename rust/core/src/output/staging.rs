@@ -111,7 +111,6 @@ impl Staging {
         target: &Path,
         needed: u64,
     ) -> Error {
-        let Some(limit) = Limit::of(&error) else { return Error::io(path, action)(error) };
         let held: u64 = fs::read_dir(&self.path)
             .into_iter()
             .flatten()
@@ -121,6 +120,9 @@ impl Staging {
             .sum();
         let available = free_nbytes(&self.path).map_or(0, |(free, _)| free.saturating_add(held));
         let what = self.naming.what;
+        let Some(limit) = Limit::of(&error, needed <= available) else {
+            return Error::io(path, action)(error);
+        };
         Error::NoSpace { path: target.to_owned(), what, needed, available, limit }
     }
 
