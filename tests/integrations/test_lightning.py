@@ -380,6 +380,32 @@ def test_a_schedule_takes_the_length_of_the_run_from_the_trainer(
     assert float(run.callback_metrics["drift/alpha"]) < 0.5
 
 
+def test_a_second_fit_goes_on_in_the_schedule_of_the_longer_run(
+    network: torch.nn.Module, delta: drift_fast.Delta
+) -> None:
+    callback = DriftCallback(delta, schedule="linear")
+    alphas: list[float] = []
+
+    class Note(pl.Callback):  # type: ignore[misc, name-defined]
+        def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+            alphas.append(float(trainer.callback_metrics["drift/alpha"]))
+
+    before = weights(network)
+    module = Module(network, rate=0.05)
+    run = trainer(callback, Note(), max_steps=2, log_every_n_steps=1)
+    run.fit(module, loader(4, batch=4))
+    run.fit_loop.epoch_loop.max_steps = 8
+    with pytest.warns(drift_fast.DriftWarning, match="total_steps was 2 and is 8"):
+        run.fit(module, loader(4, batch=4))
+    assert alphas == pytest.approx([1, 0.5] + [1 - at / 8 for at in range(2, 8)])
+    overall, _ = reference.progress(weights(network), before, {n: delta[n] for n in delta})
+    assert float(run.callback_metrics["drift/progress"]) == pytest.approx(overall, rel=1e-4)
+    # Another module has a run of its own, of which nothing is known.
+    run.fit_loop.epoch_loop.max_steps = 10
+    with pytest.warns(drift_fast.DriftWarning, match="schedules start anew"):
+        run.fit(Module(Backbone(seed=9), rate=0.05), loader(4, batch=4))
+
+
 def test_a_step_without_a_loss_is_left_alone(
     network: torch.nn.Module, delta: drift_fast.Delta
 ) -> None:

@@ -336,8 +336,11 @@ class Injection(Attachment):
         self._groups.clear()
 
     def lost_from(self, model: nn.Module) -> list[str]:
-        """Return the targets that are not parameters of a model, such as one wrapped since."""
-        held = {id(parameter) for parameter in model.parameters()}
+        """Return the targets that are not trained parameters of a model, such as one wrapped since.
+
+        Those that an adapter has frozen since are among them.
+        """
+        held = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
         return [target.name for target in self._targets if id(target.parameter) not in held]
 
     def __repr__(self) -> str:

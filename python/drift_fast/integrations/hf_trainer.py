@@ -11,7 +11,6 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Mapping
 from dataclasses import replace
 from itertools import accumulate
 from typing import Any
@@ -28,10 +27,12 @@ from drift_fast.inject.config import InjectionConfig
 from drift_fast.inject.driver import Driver, scale_of
 from drift_fast.inject.injection import Injection
 from drift_fast.inject.predict import Forecast
+from drift_fast.inject.refusals import check_trainable
 from drift_fast.inject.targets import find_targets
 from drift_fast.inject.telemetry import append_rows
 from drift_fast.integrations.attached import AttachedInjection
 from drift_fast.integrations.deepspeed_engine import EngineDriver
+from drift_fast.integrations.trainer_run import CheckpointedState, bare_model, engine_of
 from drift_fast.integrations.wrapped_method import WrappedMethod
 
 logger = logging.getLogger(__name__)
@@ -46,19 +47,22 @@ _KEPT = 0.1
 class TrainerDriver(Driver):
     """A Trainer's own loop, which unscales gradients only when it clips, after `training_step`."""
 
-    def __init__(self, scaler: torch.amp.GradScaler | None) -> None:
+    def __init__(self, trainer: Any) -> None:
         super().__init__()
-        self._trainer_scaler = scaler
+        self._trainer = trainer
 
     def loss_scale(self, device: torch.device) -> torch.Tensor | float | None:
-        return None if self._trainer_scaler is None else scale_of(self._trainer_scaler, device)
+        # A search of hyperparameters builds an accelerator, and so a scaler, for each run.
+        scaler = _scaler_of(self._trainer)
+        return None if scaler is None else scale_of(scaler, device)
 
 
 class TrainerInjection(AttachedInjection):
     """An injection that a Trainer's loop drives, under DeepSpeed that of its engine.
 
-    `injection` is None while it waits for the start of training: under FSDP and DeepSpeed, and
-    where the length of the run must be known and is not.
+    `injection` is None while it waits for the start of training: under FSDP and DeepSpeed, where
+    the length of the run must be known and is not, and where `model_init` builds the model. It is
+    another one after a start at which another model, or another engine, trains.
     """
 
     def __init__(
@@ -70,26 +74,34 @@ class TrainerInjection(AttachedInjection):
     ) -> None:
         self._trainer = trainer
         self._csv = csv
-        self._scaler = getattr(trainer.accelerator, "scaler", None)
-        if self._scaler is not None and config.scope == "microbatch":
+        if _scaler_of(trainer) is not None and config.scope == "microbatch":
             raise DriftError(
                 "scope='microbatch' under float16 would inject into scaled gradients; train in "
                 "bfloat16, or use scope='step'"
             )
-        if config.total_steps is None and trainer.args.max_steps > 0:
-            config = replace(config, total_steps=trainer.args.max_steps)
         self._config = config
         self._delta = open_delta(delta)
         self._forecast: Forecast | None = None
         self._drive: list[float] = []
         self._checked = self._removed = False
-        if self._must_wait():
-            # What names and shapes show is refused now.
-            _, self._foreseen = find_targets(trainer.model, self._delta, config)
+        self._model: Any = None
+        self._engine: Any = None
+        # As far as it is known; each start of training has its own.
+        length = config.total_steps or (trainer.args.max_steps if trainer.args.max_steps > 0 else 0)
+        sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+        if (
+            sharded
+            or getattr(trainer, "model_init", None)
+            or (config.needs_total_steps and not length)
+        ):
+            # What names, shapes and kinds of parameters show is refused now.
+            targets, self._foreseen = find_targets(trainer.model, self._delta, config)
+            check_trainable(targets, trainer.model, loaded=not sharded)
         else:
-            self._start(trainer.model)
+            self._start(trainer.model, length or None)
         self._step_method = WrappedMethod(trainer, "training_step", self._training_step)
         self._log_method = WrappedMethod(trainer, "log", self._log)
+        self._saves = CheckpointedState(trainer, _KEY, self._state)
         self._callback = _Callback(self)
         trainer.add_callback(self._callback)
 
@@ -104,6 +116,7 @@ class TrainerInjection(AttachedInjection):
         self._removed = True
         self._step_method.remove()
         self._log_method.remove()
+        self._saves.remove()
         if self._callback in self._trainer.callback_handler.callbacks:
             self._trainer.remove_callback(self._callback)
 
@@ -113,27 +126,42 @@ class TrainerInjection(AttachedInjection):
 
     # When it attaches.
 
-    def _must_wait(self) -> bool:
-        """Whether the parameters that train, or the length of the run, are not known yet."""
-        sharded = self._trainer.is_fsdp_enabled or self._trainer.is_deepspeed_enabled
-        return bool(sharded or self._config.needs_total_steps)
-
-    def _start(self, model: nn.Module) -> None:
-        driver: Driver = TrainerDriver(self._scaler)
+    def _start(self, model: nn.Module, length: int | None) -> None:
+        """Attach to a model for a run of so many optimizer steps."""
+        driver: Driver = TrainerDriver(self._trainer)
         if self._trainer.is_deepspeed_enabled:
-            engine = self._trainer.accelerator.deepspeed_engine_wrapped.engine
-            model, driver = engine.module, EngineDriver(engine)
-        self.injection = Injection(model, self._delta, self._config, driver=driver)
+            self._engine = engine_of(self._trainer)
+            model, driver = self._engine.module, EngineDriver(self._engine)
+        config = replace(self._config, total_steps=length)
+        self.injection = Injection(model, self._delta, config, driver=driver)
+        self._model = bare_model(self._trainer)
+
+    def _start_run(self, length: int) -> Injection:
+        """Return what is attached to the model that trains now, planned over so many steps."""
+        held, known = self.injection, None
+        if held is not None:
+            held.control.total_steps = length
+            if not held.lost_from(self._trainer.model_wrapped) and (
+                self._engine is engine_of(self._trainer)
+            ):
+                return held
+            if self._model is bare_model(self._trainer):
+                # The same weights under another wrapper: λ still counts from the attachment.
+                known = held.state_dict()
+            held.remove()
+            self.injection = None
+        self._start(self._trainer.model_wrapped, length)
+        injection = self._started()
+        if held is not None and known is not None and held.targets == injection.targets:
+            injection.load_state_dict(known)
+        return injection
 
     def begin_training(self, state: Any) -> None:
-        """Attach, if not done yet, go on from a checkpoint, and start to forecast."""
-        if self.injection is None:
-            steps = self._config.total_steps or state.max_steps
-            self._config = replace(self._config, total_steps=steps)
-            self._start(self._trainer.model_wrapped)
-        injection = self._started()
-        saved = (state.stateful_callbacks or {}).get(_KEY)
-        if state.global_step > 0 and isinstance(saved, Mapping):
+        """Attach to what trains in this run, go on from a checkpoint, and start to forecast."""
+        self._checked = False
+        injection = self._start_run(self._config.total_steps or state.max_steps)
+        saved = self._saves.found_in(state)
+        if state.global_step > 0 and saved is not None:
             injection.load_state_dict(saved)
             self._warn_of_lost_weights(state)
         elif state.global_step > 0:
@@ -147,16 +175,15 @@ class TrainerInjection(AttachedInjection):
             # A second train(), or a batch size that did not fit and is tried again smaller.
             injection.control.restart()
             logger.info("a run from the start: schedules start anew, λ counts from the attachment")
+        self._forecast = None
         self._drive = self._planned_drive(injection, state.max_steps)
         if self._drive and self._drive[-1] > 0:
             cap = self._config.progress_target or self._config.progress_cap
             stops_at = float(cap) if isinstance(cap, int | float) and math.isfinite(cap) else None
             self._forecast = Forecast(self._drive[-1], stops_at=stops_at)
 
-    def save_to(self, state: Any) -> None:
-        """Add the injection's state to that of the trainer, which a checkpoint is about to hold."""
-        if self._is_active:
-            state.stateful_callbacks[_KEY] = self.state_dict()
+    def _state(self) -> dict[str, Any] | None:
+        return self.state_dict() if self._is_active else None
 
     @property
     def _is_active(self) -> bool:
@@ -229,8 +256,8 @@ class TrainerInjection(AttachedInjection):
         lost = self._started().lost_from(model)
         if lost:
             raise DriftError(
-                f"{len(lost)} of {len(self.targets)} targets are no longer parameters of the "
-                f"model that trains, {lost[0]} first: it was wrapped or replaced after attaching. "
+                f"{len(lost)} of {len(self.targets)} targets are no longer trained parameters of "
+                f"the model, {lost[0]} first: it was wrapped, replaced or frozen after attaching. "
                 "Attach to the trainer that trains it, or after it was wrapped"
             )
         self._checked = True
@@ -253,20 +280,19 @@ class TrainerInjection(AttachedInjection):
         return {f"drift/{key}": value for key, value in metrics.items()}
 
 
+def _scaler_of(trainer: Any) -> torch.amp.GradScaler | None:
+    scaler: torch.amp.GradScaler | None = getattr(trainer.accelerator, "scaler", None)
+    return scaler
+
+
 class _Callback(TrainerCallback):  # type: ignore[misc, unused-ignore]
-    """Tells the injection when training starts and when a checkpoint is about to be written."""
+    """Tells the injection when training starts."""
 
     def __init__(self, injection: TrainerInjection) -> None:
         self._injection = injection
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._injection.begin_training(state)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if control.should_save:
-            self._injection.save_to(state)
-
-    on_epoch_end = on_step_end
 
 
 def attach_trainer(

@@ -100,6 +100,8 @@ class DriftCallback(Callback):
         self._logged = 0
         self._saved: dict[str, Any] | None = None
         self._last: dict[str, Any] = {}
+        # The Trainer and the module that `_last` is of, and the number of steps then.
+        self._ended: tuple[Any, Any, int] | None = None
         self.injection: Injection | None = None
         self._driver = ClosureDriver()
         # Steps of the injection that the optimizer's hook has seen.
@@ -127,6 +129,9 @@ class DriftCallback(Callback):
         if expected != float("inf") and config.needs_total_steps:
             config = replace(config, total_steps=int(expected))
         self.injection = self._attach(trainer, config)
+        if self._saved is None and self._ended == (trainer, pl_module, trainer.global_step):
+            # A second fit(), which goes on where the first has ended.
+            self._saved = self._last
         if self._saved is not None:
             self.injection.load_state_dict(self._saved)
             self._saved = None
@@ -168,6 +173,7 @@ class DriftCallback(Callback):
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Detach, and keep the state: Lightning may write its last checkpoint after this."""
         self._keep()
+        self._ended = (trainer, pl_module, trainer.global_step)
         self.remove()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:

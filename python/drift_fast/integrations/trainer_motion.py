@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import TrainerCallback
@@ -18,6 +19,7 @@ from drift_fast.errors import DriftError, DriftWarning
 from drift_fast.inject.motion.motion import PlannedMotion
 from drift_fast.inject.motion.options import MotionOptions
 from drift_fast.inject.strength.per_module import PerModule, number
+from drift_fast.integrations.trainer_run import CheckpointedState, bare_model, engine_of
 from drift_fast.integrations.wrapped_method import WrappedMethod
 
 # Where the trainer's state, which every checkpoint holds, keeps that of the motion.
@@ -37,6 +39,8 @@ class TrainerMotion(TrainerCallback):  # type: ignore[misc, unused-ignore]
         options: dict[str, Any],
     ) -> None:
         self.motion: PlannedMotion | None = None
+        self._model: Any = None
+        self._ended = False
         self._trainer = trainer
         self._delta = delta
         self._progress = progress
@@ -44,6 +48,7 @@ class TrainerMotion(TrainerCallback):  # type: ignore[misc, unused-ignore]
         self._window = window
         self._options = options
         self._log_method = WrappedMethod(trainer, "log", self._log)
+        self._saves = CheckpointedState(trainer, _KEY, self._state)
         trainer.add_callback(self)
 
     def metrics(self) -> dict[str, float]:
@@ -61,6 +66,7 @@ class TrainerMotion(TrainerCallback):  # type: ignore[misc, unused-ignore]
         if self in self._trainer.callback_handler.callbacks:
             self._trainer.remove_callback(self)
         self._log_method.remove()
+        self._saves.remove()
         if self.motion is not None:
             self.motion.remove()
             self.motion = None
@@ -68,26 +74,20 @@ class TrainerMotion(TrainerCallback):  # type: ignore[misc, unused-ignore]
     # What the trainer calls.
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        saved = self._saves.found_in(state) or self._begun()
         if self.motion is not None:
-            # A batch size that did not fit is tried again smaller, from the start.
-            if self.motion.taken > 0:
-                raise DriftError(
-                    f"this motion has moved the weights {self.motion.taken} times already, and a "
-                    "second run would move them again from the start: remove() it first, and "
-                    "attach again if you want that"
-                )
             self.motion.remove()
-        steps = self._length(state.max_steps)
-        engine = getattr(self._trainer.accelerator, "deepspeed_engine_wrapped", None)
+        steps = self._length(state.max_steps, saved)
+        engine = engine_of(self._trainer)
         self.motion = PlannedMotion(
-            self._trainer.model_wrapped if engine is None else engine.engine,
+            engine or self._trainer.model_wrapped,
             self._delta,
             progress=self._progress,
             steps=steps,
-            optimizer=self._trainer.optimizer if engine is None else engine.engine,
+            optimizer=engine or self._trainer.optimizer,
             **self._options,
         )
-        saved = (state.stateful_callbacks or {}).get(_KEY)
+        self._model, self._ended = bare_model(self._trainer), False
         if saved is not None:
             self.motion.load_state_dict(saved)
         elif state.global_step > 0:
@@ -97,12 +97,9 @@ class TrainerMotion(TrainerCallback):  # type: ignore[misc, unused-ignore]
                 DriftWarning,
                 stacklevel=2,
             )
-        self._save(state)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._save(state)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._ended = True
         if self.motion is not None and not self.motion.finished:
             warnings.warn(
                 f"the run ended after {self.motion.taken} of {self.motion.steps} steps of its "
@@ -111,8 +108,35 @@ class TrainerMotion(TrainerCallback):  # type: ignore[misc, unused-ignore]
                 stacklevel=2,
             )
 
-    def _length(self, total: int) -> int:
-        """Return over how many steps to move, in a run of `total`."""
+    def _begun(self) -> Mapping[str, Any] | None:
+        """Return the state of a motion that a run without an end has begun, which goes on with it.
+
+        A batch size that did not fit is tried again smaller, from the start.
+
+        Raises:
+            DriftError: a run that has ended has moved these weights already.
+        """
+        if self.motion is None or self.motion.taken == 0:
+            return None
+        if self._model is not bare_model(self._trainer):
+            return None
+        if self._ended:
+            raise DriftError(
+                f"this motion has moved the weights {self.motion.taken} times already, and a "
+                "second run would move them again from the start: remove() it first, and "
+                "attach again if you want that"
+            )
+        return self.motion.state_dict()
+
+    def _length(self, total: int, saved: Mapping[str, Any] | None) -> int:
+        """Return over how many steps to move, in a run of `total`.
+
+        What has begun goes on with the steps that it was planned with.
+        """
+        plan = None if saved is None or self._steps is not None else saved.get("plan")
+        begun = plan.get("steps") if isinstance(plan, Mapping) else None
+        if type(begun) is int and 0 < begun <= total:
+            return begun
         if self._steps is None:
             # 0.07 · 100 is 7.000000000000001, which is meant to be seven.
             return max(1, math.ceil(self._window * total - 1e-9))
@@ -123,11 +147,8 @@ class TrainerMotion(TrainerCallback):  # type: ignore[misc, unused-ignore]
             )
         return self._steps
 
-    def _save(self, state: Any) -> None:
-        if self.motion is not None:
-            if state.stateful_callbacks is None:
-                state.stateful_callbacks = {}
-            state.stateful_callbacks[_KEY] = self.motion.state_dict()
+    def _state(self) -> dict[str, Any] | None:
+        return None if self.motion is None else self.motion.state_dict()
 
     def _log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         # Evaluation and the closing summary are logged through the same method.

@@ -81,10 +81,12 @@ class Control:
         self._where: tuple[torch.device, torch.dtype] | None = None
         self._vector: torch.Tensor | None = None
         caps = [math.inf] * len(self._names)
+        self._planned: tuple[Any, ...] = ()
         if options.progress_cap is not None:
             caps = self._make_cap(options.progress_cap, options.cap_by, squares)
         if options.progress_target is not None:
-            self._make_aim(options.progress_target, caps, squares)
+            self._planned = (options.progress_target, caps, squares)
+            self._make_aim(*self._planned)
         self._settings: dict[str, Any] = {
             "layer_alpha": None if options.layer_alpha is None else self._layers,
             "schedule": str(self._schedule),
@@ -126,6 +128,27 @@ class Control:
             self._vector = None
         self._each = by_target
         self._all_zero = self._strength == 0.0 or not any(by_target)
+
+    @property
+    def total_steps(self) -> int | None:
+        """Optimizer steps of the run; setting another number plans anew over them.
+
+        What a target λ has learned is forgotten then.
+
+        Raises:
+            ValueError: a schedule or a target that has no meaning for so many steps.
+        """
+        return self._total
+
+    @total_steps.setter
+    def total_steps(self, total: int | None) -> None:
+        if total == self._total:
+            return
+        self._total = self._settings["total_steps"] = total
+        if self._planned:
+            self._make_aim(*self._planned)
+            self._where = None
+        self._factor()
 
     @property
     def needs_progress(self) -> bool:

@@ -1,0 +1,55 @@
+"""What a run of a Hugging Face Trainer starts from, and what its checkpoints hold.
+
+A trainer may run more than once: with a smaller batch after one that did not fit, with another
+number of steps, or with another model. So what a run starts from is asked for at its start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from drift_fast.integrations.wrapped_method import WrappedMethod
+
+
+def bare_model(trainer: Any) -> Any:
+    """Return the model that a trainer trains, without what it is wrapped in for a run."""
+    return trainer.accelerator.unwrap_model(trainer.model)
+
+
+def engine_of(trainer: Any) -> Any:
+    """Return the DeepSpeed engine of the current run, None without DeepSpeed."""
+    return getattr(getattr(trainer.accelerator, "deepspeed_engine_wrapped", None), "engine", None)
+
+
+class CheckpointedState:
+    """Adds a state to every checkpoint of a trainer; `state` returns None where there is none.
+
+    It is asked for when a checkpoint is written. Callbacks that come later, and evaluations that
+    find the best model so far, may ask for one after the events of a step.
+    """
+
+    def __init__(
+        self, trainer: Any, key: str, state: Callable[[], Mapping[str, Any] | None]
+    ) -> None:
+        self._trainer = trainer
+        self._key = key
+        self._state = state
+        self._method = WrappedMethod(trainer, "_save_checkpoint", self._save)
+
+    def found_in(self, state: Any) -> Mapping[str, Any] | None:
+        """Return what a resumed run's state holds."""
+        found = (state.stateful_callbacks or {}).get(self._key)
+        return found if isinstance(found, Mapping) else None
+
+    def remove(self) -> None:
+        """Add nothing from now on. May be called twice."""
+        self._state = lambda: None
+        self._method.remove()
+
+    def _save(self, *args: Any, **kwargs: Any) -> Any:
+        found = self._state()
+        if found is not None:
+            callbacks = self._trainer.state.stateful_callbacks
+            self._trainer.state.stateful_callbacks = {**(callbacks or {}), self._key: found}
+        return self._method.original(*args, **kwargs)
