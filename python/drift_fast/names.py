@@ -1,21 +1,39 @@
 """What a tensor's name says: the kind of its module, its layer, its container and its modality.
 
-Module kinds follow the names of Hugging Face text models. Reads no checkpoint and knows no family.
+Module kinds follow the names of Hugging Face text models and, where those do not decide, the place
+of a tensor within its layer. Reads no checkpoint and knows no family.
 """
 
 from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+
+# Components that wrappers insert and that say nothing about the model.
+_WRAPPERS = frozenset(
+    {
+        "module",
+        "_orig_mod",
+        "_forward_module",
+        "_fsdp_wrapped_module",
+        "_fpw_module",
+        "_checkpoint_wrapped_module",
+        "base_layer",
+    }
+)
 
 # Checked in this order: q_norm is inside self_attn but is a norm.
 _KINDS: dict[str, re.Pattern[str]] = {
     "norm": re.compile(r"(^|[._])(layer_?norm|rms_?norm|norm|ln)(_?[a-z0-9]+)?\.(weight|bias)$"),
     "embed": re.compile(
-        r"(^|\.)(embed_tokens(_per_layer)?|wte|word_embeddings|tok_embeddings)\.weight$"
+        r"(^|\.)(embed_tokens(_per_layer)?|wte|word_embeddings|tok_embeddings|embed_in)\.weight$"
     ),
-    "head": re.compile(r"(^|\.)(lm_head|embed_out)\.(weight|bias)$"),
+    "head": re.compile(
+        r"(^|\.)(lm_head|embed_out)\.(weight|bias)$"
+        # Outside the layers; within them an output is a projection.
+        r"|^(\D*(model|transformer)\.)?output(_layer)?\.weight$"
+    ),
     "attn": re.compile(
         r"(^|\.)(self_attn|self_attention|attention|attn)\."
         r"(q|k|v|o|qkv|out|kv_a|kv_b|q_a|q_b)_proj(_with_mqa)?\.(weight|bias)$"
@@ -27,6 +45,23 @@ _KINDS: dict[str, re.Pattern[str]] = {
     ),
 }
 MODULE_KINDS = tuple(_KINDS)
+# The parts of a layer whose weights and biases are attention or MLP whatever a family calls them.
+_BLOCKS: dict[str, re.Pattern[str]] = {
+    "attn": re.compile(r"self_?(attn|attention)|attn|attention|linear_(attn|attention)", re.I),
+    "mlp": re.compile(
+        r"(\w+_)?mlps?|feed_?forward|ffn|(block_sparse_)?moe|(shared_)?experts?|fc(1|2|_in|_out)"
+        r"|DenseReluDense",
+        re.I,
+    ),
+}
+# What has a matrix in such a part and is none of its projections: what chooses experts or tokens,
+# convolutions, positions and adapters.
+_ASIDE = re.compile(
+    r"\w*norm\w*|ln(_\w+)?|\w*gate|gating|wg|\w*router\w*|indexer|\w*conv(\d?d)?|rotary\w*|rope\w*"
+    r"|\w*pos(itions?)?(_\w+)?|\w*relative_\w+|rel_\w+|lora_\w+|\w*adapters?|to_\w+",
+    re.I,
+)
+_PARAMETER = re.compile(r"(in_proj_)?(weight|bias)|[vw]\d")
 
 _OTHER_MODALITY = re.compile(
     r"(^|\.)(visual|vision\w*|vit\w*|image_\w+|audio\w*|speech\w*|\w*projector|connector"
@@ -43,12 +78,52 @@ def is_other_modality(name: str) -> bool:
     return _OTHER_MODALITY.search(name) is not None
 
 
+def bare(name: str) -> str:
+    """Return a name without the components that DDP, FSDP, torch.compile and PEFT insert."""
+    parts = name.split(".")
+    return name if _WRAPPERS.isdisjoint(parts) else ".".join(p for p in parts if p not in _WRAPPERS)
+
+
 @functools.lru_cache(maxsize=1 << 16)
 def kind_of(name: str) -> str:
     """Return the preset that selects a tensor, or "other"."""
+    name = bare(name)
     if _OTHER_MODALITY.search(name):
         return "other"
-    return next((kind for kind, pattern in _KINDS.items() if pattern.search(name)), "other")
+    found = (kind for kind, pattern in _KINDS.items() if pattern.search(name))
+    return next(found, None) or _kind_by_place(name)
+
+
+def _kind_by_place(name: str) -> str:
+    block, inside = _block(name)
+    leaf = name.rpartition(".")[2]
+    if block is None or not _PARAMETER.fullmatch(leaf) or any(map(_ASIDE.fullmatch, inside)):
+        return "other"
+    # What is called `attn.bias` may be a mask.
+    return block if inside or leaf not in ("weight", "bias") else "other"
+
+
+def _block(name: str) -> tuple[str | None, list[str]]:
+    """Return whether a tensor is in attention or an MLP of a layer, and the modules in there."""
+    found = _NUMBERED.search(name)
+    parts = name[found.end() + 1 :].split(".")[:-1] if found else []
+    for at, part in enumerate(parts):
+        for block, pattern in _BLOCKS.items():
+            if pattern.fullmatch(part):
+                return block, parts[at:] if part.startswith("fc") else parts[at + 1 :]
+    return None, parts
+
+
+def may_be_missed(name: str, kinds: Collection[str]) -> bool:
+    """Whether a tensor of a layer that has no kind may be what these presets are meant to select.
+
+    Routers, convolutions and the like are known to be neither attention nor MLP.
+    """
+    if kind_of(name) != "other" or is_other_modality(name) or layer_of(name) is None:
+        return False
+    block, inside = _block(bare(name))
+    wanted = {"attn", "mlp"} & set(kinds)
+    return bool(wanted & {block} if block else wanted) and not any(map(_ASIDE.fullmatch, inside))
 
 
 @functools.lru_cache(maxsize=1 << 16)
@@ -86,6 +161,7 @@ def common_prefixes(pairs: Iterable[tuple[str, str]]) -> tuple[str, str] | None:
 @functools.lru_cache(maxsize=1 << 16)
 def module_of(name: str) -> str:
     """Return the module within its layer, such as `self_attn.q_proj`, without expert numbers."""
+    name = bare(name)
     found = _NUMBERED.search(name)
     inside = name[found.end() + 1 :] if found else name.rpartition(".")[0].rpartition(".")[2]
     parts = [part for part in inside.split(".") if not part.isdigit()]

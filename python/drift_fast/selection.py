@@ -1,17 +1,26 @@
 """Which tensors a user selects: `modules=` and `layers=`, parsed once and asked about names.
 
 Presets never select a vision or audio tower or a projector, whatever the names of its tensors; a
-pattern given as `re:…` selects what it matches.
+pattern given as `re:…` selects what it matches, with or without the components of wrappers.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
-from drift_fast.names import MODULE_KINDS, is_other_modality, kind_of, layer_of
+from drift_fast.names import (
+    MODULE_KINDS,
+    bare,
+    is_other_modality,
+    kind_of,
+    layer_of,
+    may_be_missed,
+    module_of,
+)
 
 Modules = str | Sequence[str]
 Layers = str | int | Iterable[int] | None
@@ -24,13 +33,17 @@ EVERYTHING = "re:.*"
 
 @dataclass(frozen=True)
 class Selection:
-    """Modules and layers, ready to be asked about names."""
+    """Modules and layers, ready to be asked about names.
+
+    `named` says that the modules were asked for, rather than being a default.
+    """
 
     modules: tuple[str, ...]
     layers: tuple[range, ...] | None
+    named: bool = True
 
     @classmethod
-    def parse(cls, modules: Modules, layers: Layers) -> Selection:
+    def parse(cls, modules: Modules, layers: Layers, *, named: bool = True) -> Selection:
         """Check and normalize what a user gives.
 
         `modules` is one or several of the presets `attn`, `mlp`, `norm`, `embed`, `head`, `all`, or
@@ -62,7 +75,7 @@ class Selection:
                     f"unknown module preset {name!r}; expected one of {', '.join(PRESETS)}, "
                     "or a regular expression written re:…"
                 )
-        return cls(names, _parse_layers(layers))
+        return cls(names, _parse_layers(layers), named)
 
     def check_layers(self, names: Iterable[str]) -> None:
         """Refuse selected layers that none of `names` is in.
@@ -83,6 +96,46 @@ class Selection:
                 f"are {min(present, default=0)} to {max(present, default=0)}"
             )
 
+    @property
+    def presets(self) -> tuple[str, ...]:
+        """The kinds of modules that are named, each once."""
+        return tuple(dict.fromkeys(name for name in self.modules if name in MODULE_KINDS))
+
+    def idle_presets(self, names: Iterable[str]) -> list[str]:
+        """Return the presets that select none of `names`.
+
+        A head without a tensor of its own is the embedding, where that is selected.
+        """
+        kinds = {kind_of(name) for name in names if name in self}
+        if "embed" in kinds:
+            kinds.add("head")
+        return [preset for preset in self.presets if preset not in kinds]
+
+    def describe_idle(self, idle: Sequence[str], names: Sequence[str]) -> str:
+        """Say which presets select none of `names`, what is there, and what to do."""
+        kinds = Counter(kind_of(name) for name in names)
+        present = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+        others = [name for name in names if kind_of(name) == "other"]
+        unknown = [name for name in others if may_be_missed(name, idle)] or others
+        shown = f" ({', '.join(list(dict.fromkeys(map(module_of, others)))[:8])})" if others else ""
+        remedy = f"leave {' and '.join(idle)} out of modules"
+        if self.layers is not None and any(one in ("embed", "head") for one in idle):
+            remedy += ", or leave layers out, since embeddings and heads are in no layer"
+        elif unknown:
+            chosen = [*(one for one in self.modules if one not in idle), pattern_of(unknown)]
+            remedy += f", or name what is meant by a pattern, such as modules={chosen}"
+        elif "head" in idle:
+            remedy += ", or add 'embed', which a tied head is one with"
+        return (
+            f"{' and '.join(idle)} selects none of these {len(names)} tensors, which are "
+            f"{present}{shown}; {remedy}"
+        )
+
+    def named_by_pattern(self, name: str) -> bool:
+        """Whether a pattern, and not only a preset, selects a tensor."""
+        patterns = tuple(one for one in self.modules if one.startswith("re:"))
+        return bool(patterns) and name in replace(self, modules=patterns)
+
     def __contains__(self, name: str) -> bool:
         if self.layers is not None:
             layer = layer_of(name)
@@ -93,7 +146,7 @@ class Selection:
     @staticmethod
     def _matches(module: str, name: str) -> bool:
         if module.startswith("re:"):
-            return re.search(module[3:], name) is not None
+            return any(re.search(module[3:], form) for form in dict.fromkeys((bare(name), name)))
         if module == "all":
             return not is_other_modality(name)
         return kind_of(name) == module
@@ -104,6 +157,12 @@ class Selection:
             return text
         spans = (f"{r[0]}-{r[-1]}" if len(r) > 1 else str(r[0]) for r in self.layers)
         return f"{text} layers={','.join(spans)}"
+
+
+def pattern_of(names: Iterable[str]) -> str:
+    """Return a pattern that selects the modules of these tensors in every layer, the first few."""
+    modules = list(dict.fromkeys(map(module_of, names)))[:8]
+    return rf"re:\.({'|'.join(map(re.escape, modules))})(\.|$)"
 
 
 def _split(item: str) -> list[str]:

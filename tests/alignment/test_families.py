@@ -18,6 +18,7 @@ from torch import nn
 import drift_fast
 from drift_fast import AlignmentError, CoverageError
 from drift_fast.cli.main import main
+from drift_fast.names import is_other_modality, kind_of
 from support.families import (
     FAMILIES,
     LAYERS,
@@ -138,6 +139,28 @@ def test_nothing_but_the_backbone_is_in_a_delta_of_attention_mlp_and_norms(case:
     projections = re.compile(r"\.(self_attn|mlp|feed_forward)\..*_proj\.")
     wanted = {n for n, held in stored.parts.items() if any(projections.search(p) for p in held)}
     assert wanted <= set(delta)
+
+
+# The names of these families alone say what is selected, and a Δ of them is what it always was.
+KINDS = {
+    "norm": r"(^|[._])(layer_?norm|rms_?norm|norm|ln)(_?[a-z0-9]+)?\.(weight|bias)$",
+    "embed": r"(^|\.)(embed_tokens(_per_layer)?|wte|word_embeddings|tok_embeddings)\.weight$",
+    "head": r"(^|\.)(lm_head|embed_out)\.(weight|bias)$",
+    "attn": r"(^|\.)(self_attn|self_attention|attention|attn)\."
+    r"(q|k|v|o|qkv|out|kv_a|kv_b|q_a|q_b)_proj(_with_mqa)?\.(weight|bias)$"
+    r"|(^|\.)linear_attn\.(in_proj\w*|out_proj)\.(weight|bias)$",
+    "mlp": r"(^|\.)(mlp|feed_forward|block_sparse_moe)\.(.+\.)?"
+    r"((gate|up|down|gate_up)_proj|w[123]|fc[12])(\.(weight|bias)|_bias)?$",
+}
+
+
+def test_presets_select_by_name_alone_what_they_always_did(case: Case) -> None:
+    planted = case.planted
+    for stored in (planted.reasoning, *planted.layouts.values()):
+        for name in stored.parts:
+            kinds = (kind for kind, pattern in KINDS.items() if re.search(pattern, name))
+            expected = "other" if is_other_modality(name) else next(kinds, "other")
+            assert kind_of(name) == expected, name
 
 
 def test_the_attention_preset_takes_linear_attention_too(

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from drift_fast.alignment.coverage import NOT_SELECTED, Coverage, backbone_numel
+from drift_fast.alignment.coverage import (
+    NOT_SELECTED,
+    Coverage,
+    backbone_numel,
+    layer_in,
+    layers_numel,
+)
 from drift_fast.alignment.embeddings import TIED
 from drift_fast.alignment.name_alignment import NameAlignment, Pair, Unmatched
 from drift_fast.checkpoints.opened import Opened
-from drift_fast.names import container_of, kind_of
+from drift_fast.names import bare, container_of, kind_of, layer_of
 from drift_fast.selection import Selection
 
 
@@ -45,17 +51,24 @@ def account_for(
         for side, items in zip((reasoning, multimodal), missing, strict=True)
     )
     backbone = _backbone(found)
+    layers = {layer_in(pair.name) for pair in found.pairs if layer_of(pair.name) is not None}
+    numel_of = {pair.name: (pair.numel(multimodal.shapes),) for pair in pairs}
     unselected = _not_selected(found, pairs)
     coverage = Coverage(
         matched=[(source, pair.name) for pair in pairs for source in pair.sources],
-        unmatched_reasoning=unselected[0] + found.unmatched_reasoning,
-        unmatched_multimodal=unselected[1] + found.unmatched_multimodal,
+        unmatched_reasoning=unselected[0]
+        + found.unmatched_reasoning
+        + list(reasoning.unloaded.items()),
+        unmatched_multimodal=unselected[1]
+        + found.unmatched_multimodal
+        + list(multimodal.unloaded.items()),
         matched_numel=numel,
         selected_numel=numel + rows_numel + missing_numel,
         backbone_numel=backbone_numel(multimodal.shapes, backbone),
-        backbone_matched_numel=backbone_numel(
-            {pair.name: (pair.numel(multimodal.shapes),) for pair in pairs}, backbone
-        ),
+        backbone_matched_numel=backbone_numel(numel_of, backbone),
+        layers_numel=layers_numel(multimodal.shapes, layers),
+        layers_matched_numel=layers_numel(numel_of, layers),
+        unclaimed=_unclaimed(found, selection, multimodal),
     )
     return Account(pairs, coverage, *missing)
 
@@ -78,6 +91,23 @@ def _not_selected(
     )
 
 
+def _unclaimed(found: NameAlignment, selection: Selection, multimodal: Opened) -> list[str]:
+    """Return the matched matrices in selected layers that no preset claims and nothing selects."""
+    if not selection.presets:
+        return []
+    anywhere = replace(selection, modules=("all",))
+    return [
+        pair.name
+        for pair in found.pairs
+        if kind_of(pair.name) == "other"
+        and len(multimodal.shapes[pair.name]) > 1
+        and multimodal.has_values(pair.name)
+        and layer_of(pair.name) is not None
+        and pair.name in anywhere
+        and pair.name not in selection
+    ]
+
+
 def _backbone(found: NameAlignment) -> set[str | None]:
     """Return the containers of matched layers: other towers have attention too."""
     return {container_of(pair.name) for pair in found.pairs} - {None}
@@ -95,7 +125,7 @@ def _backbone_test(found: NameAlignment, multimodal: Opened) -> Callable[[str], 
         kind = kind_of(name)
         if kind == "head" and len(heads) == 1:
             return True
-        return kind in ("norm", "embed", "head") and bool(below) and name.startswith(below)
+        return kind in ("norm", "embed", "head") and bool(below) and bare(name).startswith(below)
 
     return belongs
 

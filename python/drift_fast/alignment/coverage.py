@@ -7,19 +7,27 @@ selected". Nothing is left out in silence.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from drift_fast.config_files import convert
-from drift_fast.names import container_of, kind_of, layer_of
+from drift_fast.names import container_of, kind_of, layer_of, module_of
 
 NOT_SELECTED = "not selected"
+
+# The container and the number of a layer.
+Layer = tuple[str | None, int | None]
 
 
 @dataclass(frozen=True)
 class Coverage:
-    """Pairs of (reasoning, multimodal) names, leftovers of (name, reason), the share covered."""
+    """Pairs of (reasoning, multimodal) names, leftovers of (name, reason), the share covered.
+
+    `unclaimed` are the matrices in paired layers that are selected by no preset and by nothing
+    else: routers, say, or a projection whose name is not known.
+    """
 
     matched: list[tuple[str, str]] = field(default_factory=list)
     unmatched_reasoning: list[tuple[str, str]] = field(default_factory=list)
@@ -28,6 +36,14 @@ class Coverage:
     selected_numel: int = 0
     backbone_numel: int = 0
     backbone_matched_numel: int = 0
+    layers_numel: int = 0
+    layers_matched_numel: int = 0
+    unclaimed: list[str] = field(default_factory=list)
+
+    @property
+    def layers_fraction(self) -> float:
+        """Share of the paired layers' parameters, selected or not, that has a match."""
+        return self.layers_matched_numel / self.layers_numel if self.layers_numel else 0.0
 
     @property
     def backbone_fraction(self) -> float:
@@ -51,6 +67,10 @@ class Coverage:
             "backbone_numel": self.backbone_numel,
             "backbone_matched_numel": self.backbone_matched_numel,
             "backbone_fraction": self.backbone_fraction,
+            "layers_numel": self.layers_numel,
+            "layers_matched_numel": self.layers_matched_numel,
+            "layers_fraction": self.layers_fraction,
+            "unclaimed": list(self.unclaimed),
         }
 
     @classmethod
@@ -63,20 +83,44 @@ class Coverage:
         absent = {each.name for each in fields(cls)[:5]} - convert(stored, dict[str, Any]).keys()
         if absent:
             raise ValueError(f"coverage has no {min(absent)}")
-        # Deltas written before the backbone was counted have no numbers of it.
+        # Deltas written before backbone and layers were counted have no numbers of them.
         return convert(stored, cls, "coverage")
 
     def __str__(self) -> str:
         reasoning = sum(reason != NOT_SELECTED for _, reason in self.unmatched_reasoning)
         multimodal = sum(reason != NOT_SELECTED for _, reason in self.unmatched_multimodal)
-        backbone = (
-            f" ({self.backbone_fraction:.1%} of the backbone's)" if self.backbone_numel else ""
-        )
+        shares = [
+            f"{share:.1%} of the {what}"
+            for share, what, numel in (
+                (self.layers_fraction, "paired layers'", self.layers_numel),
+                (self.backbone_fraction, "backbone's", self.backbone_numel),
+            )
+            if numel
+        ]
+        within = f" ({', '.join(shares)})" if shares else ""
+        unclaimed = f"; of no preset: {modules_in(self.unclaimed)}" if self.unclaimed else ""
         return (
             f"{len(self.matched)} tensors matched, {self.fraction:.1%} of the selected parameters"
-            f"{backbone}; without a match: {reasoning} in the reasoning checkpoint, {multimodal} "
-            "in the multimodal one"
+            f"{within}; without a match: {reasoning} in the reasoning checkpoint, {multimodal} "
+            f"in the multimodal one{unclaimed}"
         )
+
+
+def layers_numel(shapes: Mapping[str, tuple[int, ...]], layers: Set[Layer]) -> int:
+    """Return the parameters in layers, given by container and number."""
+    return sum(math.prod(shape) for name, shape in shapes.items() if layer_in(name) in layers)
+
+
+def layer_in(name: str) -> Layer:
+    """Return the container and the number of the layer that a tensor is in, if any."""
+    return container_of(name), layer_of(name)
+
+
+def modules_in(names: Iterable[str], limit: int = 8) -> str:
+    """Return modules and how many tensors each has, the first few, for a message."""
+    counts = Counter(map(module_of, names))
+    found = [f"{module} ({count})" for module, count in counts.most_common(limit)]
+    return ", ".join(found) + (f" and {len(counts) - limit} more" if len(counts) > limit else "")
 
 
 def backbone_numel(shapes: Mapping[str, tuple[int, ...]], containers: Iterable[str | None]) -> int:

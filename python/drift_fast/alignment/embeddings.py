@@ -15,7 +15,7 @@ from drift_fast.alignment.name_alignment import NameAlignment, Pair
 from drift_fast.alignment.vocabulary import RowMap, TokenRows, match_rows
 from drift_fast.checkpoints.opened import Opened
 from drift_fast.errors import CoverageError
-from drift_fast.names import kind_of
+from drift_fast.names import bare, kind_of
 from drift_fast.selection import Selection
 from drift_fast.shapes import Shape
 
@@ -132,10 +132,12 @@ def _sources(
         if isinstance(pair.source, str) and _is_vocabulary(pair.name, multimodal)
     }
     first, second = (f"{prefix}." if prefix else "" for prefix in found.prefixes)
+    stored = {bare(name): name for name in multimodal}
     for source in reasoning:
-        name = second + source.removeprefix(first)
-        fits = name in multimodal and _is_vocabulary(source, reasoning)
-        if fits and source.startswith(first) and name not in placed:
+        plain = bare(source)
+        name = stored.get(second + plain.removeprefix(first), "")
+        fits = name and _is_vocabulary(source, reasoning)
+        if fits and plain.startswith(first) and name not in placed:
             placed[name] = source
     for kind, kinds_of_source in (("embed", ("embed",)), ("head", ("head", "embed"))):
         free = _of_kind(kind, multimodal)

@@ -18,7 +18,7 @@ from drift_fast.alignment.name_alignment import TensorIndex
 from drift_fast.shapes import Shape
 
 _EXPERT = re.compile(
-    r"(?P<experts>.*\bexperts)\.(?P<number>\d{1,9})\.(?P<name>(gate|up|down)_proj)(\.weight)?$"
+    r"(?P<experts>.*\bexperts)\.(?P<number>\d{1,18})\.(?P<name>(gate|up|down)_proj)(\.weight)?$"
 )
 _FUSED_EXPERTS = re.compile(
     r"(?P<experts>.*\bexperts)\.(?P<name>gate_up_proj|down_proj)(\.weight)?$"

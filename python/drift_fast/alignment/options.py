@@ -9,6 +9,9 @@ from drift_fast.alignment.mapping import MappingLike, parse_mapping
 from drift_fast.options import Options, option
 from drift_fast.selection import Layers, Modules, Selection
 
+# What is selected unless asked.
+_MODULES: Modules = ("attn", "mlp")
+
 
 def _check_share(value: float | None) -> None:
     if value is not None and not 0.0 <= value <= 1.0:
@@ -54,14 +57,14 @@ class ModuleOptions(Options):
     """Which tensors are selected."""
 
     modules: Modules = option(
-        ("attn", "mlp"),
+        _MODULES,
         "presets attn, mlp, norm, embed, head, all, or re:<pattern>; separated by commas",
     )
     layers: Layers = option(None, "layer numbers, such as 0-3,8; all by default", metavar="LAYERS")
 
     def selection(self) -> Selection:
         """Return the selected modules and layers, parsed."""
-        return Selection.parse(self.modules, self.layers)
+        return Selection.parse(self.modules, self.layers, named=self.modules is not _MODULES)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ of embeddings `embeddings`', and what is refused `refusals`'.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from drift_fast.alignment.account import Account, account_for
@@ -15,6 +15,7 @@ from drift_fast.alignment.coverage import Coverage
 from drift_fast.alignment.embeddings import RowAlignment, align_rows
 from drift_fast.alignment.mapping import MappingLike
 from drift_fast.alignment.match import match
+from drift_fast.alignment.missed import warn_of_missed
 from drift_fast.alignment.model_pair import AlignedPair, ModelPair
 from drift_fast.alignment.name_alignment import NameAlignment, TensorIndex
 from drift_fast.alignment.options import PairOptions
@@ -22,6 +23,13 @@ from drift_fast.alignment.refusals import refuse
 from drift_fast.alignment.similarity import compare_weights, warn_if_unrelated
 from drift_fast.alignment.transformers_layout import convert_checkpoint
 from drift_fast.checkpoints.opened import Opened, PathLike, open_checkpoint
+from drift_fast.checkpoints.unloaded import (
+    BEYOND,
+    BUFFER,
+    layers_beyond,
+    stated_layers,
+    stored_layers,
+)
 from drift_fast.errors import AlignmentError
 from drift_fast.selection import Selection
 
@@ -47,6 +55,7 @@ def align_checkpoints(
     """
     pair = survey_checkpoints(reasoning, multimodal, options, selection=selection)
     refuse(pair, strict=options.strict)
+    warn_of_missed(pair)
     return pair
 
 
@@ -64,7 +73,9 @@ def survey_checkpoints(
     """
     if selection is None:
         selection = options.selection()
-    found = match_checkpoints(reasoning, multimodal, options.mapping, reader=options.reader)
+    found = match_checkpoints(
+        reasoning, multimodal, options.mapping, selection=selection, reader=options.reader
+    )
     by_row, account = RowAlignment(found.alignment), Account([], Coverage(), [], [])
     if found.failure is None and not found.alignment.layer_conflict:
         selection.check_layers(pair.name for pair in found.alignment.pairs)
@@ -91,17 +102,23 @@ def match_checkpoints(
     multimodal: PathLike | Opened,
     mapping: MappingLike | None = None,
     *,
+    selection: Selection | None = None,
     reader: str = "auto",
 ) -> ModelPair:
     """Open two checkpoints and match all of their tensors; a failure to match is in the result.
 
+    What no model loads is left out, unless a mapping pairs it or a pattern of `selection` names it
+    on both sides.
+
     Raises:
         FileNotFoundError, CheckpointError: a checkpoint that is not there or not valid.
     """
-    first, second = (
+    opened = _without_layers_beyond(
         side if isinstance(side, Opened) else open_checkpoint(side, reader)
         for side in (reasoning, multimodal)
     )
+    named = _named(opened, mapping, selection)
+    first, second = (side.with_loaded(names) for side, names in zip(opened, named, strict=True))
     failure = None
     try:
         found = match(_index(first), _index(second), mapping=mapping)
@@ -109,13 +126,47 @@ def match_checkpoints(
         found = NameAlignment([], [], [], ("", ""))
         failure = type(error)(f"{first.source.path} and {second.source.path}: {error}")
         failure.__cause__ = error
+    first = opened[0].with_loaded({source for pair in found.pairs for source in pair.sources})
+    second = opened[1].with_loaded({pair.name for pair in found.pairs})
     return ModelPair(
         reasoning=first,
         multimodal=second,
-        alignment=found,
+        alignment=replace(
+            found,
+            unmatched_reasoning=[x for x in found.unmatched_reasoning if x[0] in first.shapes],
+            unmatched_multimodal=[x for x in found.unmatched_multimodal if x[0] in second.shapes],
+        ),
         stated=mapping is not None,
         failure=failure,
     )
+
+
+def _without_layers_beyond(sides: Iterable[Opened]) -> list[Opened]:
+    """Leave out layers beyond those that both models have by config.json, which no loader reads."""
+    opened = list(sides)
+    stated = [stated_layers(side.directory) for side in opened]
+    depths = [
+        stored_layers(side.shapes) if number is None else number
+        for side, number in zip(opened, stated, strict=True)
+    ]
+    most = max((depth for depth in depths if depth is not None), default=0)
+    if stated == [None, None] or None in depths:
+        return opened
+    return [
+        side.without(dict.fromkeys(layers_beyond(side.shapes, most), BEYOND)) for side in opened
+    ]
+
+
+def _named(
+    sides: Sequence[Opened], mapping: MappingLike | None, selection: Selection | None
+) -> list[set[str]]:
+    """Return what no model loads and the user names all the same, on each side."""
+    if mapping is not None:
+        return [set(side.unloaded) for side in sides]
+    buffers = [{name for name, why in side.unloaded.items() if why == BUFFER} for side in sides]
+    if selection is None or not any(map(selection.named_by_pattern, set().union(*buffers))):
+        return [set(), set()]
+    return buffers
 
 
 def _index(opened: Opened) -> TensorIndex:

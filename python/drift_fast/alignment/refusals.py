@@ -13,6 +13,7 @@ from typing import Literal, TypeGuard
 from drift_fast.alignment.beside import find_beside
 from drift_fast.alignment.coverage import listed
 from drift_fast.alignment.inserted import find_inserted_layers
+from drift_fast.alignment.missed import missed
 from drift_fast.alignment.model_pair import AlignedPair, ModelPair
 from drift_fast.alignment.name_alignment import Unmatched
 from drift_fast.alignment.stated import LEFT_OUT
@@ -28,6 +29,7 @@ Reason = Literal[
     "other vocabulary",
     "unmatched tensors",
     "nothing selected",
+    "idle preset",
     "low coverage",
     "shifted layers",
     "unlike weights",
@@ -189,6 +191,27 @@ def _nothing_selected(pair: ModelPair) -> Refusal | None:
     return Refusal("nothing selected", error)
 
 
+def _idle_preset(pair: ModelPair) -> Refusal | None:
+    """Refuse a preset that selects nothing beside others that do, which coverage does not show.
+
+    A model may lack what is only selected by default, if all that it has is known.
+    """
+    if not _is_matched(pair):
+        return None
+    missing = [name for name, _ in pair.account.missing_reasoning + pair.account.missing_multimodal]
+    idle = pair.selection.idle_presets([*(one.name for one in pair.pairs), *missing])
+    if not idle or not (pair.selection.named or missed(pair)):
+        return None
+    names = [one.name for one in pair.alignment.pairs]
+    return Refusal(
+        "idle preset",
+        CoverageError(
+            f"{' and '.join(pair.paths)}: of the matched tensors, "
+            f"{pair.selection.describe_idle(idle, names)}"
+        ),
+    )
+
+
 def _low_coverage(pair: ModelPair) -> Refusal | None:
     if not _is_matched(pair):
         return None
@@ -247,6 +270,7 @@ RULES: tuple[Rule, ...] = (
     _vocabulary,
     _unmatched,
     _nothing_selected,
+    _idle_preset,
     _low_coverage,
     _shifted,
     _unlike,

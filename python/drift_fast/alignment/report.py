@@ -174,8 +174,8 @@ def _report(pair: ModelPair, problem: str | None, proposed: bool) -> Alignment:
         unmatched = [(name, "nothing was matched") for name in pair.reasoning.shapes]
     return Alignment(
         [(source, one.name) for one in found.pairs for source in one.sources],
-        unmatched,
-        found.unmatched_multimodal,
+        unmatched + list(pair.reasoning.unloaded.items()),
+        found.unmatched_multimodal + list(pair.multimodal.unloaded.items()),
         found.prefixes,
         found.alternatives,
         found.method,

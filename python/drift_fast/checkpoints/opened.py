@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +14,7 @@ from drift_fast._core import Checkpoint
 from drift_fast.checkpoints.config_json import BLOCK, Configuration
 from drift_fast.checkpoints.diagnosis import Place, explain
 from drift_fast.checkpoints.source import Source, resolve
+from drift_fast.checkpoints.unloaded import find_unloaded
 from drift_fast.errors import CheckpointError, DriftWarning
 from drift_fast.names import kind_of
 from drift_fast.shapes import Shape
@@ -32,6 +33,7 @@ class Opened:
     they are not weights, so `shapes` and `dtypes` leave them out. `unscaled` says, by the name of
     the codes, what is wrong with scales that do not fit. `block` is its rows and columns. `absent`
     are tensors that the index names and no shard holds, with the shard that it names.
+    `unloaded` are tensors that no model loads and why; `shapes` and `dtypes` leave them out too.
     """
 
     source: Source
@@ -43,6 +45,7 @@ class Opened:
     absent: dict[str, str] = field(default_factory=dict)
     block: tuple[int, int] = BLOCK
     reader: str = "auto"
+    unloaded: dict[str, str] = field(default_factory=dict)
 
     @property
     def directory(self) -> Path:
@@ -76,6 +79,34 @@ class Opened:
     def has_values(self, name: str) -> bool:
         """Whether the elements of a tensor can be read as numbers."""
         return name not in self.unscaled and self.dtypes[name] in ITEMSIZE
+
+    def without(self, reasons: Mapping[str, str]) -> Opened:
+        """Return the checkpoint with these tensors as ones that no model loads, and why."""
+        if not reasons:
+            return self
+        return replace(
+            self,
+            shapes={name: shape for name, shape in self.shapes.items() if name not in reasons},
+            dtypes={name: dtype for name, dtype in self.dtypes.items() if name not in reasons},
+            unloaded=self.unloaded | dict(reasons),
+        )
+
+    def with_loaded(self, names: Set[str]) -> Opened:
+        """Return the checkpoint with tensors that no model loads, but the user names, as others."""
+        restored = names & self.unloaded.keys()
+        if not restored:
+            return self
+        tensors = {
+            name: (dtype, tuple(shape))
+            for name, dtype, shape, _ in self.checkpoint.tensors()
+            if name in self.shapes or name in restored
+        }
+        return replace(
+            self,
+            shapes={name: shape for name, (_, shape) in tensors.items()},
+            dtypes={name: dtype for name, (dtype, _) in tensors.items()},
+            unloaded={name: why for name, why in self.unloaded.items() if name not in restored},
+        )
 
     def download_files(self, names: Iterable[str]) -> None:
         """Download small files that are beside the weights, those that are there and not here."""
@@ -137,7 +168,7 @@ def open_checkpoint(source: PathLike, reader: str = "auto") -> Opened:
     _refuse_empty(found.path, {name: shape for name, (_, shape) in tensors.items()})
     scales = {name: scale for name, scale, _ in codes if scale in tensors}
     held = set(scales.values())
-    return Opened(
+    opened = Opened(
         source=found,
         checkpoint=checkpoint,
         shapes={name: shape for name, (_, shape) in tensors.items() if name not in held},
@@ -148,6 +179,7 @@ def open_checkpoint(source: PathLike, reader: str = "auto") -> Opened:
         block=block,
         reader=reader,
     )
+    return opened.without(find_unloaded(tensors, opened.directory))
 
 
 def _open(path: Path, reader: str) -> Checkpoint:

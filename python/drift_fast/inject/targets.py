@@ -15,7 +15,14 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from drift_fast.alignment.coverage import NOT_SELECTED, Coverage, backbone_numel, listed
+from drift_fast.alignment.coverage import (
+    NOT_SELECTED,
+    Coverage,
+    backbone_numel,
+    layer_in,
+    layers_numel,
+    listed,
+)
 from drift_fast.alignment.layout import Layout
 from drift_fast.alignment.mapping import RUNTIME, MappingLike
 from drift_fast.alignment.match import match
@@ -37,7 +44,7 @@ from drift_fast.inject.lora.adapters import (
 from drift_fast.inject.refusals import packing_of
 from drift_fast.inject.shards.find import parameters_of
 from drift_fast.inject.target import Target
-from drift_fast.names import container_of
+from drift_fast.names import container_of, layer_of
 
 _REMEDY = (
     "Compute the delta from the checkpoint that this model was loaded from, state the pairs with "
@@ -93,6 +100,8 @@ def find_targets(
     ]
     matched_numel = sum(math.prod(candidates.shapes[pair.name]) for pair in pairs)
     backbone = {container_of(pair.name) for pair in found.pairs}
+    layers = {layer_in(pair.name) for pair in found.pairs if layer_of(pair.name) is not None}
+    targeted = {pair.name: candidates.shapes[pair.name] for pair in pairs}
     coverage = Coverage(
         matched=[
             (source, candidates.names[pair.name]) for pair in pairs for source in pair.sources
@@ -104,9 +113,9 @@ def find_targets(
         matched_numel=matched_numel,
         selected_numel=matched_numel + sum(math.prod(wanted[name]) for name, _ in missing),
         backbone_numel=backbone_numel(candidates.shapes, backbone),
-        backbone_matched_numel=backbone_numel(
-            {pair.name: candidates.shapes[pair.name] for pair in pairs}, backbone
-        ),
+        backbone_matched_numel=backbone_numel(targeted, backbone),
+        layers_numel=layers_numel(candidates.shapes, layers),
+        layers_matched_numel=layers_numel(targeted, layers),
     )
     # What a mapping leaves out was stated, and is in the coverage; LoRA leaves biases out.
     refused = [item for item in missing if item[1] not in (LEFT_OUT, FROZEN_BIAS)]
@@ -124,13 +133,15 @@ def _wanted(shapes: Shapes, options: TargetOptions) -> Shapes:
     """Return the selected tensors of a delta.
 
     Raises:
-        CoverageError: there are none.
+        CoverageError: there are none, or none of a preset.
     """
     selection = options.selection()
     selection.check_layers(shapes)
     wanted = {name: shape for name, shape in shapes.items() if name in selection}
     if not wanted:
         raise CoverageError(f"{selection} selects none of the delta's {len(shapes)} tensors")
+    if idle := selection.idle_presets(wanted):
+        raise CoverageError(f"of the delta, {selection.describe_idle(idle, list(shapes))}")
     return wanted
 
 

@@ -179,7 +179,8 @@ def _align_base(
     why = ""
     if stated is None and given.mapping is not None:
         try:
-            if any(resolve(given.mapping, base.shapes, multimodal.shapes).values()):
+            here, there = ([*side.shapes, *side.unloaded] for side in (base, multimodal))
+            if any(resolve(given.mapping, here, there).values()):
                 stated = given.mapping
         except AlignmentError as error:
             why = f"\nIt was matched by names, since the mapping does not hold for it: {error}"

@@ -10,17 +10,20 @@ from drift_fast.selection import Layers, Modules, Selection
 
 
 @dataclass(frozen=True)
-class _Later(Selection):
-    """A selection of decoder layers from a number on."""
+class _OfMerge(Selection):
+    """A selection of decoder layers from a number on, None for all."""
 
-    first: int = 0
+    first: int | None = None
 
     def __contains__(self, name: str) -> bool:
+        if self.first is None:
+            return super().__contains__(name)
         layer = layer_of(name)
         return layer is not None and layer >= self.first and super().__contains__(name)
 
     def __str__(self) -> str:
-        return f"{super().__str__()}, layers from {self.first} on"
+        later = "" if self.first is None else f", layers from {self.first} on"
+        return f"{super().__str__()}{later}"
 
 
 def selection_of(chosen: ChosenMethod, modules: Modules | None, layers: Layers) -> Selection:
@@ -29,9 +32,8 @@ def selection_of(chosen: ChosenMethod, modules: Modules | None, layers: Layers) 
     Raises:
         ValueError: modules or layers that `Selection` refuses.
     """
+    named = modules is not None
     if modules is None:
         modules = [REST] if REST in chosen.weight else list(chosen.weight)
     found = Selection.parse(modules, layers)
-    if chosen.keep_layers is None:
-        return found
-    return _Later(found.modules, found.layers, chosen.keep_layers)
+    return _OfMerge(found.modules, found.layers, named, chosen.keep_layers)

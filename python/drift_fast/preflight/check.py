@@ -6,17 +6,20 @@ aligned is a finding here, not an error; what differences mean is for `rules` to
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Unpack
 
 from drift_fast.alignment.coverage import Coverage
+from drift_fast.alignment.missed import describe_missed, missed
 from drift_fast.alignment.model_pair import AlignedPair
 from drift_fast.alignment.options import PairOptions, SelectionOptions
 from drift_fast.alignment.pairing import survey_checkpoints
 from drift_fast.alignment.refusals import is_usable, why_not
 from drift_fast.checkpoints.opened import PathLike, open_checkpoint
 from drift_fast.config_files import printable
+from drift_fast.names import kind_of, module_of
 from drift_fast.options import takes
 from drift_fast.preflight.cost import DeltaCost, estimate_cost
 from drift_fast.preflight.fact import STATED, Fact
@@ -35,7 +38,10 @@ _VALUE_WIDTH = 44
 
 @dataclass(frozen=True)
 class Preflight:
-    """What `check` found; `coverage`, `prefixes` and `plan` are None if nothing matches."""
+    """What `check` found; `coverage`, `prefixes` and `plan` are None if nothing matches.
+
+    `selected` has the modules of each kind that is selected, with how many tensors each has.
+    """
 
     findings: list[Finding]
     selection: str
@@ -43,6 +49,7 @@ class Preflight:
     coverage: Coverage | None
     prefixes: tuple[str, str] | None
     plan: DeltaCost | None
+    selected: dict[str, dict[str, int]] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
@@ -66,7 +73,15 @@ class Preflight:
         if self.plan is None:
             blocks.append(f"{self.selection}: nothing matches, so there is no Δ to plan for")
         else:
-            blocks.append("\n".join([f"{self.selection}: {self.coverage}", *self.plan.lines()]))
+            selects = [
+                f"{kind} selects {sum(modules.values())} tensors: {', '.join(modules)}"
+                for kind, modules in self.selected.items()
+            ]
+            about = [
+                f"{self.selection}: {self.coverage}",
+                *(printable(line, 200) for line in selects),
+            ]
+            blocks.append("\n".join([*about, *self.plan.lines()]))
         return "\n\n".join([*blocks, self._verdict()])
 
     def _verdict(self) -> str:
@@ -88,6 +103,7 @@ class Preflight:
             "pairs": self.pairs,
             "prefixes": None if self.prefixes is None else list(self.prefixes),
             "coverage": None if self.coverage is None else self.coverage.to_dict(),
+            "selected": self.selected,
             "plan": None if self.plan is None else asdict(self.plan),
         }
 
@@ -135,12 +151,22 @@ def check(
         pair.coverage,
         pair.alignment.prefixes,
         estimate_cost(pair, chosen.dtype, parse_rate(chosen.read_rate)),
+        _selected(pair),
     )
+
+
+def _selected(pair: AlignedPair) -> dict[str, dict[str, int]]:
+    found: dict[str, dict[str, int]] = {}
+    for name in sorted(one.name for one in pair.pairs):
+        modules = found.setdefault(kind_of(name), {})
+        modules[module_of(name)] = modules.get(module_of(name), 0) + 1
+    return found
 
 
 def _findings(
     first: ModelSide, second: ModelSide, pair: AlignedPair, *, attaches: bool = False
 ) -> list[Finding]:
+    first, second = replace(first, opened=pair.reasoning), replace(second, opened=pair.multimodal)
     refusals = why_not(pair)
     prefixes = pair.alignment.prefixes if is_usable(refusals) else (None, None)
     reasoning, multimodal = (
@@ -154,7 +180,29 @@ def _findings(
         str(refusals[0]) if refusals else "",
         (first.role, second.role),
     )
-    return [alignment, *compare(first, second, pair, refusals, attaches=attaches)]
+    found = [alignment, *compare(first, second, pair, refusals, attaches=attaches)]
+    return found + _left_out(first, second, pair, attaches=attaches)
+
+
+def _left_out(
+    first: ModelSide, second: ModelSide, pair: AlignedPair, *, attaches: bool
+) -> list[Finding]:
+    """Return what no model loads, and what no preset selects, as notes."""
+    between = (first.role, second.role)
+    values = [Fact(len(side.opened.unloaded) or None, STATED) for side in (first, second)]
+    found = []
+    for side in (second,) if attaches else (first, second):
+        reasons = Counter(side.opened.unloaded.values())
+        if reasons:
+            example = next(iter(side.opened.unloaded))
+            listed = ", ".join(f"{why} ({count})" for why, count in reasons.items())
+            message = f"{side.the} has tensors that no model loads, {example} first; {listed}"
+            found.append(Finding("not loaded", "note", values[0], values[1], message, between))
+    if names := missed(pair):
+        nothing = Fact()
+        message = describe_missed(names)
+        found.append(Finding("of no preset", "note", nothing, nothing, message, between))
+    return found
 
 
 def _facts(rows: Sequence[Finding], between: tuple[str, str]) -> str:

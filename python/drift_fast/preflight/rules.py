@@ -144,7 +144,7 @@ class _Comparison:
         # With a stated mapping the headers are those of matched layers only.
         for side in self._judged() if not self.stated else ():
             stated, stored = side.description.stated_layers, side.headers.layers
-            if not isinstance(stated, int) or stored in (0, stated):
+            if not isinstance(stated, int) or not stated or stored in (0, stated):
                 continue
             message = f"{side.model.the} states {stated} layers and has tensors of {stored}"
             severity: Severity = "breaks" if stored < stated else "note"
@@ -155,8 +155,8 @@ class _Comparison:
                 )
             else:
                 message += (
-                    "; those beyond, such as layers that predict further tokens, are not loaded: "
-                    "leave them out with layers="
+                    "; those beyond are not loaded: leave them out with layers="
+                    f"{'0' if stated == 1 else f'0-{stated - 1}'}, or correct num_hidden_layers"
                 )
             found.append(self._finding("layers on disk", severity, values, message))
         return found
