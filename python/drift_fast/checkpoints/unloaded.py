@@ -52,7 +52,7 @@ def find_unloaded(tensors: Mapping[str, Stored], directory: Path) -> dict[str, s
             name
         ):
             found[name] = FURTHER_TOKENS
-        elif is_computed(name, dtype, shape):
+        elif is_computed(name, dtype, shape) and not _is_beside_weight(name, tensors):
             found[name] = BUFFER
     return found
 
@@ -66,6 +66,11 @@ def is_computed(name: str, dtype: str, shape: Shape) -> bool:
         or _COMPUTED.search(name) is not None
         or (square and _MASK.search(name) is not None)
     )
+
+
+def _is_beside_weight(name: str, names: Collection[str]) -> bool:
+    """Whether a tensor may say something of a weight, such as which elements are pruned."""
+    return f"{name.rpartition('.')[0]}.weight" in names
 
 
 def stated_layers(directory: Path) -> int | None:
