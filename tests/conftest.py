@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 from pathlib import Path
 
 import pytest
@@ -13,17 +12,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-# A shell ignores SIGINT in what it starts under `nohup` or with `&`, and children inherit that by
-# exec; a Python handler they do not. Without it nothing that tests interrupt would end.
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
+from support import processes
 from support.disks import limit_files, small_disk  # noqa: F401
 from support.synthetic import Pair, write_pair
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes more than ten seconds")
+
+
+def pytest_runtest_teardown() -> None:
+    processes.end_all()
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 
 import drift_fast
 from drift_fast import _core
+from support.processes import run
 
 HEAVY = {
     "asyncio",
@@ -39,12 +39,7 @@ def loaded_after(code: str) -> set[str]:
     program = f"import sys; before = set(sys.modules); {code}\nimport json\n"
     program += "print(json.dumps(sorted(set(sys.modules) - before - {'json'})))"
     path = json.dumps(sys.path)
-    done = subprocess.run(
-        [sys.executable, "-S", "-c", f"import sys; sys.path[:] = {path}\n{program}"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = run(sys.executable, "-S", "-c", f"import sys; sys.path[:] = {path}\n{program}")
     return set(json.loads(done.stdout))
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from drift_fast import DriftError, compute_delta, inspect
+from support.processes import python
 from support.synthetic import Pair, everything_under, refused, write_pair
 
 LM = "model.language_model."
@@ -267,9 +266,7 @@ def test_an_enormous_range_of_layers_takes_no_time_and_no_memory(pair: Pair) -> 
         "except (ValueError, drift_fast.DriftError) as error:\n"
         "    print('refused:', error)\n"
     )
-    command = [sys.executable, "-c", script, str(pair.reasoning), str(pair.multimodal)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
-    assert result.returncode == 0, result.stderr[-300:]
+    result = python(script, pair.reasoning, pair.multimodal, limit=20)
     assert "layer" in result.stdout
 
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from drift_fast import CheckpointError, CoverageError
 from drift_fast.alignment.tokenizer_files import Vocabulary, read_vocabulary
 from drift_fast.alignment.vocabulary import RowCount, RowMap, TokenRows, match_rows
+from support.processes import python
 from support.synthetic import refused
 
 SENTENCES = [
@@ -651,7 +650,4 @@ def test_reading_a_vocabulary_imports_no_library_of_models(tmp_path: Path) -> No
         "loaded = {'torch', 'numpy', 'tokenizers', 'transformers', 'sentencepiece'}\n"
         "sys.exit(repr(loaded & set(sys.modules)) if loaded & set(sys.modules) else 0)"
     )
-
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-
-    assert done.returncode == 0, done.stderr
+    python(program)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from drift_fast.bench.report import markdown
 from drift_fast.bench.results import Results, Row, above_baseline_of
 from drift_fast.cli.main import main
 from support.bench_runs import LINUX, NO_RIVALS, empty_results
+from support.processes import python
 from support.synthetic import refused
 
 
@@ -116,7 +115,7 @@ def test_the_suite_imports_no_torch() -> None:
         "drift_fast.bench.inside, drift_fast.bench.chart; "
         "sys.exit(' '.join({'torch', 'transformers', 'matplotlib'} & set(sys.modules)) or None)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    python(code)
 
 
 @pytest.fixture

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from support import processes
+from support.processes import environment
 
 BENCHES = Path(__file__).parents[2] / "benches"
 ERROR = r"\| {} \| 2 \| \d\.\de-0[6-9] \| \d\.\de-0[6-9] \| \d\.\de-0[6-9] \|"
 
 
 def run(script: str, *options: str) -> str:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, str(BENCHES / script), "--device", "cpu", *options]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    command = [sys.executable, BENCHES / script, "--device", "cpu", *options]
+    return processes.run(*command, env=environment(CUDA_VISIBLE_DEVICES=""), limit=280).stdout
 
 
 @pytest.mark.slow

@@ -3,58 +3,28 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from support import commands
+from support.commands import PROGRAM, without
+from support.processes import Ended, environment
 from support.synthetic import Pair, language_model, moved, write_checkpoint, write_file
 
 FIRST, SECOND = "1" * 40, "2" * 40
 
-# Runs the command line with a package made impossible to import.
-WITHOUT = """
-import runpy, sys
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == {package!r}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
-sys.meta_path.insert(0, Blocker())
-sys.argv = ["drift-fast", *sys.argv[1:]]
-runpy.run_module("drift_fast", run_name="__main__", alter_sys=True)
-"""
 
-
-def environment(cache: Path) -> dict[str, str]:
-    kept = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(("HF_", "HUGGINGFACE"))
-    }
-    return {
-        **kept,
-        "HF_HUB_CACHE": str(cache),
-        "HF_HUB_OFFLINE": "1",
-        "HF_HOME": str(cache.parent / "home"),
-    }
-
-
-def run(
-    cache: Path, *arguments: str, cwd: Path | None = None, without: str | None = None
-) -> subprocess.CompletedProcess[str]:
-    start = ["-m", "drift_fast"] if without is None else ["-c", WITHOUT.format(package=without)]
-    return subprocess.run(
-        [sys.executable, *start, *arguments],
-        env=environment(cache),
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
+def run(cache: Path, *arguments: str, program: list[str] = PROGRAM, **options: Any) -> Ended:
+    variables = environment(
+        *("HF_", "HUGGINGFACE"),
+        HF_HUB_CACHE=cache,
+        HF_HUB_OFFLINE=1,
+        HF_HOME=cache.parent / "home",
     )
+    return commands.run(*arguments, program=program, env=variables, **options)
 
 
 def cache_snapshot(cache: Path, repository: str, revision: str, source: Path, *refs: str) -> Path:
@@ -88,7 +58,7 @@ def cache(tmp_path: Path, pair: Pair) -> Path:
     return cache
 
 
-def norms(result: subprocess.CompletedProcess[str]) -> dict[str, float]:
+def norms(result: Ended) -> dict[str, float]:
     assert result.returncode == 0, result.stderr
     rows = json.loads(result.stdout)["tensors"]
     return {row["name"]: row["reasoning_norm"] for row in rows}
@@ -149,7 +119,7 @@ def test_an_id_whose_snapshot_holds_only_a_pickle_says_convert(cache: Path, tmp_
 
 
 def test_without_huggingface_hub_an_id_says_what_to_install(cache: Path) -> None:
-    result = run(cache, "inspect", "org/text", "org/vlm", without="huggingface_hub")
+    result = run(cache, "inspect", "org/text", "org/vlm", program=without("huggingface_hub"))
     assert result.returncode == 1
     assert "pip install 'drift-fast[hub]'" in result.stderr
     assert "Traceback" not in result.stderr
@@ -162,7 +132,7 @@ def test_without_huggingface_hub_paths_work(cache: Path, pair: Pair) -> None:
         str(pair.reasoning),
         str(pair.multimodal),
         "--json",
-        without="huggingface_hub",
+        program=without("huggingface_hub"),
     )
     assert len(norms(result)) == 14
 
@@ -181,7 +151,9 @@ def test_a_directory_of_that_name_is_preferred_to_the_hub(
 def test_what_can_only_be_a_path_is_not_looked_up_on_the_hub(
     cache: Path, tmp_path: Path, name: str
 ) -> None:
-    result = run(cache, "inspect", name, "org/vlm", cwd=tmp_path, without="huggingface_hub")
+    result = run(
+        cache, "inspect", name, "org/vlm", cwd=tmp_path, program=without("huggingface_hub")
+    )
     assert result.returncode == 1
     assert name in result.stderr
     assert "pip install" not in result.stderr

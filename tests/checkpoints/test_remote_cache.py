@@ -8,8 +8,6 @@ import os
 import re
 import shutil
 import stat
-import subprocess
-import sys
 import threading
 import time
 from itertools import pairwise
@@ -21,6 +19,7 @@ import pytest
 
 from drift_fast.checkpoints.remote import RemoteCheckpoint, default_cache, open_url, sparse
 from drift_fast.errors import CheckpointError
+from support.processes import python
 from support.range_server import RangeServer
 from support.remote import FILE, MOMENT, SINGLE, START_NBYTES, check_held, has, held, shard_of
 from support.synthetic import refused
@@ -263,7 +262,6 @@ def test_memory_does_not_grow_with_what_is_downloaded(
     os.truncate(large, 8 + int.from_bytes(large.read_bytes()[:8], "little") + 210_000_000)
     server.files[f"/m/{SINGLE}"] = large
     server.ranges = ranges
-    command = [sys.executable, "-c", BOUNDED, f"{server.url}/m", str(tmp_path / "cache")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    done = python(BOUNDED, f"{server.url}/m", tmp_path / "cache")
     grown_kib = int(done.stdout)
     assert grown_kib < 40 << 10

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -19,6 +18,7 @@ import pytest
 
 from drift_fast.checkpoints.remote import RemoteCheckpoint, Transfer, attempts, open_url, sparse
 from drift_fast.errors import CheckpointError
+from support.processes import Child
 from support.range_server import Fault, RangeServer, etag_of
 from support.remote import (
     CHANGED,
@@ -310,7 +310,6 @@ KILLED = """
 import sys, pathlib
 from drift_fast.checkpoints.remote import open_url, sparse
 sparse.PART_NBYTES = 300_000
-print("ready", flush=True)
 opened = open_url(sys.argv[1], cache=pathlib.Path(sys.argv[2]))
 opened.fetch({"model.safetensors": [(1_000_000, 4_900_000)]})
 """
@@ -323,22 +322,21 @@ def test_a_run_that_is_ended_in_the_middle_is_gone_on_with(
     # The start of the file, four parts, and eight that never end.
     server.faults.extend([None] * 5)
     server.always = Fault(stall_after=50_000)
-    command = [sys.executable, "-c", KILLED, f"{server.url}/m", str(tmp_path)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as child:
-        server.wait_until(
-            lambda: (
-                sum(request.nbytes == 50_000 for request in list(server.requests)) == 8
-                and any(
-                    sum(end - start for start, end in held(path.parent)) >= START_NBYTES + 1_200_000
-                    for path in tmp_path.rglob(SINGLE)
-                )
+    child = Child(sys.executable, "-c", KILLED, f"{server.url}/m", tmp_path)
+    child.wait_until(
+        lambda: (
+            sum(request.nbytes == 50_000 for request in list(server.requests)) == 8
+            and any(
+                sum(end - start for start, end in held(path.parent)) >= START_NBYTES + 1_200_000
+                for path in tmp_path.rglob(SINGLE)
             )
         )
-        child.send_signal(how)
-        # Left to itself the child would wait for the server, and the server for this test.
-        _, text = child.communicate(timeout=20)
-    assert child.returncode != 0
-    assert ("KeyboardInterrupt" in text) == (how == signal.SIGINT)
+    )
+    child.send(how)
+    # Left to itself the child would wait for the server, and the server for this test.
+    ended = child.finish(20)
+    assert ended.returncode != 0
+    assert ("KeyboardInterrupt" in ended.stderr) == (how == signal.SIGINT)
     server.always = None
     directory = next(tmp_path.rglob(SINGLE)).parent
     check_held(directory, {SINGLE: FILE})

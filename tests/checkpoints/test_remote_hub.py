@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from typing import Any
 import pytest
 
 from drift_fast._core import Checkpoint
+from support.processes import python
 from support.range_server import Content, Fault, HubServer, RangeServer
 from support.remote import (
     CHANGED,
@@ -23,6 +22,7 @@ from support.remote import (
     SHARDS,
     SINGLE,
     START_NBYTES,
+    asking_hub,
     assert_unseen,
     check_held,
     has,
@@ -84,29 +84,8 @@ class Hub:
         self.log = ""
 
     def run(self, *asked: dict[str, Any], **environment: str) -> list[dict[str, Any]]:
-        kept = {
-            name: value
-            for name, value in os.environ.items()
-            if not name.startswith(("HF_", "HUGGINGFACE", "HUGGING_FACE"))
-        }
-        done = subprocess.run(
-            [sys.executable, "-c", AT_HUB, str(self.directory / "cache")],
-            input=json.dumps(asked),
-            env={
-                **kept,
-                "HF_ENDPOINT": self.server.url,
-                "HF_HOME": str(self.directory / "home"),
-                "HF_TOKEN": TOKEN,
-                "HF_HUB_DISABLE_TELEMETRY": "1",
-                "NO_PROXY": "127.0.0.1,localhost",
-                **environment,
-            },
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=60,
-        )
-        assert done.returncode == 0, done.stderr
+        env = asking_hub(self.server.url, self.directory, TOKEN, **environment)
+        done = python(AT_HUB, self.directory / "cache", env=env, stdin=json.dumps(asked))
         self.log += done.stderr
         results: list[dict[str, Any]] = json.loads(done.stdout)
         return results

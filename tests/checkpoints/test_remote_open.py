@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from drift_fast._core import Checkpoint
 from drift_fast.checkpoints.remote import RemoteCheckpoint, open_url
 from drift_fast.checkpoints.remote.hub import open_hub
 from drift_fast.errors import CheckpointError, DriftError
+from support.processes import python
 from support.range_server import Fault, RangeServer
 from support.remote import (
     FILE,
@@ -305,5 +305,4 @@ def test_importing_is_light() -> None:
         "heavy = {'torch', 'numpy', 'requests', 'huggingface_hub'}; "
         "print(heavy & set(sys.modules))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "set()"
+    assert python(code).stdout.strip() == "set()"

@@ -7,18 +7,16 @@ is tested.
 from __future__ import annotations
 
 import os
-import pty
 import re
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 import drift_fast
 from drift_fast import Delta
-from support.commands import PROGRAM, WITHOUT_TORCH, read_terminal, rows_of, run, strict, succeeds
+from support import processes
+from support.commands import drawn_by, rows_of, run, strict, succeeds, without
 from support.synthetic import Pair, contents, stored, write_file
 
 
@@ -90,9 +88,7 @@ def test_a_name_outside_ascii_is_printed_whatever_the_terminals_encoding(tmp_pat
     for encoding in ("ascii", "utf-8"):
         environment = {**os.environ, "PYTHONIOENCODING": encoding}
         for options in ([], ["--json"]):
-            result = run(
-                "inspect", a, b, "--modules", "all", *options, env=environment, encoding="utf-8"
-            )
+            result = run("inspect", a, b, "--modules", "all", *options, env=environment)
             assert result.returncode == 0, result.stderr
 
 
@@ -171,9 +167,7 @@ def test_a_failure_is_status_one_with_one_message_and_no_traceback(
 def test_a_reader_that_closes_the_pipe_early_gets_no_traceback(pair: Pair) -> None:
     program = f"{sys.executable} -m drift_fast"
     shell = f"{program} inspect {pair.reasoning} {pair.multimodal} --json | head -c 1"
-    result = subprocess.run(
-        ["bash", "-c", shell], capture_output=True, text=True, timeout=60, check=False
-    )
+    result = processes.run("bash", "-c", shell, check=False)
     assert "Traceback" not in result.stderr
     assert "BrokenPipe" not in result.stderr
 
@@ -206,8 +200,7 @@ def test_paths_may_be_relative_and_outside_ascii(pair: Pair, tmp_path: Path) -> 
 
 
 def test_inspect_works_where_torch_cannot_be_imported(pair: Pair) -> None:
-    program = [sys.executable, "-c", WITHOUT_TORCH]
-    result = run("inspect", pair.reasoning, pair.multimodal, "--json", program=program)
+    result = run("inspect", pair.reasoning, pair.multimodal, "--json", program=without("torch"))
     assert result.returncode == 0, result.stderr
     assert len(rows_of(strict(result.stdout))) == 14
 
@@ -219,7 +212,7 @@ def test_delta_too_works_where_torch_cannot_be_imported(pair: Pair, out: Path) -
         pair.multimodal,
         "--out",
         out,
-        program=[sys.executable, "-c", WITHOUT_TORCH],
+        program=without("torch"),
     )
     assert result.returncode == 0, result.stderr
     assert len(Delta.open(out)) == 14
@@ -238,21 +231,8 @@ def test_nothing_heavy_is_imported_to_inspect(pair: Pair) -> None:
 
 
 def test_a_progress_bar_with_its_rate_appears_on_a_terminal(brief: tuple[Path, Path]) -> None:
-    master, slave = pty.openpty()
-    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
-    with subprocess.Popen(
-        [*PROGRAM, "inspect", *map(str, brief), "--json"],
-        stdout=subprocess.PIPE,
-        stderr=slave,
-        env=environment,
-        text=True,
-    ) as process:
-        os.close(slave)
-        drawn = read_terminal(master, time.monotonic() + 60)
-        assert process.stdout is not None
-        strict(process.stdout.read())
-    os.close(master)
-    assert process.returncode == 0
+    output, drawn = drawn_by("inspect", *brief, "--json")
+    strict(output)
     assert "\r" in drawn, "nothing was redrawn in place"
     assert re.search(r"GB/s|MB/s", drawn), drawn[-400:]
     assert re.search(r"\b\d+\s*/\s*8\b", drawn), drawn[-400:]
@@ -266,11 +246,4 @@ def test_no_bar_appears_in_a_pipe(brief: tuple[Path, Path]) -> None:
 
 
 def test_a_bar_that_is_not_wanted_is_not_drawn(brief: tuple[Path, Path]) -> None:
-    master, slave = pty.openpty()
-    command = [*PROGRAM, "inspect", *map(str, brief), "--json", "--no-progress-bar"]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=slave) as process:
-        os.close(slave)
-        drawn = read_terminal(master, time.monotonic() + 60)
-    os.close(master)
-    assert process.returncode == 0
-    assert drawn == ""
+    assert drawn_by("inspect", *brief, "--json", "--no-progress-bar")[1] == ""

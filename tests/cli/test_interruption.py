@@ -5,11 +5,13 @@ Everything runs in a process of its own, whose end is what is tested.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
-import subprocess
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,47 +20,30 @@ import pytest
 import drift_fast
 from drift_fast import Delta
 from support.commands import PROGRAM, run, succeeds
+from support.processes import Child, Ended, finish
 from support.synthetic import Pair, contents, everything_under, write_sparse
 
 
-def wait_for(condition: Any, seconds: float, process: subprocess.Popen[Any]) -> None:
-    limit = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, "the program ended before it could be interrupted"
-        assert time.monotonic() < limit, "the program never got that far"
-        time.sleep(0.005)
-
-
-def interrupt(process: subprocess.Popen[Any]) -> float:
-    """Send Ctrl-C and return the seconds until the process is gone."""
+def interrupt(child: Child) -> tuple[Ended, float]:
+    """Send Ctrl-C; return how the process ended, and after how many seconds."""
     begin = time.monotonic()
-    process.send_signal(signal.SIGINT)
-    try:
-        process.wait(20)
-    finally:
-        if process.poll() is None:
-            process.kill()
-    return time.monotonic() - begin
+    child.send(signal.SIGINT)
+    ended = child.finish(20)
+    return ended, time.monotonic() - begin
 
 
 def test_ctrl_c_stops_inspect_within_a_second(endless: tuple[Path, Path]) -> None:
-    process = subprocess.Popen(
-        [*PROGRAM, "inspect", *map(str, endless)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    statm = Path(f"/proc/{process.pid}/maps")
-    wait_for(
-        lambda: "a.safetensors" in statm.read_text() or cpu_seconds(process.pid) > 0.6, 30, process
+    child = Child(*PROGRAM, "inspect", *endless)
+    maps = Path(f"/proc/{child.pid}/maps")
+    child.wait_until(
+        lambda: "a.safetensors" in maps.read_text() or cpu_seconds(child.pid) > 0.6, limit=30
     )
     time.sleep(0.3)
-    seconds = interrupt(process)
-    output, errors = process.communicate()
-    assert process.returncode == 130
+    ended, seconds = interrupt(child)
+    assert ended.returncode == 130
     assert seconds < 1.5
-    assert output == ""
-    assert "Traceback" not in errors
+    assert ended.stdout == ""
+    assert "Traceback" not in ended.stderr
 
 
 def cpu_seconds(pid: int) -> float:
@@ -80,33 +65,30 @@ def writable(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return pair
 
 
-def start_delta(pair: tuple[Path, Path], out: Path, *options: str) -> subprocess.Popen[str]:
+def start_delta(pair: tuple[Path, Path], out: Path, *options: str) -> Child:
     """Start a run of many seconds and return it in the middle of its writing."""
-    command = [*PROGRAM, "delta", *map(str, pair), "--out", str(out), *options]
     before = everything_under(out.parent)
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: everything_under(out.parent) != before, 60, process)
+    child = Child(*PROGRAM, "delta", *pair, "--out", out, *options)
+    child.wait_until(lambda: everything_under(out.parent) != before)
     time.sleep(0.5)
-    assert process.poll() is None, "the run was over before it could be interrupted"
-    return process
+    assert child.running, "the run was over before it could be interrupted"
+    return child
 
 
-def kill(process: subprocess.Popen[str]) -> None:
-    process.kill()
-    process.communicate()
+def kill(child: Child) -> None:
+    child.send(signal.SIGKILL)
+    child.finish()
 
 
 def test_an_interrupted_delta_leaves_nothing_and_says_so_by_its_status(
     writable: tuple[Path, Path], out: Path
 ) -> None:
-    process = start_delta(writable, out, "--max-shard-size", "100MB")
-    seconds = interrupt(process)
-    output, errors = process.communicate()
-    assert process.returncode == 130, errors
+    ended, seconds = interrupt(start_delta(writable, out, "--max-shard-size", "100MB"))
+    assert ended.returncode == 130, ended.stderr
     assert everything_under(out.parent) == set()
     assert seconds < 1.5
-    assert output == ""
-    assert "Traceback" not in errors
+    assert ended.stdout == ""
+    assert "Traceback" not in ended.stderr
 
 
 def test_a_killed_run_can_be_started_again_and_leaves_no_remains(
@@ -148,10 +130,8 @@ def test_an_interrupted_overwrite_keeps_the_former_delta(
 ) -> None:
     drift_fast.compute_delta(pair.reasoning, pair.multimodal, out)
     before = contents(out)
-    process = start_delta(writable, out, "--overwrite")
-    interrupt(process)
-    process.communicate()
-    assert process.returncode == 130
+    ended, _ = interrupt(start_delta(writable, out, "--overwrite"))
+    assert ended.returncode == 130
     assert contents(out) == before
     assert everything_under(out.parent) == {
         "delta",
@@ -161,17 +141,12 @@ def test_an_interrupted_overwrite_keeps_the_former_delta(
 
 
 def test_two_runs_into_one_directory_do_not_mix(pair: Pair, sharded_pair: Pair, out: Path) -> None:
-    commands = [
-        [*PROGRAM, "delta", str(each.reasoning), str(each.multimodal), "--out", str(out)]
+    children = [
+        Child(*PROGRAM, "delta", each.reasoning, each.multimodal, "--out", out)
         for each in (pair, sharded_pair)
     ]
-    processes = [
-        subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for c in commands
-    ]
-    errors = [process.communicate(timeout=60)[1] for process in processes]
-    statuses = [process.returncode for process in processes]
-    assert sorted(statuses) in ([0, 0], [0, 1]), errors
+    ended = finish(children, 60)
+    assert sorted(each.returncode for each in ended) in ([0, 0], [0, 1]), ended
     delta = Delta.open(out)
     candidates = []
     for each in (pair, sharded_pair):
@@ -181,22 +156,30 @@ def test_two_runs_into_one_directory_do_not_mix(pair: Pair, sharded_pair: Pair, 
     assert everything_under(out) == {*contents(out), "drift.json"}
 
 
-def test_a_signal_handler_of_the_caller_stops_the_library_too(endless: tuple[Path, Path]) -> None:
-    class Alarm(Exception):
-        pass
+class Alarm(Exception):
+    pass
+
+
+@contextlib.contextmanager
+def alarm_after(seconds: float) -> Iterator[None]:
+    """Raise `Alarm` from a signal handler in the middle of what runs then."""
 
     def ring(*_: object) -> None:
         raise Alarm
 
     former = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, 0.5)
-    begin = time.monotonic()
+    signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
-        with pytest.raises(Alarm):
-            drift_fast.inspect(*endless)
+        yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, former)
+
+
+def test_a_signal_handler_of_the_caller_stops_the_library_too(endless: tuple[Path, Path]) -> None:
+    begin = time.monotonic()
+    with alarm_after(0.5), pytest.raises(Alarm):
+        drift_fast.inspect(*endless)
     assert time.monotonic() - begin < 2.0
 
 
@@ -220,8 +203,6 @@ def test_an_exception_in_the_progress_callback_stops_the_run_and_is_raised(
 
 
 def test_python_threads_run_while_a_delta_is_computed(endless: tuple[Path, Path]) -> None:
-    import threading
-
     beats = 0
     done = threading.Event()
 
@@ -232,21 +213,11 @@ def test_python_threads_run_while_a_delta_is_computed(endless: tuple[Path, Path]
 
     thread = threading.Thread(target=beat)
 
-    class Alarm(Exception):
-        pass
-
-    def ring(*_: object) -> None:
-        raise Alarm
-
-    former = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, 0.7)
     thread.start()
     try:
-        with pytest.raises(Alarm):
+        with alarm_after(0.7), pytest.raises(Alarm):
             drift_fast.inspect(*endless, threads=1)
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, former)
         done.set()
         thread.join()
     assert beats > 15, "the interpreter was held while Rust was reading"

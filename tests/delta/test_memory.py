@@ -6,43 +6,15 @@ a process of its own, without torch, and is sampled from outside.
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 
+from support.memory import peak_of
 from support.synthetic import write_sparse
 
 MEGABYTE = 1_000_000
 LIMIT_NBYTES = 100 * MEGABYTE
-
-
-def anonymous_nbytes(pid: int) -> int:
-    """Return the anonymous memory of a process now, 0 when it is gone."""
-    try:
-        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-            if line.startswith("Anonymous:"):
-                return int(line.split()[1]) * 1024
-    except (FileNotFoundError, ProcessLookupError):
-        pass
-    return 0
-
-
-def peak_of(*command: str) -> tuple[int, int]:
-    """Run a command and return its peak of anonymous memory and the number of samples."""
-    process = subprocess.Popen(
-        [sys.executable, *command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-    peak = samples = 0
-    while process.poll() is None:
-        peak = max(peak, anonymous_nbytes(process.pid))
-        samples += 1
-        time.sleep(0.002)
-    _, errors = process.communicate()
-    assert process.returncode == 0, errors
-    return peak, samples
 
 
 @pytest.fixture(scope="module")
@@ -75,21 +47,8 @@ def test_a_delta_of_a_gigabyte_pair_takes_less_than_100_megabytes(
 ) -> None:
     a, b = map(str, gigabyte_pair)
     out = str(tmp_path / "delta")
-    peak, samples = peak_of(
-        "-m",
-        "drift_fast",
-        "delta",
-        a,
-        b,
-        "--out",
-        out,
-        "--modules",
-        "all",
-        "--rows",
-        "index",
-        "--threads",
-        "8",
-    )
+    options = ["--modules", "all", "--rows", "index", "--threads", "8"]
+    peak, samples = peak_of("-m", "drift_fast", "delta", a, b, "--out", out, *options)
     assert samples > 20, "too few samples to call it a peak"
     assert (tmp_path / "delta" / "drift.json").exists()
     assert peak - interpreter_nbytes < LIMIT_NBYTES, (
@@ -125,28 +84,6 @@ def test_memory_does_not_grow_with_the_checkpoint(interpreter_nbytes: int, tmp_p
 def test_resident_pages_of_the_files_are_given_back(gigabyte_pair: tuple[Path, Path]) -> None:
     """The whole resident set stays below a quarter of what is read, mapped pages included."""
     a, b = map(str, gigabyte_pair)
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "drift_fast",
-            "inspect",
-            a,
-            b,
-            "--modules",
-            "all",
-            "--rows",
-            "index",
-        ],
-        stdout=subprocess.DEVNULL,
-    )
-    peak = 0
-    while process.poll() is None:
-        try:
-            fields = Path(f"/proc/{process.pid}/statm").read_text().split()
-        except (FileNotFoundError, ProcessLookupError):
-            break
-        peak = max(peak, int(fields[1]) * 4096 if len(fields) > 1 else 0)
-        time.sleep(0.002)
-    assert process.wait() == 0
+    command = ["-m", "drift_fast", "inspect", a, b, "--modules", "all", "--rows", "index"]
+    peak, _ = peak_of(*command, of="Rss")
     assert peak < 500 * MEGABYTE, f"{peak / MEGABYTE:.0f} MB resident"

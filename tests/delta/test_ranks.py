@@ -7,12 +7,8 @@ that no test waits for a moment.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import threading
-import time
-from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -25,9 +21,10 @@ from drift_fast.delta import process_group
 from drift_fast.delta.parallel import identify, parse_ranks
 from drift_fast.delta.process_group import _error_of
 from drift_fast.delta.shared_writing import balance
+from support.commands import PROGRAM
+from support.processes import TESTS, Child, environment, finish
 from support.synthetic import Pair, everything_under, refused, write_pair
 
-WORKER = Path(__file__).parents[1] / "support" / "rank_worker.py"
 # Two layers of such tensors are 8 shards.
 SHARD = 400
 LAUNCHERS = {
@@ -35,7 +32,7 @@ LAUNCHERS = {
     "mpirun": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
     "srun": ("SLURM_PROCID", "SLURM_NTASKS"),
 }
-ALL_VARIABLES = [name for names in LAUNCHERS.values() for name in names]
+ALL_VARIABLES = tuple(name for names in LAUNCHERS.values() for name in names)
 
 
 def start(
@@ -47,12 +44,11 @@ def start(
     launcher: str | None = "torchrun",
     limit: float = 30.0,
     **arguments: Any,
-) -> subprocess.Popen[str]:
+) -> Child:
     """Start one rank; what is in `arguments` replaces the pair's paths, or is the worker's."""
-    environment = {key: value for key, value in os.environ.items() if key not in ALL_VARIABLES}
-    environment["DRIFT_FAST_RANK_TIMEOUT"] = str(limit)
+    variables = environment(*ALL_VARIABLES, DRIFT_FAST_RANK_TIMEOUT=limit)
     if launcher is not None:
-        environment |= dict(zip(LAUNCHERS[launcher], (str(rank), str(size)), strict=True))
+        variables |= dict(zip(LAUNCHERS[launcher], (str(rank), str(size)), strict=True))
     given = {
         "reasoning": str(pair.reasoning),
         "multimodal": str(pair.multimodal),
@@ -62,26 +58,21 @@ def start(
     }
     given |= arguments
     given["keywords"] = {"max_shard_size": SHARD} | arguments.get("keywords", {})
-    return subprocess.Popen(
-        [sys.executable, str(WORKER), json.dumps(given)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+    return Child(
+        sys.executable, TESTS / "support" / "rank_worker.py", json.dumps(given), env=variables
     )
 
 
-def finish(processes: Sequence[subprocess.Popen[str]]) -> list[dict[str, Any]]:
+def reports(*ranks: Child) -> list[dict[str, Any]]:
     """Return what each rank printed, and its standard error; a killed one printed nothing."""
-    found = []
-    for process in processes:
-        output, errors = process.communicate(timeout=120)
-        found.append((json.loads(output) if output else {}) | {"stderr": errors})
-    return found
+    return [
+        (json.loads(ended.stdout) if ended.stdout else {}) | {"stderr": ended.stderr}
+        for ended in finish(ranks)
+    ]
 
 
 def run(pair: Pair, out: Path, size: int, **arguments: Any) -> list[dict[str, Any]]:
-    return finish([start(pair, out, rank, size, **arguments) for rank in range(size)])
+    return reports(*(start(pair, out, rank, size, **arguments) for rank in range(size)))
 
 
 def every_byte(directory: Path) -> dict[str, bytes]:
@@ -131,7 +122,7 @@ def test_stated_ranks_need_no_launcher_and_more_ranks_than_shards_is_no_error(
         start(pair, out, rank, 2, launcher=None, keywords=keywords | {"ranks": [rank, 2]})
         for rank in range(2)
     ]
-    found = finish(started)
+    found = reports(*started)
     assert all(one.get("names") for one in found), found
     assert every_byte(out) == every_byte(one)
     assert "1 shards over 2 ranks are uneven" in found[0]["stderr"]
@@ -164,7 +155,7 @@ def test_a_stored_delta_is_saved_by_several_ranks(pair: Pair, alone: Path, out: 
 def test_none_is_this_process_alone_whatever_a_launcher_says(
     pair: Pair, alone: Path, out: Path
 ) -> None:
-    found = finish([start(pair, out, 0, 3, keywords={"ranks": None})])
+    found = reports(start(pair, out, 0, 3, keywords={"ranks": None}))
     assert found[0].get("names"), found
     assert every_byte(out) == every_byte(alone)
 
@@ -185,7 +176,7 @@ def test_a_killed_rank_stops_the_others_and_the_next_run_cleans_up(
         start(pair, out, rank, 2, at_progress="die" if rank == victim else None)
         for rank in range(2)
     ]
-    found = finish(started)
+    found = reports(*started)
     survivor = found[1 - victim]
     assert started[victim].returncode == -9
     assert survivor["error"] == "DriftError", survivor
@@ -218,10 +209,8 @@ def test_what_a_crashed_run_left_in_the_store_is_not_taken_for_this_runs(
         left.set(key, '{"rank": 1, "kind": "ValueError", "text": "old"}')
     # Rank 1 meets the leavings alone for a while.
     second = start(pair, out, 1, 2)
-    deadline = time.monotonic() + 30
-    while left.get("here-1").startswith(b"{") and time.monotonic() < deadline:
-        time.sleep(0.01)
-    found = finish([start(pair, out, 0, 2), second])
+    second.wait_until(lambda: not left.get("here-1").startswith(b"{"), limit=30)
+    found = reports(start(pair, out, 0, 2), second)
     assert all(one.get("names") for one in found), found
     assert every_byte(out) == every_byte(alone)
     assert not file.exists()
@@ -231,7 +220,7 @@ def test_what_a_crashed_run_left_in_the_store_is_not_taken_for_this_runs(
 def test_a_rank_that_never_comes_is_named_and_the_remedy_said(
     pair: Pair, out: Path, rank: int
 ) -> None:
-    (found,) = finish([start(pair, out, rank, 3, limit=0.5)])
+    (found,) = reports(start(pair, out, rank, 3, limit=0.5))
     assert found["error"] == "DriftError"
     expected = "ranks 1, 2 of 3 never came" if rank == 0 else "rank 1 timed out waiting for rank 0"
     assert expected in found["text"]
@@ -240,7 +229,7 @@ def test_a_rank_that_never_comes_is_named_and_the_remedy_said(
 
 
 def test_only_the_rank_that_did_not_come_is_named(pair: Pair, out: Path) -> None:
-    first, last = finish([start(pair, out, rank, 3, limit=20.0) for rank in (0, 2)])
+    first, last = reports(*(start(pair, out, rank, 3, limit=20.0) for rank in (0, 2)))
     assert "rank 1 of 3 never came" in first["text"]
     assert "rank 2 timed out waiting for rank 0" in last["text"]
     assert everything_under(out.parent) == set()
@@ -300,7 +289,7 @@ def test_rank_0_alone_under_a_process_group_does_not_wait_for_ever(
         start(pair, out, 0, 2, launcher=None, limit=1.0, gloo=store),
         start(pair, tmp_path / "own", 1, 2, launcher=None, gloo=store, keywords={"ranks": None}),
     ]
-    first, second = finish(started)
+    first, second = reports(*started)
     assert "rank 1 of 2 never came" in first["text"], first
     assert second.get("names"), second
     assert_nothing_opens(out)
@@ -314,7 +303,7 @@ def test_a_rank_that_sees_other_files_is_refused_and_all_hear_of_it(
         start(pair, out, 0, 2),
         start(pair, out, 1, 2, reasoning=str(other.reasoning)),
     ]
-    first, second = finish(started)
+    first, second = reports(*started)
     assert "rank 1 sees another reasoning than rank 0" in second["text"], second
     assert first["text"].startswith("rank 1: rank 1 sees another reasoning")
     assert everything_under(out.parent) == set()
@@ -325,14 +314,14 @@ def test_other_arguments_on_one_rank_are_refused(pair: Pair, out: Path) -> None:
         start(pair, out, rank, 2, keywords={"dtype": dtype})
         for rank, dtype in enumerate(("bfloat16", "float32"))
     ]
-    assert "another arguments" in finish(started)[1]["text"]
+    assert "another arguments" in reports(*started)[1]["text"]
     assert everything_under(out.parent) == set()
 
 
 def test_a_missing_source_on_one_rank_reaches_all_with_its_rank(pair: Pair, out: Path) -> None:
     missing = str(out.parent / "absent")
     started = [start(pair, out, 0, 2), start(pair, out, 1, 2, multimodal=missing)]
-    first, second = finish(started)
+    first, second = reports(*started)
     assert (first["error"], second["error"]) == ("FileNotFoundError", "FileNotFoundError")
     assert first["text"].startswith("rank 1: ")
     assert missing in first["text"]
@@ -341,7 +330,7 @@ def test_a_missing_source_on_one_rank_reaches_all_with_its_rank(pair: Pair, out:
 
 def test_an_interruption_of_one_rank_ends_all(pair: Pair, out: Path) -> None:
     started = [start(pair, out, 0, 2), start(pair, out, 1, 2, at_progress="interrupt")]
-    first, second = finish(started)
+    first, second = reports(*started)
     assert second["error"] == "KeyboardInterrupt"
     assert "rank 1 was interrupted" in first["text"], first
     assert everything_under(out.parent) == set()
@@ -477,27 +466,22 @@ def test_the_largest_shards_go_first_and_each_to_whoever_has_least() -> None:
 # ------------------------------------------------------------------ the command
 
 
-def command(pair: Pair, out: Path, rank: int, size: int, *more: str) -> subprocess.Popen[str]:
-    environment = os.environ | {"RANK": str(rank), "WORLD_SIZE": str(size)}
-    paths = [str(pair.reasoning), str(pair.multimodal), "--out", str(out)]
-    return subprocess.Popen(
-        [sys.executable, "-m", "drift_fast", "delta", *paths, *more],
-        env=environment | {"DRIFT_FAST_RANK_TIMEOUT": "30"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def command(pair: Pair, out: Path, rank: int, size: int, *more: object) -> Child:
+    variables = environment(RANK=rank, WORLD_SIZE=size, DRIFT_FAST_RANK_TIMEOUT=30)
+    paths = [pair.reasoning, pair.multimodal, "--out", out]
+    return Child(*PROGRAM, "delta", *paths, *more, env=variables)
 
 
 def test_the_command_writes_with_all_ranks_and_one_of_them_talks(
     pair: Pair, alone: Path, out: Path
 ) -> None:
-    started = [command(pair, out, rank, 2, "--max-shard-size", str(SHARD)) for rank in range(2)]
-    spoken = [process.communicate(timeout=60) for process in started]
-    assert [process.returncode for process in started] == [0, 0], spoken
-    assert "written to" in spoken[0][0]
-    assert spoken[1] == ("", "")
+    first, second = finish(
+        [command(pair, out, rank, 2, "--max-shard-size", SHARD) for rank in range(2)]
+    )
+    assert (first.returncode, second.returncode) == (0, 0), (first, second)
+    assert "written to" in first.stdout
+    assert (second.stdout, second.stderr) == ("", "")
     assert every_byte(out) == every_byte(alone)
-    again = command(pair, out.with_name("other"), 0, 2, "--ranks", "none")
-    assert again.communicate(timeout=60)[0]
+    again = command(pair, out.with_name("other"), 0, 2, "--ranks", "none").finish()
+    assert again.stdout
     assert again.returncode == 0

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +13,10 @@ import pytest
 from drift_fast import CheckpointError, Delta, compute_delta, inspect
 from drift_fast.cli.main import main
 from drift_fast.merging.merge import merge
+from support import commands
+from support.processes import Ended
 from support.range_server import HubServer, RangeServer
+from support.remote import asking_hub
 from support.synthetic import Pair, contents, language_model, moved, vision_tower, write_checkpoint
 
 FIRST, SECOND = "1" * 40, "2" * 40
@@ -177,31 +177,10 @@ def hub(local: Pair) -> Iterator[HubServer]:
             yield started
 
 
-def run(
-    hub: HubServer, directory: Path, *arguments: str, **environment: str
-) -> subprocess.CompletedProcess[str]:
-    kept = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(("HF_", "HUGGINGFACE"))
-    }
-    return subprocess.run(
-        [sys.executable, "-m", "drift_fast", *arguments],
-        env={
-            **kept,
-            "HF_ENDPOINT": hub.url,
-            "HF_HOME": str(directory / "home"),
-            "HF_TOKEN": TOKEN,
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "DRIFT_FAST_CACHE": str(directory / "cache"),
-            "NO_PROXY": "127.0.0.1,localhost",
-            **environment,
-        },
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+def run(hub: HubServer, directory: Path, *arguments: str, **variables: str) -> Ended:
+    cache = directory / "cache"
+    env = asking_hub(hub.url, directory, TOKEN, DRIFT_FAST_CACHE=cache, **variables)
+    return commands.run(*arguments, env=env)
 
 
 def test_a_delta_of_hub_ids_is_that_of_the_files_and_the_token_stays_with_the_hub(

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +14,7 @@ from drift_fast import Delta, compute_delta, inspect
 from drift_fast._core import Checkpoint, DeltaWriter
 from drift_fast._core import stream as stream_pairs
 from drift_fast.cli import main as cli
+from support.memory import peak_of
 from support.synthetic import (
     FLOAT_DTYPES,
     Stored,
@@ -212,28 +210,6 @@ def test_the_command_takes_a_memory_and_prints_the_peak(
     assert "too small" in capsys.readouterr().err
 
 
-def anonymous_peak(*command: str) -> int:
-    """Run a command of drift_fast and return the most anonymous memory it was seen with."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "drift_fast", *command],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    peak = 0
-    while process.poll() is None:
-        try:
-            text = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
-        except (FileNotFoundError, ProcessLookupError):
-            text = ""
-        found = re.search(r"^Anonymous: +(\d+) kB", text, re.MULTILINE)
-        peak = max(peak, int(found[1]) * 1024 if found else 0)
-        time.sleep(0.002)
-    _, errors = process.communicate()
-    assert process.returncode == 0, errors
-    return peak
-
-
 def test_a_process_takes_the_same_memory_for_a_pair_four_times_as_large(tmp_path: Path) -> None:
     peaks = []
     for count in (8, 32):
@@ -243,5 +219,5 @@ def test_a_process_takes_the_same_memory_for_a_pair_four_times_as_large(tmp_path
             for seed in (1, 2)
         ]
         options = ("--no-check-weights", "--threads", "8", "--memory", "16MB")
-        peaks.append(anonymous_peak("inspect", *pair, *options))
+        peaks.append(peak_of("-m", "drift_fast", "inspect", *pair, *options)[0])
     assert abs(peaks[1] - peaks[0]) < 10 * MEGABYTE, peaks

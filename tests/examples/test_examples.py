@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from drift_fast.integrations.settings import Settings
+from support import processes
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NEEDS = {
@@ -28,23 +27,7 @@ SHARED = {"tiny"}
 
 
 def run(command: list[str]) -> str:
-    done = subprocess.run(
-        [sys.executable, *command],
-        cwd=EXAMPLES,
-        env=dict(
-            os.environ,
-            OMP_NUM_THREADS="1",
-            HF_HUB_OFFLINE="1",
-            DS_ACCELERATOR="cpu",
-            # DeepSpeed looks for ninja there.
-            PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        ),
-        timeout=280,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout
+    return processes.run(sys.executable, *command, cwd=EXAMPLES, limit=280).stdout
 
 
 def assert_moved(output: str) -> None:

@@ -13,9 +13,7 @@ import importlib.util
 import io
 import json
 import math
-import os
 import re
-import subprocess
 import sys
 import types
 from collections.abc import Iterator
@@ -29,6 +27,7 @@ import drift_fast
 from drift_fast.cli.main import main as drift_fast_command
 from drift_fast.inject.telemetry import append_rows
 from drift_fast.integrations.settings import Settings
+from support.processes import environment, run
 
 RECIPE = Path(__file__).parents[2] / "examples" / "qwen2_5_vl_7b"
 # Each attention has four weights and three biases.
@@ -315,22 +314,7 @@ LAUNCHES = {
 
 def launch(command: list[str], out: Path) -> None:
     """Run a module as a user would, on CPUs; ranks report what they attached beside `out`."""
-    done = subprocess.run(
-        [sys.executable, "-m", *command],
-        env=dict(
-            os.environ,
-            OMP_NUM_THREADS="1",
-            HF_HUB_OFFLINE="1",
-            DS_ACCELERATOR="cpu",
-            RECIPE_REPORT=str(out),
-            # DeepSpeed looks for ninja there.
-            PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        ),
-        timeout=280,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    run(sys.executable, "-m", *command, env=environment(RECIPE_REPORT=out), limit=280)
 
 
 @pytest.mark.slow

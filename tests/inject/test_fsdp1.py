@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from support import sharded_workers
-from support.processes import Joined, launch
+from support.joined import Joined, launch
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "clipped": {"clip": 0.5},

@@ -27,7 +27,7 @@ from torch import nn
 from drift_fast import Delta, Injection
 from drift_fast.inject.shards.dtensor import DTensorShard
 from support.injection_models import Backbone, delta_towards, regression_batch, regression_loss
-from support.processes import Joined, Report, launch
+from support.joined import Joined, Report, launch
 
 SCALES = ("absolute", "gradnorm", "adaptive", "project")
 # Rows that two processes share evenly, unevenly, and of which one has none.

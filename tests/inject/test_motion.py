@@ -705,8 +705,8 @@ def test_a_model_with_adapters_is_refused_with_a_remedy(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    from support.joined import Joined, launch
     from support.motion_workers import backbone, fsdp2
-    from support.processes import Joined, launch
 
     folder = tmp_path_factory.mktemp("sharded")
     delta = folder / "delta"
@@ -763,8 +763,8 @@ ENGINES: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def engines(tmp_path_factory: pytest.TempPathFactory) -> Any:
     pytest.importorskip("deepspeed")
+    from support.joined import Joined, launch
     from support.motion_workers import deepspeed
-    from support.processes import Joined, launch
 
     jobs: dict[str, Any] = {name: (deepspeed, (options,)) for name, options in ENGINES.items()}
     return launch(tmp_path_factory.mktemp("engines"), jobs, Joined(2))

@@ -44,7 +44,6 @@ Nothing of the pair is checked, such as heads, RoPE, vocabulary and tied heads:
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter
@@ -69,6 +68,7 @@ from support.injection_models import (
     regression_loss,
     single_target,
 )
+from support.joined import Job, Joined, Report, launch
 
 
 def test_every_test_that_the_table_names_exists() -> None:
@@ -201,30 +201,28 @@ def test_the_push_on_noise_is_alpha_whatever_the_number_of_micro_batches(
     assert relative_push("microbatch") == pytest.approx(0.5 * math.sqrt(count), rel=0.05)
 
 
-def in_two(rank: int, folder: str) -> None:
-    """Inject into the gradient that two processes have reduced, and write it down."""
+def in_two(delta: str) -> Report:
+    """Inject into the gradient that two processes have reduced, and report it."""
     from torch.nn.parallel import DistributedDataParallel
 
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     model = DistributedDataParallel(Backbone())
-    injection = drift_fast.Injection(model, f"{folder}/delta", alpha=0.7)
+    injection = drift_fast.Injection(model, delta, alpha=0.7)
     inputs, targets = regression_batch()
+    rank = dist.get_rank()
     regression_loss(model, (inputs[rank::2], targets[rank::2])).backward()
     injection.step()
-    found = {name: tensor.tolist() for name, tensor in gradients_of(model.module).items()}
-    Path(folder, f"{rank}.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
+    return {name: tensor.tolist() for name, tensor in gradients_of(model.module).items()}
 
 
 def test_two_processes_are_pushed_as_one_is(tmp_path: Path) -> None:
     model = Backbone()
     delta = delta_towards(tmp_path, model, out=tmp_path / "delta")
-    torch.multiprocessing.spawn(in_two, args=(str(tmp_path),), nprocs=2)
+    jobs: dict[str, Job] = {"injected": (in_two, (str(tmp_path / "delta"),))}
+    reports = launch(tmp_path / "work", jobs, Joined(2))
     regression_loss(model, regression_batch()).backward()
     plain = gradients_of(model)
-    for rank in range(2):
-        found = json.loads((tmp_path / f"{rank}.json").read_text())
+    for report in reports:
+        found = report["injected"]
         for name in delta:
             expected = reference.inject(plain[name], delta[name], alpha=0.7, scale="adaptive")
             error = reference.norm(reference.exact(found[name]) - expected)

@@ -7,14 +7,13 @@ Three processes, so that neither partitions nor parameters divide evenly and som
 from __future__ import annotations
 
 import importlib.util
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 
 from support import sharded_workers
-from support.processes import Joined, launch
+from support.joined import Joined, launch
+from support.processes import python
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed"
@@ -267,4 +266,4 @@ def test_deepspeed_is_not_imported_before_it_is_used() -> None:
         "assert 'deepspeed' not in sys.modules\n"
         "assert 'torch.distributed.fsdp.fully_sharded_data_parallel' not in sys.modules\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    python(code)

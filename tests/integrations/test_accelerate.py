@@ -9,8 +9,6 @@ from __future__ import annotations
 import copy
 import functools
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ import pytest
 import torch
 
 import drift_fast
-from support import reference
+from support import processes, reference
 from support.injection_models import Backbone, delta_towards, regression_batch, regression_loss
 
 accelerate = pytest.importorskip("accelerate")
@@ -191,12 +189,7 @@ def test_two_processes_inject_into_the_reduced_gradient(
             )
         )
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        subprocess.run(
-            [*launch, "--nproc-per-node", "2", str(script)],
-            check=True,
-            timeout=250,
-            env=dict(os.environ, OMP_NUM_THREADS="1"),
-        )
+        processes.run(*launch, "--nproc-per-node", "2", script, limit=250)
         return {name: reference.exact(v) for name, v in json.loads(out.read_text()).items()}
 
     assert_injected(run(True, 0.01), run(False, None), delta, clip=0.01)

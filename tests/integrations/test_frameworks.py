@@ -12,8 +12,6 @@ import importlib
 import importlib.metadata
 import importlib.util
 import json
-import os
-import subprocess
 import sys
 import types
 from collections.abc import Callable
@@ -37,6 +35,7 @@ from support.injection_models import (
     text_batch,
     tiny_qwen2,
 )
+from support.processes import TESTS, environment, python, run
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -484,26 +483,14 @@ def test_a_step_of_the_real_framework_is_injected_then_clipped(
     prepare = (PREPARE_IMAGES if images else PREPARE).format(
         folder=str(examples), out=str(tmp_path)
     )
-    environment = dict(
-        os.environ,
-        OMP_NUM_THREADS="1",
-        HF_HUB_OFFLINE="1",
-        WANDB_MODE="disabled",
-        DISABLE_VERSION_CHECK="1",
-        AXOLOTL_DO_NOT_TRACK="1",
-        DO_NOT_TRACK="1",
+    env = environment(
+        WANDB_MODE="disabled", DISABLE_VERSION_CHECK=1, AXOLOTL_DO_NOT_TRACK=1, DO_NOT_TRACK=1
     )
-    subprocess.run([sys.executable, "-c", prepare], check=True, env=environment, timeout=250)
+    python(prepare, env=env, limit=250)
     runs = {}
     for how in ("plain", "injected"):
-        done = subprocess.run(
-            [sys.executable, framework_runs.__file__, framework, str(tmp_path), how],
-            env=environment,
-            timeout=280,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
+        command = [sys.executable, framework_runs.__file__, framework, tmp_path, how]
+        run(*command, env=env, limit=280)
         runs[how] = load_file(tmp_path / f"{how}.safetensors")
     start = load_file(tmp_path / "start.safetensors")
     delta = drift_fast.Delta.open(tmp_path / "delta")
@@ -528,17 +515,8 @@ def test_a_step_of_verls_own_engine_is_injected_then_clipped(tmp_path: Path) -> 
         pytest.skip("verl is not installed; its interface is tested above")
     delta_towards(tmp_path, Backbone(), out=tmp_path / "delta")
     (tmp_path / "drift.json").write_text(json.dumps({"delta": "delta", **OPTIONS}))
-    done = subprocess.run(
-        [sys.executable, "-m", "support.framework_verl", str(tmp_path)],
-        cwd=Path(__file__).parents[1],
-        env=dict(
-            os.environ,
-            OMP_NUM_THREADS="1",
-            VERL_USE_EXTERNAL_MODULES="drift_fast.integrations.verl",
-            DRIFT_FAST_CONFIG=str(tmp_path / "drift.json"),
-        ),
-        timeout=280,
-        capture_output=True,
-        text=True,
+    env = environment(
+        VERL_USE_EXTERNAL_MODULES="drift_fast.integrations.verl",
+        DRIFT_FAST_CONFIG=tmp_path / "drift.json",
     )
-    assert done.returncode == 0, done.stderr[-4000:]
+    run(sys.executable, "-m", "support.framework_verl", tmp_path, cwd=TESTS, env=env, limit=280)

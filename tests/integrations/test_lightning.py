@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import drift_fast
 from support import reference
 from support.injection_models import Backbone, delta_towards, regression_batch
+from support.processes import python, run
 
 pytest.importorskip("lightning.pytorch")
 
@@ -519,12 +518,7 @@ def test_two_processes_inject_into_the_reduced_gradient(
                 out=str(out),
             )
         )
-        subprocess.run(
-            [sys.executable, str(script)],
-            check=True,
-            timeout=250,
-            env=dict(os.environ, OMP_NUM_THREADS="1"),
-        )
+        run(sys.executable, script, limit=250)
         moved = json.loads(out.read_text())
         runs[injected] = {name: reference.exact(values) for name, values in moved.items()}
     assert_injected(runs[True], runs[False], delta, alpha=0.7)
@@ -539,4 +533,4 @@ def test_the_older_package_name_is_served_too(tmp_path: Path) -> None:
         "assert issubclass(DriftCallback, pytorch_lightning.Callback)\n"
     )
     pytest.importorskip("pytorch_lightning")
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=250, cwd=tmp_path)
+    python(script, limit=250, cwd=tmp_path)

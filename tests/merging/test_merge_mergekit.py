@@ -8,9 +8,7 @@ trimmed. docs/merging.md says where the two differ on purpose.
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ import pytest
 
 from drift_fast.merging.merge import merge
 from support.merged_models import near, stored_tensors
+from support.processes import environment, run
 from support.synthetic import Stored, language_model, stored, write_checkpoint
 
 MERGEKIT = shutil.which("mergekit-yaml")
@@ -75,14 +74,8 @@ def theirs(
     configuration = directory / "mergekit.yaml"
     # JSON is YAML.
     configuration.write_text(json.dumps(recipe))
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    result = subprocess.run(
-        [str(MERGEKIT), str(configuration), str(directory / "theirs"), "--no-copy-tokenizer"],
-        env={**environment, "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
+    command = [MERGEKIT, configuration, directory / "theirs", "--no-copy-tokenizer"]
+    run(*command, env=environment("PYTHONPATH", HF_HUB_OFFLINE=1), limit=280)
     return values(directory / "theirs")
 
 

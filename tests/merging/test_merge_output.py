@@ -7,7 +7,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import warnings
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from drift_fast.merging.merge import merge
 from drift_fast.progress_bar import Progress
 from support.disks import MEGABYTE
 from support.merged_models import stored_tensors
+from support.processes import python
 from support.synthetic import (
     contents,
     everything_under,
@@ -359,9 +359,7 @@ def test_a_process_that_is_killed_leaves_no_model_and_the_next_one_cleans_up(
         "merge('linear', sys.argv[1], sys.argv[2], sys.argv[3], weight=0.5, modules='attn', "
         "on_progress=die)\n"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", program, str(reasoning), str(multimodal), str(out)], check=False
-    )
+    result = python(program, reasoning, multimodal, out, check=False)
     assert result.returncode == -signal.SIGKILL
     assert not out.exists()
     assert any(".incomplete" in name for name in everything_under(out.parent))

@@ -1,7 +1,7 @@
 """Runs stacks in processes of their own and compares what they trained with what was expected.
 
-Owns: spawning, time limits, and the error of a cell. `measure` is the entry; `python -m parity.run`
-with a job is what it spawns, once for each process of a stack.
+Owns: what is started, with which time limit, and the error of a cell. `measure` is the entry;
+`python -m parity.run` with a job is what it starts, once for each process of a stack.
 Invariant: every cell asked for has one result, an error or a failure with its reason. No process
 outlives its limit.
 """
@@ -13,12 +13,9 @@ import logging
 import math
 import os
 import re
-import signal
 import socket
-import subprocess
 import sys
 import tempfile
-import time
 import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -30,8 +27,8 @@ import torch
 
 from parity.stacks import BY_NAME, Cell, Stack
 from parity.world import ACCUMULATIONS, LEARNING_RATE, NONE, SCALES, Gradients, World, build
+from support.processes import TESTS, Child, environment, wait
 
-TESTS = Path(__file__).parent.parent
 # How long a process waits for the others, within a collective or at the end of a cell.
 PATIENCE = timedelta(seconds=60)
 OUTPUT_LINES = 40
@@ -151,68 +148,32 @@ def _read(line: str) -> Result:
 
 
 def _spawn(
-    folder: Path, processes: int, environment: Mapping[str, str], limit: float
+    folder: Path, processes: int, variables: Mapping[str, str], limit: float
 ) -> tuple[str, str]:
     """Run the job; return how it ended and the last lines that were printed."""
-    common = {
-        **os.environ,
-        # DeepSpeed and inductor look for ninja and compilers there.
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
+    common: dict[str, object] = {
         "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")]),
-        "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
         "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_OFFLINE": "1",
-        "HF_DATASETS_CACHE": str(folder / "datasets"),
-        **environment,
+        "HF_HUB_OFFLINE": 1,
+        "HF_DATASETS_CACHE": folder / "datasets",
+        **variables,
     }
     if processes > 1:
-        common |= {
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(_free_port()),
-            "WORLD_SIZE": str(processes),
-            "LOCAL_WORLD_SIZE": str(processes),
-        }
-    running = []
+        common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+        common |= {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+    children = []
     for rank in range(processes):
-        own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
-        with (folder / f"output-{rank}").open("wb") as output:
-            running.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", "parity.run", str(folder / "job.json")],
-                    env={**common, **own},
-                    cwd=folder,
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                )
-            )
-    ended = ""
-    deadline = time.monotonic() + limit
-    try:
-        while not ended and any(process.poll() is None for process in running):
-            time.sleep(0.1)
-            codes = [process.poll() for process in running]
-            if time.monotonic() > deadline:
-                ended = f"still running after {limit:g} s"
-            elif any(codes):
-                # Those that wait for a process that ended would do so for PATIENCE.
-                time.sleep(3)
-                ended = f"exit codes {codes}"
-    finally:
-        for process in running:
-            if process.poll() is None:
-                # The process began a session, so its children are in its group.
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    codes = [process.returncode for process in running]
-    ended = ended or f"exit codes {codes}"
-    texts = [(folder / f"output-{rank}").read_text(errors="replace") for rank in range(processes)]
+        own = {"RANK": rank, "LOCAL_RANK": rank} if processes > 1 else {}
+        command = [sys.executable, "-m", "parity.run", folder / "job.json"]
+        children.append(Child(*command, env=environment(**common, **own), cwd=folder))
+    # Those that wait for a process that ended would do so for PATIENCE.
+    ended = wait(children, limit, grace=3)
+    ended = ended or f"exit codes {[child.returncode for child in children]}"
     return ended, "\n".join(
         f"process {rank}: {line}"
-        for rank, text in enumerate(texts)
-        for line in text.splitlines()[-OUTPUT_LINES:]
+        for rank, child in enumerate(children)
+        for line in (child.stdout + child.stderr).splitlines()[-OUTPUT_LINES:]
     )
 
 

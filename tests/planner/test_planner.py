@@ -20,6 +20,7 @@ from support.planner_models import (
     REASONING,
     REASONING_NUMEL,
 )
+from support.processes import python
 from support.range_server import RangeServer
 from support.synthetic import Pair, refused
 
@@ -220,12 +221,9 @@ def test_an_unknown_name_and_a_configuration_that_cannot_be_built_are_refused(
 
 
 def test_planning_from_headers_imports_no_torch(pair: Pair) -> None:
-    import subprocess
-    import sys
-
     code = (
         "import sys, drift_fast; "
         f"drift_fast.plan({str(pair.reasoning)!r}, {str(pair.multimodal)!r}, steps=3); "
         "assert 'torch' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    python(code)

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,6 +25,8 @@ from drift_fast.preflight.check import Finding, Preflight
 from drift_fast.preflight.facts import describe
 from drift_fast.preflight.headers import read_headers
 from drift_fast.preflight.rope import _OTHER_PARTIAL_ROTARY, _OTHER_THETA
+from support.commands import run, without
+from support.processes import Ended, python
 from support.range_server import RangeServer
 from support.synthetic import refused, write_raw, write_sparse
 
@@ -1245,24 +1245,13 @@ def test_models_that_transformers_saves_are_compared_in_full(tmp_path: Path, fam
 # ------------------------------------------------------------------ what is read
 
 
-def run(program: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", program, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-
-
 def test_nothing_heavy_is_imported(seven: dict[str, Path]) -> None:
     program = (
         "import sys; from drift_fast import check\n"
         "assert check(*sys.argv[1:]).ok\n"
         "print(*sorted({name.split('.')[0] for name in sys.modules}))"
     )
-    result = run(program, seven["r1"], seven["math"], seven["nested"])
-    assert result.returncode == 0, result.stderr
+    result = python(program, seven["r1"], seven["math"], seven["nested"])
     heavy = {"torch", "numpy", "transformers", "huggingface_hub", "requests", "safetensors"}
     assert not heavy & set(result.stdout.split())
     assert "drift_fast" in result.stdout.split()
@@ -1337,14 +1326,8 @@ def test_the_json_holds_values_origins_and_the_plan(seven: dict[str, Path]) -> N
     assert result["pairs"] == 280
 
 
-def drift_fast(*arguments: object) -> subprocess.CompletedProcess[str]:
-    program = (
-        "import runpy, sys\n"
-        "sys.modules['torch'] = None\n"
-        "sys.argv = ['drift-fast', *sys.argv[1:]]\n"
-        "runpy.run_module('drift_fast', run_name='__main__', alter_sys=True)"
-    )
-    return run(program, *arguments)
+def drift_fast(*arguments: object) -> Ended:
+    return run(*arguments, program=without("torch"))
 
 
 def test_the_command_prints_the_table_and_succeeds_with_notes(seven: dict[str, Path]) -> None:

@@ -2,37 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import subprocess
 import sys
-import time
 from typing import Any
+
+from support import processes
+from support.processes import Child, Ended, environment
 
 PROGRAM = [sys.executable, "-m", "drift_fast"]
 
-# Runs the command line in a process where importing torch fails.
-WITHOUT_TORCH = """
-import runpy, sys
-sys.modules["torch"] = None
-sys.argv = ["drift-fast", *sys.argv[1:]]
-runpy.run_module("drift_fast", run_name="__main__", alter_sys=True)
-"""
 
-
-def run(
-    *arguments: object, program: list[str] = PROGRAM, **options: Any
-) -> subprocess.CompletedProcess[str]:
-    command = [*program, *map(str, arguments)]
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=60, check=False, **options
+def without(package: str) -> list[str]:
+    """Return the program that runs the command line where importing a package fails."""
+    code = (
+        f"import runpy, sys\nsys.modules[{package!r}] = None\n"
+        "sys.argv = ['drift-fast', *sys.argv[1:]]\n"
+        "runpy.run_module('drift_fast', run_name='__main__', alter_sys=True)"
     )
+    return [sys.executable, "-c", code]
 
 
-def succeeds(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
-    result = run(*arguments, **options)
-    assert result.returncode == 0, result.stderr
-    return result
+def run(*arguments: object, program: list[str] = PROGRAM, **options: Any) -> Ended:
+    return processes.run(*program, *arguments, **{"check": False, **options})
+
+
+def succeeds(*arguments: object, **options: Any) -> Ended:
+    return run(*arguments, check=True, **options)
 
 
 def strict(text: str) -> Any:
@@ -46,19 +43,20 @@ def rows_of(document: Any) -> dict[str, Any]:
     return {row["name"]: row for row in document["tensors"]}
 
 
-def read_terminal(master: int, until: float) -> str:
-    """Read what a program writes to its terminal until it closes it or the time is over."""
-    os.set_blocking(master, False)
-    text = b""
-    while time.monotonic() < until:
-        try:
-            piece = os.read(master, 65536)
-        except BlockingIOError:
-            time.sleep(0.01)
-            continue
-        except OSError:  # Linux reports the far end's closing as EIO.
-            break
-        if not piece:
-            break
-        text += piece
-    return text.decode(errors="replace")
+def drawn_by(*arguments: object) -> tuple[str, str]:
+    """Run a command that succeeds; return its output and what it draws on a terminal."""
+    import pty  # not on Windows
+
+    master, slave = pty.openpty()
+    env = environment(TERM="xterm", COLUMNS=100)
+    child = Child(*PROGRAM, *arguments, env=env, stderr=slave)
+    os.close(slave)
+    drawn = b""
+    # Linux reports the far end's closing as EIO.
+    with contextlib.suppress(OSError):
+        while piece := os.read(master, 65536):
+            drawn += piece
+    os.close(master)
+    ended = child.finish()
+    assert ended.returncode == 0, drawn
+    return ended.stdout, drawn.decode(errors="replace")

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from support.processes import environment
+
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 START_NBYTES = 256 << 10
@@ -71,3 +73,15 @@ def assert_unseen(secret: str, directory: Path, *texts: str) -> None:
         assert secret not in str(path)
         if path.is_file() and not path.is_symlink():
             assert secret.encode() not in path.read_bytes()
+
+
+def asking_hub(url: str, directory: Path, token: str, **changes: object) -> dict[str, str]:
+    """Return the variables of a process that asks a local Hub, and nothing of this one's own."""
+    asking = {
+        "HF_ENDPOINT": url,
+        "HF_HOME": directory / "home",
+        "HF_TOKEN": token,
+        "HF_HUB_DISABLE_TELEMETRY": 1,
+        "NO_PROXY": "127.0.0.1,localhost",
+    }
+    return environment("HF_", "HUGGINGFACE", "HUGGING_FACE", **{**asking, **changes})

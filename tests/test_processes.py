@@ -1,0 +1,69 @@
+"""The harness for child processes ends what it started, and shows why something failed."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from support.processes import TESTS, Child, environment, finish, python, run, wait
+
+SLEEPS = "import time; print('ready', flush=True); time.sleep(60)"
+# Starts a child of its own and prints its number.
+PARENT = f"""
+import subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", {SLEEPS!r}], stdout=subprocess.DEVNULL)
+print(child.pid, flush=True)
+child.wait()
+"""
+INTERRUPTS = f"""
+import signal, sys
+from support.processes import Child
+child = Child(sys.executable, "-c", {SLEEPS!r})
+child.wait_until(lambda: "ready" in child.stdout)
+child.send(signal.SIGINT)
+print("KeyboardInterrupt" in child.finish(20).stderr)
+"""
+
+
+def is_running(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+def test_a_child_can_be_interrupted_where_its_parent_cannot() -> None:
+    # What a shell does for `nohup` and `&`.
+    background = ["bash", "-c", 'trap "" INT; exec "$@"', "bash"]
+    found = run(*background, sys.executable, "-c", INTERRUPTS, env=environment(PYTHONPATH=TESTS))
+    assert found.stdout == "True\n"
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux's list of processes")
+def test_a_time_limit_ends_a_process_with_all_that_it_started() -> None:
+    parent = Child(sys.executable, "-c", PARENT)
+    parent.wait_until(lambda: parent.stdout.endswith("\n"))
+    started = int(parent.stdout)
+    assert is_running(started)
+    with pytest.raises(AssertionError, match=r"still running after 0\.1 s") as caught:
+        parent.finish(0.1)
+    assert str(started) in str(caught.value), "what it printed is not shown"
+    assert not is_running(started)
+
+
+def test_others_are_ended_once_one_has_failed() -> None:
+    fails = Child(sys.executable, "-c", "import sys; sys.exit(3)")
+    others = [Child(sys.executable, "-c", SLEEPS) for _ in range(2)]
+    assert wait([fails, *others], 60, grace=0.1) == "exit codes [3, None, None]"
+    assert [other.returncode for other in others] == [-signal.SIGTERM] * 2
+
+
+def test_a_failure_shows_what_was_written() -> None:
+    code = "import sys; print('out'); sys.exit('the reason')"
+    with pytest.raises(AssertionError, match=r"(?s)exit status 1.*out.*the reason"):
+        python(code)
+    assert finish([Child(sys.executable, "-c", code)])[0].returncode == 1
