@@ -46,7 +46,8 @@ def launch(folder: Path, jobs: Mapping[str, Job], joined: Joined) -> list[dict[s
         "backend": joined.backend,
         "patience": joined.patience.total_seconds(),
         "jobs": {
-            name: (work.__module__, work.__name__, arguments)
+            # pytest names a file of tests from the root of the project.
+            name: (work.__module__.removeprefix("tests."), work.__name__, arguments)
             for name, (work, arguments) in jobs.items()
         },
     }
