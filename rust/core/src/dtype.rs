@@ -1,9 +1,9 @@
 //! The element types that can be subtracted, and how their values round.
 //!
-//! [`Dtype`] is what arithmetic is done on. An 8-bit float is a code that has no value without its
-//! scale, so [`Fp8`] is a type of its own and no kernel can take one for the other.
+//! Arithmetic is done on a [`Dtype`]. An 8-bit float is a code that has no value without its scale, so
+//! [`Fp8`] is a type of its own and no kernel can confuse the two.
 //!
-//! Loads go byte by byte from little-endian order, since safetensors promises no alignment.
+//! Loads read single bytes in little-endian order, since safetensors promises no alignment.
 //! Rounding is to nearest, ties to even, and happens once: a value that comes from float64 is
 //! first brought to float32 by rounding to odd, which makes the second rounding exact (Boldo and
 //! Melquiond, "Emulation of FMA and correctly rounded sums", 2008).
@@ -56,7 +56,7 @@ impl Dtype {
         }
     }
 
-    /// The type of a header's dtype, if it can be subtracted.
+    /// The type for a header's dtype, if it can be subtracted.
     pub const fn from_header(dtype: safetensors::Dtype) -> Option<Self> {
         match dtype {
             safetensors::Dtype::BF16 => Some(Dtype::BF16),
@@ -67,7 +67,7 @@ impl Dtype {
         }
     }
 
-    /// The dtype that a header has for it.
+    /// The header's dtype for it.
     pub const fn to_header(self) -> safetensors::Dtype {
         match self {
             Dtype::BF16 => safetensors::Dtype::BF16,
@@ -88,7 +88,7 @@ pub enum Fp8 {
 }
 
 impl Fp8 {
-    /// The codes of a header's dtype.
+    /// The type of codes for a header's dtype.
     pub const fn from_header(dtype: safetensors::Dtype) -> Option<Self> {
         match dtype {
             safetensors::Dtype::F8_E4M3 => Some(Fp8::E4M3),
@@ -100,8 +100,8 @@ impl Fp8 {
 
 /// The value of an E4M3 code, exactly.
 ///
-/// Shifted into float32's fields the exponent is 120 too small, which one exact multiplication puts
-/// right, as in [`f16_to_f32`].
+/// Shifted into float32's fields, the exponent is 120 too small. One exact multiplication corrects
+/// it, as in [`f16_to_f32`].
 #[inline(always)]
 pub(crate) fn e4m3_to_f32(code: u8) -> f32 {
     let magnitude = u32::from(code & 0x7f) << 20;
@@ -125,7 +125,7 @@ pub(crate) trait Narrow: Copy {
     #[inline(always)]
     fn lanes<const N: usize>(bytes: &[u8]) -> [f32; N] {
         let mut values = [0.0; N];
-        // Cut to size, so that no element is checked and the loop vectorises.
+        // Cut to size, so that no bounds are checked and the loop vectorizes.
         let bytes = &bytes[..Self::NBYTES * N];
         for (index, value) in values.iter_mut().enumerate() {
             *value = Self::load(bytes, index);
@@ -171,10 +171,10 @@ impl Narrow for F32 {
     }
 }
 
-/// Widen binary16 without a branch, so that a loop over it vectorises.
+/// Widen binary16 without a branch, so that a loop over it vectorizes.
 ///
-/// Shifted into float32's fields the exponent is 112 too small; one exact multiplication puts that
-/// right for normal and subnormal values alike. Infinities and NaN keep their mantissa.
+/// Shifted into float32's fields, the exponent is 112 too small. One exact multiplication corrects it
+/// for normal and subnormal values. Infinities and NaN keep their mantissa.
 #[inline(always)]
 pub(crate) fn f16_to_f32(bits: u16) -> f32 {
     let magnitude = u32::from(bits & 0x7fff) << 13;
@@ -200,14 +200,14 @@ pub(crate) fn f32_to_f16(value: f32) -> u16 {
     f16::from_f32(value).to_bits()
 }
 
-/// Bring float64 to float32 by rounding to odd, so that rounding once more cannot round twice.
+/// Round float64 to float32, to odd, so that rounding the result again cannot round twice.
 #[inline(always)]
 pub(crate) fn f64_to_f32_odd(value: f64) -> f32 {
     let nearest = value as f32;
     let back = f64::from(nearest);
     let bits = nearest.to_bits();
-    // Inexact: of the two neighbors around the value, the one whose last bit is set. Without a
-    // branch, so that a loop over it vectorises.
+    // If inexact, take the neighbor whose last bit is set. Without a branch, so that a loop over it
+    // vectorizes.
     let up = u32::from(back.abs() < value.abs());
     let down = u32::from(back.abs() > value.abs());
     let even = 1 - (bits & 1);

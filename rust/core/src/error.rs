@@ -10,7 +10,7 @@ pub type Result<T> = std::result::Result<T, Error>;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// A path that does not exist, or a directory that holds no checkpoint.
+    /// A path that does not exist, or a directory without a checkpoint.
     #[error("{}: {message}", path.display())]
     NotFound {
         /// The path that was asked for.
@@ -26,10 +26,10 @@ pub enum Error {
         /// What is wrong and what to do.
         message: String,
     },
-    /// A tensor that is not valid, is not there, or has a dtype that cannot be read.
+    /// A tensor that is invalid, is missing, or has a dtype that cannot be read.
     #[error("{}: tensor {tensor:?}: {message}", path.display())]
     Tensor {
-        /// The file, or the checkpoint's directory where no file holds the tensor.
+        /// The file, or the checkpoint's directory if no file has the tensor.
         path: PathBuf,
         /// The tensor's name on disk.
         tensor: String,
@@ -39,7 +39,7 @@ pub enum Error {
     /// Names or shapes of two checkpoints that do not match.
     #[error("{0}")]
     Alignment(String),
-    /// Tensors of two checkpoints that match in two ways which fit equally well.
+    /// Two matches between the tensors of two checkpoints that fit equally well.
     #[error("{0}")]
     Ambiguous(String),
     /// An output path that is taken.
@@ -50,18 +50,18 @@ pub enum Error {
         /// Why it cannot be used and what to do.
         message: String,
     },
-    /// Not enough room for the output, found before anything was written or in the middle of it.
+    /// Not enough space for the output, found before or while it was written.
     #[error("{}: the {what} needs {needed} bytes {}", path.display(), limit.describe(*available, what))]
     NoSpace {
         /// The output path.
         path: PathBuf,
         /// What is being written.
         what: &'static str,
-        /// Bytes that it takes in all.
+        /// Bytes that the whole output takes.
         needed: u64,
-        /// Bytes that are free to this user once nothing of it is left behind.
+        /// Bytes that are free for this user once the unfinished output is removed.
         available: u64,
-        /// What set the limit.
+        /// What sets the limit.
         limit: Limit,
     },
     /// The operating system refused to read or write.
@@ -74,7 +74,7 @@ pub enum Error {
         /// What the system said.
         source: io::Error,
     },
-    /// A value the caller passed that has no meaning here.
+    /// An invalid value that the caller passed.
     #[error("{0}")]
     Argument(String),
     /// The caller's tick asked to stop; nothing is left behind.
@@ -82,7 +82,7 @@ pub enum Error {
     Interrupted,
 }
 
-/// What to do about an error of the system that says little by itself.
+/// What to do about a system error whose own text says little.
 fn remedy(error: &io::Error) -> &'static str {
     use rustix::io::Errno;
     match error.raw_os_error().map(Errno::from_raw_os_error) {
@@ -95,30 +95,30 @@ fn remedy(error: &io::Error) -> &'static str {
             "; the disk or the network file system fails: copy the files to another one"
         }
         Some(Errno::NOSPC) => {
-            "; the file system has no room for another file, or directory: free some, or choose \
+            "; the file system has no room for another file or directory: free some, or choose \
              another directory"
         }
         _ => "",
     }
 }
 
-/// What keeps an output from being written whole.
+/// What prevents an output from being written completely.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Limit {
     /// The file system is full.
     FileSystem,
-    /// The file system has room for bytes and for no further file.
+    /// The file system has room for bytes, but not for another file.
     Files,
     /// The user's or the directory's quota is used up.
     Quota,
-    /// A file may not grow so large.
+    /// No file may grow that large.
     FileSize,
 }
 
 impl Limit {
     const ALL: [Limit; 4] = [Limit::FileSystem, Limit::Files, Limit::Quota, Limit::FileSize];
 
-    /// The limit that a system error speaks of, if it does; `fits` says that bytes are free.
+    /// The limit that a system error reports, if it reports one; `fits` says that bytes are free.
     pub(crate) fn of(error: &io::Error, fits: bool) -> Option<Self> {
         let found = Self::ALL.into_iter().find(|limit| error.raw_os_error() == Some(limit.errno()));
         found.map(|limit| if fits && limit == Limit::FileSystem { Limit::Files } else { limit })
@@ -136,7 +136,7 @@ impl Limit {
     }
 
     fn describe(self, available: u64, what: &str) -> String {
-        // A merged model has all tensors, whichever of them are merged.
+        // A merged model has all tensors, whichever were selected.
         let narrower = if what == "delta" { ", fewer modules" } else { "" };
         match self {
             Limit::FileSystem => format!(

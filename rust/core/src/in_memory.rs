@@ -1,7 +1,7 @@
-//! Tensors already in memory: moments of gradients and weights with Δ, and gradients minus c·Δ.
+//! Tensors in memory: moments of gradients or weights with Δ, and gradients minus c·Δ.
 //!
-//! The kernel is that of the stream, so a CPU gradient's norm is as accurate as the delta's own;
-//! torch's float32 norm on a CPU drifts by parts in ten thousand on large tensors.
+//! The kernel is that of the stream, so a CPU gradient's norm is as accurate as the delta's own.
+//! torch's float32 norm is off by some ten-thousandths for large tensors on a CPU.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
@@ -18,16 +18,16 @@ const WORTH_A_THREAD: usize = 1 << 16;
 /// How the sums of [`measure`] are taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Precision {
-    /// As in the stream: a millionth, at the speed of memory.
+    /// As in the stream: accurate to a millionth, at the speed of memory.
     Fast,
-    /// In float64 throughout, for sums whose difference from an earlier one is wanted.
+    /// In float64 throughout, for sums that are compared with earlier ones.
     Float64,
 }
 
-/// The moments of each pair, on up to `threads` threads; they do not depend on how many.
+/// The moments of each pair, on up to `threads` threads, whose number does not change them.
 ///
 /// # Errors
-/// A pair whose sides differ in their number of elements.
+/// A pair of tensors with different numbers of elements.
 pub fn measure(
     pairs: &[(Elements<'_>, Elements<'_>)],
     precision: Precision,
@@ -58,7 +58,7 @@ pub fn measure(
                 Precision::Fast => subtract(first, second, None),
                 Precision::Float64 => moments_in_float64(first, second),
             };
-            // Each index is handed out once, so the cell is empty.
+            // Each index is handed out once, so the cell is still empty.
             let _ = results[index].set(moments);
         }
     };
@@ -71,13 +71,13 @@ pub fn measure(
     Ok(moments)
 }
 
-/// A tensor to be changed in place, and by what.
+/// A tensor to change in place, and what to subtract.
 pub struct Step<'a> {
     /// The type of the tensor's elements.
     pub dtype: Dtype,
     /// Its bytes.
     pub tensor: &'a mut [u8],
-    /// Δ, of as many elements.
+    /// Δ, with as many elements.
     pub delta: Elements<'a>,
     /// The coefficient.
     pub c: f64,
@@ -86,7 +86,7 @@ pub struct Step<'a> {
 /// Subtract c·Δ from every tensor in place, on up to `threads` threads.
 ///
 /// # Errors
-/// A tensor and a Δ that differ in their number of elements; nothing is changed then.
+/// A tensor and a Δ with different numbers of elements; nothing is changed then.
 pub fn subtract_all(steps: Vec<Step<'_>>, threads: usize) -> Result<()> {
     let mut pieces = Vec::new();
     let mut total = 0;
@@ -119,11 +119,11 @@ pub fn subtract_all(steps: Vec<Step<'_>>, threads: usize) -> Result<()> {
     Ok(())
 }
 
-/// Run `work` on this thread and, where there is enough to do, on others.
+/// Run `work` on this thread and, if there is enough to do, on others.
 fn on_threads(threads: usize, numel: usize, work: impl Fn() + Sync) {
     thread::scope(|scope| {
         for _ in 1..threads.min(numel / WORTH_A_THREAD) {
-            // Where the system allows no more threads, those that there are do all of it.
+            // If the system allows no more threads, the existing ones do all the work.
             if thread::Builder::new().spawn_scoped(scope, &work).is_err() {
                 break;
             }

@@ -1,21 +1,21 @@
-//! Threads that share one piece of work, watched over by the thread that asked for it.
+//! Threads that share one piece of work while the thread that asked for it watches them.
 //!
-//! Owns starting, watching and ending them; what they do, and how they are stopped, is the
-//! caller's. Invariant: no worker outlives the call, and one that panics stops the others, which
-//! might wait forever for what it was to give.
+//! Owns starting, watching and ending them; the caller says what they do and how they are stopped.
+//! Invariant: no worker outlives the call. One that panics stops the others, which might wait for its
+//! result forever.
 
 use std::ops::ControlFlow;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::Duration;
 
-/// Run `work` on `count` threads until all have returned; say whether `tick` broke it off.
+/// Run `work` on `count` threads until all have returned; return whether `tick` broke it off.
 ///
 /// `tick` runs on this thread, at least every `every` and once at the end. `stop` must make every
 /// `work` return soon, and may be called more than once and from any thread.
 ///
 /// # Panics
-/// If a worker did, once all have returned.
+/// If a worker panicked, once all have returned.
 pub(crate) fn run(
     count: usize,
     every: Duration,
@@ -33,7 +33,7 @@ pub(crate) fn run(
                 work();
                 drop((guard, done));
             };
-            // Where the system allows no more threads, those that there are do all of it.
+            // If the system allows no more threads, the existing ones do all the work.
             match thread::Builder::new().spawn_scoped(scope, worker) {
                 Ok(_) => spawned += 1,
                 Err(_) => break,

@@ -1,4 +1,4 @@
-//! Matching names and shapes of two models, and comparing the weights that they match.
+//! Matching names and shapes of two models, and comparing the matched weights.
 
 use drift_fast_core::align::similarity::correlate_samples as correlate;
 use drift_fast_core::align::{Alignment, Named, Ties, align as align_core};
@@ -10,7 +10,7 @@ use crate::detach::detached;
 
 type NamesAndShapes = Vec<(String, Vec<usize>)>;
 
-/// Reasoning name and multimodal name of each match, and a reason for each without one.
+/// The reasoning and the multimodal name of each pair, and a reason for each name without a match.
 #[pyclass(frozen, get_all, module = "drift_fast._core")]
 pub(crate) struct Aligned {
     prefixes: (String, String),
@@ -61,8 +61,8 @@ pub(crate) fn align(
 
 /// Correlate samples of each pair's reasoning tensor with those of every multimodal one.
 ///
-/// The pairs are one module in each layer. Returns the correlations row by row, and the number of
-/// elements that each was taken over.
+/// The pairs are of one module, one for each layer. Returns the correlations row by row, and the
+/// number of elements that each was computed from.
 #[pyfunction]
 pub(crate) fn correlate_samples(
     py: Python<'_>,

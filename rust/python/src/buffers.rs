@@ -23,11 +23,10 @@ impl Writable {
             return &mut [];
         }
         // SAFETY: the export keeps the memory alive, in place and of this length; it is writable,
-        // contiguous and of unsigned bytes, for which every bit pattern is valid. That no Python
-        // thread touches it meanwhile, and that no two buffers of a call overlap, is what the
-        // callers guarantee: drift_fast.delta passes tensors that nobody else has seen,
-        // drift_fast.inject the gradients of distinct parameters between backward and the
-        // optimizer's step.
+        // contiguous and of unsigned bytes, for which every bit pattern is valid. The callers
+        // guarantee that no Python thread touches it meanwhile and that no two buffers of a call
+        // overlap: drift_fast.delta passes tensors that nobody else has seen, drift_fast.inject the
+        // gradients of distinct parameters between backward and the optimizer's step.
         #[allow(unsafe_code)]
         unsafe {
             std::slice::from_raw_parts_mut(
@@ -57,7 +56,7 @@ impl Readable {
             return &[];
         }
         // SAFETY: the export keeps the memory alive, in place and of this length; it is contiguous
-        // and of unsigned bytes. That nobody writes to it meanwhile is what the callers guarantee:
+        // and of unsigned bytes. The callers guarantee that nobody writes to it meanwhile:
         // drift_fast.inject measures between backward and the optimizer's step, when no thread
         // touches a gradient, and drift_fast.delta writes tensors that nobody else has seen.
         #[allow(unsafe_code)]

@@ -1,4 +1,4 @@
-//! An open checkpoint: what is in it, and reading tensors of it.
+//! An open checkpoint: what it contains, and reading its tensors.
 
 use std::path::PathBuf;
 
@@ -68,8 +68,8 @@ impl Checkpoint {
             .collect()
     }
 
-    /// Each tensor of 8-bit codes, the tensor that holds its block scales or would, and what is
-    /// wrong with that one: nothing, unless it is missing or its dtype or shape does not fit.
+    /// Each tensor of 8-bit codes, the name of the tensor for its block scales, and what is wrong with
+    /// that one, if it is missing or its dtype or shape does not fit.
     fn scales(&self) -> Vec<(String, String, String)> {
         self.inner
             .tensors()
@@ -82,7 +82,7 @@ impl Checkpoint {
             .collect()
     }
 
-    /// The file that holds a tensor, and where its bytes begin and end there.
+    /// The file that a tensor is in, and where its bytes begin and end there.
     fn place(&self, name: &str) -> PyResult<(PathBuf, u64, u64)> {
         let (shard, tensor) = self.inner.tensor(name).map_err(to_py)?;
         Ok((shard.path().to_owned(), tensor.range.start, tensor.range.end))

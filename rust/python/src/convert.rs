@@ -1,4 +1,4 @@
-//! Values that Python gives as text, tuples or lists, and what the core takes in their place.
+//! Values that Python passes as text, tuples or lists, and the core's types for them.
 
 use drift_fast_core::Dtype;
 use drift_fast_core::align::compose::{Block, Blocks};
@@ -31,8 +31,8 @@ pub(crate) fn parse_storage(name: &str) -> PyResult<Storage> {
     }
 }
 
-/// What a call may use of the machine: worker threads, bytes that the buffers and what is mapped
-/// may take, and bytes that a disk is asked for ahead.
+/// How much a call may use: worker threads, bytes of buffers and mapped windows, and bytes that a
+/// disk is asked for ahead of time.
 #[derive(FromPyObject)]
 #[pyo3(from_item_all)]
 pub(crate) struct Limits {
@@ -57,7 +57,7 @@ impl From<Limits> for Options {
 /// A buffer with the bytes of a tensor, and its dtype.
 pub(crate) type Tensor<'py> = (Bound<'py, PyAny>, String);
 
-/// What a multimodal tensor is paired with: the name of a tensor, or rectangles of several.
+/// What a multimodal tensor pairs with: the name of a tensor, or rectangles of several.
 #[derive(FromPyObject)]
 pub(crate) enum SourceNames {
     Whole(String),
@@ -99,7 +99,7 @@ impl Rectangle {
 }
 
 impl SourceNames {
-    /// The tensors of a checkpoint that are paired with a tensor of that shape.
+    /// The tensors of a checkpoint that pair with a tensor of that shape.
     pub(crate) fn resolve<'a>(
         &self,
         checkpoint: &'a Checkpoint,
@@ -132,7 +132,7 @@ pub(crate) fn resolve<'a>(
         .collect()
 }
 
-/// A struct that becomes a dictionary of Python, made from one of the core with the same fields.
+/// A struct that becomes a Python dictionary, made from a struct of the core with the same fields.
 macro_rules! dictionary {
     ($(#[$doc:meta])* $name:ident from $core:ty { $($field:ident: $type:ty),+ $(,)? }) => {
         $(#[$doc])*

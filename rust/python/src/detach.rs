@@ -1,4 +1,4 @@
-//! The one way into the core: without the interpreter, and back with a Python exception.
+//! The only way into the core: detach the interpreter, and return with a Python exception.
 
 use std::ops::ControlFlow;
 
@@ -8,7 +8,7 @@ use pyo3::prelude::*;
 
 use crate::errors::to_py;
 
-/// A Python function that is called with the tensors and the bytes that are done.
+/// A Python function that is called with the numbers of tensors and bytes that are done.
 pub(crate) type Callback = Py<PyAny>;
 
 /// Run with the interpreter detached.
@@ -19,9 +19,9 @@ pub(crate) fn detached<T: Send>(
     py.detach(work).map_err(to_py)
 }
 
-/// Run with the interpreter detached, coming back for signals and the progress callback.
+/// Run with the interpreter detached, and attach it for signals and the progress callback.
 ///
-/// What either of them raises ends the work and is raised here.
+/// An exception from either ends the work and is raised here.
 pub(crate) fn interruptible<T: Send>(
     py: Python<'_>,
     progress: Option<Callback>,

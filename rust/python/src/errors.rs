@@ -20,7 +20,7 @@ create_exception!(
     drift_fast,
     CheckpointError,
     DriftError,
-    "A checkpoint that is not valid or holds what cannot be subtracted."
+    "A checkpoint that is invalid or contains tensors that cannot be subtracted."
 );
 create_exception!(
     drift_fast,
@@ -32,13 +32,13 @@ create_exception!(
     drift_fast,
     AmbiguousAlignmentError,
     AlignmentError,
-    "Two models whose tensors match in two ways that fit equally well."
+    "Two models with two matches of their tensors that fit equally well."
 );
 create_exception!(
     drift_fast,
     CoverageError,
     DriftError,
-    "Selected tensors that have no match, so part of the work would be left undone."
+    "Selected tensors without a match, so that part of the work would be left undone."
 );
 create_exception!(
     drift_fast,
@@ -63,7 +63,7 @@ pub(crate) fn to_py(error: Error) -> PyErr {
     }
 }
 
-/// Python picks the subclass, `PermissionError` say, from the error number.
+/// Python picks the subclass (`PermissionError`, for example) from the error number.
 fn os_error(source: &io::Error, message: String) -> PyErr {
     match source.raw_os_error() {
         Some(number) => PyOSError::new_err((number, message)),

@@ -1,4 +1,4 @@
-//! Tensors in host memory: their sums, and subtracting a multiple of Δ in place.
+//! Tensors in host memory: sums over them, and subtracting a multiple of Δ in place.
 
 use drift_fast_core::in_memory::{Precision, Step, measure as measure_core, subtract_all};
 use drift_fast_core::kernel::Elements;
@@ -12,8 +12,8 @@ use crate::detach::detached;
 
 /// Sums over pairs of tensors in memory: (‖first‖², ‖second‖², first · second).
 ///
-/// Each tensor is a contiguous buffer of bytes and its dtype. NaN or infinity in either makes all
-/// three numbers NaN, so that no caller takes a partial sum for a whole one.
+/// Each tensor is a contiguous buffer of bytes and its dtype. If either contains NaN or infinity, all
+/// three numbers are NaN, so that no caller takes a partial sum for a complete one.
 #[pyfunction]
 #[pyo3(signature = (first, second, *, threads, float64 = false))]
 pub(crate) fn measure(

@@ -1,6 +1,6 @@
 //! `drift_fast._core`: convert, detach the interpreter, call the core, convert back.
 //!
-//! Nothing is decided here. A file holds one verb; the unsafe code is in [`buffers`] alone.
+//! Nothing is decided here. Each verb has a file; only [`buffers`] has unsafe code.
 
 mod align;
 mod buffers;

@@ -11,7 +11,7 @@ use crate::detach::{Callback, interruptible};
 use crate::errors::to_py;
 use crate::writers::ModelWriter;
 
-/// What is merged into a tensor: the sources in the reasoning checkpoint and in the base, the dtype
+/// What is merged into a tensor: its sources in the reasoning checkpoint and in the base, the dtype
 /// of the result, and both weights.
 #[derive(FromPyObject)]
 pub(crate) struct BlendNames {
@@ -32,7 +32,11 @@ impl BlendNames {
         let base = match (&models.base, &self.base) {
             (Some(base), Some(source)) => Some(source.resolve(base.get(), shape)?),
             (None, None) => None,
-            _ => return Err(PyValueError::new_err("a base and a tensor of it go together")),
+            _ => {
+                return Err(PyValueError::new_err(
+                    "give both a base and a tensor of it, or neither",
+                ));
+            }
         };
         Ok(Blend {
             reasoning: self.reasoning.resolve(models.reasoning.get(), shape)?,
@@ -44,7 +48,7 @@ impl BlendNames {
     }
 }
 
-/// The checkpoints that are merged; the base is None where the method does without one.
+/// The checkpoints that are merged; the base is None if the method needs none.
 #[derive(FromPyObject)]
 pub(crate) struct Models {
     #[pyo3(item(0))]
@@ -55,7 +59,7 @@ pub(crate) struct Models {
     base: Option<Py<Checkpoint>>,
 }
 
-/// A method by its name, with the density and the seed of those that drop elements.
+/// A method by its name, with density and seed for those that drop elements.
 #[derive(FromPyObject)]
 #[pyo3(from_item_all)]
 pub(crate) struct MethodFields {
@@ -84,7 +88,7 @@ impl MethodFields {
 }
 
 dictionary! {
-    /// What was found of one tensor while it was merged.
+    /// What was found about one tensor while it was merged.
     FoundRow from Found {
         merged: u64,
         nonfinite_reasoning: u64,
@@ -97,8 +101,8 @@ dictionary! {
     }
 }
 
-/// Merge tensors into a writer's slots, in their order, or copy those that nothing is given for;
-/// return what was found of each merged one, and the most bytes that buffers took at a time.
+/// Merge tensors into a writer's slots, in their order, and copy those for which nothing is given.
+/// Returns what was found about each merged one, and the most bytes that buffers took at any time.
 #[pyfunction]
 #[pyo3(signature = (models, tensors, writer, method, limits, *, progress = None))]
 pub(crate) fn merge(

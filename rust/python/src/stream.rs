@@ -15,7 +15,7 @@ use crate::errors::to_py;
 use crate::writers::DeltaWriter;
 
 dictionary! {
-    /// What was measured of one pair while it was subtracted.
+    /// What was measured about one pair while it was subtracted.
     MomentsRow from Moments {
         delta_sq: f64,
         written_sq: f64,
@@ -34,7 +34,7 @@ dictionary! {
 }
 
 /// Stream pairs of tensors; return one dictionary of moments for each, and the most bytes that
-/// buffers took at a time.
+/// buffers took at any time.
 #[pyfunction]
 #[pyo3(signature = (
     reasoning, multimodal, pairs, limits, *, writer = None, progress = None
@@ -59,8 +59,8 @@ pub(crate) fn stream(
     Ok((outcome.moments.iter().map(MomentsRow::from).collect(), outcome.peak_nbytes))
 }
 
-/// Fill a writable tensor with one difference, or with elements [start, stop) of it, and return
-/// the moments of those. A tensor that is put together from blocks is only subtracted whole.
+/// Fill a writable tensor with one difference or with its elements [start, stop), and return their
+/// moments. A tensor made of blocks can only be subtracted as a whole.
 #[pyfunction]
 #[pyo3(signature = (reasoning, multimodal, pair, out, limits, *, elements = None))]
 pub(crate) fn subtract_into(
@@ -98,13 +98,17 @@ pub(crate) fn subtract_into(
     Ok(MomentsRow::from(&outcome.moments[0]))
 }
 
-/// Both tensors of a pair of which elements can be subtracted.
+/// Both tensors of a pair whose elements can be subtracted by range.
 fn whole_tensors<'a>(pair: &Pair<'a>) -> PyResult<(Operand<'a>, Operand<'a>)> {
     let Source::Whole(reasoning) = pair.reasoning else {
-        return Err(PyValueError::new_err("a tensor put together from blocks is subtracted whole"));
+        return Err(PyValueError::new_err(
+            "a tensor made of blocks can only be subtracted as a whole",
+        ));
     };
     if reasoning.tensor.shape != pair.multimodal.tensor.shape {
-        return Err(PyValueError::new_err("elements of tensors that differ in shape"));
+        return Err(PyValueError::new_err(
+            "elements of tensors with different shapes cannot be subtracted by range",
+        ));
     }
     Ok((reasoning, pair.multimodal))
 }

@@ -1,4 +1,4 @@
-//! Directories being written, of a delta and of a merged model, and what they are going to hold.
+//! Directories of deltas and merged models while they are written, and what they will contain.
 
 use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, TryLockError};
@@ -16,7 +16,7 @@ use crate::convert::{parse_dtype, parse_storage};
 use crate::detach::detached;
 use crate::errors::to_py;
 
-/// A writer that one call at a time uses, until it is committed or aborted.
+/// A writer for one call at a time, until it is committed or aborted.
 pub(crate) struct Output(Mutex<Option<Writer>>);
 
 impl Output {
@@ -24,7 +24,7 @@ impl Output {
         detached(py, create).map(|writer| Self(Mutex::new(Some(writer))))
     }
 
-    /// Call a function with the writer, which nobody else uses meanwhile.
+    /// Call a function with the writer; no other call uses it meanwhile.
     pub(crate) fn with<T>(&self, work: impl FnOnce(&Writer) -> PyResult<T>) -> PyResult<T> {
         work(self.hold()?.as_ref().ok_or_else(finished)?)
     }
@@ -39,7 +39,7 @@ impl Output {
         Ok(())
     }
 
-    /// Waiting here could deadlock: whoever holds the writer may be waiting for the interpreter.
+    /// Waiting could deadlock: the call that has the writer may be waiting for the interpreter.
     fn hold(&self) -> PyResult<MutexGuard<'_, Option<Writer>>> {
         match self.0.try_lock() {
             Ok(guard) => Ok(guard),
@@ -52,10 +52,10 @@ impl Output {
 }
 
 fn finished() -> PyErr {
-    PyRuntimeError::new_err("this output was committed or aborted already")
+    PyRuntimeError::new_err("this output has already been committed or aborted")
 }
 
-/// Where an output is written, and how; `drift.json` or `merge.json` takes `description_nbytes`.
+/// Where and how an output is written; `description_nbytes` is for `drift.json` or `merge.json`.
 #[derive(FromPyObject)]
 #[pyo3(from_item_all)]
 struct OutputFields {
@@ -77,7 +77,7 @@ impl OutputFields {
     }
 }
 
-/// The files that one of several processes writes; all but the first join what is there.
+/// The files that one of several processes writes; all but the first join an existing directory.
 #[derive(FromPyObject)]
 #[pyo3(from_item_all)]
 struct ShareFields {
@@ -85,7 +85,7 @@ struct ShareFields {
     join: bool,
 }
 
-/// A delta directory being written; it takes its name at `commit`.
+/// A delta directory while it is written; it gets its name at `commit`.
 #[pyclass(frozen, module = "drift_fast._core")]
 pub(crate) struct DeltaWriter {
     pub(crate) output: Output,
@@ -114,9 +114,8 @@ impl DeltaWriter {
         Ok(Self { output })
     }
 
-    /// Write bytes from `offset` of one tensor of the files on, given by its place among those
-    /// that this writer writes: in the list, or, as integers, codes at twice that and their
-    /// scales after them.
+    /// Write bytes of one tensor, from `offset` on. `slot` is its place in the list that this writer
+    /// writes; as integers, its codes have twice that number and its scales the next one.
     #[pyo3(signature = (slot, buffer, *, offset = 0))]
     fn write(
         &self,
@@ -129,7 +128,7 @@ impl DeltaWriter {
         self.output.with(|files| detached(py, || files.write_at(slot, offset, buffer.bytes())))
     }
 
-    /// Flush this writer's files to the disk.
+    /// Flush this writer's files to disk.
     fn flush(&self, py: Python<'_>) -> PyResult<()> {
         self.output.with(|files| detached(py, || files.flush()))
     }
@@ -145,7 +144,7 @@ impl DeltaWriter {
     }
 }
 
-/// A merged model's directory being written; it takes its name at `commit`.
+/// A merged model's directory while it is written; it gets its name at `commit`.
 #[pyclass(frozen, module = "drift_fast._core")]
 pub(crate) struct ModelWriter {
     pub(crate) output: Output,
@@ -153,8 +152,8 @@ pub(crate) struct ModelWriter {
 
 #[pymethods]
 impl ModelWriter {
-    /// Reserve the space for tensors of the multimodal checkpoint, each in the given dtype or in
-    /// its own, and for files of the given sizes.
+    /// Reserve space for tensors of the multimodal checkpoint, each in the given dtype or its own, and
+    /// for files of the given sizes.
     #[new]
     fn new(
         py: Python<'_>,
@@ -179,7 +178,7 @@ impl ModelWriter {
         Ok(Self { output })
     }
 
-    /// Write one of the files that were announced.
+    /// Write one of the announced files.
     fn add(&self, py: Python<'_>, name: &str, buffer: &Bound<'_, PyAny>) -> PyResult<()> {
         let buffer = Readable::new(buffer)?;
         self.output.with(|files| detached(py, || files.add(name, buffer.bytes())))
@@ -200,7 +199,7 @@ fn slots(storage: Storage, tensors: Vec<(String, Vec<usize>)>) -> Vec<Slot> {
     tensors.into_iter().flat_map(|(name, shape)| storage.slots(name, shape)).collect()
 }
 
-/// The files that a delta of these tensors has: first tensor, end tensor, bytes.
+/// The files of a delta of these tensors: first tensor, end tensor, bytes.
 #[pyfunction]
 #[pyo3(signature = (tensors, dtype, *, max_shard_nbytes))]
 pub(crate) fn shards(
@@ -214,19 +213,19 @@ pub(crate) fn shards(
     Ok(shards.into_iter().map(|s| (s.tensors.start, s.tensors.end, s.nbytes)).collect())
 }
 
-/// The absolute path of a delta and the hidden directory that it is written in.
+/// The absolute path of a delta, and the hidden directory that it is written to.
 #[pyfunction]
 pub(crate) fn output_paths(target: PathBuf) -> PyResult<(PathBuf, PathBuf)> {
     find_paths(&target).map_err(to_py)
 }
 
-/// Names of files that a merge copies, licenses aside.
+/// Names of files that a merge copies, besides licenses.
 #[pyfunction]
 pub(crate) fn side_file_names() -> Vec<&'static str> {
     side_files::NAMES.to_vec()
 }
 
-/// Whether a merge copies a file of that name.
+/// Whether a merge copies a file with that name.
 #[pyfunction]
 pub(crate) fn is_side_file(name: &str) -> bool {
     side_files::is_side_file(name)

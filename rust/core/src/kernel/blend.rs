@@ -1,14 +1,14 @@
 //! The arithmetic of merging, on at most a block of float64 values at a time.
 //!
-//! Owns formulas, loads and the one rounding; knows neither names nor files. Everything is float64
-//! in one stated order of operations and without fused multiply-add, so that every processor gives
-//! the same bits. Each function is compiled for the baseline, for AVX2 and for AVX-512.
+//! Owns formulas, loads and the one rounding; knows neither names nor files. Everything is computed
+//! in float64, in one fixed order and without fused multiply-add, so every processor gives the same
+//! bits. Each function is compiled for the baseline, for AVX2 and for AVX-512.
 
 use super::{Elements, ieee, wide};
 use crate::dtype::{Bf16, Dtype, F16, F32, Narrow, f32_to_bf16, f32_to_f16, f64_to_f32_odd};
 
-/// Values that are loaded, merged and rounded at a time: few enough that all sides of them stay in the
-/// first cache.
+/// Values that are loaded, merged and rounded at a time: few enough that those of all models fit in
+/// the first-level cache.
 pub(crate) const BLOCK: usize = 512;
 
 /// A block of values.
@@ -25,7 +25,7 @@ impl Environment {
     }
 }
 
-/// Sets of instructions that the functions below are compiled for, the widest last.
+/// Instruction sets that the functions below are compiled for, the widest last.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Level {
     Baseline,
@@ -36,7 +36,7 @@ enum Level {
 }
 
 impl Level {
-    /// The widest that the processor has.
+    /// The widest that the processor supports.
     #[inline(always)]
     fn of_processor() -> Self {
         #[cfg(target_arch = "x86_64")]
@@ -52,7 +52,7 @@ impl Level {
         Self::Baseline
     }
 
-    /// The widest to use, which tests can lower on their thread.
+    /// The widest to use; a test can lower it on its own thread.
     #[inline(always)]
     fn used() -> Self {
         #[cfg(test)]
@@ -62,7 +62,7 @@ impl Level {
     }
 }
 
-/// Define functions that are compiled for every level, and take the widest that the processor has.
+/// Define functions that are compiled for every level and run the widest one that is supported.
 macro_rules! vectorised {
     ($($(#[$doc:meta])* fn $name:ident($($arg:ident: $type:ty),* $(,)?) $(-> $result:ty)? $body:block)*) => {
         $(
@@ -142,7 +142,7 @@ vectorised! {
         }
     }
 
-    /// How many values are NaN or infinite.
+    /// Count the values that are NaN or infinite.
     fn nonfinite(values: &[f64]) -> u64 {
         let mut count = 0u64;
         for value in values {
@@ -151,13 +151,13 @@ vectorised! {
         count
     }
 
-    /// The largest magnitude; NaN where one is NaN.
+    /// The largest magnitude; NaN if any value is NaN.
     fn largest(values: &[f64]) -> f64 {
-        // Bits without the sign are in the order of magnitudes, and those of NaN above all.
+        // Without their sign, bits are ordered as magnitudes are, and NaN comes last.
         f64::from_bits(values.iter().fold(0, |most, &value| most.max(magnitude(value))))
     }
 
-    /// Left minus right.
+    /// x − y.
     fn difference(left: &[f64], right: &[f64], out: &mut [f64]) {
         for ((out, x), y) in out.iter_mut().zip(left).zip(right) {
             *out = x - y;
@@ -186,7 +186,7 @@ vectorised! {
     }
 
     /// base + the mean of those of w·first and v·second that are not zero and have the sign of their
-    /// sum; where the sum is zero nothing is added, and where it is NaN the result is.
+    /// sum. If the sum is zero nothing is added; if it is NaN the result is NaN.
     fn elected(base: &[f64], w: f64, first: &[f64], v: f64, second: &[f64], out: &mut [f64]) {
         for (((out, base), first), second) in out.iter_mut().zip(base).zip(first).zip(second) {
             let (x, y) = (w * first, v * second);
@@ -198,16 +198,16 @@ vectorised! {
             let count = f64::from(u8::from(with_x)) + f64::from(u8::from(with_y));
             let total = if with_x { x } else { 0.0 } + if with_y { y } else { 0.0 };
             let mean = total / count.max(1.0);
-            // A comparison with NaN is false, so it would count as zero.
+            // Comparing with NaN gives false, so NaN would count as zero.
             *out = base + if sum.is_nan() { sum } else { mean };
         }
     }
 
-    /// Set to zero what is smaller in magnitude than the threshold, and return how many are left.
+    /// Set values below the threshold in magnitude to zero, and return how many are left.
     fn trim(values: &mut [f64], threshold: f64) -> u64 {
         let mut kept = 0u64;
         for value in values {
-            // Not the complement: of NaN neither is true, and it stays to be seen.
+            // Not the complement: NaN fails both comparisons, and it must stay visible.
             let drop = value.abs() < threshold;
             kept += u64::from(!drop);
             *value = if drop { 0.0 } else { *value };
@@ -215,8 +215,8 @@ vectorised! {
         kept
     }
 
-    /// Keep each value for whose number the random number is below the limit, divided by the share
-    /// that is kept; the rest becomes zero. Returns how many are left.
+    /// Keep the values whose random number is below the limit, divided by the share that is kept, and
+    /// set the others to zero. Returns how many are left.
     fn drop_out(values: &mut [f64], key: u64, first: u64, limit: u64, density: f64) -> u64 {
         let mut kept = 0u64;
         for (value, index) in values.iter_mut().zip(first..) {
@@ -251,8 +251,8 @@ vectorised! {
 pub(crate) const RANDOM_NBITS: u32 = 53;
 
 /// The random number of an index, of 53 bits: SplitMix64 (Steele, Lea and Flood, "Fast splittable
-/// pseudorandom number generators", 2014) at state key + (index + 1)·γ, so that each can be had
-/// without those before it.
+/// pseudorandom number generators", 2014) at state key + (index + 1)·γ, so that each can be
+/// computed without those before it.
 #[inline(always)]
 pub(crate) fn random(key: u64, index: u64) -> u64 {
     let mut z = key.wrapping_add(index.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
@@ -261,7 +261,7 @@ pub(crate) fn random(key: u64, index: u64) -> u64 {
     (z ^ (z >> 31)) >> (64 - RANDOM_NBITS)
 }
 
-/// What sorts magnitudes: the bits of a float64 without its sign.
+/// A number that sorts as magnitudes do: the bits of a float64 without its sign.
 #[inline(always)]
 pub(crate) fn magnitude(value: f64) -> u64 {
     value.to_bits() & !(1 << 63)
@@ -274,7 +274,7 @@ mod tests {
     use super::*;
 
     thread_local! {
-        /// The widest level that this thread uses; None is the processor's.
+        /// The widest level that this thread uses; None means the processor's widest.
         pub(super) static WIDEST: Cell<Option<Level>> = const { Cell::new(None) };
     }
 
@@ -292,14 +292,14 @@ mod tests {
             .collect()
     }
 
-    /// What every function makes of some values, as bits.
+    /// The results of every function for some values, as bits.
     #[cfg(target_arch = "x86_64")]
     fn everything(key: u64) -> Vec<u64> {
         let (x, y, z) = (values(key), values(key + 1), values(key + 2));
         let mut found = Vec::new();
         let mut out = vec![0.0; x.len()];
         let mut keep = |out: &[f64]| {
-            // Which NaN comes of two is the processor's to say.
+            // If both are NaN, the processor decides which one results.
             let bits = |v: &f64| if v.is_nan() { f64::NAN.to_bits() } else { v.to_bits() };
             found.extend(out.iter().map(bits));
         };

@@ -1,7 +1,7 @@
 //! Binary16 to float32 and back, eight at a time, where the processor has F16C.
 //!
 //! Widening is exact and rounding to nearest, ties to even, so both give the bits of the portable
-//! functions; which payload a NaN keeps is not specified.
+//! functions. Which payload a NaN keeps is not specified.
 
 use std::arch::x86_64::{
     __m128i, _MM_FROUND_TO_NEAREST_INT, _mm_loadu_si128, _mm_storeu_si128, _mm256_cvtph_ps,
@@ -11,8 +11,8 @@ use std::arch::x86_64::{
 use super::scalar;
 use crate::dtype::{Narrow, f16_to_f32, f32_to_f16};
 
-/// Binary16 that is widened by F16C. Named only in the functions of this module, which are compiled
-/// for it and called where the processor has it.
+/// Binary16 that F16C widens. Only functions of this module name it; they are compiled for F16C and
+/// called if the processor has it.
 #[derive(Clone, Copy)]
 pub(super) struct F16c;
 
@@ -27,7 +27,7 @@ impl Narrow for F16c {
     #[inline(always)]
     fn lanes<const N: usize>(bytes: &[u8]) -> [f32; N] {
         let mut values = [0.0; N];
-        // SAFETY: only code that runs where the processor has F16C names this type.
+        // SAFETY: only code that runs on processors with F16C names this type.
         #[allow(unsafe_code)]
         unsafe {
             widen(&bytes[..2 * N], &mut values);
@@ -50,7 +50,7 @@ pub(super) fn odd<A: Narrow, B: Narrow>(a: &[u8], b: &[u8], difference: &mut [f3
     scalar::odd::<A, B>(a, b, difference);
 }
 
-/// Round float32 to binary16. The caller has seen that the processor has AVX and F16C.
+/// Round float32 to binary16. The caller has checked that the processor has AVX and F16C.
 pub(super) fn round(values: &[f32], bytes: &mut [u8]) {
     // SAFETY: the caller has detected both instruction sets.
     #[allow(unsafe_code)]
@@ -118,7 +118,7 @@ mod tests {
                 let mut bytes = vec![0u8];
                 bytes.extend(halves.iter().flat_map(|half| half.to_le_bytes()));
                 let mut values = vec![0f32; numel];
-                // SAFETY: the processor was asked above.
+                // SAFETY: the processor was checked above.
                 #[allow(unsafe_code)]
                 unsafe {
                     widen(&bytes[1..], &mut values);

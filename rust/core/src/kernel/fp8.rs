@@ -4,13 +4,13 @@ use crate::dtype::{Fp8, e4m3_to_f32, e5m2_to_f32};
 
 /// Write float32(code) × scale in float32, rounded once, for codes that share `scale`.
 ///
-/// `out` takes four bytes a code; a caller that breaks this gets a panic, never a wrong result.
+/// `out` holds four bytes for each code; otherwise this panics.
 pub fn dequantize(format: Fp8, codes: &[u8], scale: f32, out: &mut [u8]) {
     assert_eq!(4 * codes.len(), out.len(), "four bytes for each code");
     let _ieee = super::ieee::DefaultFloat::enter();
     #[cfg(target_arch = "x86_64")]
     if std::arch::is_x86_feature_detected!("avx2") {
-        // SAFETY: the processor has AVX2, which is all that the function asks for.
+        // SAFETY: the processor has AVX2, which the function asks for.
         #[allow(unsafe_code)]
         unsafe {
             return avx2(format, codes, scale, out);

@@ -1,8 +1,8 @@
 //! The floating-point environment in which every kernel runs.
 //!
-//! A thread inherits its creator's control register, and `torch.set_flush_denormal(True)` leaves
-//! that one flushing subnormals to zero. Kernels therefore set the IEEE 754 default and restore
-//! what was there.
+//! A thread inherits its creator's control register, which flushes subnormals to zero after
+//! `torch.set_flush_denormal(True)`. Kernels therefore set the IEEE 754 default and restore the
+//! former state afterwards.
 
 /// Holds the default environment until dropped.
 pub(super) struct DefaultFloat {
@@ -67,7 +67,7 @@ mod aarch64 {
 
     pub(super) fn read() -> u64 {
         let value: u64;
-        // SAFETY: reading FPCR has no effect but its result.
+        // SAFETY: reading FPCR has no other effect.
         unsafe { asm!("mrs {}, fpcr", out(reg) value, options(nomem, nostack)) };
         value
     }

@@ -1,13 +1,13 @@
-//! Differences in eight bits: integers under a scale for every 64.
+//! Differences in eight bits: integers with one scale for every 64.
 //!
-//! Owns how a difference becomes a code, how a code becomes a bfloat16 again, and the sums of what
-//! is stored, taken as it is decoded.
+//! Owns how a difference becomes a code, how a code becomes a bfloat16 again, and the sums over the
+//! decoded values.
 //!
-//! The scale is a binary16, the least not below the block's largest |Δ| / 127, so no code
-//! overflows and the scale is zero only where the whole block is. Where that would be subnormal
-//! there are fewer levels, and what is below half of the scale becomes zero, which is counted. The
-//! code is Δ / scale in float32, rounded to an integer; code × scale is rounded to bfloat16 once.
-//! A difference that is not finite becomes zero, since integers have no NaN.
+//! The scale is the smallest binary16 that is at least the block's largest |Δ| / 127. So no code
+//! overflows, and the scale is zero only if the whole block is. A subnormal scale leaves fewer
+//! levels: what is below half of it becomes zero and is counted. The code is Δ / scale in float32,
+//! rounded to an integer; code × scale is rounded to bfloat16 once. A difference that is not finite
+//! becomes zero, since integers have no NaN.
 
 use super::{BLOCK, Dtype, Elements, LANES, Moments, measured, wide};
 use crate::dtype::{f16_to_f32, f32_to_bf16, f32_to_f16};
@@ -23,8 +23,8 @@ const F16_MAX: u16 = 0x7bff;
 /// in `codes` for each element, in two's complement, and a little-endian binary16 in `scales` for
 /// every [`INT8_BLOCK`].
 ///
-/// `written_sq`, `stored_dot` and `flushed` are of what [`decode_int8`] gives back. The runs start at
-/// a multiple of [`INT8_BLOCK`]; a caller that breaks the lengths gets a panic, never a wrong result.
+/// `written_sq`, `stored_dot` and `flushed` are about the values that [`decode_int8`] returns. The
+/// runs start at a multiple of [`INT8_BLOCK`]. Lengths that do not fit panic.
 pub fn subtract_int8(
     reasoning: Elements<'_>,
     multimodal: Elements<'_>,
@@ -65,9 +65,9 @@ fn nearest(a: Elements<'_>, b: Elements<'_>, difference: &mut [f32]) {
     }
 }
 
-/// Count differences of finite values for which the codes have no room.
+/// Count differences of finite values that are beyond the range of the codes.
 fn overflow(a: Elements<'_>, b: Elements<'_>, difference: &[f32], max_abs: f64) -> u64 {
-    // What still rounds to the last code has its room.
+    // A value that rounds to the last code is still within it.
     let limit = (f64::from(CODE_MAX) + 0.5) * f64::from(f16_to_f32(F16_MAX));
     if max_abs <= limit {
         return 0;
@@ -78,7 +78,7 @@ fn overflow(a: Elements<'_>, b: Elements<'_>, difference: &[f32], max_abs: f64) 
         .count() as u64
 }
 
-/// Sums of what is stored, over differences that are finite and have a code.
+/// Sums over the stored values of differences that are finite and within the range of the codes.
 struct Stored {
     sq: f64,
     dot: f64,
@@ -89,7 +89,7 @@ impl Stored {
     fn of(difference: &[f32], decoded: &[f32]) -> Self {
         #[cfg(target_arch = "x86_64")]
         if std::arch::is_x86_feature_detected!("avx2") {
-            // SAFETY: the processor has AVX2, which is all that the function asks for.
+            // SAFETY: the processor has AVX2, which the function asks for.
             #[allow(unsafe_code)]
             unsafe {
                 return Self::of_avx2(difference, decoded);
@@ -131,7 +131,7 @@ impl Stored {
     }
 }
 
-/// Define a function that runs the same source compiled for AVX2 where the processor has it.
+/// Define a function that runs the same source compiled for AVX2 if the processor has it.
 macro_rules! dispatched {
     ($(#[$doc:meta])* $name:ident, $source:ident, ($($argument:ident: $type:ty),*)) => {
         $(#[$doc])*
@@ -143,7 +143,7 @@ macro_rules! dispatched {
                     $source($($argument),*);
                 }
                 if std::arch::is_x86_feature_detected!("avx2") {
-                    // SAFETY: the processor has AVX2, which is all that the function asks for.
+                    // SAFETY: the processor has AVX2, which the function asks for.
                     #[allow(unsafe_code)]
                     unsafe {
                         return avx2($($argument),*);
@@ -193,7 +193,7 @@ fn encode_int8_scalar(
     }
 }
 
-/// The least binary16 not below `most` / 127, or the largest there is.
+/// The smallest binary16 that is at least `most` / 127, or the largest finite one.
 fn scale_for(most: f32) -> u16 {
     let least = f64::from(most) / f64::from(CODE_MAX);
     let nearest = f32_to_f16(least as f32).min(F16_MAX);
@@ -206,10 +206,10 @@ fn widened(bits: u16) -> f32 {
     f32::from_bits(u32::from(bits) << 16)
 }
 
-/// Write code × scale as bfloat16, rounded once, for codes of which the first is number `first` of
-/// its block; `scales` are those of that block and the following ones.
+/// Write code × scale as bfloat16, rounded once. The first code is number `first` of its block;
+/// `scales` are those of that block and the following ones.
 ///
-/// `out` takes two bytes a code; a caller that breaks this gets a panic, never a wrong result.
+/// `out` holds two bytes for each code; otherwise this panics.
 pub fn decode_int8(codes: &[u8], scales: &[u8], first: usize, out: &mut [u8]) {
     let blocks = (first + codes.len()).div_ceil(INT8_BLOCK);
     assert!(first < INT8_BLOCK && 2 * codes.len() == out.len(), "two bytes for each code");

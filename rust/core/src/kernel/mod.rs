@@ -2,12 +2,12 @@
 //!
 //! Owns the arithmetic of one chunk; knows nothing of files or threads. The same source is compiled
 //! for the baseline and, on x86-64, for AVX2 where the processor has it; on AArch64 the baseline has
-//! NEON, so nothing is chosen there. No fused multiply-add is used, so all give the same bits and
-//! [`scalar`] remains the reference. Binary16 is widened and rounded by F16C where there is one.
+//! NEON, so there is nothing to choose. No fused multiply-add is used, so all give the same bits and
+//! [`scalar`] is the reference. F16C widens and rounds binary16 if the processor has it.
 //!
 //! Accuracy: squares and products are summed in float32 over at most [`BLOCK`] values spread over
 //! [`LANES`] sums, then folded into float64. A block whose sums overflow or underflow float32, or
-//! that holds NaN or infinity, is done again in float64.
+//! that holds NaN or infinity, is summed again in float64.
 
 pub(crate) mod blend;
 #[cfg(target_arch = "x86_64")]
@@ -26,13 +26,13 @@ pub use scaled::subtract_scaled;
 use crate::dtype::{Bf16, Dtype, F16, F32};
 use crate::error::{Error, Result};
 
-/// Values whose float32 partial sums are folded into float64 at once.
+/// Values whose float32 partial sums are added to float64 at once.
 pub const BLOCK: usize = 2048;
 
 /// Independent float32 sums per moment.
 pub(crate) const LANES: usize = 16;
 
-/// Name the types of two elements' dtypes, neither of which is float64.
+/// Name the types of two dtypes, neither of which is float64.
 macro_rules! by_dtypes {
     ($a:ident, $b:ident, $half:ty, |$A:ident, $B:ident| $call:expr) => {{
         macro_rules! with {
@@ -63,9 +63,9 @@ macro_rules! by_dtypes {
 pub struct Moments {
     /// Σ(r − m)² of the reasoning side r and the multimodal side m, of the exact difference rather than of its rounded form.
     pub delta_sq: f64,
-    /// Σ of the squares as written, where the output's range is narrower than the inputs' or the
-    /// output is compressed (then as it is decoded); else the same as `delta_sq`. A difference says
-    /// that values were lost to underflow.
+    /// Σ of the squares as written (decoded, if the output is compressed). It differs from `delta_sq`
+    /// only if the output is compressed or has a narrower range than the inputs, where values may have
+    /// been lost to underflow.
     pub written_sq: f64,
     /// Σr², the reasoning side.
     pub reasoning_sq: f64,
@@ -73,15 +73,15 @@ pub struct Moments {
     pub multimodal_sq: f64,
     /// Σrm.
     pub dot: f64,
-    /// The largest |r − m|; where a block was summed in float32, of the difference rounded to that.
+    /// The largest |r − m|; in a block that was summed in float32, of the differences so rounded.
     pub max_abs: f64,
     /// Elements that do not differ.
     pub zeros: u64,
     /// Elements where neither side is zero and both have the same sign.
     pub agreeing: u64,
-    /// Σ of the exact difference times what is stored for it, where the output is compressed.
+    /// Σ of exact difference times stored value, if the output is compressed.
     pub stored_dot: f64,
-    /// Differences other than zero that are stored as zero, where the output is compressed.
+    /// Differences other than zero that are stored as zero, if the output is compressed.
     pub flushed: u64,
     /// NaN and infinities on the reasoning side.
     pub nonfinite_reasoning: u64,
@@ -92,7 +92,7 @@ pub struct Moments {
 }
 
 impl Moments {
-    /// Add the sums of a later run of elements. The order of additions decides the last bits, so
+    /// Add the sums of a later run of elements. The last bits depend on the order of additions, so
     /// callers add in element order.
     pub fn add(&mut self, later: &Moments) {
         self.delta_sq += later.delta_sq;
@@ -124,7 +124,7 @@ impl<'a> Elements<'a> {
     /// View `bytes` as elements.
     ///
     /// # Errors
-    /// Bytes that are not a whole number of elements.
+    /// `bytes` is not a whole number of elements.
     pub fn new(dtype: Dtype, bytes: &'a [u8]) -> Result<Self> {
         if !bytes.len().is_multiple_of(dtype.nbytes()) {
             let message =
@@ -153,9 +153,8 @@ impl<'a> Elements<'a> {
 
 /// Accumulate the moments of `reasoning` and `multimodal` and, if asked, write their difference.
 ///
-/// Each difference equals the float64 subtraction rounded once to `out`'s dtype. Both runs, and the
-/// output, hold the same number of elements; a caller that breaks this gets a panic on a slice
-/// bound, never a wrong result.
+/// Each difference equals the float64 subtraction rounded once to `out`'s dtype. Both runs and the
+/// output hold the same number of elements; otherwise this panics.
 pub fn subtract(
     reasoning: Elements<'_>,
     multimodal: Elements<'_>,
@@ -191,7 +190,7 @@ fn narrow_is_exact(a: Dtype, b: Dtype, out: Dtype) -> bool {
     a != Dtype::F64 && b != Dtype::F64 && (out == Dtype::F32 || (a == b && b == out))
 }
 
-/// Accumulate moments in float64 throughout, for sums of which a small difference is wanted.
+/// Accumulate moments in float64 throughout, for sums that differ little from one another.
 pub fn moments_in_float64(left: Elements<'_>, right: Elements<'_>) -> Moments {
     let _ieee = ieee::DefaultFloat::enter();
     wide::moments(left, right)
@@ -226,7 +225,7 @@ fn block(
 fn square_of_halves(halves: &[u8], room: &mut [f32]) -> f64 {
     #[cfg(target_arch = "x86_64")]
     if std::arch::is_x86_feature_detected!("avx2") {
-        // SAFETY: the processor has AVX2, which is all that the function asks for.
+        // SAFETY: the processor has AVX2, which the function asks for.
         #[allow(unsafe_code)]
         unsafe {
             return avx2::square_of_halves(halves, room);
@@ -246,9 +245,9 @@ fn measured<const STORE: bool>(
         wide::moments(a, b)
     } else {
         let sums = sums::<STORE>(a, b, difference);
-        // Below this, squares may have been lost to underflow; above float32, they are infinite.
+        // Below this, squares may have been lost to underflow; beyond float32, they are infinite.
         let faithful = |sum: f32| sum.is_finite() && sum > 1e-20;
-        // A block that does not differ anywhere (layers that were frozen, say) needs no second look.
+        // A block without any difference (a frozen layer, for example) needs no second look.
         if (faithful(sums.delta_sq) || sums.unchanged)
             && faithful(sums.reasoning_sq)
             && faithful(sums.multimodal_sq)
@@ -270,7 +269,7 @@ fn odd(a: Elements<'_>, b: Elements<'_>, difference: &mut [f32]) {
         use f16c::F16c;
         if has_f16c() && (a.dtype == Dtype::F16 || b.dtype == Dtype::F16) {
             return by_dtypes!(a, b, F16c, |A, B| {
-                // SAFETY: the processor has both instruction sets, which is all that is asked for.
+                // SAFETY: the processor has both instruction sets that the function asks for.
                 #[allow(unsafe_code)]
                 unsafe {
                     f16c::odd::<A, B>(a.bytes, b.bytes, difference)
@@ -279,7 +278,7 @@ fn odd(a: Elements<'_>, b: Elements<'_>, difference: &mut [f32]) {
         }
         if std::arch::is_x86_feature_detected!("avx2") {
             return by_dtypes!(a, b, F16, |A, B| {
-                // SAFETY: the processor has AVX2, which is all that the function asks for.
+                // SAFETY: the processor has AVX2, which the function asks for.
                 #[allow(unsafe_code)]
                 unsafe {
                     avx2::odd::<A, B>(a.bytes, b.bytes, difference)
@@ -297,7 +296,7 @@ fn has_f16c() -> bool {
 
 /// Count differences of finite values that left the output dtype's range.
 fn overflow(a: Elements<'_>, b: Elements<'_>, out: Dtype, bytes: &[u8], moments: &Moments) -> u64 {
-    // A block's norm bounds each of its elements, so nearly every block is settled here.
+    // A block's norm bounds each of its elements, which settles nearly every block.
     if moments.delta_sq.sqrt() <= out.max_finite() {
         return 0;
     }
@@ -310,7 +309,7 @@ fn store(difference: &[f32], out: Dtype, bytes: &mut [u8]) {
         if out == Dtype::F16 && std::arch::is_x86_feature_detected!("f16c") {
             return f16c::round(difference, bytes);
         }
-        // SAFETY: the processor has AVX2, which is all that the function asks for.
+        // SAFETY: the processor has AVX2, which the function asks for.
         #[allow(unsafe_code)]
         unsafe {
             return avx2::store(difference, out, bytes);
@@ -330,7 +329,7 @@ fn sums<const STORE: bool>(
         use f16c::F16c;
         if has_f16c() && (a.dtype == Dtype::F16 || b.dtype == Dtype::F16) {
             return by_dtypes!(a, b, F16c, |A, B| {
-                // SAFETY: the processor has both instruction sets, which is all that is asked for.
+                // SAFETY: the processor has both instruction sets that the function asks for.
                 #[allow(unsafe_code)]
                 unsafe {
                     f16c::sums::<A, B, STORE>(a.bytes, b.bytes, difference)
@@ -339,7 +338,7 @@ fn sums<const STORE: bool>(
         }
         if std::arch::is_x86_feature_detected!("avx2") {
             return by_dtypes!(a, b, F16, |A, B| {
-                // SAFETY: the processor has AVX2, which is all that the function asks for.
+                // SAFETY: the processor has AVX2, which the function asks for.
                 #[allow(unsafe_code)]
                 unsafe {
                     avx2::sums::<A, B, STORE>(a.bytes, b.bytes, difference)
@@ -350,7 +349,7 @@ fn sums<const STORE: bool>(
     by_dtypes!(a, b, F16, |A, B| scalar::sums::<A, B, STORE>(a.bytes, b.bytes, difference))
 }
 
-/// The scalar source compiled for AVX2; the bits it gives are those of [`scalar`].
+/// The scalar source compiled for AVX2, which gives the bits of [`scalar`].
 #[cfg(target_arch = "x86_64")]
 mod avx2 {
     use super::{Dtype, scalar};

@@ -1,12 +1,12 @@
-//! The reference kernel: plain loops over fixed-size lanes, which compilers vectorise.
+//! The reference kernel: plain loops over fixed-size lanes, which compilers vectorize.
 
-// Several arrays in step, which become vector registers; iterators over that many do not.
+// Several arrays are indexed together, which become vector registers; iterators would not.
 #![allow(clippy::needless_range_loop)]
 
 use super::{LANES, Moments};
 use crate::dtype::{Dtype, Narrow, f16_to_f32, f32_to_bf16, f32_to_f16, f64_to_f32_odd};
 
-/// A block's sums in float32, to judge their range, and folded into float64.
+/// A block's sums in float32, to judge their range, and added up in float64.
 pub(super) struct Sums {
     pub(super) delta_sq: f32,
     pub(super) reasoning_sq: f32,
@@ -16,7 +16,7 @@ pub(super) struct Sums {
     pub(super) folded: Moments,
 }
 
-/// Half the lanes: what is counted comes two lanes at a time, so that all sums stay in registers.
+/// Half the lanes: counts take two lanes at a time, so that all sums stay in registers.
 const HALF: usize = LANES / 2;
 
 #[derive(Default, Clone, Copy)]
@@ -28,7 +28,7 @@ struct Lanes {
     max_sq: [f32; HALF],
     zeros: [u32; HALF],
     agreeing: [u32; HALF],
-    /// Whether a product was zero, which is so where a side is, or by underflow.
+    /// Whether a product was zero, because an operand is or by underflow.
     undecided: [u32; HALF],
 }
 
@@ -84,8 +84,7 @@ pub(super) fn sums<A: Narrow, B: Narrow, const STORE: bool>(
     let count = numel % LANES;
     let mut padding = 0;
     if count > 0 {
-        // Zeros add nothing to any sum but the count of zeros, so the tail goes through the same
-        // lanes.
+        // Zeros change no sum but the count of zeros, so the tail can use the same lanes.
         padding = (LANES - count) as u64;
         let (mut x, mut y) = ([0f32; LANES], [0f32; LANES]);
         for i in 0..count {
@@ -109,8 +108,8 @@ pub(super) fn sums<A: Narrow, B: Narrow, const STORE: bool>(
         reasoning_sq: fold(&lanes.reasoning_sq),
         multimodal_sq: fold(&lanes.multimodal_sq),
         dot: fold(&lanes.dot),
-        // The root of a rounded square is the number itself, short of overflow and underflow, and
-        // sums of such squares are not taken from here.
+        // Without overflow and underflow, the root of a rounded square is the number itself; blocks
+        // with either are summed in float64.
         max_abs: f64::from(lanes.max_sq.iter().fold(0f32, |most, &sq| most.max(sq)).sqrt()),
         zeros: total(&lanes.zeros) - padding,
         agreeing,
@@ -152,8 +151,8 @@ fn fold(lanes: &[f32; LANES]) -> f64 {
     lanes.iter().map(|&lane| f64::from(lane)).sum()
 }
 
-/// Write the float64 differences brought to float32 by rounding to odd, so that [`store`] to a type
-/// of at most 22 bits rounds them once.
+/// Write the float64 differences in float32, rounded to odd, so that [`store`] to a type of at most
+/// 22 bits rounds them once.
 #[inline(always)]
 pub(super) fn odd<A: Narrow, B: Narrow>(a: &[u8], b: &[u8], difference: &mut [f32]) {
     let (a_lanes, b_lanes) = (a.chunks_exact(A::NBYTES * LANES), b.chunks_exact(B::NBYTES * LANES));
@@ -170,7 +169,7 @@ pub(super) fn odd<A: Narrow, B: Narrow>(a: &[u8], b: &[u8], difference: &mut [f3
     }
 }
 
-/// Σ of the squares of what is finite.
+/// Σ of the squares of finite values.
 #[inline(always)]
 pub(super) fn square(values: &[f32]) -> f64 {
     let mut sums = [0f64; LANES];

@@ -1,15 +1,14 @@
 //! Subtract a multiple of one run of elements from another, in place.
 //!
 //! Every value is computed in float64 and rounded to the target's type, so that neither a large
-//! coefficient nor 16-bit operands cost accuracy; the loop is bound by memory all the same.
+//! coefficient nor 16-bit operands cost accuracy; memory limits the speed anyway.
 
 use super::{Dtype, Elements};
 use crate::dtype::{Bf16, F16, F32, Narrow, f32_to_bf16, f32_to_f16};
 
 /// Compute `target[i] -= c * delta[i]`.
 ///
-/// Both hold the same number of elements; a caller that breaks this gets a panic, never a wrong
-/// result.
+/// Both hold the same number of elements; otherwise this panics.
 pub fn subtract_scaled(dtype: Dtype, target: &mut [u8], delta: Elements<'_>, c: f64) {
     assert_eq!(target.len(), delta.numel() * dtype.nbytes(), "both hold as many elements");
     let _ieee = super::ieee::DefaultFloat::enter();
@@ -25,7 +24,7 @@ pub fn subtract_scaled(dtype: Dtype, target: &mut [u8], delta: Elements<'_>, c: 
 fn run<D: Narrow>(dtype: Dtype, target: &mut [u8], delta: &[u8], c: f64) {
     #[cfg(target_arch = "x86_64")]
     if std::arch::is_x86_feature_detected!("avx2") {
-        // SAFETY: the processor has AVX2, which is all that the function asks for.
+        // SAFETY: the processor has AVX2, which the function asks for.
         #[allow(unsafe_code)]
         unsafe {
             return by_dtype_avx2::<D>(dtype, target, delta, c);
@@ -70,7 +69,7 @@ fn wide(target: &mut [u8], delta: Elements<'_>, c: f64) {
     }
 }
 
-/// A float64 Δ on a narrower gradient, which only a caller's own mapping could hold.
+/// A float64 Δ on a narrower gradient, which only a caller's own mapping of tensors can contain.
 fn narrowed(dtype: Dtype, target: &mut [u8], delta: Elements<'_>, c: f64) {
     let nbytes = dtype.nbytes();
     for (index, element) in target.chunks_exact_mut(nbytes).enumerate() {

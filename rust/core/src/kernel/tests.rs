@@ -24,7 +24,7 @@ fn nearest_16(dtype: Dtype, exact: f64) -> f64 {
         let middle = low + (high - low) / 2;
         if at(middle) <= magnitude { low = middle } else { high = middle }
     }
-    // The first value past the range counts as if the exponent went on.
+    // The first value beyond the range counts as if the exponent went on.
     let ceiling = if high == infinity { at(low) + (at(low) - at(low - 1)) } else { at(high) };
     let (below, above) = (magnitude - at(low), ceiling - magnitude);
     let up = above < below || (above == below && low % 2 == 1);
@@ -115,7 +115,7 @@ fn special() -> impl Strategy<Value = f64> {
         f64::NEG_INFINITY,
         f64::NAN,
     ];
-    // Blocks without anything special must come up as well.
+    // Blocks of ordinary values must occur as well.
     prop_oneof![40 => -2.0f64..2.0, 1 => proptest::sample::select(edges.to_vec())]
 }
 
@@ -132,7 +132,7 @@ fn pad(offset: usize, values: impl Iterator<Item = Vec<u8>>) -> Vec<u8> {
     std::iter::repeat_n(0, offset).chain(values.flatten()).collect()
 }
 
-/// Float64 operands of as many elements as both runs have, and the runs cut to that.
+/// Both runs, cut to the shorter one's length, and their elements in float64.
 fn operands<'a>(
     (a, left): (Dtype, &'a [u8]),
     (b, right): (Dtype, &'a [u8]),
@@ -152,17 +152,17 @@ fn bf16_at(bytes: &[u8], index: usize) -> f64 {
     value(Dtype::BF16, &bytes[2 * index..2 * index + 2])
 }
 
-/// What is stored, decoded: its sums, and how many differences it lost.
+/// Check the sums over the decoded values, and how many differences were lost.
 fn check_stored(moments: &Moments, values: &[(f64, f64)], decoded: &[u8]) {
     let (mut sq, mut dot, mut dot_scale, mut flushed) = (0.0, 0.0, 0.0, 0);
     for (i, (x, y)) in values.iter().enumerate() {
-        // Differences that float32 has no room for are counted as overflow, not here.
+        // Differences beyond float32's range are counted as overflow, not here.
         let (d, s) = (f64::from((x - y) as f32), bf16_at(decoded, i));
         if d.is_finite() && s.is_finite() {
             sq += s * s;
             dot += d * s;
             dot_scale += (d * s).abs();
-            // Half of float32's least is rounded to odd, and so is not zero.
+            // Half of float32's smallest number is rounded to odd, and therefore is not zero.
             flushed += u64::from(x != y && s == 0.0 && (d != 0.0 || moments.flushed > 0));
         }
     }
@@ -216,7 +216,7 @@ fn check_int8(a: Dtype, b: Dtype, left: &[u8], right: &[u8], first: usize) {
     check_stored(&moments, &values, &decoded);
 }
 
-/// The same cases on every machine, so that a failure is one for everybody.
+/// The same cases on every machine, so that everybody sees the same failures.
 fn fixed(cases: u32) -> ProptestConfig {
     let rng_seed = proptest::test_runner::RngSeed::Fixed(2510);
     ProptestConfig { cases, rng_seed, failure_persistence: None, ..ProptestConfig::default() }

@@ -1,4 +1,4 @@
-//! The float64 kernel: exact for every dtype mix, used where float32 would lose something.
+//! The float64 kernel: exact for every mix of dtypes, used where float32 would lose something.
 
 use super::{Elements, Moments};
 use crate::dtype::{Bf16, Dtype, F16, F32, Narrow, f32_to_bf16, f32_to_f16, f64_to_f32_odd};
@@ -65,7 +65,7 @@ pub(super) fn overflow(a: Elements<'_>, b: Elements<'_>, out: Dtype, bytes: &[u8
         .count() as u64
 }
 
-/// Σ of the squares of what was written, leaving out what is not finite.
+/// Σ of the squares of what was written, without values that are not finite.
 pub(super) fn square(dtype: Dtype, bytes: &[u8]) -> f64 {
     let written = Elements { dtype, bytes };
     (0..written.numel())

@@ -1,4 +1,4 @@
-//! What is merged: each tensor of the output, what it is made of, and what was found of it.
+//! What is merged: each tensor of the output, what it is made from, and what was found about it.
 
 use sha2::{Digest, Sha256};
 
@@ -8,8 +8,8 @@ use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::kernel::blend::RANDOM_NBITS;
 
-/// What is done with the tensors that are merged; m, r and b are the multimodal model's, the
-/// reasoning model's and the base's values.
+/// How tensors are merged; m, r and b are the values of the multimodal model, the reasoning model
+/// and the base.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Method {
     /// r.
@@ -18,7 +18,7 @@ pub enum Method {
     Linear,
     /// b + w·(r − b) + v·(m − b), which with v = 1 or without a base is m + w·(r − b or m).
     TaskArithmetic,
-    /// Trim each task vector to its largest magnitudes, elect a sign, take the mean of what has it.
+    /// Trim each task vector to its largest magnitudes, elect a sign, average the values that have it.
     Ties {
         /// The share that is kept.
         density: f64,
@@ -30,22 +30,22 @@ pub enum Method {
         /// The seed of the random numbers.
         seed: u64,
     },
-    /// Drop and rescale the same way, then elect a sign as [`Method::Ties`] does.
+    /// Drop and rescale as [`Method::DareLinear`] does, then elect a sign as [`Method::Ties`] does.
     DareTies {
         /// The share that is kept.
         density: f64,
         /// The seed of the random numbers.
         seed: u64,
     },
-    /// From m to r along the great circle through both, at w.
+    /// The point at w on the great circle from m to r.
     Slerp,
 }
 
 /// A tensor that is merged into the multimodal one.
 pub struct Blend<'a> {
-    /// The reasoning model's.
+    /// The tensor of the reasoning model.
     pub reasoning: Source<'a>,
-    /// The base's, where there is one.
+    /// The tensor of the base, if there is one.
     pub base: Option<Source<'a>>,
     /// The dtype of the result.
     pub dtype: Dtype,
@@ -59,33 +59,33 @@ pub struct Blend<'a> {
 pub struct Job<'a> {
     /// The tensor of that name in the multimodal checkpoint.
     pub multimodal: Operand<'a>,
-    /// What is merged into it; without, its bytes are copied.
+    /// What is merged into it; if nothing is, its bytes are copied.
     pub blend: Option<Blend<'a>>,
 }
 
-/// What was found of a merged tensor.
+/// What was found about a merged tensor.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct Found {
-    /// Elements that every side stores.
+    /// Elements that every model stores.
     pub merged: u64,
-    /// NaN and infinities among those of the reasoning model.
+    /// NaN and infinities in the reasoning model's.
     pub nonfinite_reasoning: u64,
-    /// NaN and infinities among those of the multimodal model.
+    /// NaN and infinities in the multimodal model's.
     pub nonfinite_multimodal: u64,
-    /// NaN and infinities among those of the base.
+    /// NaN and infinities in the base's.
     pub nonfinite_base: u64,
-    /// Results that are infinite or NaN although what they are made of is finite.
+    /// Results that are infinite or NaN although all their inputs are finite.
     pub overflow: u64,
     /// Elements of the reasoning model's task vector that were kept.
     pub kept_reasoning: Option<u64>,
     /// Elements of the multimodal model's task vector that were kept.
     pub kept_multimodal: Option<u64>,
-    /// The cosine between both tensors.
+    /// The cosine between the two models' tensors.
     pub cosine: Option<f64>,
 }
 
-/// The key of a model's random numbers in a tensor: SHA-256 of the seed, the model and the name, of
-/// which the first eight bytes are taken.
+/// The key of a model's random numbers in a tensor: the first eight bytes of the SHA-256 of the seed,
+/// the model and the name.
 pub(super) fn key(seed: u64, model: &str, name: &str) -> u64 {
     let mut hash = Sha256::new();
     hash.update(seed.to_le_bytes());
@@ -96,13 +96,13 @@ pub(super) fn key(seed: u64, model: &str, name: &str) -> u64 {
     digest.iter().take(8).rev().fold(0, |key, &byte| key << 8 | u64::from(byte))
 }
 
-/// Random numbers below this are kept.
+/// An element is kept if its random number is below this.
 pub(super) fn limit(density: f64) -> u64 {
     (density * (1u64 << RANDOM_NBITS) as f64).ceil() as u64
 }
 
 impl Method {
-    /// Whether other passes read a tensor before the one that writes it.
+    /// Whether a tensor is read in earlier passes than the one that writes it.
     pub(super) fn reads_before_writing(self) -> bool {
         matches!(self, Method::Ties { .. } | Method::Slerp)
     }

@@ -1,4 +1,4 @@
-//! What is known of one tensor of a batch, from pass to pass.
+//! What is known about one tensor of a batch, from pass to pass.
 
 use std::ops::Range;
 
@@ -6,10 +6,10 @@ use super::job::{Blend, Found, Job, Method};
 use super::passes::{length, step};
 use super::trim::{Counts, Interval};
 
-/// A cosine beyond this is taken for parallel, where a great circle is a straight line or undefined.
+/// Beyond this cosine tensors count as parallel: the great circle is a straight line or undefined.
 const PARALLEL: f64 = 0.9995;
 
-/// What is known of one tensor of the batch.
+/// What is known about one tensor of the batch.
 #[derive(Default)]
 pub(super) struct Known {
     pub(super) found: Found,
@@ -26,7 +26,7 @@ pub(super) struct Trim {
     pub(super) counts: Counts,
 }
 
-/// What a chunk gave.
+/// What was found in a chunk.
 pub(super) enum Gave {
     Nothing,
     Sample([Interval; 2]),
@@ -54,7 +54,7 @@ impl Known {
         known
     }
 
-    /// Take in what chunk number `index` gave; `counts` are of both task vectors.
+    /// Take in what was found in chunk number `index`; `counts` are of both task vectors.
     pub(super) fn add(&mut self, index: usize, gave: Gave, counts: &[Counts; 2]) {
         match gave {
             Gave::Nothing => {}
@@ -75,7 +75,7 @@ impl Known {
         }
     }
 
-    /// Narrow the intervals by what a pass over all values counted.
+    /// Narrow the intervals with the counts of a pass over all values.
     pub(super) fn narrow(&mut self) {
         for trim in &mut self.trims {
             if trim.interval.only().is_none() {
@@ -85,7 +85,7 @@ impl Known {
         }
     }
 
-    /// What slerp multiplies both sides by.
+    /// The factors of slerp for both models.
     pub(super) fn conclude(&mut self, blend: &Blend<'_>) {
         let mut sums = [0.0; 3];
         for products in &self.products {
@@ -101,7 +101,7 @@ impl Known {
             let angle = cosine.acos();
             [((1.0 - w) * angle).sin() / angle.sin(), (w * angle).sin() / angle.sin()]
         } else {
-            // Also where one of them is zero and the cosine has no value.
+            // Also if one of them is zero and the cosine is undefined.
             [1.0 - w, w]
         };
     }

@@ -1,10 +1,10 @@
-//! Merge two checkpoints, or two that come from a base, tensor by tensor into a third.
+//! Merge two checkpoints, with or without their common base, tensor by tensor into a third.
 //!
-//! Owns what is done with a tensor and in how many passes; the formulas are
-//! [`crate::kernel::blend`]'s. Every element is computed in float64 and rounded once. A tensor that
-//! needs more than one pass (a norm, the k-th largest magnitude) is done with its neighbors, so later
-//! passes find it in the page cache. Neither threads nor memory nor reader change a bit: counts are
-//! whole numbers, and sums are added in element order.
+//! Owns what is done with a tensor and in how many passes; the formulas are in
+//! [`crate::kernel::blend`]. Every element is computed in float64 and rounded once. A tensor that
+//! needs more than one pass (for a norm or the k-th largest magnitude) is done together with its
+//! neighbors, so later passes find it in the page cache. Neither threads nor memory nor reader change
+//! a bit: counts are whole numbers, and sums are added in element order.
 
 mod job;
 mod known;
@@ -28,9 +28,9 @@ use work::Merging;
 /// What a run found.
 #[derive(Debug)]
 pub struct Outcome {
-    /// What was found of each job; nothing for those that were copied.
+    /// What was found about each job; nothing for those that were copied.
     pub found: Vec<Option<Found>>,
-    /// The most bytes that buffers took at a time; windows of mapped files are not among them.
+    /// The most bytes that buffers took at any time, without windows of mapped files.
     pub peak_nbytes: usize,
 }
 
@@ -40,8 +40,8 @@ pub struct Outcome {
 /// [`Error::Interrupted`] is returned.
 ///
 /// # Errors
-/// Shapes that differ, a dtype without values, arguments without meaning, memory that one worker does
-/// not fit in, a failed read or write, a source that changed meanwhile, or an interruption.
+/// Shapes that differ, a dtype that has no values, invalid arguments, less memory than one worker
+/// needs, a failed read or write, a source that changed meanwhile, or an interruption.
 pub fn run(
     jobs: &[Job<'_>],
     method: Method,

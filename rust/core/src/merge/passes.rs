@@ -1,4 +1,4 @@
-//! The passes of a merge, how tensors are cut and batched for them, and what workers may hold.
+//! The passes of a merge, how tensors are cut and batched for them, and how much workers may hold.
 //!
 //! How a tensor is cut depends on its shape alone. A tensor that needs several passes is done in a
 //! batch with its neighbors, so later passes find it in the page cache.
@@ -15,8 +15,8 @@ use crate::stream::{CHUNK, Options, ReadDemand, workers_within};
 
 /// Bytes of one chunk of a tensor that is copied.
 pub(super) const COPIED: usize = 1 << 20;
-/// Tensors of a batch that needs several passes, at most, and elements of all of them together
-/// unless it is one: few enough to stay in the page cache.
+/// The most tensors of a batch that needs several passes, and the most elements of all of them
+/// together (a single tensor may have more): few enough to stay in the page cache.
 const BATCH_TENSORS: usize = 8;
 const BATCH_NUMEL: usize = 1 << 24;
 
@@ -42,14 +42,14 @@ pub(super) struct PassChunk {
     /// Elements, or bytes of a tensor that is copied.
     pub(super) range: Range<usize>,
     pub(super) pass: Pass,
-    /// Intervals of the reasoning model's task vector and the multimodal model's, or, when writing,
-    /// the k-th largest magnitudes.
+    /// Intervals of the reasoning and the multimodal model's task vectors or, in the pass that writes,
+    /// their k-th largest magnitudes.
     pub(super) intervals: [Interval; 2],
-    /// What slerp multiplies both sides by.
+    /// The factors of slerp for both models.
     pub(super) factors: [f64; 2],
 }
 
-/// Elements, or bytes where a tensor is copied.
+/// Elements, or bytes of a tensor that is copied.
 pub(super) fn length(job: &Job<'_>) -> usize {
     match job.blend {
         Some(_) => job.multimodal.tensor.numel(),
@@ -57,7 +57,7 @@ pub(super) fn length(job: &Job<'_>) -> usize {
     }
 }
 
-/// How long the chunks of a tensor are, all but the last.
+/// The length of a tensor's chunks; the last may be shorter.
 pub(super) fn step(job: &Job<'_>) -> usize {
     match &job.blend {
         None => COPIED,
@@ -70,7 +70,7 @@ pub(super) fn step(job: &Job<'_>) -> usize {
     }
 }
 
-/// The batches, and what may be held while they are worked through.
+/// The batches, and how much may be held while they are worked on.
 pub(super) struct Batches {
     /// The jobs of each.
     pub(super) jobs: Vec<Range<usize>>,
@@ -80,7 +80,7 @@ pub(super) struct Batches {
 
 impl Batches {
     /// # Errors
-    /// Memory in which not even one worker fits.
+    /// The memory is less than one worker needs.
     pub(super) fn new(jobs: &[Job<'_>], method: Method, options: &Options) -> Result<Self> {
         let batches = batches(jobs, method);
         let mut worker = (0, "");
@@ -108,7 +108,7 @@ fn batches(jobs: &[Job<'_>], method: Method) -> Vec<Range<usize>> {
     let mut batches = Vec::new();
     let (mut start, mut tensors, mut numel) = (0, 0, 0);
     for (index, job) in jobs.iter().enumerate() {
-        // What is copied waits for nothing.
+        // A tensor that is copied waits for nothing.
         let own = if job.blend.is_some() { length(job) } else { 0 };
         if tensors == BATCH_TENSORS || (tensors > 0 && numel + own > BATCH_NUMEL) {
             batches.push(start..index);
@@ -121,7 +121,7 @@ fn batches(jobs: &[Job<'_>], method: Method) -> Vec<Range<usize>> {
     batches
 }
 
-/// Bytes that a worker takes for one tensor, mapped windows included.
+/// Bytes that a worker needs for one tensor, mapped windows included.
 fn worker_nbytes(job: &Job<'_>, method: Method) -> usize {
     let total = length(job);
     let longest = total.min(step(job));
@@ -141,7 +141,7 @@ fn source_nbytes(source: &Source<'_>, total: usize, longest: usize) -> usize {
     ReadDemand::of(source, longest, run).nbytes()
 }
 
-/// Bytes that are kept of a tensor from pass to pass.
+/// Bytes that are kept about a tensor from pass to pass.
 fn state_nbytes(job: &Job<'_>, method: Method) -> usize {
     match (&job.blend, method) {
         (Some(blend), Method::Ties { .. }) => {

@@ -1,11 +1,11 @@
-//! Which elements of a chunk every side of a merge stores.
+//! Which elements of a chunk every model of a merge stores.
 
 use std::ops::Range;
 
 use super::job::Blend;
 
 impl Blend<'_> {
-    /// Those of some elements that every side stores.
+    /// The elements of a range that every model stores.
     pub(super) fn present(&self, elements: &Range<usize>) -> Vec<Range<usize>> {
         let reasoning = self.reasoning.present(elements);
         match &self.base {
@@ -15,7 +15,7 @@ impl Blend<'_> {
     }
 }
 
-/// What two lists of rising ranges have in common.
+/// The intersection of two lists of ascending ranges.
 pub(super) fn common(first: &[Range<usize>], second: &[Range<usize>]) -> Vec<Range<usize>> {
     let (mut i, mut j) = (0, 0);
     let mut found = Vec::new();
@@ -29,7 +29,7 @@ pub(super) fn common(first: &[Range<usize>], second: &[Range<usize>]) -> Vec<Ran
     found
 }
 
-/// What rising ranges leave of some elements.
+/// The elements of a range that ascending ranges leave out.
 pub(super) fn absent(present: &[Range<usize>], elements: &Range<usize>) -> Vec<Range<usize>> {
     let mut found = Vec::new();
     let mut start = elements.start;

@@ -19,7 +19,7 @@ pub(super) struct Scratch {
 }
 
 impl Scratch {
-    /// For the thread that calls this, whose rounding mode it sets.
+    /// Make the buffers of the calling thread, and set its rounding mode.
     pub(super) fn new() -> Self {
         let zero = [0.0; BLOCK];
         Self {
@@ -34,7 +34,7 @@ impl Scratch {
         }
     }
 
-    /// Bytes beside those of chunks.
+    /// Bytes in addition to those of chunks.
     pub(super) fn fixed_nbytes(method: Method) -> usize {
         let sample =
             if matches!(method, Method::Ties { .. }) { 2 * SAMPLE * size_of::<u64>() } else { 0 };

@@ -1,4 +1,4 @@
-//! The arithmetic of a chunk: blocks of values on every side, task vectors, and each method's result.
+//! The arithmetic of a chunk: blocks of every model's values, task vectors, and each method's result.
 
 use std::ops::Range;
 
@@ -7,7 +7,7 @@ use crate::dtype::Dtype;
 use crate::kernel::Elements;
 use crate::kernel::blend::{self, BLOCK, Values};
 
-/// Values of one block on every side, widened to float64.
+/// Values of one block of every model, widened to float64.
 pub(super) struct Widened {
     pub(super) m: Values,
     pub(super) r: Values,
@@ -17,7 +17,7 @@ pub(super) struct Widened {
     pub(super) out: Values,
 }
 
-/// The elements of a chunk on every side.
+/// The elements of a chunk in every model.
 pub(super) struct Sides<'a> {
     pub(super) m: Elements<'a>,
     pub(super) r: Elements<'a>,
@@ -27,8 +27,8 @@ pub(super) struct Sides<'a> {
 }
 
 impl Sides<'_> {
-    /// Load the elements that every side stores, block after block; `then` gets the number of the
-    /// first element and how many there are.
+    /// Load the elements that every model stores, block by block; `then` gets the number of the first
+    /// element and their count.
     pub(super) fn each(
         &self,
         present: &[Range<usize>],
@@ -49,7 +49,7 @@ impl Sides<'_> {
         }
     }
 
-    /// Σr², Σm², Σrm, block by block; what is not finite is left out.
+    /// Σr², Σm², Σrm, block by block, without values that are not finite.
     pub(super) fn products(&self, present: &[Range<usize>], values: &mut Widened) -> [f64; 3] {
         let mut sums = [0.0; 3];
         self.each(present, values, |Widened { m, r, .. }, _, len| {
@@ -77,8 +77,8 @@ impl Widened {
         blend::difference(&of[..len], &from[..len], &mut self.tasks[task][..len]);
     }
 
-    /// Write what stays the multimodal model's in the result's dtype, and return how many finite values
-    /// are beyond it.
+    /// Write the values that the multimodal model keeps in the result's dtype, and return how many
+    /// finite ones are beyond its range.
     pub(super) fn stay(&mut self, m: Elements<'_>, bytes: &mut [u8], dtype: Dtype) -> u64 {
         let values = &mut self.m[..bytes.len() / dtype.nbytes()];
         blend::widen(m, values);
@@ -91,7 +91,7 @@ impl Widened {
         values.iter().enumerate().filter(lost).count() as u64
     }
 
-    /// How many of the results are not finite although everything they are made of is.
+    /// Count the results that are not finite although all their inputs are.
     pub(super) fn overflow(&self, len: usize, has_base: bool, written: Elements<'_>) -> u64 {
         (0..len)
             .filter(|&i| {

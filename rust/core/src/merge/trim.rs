@@ -1,18 +1,17 @@
 //! The k-th largest magnitude of a tensor, exactly, in passes of constant memory.
 //!
-//! An interval that holds it is cut into bins, and each pass over the values counts what falls into
-//! which and the least and the greatest of each bin; the bin that holds the k-th largest is the next
-//! interval. A sample makes a good first guess, and is never more than that: only what a pass over all
-//! values has counted is an answer. The answer is a value of the tensor, whatever the guess was and in
-//! whichever order chunks are counted. NaN and infinities are left out, and k is counted over the
-//! others.
+//! An interval that contains it is cut into bins. Each pass over the values counts those of each bin
+//! and finds its least and greatest; the bin that contains the k-th largest is the next interval. A
+//! sample gives the first guess, but only what a pass over all values has counted is an answer. The
+//! answer is a value of the tensor, whatever the guess was and in whichever order chunks are counted.
+//! NaN and infinities are ignored.
 
 /// Bins of one pass.
 const BINS: usize = 2048;
-/// Values of a sample, and the runs that they are taken in.
+/// The number of values in a sample, and of the runs that they are taken in.
 pub(super) const SAMPLE: usize = 1 << 14;
 pub(super) const SAMPLE_RUNS: usize = 16;
-/// How far to either side of its place in the sample the k-th largest is looked for.
+/// How far below and above its place in the sample the k-th largest is sought.
 const MARGIN: f64 = 0.02;
 
 /// An interval of magnitudes, both ends included, in which the k-th largest is sought.
@@ -20,7 +19,7 @@ const MARGIN: f64 = 0.02;
 pub(super) struct Interval {
     low: u64,
     high: u64,
-    /// Whether it is known from a pass over all values to hold the k-th largest.
+    /// Whether a pass over all values has shown that it contains the k-th largest.
     counted: bool,
 }
 
@@ -41,7 +40,7 @@ pub(super) struct Counts {
     bins: Vec<Bin>,
 }
 
-/// How many of `numel` values the share `density` is: at least one, and no more than there are.
+/// The share `density` of `numel` values, as a number: at least one, and at most all.
 fn rank(density: f64, numel: u64) -> u64 {
     ((density * numel as f64) as u64).max(1).min(numel)
 }
@@ -50,8 +49,8 @@ impl Interval {
     /// Every finite magnitude.
     pub(super) const ALL: Interval = Interval { low: 0, high: f64::MAX.to_bits(), counted: false };
 
-    /// Where the least of the largest values probably is, judging by some magnitudes; the largest
-    /// are a share of `density`.
+    /// Where the smallest of the largest values (a share of `density`) probably is, judging by a sample
+    /// of magnitudes.
     pub(super) fn guess(sample: &mut Vec<u64>, density: f64) -> Self {
         sample.retain(|&magnitude| magnitude <= Self::ALL.high);
         if sample.is_empty() {
@@ -66,24 +65,24 @@ impl Interval {
         Self { low, high, counted: false }
     }
 
-    /// The value, once there is only one. A guess does not count, however narrow: in bfloat16 a sample
+    /// The value, once only one is left. A guess does not count, however narrow: in bfloat16 a sample
     /// often has a single value around the place that is sought.
     pub(super) fn only(&self) -> Option<u64> {
         (self.counted && self.low == self.high).then_some(self.low)
     }
 
-    /// By how many bits a distance from the lower end is shifted to give its bin.
+    /// By how many bits the distance from the lower end is shifted to give the bin.
     fn shift(&self) -> u32 {
         let nbits = u64::BITS - (self.high - self.low).leading_zeros();
         nbits.saturating_sub(BINS.trailing_zeros())
     }
 
-    /// Narrow it by what a pass over all values counted.
+    /// Narrow it with the counts of a pass over all values.
     pub(super) fn narrowed(&self, counts: &Counts, density: f64) -> Self {
         let known = |low, high| Self { low, high, counted: true };
         let k = rank(density, counts.numel());
         if k == 0 {
-            // Nothing is finite, so there is nothing to trim.
+            // No value is finite, so there is nothing to trim.
             return known(0, 0);
         }
         if k <= counts.above {
@@ -151,7 +150,7 @@ mod tests {
     use super::*;
     use crate::kernel::blend::magnitude;
 
-    /// The answer as the passes find it: asked for before anything is counted, as they do.
+    /// The answer as the passes find it: they, too, ask before anything is counted.
     fn kth(values: &[u64], density: f64, mut interval: Interval) -> (u64, usize) {
         let mut passes = 0;
         loop {

@@ -1,7 +1,7 @@
 //! Which chunk comes next, in which pass.
 //!
-//! All chunks of a pass are handed out before the next pass of the batch begins, since that needs
-//! what all of them found.
+//! The next pass of a batch begins when all chunks of this one are given back, since it needs what
+//! was found in all of them.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -60,19 +60,19 @@ impl<'a> Turns<'a> {
         self.tensors.load(Ordering::Relaxed)
     }
 
-    /// Hand out no more, and release the workers that wait.
+    /// Hand out no more chunks, and release the workers that wait.
     pub(super) fn stop(&self) {
         self.state().stopped = true;
         self.moved.notify_all();
     }
 
-    /// What was found of each job; nothing where a chunk is missing.
+    /// What was found about each job; nothing if a chunk is missing.
     pub(super) fn finish(self) -> Option<Vec<Option<Found>>> {
         let state = self.state.into_inner().unwrap_or_else(PoisonError::into_inner);
         state.finished.then_some(state.found)
     }
 
-    /// The next chunk, once the pass that it is part of has begun.
+    /// The next chunk, as soon as its pass has begun.
     pub(super) fn take(&self) -> Option<PassChunk> {
         let mut state = self.state();
         loop {
@@ -92,7 +92,7 @@ impl<'a> Turns<'a> {
         }
     }
 
-    /// Give back what was found of a chunk; `counts` are of both task vectors.
+    /// Give back what was found in a chunk; `counts` are of both task vectors.
     pub(super) fn give(&self, chunk: &PassChunk, gave: Gave, counts: &[Counts; 2]) {
         let mut state = self.state();
         let first = self.batch(&state).start;
@@ -152,7 +152,7 @@ impl<'a> Turns<'a> {
         None
     }
 
-    /// Begin a batch: what is known of its tensors, and the first pass.
+    /// Begin a batch: what is known about its tensors, and the first pass.
     fn begin(&self, state: &mut State) {
         let batch = self.batch(state);
         let known = |job| Known::new(job, self.method);
@@ -165,7 +165,7 @@ impl<'a> Turns<'a> {
         (state.job, state.index) = (batch.start, 0);
     }
 
-    /// Go on to the next pass, or batch, when all chunks of this one are given back.
+    /// Go on to the next pass or batch once all chunks of this one are given back.
     fn advance(&self, state: &mut State) {
         let batch = self.batch(state);
         match state.pass {

@@ -68,7 +68,7 @@ impl Work for Merging<'_> {
 }
 
 impl Merging<'_> {
-    /// Ask the disk for what comes a little later, in the pass that reads a tensor first.
+    /// Ask the disk ahead of time, in the pass that reads a tensor first.
     fn prefetch(&self, chunk: &PassChunk) {
         let job = &self.jobs[chunk.job];
         let Some(blend) = &job.blend else {
@@ -85,14 +85,14 @@ impl Merging<'_> {
         let total = length(job);
         let nbytes = job.multimodal.element_nbytes().max(1) as u64;
         let ahead = (self.prefetch_nbytes / 2 / nbytes) as usize;
-        // One chunk's worth at that distance: those before it were asked for by earlier chunks.
+        // One chunk's length at that distance; earlier chunks have asked for what is nearer.
         let first = if chunk.index == 0 { chunk.range.end } else { chunk.range.end + ahead };
         let range = first.min(total)..total.min(chunk.range.end + ahead + chunk.range.len());
         if range.is_empty() {
             return;
         }
         for source in blend.sources() {
-            // Blocks are asked for in whole rows, which these are not.
+            // Blocks are read in whole rows, which these ranges are not.
             if let Source::Whole(operand) = source {
                 operand.prefetch(&range);
             }
@@ -153,7 +153,7 @@ impl Merging<'_> {
         Ok((gave, nbytes))
     }
 
-    /// Where the k-th largest magnitudes probably are, by runs spread evenly over the tensor.
+    /// Where the k-th largest magnitudes probably are, judging by runs spread evenly over the tensor.
     fn sample(&self, chunk: &PassChunk, blend: &Blend<'_>, scratch: &mut Scratch) -> Result<Gave> {
         const RUN: usize = SAMPLE / SAMPLE_RUNS;
         let Method::Ties { density } = self.method else { return Ok(Gave::Nothing) };
@@ -232,7 +232,7 @@ fn count(
     }
 }
 
-/// Merge a chunk into `out`; rows that a side does not store stay the multimodal model's.
+/// Merge a chunk into `out`; rows that not every model stores stay the multimodal model's.
 fn merge(
     step: &Step<'_, '_>,
     sides: &Sides<'_>,

@@ -1,7 +1,7 @@
 //! The loop that the workers of a stream or a merge run: take a chunk, work on it, give it back.
 //!
-//! Owns the progress, the account of buffers and which failure is reported; what a chunk is and which
-//! comes next is the [`Work`]'s.
+//! Owns progress, the account of buffers and which failure is reported; the [`Work`] says what a chunk
+//! is and which comes next.
 
 use std::collections::HashSet;
 use std::ops::ControlFlow;
@@ -15,10 +15,10 @@ use crate::checkpoint::{Operand, Shard};
 use crate::error::{Error, Result};
 use crate::workers;
 
-/// How often the calling thread looks up from waiting.
+/// How often the calling thread wakes up while it waits.
 const TICK: Duration = Duration::from_millis(50);
 
-/// Called about 20 times a second and once at the end; a break stops the workers.
+/// A function called about 20 times a second and once at the end; a break stops the workers.
 pub type Tick<'a> = &'a mut dyn FnMut(Progress) -> ControlFlow<()>;
 
 /// Work that is done chunk by chunk, by several threads.
@@ -33,16 +33,16 @@ pub(crate) trait Work: Sync {
     /// Bytes that are allocated in the buffers.
     fn held_nbytes(scratch: &Self::Scratch) -> usize;
 
-    /// The next chunk, once it may be taken; none when all are taken or the run was stopped.
+    /// Wait for the next chunk; none when all are taken or the run was stopped.
     fn take(&self) -> Option<Self::Chunk>;
 
-    /// Its place in the order of failures.
+    /// The chunk's place in the order in which failures are reported.
     fn place(chunk: &Self::Chunk) -> usize;
 
     /// Work on a chunk, give back what was found, and return how many bytes were read.
     fn work(&self, chunk: &mut Self::Chunk, scratch: &mut Self::Scratch) -> Result<u64>;
 
-    /// Hand out no more, and release the workers that wait.
+    /// Hand out no more chunks, and release the workers that wait.
     fn stop(&self);
 
     /// Tensors that are done.
@@ -52,8 +52,8 @@ pub(crate) trait Work: Sync {
 /// Run `work` on `workers` threads until all of it is done.
 ///
 /// # Errors
-/// The error of the earliest chunk that failed, so which one is reported depends little on timing;
-/// or an interruption by `tick`.
+/// The error of the earliest chunk that failed, so that which one is reported depends little on
+/// timing; or an interruption by `tick`.
 pub(crate) fn run<W: Work>(
     work: &W,
     workers: usize,
@@ -91,7 +91,7 @@ impl<W: Work> Engine<'_, W> {
                 }
                 Err(error) => self.fail(W::place(&chunk), error),
             }
-            // Grown only where the budget was wrong, which the peak must show.
+            // They grow only if the budget was wrong, and the peak must show that.
             let now = W::held_nbytes(&scratch).max(held);
             self.account.add(now - held);
             held = now;
@@ -109,10 +109,10 @@ impl<W: Work> Engine<'_, W> {
     }
 }
 
-/// Fail if a file that was read has changed since it was opened.
+/// Check that no file that was read has changed since it was opened.
 ///
 /// # Errors
-/// The first such file.
+/// The first file that has.
 pub(crate) fn check_unchanged<'a>(operands: impl Iterator<Item = Operand<'a>>) -> Result<()> {
     let mut seen: HashSet<*const Shard> = HashSet::new();
     for operand in operands {
