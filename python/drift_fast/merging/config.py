@@ -23,7 +23,7 @@ class MergeConfig(OutputOptions, StreamOptions, AlignOptions, MethodOptions):
     base: PathLike | None = option(
         None,
         "the text model that the reasoning model was tuned from; without one, ties and dare_* have "
-        "a single task vector, R − M, and no sign to elect",
+        "one task vector, R − M, and no sign to elect",
         metavar="BASE",
     )
     modules: Modules | None = option(
@@ -34,13 +34,13 @@ class MergeConfig(OutputOptions, StreamOptions, AlignOptions, MethodOptions):
     layers: Layers = option(None, "layer numbers, such as 0-3,8; all by default", metavar="LAYERS")
     base_mapping: MappingLike | None = option(
         None,
-        "as `mapping`, from the base's names; by default `mapping` where it holds for the base",
+        "as `mapping`, from the base's names; by default `mapping`, if it holds for the base",
         parse=parse_mapping,
         metavar="MAP",
     )
     dtype: str | None = option(
         None,
-        "dtype of merged tensors; by default the one that each has in the multimodal checkpoint",
+        "dtype of merged tensors; by default that of the multimodal checkpoint, tensor by tensor",
         choices=DTYPES.values(),
     )
 

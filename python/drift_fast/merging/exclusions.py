@@ -23,11 +23,11 @@ _WHOLE = re.compile(r"[IU]\d+|BOOL")
 _POSITIONS = ("inv_freq", "original_inv_freq")
 _COMPARED_NBYTES = 8 << 20
 
-LEFT_OUT_AS_TIED = "left out: tied to the embedding by the configuration, which is merged"
+LEFT_OUT_AS_TIED = "left out: tied by the configuration to the embedding, which is merged"
 
 
 def why_a_buffer(pair: Pair, aligned: AlignedPair) -> str:
-    """Return why a pair is not a weight, or nothing; what a pattern names is meant."""
+    """Return why a pair is not a weight, or nothing; a pattern that names it overrides this."""
     name = pair.name
     patterns = [one for one in aligned.selection.modules if one.startswith("re:")]
     if any(name in Selection((one,), None) for one in patterns):
@@ -57,7 +57,7 @@ def warn_of_routers(merged: Collection[str], names: Collection[str]) -> None:
             f"{len(routers)} tensors that choose among experts stay the multimodal model's while "
             f"those experts are merged: {', '.join(routers[:8])}"
             f"{f' and {len(routers) - 8} more' if len(routers) > 8 else ''}. Merge them too with "
-            "modules=[…] and a pattern such as r're:\\.(gate|router)\\.', and, where weight is a "
+            "modules=[…] and a pattern such as r're:\\.(gate|router)\\.', and, if weight is a "
             f"mapping, a number for {REST!r}",
             DriftWarning,
             stacklevel=5,
@@ -67,7 +67,7 @@ def warn_of_routers(merged: Collection[str], names: Collection[str]) -> None:
 def tied_heads(
     reasons: Mapping[str, str], merged: Collection[str], multimodal: Opened
 ) -> dict[str, str]:
-    """Return stored heads that are one parameter with a merged embedding, and that embedding."""
+    """Return each stored head that is tied to a merged embedding, with that embedding."""
     shapes = {name: tuple(shape) for name, _, shape, _ in multimodal.checkpoint.tensors()}
     embeddings = [name for name in merged if kind_of(name) == "embed"]
     return {
@@ -80,16 +80,16 @@ def tied_heads(
 
 
 def check_tied(tied: Mapping[str, str], multimodal: Opened) -> None:
-    """Refuse a head that is tied by the configuration and differs from the embedding.
+    """Refuse a head that the configuration ties to an embedding which it differs from.
 
     Raises:
-        CheckpointError: there is one.
+        CheckpointError: a head differs.
     """
     for head, embedding in tied.items():
         if not _equal(multimodal.checkpoint, head, embedding):
             raise CheckpointError(
-                f"{multimodal.source.path}: the configuration ties {head} to {embedding}, and they "
-                "differ; set tie_word_embeddings to false in its config.json to merge both, or "
+                f"{multimodal.source.path}: the configuration ties {head} to {embedding}, but "
+                "they differ; set tie_word_embeddings to false in config.json to merge both, or "
                 "leave the embedding as it is with modules=('attn', 'mlp', 'norm')"
             )
 

@@ -1,6 +1,6 @@
 """Every tensor of a merge's output in file order: merged from what and how, or why it is copied.
 
-Owns the way from alignments to the core's list of tensors; opens nothing and writes nothing.
+Turns alignments into the core's list of tensors; opens and writes nothing.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Blended:
-    """A tensor that is merged: where its values come from, and with which weight."""
+    """A tensor to merge: where its values come from, and its weight."""
 
     pair: Pair
     of_base: Pair | None
@@ -55,8 +55,8 @@ class Alignments:
 class MergeLayout:
     """Every tensor of the multimodal checkpoint in file order: merged, or why it is not.
 
-    `tied` are heads that are stored beside the merged embedding which they are tied to, each with
-    that embedding's name. They are not written, or the loaded model would have an old head.
+    `tied` maps stored heads to the merged embedding that they are tied to. They are not written:
+    the loaded model would have the old head.
     """
 
     chosen: ChosenMethod
@@ -75,8 +75,8 @@ class MergeLayout:
         Raises:
             AlignmentError: when strict, a tensor without a match in the base.
             CheckpointError: a tensor that cannot be merged into, such as 8-bit codes.
-            ValueError: a selected tensor that the weights have no number for, or a number for a
-                kind that no merged tensor has.
+            ValueError: a selected tensor without a weight, or a weight for a kind that no merged
+                tensor has.
         """
         multimodal = found.reasoning.multimodal
         bases = {} if found.base is None else {pair.name: pair for pair in found.base.pairs}
@@ -122,7 +122,7 @@ class MergeLayout:
         return [name for name in self.names if name not in self.tied]
 
     def slots(self) -> list[tuple[str, str | None]]:
-        """Return each tensor and the dtype of its result, None for its own."""
+        """Return each tensor and the dtype of its result; None keeps its own."""
         return [
             (name, self.blended[name].dtype if name in self.blended else None)
             for name in self.written
@@ -141,7 +141,7 @@ class MergeLayout:
 
     @property
     def total_nbytes(self) -> int:
-        """Bytes as the core counts its progress: for each model that is read, the tensor's own."""
+        """Bytes as the core counts progress: a tensor's own, once for each model that is read."""
         return sum(self.nbytes[name] * self._models(name) for name in self.written)
 
     def _models(self, name: str) -> int:
@@ -153,7 +153,7 @@ def _weight(chosen: ChosenMethod, name: str) -> float:
     weight = chosen.weight_of(name)
     if weight is None:
         raise ValueError(
-            f"{name} is selected and weight has no number for {kind_of(name)!r}; add one, or one "
-            f"for {REST!r}, or leave modules out to merge what weight names"
+            f"{name} is selected, but weight has no number for {kind_of(name)!r}; add one, or one "
+            f"for {REST!r}, or leave modules out to merge the kinds that weight names"
         )
     return weight

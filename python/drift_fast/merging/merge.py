@@ -1,8 +1,8 @@
 """Merge a text reasoning model into a multimodal one, without loading either.
 
-Owns `merge` and `Merged`. The result is a checkpoint of its own: every tensor of the multimodal
-one, merged or byte for byte, with its configuration and tokenizer. It appears whole or not at all.
-What a method takes is `methods`', what it computes the core's; docs/merging.md has the equations.
+Owns `merge` and `Merged`. The result is a complete checkpoint: every tensor of the multimodal model
+is merged or copied byte for byte, its configuration and tokenizer too. It appears whole or not at
+all. `methods` says what each method takes, the core computes it; docs/merging.md has the equations.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from drift_fast._keywords import MergeKeywords
 
 FORMAT_VERSION = 1
-# What `merge.json` may take for one tensor beside its names.
+# The most bytes that one tensor takes in `merge.json`, without its names.
 _ROW_NBYTES = 640
 
 
@@ -49,8 +49,8 @@ _ROW_NBYTES = 640
 class Merged:
     """What `merge` wrote, and from what.
 
-    `peak_nbytes` is the most that the stream's buffers took at a time. `files` are the side files
-    that were copied, and `left_behind` the others beside the multimodal model.
+    `peak_nbytes` is the most that buffers took at any time. `files` are the side files that were
+    copied, `left_behind` the other files beside the multimodal model.
     """
 
     path: Path
@@ -65,14 +65,14 @@ class Merged:
 
     @property
     def merged(self) -> list[str]:
-        """Names of the tensors that were merged, in file order."""
+        """Names of the merged tensors, in file order."""
         return [tensor.name for tensor in self.tensors if tensor.sources]
 
     @property
     def copied(self) -> list[str]:
-        """Names of the tensors that are the multimodal model's byte for byte, in file order.
+        """Names of the tensors that were copied byte for byte, in file order.
 
-        A stored head that is tied to a merged embedding is in `tensors` and in no output.
+        A stored head that is tied to a merged embedding is in `tensors`, but is not written.
         """
         return [
             tensor.name
@@ -101,42 +101,46 @@ def merge(
 ) -> Merged:
     """Merge a reasoning model into the language backbone of a multimodal one, and write the result.
 
-    Every element is computed in float64 and rounded once. With R, M and B the reasoning model, the
-    multimodal model and the base, w the weight and v `multimodal_weight`:
+    Every element is computed in float64 and rounded once. R, M and B are the reasoning model, the
+    multimodal model and the base; w is `weight`, and v `multimodal_weight`:
 
     | method | W = |
     |---|---|
     | `linear` | (1 − w)·M + w·R |
     | `task_arithmetic` | B + w·(R − B) + v·(M − B); without a base M + w·(R − M) |
-    | `ties` | B + the mean of w·R̂ and v·M̂ where they have the elected sign, trimmed to `density` |
-    | `dare_linear` | B + w·R̃ + v·M̃, of which 1 − `density` is dropped and the rest rescaled |
-    | `dare_ties` | as `ties`, of what DARE leaves instead of trimming |
-    | `layer_swap` | M in the first `keep_layers` decoder layers and outside of them, else R |
-    | `slerp` | from M to R along the great circle, at w, tensor by tensor |
+    | `ties` | B + the mean of w·R̂ and v·M̂ where they have the elected sign |
+    | `dare_linear` | B + w·R̃ + v·M̃ |
+    | `dare_ties` | as `ties`, with R̃ and M̃ in place of R̂ and M̂ |
+    | `layer_swap` | R in the decoder layers after the first `keep_layers`, M elsewhere |
+    | `slerp` | the point at w on the great circle from M to R, for each tensor |
 
-    Sources are given and aligned as for `compute_delta`, the base with the multimodal model as
-    well. `out` becomes a directory that `from_pretrained` loads: all tensors of the multimodal
-    checkpoint under their names, its configuration, tokenizer, processor, chat template and
-    generation settings, and `merge.json`, which says what was done. Pickles and code are never
+    R̂ and M̂ are the task vectors R − B and M − B, trimmed to the share `density` of their largest
+    elements. R̃ and M̃ keep that share at random, rescaled. The elected sign of an element is that of
+    w·R̂ + v·M̂.
+
+    Sources are given and aligned as for `compute_delta`; the base, too, is aligned with the
+    multimodal model. `out` becomes a directory that `from_pretrained` loads: all tensors of the
+    multimodal checkpoint under their names, its configuration, tokenizer, processor, chat template
+    and generation settings, and `merge.json`, which says what was done. Pickles and code are never
     copied. With `strict=False` a selected tensor without a match is copied. Rows of embeddings and
-    heads without a match stay the multimodal model's. Buffers are merged only where a pattern in
-    `modules` names them.
+    heads without a match keep the multimodal model's values. Buffers are merged only if a pattern
+    in `modules` names them.
 
     Raises:
-        FileNotFoundError, CheckpointError: a source that is missing or not valid, or that cannot be
-            merged into, such as 8-bit codes.
+        FileNotFoundError, CheckpointError: a source that is missing or invalid, or that cannot be
+            merged into, such as one with 8-bit codes.
         AlignmentError, CoverageError: sources, or a mapping, that do not fit each other.
         NonFiniteError: NaN or infinity in a source, or a result beyond the dtype's range.
-        FileExistsError, OSError: an output that is taken, or a full disk or quota; nothing is left
-            behind.
+        FileExistsError, OSError: an output that already exists, or a full disk or quota; nothing is
+            left behind.
         TypeError: an unknown option.
-        ValueError: an argument without meaning, such as an output inside a source, or memory that
-            not even one thread can work in.
+        ValueError: an invalid argument, such as an output inside a source or less memory than one
+            thread needs.
     """
     given = MergeConfig.from_keywords(options, function="merge")
     chosen = given.chosen(method, has_base=given.base is not None)
     if given.base_mapping is not None and given.base is None:
-        raise ValueError("base_mapping says which tensors of the base are which; it needs base=…")
+        raise ValueError("base_mapping is about the tensors of the base, so it needs base=…")
     target = Path(out).expanduser()
     with reported(given.progress_bar, given.on_progress) as report:
         found = _align(chosen, reasoning, multimodal, given)
@@ -174,7 +178,7 @@ def _align(
 def _align_base(
     base: Opened, multimodal: Opened, selection: Selection, given: MergeConfig
 ) -> AlignedPair:
-    """Align the base, as is stated for it or, where that holds, for the reasoning model."""
+    """Align the base by its own mapping or, if that one holds for it, the reasoning model's."""
     stated: MappingLike | None = given.base_mapping
     why = ""
     if stated is None and given.mapping is not None:
@@ -189,12 +193,12 @@ def _align_base(
         return align_checkpoints(base, multimodal, options, selection=selection)
     except AlignmentError as error:
         raise AlignmentError(
-            f"the base: {error}{why}\nA mapping for the base is given as base_mapping=…"
+            f"the base: {error}{why}\nTo state a mapping for the base, pass base_mapping=…"
         ) from error
 
 
 def _fetched(pair: AlignedPair, layout: MergeLayout, on_progress: ProgressCallback) -> AlignedPair:
-    """Download what the merge needs: of the multimodal checkpoint, everything."""
+    """Download what the merge needs: all of the multimodal checkpoint, and selected tensors."""
 
     def report(done: int, total: int) -> None:
         on_progress(Progress(0, len(layout.names), done, total, "downloading"))
@@ -329,10 +333,10 @@ def _refuse_in_place(out: Path, sources: Sequence[Opened]) -> None:
     for opened in sources:
         path = opened.source.path.resolve()
         directory = opened.directory.resolve()
-        # Beside a single file there is room for other things.
+        # The output may be beside a source that is a single file.
         within = path.is_dir() and path in target.parents
         if within or target in (path, directory):
             raise ValueError(
                 f"{out}: the output is{' inside' if within else ''} {opened.source.path}, a source "
-                "of this merge, which it must not change; choose another directory"
+                "of this merge; choose another directory"
             )

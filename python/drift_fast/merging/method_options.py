@@ -1,7 +1,7 @@
-"""What a merge is asked to do: the numbers of a method, and the weight of each tensor.
+"""The numbers of a merge method, and the weight of each tensor.
 
 Owns the checks of arguments that need no checkpoint. A number that the method does not take is
-refused, and so is a weight that no merged tensor has, so that nothing is ignored in silence.
+refused, and so is a weight that no merged tensor has: nothing is ignored silently.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from drift_fast.options import Options, option
 
 Weight = float | Mapping[str, float]
 
-# The key of a mapping of weights for the kinds that it does not name.
+# The key in a mapping of weights for all kinds that the mapping does not name.
 REST = "all"
 
 
@@ -51,30 +51,29 @@ class MethodOptions(Options):
     weight: Weight | None = option(
         None,
         "how much of the reasoning model: a number, or one for each kind of module, such as "
-        "attn=0.7,mlp=1.25, with `all` for kinds that are not named; 1 by default, while linear "
-        "and slerp need one",
+        "attn=0.7,mlp=1.25, with `all` for kinds that are not named; 1 by default, required by "
+        "linear and slerp",
         parse=parse_weight,
         metavar="W",
     )
     multimodal_weight: float | None = option(
-        None, "weight of multimodal − base; 1 by default, needs a base", metavar="V"
+        None, "weight of multimodal − base, which needs a base; 1 by default", metavar="V"
     )
     density: float | None = option(
         None,
-        "share of each task vector that ties and dare_* keep, above 0 and up to 1",
+        "share of each task vector that ties and dare_* keep, above 0 and at most 1",
         metavar="SHARE",
     )
     seed: int | None = option(None, "seed of what DARE drops; 0 by default")
     keep_layers: int | None = option(
-        None, "how many of the first decoder layers layer_swap leaves alone", metavar="N"
+        None, "how many of the first decoder layers layer_swap does not replace", metavar="N"
     )
 
     def chosen(self, method: str, *, has_base: bool) -> ChosenMethod:
         """Return the method with these numbers.
 
         Raises:
-            ValueError: an unknown method, a number that it needs or does not take, or one out of
-                range.
+            ValueError: an unknown method, or a number that is missing, not taken or out of range.
         """
         if method not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
@@ -105,7 +104,7 @@ class MethodOptions(Options):
                 "multimodal_weight is the weight of multimodal − base, so it needs base=…"
             )
         if self.weight is not None and not method.takes_weight:
-            raise ValueError(f"{method.name} takes tensors as they are; leave weight out")
+            raise ValueError(f"{method.name} replaces whole tensors; leave weight out")
         for name in ("density", "seed", "keep_layers"):
             if getattr(self, name) is not None and not getattr(method, f"takes_{name}"):
                 raise ValueError(
@@ -115,7 +114,7 @@ class MethodOptions(Options):
 
 @dataclass(frozen=True)
 class ChosenMethod:
-    """A method with its checked numbers; `weight` has one for each kind of module, or for all."""
+    """A method with its checked numbers; `weight` has one for each module kind, or one for all."""
 
     method: Method
     weight: Mapping[str, float]
@@ -125,14 +124,14 @@ class ChosenMethod:
     keep_layers: int | None
 
     def weight_of(self, name: str) -> float | None:
-        """Return the reasoning model's weight of a tensor; None where there is no number for it."""
+        """Return the reasoning model's weight for a tensor; None if there is none."""
         return self.weight.get(kind_of(name), self.weight.get(REST))
 
     def refuse_unused(self, merged: Iterable[str]) -> None:
-        """Refuse a weight that none of the merged tensors has.
+        """Refuse a weight that applies to none of the merged tensors.
 
         Raises:
-            ValueError: a kind with a number that no name has.
+            ValueError: a kind that has a number, but no merged tensor.
         """
         kinds = {kind_of(name) for name in merged}
         unused = [kind for kind in self.weight if kind != REST and kind not in kinds]
@@ -204,5 +203,5 @@ def _keep_layers(keep_layers: int | None, method: Method) -> int | None:
             f"{method.name} needs keep_layers: how many of the first decoder layers stay the "
             "multimodal model's"
         )
-    # More layers than any model has.
+    # Far more layers than any model has.
     return _whole(keep_layers, "keep_layers", most=10**6)

@@ -21,11 +21,11 @@ COPIED_SCALES = "block scales of a tensor that is copied"
 class MergedTensor:
     """What became of one tensor.
 
-    `sources` are the reasoning checkpoint's names, none where the tensor was copied, and then
-    `reason` says why. `merged` counts elements with a match. `kept_reasoning` and
-    `kept_multimodal` count what trimming or dropping left of each task vector, and `cosine` is that
-    of both tensors, each where the method has it. `nonfinite` counts NaN and infinities of the
-    sources, `overflow` results beyond the dtype.
+    `sources` are names of the reasoning checkpoint. A copied tensor has none, and `reason` says why
+    it was copied. `merged` counts elements with a match. If the method has them, `kept_reasoning`
+    and `kept_multimodal` count what trimming or dropping left of each task vector, and `cosine` is
+    that between the two tensors. `nonfinite` counts NaN and infinities in the sources, `overflow`
+    results beyond the dtype's range.
     """
 
     name: str
@@ -42,7 +42,7 @@ class MergedTensor:
     overflow: int = 0
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what is known for `merge.json`; the name shows the kind and the layer."""
+        """Return what is known, for `merge.json`; kind and layer follow from the name."""
         derived = {"kind", "layer"}
         return {
             key: value
@@ -77,7 +77,7 @@ def refuse_nonfinite(found: Iterable[tuple[Blended, Found]], paths: Mapping[str,
     """Refuse NaN and infinities, in sources or in results; `paths` are those of each model.
 
     Raises:
-        NonFiniteError: there are some.
+        NonFiniteError: a value is not finite.
     """
     problems = [problem for blended, row in found for problem in _problems(blended, row, paths)]
     refuse_problems(problems, "count them in the report instead")

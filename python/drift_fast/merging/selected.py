@@ -1,4 +1,4 @@
-"""Which tensors a merge selects, from what was asked for or from the kinds that have a weight."""
+"""Which tensors a merge selects: those asked for or, by default, the kinds that have a weight."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class _OfMerge(Selection):
 
 
 def selection_of(chosen: ChosenMethod, modules: Modules | None, layers: Layers) -> Selection:
-    """Return which tensors are merged: what was asked for, or the kinds that have a weight.
+    """Return the selection; without `modules`, the kinds that have a weight.
 
     Raises:
         ValueError: modules or layers that `Selection` refuses.

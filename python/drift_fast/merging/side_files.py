@@ -1,9 +1,8 @@
 """Which side files of the multimodal model a merge copies, and which are left behind.
 
-The core lists the names of side files: settings, text, tokenizers and licenses, never a file that
-can run code or that holds weights. Owns where such a file may be: links are followed within the
-model's directory and to the blobs of the Hub's cache, which consists of them, and to nowhere else,
-since a merged model may be published.
+The core lists the names of side files: settings, text, tokenizers and licenses, never a file with
+code or weights. Owns where such a file may be: a link is followed within the model's directory and
+into the blobs of the Hub's cache, and nowhere else, since a merged model may be published.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
     from drift_fast.checkpoints.opened import Opened
 
 _INDEX = "model.safetensors.index.json"
-# Far above what a tokenizer of a quarter of a million tokens takes.
+# Far more than a tokenizer of a quarter of a million tokens takes.
 _LIMIT_NBYTES = 500_000_000
 
 
@@ -30,7 +29,7 @@ class SideFiles:
 
     files: dict[str, tuple[Path, int]]
     left_behind: list[str]
-    # Those left behind that are side files by name, but links to somewhere else.
+    # Those left behind that have a side file's name, but are links to somewhere else.
     outside: list[str]
 
     @property
@@ -48,8 +47,8 @@ class SideFiles:
         data = path.read_bytes()
         if len(data) != nbytes:
             raise CheckpointError(
-                f"{path}: has {len(data)} bytes and had {nbytes} when the merge began; run again "
-                "once nothing writes to it"
+                f"{path}: had {nbytes} bytes when the merge began and has {len(data)} now; run "
+                "again once nothing writes to it"
             )
         return data
 
@@ -58,8 +57,8 @@ def find_side_files(multimodal: Opened) -> SideFiles:
     """Return the side files beside a multimodal model's weights.
 
     Raises:
-        FileNotFoundError: no config.json, without which the result does not load.
-        CheckpointError: a file that is far too large, or a server that fails.
+        FileNotFoundError: there is no config.json, without which the result does not load.
+        CheckpointError: a file is far too large, or a server fails.
     """
     directory, remote = multimodal.directory, multimodal.source.remote
     if remote is not None:
@@ -103,17 +102,17 @@ def _is_within(path: Path, directory: Path) -> bool:
 
 
 def warn_of_what_stays(found: SideFiles) -> None:
-    """Warn of code that the model comes with, and of links to elsewhere: neither is copied."""
+    """Warn about code of the model and about links to elsewhere: neither is copied."""
     if found.code:
         warnings.warn(
             f"the multimodal model comes with code ({', '.join(found.code)}), which is never "
-            "copied: a model that needs it loads only once you have put it beside the merged one",
+            "copied: if the model needs it, put it beside the merged one before loading that",
             DriftWarning,
             stacklevel=3,
         )
     if found.outside:
         warnings.warn(
-            f"left behind, since they are links out of the multimodal model's directory: "
+            f"not copied, since they are links out of the multimodal model's directory: "
             f"{', '.join(found.outside)}; put the files themselves there if they belong to it",
             DriftWarning,
             stacklevel=3,

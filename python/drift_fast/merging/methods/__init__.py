@@ -1,5 +1,5 @@
-"""The merge methods. A new one is a module here and a line in the registry; its arithmetic is the
-core's (`kernel/blend.rs`)."""
+"""The merge methods. A new one is a module here and a line in the registry; the core
+(`kernel/blend.rs`) has its arithmetic."""
 
 from __future__ import annotations
 

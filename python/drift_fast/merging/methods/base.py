@@ -1,4 +1,4 @@
-"""What a merge method is: a name that the core knows, its equation, and the numbers it takes."""
+"""What a merge method is: a name that the core knows, and the numbers it takes."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from dataclasses import dataclass
 class Method:
     """One way to merge R and M, or what both changed of a base B, with weights w and v.
 
-    `weight` is the default of w, None where it must be given. `density` is an example of one, for
-    the message that asks for it; empty where the method takes none.
+    `weight` is the default of w; None if it must be given. `density` is an example for the message
+    that asks for one; it is empty if the method takes none.
     """
 
     name: str
-    equation: str
     weight: float | None = 1.0
     takes_weight: bool = True
     takes_base: bool = False

@@ -4,10 +4,4 @@ from __future__ import annotations
 
 from drift_fast.merging.methods.base import Method
 
-METHOD = Method(
-    "dare_ties",
-    "as `ties`, of what DARE leaves instead of trimming",
-    takes_base=True,
-    takes_seed=True,
-    density="0.5",
-)
+METHOD = Method("dare_ties", takes_base=True, takes_seed=True, density="0.5")

@@ -1,12 +1,7 @@
-"""Whole decoder layers of the reasoning model."""
+"""R in the decoder layers after the first `keep_layers`, M elsewhere."""
 
 from __future__ import annotations
 
 from drift_fast.merging.methods.base import Method
 
-METHOD = Method(
-    "layer_swap",
-    "M in the first `keep_layers` decoder layers and outside of them, R in the others",
-    takes_weight=False,
-    takes_keep_layers=True,
-)
+METHOD = Method("layer_swap", takes_weight=False, takes_keep_layers=True)

@@ -1,7 +1,7 @@
-"""A weighted mean of both models."""
+"""(1 − w)·M + w·R, a weighted mean of the two models."""
 
 from __future__ import annotations
 
 from drift_fast.merging.methods.base import Method
 
-METHOD = Method("linear", "(1 − w)·M + w·R", weight=None)
+METHOD = Method("linear", weight=None)
