@@ -1,1 +1,1 @@
-"""The command `drift-fast`: one module a command."""
+"""The command `drift-fast`: one module for each of its commands."""

@@ -14,8 +14,8 @@ from drift_fast.cli.output import print_json, remark
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the command and add its arguments."""
     parser.description = (
-        "Match the tensors of two checkpoints. Exit status 1 where delta would refuse "
-        "the pair and no map was asked for."
+        "Match the tensors of two checkpoints. The exit status is 1 if delta would refuse "
+        "the pair, unless --out asks for a map."
     )
     add_sources(parser)
     parser.add_argument("--out", "-o", type=Path, metavar="JSON", help="write a map file to edit")
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(given: argparse.Namespace) -> int:
-    """Match, report, and write the map where one was asked for."""
+    """Match, report, and write the map if one was asked for."""
     options = from_flags(given, PairOptions, "align")
     found = align(given.reasoning, given.multimodal, **options.to_dict())
     if given.json:

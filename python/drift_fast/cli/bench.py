@@ -15,9 +15,9 @@ from drift_fast.cli.output import remark
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the command and add its arguments."""
     parser.description = (
-        "Write a seeded synthetic pair, check every result against float64, and time "
-        "drift-fast beside those of PyTorch, transformers and mergekit that are installed, and "
-        "beside an XOR of both files. Leaves a table, JSON and a picture at --out."
+        "Write a seeded synthetic pair, check every result against float64, and time drift-fast, "
+        "an XOR of both files, and whatever is installed of PyTorch, transformers and mergekit. "
+        "Writes a table, JSON and a picture to --out."
     )
     parser.add_argument(
         "--out", "-o", type=Path, default=Path("bench-results"), help="directory for results"

@@ -13,9 +13,9 @@ from drift_fast.preflight.options import CheckOptions
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the command and add its arguments."""
     parser.description = (
-        "Compare two models by configuration and headers. With MODEL, the first two "
-        "are an expert and its reference, whose Δ is to be attached to it. Exit status: 0 they "
-        "fit, notes included, 1 something breaks the method, 2 wrong usage."
+        "Compare the configurations and headers of two models. With MODEL, the first two are an "
+        "expert and its reference, and their Δ is meant for MODEL. Exit status: 0 they fit, with "
+        "or without notes; 1 something breaks the method; 2 wrong usage."
     )
     parser.add_argument("reasoning", help=f"text-only reasoning checkpoint, or expert: {SOURCE}")
     parser.add_argument("multimodal", help="multimodal checkpoint, or reference")
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
     add_config(parser)
     add_options(parser, CheckOptions)
-    # Status 1 says that the models do not fit.
+    # Status 1 means that the models do not fit.
     parser.set_defaults(run=run, value_error_status=2)
 
 

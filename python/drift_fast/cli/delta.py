@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_sources(parser)
     parser.add_argument("--out", "-o", required=True, type=Path, help="directory to write")
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw norms and cosines too")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="also draw norms and cosines")
     add_json(parser)
     add_config(parser)
     add_options(parser, DeltaOptions)

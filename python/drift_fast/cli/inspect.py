@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--by",
         choices=("module", "layer", "tensor"),
         default="module",
-        help="what has a row of the table (default module)",
+        help="what each row of the table is for (default module)",
     )
     add_json(parser)
     add_config(parser)

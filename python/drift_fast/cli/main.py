@@ -1,9 +1,8 @@
 """The command `drift-fast`: its parser, its errors and its exit status.
 
 Results go to standard output, progress and messages to standard error. Exit status: 0 done,
-1 refused or failed, 2 wrong usage, 130 interrupted. A command imports torch only where it needs
-tensors: `demo`, `plan` for a model without weights, and pairs whose tensors are laid out
-differently.
+1 refused or failed, 2 wrong usage, 130 interrupted. Torch is imported only by `demo`, by `plan`
+for a model without weights, and for pairs whose tensors are laid out differently.
 """
 
 from __future__ import annotations
@@ -20,16 +19,16 @@ from drift_fast import __version__
 from drift_fast.cli.output import remark
 from drift_fast.errors import DriftError, DriftWarning
 
-# Each is a module of this folder, which is loaded when its command is given.
+# Each is a module of this folder, loaded when its command is given.
 _COMMANDS = {
     "delta": "compute reasoning − multimodal and write it",
-    "inspect": "norms and cosines between two checkpoints; writes nothing",
-    "align": "which tensor of one checkpoint is which of the other, and how surely",
-    "check": "whether two models fit each other and what Δ will cost; reads no weight",
+    "inspect": "measure norms and cosines between two checkpoints; writes nothing",
+    "align": "show which tensor of one checkpoint matches which of the other, and how surely",
+    "check": "say whether two models fit each other and what Δ will cost; reads no weights",
     "merge": "merge a reasoning model into a multimodal one and write the result",
-    "plan": "memory, disk, hours and λ of a training run, before it starts; reads no weight",
-    "demo": "all steps on two tiny trained models: delta, fine-tuning, comparison, pictures",
-    "bench": "time statistics and Δ of a synthetic pair beside rivals and what the machine allows",
+    "plan": "estimate memory, disk, hours and λ of a training run; reads no weights",
+    "demo": "run all steps on two tiny trained models: delta, fine-tuning, comparison, pictures",
+    "bench": "time statistics and Δ of a synthetic pair, beside rivals and the machine's limit",
 }
 
 
@@ -57,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
-    """Return the parser, in which the command that `arguments` name has its arguments."""
+    """Return the parser; only the command that `arguments` name gets its own arguments."""
     parser = argparse.ArgumentParser(
         prog="drift-fast",
         description="Stream the reasoning delta between two checkpoints, and inject it.",
@@ -86,7 +85,7 @@ def _show_warning(
 
 
 def _message(error: Exception) -> str:
-    # str(OSError) would show its number; the text is what a user needs.
+    # str(OSError) would show the error's number too.
     if isinstance(error, OSError) and error.strerror:
         return error.strerror if not error.filename else f"{error.filename}: {error.strerror}"
     return str(error)

@@ -1,7 +1,7 @@
 """Flags from the fields of option dataclasses, and options from flags and a configuration file.
 
-Owns no option: name, type, default, choices and help are the field's. `check_weights` becomes
-`--check-weights` and `--no-check-weights`. A flag wins over the file.
+Owns no option: name, type, default, choices and help come from the field. `check_weights` becomes
+`--check-weights` and `--no-check-weights`. A flag overrides the file.
 """
 
 from __future__ import annotations
@@ -39,25 +39,25 @@ def add_config(parser: argparse.ArgumentParser) -> None:
         "--config",
         type=Path,
         metavar="FILE",
-        help="YAML or JSON with the options below, as they are or in a section named like the "
-        "command; flags win",
+        help="YAML or JSON with the options below, at its top or in a section with the command's "
+        "name; flags override it",
     )
 
 
 def add_options(
     parser: argparse.ArgumentParser, cls: type[Options], only: Collection[str] = ()
 ) -> None:
-    """Add a flag for each option of `cls`, or for some; what is not given is not in the result."""
+    """Add a flag for each option of `cls`, or for some; a flag that is not given sets nothing."""
     for each in fields(cls):
         if about_of(each).in_file and (not only or each.name in only):
             _add_flag(parser, each)
 
 
 def from_flags(given: argparse.Namespace, cls: type[Given], command: str) -> Given:
-    """Return the options of a command: those of `--config`, over which flags win.
+    """Return the options of a command: those of `--config`, overridden by flags.
 
     Raises:
-        ValueError: a configuration file that is not one, or a value without meaning.
+        ValueError: an invalid configuration file or value.
         FileNotFoundError, ImportError: no such file, or YAML without PyYAML.
     """
     flags = given_flags(given, cls)
@@ -77,8 +77,7 @@ def given_flags(given: argparse.Namespace, cls: type[Options]) -> dict[str, Any]
 def read_section(path: Path, command: str) -> Mapping[str, Any]:
     """Return what a configuration file says about a command.
 
-    A file with sections has one for each command that it configures; one without them has the
-    options of a command as they are.
+    A file either has a section for each command that it configures, or the options of one command.
 
     Raises:
         ValueError: not a mapping, or sections of other commands only.
@@ -107,7 +106,7 @@ def read_section(path: Path, command: str) -> Mapping[str, Any]:
 
 
 def _is_section(value: object) -> bool:
-    # A section whose lines are all commented out is null.
+    # A section with nothing but comments is null.
     return value is None or isinstance(value, Mapping)
 
 
@@ -132,7 +131,7 @@ def _add_flag(parser: argparse.ArgumentParser, each: Field[Any]) -> None:
     parser.add_argument(
         flag,
         type=_reader(each),
-        # Shown in the help; the reader refuses another value, and knows those that are gone.
+        # For the help only: the reader refuses other values, and knows the retired ones.
         choices=about.choices,
         metavar=about.metavar if about.choices is None else None,
         default=argparse.SUPPRESS,
@@ -141,7 +140,7 @@ def _add_flag(parser: argparse.ArgumentParser, each: Field[Any]) -> None:
 
 
 def _is_repeated(each: Field[Any]) -> bool:
-    """Say whether a flag adds one name to those that were given before."""
+    """Whether a flag adds one name to those given before."""
     return str(each.type) == "tuple[str, ...]"
 
 
@@ -159,7 +158,7 @@ def _help(each: Field[Any]) -> str:
 
 
 def _reader(each: Field[Any]) -> Callable[[str], Any]:
-    """Return what turns the text of a flag into a value, and refuses one without meaning."""
+    """Return the function that turns the text of a flag into a value or refuses it."""
     kinds = str(each.type).split(" | ")
     numbers = [] if "str" in kinds else [one for one in (int, float) if one.__name__ in kinds]
 

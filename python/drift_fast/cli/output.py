@@ -31,7 +31,7 @@ def report_transfers(sources: Mapping[str, Any]) -> None:
 
 
 def peak(nbytes: int | None) -> str:
-    """Return what a stream took, in words."""
+    """Return how much memory the buffers took, in words."""
     return f"buffers took {(nbytes or 0) / 1e6:.1f} MB at most"
 
 

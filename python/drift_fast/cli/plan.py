@@ -1,6 +1,6 @@
 """The command `drift-fast plan`.
 
-Exit status: 0 planned (warnings included), 1 refused, 2 an option without meaning.
+Exit status: 0 planned, with or without warnings; 1 refused; 2 an invalid option.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from drift_fast.planner.planning import plan
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the command and add its arguments."""
     parser.description = (
-        "Say what Δ and a training run with it will take, and how far it will move, "
-        "each figure with where it comes from. A directory with a config.json is enough."
+        "Estimate what Δ and a training run with it will take, and how far the run will move. "
+        "Every figure says where it comes from. A directory with a config.json is enough."
     )
     parser.add_argument("reasoning", help="text-only reasoning checkpoint, or its config.json")
     parser.add_argument("multimodal", help="multimodal checkpoint, or its config.json")
@@ -27,8 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--config",
         type=Path,
         metavar="FILE",
-        help="a training configuration in YAML or JSON, in the names of the Trainer, of "
-        "LLaMA-Factory or of the flags below; flags win",
+        help="a training configuration in YAML or JSON, with the names of the Trainer, of "
+        "LLaMA-Factory or of the flags below; flags override it",
     )
     parser.add_argument(
         "--peak-tflops",

@@ -1,6 +1,6 @@
-"""What a training configuration says about a run: the Trainer's and LLaMA-Factory's names.
+"""Read a run from a training configuration, in the names of the Trainer or of LLaMA-Factory.
 
-Invariant: a key that the figures depend on is used or refused; every other one is listed.
+Invariant: a key that the figures depend on is used or refused; every other key is listed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from drift_fast.options import plain
 from drift_fast.planner.options import PlanOptions
 from drift_fast.planner.training import Training
 
-# What the Trainer's arguments and LLaMA-Factory's configuration call the same.
+# Names that the Trainer's arguments and LLaMA-Factory's configuration share.
 _OTHER_NAMES = {
     "per_device_train_batch_size": "batch",
     "gradient_accumulation_steps": "accumulation",
@@ -33,7 +33,7 @@ _OPTIMIZER_NAMES = {
     "adamw_8bit": "adamw8bit",
     "paged_adamw_8bit": "adamw8bit",
 }
-# What needs other figures than those of all weights trained in bfloat16 or float32.
+# Keys that would change the figures, which are for all weights trained in bfloat16 or float32.
 _NOT_PLANNED = (
     *("finetuning_type", "use_peft", "use_lora", "lora_rank", "lora_r", "lora_target"),
     *("lora_target_modules", "peft_config", "adapter", "adapter_name_or_path"),
@@ -43,7 +43,7 @@ _NOT_PLANNED = (
 )
 _FREEZING = ("freeze_vision", "freeze_vision_tower", "freeze_multi_modal_projector")
 _WARMUP = ("warmup_steps", "warmup_ratio")
-# Options of the injection, which are in the section drift_fast.
+# Options of the injection, from the section drift_fast.
 _OF_SECTION = (
     *("modules", "layers", "alpha", "scale", "residency"),
     *("schedule", "progress_cap", "progress_target"),
@@ -55,8 +55,8 @@ _FIELDS = {each.name: each for each in fields(Training)}
 class Configuration:
     """The numbers of a run as a file states them.
 
-    `delta` is the one that the section drift_fast names, `unused` are the keys that no figure
-    depends on; a key of the section is listed as `drift_fast.key`.
+    `delta` is the one that the section drift_fast names. `unused` are the keys that no figure
+    depends on; one of that section is listed as `drift_fast.key`.
     """
 
     numbers: dict[str, Any] = field(default_factory=dict)
@@ -67,14 +67,13 @@ class Configuration:
     def read(cls, path: Path) -> Configuration:
         """Read a YAML or JSON file.
 
-        A section `plan` holds options of `plan`, and the rest of the file is not read. Otherwise
-        names are the planner's own, the Trainer's or LLaMA-Factory's; without a save_total_limit
-        all checkpoints are kept, as both do. `deepspeed` is a configuration of DeepSpeed or names a
-        file of one, from which the stage and offloading follow; a relative name is resolved from
-        the folder of the file.
+        A section `plan` has options of `plan`, and then the rest of the file is not read. Without
+        one, names are the planner's, the Trainer's or LLaMA-Factory's. Without save_total_limit all
+        checkpoints are kept, as both do. `deepspeed` is a DeepSpeed
+        configuration or the path of one, relative to the file; stage and offloading follow from it.
 
         Raises:
-            ValueError: not a mapping, a value without meaning, or one that is not planned for.
+            ValueError: not a mapping, an invalid value, or one that is not planned for.
             ImportError: a YAML file without PyYAML.
             FileNotFoundError: no such file, or no such DeepSpeed file.
         """
@@ -97,10 +96,10 @@ class Configuration:
         return found
 
     def _take(self, path: Path, key: str, value: Any) -> None:
-        """Use one key by what it means, or list it."""
+        """Use a key whose meaning is known, or list it."""
         name = _OTHER_NAMES.get(key, key)
         if key == "max_steps":
-            # The Trainer's −1 means that epochs decide.
+            # With the Trainer's −1, epochs decide.
             steps = _number(path, key, "steps", value)
             self.numbers |= {"steps": steps} if steps > 0 else {}
         elif key == "optim":
@@ -120,7 +119,7 @@ class Configuration:
         elif key in _NOT_PLANNED:
             if value not in ("full", False, 0, "", [], {}):
                 raise ValueError(
-                    f"{path}: {key}: {value!r} is not planned for, since every figure is of all "
+                    f"{path}: {key}: {value!r} is not planned for: every figure is for all "
                     "weights trained in bfloat16 or float32; leave it out to plan that"
                 )
             self.unused.append(key)
@@ -130,7 +129,7 @@ class Configuration:
             self.unused.append(str(key))
 
     def _take_several(self, path: Path, content: Mapping[str, Any]) -> None:
-        """Use keys that mean something together: what is frozen, and the warm-up."""
+        """Use keys that depend on each other: what is frozen, and the warm-up."""
         given = {
             key: content[key] for key in (*_FREEZING, *_WARMUP) if content.get(key) is not None
         }
@@ -141,7 +140,7 @@ class Configuration:
             float(_number(path, key, "warmup", given[key])) if key in given else None
             for key in _WARMUP
         )
-        # As the Trainer chooses: steps above 0 before a share.
+        # As in the Trainer, a number of steps above 0 overrides a share.
         warmup = steps if steps or share is None else share
         if warmup is not None:
             self.numbers.setdefault("warmup", warmup)
@@ -162,7 +161,7 @@ class Configuration:
 
 
 def _number(path: Path, key: str, name: str, value: Any) -> Any:
-    """Return a value of the type that the option `name` has, as the file's `key` gives it."""
+    """Return the value of the file's `key` in the type of the option `name`."""
     try:
         return plain(_FIELDS[name], value, called=key)
     except ValueError as error:
@@ -174,7 +173,7 @@ def _truth(path: Path, key: str, value: Any) -> bool:
 
 
 def _deepspeed(path: Path, value: Any) -> dict[str, Any]:
-    """Return sharding and offloading, from a configuration of DeepSpeed or the name of its file."""
+    """Return sharding and offloading, from a DeepSpeed configuration or the path of one."""
     if isinstance(value, str):
         place, found = str(path.parent / value), read_settings(path.parent / value)
     elif isinstance(value, Mapping):

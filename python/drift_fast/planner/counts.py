@@ -1,9 +1,9 @@
 """How many parameters a model has, by kind: from its headers, or from config.json alone.
 
-Owns the choice between the two. Headers come first: they are what is on disk, whatever made it, and
-need neither torch nor transformers. Where there is only a config.json, transformers builds the
-model on the meta device, which holds no element; no table of architectures is kept here, since it
-would be wrong for the next one. Invariant: a tied head is counted once, as embedding.
+Owns the choice between the two. Headers come first: they describe what is on disk, whatever wrote
+it, and need neither torch nor transformers. If there is only a config.json, transformers builds the
+model on the meta device, without elements. There is no table of architectures, which would be wrong
+for the next one. Invariant: a tied head is counted once, as embedding.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ KINDS = ("attn", "mlp", "norm", "embed", "head", OTHER, VISION)
 HEADERS = "headers"
 CONFIGURATION = "configuration"
 
-# One of several experts; a shared expert, which every token goes through, does not match.
+# One of several routed experts. A shared expert, which every token uses, does not match.
 _ROUTED = re.compile(r"(^|\.)experts(\.|$)")
 _NBITS = {"F64": 64, "F32": 32, "BF16": 16, "F16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "I8": 8, "U8": 8}
 _LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth")
@@ -41,10 +41,10 @@ _STATED = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F
 
 @dataclass(frozen=True)
 class Model:
-    """The tensors of one model and what its configuration says of the language backbone.
+    """The tensors of one model, and what its configuration says about the language backbone.
 
-    `origin` says where shapes come from; `dtypes` are those that are stored, or those that
-    config.json states for a model without weights.
+    `origin` says where shapes come from. `dtypes` are the stored ones or, for a model without
+    weights, those that config.json states.
     """
 
     given: str
@@ -78,23 +78,23 @@ class Model:
         return [name for name in self.shapes if name in selection and not is_other_modality(name)]
 
     def numel(self, names: list[str] | None = None) -> int:
-        """Return elements, of all tensors or of some."""
+        """Return the number of elements of all tensors or of some."""
         return sum(
             math.prod(self.shapes[name]) for name in (self.shapes if names is None else names)
         )
 
     def nbytes(self, names: list[str] | None = None) -> int:
-        """Return stored bytes, of all tensors or of some."""
+        """Return the stored bytes of all tensors or of some."""
         kept = self.shapes if names is None else names
         return sum(
             math.prod(self.shapes[name]) * _NBITS.get(self.dtypes[name], 8) // 8 for name in kept
         )
 
     def active_numel(self) -> int:
-        """Return the language elements that every token is multiplied with.
+        """Return the language elements that each token is multiplied with.
 
-        The embedding is a look-up and does not count, unless it is the head too; routed experts
-        count by the share that a token is sent to.
+        The embedding is a look-up and does not count, unless it is also the head. Routed experts
+        count by the share of them that a token uses.
         """
         kinds = self.by_kind()
         total = sum(kinds.values()) - kinds[VISION] - (kinds["embed"] if kinds["head"] else 0)
@@ -109,12 +109,12 @@ class Model:
         return total
 
     def size(self, subject: str) -> int | None:
-        """Return a fact that is one number."""
+        """Return a fact that is a single number."""
         value = self.facts[subject].value
         return value if isinstance(value, int) and not isinstance(value, bool) else None
 
     def layer_numel(self) -> int:
-        """Return the elements of the largest numbered block of the language backbone."""
+        """Return the elements of the largest layer of the language backbone."""
         layers: dict[int, int] = {}
         for name, shape in self.shapes.items():
             layer = layer_of(name)
@@ -123,18 +123,18 @@ class Model:
         return max(layers.values(), default=0)
 
     def outside_numel(self) -> int:
-        """Return the elements outside the numbered blocks: embedding, head, last norm."""
+        """Return the elements outside the layers: embedding, head, last norm."""
         return sum(
             math.prod(shape) for name, shape in self.shapes.items() if layer_of(name) is None
         )
 
 
 def read_model(given: PathLike) -> Model:
-    """Read a checkpoint's headers, or a directory that has a config.json and no weights.
+    """Read a checkpoint's headers, or the config.json of a directory without weights.
 
     Raises:
-        FileNotFoundError, CheckpointError: neither, or not valid.
-        DriftError: only a config.json, and transformers cannot build the model from it.
+        FileNotFoundError, CheckpointError: neither exists, or it is invalid.
+        DriftError: there is only a config.json, and transformers cannot build the model from it.
     """
     path = Path(given).expanduser()
     path = path.parent if path.name == "config.json" else path
@@ -159,7 +159,7 @@ def _from_configuration(path: Path) -> Model:
 
 
 def _check_layers(path: Path, section: Section) -> None:
-    """Refuse more layers than any model has: each is built, and a config.json is not trusted."""
+    """Refuse more layers than any model has: each would be built from an untrusted config.json."""
     for key in _LAYERS:
         stated = section.size(key, needed=True)
         found = stated if isinstance(stated, list) else [stated or 0]
@@ -174,14 +174,14 @@ def _check_layers(path: Path, section: Section) -> None:
 
 
 def _meta_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the parameters that transformers gives a configuration's model."""
+    """Return the shapes of the parameters of the model that transformers builds."""
     try:
         import torch
         import transformers
     except ImportError as error:
         raise DriftError(
-            f"{path} has a config.json and no weights: counting parameters from it needs "
-            "transformers (pip install 'drift-fast[trainer]'), or give a checkpoint, whose headers "
+            f"{path} has a config.json and no weights: counting its parameters needs "
+            "transformers (pip install 'drift-fast[trainer]'); or give a checkpoint, whose headers "
             "are enough"
         ) from error
     try:
@@ -194,7 +194,7 @@ def _meta_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         with torch.device("meta"):
             model = auto.from_config(stated) if kind is None else kind._from_config(stated)
         model.tie_weights()
-    # Transformers may raise anything for a configuration that is wrong or too new.
+    # Transformers may raise anything if a configuration is wrong or too new.
     except Exception as error:
         raise DriftError(
             f"{path / 'config.json'}: transformers {transformers.__version__} cannot build this "

@@ -1,4 +1,4 @@
-"""The figures of a plan that are sizes: parameters, Δ, memory and disk."""
+"""The sizes in a plan: parameters, Δ, memory and disk."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from drift_fast.sizes import MEMORY, parse_size
 
 
 def parameters(planned: Scenario) -> Iterator[Figure]:
-    """Yield elements of both models by kind, and those that Δ is for."""
+    """Yield the elements of both models by kind, and those that Δ covers."""
     for role, model in (("reasoning", planned.reasoning), ("multimodal", planned.multimodal)):
         section, origin = f"Parameters, {role}", _origin(model)
         kinds = model.by_kind()
@@ -34,13 +34,13 @@ def parameters(planned: Scenario) -> Iterator[Figure]:
 
 
 def delta(planned: Scenario) -> Iterator[Figure]:
-    """Yield what computing Δ reads, writes and takes."""
+    """Yield what computing Δ reads and writes, and how long it takes."""
     section, dtype = "Δ", planned.run.dtype
     origin = _origin(planned.multimodal)
     source = f"{ITEMSIZE[dtype][0]:.4g} bytes an element, {dtype}"
     yield Figure(section, "Δ on disk", _delta_nbytes(planned), "bytes", origin, source)
     nbytes = _reasoning_nbytes(planned) + planned.multimodal.nbytes(planned.names)
-    yield Figure(section, "to read", nbytes, "bytes", origin, "what is selected of both")
+    yield Figure(section, "to read", nbytes, "bytes", origin, "what is selected in both models")
     for name, rate in (("time, cold", rates.COLD), ("time, in page cache", rates.WARM)):
         seconds = nbytes / rate.nbytes_per_second
         yield Figure(section, name, seconds, "seconds", "measured", rate.source)
@@ -66,7 +66,7 @@ def memory(planned: Scenario, found: Memory) -> Iterator[Figure]:
 
 
 def disk(planned: Scenario) -> Iterator[Figure]:
-    """Yield what both checkpoints, Δ and what training writes take on disk."""
+    """Yield what both checkpoints, Δ and the output of training take on disk."""
     section, run = "Disk", planned.run
     multimodal, reasoning = planned.multimodal.nbytes(), _reasoning_nbytes(planned)
     source = "all of it, for training"
@@ -95,15 +95,15 @@ def _training_checkpoint(planned: Scenario) -> tuple[int, str]:
     state = {"adamw": 2 * itemsize, "adamw8bit": 2, "sgd": 0}[run.optimizer]
     if not run.sharding.startswith("zero"):
         return itemsize * total + state * trained, f"{itemsize}·P and {state}·T of states"
-    # With the states ZeRO writes its float32 copies. Below stage 3, where each process has all
-    # weights, it writes these a second time beside the model's own file.
+    # ZeRO writes its float32 copies with the states. Below stage 3 each process has all weights,
+    # which are written a second time in the model's own file.
     low = _stored_itemsize(planned) * (1 if run.sharding == "zero3" else 2)
     nbytes = low * total + 4 * trained + state * trained
     return nbytes, f"{low}·P + 4·T and {state}·T of states"
 
 
 def _stored_itemsize(planned: Scenario) -> int:
-    """Return bytes of an element of the trained model's file."""
+    """Return the bytes of an element in the trained model's file."""
     run = planned.run
     zero = run.sharding.startswith("zero")
     return 2 if run.precision == "bf16" or (zero and run.precision != "fp32") else 4
@@ -114,7 +114,7 @@ def _delta_nbytes(planned: Scenario) -> int:
 
 
 def _reasoning_nbytes(planned: Scenario) -> int:
-    """Return the bytes of the reasoning model's tensors that are selected."""
+    """Return the bytes of the selected tensors of the reasoning model."""
     return planned.reasoning.nbytes(planned.reasoning.selected(planned.selection))
 
 

@@ -1,9 +1,8 @@
 """How long a run takes at least: operations at a measured utilization, and a measured injection.
 
-Owns the formulas: 6·N·tokens for forward and backward, 8·N·tokens where activations are computed
+Owns the formulas: 6·N·tokens for forward and backward, 8·N·tokens if activations are computed
 again, and 2 for each parameter of a frozen tower and each patch. Not counted: communication, the
-optimizer's step, loading and saving, attention's own products, which grow with the square of the
-length.
+optimizer's step, loading and saving, and attention scores, which grow with the length squared.
 """
 
 from __future__ import annotations
@@ -16,12 +15,12 @@ from drift_fast.planner.counts import VISION, Model
 from drift_fast.planner.report import Figure, Origin, sized
 from drift_fast.planner.scenario import Scenario
 
-# Patches along one side of a token; models have 2, but a config.json is not trusted.
+# Patches along one side of a token; models have 2, but a config.json is untrusted.
 _MOST_MERGED = 64
 
 
 def figures(planned: Scenario, residency: str) -> Iterator[Figure]:
-    """Yield steps, operations, seconds of a step and of the run."""
+    """Yield steps and operations, and the seconds of a step and of the run."""
     section, run, speed = "Time", planned.run, planned.run.speed
     steps = run.optimizer_steps
     source = "given" if run.steps is not None else (
@@ -50,7 +49,7 @@ def figures(planned: Scenario, residency: str) -> Iterator[Figure]:
 
 
 def _operations(planned: Scenario) -> tuple[int, str]:
-    """Return what a process computes in an optimizer step, with the formula."""
+    """Return a process's operations in an optimizer step, with the formula."""
     run, model = planned.run, planned.multimodal
     factor = 8 if run.gradient_checkpointing else 6
     towers = 2 if run.trained == "language" else factor
@@ -63,7 +62,7 @@ def _operations(planned: Scenario) -> tuple[int, str]:
 
 
 def _communication(planned: Scenario) -> tuple[int, str]:
-    """Return what a process sends in an optimizer step, by ring algorithms without the (n−1)/n."""
+    """Return the bytes a process sends in an optimizer step, by ring algorithms without (n−1)/n."""
     run, total, trained = planned.run, planned.multimodal.numel(), planned.trained_numel
     wide = 4 if run.precision == "fp32" else 2
     if run.sharding == "ddp":
@@ -72,7 +71,7 @@ def _communication(planned: Scenario) -> tuple[int, str]:
     if run.sharding == "zero1":
         return 2 * wide * trained, f"{wide}·T reduced and {wide}·T gathered"
     if run.sharding == "zero2":
-        # Gradients that are not kept whole cannot wait for the last micro-batch.
+        # Gradients that no process keeps whole cannot wait for the last micro-batch.
         moved = (run.accumulation + 1) * wide * trained
         return moved, f"micro-batches·{wide}·T reduced, and {wide}·T gathered"
     # Weights are gathered for each forward and each backward pass.

@@ -1,8 +1,8 @@
 """GPU and host memory of one process, item by item, with the formula of each.
 
-Owns the formulas; all are estimates, and none was measured at 7B. P is all elements, T those that
-train, D those of Δ, n the number of GPUs. Not in them: fragmentation beyond the allowance, and what
-a framework keeps that is not named here.
+Owns the formulas. All are estimates; none was measured at 7B. P is the number of all elements, T
+of those that train, D of those of Δ, and n the number of GPUs. Not included: fragmentation beyond
+the allowance, and what a framework keeps that is not named here.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from drift_fast.planner.training import Training
 
 # CUDA's context, kernels, NCCL's buffers, and a little fragmentation.
 ALLOWANCE_NBYTES = 2_000_000_000
-# The default of `Injection` for what it keeps on the device of a Δ that lives elsewhere.
+# The default of `Injection` for the part of an offloaded Δ that is on the device at a time.
 PREFETCH_NBYTES = 1_000_000_000
 # What examples/qwen2_5_vl_7b/zero2.json and zero3.json set, in elements.
 BUCKET_NUMEL = 500_000_000
@@ -29,7 +29,7 @@ _DELTA_ITEMSIZE = {"float32": 4}
 
 @dataclass(frozen=True)
 class MemoryItem:
-    """Bytes of one thing, how they follow, and whether they are in host memory."""
+    """Bytes of one thing, their formula, and whether they are in host memory."""
 
     name: str
     nbytes: float
@@ -40,7 +40,7 @@ class MemoryItem:
 
 @dataclass(frozen=True)
 class Memory:
-    """What one process holds on its GPU and in host memory."""
+    """The memory of one process, on its GPU and in host memory."""
 
     device: list[MemoryItem]
     host: list[MemoryItem]
@@ -59,8 +59,7 @@ class Memory:
 def estimate(training: Training, model: Model, delta_numel: int, gpu_nbytes: int | None) -> Memory:
     """Return the memory of one process.
 
-    residency "auto" becomes "device", or "host" where Δ does not fit beside the rest of
-    `gpu_nbytes`.
+    residency "auto" becomes "device", or "host" if Δ does not fit into `gpu_nbytes` with the rest.
     """
     items = [*_states(training, model), *_passes(training, model)]
     items.append(
@@ -81,7 +80,7 @@ def estimate(training: Training, model: Model, delta_numel: int, gpu_nbytes: int
 
 @dataclass(frozen=True)
 class _Sizes:
-    """The numbers that the formulas of weights, gradients and states share."""
+    """Numbers that the formulas of weights, gradients and states share."""
 
     total: int
     trained: int
@@ -102,7 +101,7 @@ class _Sizes:
         return cls(total, trained, training.gpus, itemsize, state, mixed, training.optimizer)
 
     def states(self, share: int, over: str, *, on_host: bool = False) -> MemoryItem:
-        """Return the optimizer's states of a share of the elements that train."""
+        """Return the optimizer's states for a share of the elements that train."""
         formula = f"{self.state:.3g}·T{over}, {self.optimizer}"
         nbytes = self.state * self.trained / share
         return MemoryItem("optimizer states", nbytes, formula, on_host=on_host)
@@ -179,13 +178,13 @@ def _zero(sizes: _Sizes, stage: int, offload: str) -> Iterator[MemoryItem]:
 
 
 def layer_nbytes_per_token(model: Model, itemsize: int) -> tuple[float, str] | None:
-    """Return what backward keeps of one decoder layer for one token, where its sizes are known.
+    """Return what backward keeps of one decoder layer for one token, if its sizes are known.
 
-    For a layer as Llama's and Qwen's: RMSNorm in float32, attention that keeps no scores
-    (FlashAttention, SDPA), and a gated MLP. h is the hidden size, a heads and k key-value heads
-    times their dimension, i the intermediate size (of the experts that a token is sent to), b bytes
-    of an element: two norms keep (4 + b)·h each, what they return is read by the projections
-    (b·h each), attention keeps b·(2a + 2k), the MLP b·4i.
+    For a layer like those of Llama and Qwen: RMSNorm in float32, attention that keeps no scores
+    (FlashAttention, SDPA), and a gated MLP. h is the hidden size; a and k are heads and key-value
+    heads times their dimension; i is the intermediate size (of the experts that a token uses); b is
+    the bytes of an element. Two norms keep (4 + b)·h each, and their outputs b·h each for the
+    projections; attention keeps b·(2a + 2k), the MLP b·4i.
     """
     hidden, heads = model.size("hidden size"), model.size("attention heads")
     keys, width = model.size("KV heads"), model.size("head dimension")
@@ -206,7 +205,7 @@ def _inner(model: Model) -> int | None:
 
 
 def _passes(training: Training, model: Model) -> Iterator[MemoryItem]:
-    """Yield what one forward and backward pass keeps."""
+    """Yield what one forward and backward pass keeps in memory."""
     tokens = training.batch * (training.max_tokens or training.tokens)
     b = 4 if training.precision == "fp32" else 2
     layers, vocabulary = model.size("layers"), model.size("vocabulary size")
@@ -233,7 +232,7 @@ def _passes(training: Training, model: Model) -> Iterator[MemoryItem]:
 
 
 def _delta(training: Training, residency: str, numel: int) -> Iterator[MemoryItem]:
-    """Yield Δ of one process: its rows under sharding, all of it without."""
+    """Yield Δ in one process: its rows under sharding, all of Δ without."""
     share = numel / (training.gpus if training.sharded else 1)
     rows = "D/n" if training.sharded else "D"
     itemsize = _DELTA_ITEMSIZE.get(training.dtype, 2)

@@ -1,6 +1,6 @@
-"""How far a run is expected to move along Δ, from Σ of learning rates and rms(Δ).
+"""How far a run is expected to move along Δ, from the sum of learning rates and rms(Δ).
 
-Owns what is read from a delta, and the figures without one; `inject.predict` predicts.
+Owns what is read from a delta, and the figures without one; `inject.predict` has the prediction.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from drift_fast.planner.report import Figure, Origin
 from drift_fast.planner.training import Training
 from drift_fast.selection import Selection
 
-SECTION = "Motion along Δ (λ is 1 where weights have moved by all of Δ)"
+SECTION = "Motion along Δ (λ is 1 when weights have moved by all of Δ)"
 _FORMULA = "c(α)·Σlr/rms(Δ), c measured in a miniature of 0.8M parameters with AdamW and `adaptive`"
 
 _MOST_SCHEDULED = 1_000_000
@@ -24,7 +24,7 @@ _MOST_SCHEDULED = 1_000_000
 
 @dataclass(frozen=True)
 class Size:
-    """rms of Δ's elements: of all that is selected, and by module."""
+    """rms of Δ's elements: of all selected ones, and by module."""
 
     total: float
     by_kind: Mapping[str, float]
@@ -32,14 +32,14 @@ class Size:
 
 
 def size_of(delta: str | Path | None, given: float | None, selection: Selection) -> Size | None:
-    """Return rms(Δ) from a delta's statistics or as given.
+    """Return rms(Δ), given or from a delta's statistics.
 
     Raises:
-        ValueError: both, an rms that is not positive, or a delta without what is selected.
+        ValueError: both are given, rms is not positive, or the delta has nothing of the selection.
         As `Delta.open`.
     """
     if delta is not None and given is not None:
-        raise ValueError("give a delta or rms, not both: a delta's statistics have its rms")
+        raise ValueError("give delta or rms, not both: rms follows from a delta's statistics")
     if given is not None:
         if not math.isfinite(given) or given <= 0:
             raise ValueError(f"rms must be finite and positive, got {given!r}")
@@ -81,7 +81,7 @@ def figures(training: Training, size: Size | None) -> Iterator[Figure]:
         source = f"of each step: {training.schedule}"
         yield Figure(SECTION, "Σ learning rates × schedule", total, "", "estimated", source)
         if total < 0:
-            why = "the schedule is negative in total: it pushes away from Δ"
+            why = "the sum of the schedule is negative: it pushes away from Δ"
     if why:
         yield Figure(SECTION, "λ", None, "", "unknown", why)
         return
@@ -112,7 +112,7 @@ def figures(training: Training, size: Size | None) -> Iterator[Figure]:
 
 
 def remarks(found: list[Figure]) -> Iterator[str]:
-    """Yield a warning where the run would hardly move, or overshoot."""
+    """Yield a warning if the run would hardly move, or would overshoot."""
     low, high = USEFUL
     value = next((figure.value for figure in found if figure.name == "λ"), None)
     if not isinstance(value, int | float):

@@ -16,10 +16,10 @@ class PlanOptions(Training):
     """The options of `plan`."""
 
     delta: PathLike | None = option(
-        None, "directory of a delta, whose statistics λ is predicted from", metavar="DIR"
+        None, "directory of a delta; λ is predicted from its statistics", metavar="DIR"
     )
     rms: float | None = option(
-        None, "root mean square of the elements of Δ, in place of a delta", metavar="X"
+        None, "root mean square of the elements of Δ, instead of a delta", metavar="X"
     )
     gpu_memory: int | str | None = option(
         None,
@@ -29,12 +29,12 @@ class PlanOptions(Training):
     )
     utilization: float | None = option(
         None,
-        "share of its peak that a GPU reaches; by default what was measured on an H100",
+        "share of its peak that a GPU reaches; by default as measured on an H100",
         metavar="SHARE",
     )
     peak: float = option(
         rates.H100_FLOPS,
-        "operations that one GPU does in a second; by default those of an H100 in bfloat16",
+        "operations of one GPU per second; by default those of an H100 in bfloat16",
         in_file=False,
     )
 

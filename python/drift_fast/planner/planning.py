@@ -1,6 +1,6 @@
-"""`plan`: two models and a training run, as figures with their origins.
+"""`plan`: two models and a training run as figures with their origins.
 
-Owns the order of the figures, and the warnings.
+Owns the order of the figures and the warnings.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from drift_fast._keywords import PlanKeywords
 
-# Half a unit in the last place of a bfloat16, relative to the value: less does not change it.
+# Half a unit in the last place of a bfloat16, relative to its value: adding less changes nothing.
 _BF16_HALF = 2**-9
 _TYPICAL_WEIGHT = 0.02
 
@@ -37,23 +37,23 @@ def plan(
     config: PathLike | None = None,
     **options: Unpack[PlanKeywords],
 ) -> TrainingPlan:
-    """Say what Δ and a training run with it will take, and how far the run will move.
+    """Estimate what Δ and a training run with it will take, and how far the run will move.
 
-    Reads configurations and headers, no weight; a directory with nothing but a config.json is
-    enough, where transformers is installed. Every figure says where it comes from.
+    Reads configurations and headers, no weights. If transformers is installed, a directory with
+    nothing but a config.json is enough. Every figure says where it comes from.
 
     Args:
         reasoning, multimodal: as in `compute_delta`, or a directory with a config.json.
-        config: a training configuration in YAML or JSON, in the names of the options, the Trainer
-            or LLaMA-Factory; options take precedence. Without `delta` and `rms` λ is predicted from
-            the delta that its section drift_fast names, where that exists.
+        config: a training configuration in YAML or JSON, with the names of the options, the
+            Trainer or LLaMA-Factory; options override it. Without `delta` and `rms`, λ is predicted
+            from the delta that its section drift_fast names, if that exists.
 
     Raises:
-        FileNotFoundError, CheckpointError: a model, configuration or delta that is missing or not
-            valid.
+        FileNotFoundError, CheckpointError: a model, configuration or delta that is missing or
+            invalid.
         DriftError: a config.json from which transformers cannot build the model.
         TypeError: an unknown option.
-        ValueError: an option without meaning.
+        ValueError: an invalid option.
     """
     run, unused = _read(config, options)
     planned = Scenario.of(run, read_model(reasoning), read_model(multimodal))
@@ -76,17 +76,15 @@ def plan(
         return TrainingPlan(found, warnings, None, [], unused)
     if memory.device_nbytes <= gpu_nbytes:
         return TrainingPlan(found, warnings, True, [], unused)
-    warnings.append(
-        f"{sized(memory.device_nbytes)} are needed on each GPU, which has {sized(gpu_nbytes)}"
-    )
+    warnings.append(f"each GPU needs {sized(memory.device_nbytes)} and has {sized(gpu_nbytes)}")
     return TrainingPlan(found, warnings, False, Remedies(planned, gpu_nbytes).found(), unused)
 
 
 def _read(config: PathLike | None, options: Mapping[str, Any]) -> tuple[PlanOptions, list[str]]:
-    """Return the options over the numbers of a training configuration, and its unused keys."""
+    """Return a configuration's numbers, overridden by options, and its unused keys."""
     if config is None:
         return PlanOptions.from_keywords(options, function="plan"), []
-    # Loaded here, since most plans need no file.
+    # Imported here, since most plans need no file.
     from drift_fast.planner.configuration import Configuration
 
     given = Configuration.read(Path(config))
@@ -96,7 +94,7 @@ def _read(config: PathLike | None, options: Mapping[str, Any]) -> tuple[PlanOpti
     elif "samples" in options:
         numbers.pop("steps", None)
     merged = {**numbers, **options}
-    # Planning comes before the delta is made, too.
+    # A run may be planned before its delta is computed.
     if given.delta is not None and merged.get("delta") is None and merged.get("rms") is None:
         merged["delta"] = given.delta if (given.delta / "drift.json").is_file() else None
     return PlanOptions.from_keywords(merged, function="plan"), given.unused
@@ -113,9 +111,9 @@ def _remarks(planned: Scenario, memory: Memory) -> Iterator[str]:
         )
     if run.precision == "bf16" and run.learning_rate < _BF16_HALF * _TYPICAL_WEIGHT:
         yield (
-            f"bfloat16 weights without float32 copies: a step of {run.learning_rate:g} leaves "
-            f"weights above {run.learning_rate / _BF16_HALF:.1g} in size unchanged, which rounds "
-            "most updates and injections away; use bf16-mixed"
+            f"bfloat16 weights without float32 copies: a step of {run.learning_rate:g} does not "
+            f"change weights above {run.learning_rate / _BF16_HALF:.1g} in size, so most updates "
+            "and injections are rounded away; use bf16-mixed"
         )
     if run.optimizer == "adamw8bit" and run.sharded:
         yield f"8-bit AdamW under {run.sharding} was not tested with an injection"
@@ -124,12 +122,12 @@ def _remarks(planned: Scenario, memory: Memory) -> Iterator[str]:
     if not run.gradient_checkpointing and not any(
         item.name == "activations" for item in memory.device
     ):
-        yield "config.json does not have the sizes that activations follow from: they are left out"
+        yield "config.json lacks the sizes that activations follow from, so they are not included"
 
 
 def _speed_remarks(run: PlanOptions) -> Iterator[str]:
     if run.precision == "fp32" and (run.peak == rates.H100_FLOPS or run.utilization is None):
         yield (
-            "hours follow from a peak and a utilization in bfloat16, and fp32 takes several times "
-            "as long: give peak (--peak-tflops) and utilization of float32"
+            "hours follow from peak and utilization in bfloat16, but fp32 takes several times as "
+            "long: give peak (--peak-tflops) and utilization of float32"
         )

@@ -1,7 +1,7 @@
-"""Rates that were measured, each with the results file and the row that it comes from.
+"""Measured rates, each with the results file and the row that it comes from.
 
-Owns no arithmetic but the division of a row's numbers. Invariant: every number here is in the
-committed file that it names, which tests/planner/test_counts.py reads back.
+Invariant: every number here is in the committed file that it names, which
+tests/planner/test_counts.py reads back.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ TWO_CORES = "two cores, virtual disk"
 # bfloat16 without sparsity, from NVIDIA's data sheet of the H100 SXM.
 H100_FLOPS = 989.4e12
 
-# Of the measured model: Qwen2.5-VL-7B's decoder layers, attention + MLP, as the file says.
+# The measured model, as the file says: Qwen2.5-VL-7B's decoder layers, attention + MLP.
 _LAYERS, _HIDDEN, _INNER, _KEYS = 28, 3584, 18944, 512
 _ATTENTION_NUMEL = _LAYERS * (2 * _HIDDEN * (_HIDDEN + _KEYS) + _HIDDEN + 2 * _KEYS)
 _MLP_NUMEL = _LAYERS * 3 * _HIDDEN * _INNER
@@ -27,8 +27,8 @@ _TOKENS = 2048
 class Speed:
     """How fast one GPU computes.
 
-    `peak` is in operations a second, `share` what a run reaches of it, `source` says where that
-    share comes from.
+    `peak` is in operations per second. `share` is the part of it that a run reaches, and `source`
+    says where that share comes from.
     """
 
     peak: float
@@ -53,7 +53,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Streaming(Measured):
-    """Δ computed and written; the cell is GB of both checkpoints read, a second."""
+    """Δ computed and written; the cell is GB per second, read from both checkpoints."""
 
     @property
     def nbytes_per_second(self) -> float:
@@ -68,7 +68,7 @@ class Injecting(Measured):
 
     @property
     def seconds(self) -> float:
-        """What one injection added."""
+        """What one injection adds."""
         return (self.cells[0] - self.cells[1]) / 1e3
 
     @property
@@ -87,14 +87,14 @@ COLD = Streaming(
 WARM = Streaming(
     _DELTA, "Δ written, warm page cache, whole processes", "drift-fast delta", (3.04,), TWO_CORES
 )
-# Statistics only read: the best rate of a Δ that is read again in each step.
+# Statistics only read, so this bounds the rate of a Δ that is read in each step.
 READ = Streaming(
     _DELTA, "Statistics, cold page cache, whole processes", "drift-fast inspect", (1.63,), TWO_CORES
 )
 
 BOTH = _injecting("drift_fast, adaptive, attention + MLP", 218.3, 192.3)
 ATTENTION = _injecting("drift_fast, adaptive, attention only", 197.7, 193.9, _ATTENTION_NUMEL)
-# Host residencies were measured overlapped with backward only.
+# Host residencies were measured only while overlapped with backward.
 BY_RESIDENCY = {
     "device": BOTH,
     "device-int8": _injecting("drift_fast, adaptive, attention + MLP, device-int8", 257.0, 193.1),
@@ -109,7 +109,7 @@ EVERY = (COLD, WARM, READ, ATTENTION, *BY_RESIDENCY.values())
 
 
 def injecting(residency: str, *, attention_only: bool) -> Injecting | None:
-    """Return the row to scale an injection from; None where nothing was measured."""
+    """Return the row to scale an injection from; None if nothing was measured."""
     if residency == "device" and attention_only:
         return ATTENTION
     return BY_RESIDENCY.get(residency)
@@ -118,8 +118,8 @@ def injecting(residency: str, *, attention_only: bool) -> Injecting | None:
 def utilization() -> tuple[float, str]:
     """Return the share of an H100's peak that the measured pass without injection reached.
 
-    6 operations for each of the layers' elements and each token. The pass has neither head, vision
-    tower, optimizer nor communication, so a real run reaches less.
+    It counts 6 operations for each of the layers' elements and each token. The pass has no head,
+    vision tower, optimizer or communication, so a real run reaches less.
     """
     done = 6 * BOTH.numel * _TOKENS / (BOTH.cells[1] / 1e3)
     return done / H100_FLOPS, f"6·N·tokens in {BOTH.cells[1]} ms, {BOTH.source}"

@@ -1,4 +1,4 @@
-"""What would make a run fit into the memory of its GPUs: changes that are tried one by one."""
+"""Changes that would make a run fit into the memory of its GPUs, tried one by one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from drift_fast.planner.memory import estimate
 from drift_fast.planner.report import sized
 from drift_fast.planner.scenario import Scenario
 
-# A change of the run, in the words of a user, and what it changes.
+# A change of the run in a user's words, and the options that it sets.
 _CHANGES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("with residency host", {"residency": "host"}),
     ("under ZeRO-2", {"sharding": "zero2"}),
@@ -25,7 +25,7 @@ _MOST_GPUS = 64
 
 @dataclass(frozen=True)
 class Remedies:
-    """The changes of a run that does not fit into `gpu_nbytes`."""
+    """The changes to a run that does not fit into `gpu_nbytes`."""
 
     planned: Scenario
     gpu_nbytes: int
@@ -33,8 +33,8 @@ class Remedies:
     def found(self) -> list[str]:
         """Return the changes that make the run fit, or what else to do."""
         return list(self._fitting()) or [
-            f"in none of the ways tried, up to {_MOST_GPUS} GPUs; train adapters (LoRA), or choose "
-            "a smaller model"
+            f"with none of the changes tried, up to {_MOST_GPUS} GPUs; train adapters (LoRA), or "
+            "choose a smaller model"
         ]
 
     def _fitting(self) -> Iterator[str]:
@@ -66,7 +66,7 @@ class Remedies:
             gpus *= 2
 
     def _try(self, label: str, **changes: Any) -> str | None:
-        """Return the change with what it takes, or None where it changes nothing or too little."""
+        """Return the change with what it needs, or None if it changes nothing or too little."""
         if all(getattr(self.planned.run, name) == value for name, value in changes.items()):
             return None
         try:

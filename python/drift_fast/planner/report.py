@@ -1,6 +1,6 @@
-"""A plan as figures, each with where it comes from, and how they are shown.
+"""A plan as figures, each with its origin, and how they are shown as text and JSON.
 
-Owns text and JSON. Invariant: no figure without an origin.
+Invariant: no figure without an origin.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Figure:
 
     `origin` is `configuration` or `headers` of a model, `given` by the caller, `measured` (`source`
     names the results file, row and hardware), `estimated` (`source` is the formula), `assumed`, or
-    `unknown`, with a value of None and, as `source`, what would make it known.
+    `unknown` (the value is None, and `source` says what would make it known).
     """
 
     section: str
@@ -57,7 +57,7 @@ class Figure:
 class TrainingPlan:
     """What `plan` found: figures in the order of the table, warnings, and what would help.
 
-    `fits` is None where no GPU memory was given. `remedies` are changes that make the run fit.
+    `fits` is None if no GPU memory was given. `remedies` are changes that make the run fit.
     `unused` are keys of a configuration that no figure depends on.
     """
 
@@ -68,7 +68,7 @@ class TrainingPlan:
     unused: Sequence[str] = ()
 
     def __getitem__(self, name: str) -> Figure:
-        """Return the figure of this name.
+        """Return the figure with this name.
 
         Raises:
             KeyError: there is none.
@@ -79,7 +79,7 @@ class TrainingPlan:
         raise KeyError(name)
 
     def table(self) -> str:
-        """Return all of it as text."""
+        """Return the whole plan as text."""
         blocks = []
         for section in dict.fromkeys(figure.section for figure in self.figures):
             rows = [figure for figure in self.figures if figure.section == section]

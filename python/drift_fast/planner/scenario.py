@@ -1,4 +1,4 @@
-"""What is planned: two models, the run, and the tensors of the multimodal one that Δ is for."""
+"""What is planned: two models, the run, and the multimodal model's tensors that Δ covers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from drift_fast.selection import Selection
 
 @dataclass(frozen=True)
 class Scenario:
-    """Two models and a run; `names` are the multimodal model's tensors that Δ is for."""
+    """Two models and a run; `names` are the multimodal model's tensors that Δ covers."""
 
     run: PlanOptions
     reasoning: Model
@@ -24,7 +24,7 @@ class Scenario:
         """Select the tensors.
 
         Raises:
-            ValueError: the run selects none of the multimodal model.
+            ValueError: the run selects none of the multimodal model's tensors.
         """
         selection = Selection.parse(run.modules, run.layers)
         names = multimodal.selected(selection)
@@ -34,11 +34,11 @@ class Scenario:
 
     @property
     def delta_numel(self) -> int:
-        """Elements of Δ."""
+        """Number of elements of Δ."""
         return self.multimodal.numel(self.names)
 
     @property
     def trained_numel(self) -> int:
-        """Elements of the multimodal model that train."""
+        """Number of the multimodal model's elements that train."""
         frozen = self.multimodal.by_kind()[VISION] if self.run.trained == "language" else 0
         return self.multimodal.numel() - frozen

@@ -1,7 +1,7 @@
-"""How a model is to be trained: the numbers of a run, and what follows from them.
+"""How a model trains: the numbers of a run, and what follows from them.
 
-Owns their names, defaults and checks, steps and learning rates. What a training configuration says
-is `configuration`'s.
+Owns their names, defaults and checks, the steps and the learning rates. `configuration` reads them
+from a training configuration.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup")
 SCALES = ("absolute", "gradnorm", "adaptive", "project")
 TRAINED = ("language", "all")
 SAVING = ("no", "steps", "epoch")
-# More than any run has; beyond it sums of products would leave what a float holds.
+# More than any run has; sums of larger products would exceed the range of a float.
 _MOST = 10**12
 _MOST_EPOCHS = 10**6
 
@@ -93,7 +93,7 @@ def _check_schedule(value: Any) -> None:
 
 
 def _progress(name: str) -> Callable[[Any], None]:
-    """Return a check for a λ, or one by module."""
+    """Return a check for a λ, or for one by module."""
 
     def check(value: Any) -> None:
         for one in value.values() if isinstance(value, Mapping) else [value]:
@@ -112,7 +112,7 @@ class Training(Options):
 
     steps: int | None = option(
         None,
-        "optimizer steps; or samples and epochs, from which they follow",
+        "optimizer steps; they also follow from samples and epochs",
         check=_count("steps", optional=True),
         metavar="N",
     )
@@ -123,10 +123,10 @@ class Training(Options):
         metavar="N",
     )
     epochs: float = option(
-        1.0, "times that the run sees each sample", check=_check_epochs, metavar="X"
+        1.0, "how often the run sees each sample", check=_check_epochs, metavar="X"
     )
     batch: int = option(
-        1, "samples of one process in one micro-batch", check=_count("batch"), metavar="N"
+        1, "samples of one micro-batch in one process", check=_count("batch"), metavar="N"
     )
     accumulation: int = option(
         1, "micro-batches of one optimizer step", check=_count("accumulation"), metavar="N"
@@ -137,7 +137,7 @@ class Training(Options):
     scheduler: str = option("cosine", "schedule of the learning rate", choices=SCHEDULERS)
     warmup: float = option(
         0.05,
-        "warm-up: a share of all steps below 1, steps from 1 on",
+        "warm-up: a share of all steps if below 1, a number of steps from 1 on",
         check=_number("warmup"),
         metavar="X",
     )
@@ -155,7 +155,7 @@ class Training(Options):
     )
     image_tokens: int = option(
         0,
-        "those of the tokens that the vision tower makes",
+        "how many of the tokens come from the vision tower",
         check=_count("image_tokens", least=0),
         metavar="N",
     )
@@ -182,7 +182,7 @@ class Training(Options):
         choices=TRAINED,
     )
     gpus: int = option(1, "number of GPUs", check=_count("gpus"), metavar="N")
-    sharding: str = option("none", "how GPUs share the run", choices=SHARDINGS)
+    sharding: str = option("none", "how the run is distributed over GPUs", choices=SHARDINGS)
     optimizer: str = option("adamw", "optimizer", choices=OPTIMIZERS)
     offload: str = option("none", "what ZeRO or FSDP2 keeps in host memory", choices=OFFLOADS)
     gradient_checkpointing: bool = option(
@@ -201,13 +201,13 @@ class Training(Options):
     )
     progress_cap: float | Mapping[str, float] | None = option(
         None,
-        "λ that the injection stops at; λ can be predicted for one number only",
+        "λ at which the injection stops; λ can be predicted for a single number only",
         check=_progress("progress_cap"),
         metavar="X",
     )
     progress_target: float | Mapping[str, float] | None = option(
         None,
-        "λ that alpha is steered to, which is then not predicted",
+        "λ that alpha is steered to; it is not predicted then",
         check=_progress("progress_target"),
         metavar="X",
     )
@@ -219,7 +219,7 @@ class Training(Options):
     )
     save_steps: float = option(
         500,
-        "optimizer steps between training checkpoints, or a share of all below 1",
+        "optimizer steps between training checkpoints, or a share of all steps if below 1",
         check=_check_save_steps,
         metavar="X",
     )
@@ -235,8 +235,8 @@ class Training(Options):
     def _check_tokens(self) -> None:
         if self.max_tokens is not None and self.max_tokens < self.tokens:
             raise ValueError(
-                f"the longest sample, max_tokens {self.max_tokens}, cannot be shorter than the "
-                f"mean, tokens {self.tokens}; give tokens=…"
+                f"max_tokens ({self.max_tokens}), the longest sample, cannot be below tokens "
+                f"({self.tokens}), the mean; give tokens=…"
             )
         if self.image_tokens > self.tokens:
             raise ValueError(
@@ -270,7 +270,7 @@ class Training(Options):
 
     @property
     def optimizer_steps(self) -> int:
-        """Optimizer steps, as the Trainer counts them: every epoch ends one."""
+        """Optimizer steps as the Trainer counts them: the end of an epoch ends a step."""
         if self.steps is not None:
             return self.steps
         micro = math.ceil((self.samples or 0) / (self.batch * self.gpus))
@@ -283,29 +283,29 @@ class Training(Options):
 
     @property
     def checkpoints(self) -> int:
-        """Largest number of training checkpoints on disk, with the one that is being written."""
+        """The most training checkpoints on disk, including one that is being written."""
         if self.save_strategy == "no":
             return 0
         if self.save_strategy == "epoch":
             written = math.ceil(self.epochs)
         else:
-            # The Trainer's last step saves, too.
+            # The Trainer also saves at the last step.
             steps = self.optimizer_steps
             each = math.ceil(self.save_steps * (steps if self.save_steps < 1 else 1))
             written = math.ceil(steps / each)
         return min(written, self.save_total_limit + 1) if self.save_total_limit else written
 
     def rates(self) -> list[float]:
-        """Return the learning rate of every optimizer step, as transformers' schedules have it."""
+        """Return the learning rate of every optimizer step, as in transformers' schedules."""
         total, warm = self.optimizer_steps, self._warm_steps()
         return [self.learning_rate * self._factor(step, warm, total) for step in range(total)]
 
     def sum_of_rates(self) -> float:
-        """Return the sum of `rates`, in closed form: a run may have any number of steps."""
+        """Return the sum of `rates` in closed form, since a run may have any number of steps."""
         total, warm = self.optimizer_steps, self._warm_steps()
         rising = min(warm, total)
         left = total - rising
-        # Σcos(πk/m) over k = 0 … m−1 is 1, so a cosine has the sum of a straight line.
+        # Σcos(πk/m) over k = 0 … m−1 is 1, so a cosine adds up to what a straight line does.
         falling = left if self.scheduler.startswith("constant") else (left + 1) / 2 * (left > 0)
         return self.learning_rate * (rising * (rising - 1) / 2 / max(1, warm) + falling)
 
@@ -328,6 +328,6 @@ class Training(Options):
         """Return the same run with some numbers changed.
 
         Raises:
-            ValueError: as the class.
+            ValueError: as in the constructor.
         """
         return replace(self, **changes)
