@@ -1,10 +1,10 @@
-"""The benchmark suite behind `drift-fast bench`: a pair, its rivals and what the machine allows.
+"""The benchmark suite behind `drift-fast bench`: a pair, our rivals, and the machine's limit.
 
-Owns the three kinds of run and which files they leave. `pair` makes synthetic pairs; `commands`
-says what is run (`rivals` and `controls` are those programs); `session` prepares, `verify` checks
-results before `timing` times; `suite`, `scaling` and `trace` have the order; `aims`, `report` and
-`chart` show results. It imports no torch: rivals run in processes of their own, and the row of one
-that is not installed says so.
+Owns the three kinds of run and the files that they write. `pair` makes synthetic pairs; `commands`
+lists what runs (`rivals` and `controls` are programs); `session` prepares; `verify` checks results
+before `timing` times them; `suite`, `scaling` and `trace` are the kinds of run; `aims`, `report`
+and `chart` show results. Torch is not imported: rivals run in their own processes, and the row of
+one that is not installed says so.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def bench(options: BenchOptions, out: Path, say: Say) -> tuple[str, list[Path]]:
     say: called with a line about what is being done.
 
     Raises:
-        DriftError: a debug build, or results of ours that are wrong.
+        DriftError: this is a debug build, or our results are wrong.
         OSError: not enough space for the pair and a delta.
     """
     if options.scaling:

@@ -1,6 +1,6 @@
-"""The aims of the engine, as ratios within one run, and what a run reached.
+"""The engine's aims, as ratios within one run, and what a run reached.
 
-Owns the table of aims. None is dropped: one that a run did not measure says so.
+Owns the table of aims. An aim that a run did not measure stays in it and says so.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _MEGABYTE = 1_000_000
 
 @dataclass(frozen=True)
 class Aim:
-    """One aim: at least or at most `bound`, in units that `shown` writes."""
+    """One aim: at least or at most `bound`, which `shown` writes with its unit."""
 
     text: str
     bound: float
@@ -27,7 +27,7 @@ class Aim:
     at_most: bool = False
 
     def met(self, value: float) -> bool:
-        """Return whether a value reaches it."""
+        """Return whether a value meets the aim."""
         return value <= self.bound if self.at_most else value >= self.bound
 
 
@@ -135,9 +135,9 @@ AIMS = (
 
 
 def evaluate(results: Results, beside: Path | None) -> list[dict[str, Any]]:
-    """Return each aim with what was wanted, what was measured and whether it is met.
+    """Return each aim, what was measured, and whether it is met.
 
-    `beside` is the JSON of a run at another size, with which peak memory is compared.
+    `beside` is the JSON of a run at another size, to compare peak memory with.
     """
     aims = list(AIMS)
     other = above_baseline_of(beside) if beside is not None else None

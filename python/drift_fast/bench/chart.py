@@ -1,4 +1,4 @@
-"""Pictures of a run: how much longer than ours, rates over threads, memory over time."""
+"""Pictures of a run: time relative to ours, rates over threads, memory over time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _OURS, _CONTROL, _RIVAL = "#1b7f5c", "#9aa0a6", "#4a6fa5"
 
 
 def draw(results: Results, path: Path) -> Path:
-    """Draw a run's rows as bars of time over ours, or rates over thread counts.
+    """Draw a run's rows as bars of time relative to ours, or as rates over thread counts.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -27,7 +27,7 @@ def draw(results: Results, path: Path) -> Path:
 
 
 def _figure(height: float) -> Figure:
-    # Not pyplot: no global state, and no window system is looked for.
+    # Not pyplot, which has global state and looks for a window system.
     from matplotlib.figure import Figure
 
     return Figure(figsize=(8.6, height), dpi=150, layout="constrained")
@@ -47,7 +47,7 @@ def _bars(results: Results, path: Path) -> Path:
         _group(ax, group, rows)
     if len(axes):
         ratios = [ratio for rows in groups.values() for ratio in _ratios(rows)]
-        # One scale, which all groups share.
+        # All groups share one scale.
         axes[-1].set_xlim(min(0.5, *ratios) / 1.2, max(100, *ratios) * 2)
         axes[-1].set_xlabel("time against ours in the same group, logarithmic")
     figure.suptitle(f"drift_fast, {results.size}, {results.threads} threads", fontsize=11)
@@ -64,7 +64,7 @@ def _ratios(rows: list[Row]) -> list[float]:
 def _group(ax: Axes, group: str, rows: list[Row]) -> None:
     ratios = _ratios(rows)
     colors = [{"ours": _OURS, "xor": _CONTROL}.get(row.who, _RIVAL) for row in rows]
-    # From one on: longer than ours to the right, shorter to the left.
+    # Starting at one: slower than ours to the right, faster to the left.
     ax.barh(range(len(rows)), [ratio - 1 for ratio in ratios], left=1, color=colors, height=0.7)
     for at, ratio in enumerate(ratios):
         ax.text(max(ratio, 1) * 1.1, at, f"{ratio:.2f}×", va="center", fontsize=8)

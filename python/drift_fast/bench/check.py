@@ -1,8 +1,8 @@
-"""Check the results that are timed: statistics and Δ against float64, before any clock runs.
+"""Compare statistics and Δ with float64 before anything is timed.
 
-Owns the float64 truth of a pair, computed with numpy alone from the bytes on disk, and what counts
-as wrong: a norm or cosine off by more than 1e-6, or one value of a sampled Δ that differs in a bit
-from the float64 difference rounded once to bfloat16.
+Owns the float64 reference of a pair, computed by numpy from the bytes on disk, and what counts as
+wrong: a norm or cosine that is off by more than 1e-6, or a value of a sampled Δ that differs in any
+bit from the float64 difference rounded once to bfloat16.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ Bits = npt.NDArray[np.uint16]
 Floats = npt.NDArray[np.float64]
 
 TOLERANCE = 1e-6
-# Eight-byte values of both sides and of Δ that stay in cache.
+# So many float64 values of both models and of Δ stay in cache.
 _CHUNK = 1 << 16
 _VERSION = 1
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """How far a result was from the truth; `wrong` is empty for a right one."""
+    """How far a result is from the reference; `wrong` is empty if it is right."""
 
     error: float | None = None
     values: int = 0
@@ -41,7 +41,7 @@ class Verdict:
 def truth(pair: Pair, *, threads: int) -> dict[str, list[float]]:
     """Return ‖Δ‖, ‖W_reason‖, ‖W_multimodal‖ and the cosine of each tensor, summed in float64.
 
-    Keys are the multimodal checkpoint's names. The result is kept beside the pair.
+    Keys are the multimodal checkpoint's names. The result is saved beside the pair.
     """
     kept = pair.reasoning.with_name("truth.json")
     stamp = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in pair.files]
@@ -57,7 +57,7 @@ def truth(pair: Pair, *, threads: int) -> dict[str, list[float]]:
         sums = np.zeros(4)
         for x, y in _chunks(a.bits(name), b.bits(pair.multimodal_name(name))):
             d = x - y
-            # Not `@`: a BLAS with threads of its own would make these wait for each other.
+            # Not `@`: these threads would wait for each other if BLAS has threads of its own.
             sums += [np.einsum("i,i->", s, t) for s, t in ((d, d), (x, x), (y, y), (x, y))]
         norms = [math.sqrt(value) for value in sums[:3]]
         return [*norms, float(sums[3]) / (norms[1] * norms[2])]
@@ -75,7 +75,7 @@ def truth(pair: Pair, *, threads: int) -> dict[str, list[float]]:
 def check_statistics(
     found: Mapping[str, Sequence[float]], true: Mapping[str, Sequence[float]]
 ) -> Verdict:
-    """Compare every tensor: norms relative to the true one, cosines as they are."""
+    """Compare every tensor: norms by relative error, cosines by absolute error."""
     if found.keys() != true.keys():
         odd = sorted(found.keys() ^ true.keys())
         return Verdict(
@@ -85,7 +85,7 @@ def check_statistics(
     for name, row in true.items():
         errors = [abs(x - y) / y for x, y in zip(found[name][:3], row[:3], strict=True)]
         errors.append(abs(found[name][3] - row[3]))
-        # A comparison with NaN is false.
+        # Comparing with NaN gives false.
         error = math.inf if any(map(math.isnan, errors)) else max(errors)
         if error > worst:
             worst, where = error, name
@@ -94,7 +94,7 @@ def check_statistics(
 
 
 def sample(pair: Pair, count: int = 8) -> list[str]:
-    """Return text names: the embedding, the last tensor, and a seeded few of the others."""
+    """Return text names: the embedding, the last tensor, and some others by a seed."""
     names = list(pair.shapes)
     rest = np.random.default_rng(0).permutation(np.array(names[1:-1]))[:count]
     return [names[0], *map(str, rest), names[-1]]
@@ -103,7 +103,7 @@ def sample(pair: Pair, count: int = 8) -> list[str]:
 def check_delta(pair: Pair, directory: Path, names: Iterable[str]) -> Verdict:
     """Compare the sampled Δ in `directory`, under either checkpoint's names, bit for bit.
 
-    −0 and +0 count as equal, since both are the difference of equal values.
+    −0 and +0 count as equal, since both can be the difference of equal values.
     """
 
     def compare(x: Floats, y: Floats, found: Bits) -> tuple[int, int, float]:
@@ -119,8 +119,8 @@ def check_merge(
 ) -> Verdict:
     """Compare the sampled tensors of a linear merge, under either checkpoint's names.
 
-    Bit for bit if `exact`. If not, one value in a thousand may differ, by its last bit and the
-    rounding of both operands to float32; the verdict's error is then the largest difference,
+    If `exact`, bit for bit. If not, one value in a thousand may differ by its last bit plus the
+    rounding of both operands to float32, and the verdict's error is the largest difference
     relative to the sum of both magnitudes.
     """
 
@@ -143,9 +143,9 @@ def _check_values(
     *,
     exact: bool,
 ) -> Verdict:
-    """Return the first tensor that is wrong, or how many values are right.
+    """Return the first wrong tensor, or the number of right values.
 
-    `compare` returns how many values differ, how many of them by too much, and the largest error.
+    `compare` returns how many values differ, how many of them too much, and the largest error.
     """
     a, b, out = Stored(pair.reasoning), Stored(pair.multimodal), Stored(directory)
     values, worst = 0, 0.0
@@ -178,9 +178,9 @@ def widened(bits: Bits) -> Floats:
 
 
 def round_to_bfloat16(values: Floats) -> Bits:
-    """Round float64 values, zero or normal in bfloat16, once and to nearest even."""
+    """Round float64 values that are zero or normal in bfloat16, once, to nearest even."""
     bits = values.view(np.uint64)
-    # 52 − 7 bits of the fraction go; the carry may reach the exponent.
+    # 52 − 7 bits of the fraction are dropped; the carry may reach the exponent.
     bits = bits + np.uint64((1 << 44) - 1) + (bits >> np.uint64(45) & np.uint64(1))
     kept = (bits & ~np.uint64((1 << 45) - 1)).view(np.float64)
     high: Bits = (kept.astype(np.float32).view(np.uint32) >> np.uint32(16)).astype(np.uint16)
@@ -188,7 +188,7 @@ def round_to_bfloat16(values: Floats) -> Bits:
 
 
 class Stored:
-    """The tensors of a directory of safetensors files, mapped on access."""
+    """The tensors in a directory of safetensors files, mapped on access."""
 
     def __init__(self, directory: Path) -> None:
         self._places: dict[str, tuple[Path, int, int, str, tuple[int, ...]]] = {}
@@ -211,6 +211,6 @@ class Stored:
         return self._places[name][3:]
 
     def bits(self, name: str) -> Bits:
-        """Return the tensor's 16-bit words in one dimension, mapped."""
+        """Return the tensor's 16-bit words, mapped, as one dimension."""
         path, begin, nbytes, _, _ = self._places[name]
         return np.memmap(path, dtype=np.uint16, mode="r", offset=begin, shape=(nbytes // 2,))

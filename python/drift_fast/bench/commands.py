@@ -1,6 +1,6 @@
 """The commands that the suite runs on a pair: ours, the rivals and the controls.
 
-Owns the arguments of every process, and the reasons why one cannot run here. Nothing is started.
+Owns the arguments of every process, and the reasons why one cannot run here. It starts nothing.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from drift_fast.bench.controls import READ_WAYS
 from drift_fast.bench.pair import Pair
 from drift_fast.bench.rivals import mergekit_configuration
 
-# Weight of the reasoning model in the merges that are timed. With a round one such as 0.3, merged
-# values meet midpoints, where the last bit of float32 decides.
+# Weight of the reasoning model in timed merges. With a round number such as 0.3, merged values can
+# be midpoints, where the last bit of float32 decides.
 MERGE_WEIGHT = 0.3141592653
 _LABELS = {
     "tuned": "tuned PyTorch streaming",
@@ -30,11 +30,11 @@ _HERE = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Entry:
-    """One command of a part (statistics, delta, merge), and the same with its results in files.
+    """A command of a part (statistics, delta, merge), and where its results are.
 
-    What it writes goes to `out`, which is removed before and after it. `checked` is run where
-    results are compared, if that takes another command than the one that is timed. Statistics go to
-    `results`, or to standard output where `printed`.
+    It writes to `out`, which is removed before and after. `checked` is the command whose results
+    are compared, if that is not the one that is timed. Statistics go to `results` or, if `printed`,
+    to standard output.
     """
 
     part: str
@@ -45,13 +45,13 @@ class Entry:
     out: Path | None = None
     results: Path | None = None
     printed: bool = False
-    # Text names whose Δ is compared.
+    # Text names of the tensors whose Δ is compared.
     sample: Sequence[str] = ()
     absent: str = ""
 
 
 def environment(threads: int) -> dict[str, str]:
-    """Return the environment of every process: the number of threads, and no network."""
+    """Return the environment of every process, with the number of threads and without network."""
     count = str(threads)
     return {
         **os.environ,
@@ -64,14 +64,14 @@ def environment(threads: int) -> dict[str, str]:
 
 
 def mergekit() -> str | None:
-    """Return mergekit's command, beside this Python or on the path."""
+    """Return mergekit's command, found beside this Python or on the path."""
     return shutil.which("mergekit-yaml", path=str(Path(sys.executable).parent)) or shutil.which(
         "mergekit-yaml"
     )
 
 
 def ours(pair: Pair, what: str, *, threads: int, out: Path | None = None) -> list[str]:
-    """Return our own command over every tensor of the backbone."""
+    """Return our own command for every tensor of the backbone."""
     command = [sys.executable, "-m", "drift_fast", what, str(pair.reasoning), str(pair.multimodal)]
     command += ["--modules", "all", "--rows", "index", "--threads", str(threads)]
     return command if out is None else [*command, "--out", str(out)]
@@ -80,7 +80,7 @@ def ours(pair: Pair, what: str, *, threads: int, out: Path | None = None) -> lis
 def control(
     pair: Pair, what: str, *, threads: int = 1, way: str = "", out: Path | None = None
 ) -> list[str]:
-    """Return a control as a process of its own."""
+    """Return the command of a control."""
     command = _script("controls.py", what, pair, threads)
     command += ["--way", way] if way else []
     return command if out is None else [*command, "--out", str(out)]
@@ -89,7 +89,7 @@ def control(
 def inside(
     pair: Pair, what: str, *, threads: int, way: str = "", out: Path | None = None
 ) -> list[str]:
-    """Return a process that does one pass of ours, the control or a tuned rival on request."""
+    """Return a process that does one pass at a time: ours, the control's or a tuned rival's."""
     command = [sys.executable, "-m", "drift_fast.bench.inside", what]
     command += [str(pair.reasoning), str(pair.multimodal), "--threads", str(threads)]
     command += ["--way", way] if way else []
@@ -97,7 +97,7 @@ def inside(
 
 
 def statistics_entries(pair: Pair, work: Path, *, threads: int, way: str) -> list[Entry]:
-    """Return what computes norms and cosines: the control, ours, the rivals."""
+    """Return the commands for norms and cosines: the control, ours, the rivals."""
     results = work / "statistics.json"
     mine = ours(pair, "inspect", threads=threads)
 
@@ -130,7 +130,7 @@ def statistics_entries(pair: Pair, work: Path, *, threads: int, way: str) -> lis
 
 
 def delta_entries(pair: Pair, work: Path, *, threads: int, way: str) -> list[Entry]:
-    """Return what computes Δ: the control, ours, the rivals; all but the public way write it."""
+    """Return the commands for Δ: the control, ours, the rivals. Only the public way writes none."""
     out, sample = work / "out", check.sample(pair)
 
     def entry(who: str, label: str, command: Sequence[str], absent: str = "") -> Entry:
@@ -169,7 +169,7 @@ def delta_entries(pair: Pair, work: Path, *, threads: int, way: str) -> list[Ent
 
 
 def merge_entries(pair: Pair, work: Path, *, threads: int, way: str) -> list[Entry]:
-    """Return what merges linearly and writes a whole model: the control, ours, the rivals."""
+    """Return the commands for a linear merge of a whole model: the control, ours, the rivals."""
     out, sample = work / "out", check.sample(pair)
     mine = [sys.executable, "-m", "drift_fast", "merge", "linear"]
     mine += [str(pair.reasoning), str(pair.multimodal), "--weight", str(MERGE_WEIGHT)]
@@ -208,24 +208,24 @@ def _writing_control(part: str, pair: Pair, out: Path, threads: int, way: str) -
 
 
 def torch_missing() -> str:
-    """Return why the PyTorch rivals cannot run, or nothing."""
+    """Return why the PyTorch rivals cannot run, or nothing if they can."""
     return _missing("torch", "safetensors")
 
 
 def cold_reads(pair: Pair) -> Mapping[str, list[str]]:
-    """Return the sequential reads that a cold run is compared with, by their label."""
+    """Return the sequential reads to compare a cold run with, by label."""
     return {way: control(pair, "read", way=way) for way in READ_WAYS}
 
 
 def _mergekit_command(
     pair: Pair, work: Path, threads: int, weights: tuple[float, float], dtypes: str
 ) -> tuple[list[str], str]:
-    """Return mergekit's command with a configuration written to `work`, or why there is none."""
+    """Write mergekit's configuration to `work` and return its command, or why there is none."""
     found = mergekit()
     if not found:
         return [], "mergekit is not installed"
     if pair.renamed is None:
-        return [], "no checkpoint under the text model's names was made"
+        return [], "no checkpoint with the text model's names was written"
     work.mkdir(parents=True, exist_ok=True)
     configuration = work / f"{weights[0]}.yaml"
     configuration.write_text(mergekit_configuration(pair.reasoning, pair.renamed, weights, dtypes))
@@ -235,7 +235,7 @@ def _mergekit_command(
 
 
 def _script(name: str, what: str, pair: Pair, threads: int) -> list[str]:
-    # -P keeps this folder off the path, where its modules would hide others of the same name.
+    # -P keeps this folder off the path, so that its modules do not hide others of the same name.
     command = [sys.executable, "-P", str(_HERE / name), what]
     return [*command, str(pair.reasoning), str(pair.multimodal), "--threads", str(threads)]
 

@@ -1,11 +1,12 @@
-"""What the machine allows: reading both files, their XOR, and that XOR written like a delta.
+"""The machine's limit: reading both files, their XOR, and writing that XOR like a delta.
 
     python -P controls.py {read,xor,write,pick} REASONING MULTIMODAL [--threads N] [--way WAY] …
 
-Owns the loops that do the least work for reading every byte of a pair and, in `write`, for writing
-half as many. There are several ways to do each; `pick` times them and names the fastest, which
-ours is compared with. This file imports nothing of drift_fast, so that a control starts as fast as
-it can. Shard k of one side is read beside shard k of the other, up to the end of the shorter one.
+Owns the loops with the least work that read every byte of a pair and, in `write`, write half as
+many. Each can be done in several ways; `pick` times them and names the fastest, which ours is
+compared with. This file imports nothing from drift_fast, so that a control starts as fast as
+possible. Shard k of one model is read beside shard k of the other, up to the end of the shorter
+one.
 """
 
 from __future__ import annotations
@@ -34,13 +35,13 @@ Words = npt.NDArray[np.uint64]
 # Direct writing needs offsets and lengths that are multiples of the file system's blocks.
 _ALIGNED = 4096
 _READ_NBYTES = 8 << 20
-# Passes of each way, before one is picked.
+# Passes of each way before one is picked.
 _PASSES = 3
 
 
 @dataclass(frozen=True)
 class Way:
-    """How a control reads and writes; `chunk` is in bytes of one side."""
+    """How a control reads and writes; `chunk` is in bytes of one model."""
 
     chunk: int
     mapped: bool = False
@@ -67,7 +68,7 @@ WRITE_WAYS = {
 
 
 def spans(reasoning: Path, multimodal: Path) -> list[tuple[Path, Path, int]]:
-    """Return the shards that are read beside each other and how many bytes of each."""
+    """Return the shards that are read beside each other, and how many bytes of each."""
     sides = (sorted(path.glob("*.safetensors")) for path in (reasoning, multimodal))
     return [
         (left, right, min(left.stat().st_size, right.stat().st_size) // 8 * 8)
@@ -76,7 +77,7 @@ def spans(reasoning: Path, multimodal: Path) -> list[tuple[Path, Path, int]]:
 
 
 def read(reasoning: Path, multimodal: Path, *, way: str) -> None:
-    """Read every shard from its beginning to its end, one side after the other or both at once."""
+    """Read every shard from beginning to end, one model after the other or both at once."""
     files = [sorted(path.glob("*.safetensors")) for path in (reasoning, multimodal)]
     groups = files if READ_WAYS[way] == 2 else [[*files[0], *files[1]]]
 
@@ -93,10 +94,10 @@ def read(reasoning: Path, multimodal: Path, *, way: str) -> None:
 
 
 class Xor:
-    """XOR of both sides on `threads` threads, into cache only or into files under `out`.
+    """XOR of both models on `threads` threads, into cache only or into files under `out`.
 
     Buffers are allocated and touched here; `run` opens the files again each time. Files under `out`
-    are allocated whole, written in place and flushed with their directory, like those of a delta.
+    are allocated at full size, written in place, and flushed with their directory, as for a delta.
     """
 
     def __init__(
@@ -109,7 +110,7 @@ class Xor:
         self._buffers = [_Buffers(self._way.chunk) for _ in range(threads)]
 
     def run(self) -> None:
-        """Do all of it once."""
+        """Do one pass."""
         chunks = [
             (index, start, min(self._way.chunk, nbytes - start))
             for index, (_, _, nbytes) in enumerate(self._spans)
@@ -122,7 +123,7 @@ class Xor:
             if self._way.forked:
                 self._fork(files, chunks)
             else:
-                # `next` on this is atomic: it holds the interpreter.
+                # `next` is atomic here, since it holds the interpreter's lock.
                 order = itertools.count()
 
                 def work(buffers: _Buffers) -> None:
@@ -154,7 +155,7 @@ class Xor:
 
 @dataclass
 class _Buffers:
-    """One thread's memory, at the beginning of pages and touched."""
+    """One thread's memory, aligned to pages and touched."""
 
     nbytes: int
     left: Words = field(init=False)
@@ -170,7 +171,7 @@ class _Buffers:
 
 
 class _Files:
-    """Two shards, open, and what their XOR is written to."""
+    """Two open shards, and the file that their XOR is written to."""
 
     def __init__(
         self, span: tuple[Path, Path, int], way: Way, out: Path | None, number: int
@@ -200,7 +201,7 @@ class _Files:
         else:
             left, right = buffers.left[:words], buffers.right[:words]
             for fd, buffer in zip(self._inputs, (left, right), strict=True):
-                # A regular file gives all of it, except at its end or on an interruption.
+                # A regular file gives all bytes, except at its end or on an interruption.
                 if os.preadv(fd, [buffer.data], start) != nbytes:
                     raise OSError(f"fewer than {nbytes} bytes at {start}")
         out = buffers.out[:words]
@@ -226,10 +227,10 @@ def _flush(directory: Path) -> None:
 
 
 def pick(reasoning: Path, multimodal: Path, *, threads: int, out: Path | None) -> dict[str, float]:
-    """Return the median seconds of each way, fastest first; what fails is left out.
+    """Return the median seconds of each way, fastest first, without those that fail.
 
-    Ways take turns, so that none is timed only on a disk that is still busy with earlier writes. A
-    way fails on a file system without direct writing, or a machine without forks.
+    Ways take turns, so that no way always runs on a disk that is still busy with earlier writes. A
+    way fails if the file system has no direct writing, or the machine no forks.
     """
     found: dict[str, list[float]] = {way: [] for way in (XOR_WAYS if out is None else WRITE_WAYS)}
     for _ in range(_PASSES):

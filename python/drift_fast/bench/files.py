@@ -1,4 +1,4 @@
-"""The files that a run leaves: report, JSON and picture."""
+"""The files that a run writes: report, JSON and picture."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from drift_fast.bench.results import Results
 def write(
     results: Results, directory: Path, traces: Mapping[str, tuple[Sample, ...]] | None = None
 ) -> list[Path]:
-    """Write the report, its JSON and, where matplotlib is installed, its picture; return them."""
+    """Write report, JSON and, if matplotlib is installed, a picture; return their paths."""
     directory.mkdir(parents=True, exist_ok=True)
     stem = directory / name(results)
     paths = [stem.with_name(stem.name + suffix) for suffix in (".md", ".json", ".png")]
@@ -33,7 +33,7 @@ def write(
 
 
 def name(results: Results) -> str:
-    """Return what_hardware_yyyymm, the stem of a run's files."""
+    """Return the stem of a run's files, what_hardware_yyyymm."""
     size = results.size.replace(", ", "-").replace(" ", "")
     month = results.date.replace("-", "")[:6]
     return f"{results.kind}-{size}_{results.hardware['cores']}core_{month}"

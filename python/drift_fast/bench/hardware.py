@@ -35,12 +35,12 @@ def cores() -> int:
 
 
 def available_nbytes() -> int | None:
-    """Return the memory that is free without swapping; None where the system does not say."""
+    """Return the memory that is free without swapping; None if the system does not say."""
     return next(iter(proc_nbytes(_MEMORY, "MemAvailable")), None)
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of what is timed, and the commit if there is one."""
+    """Return the versions of the timed packages, and the commit if there is one."""
     found = {"drift_fast": __version__, "python": platform.python_version()}
     for name in _LIBRARIES:
         try:
@@ -63,7 +63,7 @@ def _processor() -> str:
 
 
 def proc_nbytes(path: str, *fields: str) -> list[int]:
-    """Return fields in kB of a file under /proc, as bytes; nothing where one of them is missing."""
+    """Return kB fields of a file under /proc, as bytes; nothing if one of them is missing."""
     try:
         lines = [line.partition(":") for line in Path(path).read_text().splitlines()]
         found = {name: int(value.split()[0]) * 1024 for name, _, value in lines if name in fields}
@@ -87,7 +87,7 @@ def _file_system(directory: Path) -> str:
 
 
 def _commit() -> str | None:
-    """Return the checkout's commit, with a + where files differ from it; None for a wheel."""
+    """Return the checkout's commit, with a + if files differ from it; None for a wheel."""
     here = Path(__file__).parent
     try:
         tracked = _git(here, "ls-files", "--error-unmatch", Path(__file__).name)

@@ -1,9 +1,9 @@
-"""One pass after another inside one process, with imports and buffers ready.
+"""One pass after another in one process, with imports and buffers ready.
 
     python -m drift_fast.bench.inside WHAT REASONING MULTIMODAL --threads N [--way W] [--out DIR]
 
-For each line on standard input it does one pass and prints its seconds as JSON. The clock covers
-opening the files, matching and checking, but neither imports nor the removal of what was written.
+For each line on standard input it does one pass and prints its seconds as JSON. They include
+opening the files, matching and checking, but neither imports nor removing what was written.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ WHATS = ("ours", "xor", "tuned", "lean")
 def prepare(
     what: str, reasoning: Path, multimodal: Path, *, threads: int, way: str, out: Path | None
 ) -> Callable[[], object]:
-    """Import what a pass needs, allocate and touch its buffers, and return the pass."""
+    """Import what a pass needs, allocate and touch its buffers, and return it as a function."""
     if what == "xor":
         from drift_fast.bench.controls import Xor
 

@@ -1,9 +1,9 @@
 """Run one command, or one pass inside a waiting process, and measure it.
 
-Owns wall time, CPU time and memory of a process. A run is either timed or watched, never both:
-summing up the pages of a process takes time of its cores. Memory is what `/proc/PID/smaps_rollup`
-says, total and anonymous, with the kernel's own high-water mark for the total; on other systems it
-is the largest resident set that the kernel reports, without the anonymous part.
+Owns wall time, CPU time and memory of a process. A run is either timed or watched, never both,
+since adding up the pages of a process takes CPU time. Memory, total and anonymous, comes from
+`/proc/PID/smaps_rollup`, and its peak from the kernel. On other systems it is the largest resident
+set that the kernel reports, without the anonymous part.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _LEAST_PAUSE = 0.002
 
 
 class CommandError(Exception):
-    """A command that failed; the text is its last line, or how it ended."""
+    """A command failed; the text is its last line, or how it ended."""
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one run: on the wall, and of all cores together in and out of the kernel."""
+    """Seconds of one run: wall time, and CPU time of all cores, in and out of the kernel."""
 
     wall: float
     cpu: float
@@ -39,7 +39,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Sample:
-    """Resident bytes at a moment, in seconds since the start; mapped files are the difference."""
+    """Resident bytes, total and anonymous, so many seconds after the start."""
 
     seconds: float
     nbytes: int
@@ -48,7 +48,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Memory:
-    """Peaks of one run in bytes, and the samples that they come from."""
+    """Peaks of one run in bytes, and their samples."""
 
     nbytes: int
     anonymous: int | None
@@ -70,7 +70,7 @@ def run(
 def watch(
     command: Sequence[str], *, environment: Mapping[str, str], output: Path | None = None
 ) -> Memory:
-    """Run a command to its end and sample its memory; processes that it starts are not in it.
+    """Run a command to its end and sample its memory, without that of processes that it starts.
 
     Raises:
         CommandError: it failed or was killed.
@@ -88,9 +88,9 @@ def watch(
             held = proc_nbytes(f"/proc/{process}/smaps_rollup", "Rss", "Anonymous")
             if held:
                 samples.append(Sample(began - start, *held))
-            # The most that was ever resident, which samples can miss.
+            # The peak, which samples can miss.
             peaks[:] = [max(peaks + proc_nbytes(f"/proc/{process}/status", "VmHWM"))]
-            # Summing up a large mapping takes long, and stops the process meanwhile.
+            # Adding up a large mapping takes long and stops the process meanwhile.
             time.sleep(max(_LEAST_PAUSE, 4 * (time.perf_counter() - began)))
 
     _, usage = _execute(command, environment, output, wait)
@@ -108,7 +108,7 @@ def _execute(
     output: Path | None,
     wait: Callable[[int], tuple[int, Any]],
 ) -> tuple[float, Any]:
-    """Run a command until `wait` returns its status and usage; return its seconds and its usage."""
+    """Run a command until `wait` returns its status and usage; return seconds and usage."""
     with ExitStack() as stack:
         # Errors go to a file, so that no pipe fills up.
         errors = stack.enter_context(tempfile.TemporaryFile())
@@ -124,7 +124,7 @@ def _execute(
         try:
             status, usage = wait(process.pid)
             wall = time.perf_counter() - start
-            # It was waited for by `wait4`, which subprocess cannot know.
+            # `wait4` has waited for it, which subprocess cannot know.
             process.returncode = os.waitstatus_to_exitcode(status)
         finally:
             if process.returncode is None:
@@ -136,7 +136,7 @@ def _execute(
 
 
 class Inside:
-    """A process that has imported what it needs, and does one pass for each line."""
+    """A process that has its imports ready and does one pass for each line."""
 
     def __init__(self, command: Sequence[str], *, environment: Mapping[str, str]) -> None:
         self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `close`
@@ -149,7 +149,7 @@ class Inside:
         )
 
     def run(self) -> Timing:
-        """Run one pass and return the time it measured.
+        """Run one pass and return the seconds that it measured.
 
         Raises:
             CommandError: the process ended instead.
@@ -177,7 +177,7 @@ class Inside:
 
 def _reason(code: int, errors: IO[bytes]) -> str:
     if code < 0:
-        return f"killed by signal {-code}" + (", out of memory perhaps" if code == -9 else "")
+        return f"killed by signal {-code}" + (", perhaps out of memory" if code == -9 else "")
     errors.seek(0)
     lines = [line for line in errors.read().decode(errors="replace").splitlines() if line.strip()]
     return lines[-1].strip() if lines else f"exit status {code}"

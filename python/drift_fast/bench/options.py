@@ -10,7 +10,7 @@ from typing import Any
 from drift_fast.options import Options, option
 
 PARTS = ("statistics", "delta", "merge")
-# Without one being named; a merge takes as long again, and runs on request.
+# By default; a merge takes as long again and runs only on request.
 USUAL = PARTS[:2]
 SETTINGS = ("process", "inside", "cold")
 RIVALS = ("tuned", "plain", "public", "mergekit")
@@ -57,11 +57,11 @@ class BenchOptions(Options):
         2, "threads of every command", check=lambda value: _check_positive("threads", value)
     )
     repeats: int = option(3, "timed rounds", check=lambda value: _check_positive("repeats", value))
-    cold: bool = option(False, "also with an empty page cache")
+    cold: bool = option(False, "time with an empty page cache too")
     only: tuple[str, ...] = option(
         (),
-        "leave out the other parts and settings: statistics, delta, merge (which runs only when "
-        "it is named), process, inside or cold",
+        "leave out the other parts and settings: statistics, delta, merge (runs only if named), "
+        "process, inside or cold",
         check=lambda value: _check_names("only", (*PARTS, *SETTINGS), value),
         metavar="PART",
     )
@@ -73,24 +73,24 @@ class BenchOptions(Options):
     )
     scaling: tuple[int, ...] = option(
         (),
-        "instead: ours and the XOR over these thread counts, such as 1,2,4",
+        "only time ours and the XOR with these thread counts, such as 1,2,4",
         parse=parse_counts,
         check=lambda value: _check_positive("thread counts of scaling", min(value, default=1)),
         metavar="COUNTS",
     )
-    trace: bool = option(False, "instead: our memory over time")
+    trace: bool = option(False, "only watch our memory over time")
     beside: Path | None = option(
         None, "JSON of a run at another size, to compare memory with", parse=Path, metavar="JSON"
     )
     directory: Path | None = option(
-        None, "where pairs are kept, by default ~/.cache/drift-fast/bench", parse=Path
+        None, "where pairs are kept; by default ~/.cache/drift-fast/bench", parse=Path
     )
-    command: str = option("drift-fast bench", "what the report says was run", in_file=False)
+    command: str = option("drift-fast bench", "the command that the report names", in_file=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.scaling and self.trace:
-            raise ValueError("scaling and trace are runs of their own; choose one")
+            raise ValueError("scaling and trace exclude each other; choose one")
 
     @property
     def parts(self) -> list[str]:
@@ -99,12 +99,12 @@ class BenchOptions(Options):
 
     @property
     def measured_parts(self) -> list[str]:
-        """The parts that are measured in process, over threads and over time: all but merges."""
+        """The parts measured in process, over threads and over time: all but merges."""
         return [part for part in self.parts if part != "merge"]
 
     @property
     def settings(self) -> list[str]:
-        """The settings to run, `cold` on request."""
+        """The settings to run; `cold` only on request."""
         named = [setting for setting in SETTINGS if setting in self.only]
         settings = named or ["process", "inside"]
         return settings + (["cold"] if self.cold and "cold" not in settings else [])

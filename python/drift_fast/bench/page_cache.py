@@ -1,8 +1,8 @@
 """The page cache: ask how much of a file it holds, fill it, empty it.
 
-Owns warm and cold. *Warm* is a file that was read whole beforehand; *cold* one that was flushed and
-dropped with `posix_fadvise`. Both are checked with `mincore`, since a file may not fit, or may not
-leave. A virtual machine cannot reach what its host keeps of its disk.
+Owns warm and cold. A *warm* file was read as a whole beforehand; a *cold* one was flushed and
+dropped with `posix_fadvise`. Both are checked with `mincore`, since a file may not fit or may not
+be dropped. A virtual machine cannot empty its host's cache.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-# A warm file has at least this share in memory, a cold one at most the rest.
+# A warm file has at least this share in memory; a cold one has at most the rest.
 WARM = 0.99
 
 
@@ -24,7 +24,7 @@ def can_evict() -> bool:
 
 
 def warm(paths: Iterable[Path]) -> None:
-    """Read every file whole, so that memory holds what fits."""
+    """Read every file as a whole, so that what fits is in memory."""
     buffer = bytearray(8 << 20)
     for path in paths:
         with path.open("rb", buffering=0) as file:
@@ -33,7 +33,7 @@ def warm(paths: Iterable[Path]) -> None:
 
 
 def evict(paths: Iterable[Path]) -> None:
-    """Flush every file and have the system drop its pages, where it can."""
+    """Flush every file and have the system drop its pages, if it can."""
     for path in paths:
         fd = os.open(path, os.O_RDONLY)
         try:
@@ -44,7 +44,7 @@ def evict(paths: Iterable[Path]) -> None:
 
 
 def resident(paths: Iterable[Path]) -> float | None:
-    """Return the share of the files' pages in memory; None where the system does not say."""
+    """Return the share of the files' pages in memory; None if the system does not say."""
     if not sys.platform.startswith("linux"):
         return None
     system = ctypes.CDLL(None, use_errno=True)
@@ -57,8 +57,8 @@ def resident(paths: Iterable[Path]) -> float | None:
         count = -(-nbytes // mmap.PAGESIZE)
         states = ctypes.create_string_buffer(count)
         with path.open("rb") as file:
-            # A private writable mapping, since ctypes takes no address of a read-only one; no page
-            # is touched.
+            # A private writable mapping, since ctypes cannot take the address of a read-only one.
+            # No page is touched.
             mapped = mmap.mmap(file.fileno(), nbytes, access=mmap.ACCESS_COPY)
         window = ctypes.c_char.from_buffer(mapped)
         failed = system.mincore(ctypes.addressof(window), nbytes, states)
@@ -76,7 +76,7 @@ def resident(paths: Iterable[Path]) -> float | None:
 def touch(nbytes: int) -> None:
     """Take memory and write to each of its pages, so that a virtual machine's host provides it.
 
-    Run it in a process of its own: the system gets the memory back when that ends.
+    Run this in its own process, whose end returns the memory.
     """
     with mmap.mmap(-1, nbytes) as memory:
         for start in range(0, nbytes, mmap.PAGESIZE):

@@ -1,9 +1,9 @@
 """Seeded synthetic pairs with the names and shapes of Qwen2.5-VL's text backbones, kept on disk.
 
 Owns which tensors a pair has and how they are written: in bfloat16, shard by shard, without torch.
-A text model has the names `model.layers…`, a multimodal one `model.language_model.layers…` and a
-tiny vision tower too. Invariant: a checkpoint is kept only if its seal, which is written last,
-names every file with its size; any other is written again.
+The text model has the names `model.layers…`; the multimodal one has `model.language_model.layers…`
+and a tiny vision tower. Invariant: a checkpoint is reused only if its seal, which is written last,
+names every file with its size; if not, it is written again.
 
 Values are runs of one seeded block of random numbers. Each tensor starts at its own place in the
 block, so that no two tensors are equal, and the disk limits how fast a pair is written.
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _VERSION = 1
 _SEED = 20_510
-# A prime, so that no run of values begins where a row of a tensor does.
+# A prime number, so that runs of values do not begin where rows of a tensor do.
 _BLOCK = 8_388_593
 _SHARD_NBYTES = 2_000_000_000
 _VISION = 64
@@ -36,7 +36,7 @@ TEXT, MULTIMODAL = "model.", "model.language_model."
 
 @dataclass(frozen=True)
 class Size:
-    """The dimensions of a backbone; `keys` is the width of keys and of values."""
+    """The dimensions of a backbone; `keys` is the width of the keys and of the values."""
 
     hidden: int
     inner: int
@@ -59,19 +59,19 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Pair:
-    """A text and a multimodal checkpoint on disk; `shapes` is by the text model's names."""
+    """A text and a multimodal checkpoint on disk; `shapes` has the text model's names."""
 
     label: str
     layers: int
     reasoning: Path
     multimodal: Path
-    # The multimodal weights under the text model's names, for a rival that matches by name only.
+    # The multimodal weights with the text model's names, for a rival that matches by name only.
     renamed: Path | None
     shapes: dict[str, tuple[int, ...]]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensors that both have, on both sides together."""
+        """Bytes of the tensors that both models have, in both together."""
         return 2 * self.delta_nbytes
 
     @property
@@ -81,11 +81,11 @@ class Pair:
 
     @property
     def files(self) -> list[Path]:
-        """Every shard of either side."""
+        """Every shard of either model."""
         return [*shards(self.reasoning), *shards(self.multimodal)]
 
     def multimodal_name(self, name: str) -> str:
-        """Return the multimodal checkpoint's name for a text model's."""
+        """Return the multimodal checkpoint's name for a text model's name."""
         return MULTIMODAL + name.removeprefix(TEXT) if name.startswith(TEXT) else name
 
 
@@ -103,16 +103,16 @@ def make_pair(
     outputs: int = 0,
     shard_nbytes: int = _SHARD_NBYTES,
 ) -> Pair:
-    """Return the pair under `directory`; write the checkpoints of it that are missing or not whole.
+    """Return the pair under `directory`; write its checkpoints that are missing or incomplete.
 
     Args:
-        layers: number of layers; None is that of the model.
-        renamed: write the multimodal weights under the text model's names too.
-        outputs: how many Δ in bfloat16 need room beside the pair.
+        layers: number of layers; by default that of the model.
+        renamed: also write the multimodal weights with the text model's names.
+        outputs: how many deltas in bfloat16 need space beside the pair.
         shard_nbytes: maximum size of one shard, unless a single tensor is larger.
 
     Raises:
-        ValueError: no such size, or no layers.
+        ValueError: an unknown size, or no layers.
         OSError: not enough space; nothing was written.
     """
     if size not in SIZES:
@@ -182,7 +182,7 @@ def backbone(size: Size, layers: int) -> dict[str, tuple[int, ...]]:
 
 
 def vision_tower(size: Size) -> dict[str, tuple[int, ...]]:
-    """Return the tensors of a vision tower of one block, as transformers' class has them."""
+    """Return the tensors of a vision tower of one block, named as in transformers."""
     at, width = "model.visual.", _VISION
     found: dict[str, tuple[int, ...]] = {f"{at}patch_embed.proj.weight": (width, 3, 2, 14, 14)}
     for norm in ("norm1", "norm2"):
@@ -204,7 +204,7 @@ def vision_tower(size: Size) -> dict[str, tuple[int, ...]]:
 
 @dataclass(frozen=True)
 class _Checkpoint:
-    """One checkpoint to be: its backbone, what else it has, and whose values it gets."""
+    """A checkpoint to write: its backbone, its other tensors, and whose values it gets."""
 
     path: Path
     shapes: dict[str, tuple[int, ...]]
@@ -221,7 +221,7 @@ class _Checkpoint:
         return self.path.with_name(self.path.name + ".seal.json")
 
     def sealed(self, spec: dict[str, Any]) -> bool:
-        """Return whether the seal is this pair's and every file has the size that it states."""
+        """Return whether the seal is this pair's and every file has the stated size."""
         try:
             seal = json.loads(self._seal.read_bytes())
             files = {str(name): int(nbytes) for name, nbytes in seal["files"].items()}
@@ -234,7 +234,7 @@ class _Checkpoint:
         self._seal.unlink(missing_ok=True)
         shutil.rmtree(self.path, ignore_errors=True)
         self.path.mkdir(parents=True)
-        # A tensor's place in the block follows from its place in the backbone, on either side.
+        # A tensor's place in the block follows from its place in the backbone, in either model.
         places = {name: number for number, name in enumerate([*self.shapes, *self.others])}
         groups = _grouped(self.shapes | self.others, shard_nbytes)
         weight_map = {}
@@ -286,14 +286,14 @@ def _write_values(file: BinaryIO, block: memoryview, place: int, numel: int) -> 
         count = min(numel, _BLOCK - start)
         rest = block[2 * start : 2 * (start + count)]
         while rest:
-            # An unbuffered file may take less than it was given.
+            # An unbuffered file may write less than it was given.
             rest = rest[file.write(rest) :]
         numel -= count
         start = 0
 
 
 def _blocks() -> list[memoryview]:
-    """Return the bytes of both sides' blocks: common values, and the same a little moved."""
+    """Return the bytes of both models' blocks: common values, and the same slightly moved."""
     import numpy as np
 
     rng = np.random.default_rng(_SEED)
@@ -317,7 +317,7 @@ def _check_space(home: Path, needed: int) -> None:
     if free < needed * 1.02:
         raise OSError(
             errno.ENOSPC,
-            f"{home}: the pair and what is written from it need {needed / 1e9:.1f} GB, "
+            f"{home}: the pair and what is written from it need {needed / 1e9:.1f} GB, but "
             f"{free / 1e9:.1f} GB are free; choose another --directory, a smaller --size or fewer "
             "--layers",
         )
@@ -341,7 +341,7 @@ def _multimodal_configuration(size: Size, layers: int) -> dict[str, Any]:
         "model_type": "qwen2_5_vl",
         "torch_dtype": "bfloat16",
         "tie_word_embeddings": size.tied,
-        # Real ones have ids near the end of the vocabulary.
+        # Real models have these ids near the end of the vocabulary.
         "image_token_id": size.vocab - 1,
         "video_token_id": size.vocab - 2,
         "vision_start_token_id": size.vocab - 4,

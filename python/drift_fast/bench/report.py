@@ -1,7 +1,7 @@
-"""The tables of a run in Markdown: aims beside what was measured, then every row.
+"""The tables of a run in Markdown: aims and what was measured, then every row.
 
 Owns wording only; every figure comes from the results. A ratio is a time divided by ours in the
-same group, so more than one is slower than ours.
+same group, so more than one means slower than ours.
 """
 
 from __future__ import annotations
@@ -57,10 +57,7 @@ def _taken(results: Results) -> str:
     own = versions.pop("drift_fast")
     commit = versions.pop("commit", "")
     libraries = ", ".join(f"{name} {version}" for name, version in versions.items())
-    how = (
-        f"Medians (min to max) of {results.repeats}, each row in turn with the others. Compare "
-        "ratios, not times."
-    )
+    how = f"Medians (min to max) of {results.repeats}; rows ran in turn. Compare ratios, not times."
     if results.kind == "trace":
         how = "Each command was watched once and timed once."
     return (

@@ -1,7 +1,8 @@
-"""What a run of the suite found, as rows that a report, a chart and the aims read.
+"""The results of a run of the suite, as rows that report, chart and aims read.
 
 Owns the form of the JSON. A row's key is `setting/part/who`: *process* (warm, a whole process),
-*inside* (warm, one pass within a process) or *cold*; *statistics* or *delta*; and whose it is.
+*inside* (warm, one pass within a process) or *cold*; *statistics*, *delta* or *merge*; and whose it
+is.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ FORMAT_VERSION = 1
 
 @dataclass
 class Row:
-    """Timings and memory of one thing that was run; `absent` says why it was not run."""
+    """Timings and memory of one command or pass; `absent` says why it did not run."""
 
     key: str
     label: str
@@ -27,9 +28,9 @@ class Row:
     cpus: list[float] = field(default_factory=list)
     peak_nbytes: int | None = None
     peak_anonymous_nbytes: int | None = None
-    # The largest error against float64, where statistics were checked.
+    # The largest error against float64, if statistics were checked.
     error: float | None = None
-    # Values of Δ that were compared bit for bit.
+    # The number of values of Δ that were compared bit for bit.
     compared: int | None = None
     wrong: str = ""
     absent: str = ""
@@ -53,10 +54,10 @@ class Row:
 
 @dataclass
 class Results:
-    """All rows of one run and what they were taken with.
+    """All rows of one run, and the machine and versions it ran with.
 
-    `kind` is "delta", "scaling" or "trace"; `baseline_nbytes` is the peak of a process that imports
-    drift_fast and nothing more.
+    `kind` is "delta", "scaling" or "trace"; `baseline_nbytes` is the peak of a process that only
+    imports drift_fast.
     """
 
     kind: str
@@ -76,11 +77,11 @@ class Results:
     aims: list[dict[str, Any]] = field(default_factory=list)
 
     def row(self, key: str) -> Row | None:
-        """Return the row of this key."""
+        """Return the row with this key."""
         return next((row for row in self.rows if row.key == key), None)
 
     def wall(self, key: str) -> float | None:
-        """Return the median seconds of a row, None where it did not run."""
+        """Return the median seconds of a row; None if it did not run."""
         row = self.row(key)
         return None if row is None else row.wall
 
@@ -94,7 +95,7 @@ class Results:
         ]
 
     def above_baseline(self) -> int | None:
-        """Return the largest peak of our own commands beyond an import, in bytes."""
+        """Return the largest peak of our own commands above an import, in bytes."""
         peaks = [
             row.peak_nbytes
             for part in ("statistics", "delta")
@@ -107,16 +108,16 @@ class Results:
     def write_json(self, path: Path) -> None:
         """Write everything as JSON."""
         content = {"format_version": FORMAT_VERSION, **asdict(self)}
-        # An error may be infinite, which JSON does not have.
+        # An error may be infinite, which JSON cannot express.
         path.write_text(json.dumps(_finite(content), indent=1, ensure_ascii=False) + "\n")
 
 
 def above_baseline_of(path: Path) -> tuple[str, int]:
-    """Return the size and the peak beyond an import of another run's JSON.
+    """Return the size of another run, and its peak above an import, from its JSON.
 
     Raises:
-        OSError: no such file.
-        DriftError: not a result of this suite, or one without memory.
+        OSError: there is no such file.
+        DriftError: it is not a result of this suite, or has no memory.
     """
     try:
         stored = json.loads(path.read_bytes())

@@ -1,14 +1,14 @@
-"""Other programs that compute statistics or Δ of a pair, each in a process of its own.
+"""Other programs that compute statistics or Δ of a pair, each in its own process.
 
     python -P rivals.py {plain,tuned,public,merge} REASONING MULTIMODAL [--out DIR] …
 
-*plain* is what a notebook would have; *tuned* is PyTorch streaming as fast as we could make it;
-*public* is what the method's public code does: two whole models through `from_pretrained`, then a
-loop over their state dictionaries, attention and MLP only, in memory. *merge* is a linear merge as
-a notebook would have it. mergekit has a command of its own, so this file only writes its
-configuration.
+*plain* is what one would write in a notebook; *tuned* is PyTorch streaming, as fast as we could
+make it; *public* does what the method's public code does: it loads two whole models by
+`from_pretrained` and loops over their state dictionaries, attention and MLP only, in memory.
+*merge* is a linear merge as in a notebook. mergekit has its own command, so this file only writes
+its configuration.
 
-This file imports nothing of drift_fast, so that a rival does not pay for it. `results` holds the
+This file imports nothing from drift_fast, which would slow a rival down. `results` has the
 statistics by the multimodal checkpoint's names: ‖Δ‖, ‖W_reason‖, ‖W_multimodal‖ and the cosine.
 """
 
@@ -34,14 +34,14 @@ CHUNK = 3 << 17
 
 
 def backbone_name(name: str) -> str | None:
-    """Return the text model's name for a multimodal one; None where it has none."""
+    """Return the text model's name for a multimodal one; None if it has none."""
     if name.startswith("model.language_model."):
         return "model." + name.removeprefix("model.language_model.")
     return name if name == "lm_head.weight" else None
 
 
 class Opened:
-    """Every tensor of a checkpoint by name, through safetensors, nothing read."""
+    """Every tensor of a checkpoint by name, through safetensors, before any is read."""
 
     def __init__(self, directory: Path) -> None:
         from safetensors import safe_open
@@ -60,7 +60,7 @@ class Opened:
 
 
 def plain(reasoning: Path, multimodal: Path, out: Path | None) -> Results:
-    """Load and subtract one tensor after another in float32; save Δ at the end on request."""
+    """Load and subtract tensor by tensor in float32; on request save Δ at the end."""
     import torch
     from safetensors.torch import save_file
 
@@ -85,7 +85,7 @@ def plain(reasoning: Path, multimodal: Path, out: Path | None) -> Results:
 
 
 def merge(reasoning: Path, multimodal: Path, weight: float, out: Path) -> None:
-    """Merge one tensor after another in float32, copy the rest, and save the model at the end."""
+    """Merge tensor by tensor in float32, copy the rest, and save the model at the end."""
     import torch
     from safetensors.torch import save_file
 
@@ -102,11 +102,11 @@ def merge(reasoning: Path, multimodal: Path, weight: float, out: Path) -> None:
 
 
 class Tuned:
-    """Views of the mapped files in chunks that stay in cache, buffers reused, BLAS for the sums.
+    """Views of the mapped files in chunks that stay in cache, reused buffers, BLAS for the sums.
 
     Each thread takes the next chunk and runs single-threaded torch on it, which was faster than
     torch's own threads. Δ goes into a file that is allocated beforehand and flushed at the end.
-    `measure` off, with an `out`, subtracts in bfloat16 and computes no statistics at all.
+    With `out` and without `measure`, it subtracts in bfloat16 and computes no statistics.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class Tuned:
         self._scratch = [_Scratch() for _ in range(threads)]
 
     def run(self) -> Results:
-        """Do all of it once, with files that are opened again."""
+        """Do one pass, which opens the files again."""
         a, b = (Opened(path) for path in self._paths)
         pairs = [
             (name, a[source].view(-1), b[name].view(-1))
@@ -147,7 +147,7 @@ class Tuned:
         def work(scratch: _Scratch) -> None:
             import torch
 
-            # A number of the calling thread, not of the process.
+            # This sets the number for the calling thread, not for the process.
             torch.set_num_threads(1)
             with torch.inference_mode():
                 while True:
@@ -207,7 +207,7 @@ class _Scratch:
 
 
 class _Output:
-    """One safetensors file, allocated whole, written at any place by any thread."""
+    """A safetensors file, allocated at full size, that any thread can write to at any place."""
 
     def __init__(self, out: Path, shapes: dict[str, list[int]]) -> None:
         header: dict[str, Any] = {}
@@ -236,10 +236,10 @@ class _Output:
 
 
 def public(reasoning: Path, multimodal: Path, sample: list[str], out: Path | None) -> None:
-    """Load both models whole and subtract their state dictionaries, attention and MLP.
+    """Load both models as a whole and subtract their state dictionaries, attention and MLP.
 
-    Δ stays in memory. With `out`, which is given where results are checked and not where they are
-    timed, Δ of the multimodal names in `sample` is written there afterwards.
+    Δ stays in memory. With `out`, which is given to check results but not to time them, Δ of the
+    multimodal names in `sample` is written there afterwards.
     """
     import torch
     from safetensors.torch import save_file

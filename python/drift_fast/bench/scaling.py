@@ -1,7 +1,7 @@
-"""How statistics and writing scale over thread counts, beside the XOR control at the same counts.
+"""How statistics and writing scale over thread counts, beside the XOR control with the same counts.
 
-Everything is warm and in process. The control's fastest way is picked again for each count, since
-it may differ.
+Everything is warm and in process. The control's fastest way may differ, so it is picked again for
+each count.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from drift_fast.bench.verify import check_entry
 
 
 def run_scaling(options: BenchOptions, say: Say) -> Results:
-    """Run ours and the control with each count of threads, checked once with the largest.
+    """Run ours and the control with each number of threads; check results with the largest one.
 
     Raises:
-        DriftError: a debug build, or results of ours that are wrong.
+        DriftError: this is a debug build, or our results are wrong.
         OSError: not enough space.
     """
     session = open_session("scaling", options, say)
@@ -52,8 +52,8 @@ def run_scaling(options: BenchOptions, say: Say) -> Results:
             if "/xor@" in row.key
         )
         results.notes += [
-            "In process, warm, imports and buffers ready before the clock; GB/s of the tensors "
-            "that both models have, on both sides",
+            "In process, warm, with imports and buffers ready beforehand; GB/s count the tensors "
+            "that both models have, in both",
             f"The control's way, the fastest of several: {picked}",
         ]
     finally:

@@ -1,6 +1,6 @@
 """A run that is ready to begin: its pair on disk, memory touched, page cache warm.
 
-Owns the refusal of a debug build.
+Refuses a debug build.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Say = Callable[[str], object]
 
 @dataclass
 class Session:
-    """A pair that is ready, a folder for what is written, and the results so far."""
+    """A pair that is ready, a folder for output, and the results so far."""
 
     options: BenchOptions
     pair: Pair
@@ -39,24 +39,24 @@ class Session:
 
     @property
     def out(self) -> Path:
-        """Where what is being timed writes its Δ."""
+        """Where the timed command writes its Δ."""
         return self.work / "out"
 
     def clear(self) -> None:
-        """Remove what the last command wrote, and have the disk done with everything."""
+        """Remove what the last command wrote, and wait until the disk is idle."""
         shutil.rmtree(self.out, ignore_errors=True)
         os.sync()
 
 
 def refuse_debug_build() -> None:
-    """Refuse to time what was built for debugging.
+    """Refuse to time a debug build.
 
     Raises:
-        DriftError: it was.
+        DriftError: this is one.
     """
     if debug_build:
         raise DriftError(
-            "this is a debug build of drift_fast, whose timings mean nothing; build it with "
+            "this is a debug build of drift_fast, so its timings mean nothing; build it with "
             "cargo build --release, or pip install ."
         )
 
@@ -65,7 +65,7 @@ def open_session(kind: str, options: BenchOptions, say: Say) -> Session:
     """Refuse a debug build, make the pair, touch memory, and warm the page cache.
 
     Raises:
-        DriftError: a debug build.
+        DriftError: this is a debug build.
         OSError: not enough space.
     """
     refuse_debug_build()
@@ -106,8 +106,8 @@ def _touch_memory(session: Session) -> None:
     code = f"from drift_fast.bench.page_cache import touch; touch({wanted})"
     done = subprocess.run([sys.executable, "-c", code], check=False, env=session.environment)
     session.results.notes.append(
-        f"Before anything ran, a process of its own wrote to every page of {wanted / 1e9:.1f} GB "
-        "and ended, so that memory a virtual machine gets only once used decides nothing"
+        f"Before anything ran, another process wrote to every page of {wanted / 1e9:.1f} GB and "
+        "ended, since a virtual machine may get memory only once it is used"
         if done.returncode == 0
         else f"Touching {wanted / 1e9:.1f} GB of memory beforehand failed"
     )
@@ -118,7 +118,7 @@ def warm(session: Session) -> None:
     available = hardware.available_nbytes()
     if available is not None and session.pair.nbytes > available:
         session.results.notes.append(
-            f"**Not warm**: the pair has {session.pair.nbytes / 1e9:.1f} GB, and "
+            f"**Not warm**: the pair has {session.pair.nbytes / 1e9:.1f} GB, but only "
             f"{available / 1e9:.1f} GB of memory are available"
         )
         return
@@ -126,12 +126,12 @@ def warm(session: Session) -> None:
     share = page_cache.resident(session.pair.files)
     if share is not None and share < page_cache.WARM:
         session.results.notes.append(
-            f"**Not warm**: {share:.0%} of the pair is in memory after it was read once"
+            f"**Not warm**: only {share:.0%} of the pair is in memory after it was read once"
         )
 
 
 def pick_way(session: Session, part: str, threads: int) -> str:
-    """Return the fastest way of the XOR control with so many threads."""
+    """Return the fastest way of the XOR control with this number of threads."""
     out = session.out if part in ("delta", "merge") else None
     command = commands.control(session.pair, "pick", threads=threads, out=out)
     found: dict[str, float] = json.loads(

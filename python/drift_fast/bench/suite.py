@@ -1,4 +1,4 @@
-"""The table of a run: what is run, in which order, and the notes that go with it.
+"""The table of a run: what runs, in which order, and the notes about it.
 
 Invariant: a row that cannot run says why.
 """
@@ -20,10 +20,10 @@ from drift_fast.bench.verify import check_entries
 
 
 def run_table(options: BenchOptions, say: Say) -> Results:
-    """Run everything that `options` asks for and return it, aims included.
+    """Run everything that `options` asks for and return the results, aims included.
 
     Raises:
-        DriftError: a debug build, or results of ours that are wrong.
+        DriftError: this is a debug build, or our results are wrong.
         OSError: not enough space.
     """
     session = open_session("delta", options, say)
@@ -59,26 +59,27 @@ def _entries(session: Session, ways: Mapping[str, str]) -> list[Entry]:
 
 def _explain(session: Session) -> None:
     session.results.notes += [
-        f"Rows that take more than {SLOW_SECONDS:.0f} s were timed in the first half of the rounds",
-        "Every command ran once before it was timed; that run was checked against float64 and its "
-        "memory watched, which timed runs are not",
-        "Files were flushed and the last output removed outside the clock; buffers in process were "
-        "touched before it. Our Δ, the tuned ones and the control allocate their file first and "
-        "flush it; plain, public and mergekit do not flush",
-        "Statistics and Δ are of every tensor of the backbone, except in the public way, which "
-        "loads transformers' own Qwen2ForCausalLM and Qwen2_5_VLForConditionalGeneration (a vision "
+        f"Rows that take more than {SLOW_SECONDS:.0f} s were timed only in the first half "
+        "of the rounds",
+        "Every command ran once before it was timed. In that run its result was compared with "
+        "float64 and its memory was watched, which timed runs are not",
+        "Times exclude flushing earlier files, removing the last output and, in process, touching "
+        "buffers. Ours, the tuned rivals and the control allocate their file first and flush it; "
+        "plain, public and mergekit do not flush",
+        "Statistics and Δ are of every tensor of the backbone, except in the public way. It loads "
+        "transformers' Qwen2ForCausalLM and Qwen2_5_VLForConditionalGeneration (with a vision "
         "tower of one block) and subtracts attention and MLP",
-        "mergekit matches by name only, so it gets the multimodal weights under the text model's "
-        "names; GB/s count the bytes of the tensors that both models have, on both sides",
+        "mergekit matches by name only, so it gets the multimodal weights with the text model's "
+        "names; GB/s count the bytes of the tensors that both models have, in both",
     ]
     if "merge" in session.options.parts:
         session.results.notes.append(
-            "Merges write all of the backbone, ours and the plain one the vision tower too. "
+            "Merges write all of the backbone; ours and the plain one also write the vision tower. "
             "Ours is compared bit for bit with float64 rounded once; the others compute in float32 "
             "and may differ in the last bit of one value in a thousand"
         )
     if "cold" in session.options.settings:
         session.results.notes.append(
-            "Cold: both checkpoints flushed and dropped with posix_fadvise before each run, "
-            "checked with mincore; what the host of a virtual machine keeps is out of reach"
+            "Cold: both checkpoints were flushed and dropped with posix_fadvise before each run, "
+            "and checked with mincore; the cache of a virtual machine's host is out of reach"
         )

@@ -1,6 +1,6 @@
-"""Time commands and passes in turn: warm processes, passes inside a process, cold processes.
+"""Time commands and passes in turn: warm processes, passes in a process, cold processes.
 
-Invariant: rows that are compared with each other run in turn within the same rounds.
+Invariant: rows that are compared with each other take turns within the same rounds.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from drift_fast.bench.commands import Entry
 from drift_fast.bench.results import Row
 from drift_fast.bench.session import Session
 
-# A row that takes longer is timed in half of the rounds.
+# A row that takes longer is timed only in half of the rounds.
 SLOW_SECONDS = 4.0
 
 
@@ -28,12 +28,12 @@ def time_rounds(session: Session, timed: list[tuple[Row, Entry]]) -> None:
 
 
 def sits_out(row: Row, repeat: int, repeats: int) -> bool:
-    """Return whether a slow row was timed often enough."""
+    """Return whether a slow row has been timed often enough."""
     return bool(row.walls) and row.walls[0] > SLOW_SECONDS and repeat >= (repeats + 1) // 2
 
 
 def time_once(session: Session, row: Row, command: Iterable[str]) -> None:
-    """Run a command and add what it took to the row; if it fails, the row says so instead."""
+    """Run a command and add its time to the row, or say there that it failed."""
     try:
         timing = measure.run(list(command), environment=session.environment)
     except measure.CommandError as error:
@@ -78,7 +78,7 @@ def time_passes(session: Session, ways: Mapping[str, str]) -> None:
 
 
 def time_inside(session: Session, processes: Iterable[tuple[Row, list[str]]], threads: int) -> None:
-    """Time passes in turn, one process for each row, after one pass each that is not timed."""
+    """Time passes in turn, with one process for each row, after an untimed pass of each."""
     environment = commands.environment(threads)
     inside = [(row, measure.Inside(command, environment=environment)) for row, command in processes]
     try:

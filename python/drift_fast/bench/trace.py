@@ -1,7 +1,7 @@
 """The memory of our two commands over time, sampled while they run.
 
-It supports the claim that memory does not depend on the size of the models: total and anonymous
-resident memory a few hundred times a second, as CSV and as a picture.
+It shows whether memory depends on the size of the models: total and anonymous resident memory, a
+few hundred times a second, as CSV and as a picture.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ Traces = dict[str, tuple[Sample, ...]]
 
 
 def run_trace(options: BenchOptions, say: Say) -> tuple[Results, Traces]:
-    """Watch `inspect` and `delta` once each, check what they computed, then time each once.
+    """Watch `inspect` and `delta` once each, check their results, then time each once.
 
     Raises:
-        DriftError: a debug build, or results of ours that are wrong.
+        DriftError: this is a debug build, or our results are wrong.
         OSError: not enough space.
     """
     session = open_session("trace", options, say)
@@ -53,13 +53,13 @@ def run_trace(options: BenchOptions, say: Say) -> tuple[Results, Traces]:
         share = page_cache.resident(pair.files)
         if share is not None:
             results.notes.append(
-                f"At the end {share:.0%} of both checkpoints was in the page cache, which is the "
-                "system's and no process's"
+                f"At the end {share:.0%} of both checkpoints was in the page cache, which belongs "
+                "to the system and not to a process"
             )
         imported = (results.baseline_nbytes or 0) / 1e6
         results.notes.append(
-            f"`import drift_fast` alone peaks at {imported:.1f} MB; memory was watched in a run of "
-            "its own, which is not the timed one"
+            f"`import drift_fast` alone peaks at {imported:.1f} MB; memory was not watched in the "
+            "timed run, but in another one"
         )
         results.aims = [
             aim for aim in evaluate(results, options.beside) if aim["measured"] is not None
@@ -70,7 +70,7 @@ def run_trace(options: BenchOptions, say: Say) -> tuple[Results, Traces]:
 
 
 def write_trace(results: Results, traces: Mapping[str, tuple[Sample, ...]], out: Path) -> Path:
-    """Write the samples as CSV, seconds and bytes, and return where."""
+    """Write the samples as CSV (seconds and bytes) and return the path."""
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{name(results)}.csv"
     with path.open("w", newline="") as file:

@@ -1,6 +1,6 @@
-"""Every command run once before it is timed: its results compared with float64, its memory watched.
+"""Run every command once before it is timed, compare its results and watch its memory.
 
-Invariant: nothing is timed before its result was compared.
+Invariant: nothing is timed before its result was compared with float64.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from drift_fast.errors import DriftError
 
 
 def check_entries(session: Session, entries: Iterable[Entry]) -> dict[tuple[str, str], Row]:
-    """Run each command once, watched, and compare its results; this round also warms up."""
+    """Run and watch each command once, and compare its results; this also warms up."""
     true = check.truth(session.pair, threads=session.options.threads)
     watch_import(session)
     rows = {}
@@ -39,7 +39,7 @@ def check_entries(session: Session, entries: Iterable[Entry]) -> dict[tuple[str,
 
 
 def watch_import(session: Session) -> None:
-    """Note the memory of a process that imports the package and nothing more."""
+    """Note the memory of a process that only imports the package."""
     command = [sys.executable, "-c", "import drift_fast, time; time.sleep(0.3)"]
     baseline = measure.watch(command, environment=session.environment)
     session.results.baseline_nbytes = baseline.nbytes
@@ -49,11 +49,11 @@ def watch_import(session: Session) -> None:
 def check_entry(
     session: Session, entry: Entry, row: Row, true: Mapping[str, list[float]]
 ) -> measure.Memory:
-    """Run a command once, note its memory, and compare what it computed with the truth.
+    """Run a command once, note its memory, and compare its results with the reference.
 
     Raises:
         CommandError: it failed.
-        DriftError: it is ours, and wrong.
+        DriftError: it is ours, and its results are wrong.
     """
     session.clear()
     command = entry.checked or entry.command

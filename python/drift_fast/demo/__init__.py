@@ -1,8 +1,8 @@
 """All steps on two tiny trained models: delta, fine-tuning, comparison, pictures.
 
-Owns the order of the demo and what it prints and writes. `world` is the task, `experiment` one run,
-`jobs` all of them, `comparison` what they show. Invariant: every figure printed was measured in
-this run, whatever it shows.
+Owns the order of the demo and what it prints and writes. `world` has the task, `experiment` one
+run, `jobs` all runs, `comparison` their results. Invariant: every printed figure was measured in
+this run.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["run"]
 
 CHECKPOINTS: Final = Path(__file__).parent / "checkpoints"
-# The others are compared with these, seed by seed.
+# The other methods are compared with these, seed by seed.
 BASELINES: Final = ("sft", "merge_sft")
 
 
@@ -41,14 +41,14 @@ def run(
     """Compute both deltas, fine-tune with every method on every seed, compare, draw and write.
 
     Writes `delta/` (expert - multimodal), `delta.png`, `curves.png` and `results.json` to `out`,
-    replacing those of an earlier run, prints the tables, and returns the content of the JSON.
+    replaces those of an earlier run, prints the tables, and returns the content of the JSON file.
 
     Args:
         out: created if missing.
         seeds: fine-tuning sets; each method runs once on each.
-        workers: number of processes, of one thread each; 1 is this process.
+        workers: number of processes, each with one thread; 1 uses this process.
         checkpoints: a directory with `base`, `expert` and `multimodal`; default the shipped ones.
-        protocol: lengths of training and evaluation; default the demo's.
+        protocol: lengths of training and evaluation; by default the demo's.
 
     Raises:
         ImportError: scikit-learn, matplotlib, transformers or accelerate is missing.
@@ -95,7 +95,7 @@ def run(
 
 
 def _compute_deltas(source: Path, out: Path) -> dict[str, Delta]:
-    """Compute the delta from the multimodal model and that from the text base, and print both."""
+    """Compute expert − multimodal and expert − text base, and print both."""
     expert = source / "expert"
     delta = compute_delta(expert, source / "multimodal", out / "delta", overwrite=True)
     of_base = compute_delta(expert, source / "base")

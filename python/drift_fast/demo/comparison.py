@@ -1,4 +1,4 @@
-"""What the runs of the demo show: means over seeds, and differences seed by seed, as a table."""
+"""The results of the demo's runs: means over seeds, and differences seed by seed, as tables."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _MEASURES: Final = ("answers_right", "digits_read")
 
 
 def summarize(outcomes: Sequence[Outcome]) -> dict[str, dict[str, float]]:
-    """Return for each method the mean and the standard deviation over seeds of each measure.
+    """Return the mean and standard deviation over seeds of each measure, for each method.
 
-    The deviation is the sample's (n - 1), 0 for a single seed. `progress_*` is the mean of the
-    last step's progress along either delta, for methods that train.
+    The deviation is the sample's (n - 1), and 0 for a single seed. `progress_*` is the mean of the
+    progress along either delta at the last step, for methods that train.
     """
     summary: dict[str, dict[str, float]] = {}
     for method in dict.fromkeys(outcome.method for outcome in outcomes):
@@ -34,7 +34,7 @@ def summarize(outcomes: Sequence[Outcome]) -> dict[str, dict[str, float]]:
 
 
 def compare(outcomes: Sequence[Outcome], baseline: str) -> dict[str, dict[str, Any]]:
-    """Return for each other method its differences from `baseline`, seed by seed."""
+    """Return the differences of each other method from `baseline`, seed by seed."""
     reference = {o.seed: o for o in outcomes if o.method == baseline}
     compared: dict[str, dict[str, Any]] = {}
     for method in dict.fromkeys(o.method for o in outcomes if o.method != baseline):
@@ -76,7 +76,7 @@ def comparison_table(
     lines = [
         f"Held-out images, {seeds} fine-tuning sets, mean ± standard deviation over them",
         render(columns, results, "<>>>>"),
-        "λ is how far the weights moved along a Δ: 1 is all of it",
+        "λ is how far the weights moved along a Δ: 1 means by all of it",
     ]
     for baseline, rows in paired.items():
         differences = [

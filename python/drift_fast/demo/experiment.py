@@ -1,13 +1,12 @@
-"""Fine-tune the demo's multimodal model four ways and measure each on held-out images.
+"""Fine-tune the demo's multimodal model in four ways and measure each on held-out images.
 
-Owns the methods compared, their tuned settings, one run (`train_and_evaluate`) and the evaluation.
-Does not own the task (`world`), the choice of seeds or the printing (`drift_fast.demo`).
-Invariant: for one seed every method starts from the same checkpoint and sees the same fine-tuning
-set in the same order, and is measured on the same problems, so differences are paired.
+Owns the methods that are compared, their tuned settings, one run (`train_and_evaluate`) and the
+evaluation. `world` owns the task; the package chooses seeds and prints. Invariant: for one seed,
+every method starts from the same checkpoint, sees the same fine-tuning set in the same order, and
+is measured on the same problems, so that differences are paired.
 
-Fine-tuning is the Hugging Face `Trainer` as anyone would use it: 256 samples, 30 % of them plain
-reading and the others folds of 2 to 4 cells, 200 steps of 16, AdamW, cosine, clip 1, vision tower
-frozen.
+Fine-tuning uses the Hugging Face `Trainer`: 256 samples, 30 % of them plain reading and the others
+folds of 2 to 4 cells, 200 steps of 16, AdamW, cosine, clip 1, with a frozen vision tower.
 """
 
 from __future__ import annotations
@@ -49,8 +48,8 @@ Prior = Literal["multimodal", "base"]
 class Method:
     """One way to fine-tune.
 
-    `prior` names what is subtracted from the expert in the delta that is used, None for no delta;
-    `alpha` injects it at every step, `merge_*` add that multiple of it before the first step.
+    `prior` names the model that the delta subtracts from the expert; None means no delta. `alpha`
+    injects it at every step; `merge_*` add that multiple of it before the first step.
     """
 
     label: str
@@ -79,7 +78,7 @@ METHODS: Final[dict[str, Method]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """How much is trained and measured. The defaults are the demo's; tests shrink them."""
+    """How much is trained and measured. The defaults are the demo's; tests use less."""
 
     samples: int = 256
     reading_share: float = 0.3
@@ -97,7 +96,7 @@ class Protocol:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """The result of one run; `curve` holds step, loss and progress along each delta."""
+    """The result of one run; `curve` has step, loss, and progress along each delta."""
 
     method: str
     seed: int
@@ -109,8 +108,8 @@ class Outcome:
 class Progress:
     """Progress of a model along a delta since construction: <W_t - W_0, D> / |D|^2.
 
-    0 at the start, 1 where the model has covered the whole delta. Holds float32 copies of the
-    delta, and references to the model's parameters.
+    It is 0 at the start, and 1 when the model has moved by the whole delta. Keeps float32 copies of
+    the delta, and references to the model's parameters.
     """
 
     def __init__(self, model: PreTrainedModel, delta: Delta) -> None:
@@ -123,7 +122,7 @@ class Progress:
         self._start = self._along()
 
     def __call__(self) -> float:
-        """Return the progress of all the delta's parameters together."""
+        """Return the progress of all parameters of the delta together."""
         return (self._along() - self._start) / self._squared_norm
 
     def _along(self) -> float:
@@ -134,7 +133,7 @@ class Progress:
 
 
 class _Curve(TrainerCallback):
-    """Joins the Trainer's logged loss with the progress at the same step."""
+    """Combines the loss that the Trainer logs with the progress at the same step."""
 
     def __init__(self, progress: dict[str, Callable[[], float]]) -> None:
         self.rows: list[dict[str, float]] = []
@@ -165,8 +164,8 @@ def train_and_evaluate(
 ) -> Outcome:
     """Fine-tune `checkpoint` by one method on the fine-tuning set of `seed`, then measure it.
 
-    `settings` replaces those of the method in `METHODS`, for tuning. Progress is measured along
-    every delta, whether the method uses it or not.
+    `settings` replace those in `METHODS`, for tuning. Progress is measured along every delta,
+    whether or not the method uses it.
     """
     settings = settings or METHODS[method]
     world = w.World()
@@ -181,7 +180,7 @@ def train_and_evaluate(
 
 
 def fine_tuning_set(world: w.World, seed: int, protocol: Protocol) -> list[w.Problem]:
-    """Draw the samples of one seed: plain reading first, then folds, over training images."""
+    """Draw the samples of one seed over training images: plain reading, then folds."""
     generator = np.random.default_rng([world.seed, 20, seed])
     readings = round(protocol.samples * protocol.reading_share)
 
@@ -220,7 +219,7 @@ def evaluate(
 
 
 def is_answer_right(problem: w.Problem, reply: Sequence[int]) -> bool:
-    """Whether the last token before <eos> is the answer; a reply that never ends is wrong."""
+    """Whether the last token before <eos> is the answer; a reply without an end is wrong."""
     if w.EOS not in reply:
         return False
     said = reply[: reply.index(w.EOS)]
@@ -229,14 +228,14 @@ def is_answer_right(problem: w.Problem, reply: Sequence[int]) -> bool:
 
 @torch.no_grad()
 def decode(model: PreTrainedModel, problems: Sequence[w.Problem]) -> list[list[int]]:
-    """Decode greedily, all problems at once, each step on the cache of the last.
+    """Decode greedily, all problems at once, with a cache.
 
-    The prompts must be equally long, so that nothing is padded; as many tokens are produced as
-    the longest target has.
+    The prompts must have the same length, so that nothing is padded. Produces as many tokens as the
+    longest target has.
     """
     widths = {len(p.prompt) for p in problems}
     if len(widths) != 1:
-        raise ValueError(f"prompts of one batch must be equally long, got {sorted(widths)}")
+        raise ValueError(f"prompts of one batch must have the same length, got {sorted(widths)}")
     batch = w.collate(problems)
     ids = torch.from_numpy(batch.input_ids[:, : widths.pop()]).to(model.device)
     images = {}
@@ -298,7 +297,7 @@ def _fine_tune(
             injection = drift_fast.attach(trainer, deltas[method.prior], alpha=method.alpha)
             progress[method.prior] = lambda: injection.metrics()["progress"]
             with injection, warnings.catch_warnings():
-                # How far each method moves along Δ is a column of the demo's own table.
+                # The demo's own table says how far each method moves along Δ.
                 warnings.filterwarnings("ignore", "progress along", drift_fast.DriftWarning)
                 trainer.train()
         else:

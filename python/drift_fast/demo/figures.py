@@ -1,7 +1,7 @@
-"""The demo's picture of its runs: loss, and progress along each delta, by optimizer step.
+"""The demo's picture of its runs: loss and progress along each delta, by optimizer step.
 
-Owns the drawing only. Each line is the mean over seeds and its band spans the seeds. The colors are
-Okabe and Ito's, which people with any color vision can distinguish; line styles differ too.
+Each line is the mean over seeds; its band spans the seeds. The colors are Okabe and Ito's, which
+people with any color vision can distinguish; line styles differ too.
 """
 
 from __future__ import annotations
@@ -34,12 +34,11 @@ _PANELS: Final = (
 def plot_curves(curves: Mapping[str, Sequence[Curve]], path: Path) -> Path:
     """Draw three panels as a PNG: loss, and progress along either delta.
 
-    `curves` maps a method's label to one curve for each seed; the points of a method's curves are
-    at the same steps.
+    `curves` maps a method's label to its curves, one for each seed, with points at the same steps.
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: nothing to draw, or seeds whose points are at different steps.
+        ValueError: there is nothing to draw, or a method's points are at different steps.
     """
     try:
         from matplotlib.figure import Figure

@@ -1,4 +1,4 @@
-"""The runs of the demo, in several processes of one thread each."""
+"""The runs of the demo, in several processes with one thread each."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def run_jobs(
     delta: Path,
     protocol: Protocol,
 ) -> list[Outcome]:
-    """Run (method, seed) jobs, each on one thread, and return outcomes in the order of the jobs.
+    """Run (method, seed) jobs on one thread each, and return outcomes in the order of the jobs.
 
-    One worker is this process; several are processes of their own.
+    A single worker is this process; several are new processes.
     """
     done: dict[tuple[str, int], Outcome] = {}
     if workers == 1:
@@ -82,7 +82,7 @@ def _job(method: str, seed: int, source: Path, delta: Path, protocol: Protocol) 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Use one thread: processes would compete for cores, and one thread always rounds the same."""
+    """Use one thread: processes would compete for cores, and rounding depends on the number."""
     import torch
 
     threads = torch.get_num_threads()
@@ -95,7 +95,7 @@ def _one_thread() -> Iterator[None]:
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Keep loading bars of fifteen tiny models out of the demo's output."""
+    """Hide the loading bars of fifteen tiny models."""
     from transformers.utils import logging as transformers_logging
 
     level = transformers_logging.get_verbosity()

@@ -1,13 +1,13 @@
 """The demo's task: fold handwritten digits with made-up operations.
 
-Owns the vocabulary, the operation tables, the split of the digit images and the drawing of
-problems and batches. Knows nothing of models or training. Invariant: everything drawn is a
-function of the seed and of the generator handed in, and an image of one split never appears in a
-problem drawn from another.
+Owns the vocabulary, the operation tables, the split of the digit images, and the drawing of
+problems and batches. Knows nothing about models or training. Invariant: everything drawn depends
+on the seed and the given generator only, and an image of one split never appears in a problem of
+another.
 
 A problem shows nine digits in a 3 x 3 grid and asks either to write out some cells, or to fold them
-from the left, ``(B f E) g A``. Operations are random Latin squares over 0-9: a table must be known,
-it cannot be guessed above 10 %. A fold is answered with its chain of thought::
+from the left, ``(B f E) g A``. Operations are random Latin squares over 0-9: without knowing a
+table, 10 % of guesses are right. A fold is answered with its chain of thought::
 
     fact    3 f 7 =               ->  4 <eos>
     text    3 f 7 g 1 ?           ->  3 f 7 = 4 g 1 = 9 <eos>
@@ -31,7 +31,7 @@ DIGIT_PIXELS: Final = 8
 IMAGE_PIXELS: Final = GRID * DIGIT_PIXELS
 OPERATIONS: Final = 4
 
-# Token ids. Digits come first after the specials so that `DIGIT + d` is the id of digit d.
+# Token ids. Digits come right after the special tokens, so `DIGIT + d` is the id of digit d.
 PAD: Final = 0
 BOS: Final = 1
 EOS: Final = 2
@@ -47,13 +47,13 @@ VOCABULARY: Final = EQUALS + 3
 IGNORED_LABEL: Final = -100
 
 Split = Literal["train", "validation", "test"]
-# Images per split of scikit-learn's 1,797; the rest is for training.
+# Images of each split, out of scikit-learn's 1,797; the others are for training.
 HELD_OUT: Final = {"validation": 300, "test": 300}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """One question with its answer: token ids, and the image it is about (None for text)."""
+    """A question with its answer: token ids, and the image that it is about (None for text)."""
 
     prompt: tuple[int, ...]
     target: tuple[int, ...]
@@ -77,10 +77,10 @@ class Batch:
 
 
 class World:
-    """The operation tables, which of their entries the base knows, and the digit images.
+    """The operation tables, the entries of them that the base knows, and the digit images.
 
     Args:
-        seed: fixes the tables, the known half of each and the split of the images.
+        seed: decides the tables, the known half of each, and the split of the images.
 
     Raises:
         ImportError: scikit-learn, whose digits are the images, is not installed.
@@ -95,7 +95,7 @@ class World:
         self._pixels, self._by_digit = _split_digits(np.random.default_rng([seed, 1]))
 
     def steps(self, digits: Sequence[int], operations: Sequence[int]) -> list[int]:
-        """Running values of the left fold: one for each operation, the last is the answer."""
+        """Values of the left fold after each operation; the last one is the answer."""
         if len(digits) != len(operations) + 1:
             raise ValueError(
                 f"a fold of {len(operations)} operations needs {len(operations) + 1} digits, "
@@ -109,12 +109,12 @@ class World:
         return values
 
     def text_fold(self, generator: np.random.Generator, length: int) -> Problem:
-        """Draw a fold of `length` digits written as text, from the whole of every table."""
+        """Draw a fold of `length` digits as text, from all of every table."""
         digits, operations = self._draw_fold(generator, length)
         return self._fold(digits, operations, [DIGIT + d for d in digits], image=None)
 
     def text_known_fact(self, generator: np.random.Generator) -> Problem:
-        """Draw one entry of the half of the tables that the base knows, to be completed."""
+        """Draw an entry to complete, from the half of the tables that the base knows."""
         digits, operations = self._draw_known_step(generator)
         statement = _expression([DIGIT + d for d in digits], operations)
         return Problem(
@@ -128,19 +128,19 @@ class World:
     def text_copy(
         self, generator: np.random.Generator, length: int, *, expression: bool = False
     ) -> Problem:
-        """Draw digits, or an expression, to repeat: the plain-text counterpart of reading."""
+        """Draw digits or an expression to repeat: reading, but in plain text."""
         digits, operations = self._draw_fold(generator, length)
         operands = [DIGIT + d for d in digits]
         return _write_out(digits, operations if expression else [], operands, image=None)
 
     def image_fold(self, generator: np.random.Generator, length: int, split: Split) -> Problem:
-        """Draw a fold of `length` cells of an image, from the whole of every table."""
+        """Draw a fold of `length` cells of an image, from all of every table."""
         digits, operations = self._draw_fold(generator, length)
         cells, image = self._draw_grid(generator, digits, split)
         return self._fold(digits, operations, [CELL + c for c in cells], image=image)
 
     def image_known_step(self, generator: np.random.Generator, split: Split) -> Problem:
-        """Draw a single step over two cells, from the half of the tables the base knows."""
+        """Draw one step over two cells, from the half of the tables that the base knows."""
         digits, operations = self._draw_known_step(generator)
         cells, image = self._draw_grid(generator, digits, split)
         return self._fold(digits, operations, [CELL + c for c in cells], image=image)
@@ -175,7 +175,7 @@ class World:
     def _draw_grid(
         self, generator: np.random.Generator, digits: Sequence[int], split: Split
     ) -> tuple[list[int], NDArray[np.float32]]:
-        """Place the digits in cells of their own and fill the other cells with any digits."""
+        """Place each digit in its cell, and fill the other cells with any digits."""
         order = generator.permutation(CELLS)
         shown = generator.integers(BASE, size=CELLS)
         cells = order[: len(digits)]
@@ -211,11 +211,11 @@ class World:
 def collate(problems: Sequence[Problem]) -> Batch:
     """Stack problems into one right-padded batch whose labels cover the targets only.
 
-    Right padding needs no attention mask under causal attention: no real token sees a pad.
+    With causal attention no token sees padding to its right, so no attention mask is needed.
     """
     images = [p.image for p in problems if p.image is not None]
     if len(images) not in (0, len(problems)):
-        raise ValueError("a batch holds either text problems or image problems, not both")
+        raise ValueError("a batch has either text problems or image problems, not both")
     rows = [(*p.prompt, *p.target) for p in problems]
     shape = (len(rows), max(map(len, rows)))
     input_ids = np.full(shape, PAD, dtype=np.int64)
@@ -235,7 +235,7 @@ def _opening(image: NDArray[np.float32] | None) -> tuple[int, ...]:
 
 
 def _expression(operands: Sequence[int], operations: Sequence[int]) -> list[int]:
-    """Put the tokens of the operations between operand tokens; without operations, a list."""
+    """Return operand tokens with operations between them, or without operations a list."""
     if not operations:
         return list(operands)
     tokens = [operands[0]]
@@ -265,7 +265,7 @@ def _integers(generator: np.random.Generator, high: int, count: int) -> list[int
 
 
 def _latin_square(generator: np.random.Generator) -> NDArray[np.int64]:
-    """A Latin square of order 10: addition modulo 10 with rows, columns and symbols shuffled."""
+    """A Latin square of order 10: addition modulo 10 with shuffled rows, columns and symbols."""
     rows, columns, symbols = (generator.permutation(BASE) for _ in range(3))
     square: NDArray[np.int64] = symbols[(rows[:, None] + columns[None, :]) % BASE]
     return square
@@ -279,7 +279,7 @@ def _half_of_each_row(generator: np.random.Generator) -> NDArray[np.bool_]:
 def _split_digits(
     generator: np.random.Generator,
 ) -> tuple[NDArray[np.float32], dict[Split, list[NDArray[np.int64]]]]:
-    """scikit-learn's digits scaled to 0-1, and for each split the indices of each digit."""
+    """scikit-learn's digits, scaled to 0-1, and the indices of each digit in each split."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
