@@ -22,7 +22,7 @@ from drift_fast.inject.missing import PATIENCE
 from drift_fast.names import is_expert
 from support import reference
 from support.injection_models import delta_towards, gradients_of, write_checkpoint
-from support.processes import Joined, Report, launch
+from support.joined import Joined, Report, launch
 
 EXPERTS = 4
 WIDTH = 6
