@@ -15,7 +15,15 @@ import torch
 from torch import nn
 
 import drift_fast
-from drift_fast import CoverageError, DriftWarning, check, compute_delta, inspect, merge
+from drift_fast import (
+    AlignmentError,
+    CoverageError,
+    DriftWarning,
+    check,
+    compute_delta,
+    inspect,
+    merge,
+)
 from drift_fast.alignment.coverage import Coverage
 from drift_fast.cli.main import main
 from drift_fast.names import bare, kind_of, may_be_missed, module_of
@@ -233,6 +241,51 @@ def test_a_checkpoint_saved_with_wrappers_gives_the_delta_of_one_without(
     assert len(found) == len(expected) == len(text)
     for name in found:
         assert torch.equal(found[name], expected[bare(name)])
+
+
+# Around each layer, around each of its parts, around each projection.
+UNKNOWN_WRAPPERS = [
+    (r"(layers\.\d+)\.", r"\1._guard_inner."),
+    (r"(self_attn|mlp)\.", r"\1.wrapped."),
+    (r"(_proj)\.", r"\1.inner."),
+]
+
+
+@pytest.mark.parametrize("side", ["reasoning", "multimodal"])
+@pytest.mark.parametrize("place", UNKNOWN_WRAPPERS, ids=["layer", "part", "projection"])
+def test_an_unknown_wrapper_that_repeats_in_every_layer_is_no_part_of_a_name(
+    tmp_path: Path, place: tuple[str, str], side: str
+) -> None:
+    rng = np.random.default_rng(5)
+    text = language_model(rng)
+    vlm = moved(rng, text)
+    sides = {"reasoning": text, "multimodal": vlm}
+    sides[side] = {re.sub(*place, name): one for name, one in sides[side].items()}
+    assert sides[side].keys() != (text if side == "reasoning" else vlm).keys()
+    a = write_checkpoint(tmp_path / "a", sides["reasoning"])
+    b = write_checkpoint(tmp_path / "b", sides["multimodal"])
+    plain = write_checkpoint(tmp_path / "text", text), write_checkpoint(tmp_path / "vlm", vlm)
+    options: dict[str, Any] = {"modules": "attn,mlp,norm", "dtype": "float32"}
+    expected, found = compute_delta(*plain, **options), compute_delta(a, b, **options)
+    given = {name if side == "reasoning" else re.sub(*place, name): name for name in expected}
+    assert set(found) == set(given)
+    assert all(torch.equal(found[name], expected[own]) for name, own in given.items())
+    assert found.coverage.fraction == 1.0
+
+    delta = compute_delta(*plain, tmp_path / "delta", modules="attn,mlp", dtype="float32")
+    model = HandWritten({re.sub(*place, name): one.shape for name, one in vlm.items()})
+    matches = drift_fast.match_parameters(model, delta)
+    assert matches == {re.sub(*place, name): name for name in delta}
+
+
+def test_a_component_that_some_matrices_lack_is_not_taken_for_a_wrapper(tmp_path: Path) -> None:
+    # A shared expert is not a dense MLP, although its shapes are.
+    rng = np.random.default_rng(5)
+    text = language_model(rng)
+    vlm = {name.replace(".mlp.", ".mlp.shared."): one for name, one in moved(rng, text).items()}
+    sources = write_checkpoint(tmp_path / "a", text), write_checkpoint(tmp_path / "b", vlm)
+    with refused(AlignmentError, "mlp.gate_proj", "no match"):
+        compute_delta(*sources)
 
 
 # ------------------------------------------------------------------ a preset that selects nothing

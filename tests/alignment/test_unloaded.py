@@ -91,7 +91,13 @@ MTP = ("fc.weight", "norm.weight", "pre_fc_norm_embedding.weight")
 def further(sources: Sources, how: str, prefix: str) -> tuple[Tensors, dict[str, Any]]:
     """Return tensors that predict further tokens as a family stores them, and its config."""
     if how == "DeepSeek-V3, GLM-4.5":
-        return sources.layer(f"{prefix}layers.{LAYERS}", *NEXTN), {"num_nextn_predict_layers": 1}
+        # It stores the shared embedding and head once more.
+        shared = {
+            f"{prefix}layers.{LAYERS}.{name}.weight": sources.random(VOCABULARY, HIDDEN)
+            for name in ("embed_tokens", "shared_head.head")
+        }
+        layer = sources.layer(f"{prefix}layers.{LAYERS}", *NEXTN)
+        return layer | shared, {"num_nextn_predict_layers": 1}
     if how == "without a word in config.json":
         return sources.layer(f"{prefix}layers.{LAYERS}", *NEXTN), {}
     if how == "told by config.json only":

@@ -8,6 +8,7 @@ No weight is read here.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -19,6 +20,7 @@ from drift_fast.alignment.layout import Layout, Rectangle, compose, covered, who
 from drift_fast.alignment.mapping import CHECKPOINTS, MappingLike
 from drift_fast.alignment.name_alignment import NameAlignment, Pair, TensorIndex, Unmatched
 from drift_fast.alignment.stated import match_stated
+from drift_fast.alignment.wrapped import under_stored_names, without_wrappers
 from drift_fast.errors import AlignmentError, AmbiguousAlignmentError
 from drift_fast.names import common_prefixes, layer_of
 from drift_fast.shapes import Shape
@@ -60,6 +62,29 @@ def match(
 
 
 def _match_names(
+    reasoning: TensorIndex, multimodal: TensorIndex, prefer_equal_names: bool
+) -> NameAlignment:
+    """Match by names as they are and, where layers are left over, by those without wrappers."""
+    failure: AlignmentError | None = None
+    found: NameAlignment | None = None
+    try:
+        found = _match_as_named(reasoning, multimodal, prefer_equal_names)
+        if not _leftover(found):
+            return found
+    except AlignmentError as error:
+        failure = error
+    unwrapped = without_wrappers(reasoning, multimodal)
+    if unwrapped is not None:
+        with contextlib.suppress(AlignmentError):
+            made = _match_as_named(unwrapped[0], unwrapped[1], prefer_equal_names)
+            if found is None or _leftover(made) < _leftover(found):
+                return under_stored_names(made, *unwrapped[2:])
+    if found is None:
+        raise failure or AlignmentError("nothing matches")
+    return found
+
+
+def _match_as_named(
     reasoning: TensorIndex, multimodal: TensorIndex, prefer_equal_names: bool
 ) -> NameAlignment:
     """Match by names as they are, and in one form where layers are left over."""
