@@ -585,7 +585,10 @@ def test_two_tied_models_are_taken_once_and_a_lost_head_is_refused(
     tmp_path: Path, rng: Any
 ) -> None:
     text = language_model(rng, vocab=6)
-    a, b = write_two(tmp_path, text, moved(rng, text))
+    text["lm_head.weight"] = text["model.embed_tokens.weight"]
+    vlm = moved(rng, text)
+    vlm["lm_head.weight"] = vlm[TO + "embed_tokens.weight"]
+    a, b = write_two(tmp_path, text, vlm)
     tied = json.dumps({"tie_word_embeddings": True})
     (b / "config.json").write_text(tied)
     with refused(AlignmentError, "lm_head.weight", "left out"):
@@ -615,7 +618,11 @@ def test_a_head_that_only_the_reasoning_model_ties_is_its_embedding(
     text = language_model(rng, vocab=6, head=None)
     vlm = moved(rng, text) | {"lm_head.weight": stored(rng.normal(0, 1, (6, 8)))}
     a, b = write_two(tmp_path, text, vlm)
+    with pytest.warns(DriftWarning, match="stores no head and has no config.json"):
+        guessed = compute_delta(a, b, modules="head", rows="index", dtype="float32")
+    (a / "config.json").write_text('{"tie_word_embeddings": true}')
     delta = compute_delta(a, b, modules="head", rows="index", dtype="float32")
+    assert torch.equal(guessed["lm_head.weight"], delta["lm_head.weight"])
     left = text["model.embed_tokens.weight"].values
     exact = (left - vlm["lm_head.weight"].values).astype(np.float32)
     assert np.array_equal(delta["lm_head.weight"].numpy().reshape(-1), exact)

@@ -76,8 +76,8 @@ class Beside:
             # Both spellings, for whoever searches for one of them.
             texts.append(
                 f"{where} is quantized (quantised): {_listed(self.codes, side.dtypes)}. Its "
-                "weights are codes together with their scales, which cannot be subtracted. Take "
-                f"the unquantized checkpoint{unquantized_name(side.source)}{_how(self.codes)}"
+                "weights are codes together with their scales, which cannot be subtracted as "
+                f"{', '.join(_FLOATS)} can. Take the unquantized checkpoint{unquantized_name(side.source)}{_how(self.codes)}"
             )
         if self.unknown:
             texts.append(

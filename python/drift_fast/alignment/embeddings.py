@@ -12,6 +12,7 @@ from typing import Literal
 
 from drift_fast.alignment.layout import Rectangle
 from drift_fast.alignment.name_alignment import NameAlignment, Pair
+from drift_fast.alignment.tied import Ties
 from drift_fast.alignment.vocabulary import RowMap, TokenRows, match_rows
 from drift_fast.checkpoints.opened import Opened
 from drift_fast.errors import CoverageError
@@ -24,6 +25,12 @@ Rows = Literal["token", "index"] | None
 # What to download of a checkpoint on a server to read its vocabulary.
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "added_tokens.json", "tokenizer_config.json")
 
+# Why a head has no match: the other model has none that is known.
+NO_HEAD = (
+    "the other model stores no head, and its config.json does not tie one to the embedding; take a "
+    "checkpoint of it with its head, or set tie_word_embeddings to true there if the embedding is "
+    "its head"
+)
 TIED = "tied to the embedding by the configuration: one parameter, taken with embed"
 
 
@@ -45,11 +52,13 @@ def align_rows(
     multimodal: Opened,
     selection: Selection,
     rows: Rows,
+    ties: tuple[Ties, Ties],
 ) -> RowAlignment:
     """Pair the selected embeddings and heads of the multimodal model by rows.
 
     A head that the multimodal model ties to its embedding is left out, since they are one
-    parameter. One that only the reasoning model ties is paired with that model's embedding.
+    parameter. One that only the reasoning model ties is paired with that model's embedding. `ties`
+    are those of the reasoning and of the multimodal model.
 
     Raises:
         CheckpointError: a tokenizer that is not valid.
@@ -57,23 +66,24 @@ def align_rows(
     for side in (reasoning, multimodal):
         if any(kind_of(n) in ("embed", "head") and n in selection for n in side.shapes):
             side.download_files(_TOKENIZER_FILES)
-    # Read even where nothing is tied, so that a configuration that is not valid is refused.
-    reasoning_tied = reasoning.configuration.is_tied
-    multimodal_tied = multimodal.configuration.is_tied
+    reasoning_ties, multimodal_ties = ties
+    has_embedding = bool(_of_kind("embed", multimodal.shapes))
     chosen = [
         name
         for name in multimodal.shapes
         if name in selection and _is_vocabulary(name, multimodal.shapes)
     ]
-    sources = _sources(found, reasoning.shapes, multimodal.shapes)
+    sources = _sources(found, reasoning.shapes, multimodal.shapes, tied=reasoning_ties.tied)
     pairs = {pair.name: pair for pair in found.pairs if pair.name not in chosen}
     maps: dict[str, RowMap] = {}
     problems: dict[str, str] = {}
     reasons = dict(found.unmatched_multimodal)
     for name in chosen:
         source = sources.get(name)
-        if kind_of(name) == "head" and multimodal_tied:
+        if kind_of(name) == "head" and multimodal_ties.tied and has_embedding:
             reasons[name] = TIED
+        elif kind_of(name) == "head" and source is None and reasoning_ties.unknown:
+            reasons[name] = NO_HEAD
         elif source is None:
             reasons.setdefault(name, "the other model has no single tensor of its kind and width")
         else:
@@ -84,8 +94,9 @@ def align_rows(
             else:
                 pairs[name] = Pair(name, _parts(source, maps[name], multimodal.shapes[name]))
     reasons_of_reasoning = dict(found.unmatched_reasoning)
-    if reasoning_tied:
-        reasons_of_reasoning |= {n: TIED for n in reasoning.shapes if kind_of(n) == "head"}
+    if reasoning_ties.tied or multimodal_ties.unknown:
+        reason = TIED if reasoning_ties.tied else NO_HEAD
+        reasons_of_reasoning |= {n: reason for n in reasoning.shapes if kind_of(n) == "head"}
     taken = {source for pair in pairs.values() for source in pair.sources}
     alignment = replace(
         found,
@@ -118,13 +129,18 @@ def _is_vocabulary(name: str, shapes: Mapping[str, Shape]) -> bool:
 
 
 def _sources(
-    found: NameAlignment, reasoning: Mapping[str, Shape], multimodal: Mapping[str, Shape]
+    found: NameAlignment,
+    reasoning: Mapping[str, Shape],
+    multimodal: Mapping[str, Shape],
+    *,
+    tied: bool,
 ) -> dict[str, str]:
     """Return the reasoning tensor of each multimodal embedding and head that has one.
 
     What was paired or has the same name below the aligned prefixes goes first, so that a second
     language model's embedding is not taken for the backbone's. A leftover is
-    placed only if it is the only one of its kind on either side.
+    placed only if it is the only one of its kind on either side. Where the reasoning model ties
+    them, its embedding is its head and its head its embedding.
     """
     placed = found.vocabularies | {
         pair.name: pair.source
@@ -139,11 +155,13 @@ def _sources(
         fits = name and _is_vocabulary(source, reasoning)
         if fits and plain.startswith(first) and name not in placed:
             placed[name] = source
-    for kind, kinds_of_source in (("embed", ("embed",)), ("head", ("head", "embed"))):
+    for kind, tied_kind in (("embed", "head"), ("head", "embed")):
         free = _of_kind(kind, multimodal)
         if any(name in placed for name in free):
             continue
-        candidates = next(filter(None, (_of_kind(one, reasoning) for one in kinds_of_source)), [])
+        candidates = _of_kind(kind, reasoning)
+        if tied and not candidates:
+            candidates = _of_kind(tied_kind, reasoning)
         if len(free) == len(candidates) == 1:
             placed[free[0]] = candidates[0]
     return {

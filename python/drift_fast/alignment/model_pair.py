@@ -10,6 +10,7 @@ from drift_fast.alignment.coverage import Coverage
 from drift_fast.alignment.name_alignment import NameAlignment, Pair
 from drift_fast.alignment.options import PairOptions
 from drift_fast.alignment.similarity import Similarity
+from drift_fast.alignment.tied import Ties
 from drift_fast.checkpoints.opened import ITEMSIZE, Opened
 from drift_fast.errors import AlignmentError
 from drift_fast.selection import Selection
@@ -60,7 +61,7 @@ class AlignedPair(ModelPair):
     """Two open checkpoints and the selected pairs of tensors, layer by layer.
 
     `rows` says how the rows of embeddings and heads were matched, and `row_problems` why they could
-    not be, by multimodal name.
+    not be, by multimodal name. `ties` says of either model whether its head is its embedding.
     """
 
     options: PairOptions
@@ -68,6 +69,7 @@ class AlignedPair(ModelPair):
     account: Account
     rows: dict[str, str] = field(default_factory=dict)
     row_problems: dict[str, str] = field(default_factory=dict)
+    ties: tuple[Ties, Ties] = (Ties(tied=False), Ties(tied=False))
 
     @property
     def pairs(self) -> list[Pair]:
@@ -91,10 +93,17 @@ class AlignedPair(ModelPair):
 
     def needed(self) -> tuple[set[str], set[str]]:
         """Return the stored tensors of both checkpoints that the pairs need, scales included."""
-        return (
-            self.reasoning.stored_names(source for pair in self.pairs for source in pair.sources),
-            self.multimodal.stored_names(pair.name for pair in self.pairs),
+        names = (
+            {source for pair in self.pairs for source in pair.sources},
+            {pair.name for pair in self.pairs},
         )
+        # Heads that are stored although they are tied are compared with their embeddings.
+        sides = zip((self.reasoning, self.multimodal), names, self.ties, strict=True)
+        first, second = (
+            side.stored_names({*held, *ties.stored, *ties.stored.values()})
+            for side, held, ties in sides
+        )
+        return first, second
 
     def to_dict(self) -> dict[str, Any]:
         """Return how the alignment came about, under the keys of `drift.json`."""

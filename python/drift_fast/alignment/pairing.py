@@ -21,6 +21,7 @@ from drift_fast.alignment.name_alignment import NameAlignment, TensorIndex
 from drift_fast.alignment.options import PairOptions
 from drift_fast.alignment.refusals import refuse
 from drift_fast.alignment.similarity import compare_weights, warn_if_unrelated
+from drift_fast.alignment.tied import check_ties, find_ties, warn_if_presumed
 from drift_fast.alignment.transformers_layout import convert_checkpoint
 from drift_fast.checkpoints.opened import Opened, PathLike, open_checkpoint
 from drift_fast.checkpoints.unloaded import (
@@ -77,10 +78,11 @@ def survey_checkpoints(
         reasoning, multimodal, options.mapping, selection=selection, reader=options.reader
     )
     by_row, account = RowAlignment(found.alignment), Account([], Coverage(), [], [])
+    ties = find_ties(found.reasoning, selection), find_ties(found.multimodal, selection)
     if found.failure is None and not found.alignment.layer_conflict:
         selection.check_layers(pair.name for pair in found.alignment.pairs)
         by_row = align_rows(
-            found.alignment, found.reasoning, found.multimodal, selection, options.rows
+            found.alignment, found.reasoning, found.multimodal, selection, options.rows, ties
         )
         account = account_for(by_row.alignment, selection, found.reasoning, found.multimodal)
     return AlignedPair(
@@ -94,6 +96,7 @@ def survey_checkpoints(
         account=account,
         rows={name: str(rows) for name, rows in by_row.maps.items()},
         row_problems=by_row.problems,
+        ties=ties,
     )
 
 
@@ -198,9 +201,15 @@ def fetch(
 def verify(pair: AlignedPair) -> AlignedPair:
     """Compare samples of the weights, if the options say so, and add what was found to the pair.
 
+    Heads that are stored although they are tied are compared in full.
+
     Raises:
         AlignmentError: weights that do not belong together.
+        CheckpointError: a head that is tied and differs from its embedding.
     """
+    for side, ties in zip((pair.reasoning, pair.multimodal), pair.ties, strict=True):
+        check_ties(side, ties)
+    warn_if_presumed(pair.reasoning, pair.pairs)
     if not pair.options.check_weights:
         return pair
     # Layers that are not selected show a shift too, but are not downloaded for it.

@@ -17,6 +17,7 @@ from drift_fast.alignment.missed import missed
 from drift_fast.alignment.model_pair import AlignedPair, ModelPair
 from drift_fast.alignment.name_alignment import Unmatched
 from drift_fast.alignment.stated import LEFT_OUT
+from drift_fast.alignment.tied import differing
 from drift_fast.errors import AlignmentError, CheckpointError, CoverageError, DriftError
 from drift_fast.names import is_other_modality, kind_of
 
@@ -26,6 +27,7 @@ Reason = Literal[
     "not matched",
     "exchanged models",
     "other layers",
+    "tied and different",
     "other vocabulary",
     "unmatched tensors",
     "nothing selected",
@@ -161,6 +163,15 @@ def _vocabulary(pair: ModelPair) -> Refusal | None:
     return Refusal("other vocabulary", CoverageError(problem), strict_only=True)
 
 
+def _untied(pair: ModelPair) -> Refusal | None:
+    if not isinstance(pair, AlignedPair):
+        return None
+    for side, ties in zip((pair.reasoning, pair.multimodal), pair.ties, strict=True):
+        for head, embedding in ties.differ.items():
+            return Refusal("tied and different", differing(side, head, embedding))
+    return None
+
+
 def _unmatched(pair: ModelPair) -> Refusal | None:
     if not _is_matched(pair):
         return None
@@ -267,6 +278,7 @@ RULES: tuple[Rule, ...] = (
     _not_matched,
     _exchanged,
     _layer_conflict,
+    _untied,
     _vocabulary,
     _unmatched,
     _nothing_selected,

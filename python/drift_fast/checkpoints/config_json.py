@@ -17,6 +17,7 @@ from typing import Annotated, Any, TypeVar
 
 from msgspec import Meta
 
+from drift_fast.checkpoints.tied_by_default import TIED_BY_DEFAULT
 from drift_fast.config_files import JsonFile, convert, shown
 from drift_fast.errors import DriftWarning
 
@@ -82,13 +83,33 @@ class Configuration:
         return cls(file.path, entries is not None, top, (top,))
 
     @property
-    def is_tied(self) -> bool:
-        """Whether head and embedding are one: transformers ties where either level says so.
+    def states_ties(self) -> bool:
+        """Whether either level says that head and embedding are one.
 
         Raises:
             CheckpointError: an entry that is neither true nor false.
         """
-        return any(part.truth("tie_word_embeddings", needed=True) for part in self.around)
+        return True in self._ties
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether head and embedding are one, as is stated or by the default of the model's class.
+
+        Raises:
+            CheckpointError: an entry of a wrong type.
+        """
+        if self.states_ties:
+            return True
+        for part, ties in zip(reversed(self.around), reversed(self._ties), strict=True):
+            if ties is not None:
+                return False
+            if part.text("model_type") in TIED_BY_DEFAULT:
+                return True
+        return False
+
+    @property
+    def _ties(self) -> list[bool | None]:
+        return [part.truth("tie_word_embeddings", needed=True) for part in self.around]
 
     @property
     def weight_block(self) -> tuple[int, int]:

@@ -12,7 +12,6 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from drift_fast.alignment.coverage import (
@@ -44,6 +43,7 @@ from drift_fast.inject.lora.adapters import (
 from drift_fast.inject.refusals import packing_of
 from drift_fast.inject.shards.find import parameters_of
 from drift_fast.inject.target import Target
+from drift_fast.inject.tied import refuse_untied, without_tied
 from drift_fast.names import container_of, layer_of
 
 _REMEDY = (
@@ -81,7 +81,8 @@ def find_targets(
     Raises:
         CoverageError: selected tensors are missing, or fewer than `min_coverage` are there.
         AlignmentError: two parts of the model fit equally well, or a mapping that does not hold.
-        DriftError: two different tensors of the delta meet in one parameter (tied weights).
+        DriftError: two different tensors of the delta meet in one parameter (tied weights), or one
+            meets one of two that the model ties.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch module to inject into, got {type(model).__name__}")
@@ -89,8 +90,9 @@ def find_targets(
     wanted = _wanted(delta.shapes, options)
     found = _match(model, delta.shapes, candidates.shapes, options.mapping, len(wanted))
     chosen = [pair for pair in found.pairs if all(source in wanted for source in pair.sources)]
+    refuse_untied(model, chosen, candidates.parameters, candidates.adapters.weights)
     chosen, frozen = candidates.without_frozen(chosen, strict=options.strict)
-    pairs, tied = _without_tied(chosen, candidates.parameters, delta)
+    pairs, tied = without_tied(chosen, candidates.parameters, delta)
     used = {source for pair in pairs for source in pair.sources}
     reasons = dict(found.unmatched_reasoning) | tied | frozen
     missing = [
@@ -252,23 +254,3 @@ class Candidates:
             left_out[pair.name] = reason
             left_out |= dict.fromkeys(pair.sources, reason)
         return kept, left_out
-
-
-def _without_tied(
-    pairs: Sequence[Pair], parameters: Mapping[str, nn.Parameter], delta: DeltaLike
-) -> tuple[list[Pair], dict[str, str]]:
-    """Return one pair for each parameter, and why others of tied ones are left out."""
-    first: dict[int, Pair] = {}
-    left_out: dict[str, str] = {}
-    for pair in pairs:
-        other = first.setdefault(id(parameters[pair.name]), pair)
-        if other is pair:
-            continue
-        same = [*pair.sources, *other.sources]
-        if len(same) != 2 or not torch.equal(delta[same[0]], delta[same[1]]):
-            raise DriftError(
-                f"{same[1]} and {same[0]} of the delta are one tied parameter of the model, "
-                f"{other.name}, but differ; leave one of them out of the selection (modules=…)"
-            )
-        left_out[same[0]] = f"tied to {same[1]}, and injected once with it"
-    return list(first.values()), left_out

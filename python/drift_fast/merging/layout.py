@@ -14,12 +14,7 @@ from drift_fast.alignment.model_pair import AlignedPair
 from drift_fast.alignment.name_alignment import Pair
 from drift_fast.errors import AlignmentError, CheckpointError
 from drift_fast.merging.config import DTYPES
-from drift_fast.merging.exclusions import (
-    LEFT_OUT_AS_TIED,
-    tied_heads,
-    warn_of_routers,
-    why_a_buffer,
-)
+from drift_fast.merging.exclusions import LEFT_OUT_AS_TIED, warn_of_routers, why_a_buffer
 from drift_fast.merging.method_options import REST, ChosenMethod
 from drift_fast.names import kind_of
 
@@ -107,7 +102,8 @@ class MergeLayout:
                 f"{found.base.paths[0]}:{listed(missing)}\nChoose the base that the reasoning "
                 "model was tuned from, or pass strict=False to copy them"
             )
-        tied = tied_heads(reasons, blended, multimodal)
+        heads = found.reasoning.ties[1].stored
+        tied = {head: embedding for head, embedding in heads.items() if embedding in blended}
         reasons |= dict.fromkeys(tied, LEFT_OUT_AS_TIED)
         chosen.refuse_unused(blended)
         warn_of_routers(blended, multimodal.shapes)

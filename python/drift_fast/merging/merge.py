@@ -24,7 +24,7 @@ from drift_fast.checkpoints.opened import Opened, PathLike, open_checkpoint
 from drift_fast.delta.backends import describe_sources
 from drift_fast.errors import AlignmentError
 from drift_fast.merging.config import MergeConfig
-from drift_fast.merging.exclusions import LEFT_OUT_AS_TIED, check_tied
+from drift_fast.merging.exclusions import LEFT_OUT_AS_TIED
 from drift_fast.merging.layout import Alignments, MergeLayout
 from drift_fast.merging.method_options import ChosenMethod
 from drift_fast.merging.outcome import MergedTensor, outcome_of, refuse_nonfinite
@@ -154,7 +154,6 @@ def merge(
             role: verify(_fetched(pair, layout, report)) for role, pair in found.by_role.items()
         }
         found = Alignments(**verified)
-        check_tied(layout.tied, found.reasoning.multimodal)
         return _Run(layout, found, side_files, given).write(target, report)
 
 

@@ -150,8 +150,9 @@ def _quantization(configuration: Configuration, headers: Headers) -> Fact:
 
 
 def _tied(configuration: Configuration) -> Fact:
-    stated = configuration.anywhere(lambda part: part.truth("tie_word_embeddings"))
-    return fact(True if configuration.is_tied else stated)
+    if configuration.is_tied:
+        return Fact(True, STATED if configuration.states_ties else DEFAULT)
+    return fact(configuration.anywhere(lambda part: part.truth("tie_word_embeddings")))
 
 
 def _divided(whole: Value, part: Value) -> int | None:
