@@ -77,7 +77,8 @@ class Beside:
             texts.append(
                 f"{where} is quantized (quantised): {_listed(self.codes, side.dtypes)}. Its "
                 "weights are codes together with their scales, which cannot be subtracted as "
-                f"{', '.join(_FLOATS)} can. Take the unquantized checkpoint{unquantized_name(side.source)}{_how(self.codes)}"
+                f"{', '.join(_FLOATS)} can. Take the unquantized checkpoint"
+                f"{unquantized_name(side.source)}{_how(self.codes)}"
             )
         if self.unknown:
             texts.append(
