@@ -101,7 +101,7 @@ def find_beside(side: Opened, other: Opened, matched: Collection[str]) -> Beside
     weights = own.weights | _Places.of(other, set()).weights
     kinds: dict[str, str] = {}
     for (place, dtype), names in own.names.items():
-        kind = _kind(place, dtype, own.weights, weights)
+        kind = _kind(place, dtype, own.weights, weights, kind_of(names[0]))
         if kind is None:
             continue
         chosen = names if kind != "unknown" else [name for name in names if name not in matched]
@@ -151,7 +151,7 @@ def _is_vocabulary(module: str) -> bool:
     return kind_of(f"{module}.weight") != "other"
 
 
-def _kind(place: str, dtype: str, own: set[str], weights: set[str]) -> str | None:
+def _kind(place: str, dtype: str, own: set[str], weights: set[str], module_kind: str) -> str | None:
     """Return which kind of tensor one at `place` is; None for a weight and what leaves it alone."""
     if _ADAPTER.search(place):
         return "adapters"
@@ -159,7 +159,7 @@ def _kind(place: str, dtype: str, own: set[str], weights: set[str]) -> str | Non
         return "codes"
     module, _, leaf = place.rpartition(".")
     if dtype not in ITEMSIZE and (
-        kind_of(place) != "other" or (leaf == "weight" and dtype not in _NO_WEIGHTS)
+        module_kind != "other" or (leaf == "weight" and dtype not in _NO_WEIGHTS)
     ):
         return "codes"
     if leaf == "weight":
