@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast, get_origin
 
 from drift_fast.errors import CheckpointError, DriftError
+from drift_fast.paths import local_path
 
 T = TypeVar("T")
 
@@ -110,7 +111,7 @@ def read_settings(path: str | os.PathLike[str]) -> Any:
         ValueError: another ending than .json, .yaml or .yml, or not readable as that.
         ImportError: a YAML file without PyYAML.
     """
-    file = Path(path)
+    file = local_path(path)
     if file.suffix == ".json":
         try:
             return parse_json(file.read_bytes())

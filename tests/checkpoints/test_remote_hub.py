@@ -73,6 +73,23 @@ REPOS: dict[str, dict[str, dict[str, Content]]] = {
     "org/empty": {FIRST: {"README.md": b"x"}},
     "org/wrong": {FIRST: {INDEX: index_of(layer="../x.safetensors")}},
 }
+# Repositories without a model at their root: their files, and what must be said.
+OTHER_KINDS: dict[str, tuple[list[str], list[str]]] = {
+    "org/adapter": (["adapter_config.json", "adapter_model.safetensors"], ["merge_and_unload"]),
+    "org/gguf": (["model-Q4_K_M.gguf"], ["GGUF", "not read"]),
+    "org/trained": (
+        ["README.md", "checkpoint-9/model.safetensors", "checkpoint-10/model.safetensors"],
+        ["hf download org/trained --include 'checkpoint-10/*' --local-dir .", "give checkpoint-10"],
+    ),
+    "org/native": (["consolidated.safetensors", "params.json"], ["give the file itself"]),
+    "org/pipeline": (
+        ["model_index.json", "text_encoder/model.safetensors", "unet/config.json"],
+        ["diffusers", "text_encoder"],
+    ),
+    "org/pickles": (["pytorch_model-00001-of-00002.bin"], ["convert it to safetensors"]),
+    "org/unindexed": ([*SHARDS], ["index is missing", "download"]),
+}
+REPOS |= {repo: {FIRST: dict.fromkeys(names, b"x")} for repo, (names, _) in OTHER_KINDS.items()}
 
 
 class Hub:
@@ -198,6 +215,14 @@ def test_what_the_hub_refuses_says_what_to_do(hub: Hub) -> None:
     assert SINGLE in empty["message"]
     assert not any(name.endswith("x.safetensors") for name in os.listdir(hub.directory))
     assert_unseen(TOKEN, hub.directory, hub.log)
+
+
+def test_a_repository_that_is_not_a_model_says_what_it_is(hub: Hub) -> None:
+    results = hub.run(*({"repo": repo} for repo in OTHER_KINDS))
+    for (repo, (_, words)), result in zip(OTHER_KINDS.items(), results, strict=True):
+        assert result["error"] == "CheckpointError", result
+        for word in (repo, *words):
+            assert word in result["message"], result["message"]
 
 
 def test_a_hub_that_cannot_be_asked_says_why(hub: Hub) -> None:

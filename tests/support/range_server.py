@@ -7,6 +7,7 @@ it came with and the number of body bytes that were sent for it.
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import sys
 import threading
@@ -200,6 +201,11 @@ class HubServer(RangeServer):
         self.signature = "signed-for-one"
 
     def reply(self, request: Request) -> Reply:
+        listed = re.fullmatch(r"/api/models/([\w.-]+/[\w.-]+)/tree/([^/]+)", request.path)
+        if listed is not None and listed[1] in self.repos:
+            files = self.repos[listed[1]].get(self.branches.get(listed[2], listed[2]), {})
+            rows = [{"type": "file", "path": name, "size": 0, "oid": "0" * 40} for name in files]
+            return Reply(200, {"Content-Type": "application/json"}, json.dumps(rows).encode())
         found = re.fullmatch(r"/([\w.-]+/[\w.-]+)/resolve/([^/]+)/(.*)", request.path)
         if found is None:
             return Reply(404, {}, b"the Hub has nothing there")

@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, cast
 
 from msgspec import Struct
 
 from drift_fast.config_files import JsonFile
 from drift_fast.errors import AlignmentError
+from drift_fast.paths import local_path
 
 PathLike = str | os.PathLike[str]
 
@@ -90,7 +90,7 @@ def read_map(path: PathLike) -> dict[str, Stated]:
         FileNotFoundError: no such file.
         AlignmentError: a file that is not a map.
     """
-    path = Path(path)
+    path = local_path(path)
     if not path.is_file():
         raise FileNotFoundError(
             f"{path}: no such map file; `drift-fast align REASONING MULTIMODAL --out {path}` "
@@ -131,7 +131,7 @@ def write_map(
         "pairs": stated | dict.fromkeys(left_out),
     }
     try:
-        with Path(path).open("x", encoding="utf-8") as file:
+        with local_path(path).open("x", encoding="utf-8") as file:
             json.dump(stored, file, indent=1)
             file.write("\n")
     except FileExistsError:
@@ -193,7 +193,7 @@ def _refuse_unknown(names: Iterable[str], known: Iterable[str], side: str) -> No
 
 def parse_mapping(text: str | None) -> str | list[tuple[str, str]] | None:
     """Return prefix pairs from text such as `a:b,c:d`, or the path of a map file."""
-    if text is None or ":" not in text or Path(text).exists():
+    if text is None or ":" not in text or local_path(text).exists():
         return text
     pairs = [pair.partition(":") for pair in text.split(",")]
     return [(first, second) for first, _, second in pairs]

@@ -7,25 +7,20 @@ helps. The first that does so counts, so what explains the others comes before t
 from __future__ import annotations
 
 import re
-import shlex
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
 
+from drift_fast.checkpoints.place import INDEX, SHARD, SINGLE, Place
 from drift_fast.config_files import JsonFile, printable
 from drift_fast.errors import CheckpointError
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 CONVERT = (
     "a pickled checkpoint is never loaded, since unpickling runs code: convert it to safetensors "
     "(load it once where you trust it and call model.save_pretrained(directory, "
     "safe_serialization=True))"
 )
 PICKLE = re.compile(r"\.(bin|pt|pth|ckpt|pkl)(\.index\.json)?\Z")
-_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{1,9})-of-(?P<count>\d{1,9})\.safetensors")
 _STEP = re.compile(r"checkpoint-(\d{1,18})")
 # What trainers save beside the weights.
 _STATE = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state|random_states|trainer_s)")
@@ -38,97 +33,6 @@ _OTHER_FORMATS = {
     ".npz": "MLX's or NumPy's",
     ".tflite": "TensorFlow Lite's",
 }
-# More names than these say no more about what a directory is.
-_NAMES_LIMIT = 20_000
-
-
-@dataclass(frozen=True)
-class Place:
-    """A directory, or the files of a repository, by names.
-
-    `called` is what messages call it, and `inside` opens a folder of it. `path` is None where it is
-    not on this machine; then the command that downloads a folder takes the place of its path.
-    """
-
-    called: str
-    files: Sequence[str]
-    folders: Sequence[str]
-    inside: Callable[[str], Place] = field(repr=False)
-    path: Path | None = None
-
-    @classmethod
-    def on_disk(cls, path: Path) -> Place:
-        """Return a directory of this machine.
-
-        Raises:
-            OSError: it cannot be listed.
-        """
-        entries = sorted(islice(path.iterdir(), _NAMES_LIMIT))
-        folders = [entry.name for entry in entries if entry.is_dir()]
-        return cls(
-            str(path),
-            [entry.name for entry in entries if entry.name not in set(folders)],
-            folders,
-            lambda name: cls.on_disk(path / name),
-            path,
-        )
-
-    @classmethod
-    def on_the_hub(cls, repo: str, paths: Iterable[str], called: str = "") -> Place:
-        """Return a repository of the Hub, given the paths of its files."""
-        paths = list(paths)
-
-        def inside(folder: str) -> Place:
-            start = f"{folder}/"
-            below = [path.removeprefix(start) for path in paths if path.startswith(start)]
-            return cls.on_the_hub(repo, below, f"{called or repo}/{folder}")
-
-        return cls(
-            called or repo,
-            sorted(path for path in paths if "/" not in path),
-            sorted({path.partition("/")[0] for path in paths if "/" in path}),
-            inside,
-        )
-
-    @cached_property
-    def series(self) -> dict[tuple[str, int], list[int]]:
-        """The numbers of shards, by the stem of their names and how many there should be."""
-        found: dict[tuple[str, int], list[int]] = {}
-        for name in self.files:
-            if match := _SHARD.fullmatch(name):
-                place = match["stem"], int(match["count"])
-                found.setdefault(place, []).append(int(match["number"]))
-        return found
-
-    @property
-    def holds_checkpoint(self) -> bool:
-        """Whether the file that a checkpoint begins with is there; a link may lead nowhere."""
-        found = [name for name in (SINGLE, INDEX) if name in self.files]
-        return any(self.path is None or (self.path / name).exists() for name in found)
-
-    @property
-    def opens(self) -> bool:
-        """Whether it seems to be a checkpoint, by its names."""
-        whole = [len(numbers) == count for (_, count), numbers in self.series.items()]
-        return self.holds_checkpoint or whole == [True]
-
-    def give(self, *folders: str) -> str:
-        """Return what to do with a folder in order to open it."""
-        inner = "/".join(folders)
-        if self.path is not None:
-            return f"give {inner}: {self.path / inner}"
-        return (
-            f"download it with `hf download {self.called} --include {shlex.quote(inner + '/*')} "
-            f"--local-dir .` and give {inner}"
-        )
-
-    def quoted(self, folder: str = "") -> str:
-        """Return the path of it, or of a folder, for a command."""
-        return shlex.quote(str(Path(self.called) / folder))
-
-    def with_ending(self, *endings: str) -> list[str]:
-        """Return the files whose names end like that."""
-        return [name for name in self.files if name.endswith(endings)]
 
 
 def explain(place: Place) -> CheckpointError | FileNotFoundError:
@@ -145,7 +49,8 @@ def explain(place: Place) -> CheckpointError | FileNotFoundError:
 
 
 def _listed(names: Sequence[str], limit: int = 8) -> str:
-    shown = ", ".join(printable(name, 120) for name in names[:limit])
+    # A file's name has 255 bytes at most, a path 4,096.
+    shown = ", ".join(printable(name, 4096) for name in names[:limit])
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit:,} more"
 
 
@@ -172,12 +77,7 @@ def _hub_entry(place: Place) -> str | None:
     if "snapshots" not in place.folders:
         return None
     snapshots = place.inside("snapshots")
-    chosen = None
-    if place.path is not None:
-        try:
-            chosen = (place.path / "refs" / "main").read_text(encoding="utf-8")[:100].strip()
-        except (OSError, ValueError):
-            chosen = None
+    chosen = None if place.path is None else _main_of(place.path)
     if chosen not in snapshots.folders:
         opening = (one for one in snapshots.folders if snapshots.inside(one).opens)
         chosen = next(opening, None) or next(iter(snapshots.folders), None)
@@ -189,12 +89,27 @@ def _hub_entry(place: Place) -> str | None:
     )
 
 
+def _main_of(entry: Path) -> str | None:
+    """Return the commit that the main branch is at, as the cache notes it."""
+    ref = entry / "refs" / "main"
+    try:
+        if not ref.is_file():
+            return None
+        with ref.open("rb") as file:
+            return file.read(100).decode().strip()
+    except (OSError, ValueError):
+        return None
+
+
 def _hub_cache(place: Place) -> str | None:
     models = [name for name in place.folders if name.startswith("models--")]
     if not models:
         return None
     ids = [name.removeprefix("models--").replace("--", "/") for name in models]
-    return f"this is the Hub's cache; give the id of a model in it, such as {_listed(ids)}"
+    return (
+        f"this is a cache of the Hub; give the id of a model in it ({_listed(ids, 4)}) or its "
+        "snapshot, a directory below models--…/snapshots"
+    )
 
 
 def _adapter(place: Place) -> str | None:
@@ -327,7 +242,7 @@ def _shards(place: Place) -> str | None:
     (stem, count), numbers = next(iter(place.series.items()))
     expected = range(0 if 0 in numbers else 1, (0 if 0 in numbers else 1) + count)
     missing = [number for number in islice(expected, 10_000) if number not in set(numbers)]
-    width = len(next(match for name in place.files if (match := _SHARD.fullmatch(name)))["number"])
+    width = len(next(match for name in place.files if (match := SHARD.fullmatch(name)))["number"])
     names = [f"{stem}-{n:0{width}}-of-{count:0{width}}.safetensors" for n in missing]
     if not names:
         return "the index is missing; download the shards, which are read without it from a disk"

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from drift_fast._core import Checkpoint
 from drift_fast.checkpoints.config_json import BLOCK, Configuration
-from drift_fast.checkpoints.diagnosis import Place, explain
+from drift_fast.checkpoints.diagnosis import explain
+from drift_fast.checkpoints.place import Place
 from drift_fast.checkpoints.source import Source, resolve
 from drift_fast.checkpoints.unloaded import find_unloaded
 from drift_fast.errors import CheckpointError, DriftWarning

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from drift_fast._core import Checkpoint
 from drift_fast.errors import CheckpointError, DriftError
+from drift_fast.paths import local_path
 
 if TYPE_CHECKING:
     from drift_fast.checkpoints.remote import RemoteCheckpoint, Transfer
@@ -85,9 +86,11 @@ def resolve(source: str | os.PathLike[str]) -> Source:
 
         remote = open_url(text)
         return Source(remote.directory, remote=remote)
-    path = Path(text).expanduser()
+    path = local_path(text)
     if path.exists():
         return Source(path.absolute())
+    if path.is_symlink():
+        raise FileNotFoundError(f"{path}: a link to {path.readlink()}, which is not there")
     found = _HUB_ID.fullmatch(text)
     if found is None or text.startswith((".", "/", "~")) or text.endswith((".safetensors", ".bin")):
         raise FileNotFoundError(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from drift_fast.alignment.options import PairOptions
 from drift_fast.alignment.report import align
 from drift_fast.cli.options import add_json, add_options, add_sources, from_flags
 from drift_fast.cli.output import print_json, remark
+from drift_fast.paths import local_path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,7 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "the pair, unless --out asks for a map."
     )
     add_sources(parser)
-    parser.add_argument("--out", "-o", type=Path, metavar="JSON", help="write a map file to edit")
+    parser.add_argument(
+        "--out", "-o", type=local_path, metavar="JSON", help="write a map file to edit"
+    )
     parser.add_argument("--all", action="store_true", help="list every match and leftover")
     add_json(parser)
     add_options(parser, PairOptions, only=("mapping", "check_weights"))

@@ -10,6 +10,7 @@ from drift_fast.bench import bench
 from drift_fast.bench.options import BenchOptions
 from drift_fast.cli.options import add_options, given_flags
 from drift_fast.cli.output import remark
+from drift_fast.paths import local_path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Writes a table, JSON and a picture to --out."
     )
     parser.add_argument(
-        "--out", "-o", type=Path, default=Path("bench-results"), help="directory for results"
+        "--out", "-o", type=local_path, default=Path("bench-results"), help="directory for results"
     )
     add_options(parser, BenchOptions)
     parser.set_defaults(run=run)

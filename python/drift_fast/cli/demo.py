@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from drift_fast.demo import run as run_demo
+from drift_fast.paths import local_path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "with and without it, and compare on held-out images."
     )
     parser.add_argument(
-        "--out", "-o", type=Path, default=Path("demo-output"), help="directory for results"
+        "--out", "-o", type=local_path, default=Path("demo-output"), help="directory for results"
     )
     parser.add_argument("--seeds", type=int, default=3, help="fine-tuning sets (default 3)")
     parser.add_argument("--workers", type=int, default=2, help="processes (default 2)")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from drift_fast.alignment.coverage import Coverage
@@ -18,6 +17,7 @@ from drift_fast.delta.parallel import agree, first, together
 from drift_fast.delta.statistics import Statistics
 from drift_fast.delta.writing import Destination
 from drift_fast.options import takes
+from drift_fast.paths import local_path
 from drift_fast.preflight.warn import warn_of_configurations
 from drift_fast.progress_bar import Progress, ProgressCallback, reported
 from drift_fast.sizes import parse_size
@@ -70,12 +70,13 @@ def compute_delta(
             where the message says the least.
     """
     given = DeltaOptions.from_keywords(options, function="compute_delta")
-    meeting = nullcontext() if out is None else together(out, given.ranks)
+    target = None if out is None else local_path(out).absolute()
+    meeting = nullcontext() if target is None else together(target, given.ranks)
     bar = given.progress_bar if given.is_first() else False
     with reported(bar, given.on_progress) as report, meeting as group:
         pair = _ready(align_checkpoints(reasoning, multimodal, given), report, group)
         sources = describe_sources(pair)
-        if out is None:
+        if target is None:
             _warn_if_same(pair, sources)
         if group is not None:
             seen = {side: sources[side]["shards"] for side in ("reasoning", "multimodal")}
@@ -89,10 +90,10 @@ def compute_delta(
             alignment=pair.to_dict(),
             selection=str(pair.selection),
         )
-        if out is None:
+        if target is None:
             return delta
-        target, shard_nbytes = Path(out).absolute(), parse_size(given.max_shard_size)
-        return delta.write(Destination(target, given.overwrite, shard_nbytes), report, group)
+        destination = Destination(target, given.overwrite, parse_size(given.max_shard_size))
+        return delta.write(destination, report, group)
 
 
 @dataclass(frozen=True)

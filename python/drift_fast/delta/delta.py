@@ -28,6 +28,7 @@ from drift_fast.delta.summed import Summed
 from drift_fast.delta.writing import Content, Destination, Rows, write_alone
 from drift_fast.dtypes import DTYPES, INT8_BLOCK, tensor_dtype
 from drift_fast.errors import CheckpointError
+from drift_fast.paths import local_path
 from drift_fast.progress_bar import ProgressCallback, reported
 from drift_fast.sizes import parse_size
 
@@ -80,7 +81,7 @@ class Delta(Mapping[str, "torch.Tensor"]):
         # Loaded here, so that computing a delta stays light.
         from drift_fast.delta.description import Description
 
-        directory = Path(path)
+        directory = local_path(path)
         found = Description.read(directory)
         try:
             stats = Statistics.from_rows(found.rows)
@@ -113,14 +114,18 @@ class Delta(Mapping[str, "torch.Tensor"]):
             NonFiniteError, ValueError, DriftError: as `compute_delta`.
         """
         given = SaveOptions.from_keywords(options, function="save")
+        target = local_path(path).absolute()
         destination = Destination(
-            Path(path).absolute(),
+            target,
             given.overwrite,
             parse_size(given.max_shard_size),
             None if given.memory is None else parse_size(given.memory),
         )
         bar = given.progress_bar if given.is_first() else False
-        with reported(bar, given.on_progress) as report, together(path, given.ranks) as group:
+        with (
+            reported(bar, given.on_progress) as report,
+            together(target, given.ranks) as group,
+        ):
             return self.write(destination, report, group)
 
     def write(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from drift_fast.delta.statistics import Row, Statistics
+from drift_fast.paths import local_path
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,7 +40,7 @@ def plot_statistics(stats: Statistics, path: str | os.PathLike[str]) -> Path:
         figure, bottom, cells, modules, layers, "cosine", "cos(W reason, W multimodal)", "cividis"
     )
     bottom.set_xlabel("layer")
-    target = Path(path)
+    target = local_path(path)
     figure.savefig(target)
     return target
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, Self, TypeAlias, get_args
 
 from drift_fast.alignment.mapping import MappingLike, parse_mapping
@@ -18,6 +17,7 @@ from drift_fast.inject.schedule import ScheduleLike
 from drift_fast.inject.strength.formula import SCALES, Scale, check_alpha
 from drift_fast.inject.strength.per_module import LayerAlpha, PerModule, number, positive
 from drift_fast.options import Options, option
+from drift_fast.paths import local_path
 from drift_fast.selection import EVERYTHING, Layers, Modules, Selection
 from drift_fast.sizes import parse_size
 
@@ -248,7 +248,7 @@ class InjectionConfig(TargetOptions, ResidencyOptions, StrengthOptions):
             TypeError: the file does not hold a mapping.
             ValueError: not readable, an unknown option, or a value without meaning.
         """
-        file = Path(path)
+        file = local_path(path)
         if file.is_dir():
             files = [file / name for name in _FILES]
             file = next((one for one in files if one.exists()), files[0])

@@ -10,11 +10,11 @@ import csv
 import math
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from drift_fast.inject.strength.control import Control
 from drift_fast.inject.target_group import TargetGroup
 from drift_fast.names import kind_of, module_of
+from drift_fast.paths import local_path
 
 # What a log has one number of.
 _SINGLE = (
@@ -96,7 +96,7 @@ def append_rows(path: str | os.PathLike[str], step: int, metrics: Mapping[str, f
 
     Its directory is made where there is none.
     """
-    path = Path(path)
+    path = local_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = not path.exists() or path.stat().st_size == 0
     with path.open("a", newline="") as file:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from drift_fast.config_files import read_settings
 from drift_fast.errors import DriftError
 from drift_fast.inject.config import InjectionConfig
 from drift_fast.options import option
+from drift_fast.paths import local_path
 
 if TYPE_CHECKING:
     from drift_fast.inject.injection import Injection
@@ -68,9 +68,9 @@ class Settings(InjectionConfig):
             ValueError: another ending than .json, .yaml or .yml, or not readable as that.
             As `from_mapping`.
         """
-        file = Path(path)
+        file = local_path(path)
         settings = cls.from_mapping(read_settings(file), origin=str(file))
-        return replace(settings, delta=str(file.parent / settings.delta))
+        return replace(settings, delta=str(file.parent / local_path(settings.delta)))
 
     @classmethod
     def from_environment(cls) -> Self:

@@ -31,6 +31,7 @@ from drift_fast.merging.outcome import MergedTensor, outcome_of, refuse_nonfinit
 from drift_fast.merging.selected import selection_of
 from drift_fast.merging.side_files import SideFiles, find_side_files, warn_of_what_stays
 from drift_fast.options import takes
+from drift_fast.paths import local_path
 from drift_fast.preflight.warn import warn_of_configurations
 from drift_fast.progress_bar import Progress, ProgressCallback, reported
 from drift_fast.selection import Selection
@@ -141,7 +142,7 @@ def merge(
     chosen = given.chosen(method, has_base=given.base is not None)
     if given.base_mapping is not None and given.base is None:
         raise ValueError("base_mapping is about the tensors of the base, so it needs base=…")
-    target = Path(out).expanduser()
+    target = local_path(out)
     with reported(given.progress_bar, given.on_progress) as report:
         found = _align(chosen, reasoning, multimodal, given)
         others = [pair.reasoning for pair in found.by_role.values()]

@@ -19,6 +19,7 @@ from drift_fast.checkpoints.config_json import Configuration, Section
 from drift_fast.checkpoints.opened import PathLike, open_checkpoint
 from drift_fast.errors import CheckpointError, DriftError
 from drift_fast.names import is_other_modality, kind_of, layer_of
+from drift_fast.paths import local_path
 from drift_fast.preflight.fact import Fact
 from drift_fast.preflight.facts import describe
 from drift_fast.preflight.headers import read_headers
@@ -136,7 +137,7 @@ def read_model(given: PathLike) -> Model:
         FileNotFoundError, CheckpointError: neither exists, or it is invalid.
         DriftError: there is only a config.json, and transformers cannot build the model from it.
     """
-    path = Path(given).expanduser()
+    path = local_path(given)
     path = path.parent if path.name == "config.json" else path
     if (path / "config.json").is_file() and not any(path.glob("*.safetensors*")):
         return _from_configuration(path)

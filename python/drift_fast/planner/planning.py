@@ -6,11 +6,11 @@ Owns the order of the figures and the warnings.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from drift_fast.checkpoints.opened import PathLike
 from drift_fast.options import takes
+from drift_fast.paths import local_path
 from drift_fast.planner import figures, hours, motion, rates
 from drift_fast.planner.counts import read_model
 from drift_fast.planner.memory import Memory, estimate
@@ -58,7 +58,7 @@ def plan(
     run, unused = _read(config, options)
     planned = Scenario.of(run, read_model(reasoning), read_model(multimodal))
     size = motion.size_of(
-        None if run.delta is None else Path(run.delta), run.rms, planned.selection
+        None if run.delta is None else local_path(run.delta), run.rms, planned.selection
     )
     memory = estimate(run, planned.multimodal, planned.delta_numel, run.gpu_nbytes)
     of_motion = list(motion.figures(run, size))
@@ -87,7 +87,7 @@ def _read(config: PathLike | None, options: Mapping[str, Any]) -> tuple[PlanOpti
     # Imported here, since most plans need no file.
     from drift_fast.planner.configuration import Configuration
 
-    given = Configuration.read(Path(config))
+    given = Configuration.read(local_path(config))
     numbers = given.numbers
     if "steps" in options:
         numbers.pop("samples", None)

@@ -14,15 +14,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from drift_fast._core import __version__
+from drift_fast.checkpoints.diagnosis import CONVERT, explain
+from drift_fast.checkpoints.place import INDEX, SINGLE, Place
 from drift_fast.checkpoints.remote.attempts import RETRIED, Dropped, Patience, retry_after
 from drift_fast.checkpoints.remote.checkpoint import RemoteCheckpoint
 from drift_fast.checkpoints.remote.client import Client, Credentials
 from drift_fast.checkpoints.remote.logs import hiding_queries
 from drift_fast.checkpoints.remote.shards import (
-    CONVERT,
-    INDEX,
     PICKLES,
-    SINGLE,
     SMALL_NBYTES,
     open_indexed,
     open_single,
@@ -185,7 +184,16 @@ class _Hub:
         return None if path is None else Path(path).read_bytes()
 
     def without_safetensors(self, client: Client) -> Exception:
-        """Return the error for a repository without safetensors."""
+        """Return the error for a repository that has no checkpoint at its root: what it is."""
+        from huggingface_hub import list_repo_files
+
+        try:
+            names = self._call(client, partial(list_repo_files, self.repo, revision=self.revision))
+        except CheckpointError:
+            # A mirror may have files and no list of them.
+            names = None
+        if names is not None:
+            return explain(Place.on_the_hub(self.repo, names))
         for name in PICKLES:
             if self.metadata(client, name) is not None:
                 return CheckpointError(f"{self}: found {name} and no safetensors: {CONVERT}")

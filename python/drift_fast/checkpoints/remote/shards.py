@@ -15,6 +15,8 @@ from typing import Any
 
 from msgspec import Struct
 
+from drift_fast.checkpoints.diagnosis import CONVERT, PICKLE
+from drift_fast.checkpoints.place import INDEX, SINGLE
 from drift_fast.checkpoints.remote.client import Client
 from drift_fast.checkpoints.remote.sparse import SparseShard, require_space, write_atomically
 from drift_fast.checkpoints.remote.tasks import run_together
@@ -24,21 +26,13 @@ from drift_fast.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-CONVERT = (
-    "a pickled checkpoint is never loaded, since unpickling runs code: convert it to safetensors "
-    "(load it once where you trust it and call model.save_pretrained(directory, "
-    "safe_serialization=True))"
-)
 # The limit that the safetensors format sets for a header; other small files are held to it too.
 SMALL_NBYTES = 100_000_000
 # The size of the first request; most headers are shorter.
 _START_NBYTES = 256 << 10
 _LENGTH_NBYTES = 8
 _PLAIN_NAME = re.compile(r"[^./\\][^/\\]*")
-_PICKLE = re.compile(r"\.(bin|pt|pth|ckpt|pkl)(\.index\.json)?\Z")
 # A file system allows 255, and the lists of ranges have longer names.
 _NAME_LIMIT_NBYTES = 200
 
@@ -49,7 +43,7 @@ class _Index(Struct):
 
 def is_pickle(name: str) -> bool:
     """Whether a file is a pickled checkpoint, or the index of one, by its name."""
-    return _PICKLE.search(name) is not None
+    return PICKLE.search(name) is not None
 
 
 def is_plain_name(name: str) -> bool:
@@ -94,12 +88,17 @@ def shard_names(index: bytes, place: str) -> list[str]:
         CheckpointError: not an index, or one that names something else.
     """
     try:
-        entries = list(convert(parse_json(index), _Index).weight_map.items())
+        weight_map = convert(parse_json(index), _Index).weight_map
     except ValueError as error:
         raise CheckpointError(
             f"{place}: expected an index with a weight_map, found something else ({error}); check "
             "the URL"
         ) from None
+    # As some tools write it; what else is not plain is refused.
+    entries = [
+        (tensor, file.removeprefix("./") if isinstance(file, str) else file)
+        for tensor, file in weight_map.items()
+    ]
     for tensor, file in entries:
         if isinstance(file, str) and is_pickle(file):
             raise CheckpointError(f"{place}: tensor {tensor!r} is in {file!r}: {CONVERT}")

@@ -27,6 +27,7 @@ from drift_fast.checkpoints.remote.client import Range
 from drift_fast.checkpoints.remote.transfer import Identity
 from drift_fast.config_files import convert, parse_json
 from drift_fast.errors import CheckpointError
+from drift_fast.paths import local_path
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +95,7 @@ def default_cache() -> Path:
     """Return `$DRIFT_FAST_CACHE`, or `drift_fast` in `$XDG_CACHE_HOME` or `~/.cache`."""
     chosen = os.environ.get("DRIFT_FAST_CACHE")
     if chosen:
-        return Path(chosen).expanduser().absolute()
+        return local_path(chosen).absolute()
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
     return (base if base.is_absolute() else Path.home() / ".cache") / "drift_fast"
 

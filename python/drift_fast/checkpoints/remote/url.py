@@ -6,13 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
+from drift_fast.checkpoints.diagnosis import CONVERT
+from drift_fast.checkpoints.place import INDEX, SINGLE
 from drift_fast.checkpoints.remote.checkpoint import RemoteCheckpoint
 from drift_fast.checkpoints.remote.client import Client
 from drift_fast.checkpoints.remote.shards import (
-    CONVERT,
-    INDEX,
     PICKLES,
-    SINGLE,
     SMALL_NBYTES,
     is_pickle,
     open_indexed,
