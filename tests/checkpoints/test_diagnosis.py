@@ -20,6 +20,7 @@ from drift_fast.checkpoints.diagnosis import explain
 from drift_fast.checkpoints.place import Place
 from support.synthetic import (
     Stored,
+    language_model,
     opaque,
     refused,
     stored,
@@ -29,6 +30,7 @@ from support.synthetic import (
 )
 
 WEIGHT = "model.layers.0.self_attn.q_proj.weight"
+OTHER = "model.layers.0.self_attn.k_proj.weight"
 TENSORS = {WEIGHT: stored(np.ones((4, 4)))}
 Build = Callable[[Path], object]
 
@@ -266,15 +268,32 @@ def test_names_of_strangers_cannot_steer_the_terminal(tmp_path: Path) -> None:
     assert str(explain(Place.on_disk(tmp_path))).isprintable()
 
 
-def test_weights_that_zero_3_did_not_gather_are_refused(tmp_path: Path, sound: Path) -> None:
-    empty = {WEIGHT: Stored("BF16", (0,), b""), "model.norm.weight": stored(np.ones(4))}
-    directory = write_checkpoint(tmp_path / "stub", empty)
-    for sources in ((directory, sound), (sound, directory)):
-        with refused(CheckpointError, WEIGHT, "1 of 2", "[0]", "ZeRO-3", "zero_to_fp32.py"):
-            inspect(*sources)
-    # Of what is not a weight, no elements are as good as any.
-    write_checkpoint(tmp_path / "buffer", {**TENSORS, "model.buffer": opaque("I64", 0)})
-    assert len(inspect(tmp_path / "buffer", sound).stats) == 1
+@pytest.mark.parametrize("gathered", [0, 1, 3])
+@pytest.mark.parametrize("prefix", ["model.", "model.language_model."])
+def test_weights_that_zero_3_did_not_gather_are_refused(
+    tmp_path: Path, gathered: int, prefix: str
+) -> None:
+    rng = np.random.default_rng(0)
+    whole = language_model(rng, layers=3)
+    kept = re.compile(r"norm|layers\.[" + "012"[:gathered] + r"x]\.")
+    stub = {
+        name.replace("model.", prefix): tensor if kept.search(name) else Stored("BF16", (0,), b"")
+        for name, tensor in whole.items()
+    }
+    directory, other = tmp_path / "stub", write_checkpoint(tmp_path / "whole", whole)
+    write_checkpoint(directory, stub)
+    for sources in ((directory, other), (other, directory)):
+        for verb in (inspect, compute_delta):
+            with refused(CheckpointError, directory, "[0]", "ZeRO-3", "zero_to_fp32.py"):
+                verb(*sources)
+        assert any("ZeRO-3" in one.message for one in check(*sources).findings)
+
+
+def test_no_elements_are_as_good_as_any_where_the_other_has_none(tmp_path: Path) -> None:
+    tensors = {**TENSORS, OTHER: Stored("BF16", (0,), b""), "model.buffer": opaque("I64", 0)}
+    first = write_checkpoint(tmp_path / "first", tensors)
+    second = write_checkpoint(tmp_path / "second", {**tensors, WEIGHT: stored(np.ones((4, 4)) * 2)})
+    assert len(inspect(first, second).stats) == 2
 
 
 def test_too_many_open_files_say_how_to_allow_more(tmp_path: Path, sound: Path) -> None:

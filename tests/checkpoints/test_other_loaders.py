@@ -58,7 +58,7 @@ def loaded_by_transformers(directory: Path) -> dict[str, float]:
     config.save_pretrained(directory)
     model = transformers.LlamaForCausalLM.from_pretrained(directory)
     state = dict(model.named_parameters())
-    return {name: float(state[name].float().mean()) for name in TENSORS}
+    return {name: float(state[name].detach().float().mean()) for name in TENSORS}
 
 
 EXPECTED = {WEIGHT: 1.0, OTHER: 3.0}

@@ -12,6 +12,7 @@ from typing import Literal, TypeGuard
 
 from drift_fast.alignment.beside import find_beside
 from drift_fast.alignment.coverage import listed
+from drift_fast.alignment.incomplete import explain_empty, explain_promised, find_lacking
 from drift_fast.alignment.inserted import find_inserted_layers
 from drift_fast.alignment.missed import missed
 from drift_fast.alignment.model_pair import AlignedPair, ModelPair
@@ -23,7 +24,7 @@ from drift_fast.names import is_other_modality, kind_of
 
 Reason = Literal[
     "changed beside",
-    "missing from the shards",
+    "incomplete checkpoint",
     "not matched",
     "exchanged models",
     "other layers",
@@ -93,29 +94,17 @@ def _changed_beside(pair: ModelPair) -> Refusal | None:
     return Refusal("changed beside", CheckpointError("; ".join(texts))) if texts else None
 
 
-def _absent(pair: ModelPair) -> Refusal | None:
-    """Judge tensors that an index names and no shard holds, and that the other model has."""
-    if not isinstance(pair, AlignedPair):
-        return None
-    first, second = (f"{prefix}." if prefix else "" for prefix in pair.alignment.prefixes)
-    for side, other, own, others in (
-        (pair.reasoning, pair.multimodal, first, second),
-        (pair.multimodal, pair.reasoning, second, first),
-    ):
-        names = [
-            name
-            for name in side.absent
-            if name in pair.selection
-            and (pair.failure is not None or others + name.removeprefix(own) in other.shapes)
-        ]
+def _incomplete(pair: ModelPair) -> Refusal | None:
+    for lacking in find_lacking(pair):
+        if lacking.empty:
+            error = CheckpointError(explain_empty(lacking.side, lacking.empty))
+            return Refusal("incomplete checkpoint", error)
+        if not isinstance(pair, AlignedPair):
+            continue
+        names = [name for name in lacking.promised if name in pair.selection]
         if names:
-            error = CheckpointError(
-                f"{side.source.path}: tensor {names[0]!r}: the index places it in "
-                f"{side.absent[names[0]]!r}, which does not hold it"
-                + (f", and {len(names) - 1} more" if names[1:] else "")
-                + f"; they are of {pair.selection}, so download the checkpoint again"
-            )
-            return Refusal("missing from the shards", error, strict_only=bool(pair.pairs))
+            error = CheckpointError(explain_promised(lacking.side, names))
+            return Refusal("incomplete checkpoint", error, strict_only=bool(pair.pairs))
     return None
 
 
@@ -274,7 +263,7 @@ def _is_matched(pair: ModelPair) -> TypeGuard[AlignedPair]:
 # In this order; the cause of what comes after it comes first.
 RULES: tuple[Rule, ...] = (
     _changed_beside,
-    _absent,
+    _incomplete,
     _not_matched,
     _exchanged,
     _layer_conflict,

@@ -16,8 +16,7 @@ from drift_fast.checkpoints.diagnosis import explain
 from drift_fast.checkpoints.place import Place
 from drift_fast.checkpoints.source import Source, resolve
 from drift_fast.checkpoints.unloaded import find_unloaded
-from drift_fast.errors import CheckpointError, DriftWarning
-from drift_fast.names import kind_of
+from drift_fast.errors import DriftWarning
 from drift_fast.shapes import Shape
 
 PathLike = str | os.PathLike[str]
@@ -166,7 +165,6 @@ def open_checkpoint(source: PathLike, reader: str = "auto") -> Opened:
         checkpoint = Checkpoint(found.path, reader=reader, block=block)
     codes = checkpoint.scales()
     tensors = {name: (dtype, tuple(shape)) for name, dtype, shape, _ in checkpoint.tensors()}
-    _refuse_empty(found.path, {name: shape for name, (_, shape) in tensors.items()})
     scales = {name: scale for name, scale, _ in codes if scale in tensors}
     held = set(scales.values())
     opened = Opened(
@@ -207,15 +205,3 @@ def _explained(path: Path) -> Exception | None:
         return None
     place = Place.on_disk(path)
     return None if place.holds_checkpoint else explain(place)
-
-
-def _refuse_empty(path: Path, shapes: dict[str, Shape]) -> None:
-    """Refuse weights of no elements, which ZeRO-3 leaves of those that other processes hold."""
-    empty = [name for name, shape in shapes.items() if shape == (0,) and kind_of(name) != "other"]
-    if empty:
-        raise CheckpointError(
-            f"{path}: {len(empty)} of {len(shapes)} tensors have shape [0], {empty[0]} first: the "
-            "weights were sharded by DeepSpeed ZeRO-3 when they were saved, and were not gathered. "
-            "Join the shards with the zero_to_fp32.py of that checkpoint, or save again with "
-            "stage3_gather_16bit_weights_on_model_save"
-        )
