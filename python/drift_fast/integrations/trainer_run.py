@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from drift_fast.inject.shards.zero_support import is_engine
 from drift_fast.integrations.wrapped_method import WrappedMethod
 
 
@@ -19,7 +20,11 @@ def bare_model(trainer: Any) -> Any:
 
 def engine_of(trainer: Any) -> Any:
     """Return the DeepSpeed engine of the current run, None without DeepSpeed."""
-    return getattr(getattr(trainer.accelerator, "deepspeed_engine_wrapped", None), "engine", None)
+    held = getattr(trainer.accelerator, "deepspeed_engine_wrapped", None)
+    if held is None:
+        # Accelerate forgets an engine that a second run goes on with.
+        return trainer.model_wrapped if is_engine(trainer.model_wrapped) else None
+    return held.engine
 
 
 class CheckpointedState:

@@ -1,0 +1,149 @@
+"""A Trainer that runs twice under FSDP2 or DeepSpeed, which wrap the model anew or go on with it.
+
+Owns: that the second run is injected into with the schedule of its own length. Two processes on the
+CPU share one start for all checks.
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import drift_fast
+from support.injection_models import moved_text, saved, tiny_qwen2
+from support.processes import Joined, Report, launch
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+PATIENCE = timedelta(seconds=90)
+
+
+def samples() -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(12)
+    tokens = torch.randint(4, 64, (16, 8), generator=generator)
+    return [{"input_ids": row, "labels": row.clone()} for row in tokens]
+
+
+def run_twice(folder: Path, trainer_class: Any = None, **arguments: Any) -> Report:
+    from accelerate.state import AcceleratorState, GradientState
+
+    # The processes have met; Accelerate only wants to see where.
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "1")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    options: dict[str, Any] = {
+        "output_dir": str(folder / "runs"),
+        "per_device_train_batch_size": 2,
+        "max_steps": 2,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+        "weight_decay": 0.0,
+        "optim": "sgd",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "ddp_backend": "gloo",
+        "dataloader_pin_memory": False,
+    }
+    report: Report = {}
+    trainer = (trainer_class or transformers.Trainer)(
+        model=tiny_qwen2(),
+        args=transformers.TrainingArguments(**{**options, **arguments}),
+        train_dataset=samples(),
+    )
+    injection = drift_fast.attach(trainer, folder / "delta", schedule="linear", scale="gradnorm")
+    for steps in (2, 4):
+        trainer.args.max_steps = steps
+        if trainer.is_deepspeed_enabled:
+            # What `auto_find_batch_size` does; without it a Trainer does not run twice.
+            trainer.model_wrapped = trainer.model
+        trainer.train()
+        rows = [row for row in trainer.state.log_history if "drift/alpha" in row]
+        report[str(steps)] = {
+            key: [row[f"drift/{key}"] for row in rows]
+            for key in ("alpha", "progress", "relative_push")
+        }
+    report["injected"] = injection.injected
+    report["targets"] = len(injection.targets)
+    return report
+
+
+def check_fsdp2(folder: Path) -> Report:
+    from parity.libraries import BLOCK, _fsdp_without_accelerators
+
+    with _fsdp_without_accelerators():
+        return run_twice(
+            folder,
+            fsdp=True,
+            fsdp_config={
+                "version": 2,
+                "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+                "transformer_layer_cls_to_wrap": [BLOCK],
+                "cpu_ram_efficient_loading": False,
+            },
+        )
+
+
+def zero(stage: int) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": 1,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {"stage": stage, "reduce_bucket_size": 20_000},
+        "optimizer": {"type": "SGD", "params": {"lr": 1e-2}},
+    }
+
+
+def check_zero_2(folder: Path) -> Report:
+    import deepspeed
+
+    # It would be compiled, and is not needed.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return run_twice(folder, deepspeed=zero(2))
+
+
+def check_ddp(folder: Path) -> Report:
+    return run_twice(folder)
+
+
+CHECKS = {"ddp": check_ddp, "fsdp2": check_fsdp2, "zero 2": check_zero_2}
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Report]]:
+    folder = tmp_path_factory.mktemp("runs")
+    text = tiny_qwen2()
+    drift_fast.compute_delta(
+        saved(moved_text(text), folder / "expert"),
+        saved(text, folder / "multimodal"),
+        dtype="float32",
+        out=folder / "delta",
+    )
+    jobs = {name: (check, (folder,)) for name, check in CHECKS.items()}
+    return launch(folder / "processes", jobs, Joined(2, "gloo", PATIENCE))
+
+
+@pytest.mark.parametrize("how", list(CHECKS))
+def test_a_second_run_is_injected_over_its_own_length(
+    reports: list[dict[str, Report]], how: str
+) -> None:
+    for report in (rank[how] for rank in reports):
+        assert report["2"]["alpha"] == [1.0, 0.5]
+        assert report["4"]["alpha"] == [1.0, 0.75, 0.5, 0.25]
+        assert report["injected"] == report["targets"] == 20
+        # λ goes on from where the first run ended.
+        first, second = report["2"]["progress"], report["4"]["progress"]
+        assert 0 < first[0] < first[1] < second[0] < second[-1]
+        # With this scale, α is how large the push is beside the gradient.
+        assert report["4"]["relative_push"] == pytest.approx(report["4"]["alpha"], rel=1e-3)
