@@ -252,3 +252,46 @@ def test_a_frozen_model_trains_after_its_remedy(delta: drift_fast.Delta) -> None
         Injection(model, delta)
     regression_loss(model.requires_grad_(), regression_batch()).backward()
     Injection(model, delta).step()
+
+
+def test_a_model_that_was_made_for_inference_is_refused(delta: drift_fast.Delta) -> None:
+    with torch.inference_mode():
+        model = Backbone()
+    with pytest.raises(DriftError, match=rf"{NAME} first: it was made under torch\.inference_mode"):
+        Injection(model, delta)
+
+
+@pytest.mark.parametrize("how", ["meta", "offloaded before", "offloaded after"])
+def test_adapters_without_data_are_refused(tmp_path: Path, how: str) -> None:
+    peft = pytest.importorskip("peft")
+    accelerate = pytest.importorskip("accelerate")
+    text: Any = tiny_qwen2()
+    delta = drift_fast.compute_delta(
+        saved(moved_text(text), tmp_path / "expert"), saved(text, tmp_path / "multimodal")
+    )
+    config = peft.LoraConfig(r=2, target_modules="all-linear")
+    if how == "offloaded before":
+        accelerate.cpu_offload(text, execution_device="cpu")
+    model = peft.get_peft_model(text, config, low_cpu_mem_usage=how == "meta")
+    if how == "offloaded after":
+        accelerate.cpu_offload(model, execution_device="cpu")
+    message = "low_cpu_mem_usage" if how == "meta" else "offloaded by Accelerate"
+    with pytest.raises(DriftError, match=message):
+        Injection(model, delta)
+
+
+def test_eight_bit_weights_of_bitsandbytes_are_refused(tmp_path: Path) -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    model: Any = tiny_qwen2()
+    delta = drift_fast.compute_delta(
+        saved(moved_text(model), tmp_path / "expert"), saved(model, tmp_path / "multimodal")
+    )
+    attention = model.model.layers[0].self_attn
+    plain = attention.o_proj
+    packed = bitsandbytes.nn.Linear8bitLt(
+        plain.in_features, plain.out_features, bias=False, has_fp16_weights=False
+    )
+    packed.load_state_dict(plain.state_dict())
+    attention.o_proj = packed
+    with pytest.raises(DriftError, match=r"1 of 20 targets .*Int8Params of bitsandbytes"):
+        Injection(model, delta)

@@ -16,7 +16,7 @@ import torch
 
 import drift_fast
 from support.injection_models import moved_text, saved, tiny_qwen2
-from support.processes import Joined, Report, launch
+from support.joined import Joined, Report, launch
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")

@@ -71,6 +71,11 @@ def _why_untrainable(parameter: nn.Parameter, model: nn.Module, *, loaded: bool)
         )
     if not parameter.is_floating_point() or parameter.element_size() < 2:
         return f"it is {dtype}, and {_PACKED}"
+    if parameter.is_inference():
+        return (
+            "it was made under torch.inference_mode, and such tensors do not train: load the model "
+            "outside of it"
+        )
     if parameter.is_meta and loaded:
         if _is_offloaded(model):
             return (
@@ -81,7 +86,8 @@ def _why_untrainable(parameter: nn.Parameter, model: nn.Module, *, loaded: bool)
             )
         return (
             "it is on the meta device and has no data: load the weights first, with "
-            "from_pretrained, or to_empty and load_state_dict"
+            "from_pretrained, or to_empty and load_state_dict, and make adapters without "
+            "low_cpu_mem_usage"
         )
     return None
 
