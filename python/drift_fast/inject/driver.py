@@ -12,10 +12,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from drift_fast.errors import DriftError
 from drift_fast.inject.config import InjectionConfig
+from drift_fast.inject.optimizer_watch import OptimizerWatch
 from drift_fast.inject.scope import Scope
 from drift_fast.inject.shards.base import Shard
 from drift_fast.inject.shards.find import shards_of
@@ -68,12 +68,16 @@ class Driver:
         return scale_of(self.scaler, device)
 
     def start(self, scope: Scope) -> list[Handle]:
-        """Report every optimizer step to the scope from now on, until the handles are removed."""
+        """Report to the scope what optimizers use from now on, until the handles are removed."""
+        return [OptimizerWatch(lambda optimizer: self.before_use(scope, optimizer))]
 
-        def before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-            scope.before_optimizer_step(optimizer)
+    def before_use(self, scope: Scope, optimizer: torch.optim.Optimizer) -> None:
+        """React to an optimizer that is about to use gradients, in its step or after its closure.
 
-        return [register_optimizer_step_pre_hook(before_step)]
+        Raises:
+            DriftError: it would use gradients without the injection.
+        """
+        scope.before_use(optimizer)
 
 
 def scale_of(scaler: torch.amp.GradScaler, device: torch.device) -> torch.Tensor:

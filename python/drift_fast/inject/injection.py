@@ -19,11 +19,13 @@ from drift_fast.delta.delta import open_delta
 from drift_fast.delta.protocol import DeltaLike
 from drift_fast.errors import DriftError
 from drift_fast.inject.attachment import Attachment
+from drift_fast.inject.claims import Claim, refuse_second
 from drift_fast.inject.config import ConfigLike, InjectionConfig
-from drift_fast.inject.driver import Driver, Handle
+from drift_fast.inject.driver import Driver
 from drift_fast.inject.microbatch_scope import MicrobatchScope
 from drift_fast.inject.missing import MissingAccount
 from drift_fast.inject.placement.load import Loading, Member, load_groups
+from drift_fast.inject.presence import lost_from
 from drift_fast.inject.pushes import Pushes
 from drift_fast.inject.refusals import (
     check_adapted,
@@ -46,7 +48,7 @@ from drift_fast.inject.strength.control import Control
 from drift_fast.inject.strength.per_module import PerModule
 from drift_fast.inject.targets import find_targets
 from drift_fast.inject.telemetry import append_rows, measure, summarize
-from drift_fast.inject.watchdog import Watchdog, claim, disclaim, refuse_second
+from drift_fast.inject.watchdog import Watchdog
 from drift_fast.options import takes
 from drift_fast.sizes import parse_size
 
@@ -135,12 +137,29 @@ class Injection(Attachment):
         home = self._groups[0]
         self._control.place(home.device, home.norms.dtype)
         self._missing = MissingAccount(self._targets, self._config.missing_gradients)
+        self._attach(model)
+
+    def _attach(self, model: nn.Module) -> None:
+        """Put hooks on parameters and optimizers; what undoes it refers to all but this object."""
+        self._undo = contextlib.ExitStack()
+        self._claim = Claim(self._targets, self, self._undo)
+        written = [accumulated for group in self._groups for accumulated in group.accumulated()]
         self._watchdog = Watchdog(
-            model, self._targets, scope=self._config.scope, missing=self._missing
+            model,
+            self._targets,
+            written,
+            self._claim,
+            scope=self._config.scope,
+            missing=self._missing,
         )
         self._scope = self._make_scope()
-        self._handles: list[Handle] = [*driver.start(self._scope), *self._scope.handles]
-        claim(self._targets, self)
+        for group in self._groups:
+            self._undo.callback(group.release)
+        self._undo.callback(self._scope.close)
+        handles = [*self._driver.start(self._scope), *self._watchdog.handles, *self._scope.handles]
+        for handle in handles:
+            self._undo.callback(handle.remove)
+        self._claim.take(model)
 
     def _find(self, model: nn.Module, delta: DeltaLike) -> list[Member]:
         """Return the targets and how they are reached, in the order of the model.
@@ -190,7 +209,6 @@ class Injection(Attachment):
             self._watchdog,
             missing=self._missing,
             overlap=config.overlap,
-            may_repeat=driver.scaler is not None,
         )
 
     @property
@@ -326,13 +344,8 @@ class Injection(Attachment):
 
     def remove(self) -> None:
         """Detach from the model and free Δ; gradients are left as they are. May be called twice."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        disclaim(self._targets, self)
-        self._scope.close()
-        for group in self._groups:
-            group.release()
+        self._undo.close()
+        self._claim.release()
         self._groups.clear()
 
     def lost_from(self, model: nn.Module) -> list[str]:
@@ -340,8 +353,16 @@ class Injection(Attachment):
 
         Those that an adapter has frozen since are among them.
         """
-        held = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
-        return [target.name for target in self._targets if id(target.parameter) not in held]
+        lost = set(lost_from(model, self._targets))
+        return [t.name for t in self._targets if t.name in lost or not t.trains]
+
+    def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Refuse an optimizer that does not step every target, for integrations that know it.
+
+        Raises:
+            DriftError: a target is in none of its parameter groups.
+        """
+        check_optimized(self._targets, optimizer)
 
     def __repr__(self) -> str:
         return (

@@ -33,7 +33,7 @@ class MicrobatchScope(Scope):
             'scope="step"'
         )
 
-    def before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+    def before_use(self, optimizer: torch.optim.Optimizer) -> None:
         if not self.watchdog.check(optimizer):
             return
         # Several optimizers may step after one backward pass, which is one step.

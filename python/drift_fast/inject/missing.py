@@ -11,6 +11,7 @@ from collections.abc import Collection, Sequence
 
 from drift_fast.errors import DriftError, DriftWarning
 from drift_fast.inject.config import MissingGradients
+from drift_fast.inject.refusals import frozen_since
 from drift_fast.inject.target import Target
 from drift_fast.names import is_expert
 
@@ -35,7 +36,7 @@ class MissingAccount:
         """Count a step, and return the refusal of what must have a gradient and has none."""
         refused = sorted(at for at in missing if self._needed[at])
         if refused:
-            return DriftError(
+            return frozen_since([self._targets[at] for at in refused]) or DriftError(
                 f"{len(refused)} of {len(self._targets)} targets have no gradient, "
                 f"{self._targets[refused[0]].name} first: they took no part in the loss. Leave "
                 'them out with modules=… or layers=…, or pass missing_gradients="skip" to leave '

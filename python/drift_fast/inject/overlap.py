@@ -7,8 +7,8 @@ backward finishes them; the step does the rest.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -27,6 +27,9 @@ from drift_fast.inject.target_group import Push, TargetGroup
 # each would wait its turn.
 _PRIORITY = -1
 _STREAMS = 1
+# What is noted of a gradient: the step in which a hook was called with it.
+_MARK = "_drift_fast_ready"
+_serials = itertools.count()
 
 
 class Overlap:
@@ -89,9 +92,10 @@ class Overlap:
             group.finish()
         self._pushes = None
         self._next = [0] * len(self._groups)
-        # Final gradients, and which of them were injected. After a step that was given up, a
-        # parameter has another gradient than the one noted here.
-        self._ready: list[dict[int, Any]] = [{} for _ in self._groups]
+        # Targets whose gradient is final, and those that were injected. After a step that was given
+        # up, a parameter has another gradient, without this step's mark.
+        self._serial = next(_serials)
+        self._ready: list[set[int]] = [set() for _ in self._groups]
         self._injected: list[set[int]] = [set() for _ in self._groups]
         self._latest: tuple[int, int] | None = None
 
@@ -145,8 +149,8 @@ class Overlap:
 
     def _is_final(self, which: int, at: int) -> bool:
         """Whether a parameter's gradient is the one that its hook was called with."""
-        ready, gradient = self._ready[which].get(at), self._groups[which].targets[at].parameter.grad
-        return ready is not None and gradient is not None and ready() is gradient
+        gradient = self._groups[which].targets[at].parameter.grad
+        return at in self._ready[which] and getattr(gradient, _MARK, None) == self._serial
 
     def _hook(self, which: int, bucket: int, at: int) -> Callable[[nn.Parameter], None]:
         @torch.no_grad()
@@ -162,7 +166,8 @@ class Overlap:
                     "step() inside injection.accumulating(), and clear gradients with "
                     "zero_grad(set_to_none=True)"
                 )
-            self._ready[which][at] = weakref.ref(parameter.grad)
+            setattr(parameter.grad, _MARK, self._serial)
+            self._ready[which].add(at)
             self._inject_ready(which)
 
         return hook

@@ -126,6 +126,26 @@ def check_trained(targets: Sequence[Target]) -> None:
         )
 
 
+def frozen_since(targets: Sequence[Target]) -> DriftError | None:
+    """Return the refusal of targets that were frozen after attaching, None if there are none."""
+    frozen = [target for target in targets if not target.trains]
+    if not frozen:
+        return None
+    remedy = (
+        "unfreeze them, or call injection.remove() and attach again to what trains, with modules=… "
+        "or layers=…"
+    )
+    if frozen[0].adapted is not None:
+        remedy = (
+            "Δ is pulled back onto both factors, so train both: freeze no lora_A (as LoRA-FA "
+            "does), or call injection.remove()"
+        )
+    return DriftError(
+        f"{len(frozen)} of {len(targets)} targets were frozen after attaching (requires_grad is "
+        f"False), {frozen[0].name} first: {remedy}"
+    )
+
+
 def check_optimized(targets: Sequence[Target], optimizer: torch.optim.Optimizer) -> None:
     """Refuse targets that the optimizer does not step.
 

@@ -33,17 +33,16 @@ class Scope(ABC):
         """
 
     @abstractmethod
-    def before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """React to an optimizer that is about to step.
+    def before_use(self, optimizer: torch.optim.Optimizer) -> None:
+        """React to an optimizer that is about to use gradients.
 
         Raises:
             DriftError: it would use gradients without the injection.
         """
 
-    @property
-    def fresh(self) -> bool:
-        """Whether there was an injection that no optimizer has used yet."""
-        return self.watchdog.has_fresh()
+    def would_use_plain(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether an optimizer holds a target whose gradient was not injected."""
+        return self.watchdog.would_use_plain(optimizer)
 
     @contextlib.contextmanager
     def accumulating(self) -> Iterator[None]:

@@ -6,7 +6,6 @@ Owns the order of a step, and the refusal of gradients that cannot be injected i
 from __future__ import annotations
 
 import contextlib
-import weakref
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -16,6 +15,7 @@ from drift_fast.inject.compute.vectors import plain_arithmetic
 from drift_fast.inject.missing import MissingAccount
 from drift_fast.inject.overlap import Overlap
 from drift_fast.inject.pushes import Pushes
+from drift_fast.inject.refusals import frozen_since
 from drift_fast.inject.scope import Scope
 from drift_fast.inject.target_group import Push, TargetGroup
 from drift_fast.inject.watchdog import Watchdog
@@ -26,8 +26,6 @@ class StepScope(Scope):
 
     missing: the account of targets without a gradient.
     overlap: inject gradients that are final while backward still runs; the step does the rest.
-    may_repeat: whether the optimizer may skip a step, after which the next call finds gradients
-        that were injected already.
     """
 
     def __init__(
@@ -38,13 +36,10 @@ class StepScope(Scope):
         *,
         missing: MissingAccount,
         overlap: bool,
-        may_repeat: bool,
     ) -> None:
         super().__init__(groups, pushes, watchdog)
         self._targets = [target for group in groups for target in group.targets]
         self._missing = missing
-        self._may_repeat = may_repeat
-        self._pending: weakref.ref[torch.Tensor] | None = None
         self.overlap = Overlap(groups, pushes.begin) if overlap else None
         if self.overlap is not None:
             self.handles += self.overlap.handles
@@ -58,7 +53,6 @@ class StepScope(Scope):
             missing, refusal = self._check_gradients()
             if refusal is not None and not any(group.sharded for group in self.groups):
                 raise refusal
-            present = [t.parameter for at, t in enumerate(self._targets) if at not in missing]
             pushes = self.pushes.begin() if begun is None else begun
             self.watchdog.begin(len(missing))
             self._inject(pushes, refused=refusal is not None)
@@ -72,25 +66,20 @@ class StepScope(Scope):
             raise refusal
         if any(group.refused for group in self.groups):
             raise DriftError("another process of this run refused its gradients, and says why")
-        self.watchdog.note(present)
+        numbered = list(enumerate(self._targets))
+        self.watchdog.note([t.parameter for at, t in numbered if at not in missing])
+        self.watchdog.leave([t.parameter for at, t in numbered if at in missing])
         if self.overlap is not None:
             self.overlap.reset()
         self.pushes.finish()
-        # One gradient represents all: the next backward after zero_grad makes another tensor.
-        self._pending = self._any_gradient()
 
-    def before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        if self.watchdog.check(optimizer):
-            self.optimizer_has_stepped()
-
-    def optimizer_has_stepped(self) -> None:
-        """Note that the injected gradients were used; some optimizers keep and zero them."""
-        self._pending = None
+    def before_use(self, optimizer: torch.optim.Optimizer) -> None:
+        self.watchdog.check(optimizer)
 
     def take_back(self) -> None:
         """Note that the optimizer skipped its step, and discarded the gradients."""
         self.pushes.take_back()
-        self.watchdog.begin(0)
+        self.watchdog.forget()
 
     @contextlib.contextmanager
     def accumulating(self) -> Iterator[None]:
@@ -140,25 +129,15 @@ class StepScope(Scope):
                     "with sparse=False, or leave it out with modules=…"
                 )
         if len(missing) == first:
-            return missing, DriftError(
+            return missing, frozen_since(self._targets) or DriftError(
                 "no target has a gradient, so nothing can be injected: call step() after backward "
                 "and before zero_grad; an optimizer that steps inside backward cannot be used"
             )
         return missing, self._missing.see(set(range(first)) - missing, missing)
 
     def _refuse_twice(self) -> None:
-        pending = self._pending() if self._pending is not None else None
-        # Gradients that zero_grad did not keep are not the ones that were injected.
-        if pending is None or self._may_repeat or self.watchdog.skipped_if_known():
-            return
-        if any(pending is target.parameter.grad for target in self._targets):
+        if self.watchdog.holds_unused():
             raise DriftError(
-                "step() was called twice without an optimizer step between: call it once, when the "
-                "gradient is fully accumulated, just before clipping"
+                "step() was called twice without a backward pass or an optimizer step between: "
+                "call it once, when the gradient is fully accumulated, just before clipping"
             )
-
-    def _any_gradient(self) -> weakref.ref[torch.Tensor] | None:
-        for target in self._targets:
-            if target.parameter.grad is not None:
-                return weakref.ref(target.parameter.grad)
-        return None

@@ -79,6 +79,11 @@ class Target:
         return (self.parameter,) if self.adapted is None else self.adapted.trained
 
     @property
+    def trains(self) -> bool:
+        """Whether nothing of it is frozen."""
+        return all(parameter.requires_grad for parameter in self.trained)
+
+    @property
     def delta_name(self) -> str:
         """The delta's name, of several the first."""
         return self.sources[0]

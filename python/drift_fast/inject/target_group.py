@@ -154,11 +154,11 @@ class TargetGroup:
         self.last.alpha = self._alpha.zero_()
 
     def missing(self) -> list[int]:
-        """Return the targets that have no dense gradient, and keep the others for this step."""
+        """Return the targets that are frozen or have no dense gradient, and keep the others'."""
         self._found = {}
         absent = []
         for at, shard in enumerate(self.shards):
-            gradient = shard.gradient()
+            gradient = shard.gradient() if self.targets[at].trains else None
             if gradient is None or gradient.layout != torch.strided:
                 absent.append(at)
             else:
@@ -401,6 +401,13 @@ class TargetGroup:
         if self.last is None:
             return [(0.0, 0.0)] * len(self.targets)
         return list(zip(self.last.norm.tolist(), self.last.delta.tolist(), strict=True))
+
+    def accumulated(self) -> list[tuple[torch.Tensor, ...]]:
+        """Return the tensors into which autograd accumulates each target's gradient."""
+        return [
+            shard.accumulated if target.adapted is None else target.trained
+            for target, shard in zip(self.targets, self.shards, strict=True)
+        ]
 
     def squares(self) -> list[float]:
         """Return ‖Δ‖² of each target."""

@@ -1,141 +1,184 @@
 """The watchdog: no optimizer steps on gradients that were to be injected and were not.
 
-Owns the account of which targets were injected when, which optimizer has used what, and which
-parameters are held by an attachment. The only tensors it keeps are counts, where they were
-computed.
+Owns the account of which targets were injected when, and whether what is in their gradients now is
+what was injected. What counts is the content of a gradient, not calls:
+
+* A backward pass that writes to a gradient makes it plain, whatever was injected into it before.
+  Hooks note that. Without one it is noticed where the gradient is another tensor.
+* Clipping, unscaling or moving changes an injected gradient and leaves it injected.
+* After an optimizer's step the same tensor may be used again, by an optimizer inside another, or
+  zeroed and used before the next backward pass: it holds nothing that was not injected. Another
+  tensor in its place is plain.
+
+Nothing here waits for a device. The only tensors that are kept are counts, where they were
+computed; what is noted of a gradient is an attribute of its own.
 """
 
 from __future__ import annotations
 
+import enum
+import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.weak import WeakIdKeyDictionary
 
-from drift_fast.errors import DriftError
+from drift_fast.errors import DriftError, DriftWarning
+from drift_fast.inject.claims import Claim
 from drift_fast.inject.config import ScopeName
 from drift_fast.inject.missing import MissingAccount
+from drift_fast.inject.presence import Present
+from drift_fast.inject.refusals import frozen_since
 from drift_fast.inject.target import Target
 
-# Parameters that an attachment holds, so that a second one is refused.
-_attached: Any = WeakIdKeyDictionary()
+# What is noted of a gradient: whose injection it holds, and its version then.
+_MARK = "_drift_fast"
 
 
-def claim(targets: Sequence[Target], holder: object) -> None:
-    """Note that these parameters belong to an attachment."""
-    for target in targets:
-        for parameter in target.trained:
-            _attached[parameter] = weakref.ref(holder)
+class _Content(enum.Enum):
+    """What is in the gradient of a target, if it has one."""
 
-
-def disclaim(targets: Sequence[Target], holder: object) -> None:
-    """Give back the parameters that this attachment holds."""
-    for parameter in (parameter for target in targets for parameter in target.trained):
-        found = _attached.get(parameter)
-        if found is not None and found() is holder:
-            del _attached[parameter]
-
-
-def refuse_second(targets: Sequence[Target]) -> None:
-    """Refuse parameters that another attachment holds.
-
-    Raises:
-        DriftError: the first of them.
-    """
-    for target in targets:
-        found = [_attached.get(parameter) for parameter in target.trained]
-        if any(one is not None and one() is not None for one in found):
-            raise DriftError(
-                f"{target.name} has an injection attached already; call remove() on that one "
-                "first, or both would push"
-            )
+    PLAIN = enum.auto()
+    INJECTED = enum.auto()
+    # Injected, and then a backward pass wrote to it before any optimizer stepped.
+    ADDED_TO = enum.auto()
+    # Injected, and an optimizer has used it.
+    USED = enum.auto()
 
 
 class Watchdog:
     """Follows injections and optimizer steps, and fails a step without an injection.
 
     A target is one parameter, or the factors of one weight, which are injected together. An
-    optimizer may hold some of the targets only, and several optimizers may step after one
-    injection, so each has its own account of what it has used.
+    optimizer may hold some of the targets only, and several may step after one injection.
+
+    written: the tensors into which autograd accumulates each target's gradient; none where no hook
+        may be put on them.
     """
 
     def __init__(
         self,
         model: nn.Module,
         targets: Sequence[Target],
+        written: Sequence[Iterable[torch.Tensor]],
+        claim: Claim,
         *,
         scope: ScopeName,
         missing: MissingAccount,
     ) -> None:
-        self._model = weakref.ref(model)
         self._targets = list(targets)
+        self._claim = claim
         self._scope = scope
         self._account = missing
-        # Optimizers that hold no target and were looked at.
-        self._foreign: Any = weakref.WeakSet()
+        self._present = Present(model, targets)
+        # Of optimizers that hold no target, how many parameters they had when they were looked at,
+        # and whether they hold others of the model.
+        self._foreign: Any = weakref.WeakKeyDictionary()
         self._place = {id(p): at for at, target in enumerate(targets) for p in target.trained}
-        self._times = [0] * len(targets)
-        self._used: Any = weakref.WeakKeyDictionary()
+        self._content = [_Content.PLAIN] * len(targets)
         self._current: set[int] = set()
-        self._consumed = False
         self._missing = 0
+        # Whether an optimizer of the model has stepped since the last injection, and what any has
+        # ever used.
+        self._stepped = False
+        self._ever_used: set[int] = set()
+        self._has_warned = False
         # Counts stay where they were computed; adding them up is what waits for a device.
         self._skips: list[Any] = []
         self._skip_of: dict[int, Any] = {}
+        # Backward passes add to the first set, from threads of their own.
+        self._written: set[int] = set()
+        self._has_hook: set[int] = set()
+        self._was_heard: set[int] = set()
+        self.handles: list[Any] = []
+        if scope == "step":
+            self._listen(written)
 
     def begin(self, missing: int) -> None:
         """Start the account of a new step."""
+        self._warn_of_unused()
         self._current, self._missing, self._skips, self._skip_of = set(), missing, [], {}
-        self._consumed = False
+        self._stepped = False
 
     def note(self, parameters: Sequence[nn.Parameter], skipped: Any = None) -> None:
         """Note that these were injected; a hook says at once whether its parameter was skipped."""
-        if self._consumed:
+        if self._stepped:
             self.begin(0)
+        self._settle()
         for parameter in parameters:
             at = self._place[id(parameter)]
-            self._times[at] += 1
+            self._content[at] = _Content.INJECTED
             self._current.add(at)
             if skipped is not None:
                 self._skip_of[at] = skipped
+            if self._scope == "step":
+                self._mark(at)
+            else:
+                self._was_heard.add(at)
+
+    def leave(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Note that the gradients of these were left as they are, on purpose."""
+        for parameter in parameters:
+            at = self._place[id(parameter)]
+            self._content[at] = _Content.INJECTED
+            self._mark(at)
 
     def skip(self, count: Any) -> None:
         """Add a number of parameters that were skipped, an int or a device tensor."""
         self._skips.append(count)
 
+    def forget(self) -> None:
+        """Note that the injected gradients were thrown away."""
+        self._written.clear()
+        self._content = [_Content.PLAIN] * len(self._targets)
+        self.begin(0)
+
+    def use_all(self) -> None:
+        """Note that all injected gradients were used, by an optimizer of copies."""
+        self._settle()
+        self._use(range(len(self._targets)))
+
     def check(self, optimizer: torch.optim.Optimizer) -> bool:
         """Return whether an optimizer that is about to step holds any target.
 
         Raises:
-            DriftError: it would use gradients without the injection.
+            DriftError: it would use gradients without the injection, or targets were replaced or
+                frozen after attaching.
         """
-        held, fresh = self._consume(optimizer)
+        held = self._held_by(optimizer)
         if not held:
-            self._refuse_replaced(optimizer)
+            self._stepped |= self._look_at_foreign(optimizer)
             return False
-        if not fresh:
-            call = (
-                "call injection.step() between backward and optimizer.step()"
-                if self._scope == "step"
-                else "no backward pass reached its hooks (were the parameters replaced or wrapped "
-                "after attaching?)"
-            )
-            raise DriftError(
-                f"nothing was injected before this step of {type(optimizer).__name__}: {call}; or "
-                "call injection.remove() to train without it"
-            )
-        if self._scope == "microbatch":
-            refusal = self._account.see(fresh, held - fresh)
+        self._present.check()
+        self._settle()
+        plain = [at for at in held if self._is_plain(at)]
+        if plain:
+            raise self._refusal(optimizer, plain, len(held))
+        fresh = {at for at in held if self._content[at] is _Content.INJECTED}
+        if self._scope == "microbatch" and fresh:
+            refusal = self._account.see(fresh, set(held) - fresh)
             if refusal is not None:
                 raise refusal
+        self._stepped = True
+        self._use(held)
         return True
 
-    def has_fresh(self) -> bool:
-        """Whether an injection has happened that no optimizer has used."""
-        return bool(self._current) and not self._consumed
+    def would_use_plain(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether an optimizer holds a target whose gradient was not injected."""
+        self._settle()
+        return any(self._is_plain(at) for at in self._held_by(optimizer))
+
+    def holds_unused(self) -> bool:
+        """Whether an injection has happened that no optimizer has used, and all is as it was."""
+        self._settle()
+        present = [at for at in range(len(self._targets)) if self._gradients(at)]
+        if any(self._content[at] is not _Content.INJECTED for at in present):
+            return False
+        return bool(present) and all(
+            self._is_marked(gradient) for at in present for gradient in self._gradients(at)
+        )
 
     def injected(self) -> int:
         """Return how many targets were injected; waits for the device."""
@@ -145,40 +188,146 @@ class Watchdog:
         """Return how many targets were left alone; waits for the device."""
         return self._missing + self._counted()
 
-    def skipped_if_known(self) -> int:
-        """Return the count as far as it is on the host, without waiting for a device."""
-        return sum(count for count in self._skips if isinstance(count, int))
-
     def _counted(self) -> int:
         return sum(int(count) for count in [*self._skips, *self._skip_of.values()])
 
-    def _consume(self, optimizer: torch.optim.Optimizer) -> tuple[set[int], set[int]]:
-        """Return which targets the optimizer holds, and which were injected for this step."""
-        held = {
-            self._place[id(parameter)]
-            for group in optimizer.param_groups
-            for parameter in group["params"]
-            if id(parameter) in self._place
-        }
-        used = self._used.get(optimizer) or [0] * len(self._times)
-        fresh = {at for at in held if self._times[at] > used[at]}
-        # All targets, so that one which joins the optimizer later brings no old injection along.
-        self._used[optimizer] = list(self._times)
-        self._consumed = self._consumed or bool(held)
-        return held, fresh
+    # What is in the gradients.
 
-    def _refuse_replaced(self, optimizer: torch.optim.Optimizer) -> None:
-        """Fail where an optimizer trains the model, and no target can train any more."""
-        model = self._model()
-        if model is None or optimizer in self._foreign:
-            return
-        self._foreign.add(optimizer)
-        present = {id(parameter) for parameter in model.parameters()}
-        if any(id(p) in present and p.requires_grad for t in self._targets for p in t.trained):
-            return
-        if any(id(p) in present for group in optimizer.param_groups for p in group["params"]):
-            raise DriftError(
-                f"nothing can be injected before this step of {type(optimizer).__name__}: all "
-                f"{len(self._targets)} targets were replaced or frozen after attaching, as by "
-                "fully_shard or an adapter; attach after the model was wrapped"
+    def _listen(self, written: Sequence[Iterable[torch.Tensor]]) -> None:
+        places: dict[int, tuple[Any, list[int]]] = {}
+        for at, tensors in enumerate(written):
+            for tensor in tensors:
+                # Under FSDP1 many targets share one.
+                places.setdefault(id(tensor), (tensor, []))[1].append(at)
+        for tensor, those in places.values():
+            self._has_hook.update(those)
+            hook = _noter(self._written, those)
+            self.handles.append(tensor.register_post_accumulate_grad_hook(hook))
+
+    def _settle(self) -> None:
+        """Take account of what backward passes have written since the last call."""
+        written, kept = self._written.copy(), self._content
+        self._written -= written
+        self._was_heard |= written
+        for at in written:
+            was_unused = kept[at] in (_Content.INJECTED, _Content.ADDED_TO)
+            kept[at] = _Content.ADDED_TO if was_unused else _Content.PLAIN
+
+    def _gradients(self, at: int) -> list[torch.Tensor]:
+        return [p.grad for p in self._targets[at].trained if p.grad is not None]
+
+    def _mark(self, at: int) -> None:
+        for gradient in self._gradients(at):
+            setattr(gradient, _MARK, (self._claim.token, gradient._version))
+
+    def _is_marked(self, gradient: torch.Tensor) -> bool:
+        return bool(getattr(gradient, _MARK, (None,))[0] == self._claim.token)
+
+    def _is_plain(self, at: int) -> bool:
+        """Whether a target has a gradient that holds what was not injected."""
+        content = self._content[at]
+        if content is _Content.INJECTED and (at in self._has_hook or self._scope == "microbatch"):
+            return False
+        gradients = self._gradients(at)
+        if not gradients or content in (_Content.PLAIN, _Content.ADDED_TO):
+            return bool(gradients)
+        if not all(map(self._is_marked, gradients)):
+            return True
+        # Where no backward pass is ever heard, gradients may be written by hand.
+        unheard = content is _Content.USED and at not in self._was_heard
+        return unheard and any(getattr(g, _MARK)[1] != g._version for g in gradients)
+
+    def _use(self, places: Iterable[int]) -> None:
+        for at in places:
+            if self._content[at] is _Content.INJECTED:
+                self._content[at] = _Content.USED
+                self._ever_used.add(at)
+                self._mark(at)
+
+    # What is refused.
+
+    def _held_by(self, optimizer: torch.optim.Optimizer) -> list[int]:
+        place = self._place
+        return sorted(
+            {
+                place[id(parameter)]
+                for group in optimizer.param_groups
+                for parameter in group["params"]
+                if id(parameter) in place
+            }
+        )
+
+    def _refusal(
+        self, optimizer: torch.optim.Optimizer, plain: Sequence[int], held: int
+    ) -> DriftError:
+        kind, name = type(optimizer).__name__, self._targets[plain[0]].name
+        if any(self._content[at] is _Content.ADDED_TO for at in plain):
+            return DriftError(
+                f"nothing was injected before this step of {kind} into what a backward pass wrote "
+                f"to {len(plain)} of {held} gradients after the last injection, {name} first: call "
+                "injection.step() once, after the last backward pass, in a closure before it "
+                "returns, and just before clipping"
             )
+        call = (
+            "call injection.step() between backward and optimizer.step(), where a closure runs "
+            "backward in the closure"
+            if self._scope == "step"
+            else "no backward pass reached its hooks (were the parameters replaced, moved or "
+            "wrapped after attaching?)"
+        )
+        what = "nothing" if len(plain) == held else f"only {held - len(plain)} of {held} targets"
+        return DriftError(
+            f"{what} {'was' if len(plain) == held else 'were'} injected before this step of "
+            f"{kind}, {name} has a plain gradient: {call}; or call injection.remove() to train "
+            "without it"
+        )
+
+    def _look_at_foreign(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Return whether an optimizer that holds no target trains other parameters of the model.
+
+        Raises:
+            DriftError: it trains a copy of the model, or the model without what was attached to.
+        """
+        count = sum(len(group["params"]) for group in optimizer.param_groups)
+        known = self._foreign.get(optimizer)
+        if known is not None and known[0] == count:
+            return bool(known[1])
+        copies = self._claim.copies_in(optimizer)
+        if copies:
+            raise DriftError(
+                f"{copies} parameters of this {type(optimizer).__name__} are copies of targets, "
+                "from copy.deepcopy or a pickle of the model, and nothing is injected into "
+                "copies: attach to the copy, or call injection.remove() before it is made"
+            )
+        trains = self._present.holds_any(optimizer)
+        if trains:
+            self._present.check()
+            frozen = frozen_since(self._targets)
+            if frozen is not None and not any(target.trains for target in self._targets):
+                raise frozen
+        self._foreign[optimizer] = count, trains
+        return trains
+
+    def _warn_of_unused(self) -> None:
+        """Warn once where optimizers have stepped, and none has ever held some of the targets."""
+        if self._has_warned or not self._stepped:
+            return
+        unused = sorted(self._current - self._ever_used)
+        if not unused:
+            return
+        self._has_warned = True
+        warnings.warn(
+            f"the optimizer holds {len(self._current) - len(unused)} of {len(self._current)} "
+            f"targets: what was injected into {self._targets[unused[0]].name} and the others was "
+            "not used by any optimizer that stepped, so they do not train. Build the optimizer "
+            "from all of them, or leave them out with modules=… or layers=…",
+            DriftWarning,
+            stacklevel=6,
+        )
+
+
+def _noter(written: set[int], places: Sequence[int]) -> Callable[[Any], None]:
+    def note(_: Any) -> None:
+        written.update(places)
+
+    return note

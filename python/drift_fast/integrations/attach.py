@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from drift_fast.delta.protocol import DeltaLike
 from drift_fast.errors import DriftError
 from drift_fast.inject.config import ConfigLike, InjectionConfig
-from drift_fast.inject.driver import Driver, Handle
+from drift_fast.inject.driver import Driver
 from drift_fast.inject.injection import Injection
 from drift_fast.inject.scope import Scope
 from drift_fast.options import takes
@@ -99,15 +98,10 @@ class OptimizerDriver(Driver):
                 "Injection(model, delta, …).step() in the loop"
             )
 
-    def start(self, scope: Scope) -> list[Handle]:
-        # torch runs hooks of all optimizers before those of one, so the injection happens in the
-        # same hook as the check that it did.
-        def before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-            if optimizer is self.optimizer and self._injects and not scope.fresh:
-                scope.step()
-            scope.before_optimizer_step(optimizer)
-
-        return [register_optimizer_step_pre_hook(before_step)]
+    def before_use(self, scope: Scope, optimizer: torch.optim.Optimizer) -> None:
+        if optimizer is self.optimizer and self._injects and scope.would_use_plain(optimizer):
+            scope.step()
+        scope.before_use(optimizer)
 
 
 def _refuse(why: str, **given: Any) -> None:

@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from drift_fast.delta.protocol import DeltaLike
 from drift_fast.errors import DriftError
 from drift_fast.inject.config import ConfigLike, InjectionConfig
 from drift_fast.inject.driver import Driver, Handle
 from drift_fast.inject.injection import Injection
+from drift_fast.inject.optimizer_watch import OptimizerWatch
 from drift_fast.inject.scope import Scope
 from drift_fast.inject.shards import zero
 from drift_fast.inject.shards.base import Shard
@@ -71,14 +71,14 @@ class EngineDriver(Driver):
                 result = method.original(*arguments, **keywords)
             finally:
                 running = False
-            # Some gradients stay in place from step to step, zeroed.
-            scope.optimizer_has_stepped()
+            # What stepped may have been copies of the targets.
+            scope.watchdog.use_all()
             if getattr(self._engine_optimizer, "overflow", False):
                 # DeepSpeed found infinity, threw the gradients away and lowers its loss scale.
                 scope.take_back()
             return result
 
-        def before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        def before_step(optimizer: torch.optim.Optimizer) -> None:
             # What DeepSpeed's optimizer steps are copies of the targets, which the watchdog does
             # not know.
             if optimizer is getattr(self._engine_optimizer, "optimizer", None) and not running:
@@ -87,14 +87,14 @@ class EngineDriver(Driver):
                     "engine's optimizer stepped past the injection (was its step replaced after "
                     "attaching?); attach last, or call injection.remove() to train without it"
                 )
-            scope.before_optimizer_step(optimizer)
+            scope.before_use(optimizer)
 
         bare = isinstance(self._engine_optimizer, torch.optim.Optimizer)
         if bare and self._engine.gradient_clipping() > 0:
             method = WrappedMethod(self._engine, "clip_fp32_gradients", inject)
         else:
             method = WrappedMethod(self._engine_optimizer, "step", inject)
-        return [register_optimizer_step_pre_hook(before_step), method]
+        return [OptimizerWatch(before_step), method]
 
 
 def attach_engine(

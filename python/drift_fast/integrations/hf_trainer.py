@@ -242,6 +242,8 @@ class TrainerInjection(AttachedInjection):
         by_itself = self._trainer.is_deepspeed_enabled
         if not self._checked and not by_itself:
             self._check_model(model)
+            self._check_optimizer()
+            self._checked = True
         if self._trainer.accelerator.sync_gradients:
             loss: torch.Tensor = original(model, *args, **kwargs)
             if self._config.scope == "step" and not by_itself:
@@ -260,7 +262,12 @@ class TrainerInjection(AttachedInjection):
                 f"the model, {lost[0]} first: it was wrapped, replaced or frozen after attaching. "
                 "Attach to the trainer that trains it, or after it was wrapped"
             )
-        self._checked = True
+
+    def _check_optimizer(self) -> None:
+        """Refuse an optimizer that does not step every target."""
+        optimizer = getattr(self._trainer.optimizer, "optimizer", self._trainer.optimizer)
+        if isinstance(optimizer, torch.optim.Optimizer):
+            self._started().check_optimizer(optimizer)
 
     def _log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         # Evaluation and the closing summary are logged through the same method.

@@ -25,11 +25,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from drift_fast.errors import DriftError, DriftWarning
 from drift_fast.inject.config import ConfigLike, InjectionConfig
-from drift_fast.inject.driver import Driver, Handle
+from drift_fast.inject.driver import Driver
 from drift_fast.inject.injection import Injection
 from drift_fast.inject.scope import Scope
 from drift_fast.inject.telemetry import append_rows
@@ -245,13 +244,9 @@ class ClosureDriver(Driver):
             self._idle = all(parameter.grad is None for parameter in parameters)
         return not self._idle
 
-    def start(self, scope: Scope) -> list[Handle]:
-        # The closure runs between the hooks before and after a step.
-        def after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-            if not self._idle:
-                scope.before_optimizer_step(optimizer)
-
-        return [register_optimizer_step_post_hook(after_step)]
+    def before_use(self, scope: Scope, optimizer: torch.optim.Optimizer) -> None:
+        if not self._idle:
+            scope.before_use(optimizer)
 
 
 def _inner(optimizer: Any) -> Any:

@@ -39,8 +39,8 @@ class FactorGroup(TargetGroup):
         return [at for at in range(len(self.targets)) if self._factor_gradients(at) is None]
 
     def _factor_gradients(self, at: int) -> list[torch.Tensor] | None:
-        """Return the gradients of a target's factors, None unless all are there."""
-        found = [parameter.grad for parameter in self.targets[at].trained]
+        """Return the gradients of a target's factors, None unless all are there and train."""
+        found = [p.grad if p.requires_grad else None for p in self.targets[at].trained]
         gradients = [gradient for gradient in found if gradient is not None]
         return gradients if len(gradients) == len(found) else None
 

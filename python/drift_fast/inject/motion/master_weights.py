@@ -35,6 +35,7 @@ class MasterWeights:
         self.sharding = shard.sharding
         self.span = shard.span
         self.process_groups = shard.process_groups
+        self.accumulated = shard.accumulated
 
     def cut(self, whole: torch.Tensor) -> torch.Tensor:
         return self._shard.cut(whole)

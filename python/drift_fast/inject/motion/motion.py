@@ -7,6 +7,7 @@ comes on top. Gradients, clipping and an optimizer's moments are not touched.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import warnings
@@ -21,6 +22,7 @@ from drift_fast.delta.delta import open_delta
 from drift_fast.delta.protocol import DeltaLike
 from drift_fast.errors import DriftError, DriftWarning
 from drift_fast.inject.attachment import Attachment
+from drift_fast.inject.claims import Claim, refuse_second
 from drift_fast.inject.driver import unwrap_optimizer
 from drift_fast.inject.motion.master_weights import reach_master_weights
 from drift_fast.inject.motion.moved_group import MovedGroup
@@ -38,7 +40,6 @@ from drift_fast.inject.shards.zero_support import is_engine, optimizer_of
 from drift_fast.inject.strength.per_module import PerModule, per_target
 from drift_fast.inject.target import Target
 from drift_fast.inject.targets import find_targets
-from drift_fast.inject.watchdog import claim, disclaim, refuse_second
 from drift_fast.names import kind_of
 from drift_fast.options import takes
 from drift_fast.sizes import parse_size
@@ -130,7 +131,7 @@ class PlannedMotion(Attachment):
         # Optimizers whose state was searched for copies of weights.
         self._searched: Any = weakref.WeakSet()
         self._steps.start()
-        claim(self._targets, self)
+        self._claim = Claim(self._targets, self, contextlib.ExitStack()).take(model)
 
     @property
     def targets(self) -> list[str]:
@@ -226,7 +227,7 @@ class PlannedMotion(Attachment):
         if self._groups and not self.finished:
             logger.info("planned motion removed after %d of %d steps", self._taken, self.steps)
         self._steps.release()
-        disclaim(self._targets, self)
+        self._claim.release()
         for moved in self._groups:
             moved.group.release()
         self._groups = []

@@ -37,6 +37,10 @@ class Shard(Cut, Protocol):
     def process_groups(self) -> tuple[Any, ...]:
         """Process groups over which sums are taken; none where nothing is sharded."""
 
+    @property
+    def accumulated(self) -> tuple[torch.Tensor, ...]:
+        """Tensors into which autograd accumulates; none where a hook there is wrong or costs."""
+
     def gradient(self) -> torch.Tensor | None:
         """Return the local gradient, to be changed in place."""
 
@@ -59,6 +63,10 @@ class Whole:
 
     def __init__(self, parameter: nn.Parameter) -> None:
         self.parameter = parameter
+
+    @property
+    def accumulated(self) -> tuple[torch.Tensor, ...]:
+        return (self.parameter,)
 
     def cut(self, whole: torch.Tensor) -> torch.Tensor:
         return whole

@@ -20,6 +20,7 @@ class DTensorShard:
         self._name = name
         tensor: Any = parameter
         mesh = tensor.device_mesh
+        self._mesh_device = mesh.device_type
         self._placements = tuple(tensor.placements)
         if any(placement.is_partial() for placement in self._placements):
             raise DriftError(
@@ -54,6 +55,13 @@ class DTensorShard:
             start, stop = first, min(first + size, stop)
         width = self.parameter.numel() // height if height else 0
         return start * width, stop * width
+
+    @property
+    def accumulated(self) -> tuple[torch.Tensor, ...]:
+        # With a hook FSDP2 waits for each gradient that it offloads, instead of copying beside
+        # backward.
+        offloaded = self._mesh_device != self.parameter.device.type
+        return () if offloaded else (self.parameter,)
 
     def cut(self, whole: torch.Tensor) -> torch.Tensor:
         for dimension, count, rank in self._cuts:

@@ -129,6 +129,10 @@ class _Flattened:
         sharded = handle.uses_sharded_strategy and dist.get_world_size(group) > 1
         self.process_groups: tuple[Any, ...] = (group,) if sharded else ()
 
+    @property
+    def accumulated(self) -> tuple[torch.Tensor, ...]:
+        return (self._handle.flat_param,)
+
     def cut(self, whole: torch.Tensor) -> torch.Tensor:
         return whole.reshape(-1)[slice(*self.span)]
 

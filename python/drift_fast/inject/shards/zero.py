@@ -161,6 +161,8 @@ def _places(optimizer: Any) -> dict[int, _Place]:
 class _Run:
     """Elements [start, stop) of a parameter, found at `offset` of this rank's partition."""
 
+    accumulated: tuple[torch.Tensor, ...] = ()
+
     def __init__(self, span: tuple[int, int], offset: int, group: Any) -> None:
         self.span = span
         self.process_groups: tuple[Any, ...] = (group,) if dist.get_world_size(group) > 1 else ()
