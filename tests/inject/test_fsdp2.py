@@ -462,6 +462,44 @@ def check_refusals(folder: Path) -> Report:
     return report
 
 
+def check_moves(folder: Path) -> Report:
+    """An attached model that is offloaded and comes back, as to be saved, between any two calls."""
+    twins = Twins(folder, "uneven")
+    report: Report = {"steps": {}}
+    for step in range(2):
+        twins.backward(step)
+        twins.inject()
+        report["steps"][str(step)] = error_of(twins.model, twins.plain)
+        # FSDP2 swaps parameters, which torch refuses where one is referred to weakly.
+        report[f"offloaded {step}"] = refusal(lambda: twins.model.cpu().to(torch.float32))  # noqa: B023
+        report[f"stepped {step}"] = refusal(twins.update)
+        twins.model.to("cpu")
+    twins.remove()
+    return report
+
+
+def check_backward_after_the_injection(folder: Path) -> Report:
+    """Optimizer steps on what a backward pass wrote after the injection, or without one."""
+    report: Report = {}
+    for set_to_none in (True, False):
+        twins = Twins(folder, "uneven")
+        optimizer = twins.optimizers[1]
+        key = "none" if set_to_none else "zeros"
+        backward(twins.model)
+        twins.injection.step()
+        nn.utils.clip_grad_norm_(twins.model.parameters(), 0.1)
+        report[f"{key}, clipped"] = refusal(optimizer.step)
+        for at, zeroes in enumerate((True, False)):
+            if zeroes:
+                optimizer.zero_grad(set_to_none=set_to_none)
+            regression_loss(twins.model, regression_batch(COUNT, width=7)).backward()
+            report[f"{key}, {at}"] = refusal(optimizer.step)
+            twins.injection.step()
+            report[f"{key}, {at}, injected"] = refusal(optimizer.step)
+        twins.remove()
+    return report
+
+
 def check_tensor_parallel(folder: Path) -> Report:
     """Rows and columns over two processes, which see the same batch."""
     report: Report = {}
@@ -521,6 +559,8 @@ PAIR = [
     check_state,
     check_clipping,
     check_refusals,
+    check_moves,
+    check_backward_after_the_injection,
     check_tensor_parallel,
 ]
 
@@ -626,6 +666,23 @@ def test_what_one_process_refuses_every_one_raises(pair_reports: dict[str, list[
     assert f"1 of 20 targets have no gradient, {NAME}" in second["refused"]
     for report in (first, second):
         assert report["error"] <= 1e-5, report
+
+
+def test_an_attached_model_may_be_offloaded(pair_reports: dict[str, list[Report]]) -> None:
+    for report in found(pair_reports, check_moves):
+        assert_small(report.pop("steps"))
+        assert set(report.values()) == {""}, report
+
+
+def test_what_backward_wrote_after_the_injection_is_not_stepped_on(
+    pair_reports: dict[str, list[Report]],
+) -> None:
+    for report in found(pair_reports, check_backward_after_the_injection):
+        for key, refused in report.items():
+            if key.endswith(("0", "1")):
+                assert "nothing was injected" in refused, key
+            else:
+                assert refused == "", key
 
 
 def test_a_step_that_failed_leaves_the_next_one_right(

@@ -37,8 +37,8 @@ class Present:
             raise DriftError(
                 f"{len(lost)} of {len(self._targets)} targets are no longer parameters of the "
                 f"model, {lost[0]} first, so nothing can be injected into what takes their place: "
-                "they were replaced after attaching, as by fully_shard, an adapter or a new "
-                "layer. Attach after the model has its final form"
+                "they were replaced after attaching, as by fully_shard, an adapter or a new layer; "
+                "attach after the model was wrapped and has its final form"
             )
         self._links = self._find(model)
 

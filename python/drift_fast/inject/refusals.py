@@ -132,8 +132,8 @@ def frozen_since(targets: Sequence[Target]) -> DriftError | None:
     if not frozen:
         return None
     remedy = (
-        "unfreeze them, or call injection.remove() and attach again to what trains, with modules=… "
-        "or layers=…"
+        "unfreeze them; if an adapter has frozen them, attach after the model was wrapped; or call "
+        "injection.remove() and attach again to what trains, with modules=… or layers=…"
     )
     if frozen[0].adapted is not None:
         remedy = (
