@@ -471,7 +471,7 @@ def check_moves(folder: Path) -> Report:
         twins.inject()
         report["steps"][str(step)] = error_of(twins.model, twins.plain)
         # FSDP2 swaps parameters, which torch refuses where one is referred to weakly.
-        report[f"offloaded {step}"] = refusal(lambda: twins.model.cpu().to(torch.float32))  # noqa: B023
+        report[f"offloaded {step}"] = refusal(lambda: twins.model.cpu().to(torch.float32))
         report[f"stepped {step}"] = refusal(twins.update)
         twins.model.to("cpu")
     twins.remove()
