@@ -429,17 +429,24 @@ def test_a_module_that_steps_around_lightning_fails(
         trainer(DriftCallback(delta)).fit(Around(network), loader(1))
 
 
-def test_a_hook_on_the_optimizer_fails_since_it_would_come_before_the_gradient(
+def test_an_attached_optimizer_injects_after_the_closure(
     network: torch.nn.Module, delta: drift_fast.Delta
 ) -> None:
+    attached: list[drift_fast.Injection] = []
+
     class Attached(Module):
         def configure_optimizers(self) -> Any:
-            optimizer = torch.optim.SGD(self.network.parameters(), lr=1.0)
-            drift_fast.attach(optimizer, delta, model=self.network)
+            optimizer = torch.optim.SGD(self.network.parameters(), lr=RATE)
+            attached.append(drift_fast.attach(optimizer, delta, model=self.network))
             return optimizer
 
-    with pytest.raises(drift_fast.DriftError):
-        trainer().fit(Attached(network), loader(1))
+    plain = one_step(network, loader(1))
+    start = weights(network)
+    trainer().fit(Attached(network), loader(1))
+    moved = weights(network)
+    found = {n: (reference.exact(start[n]) - reference.exact(moved[n])) / RATE for n in start}
+    assert_injected(found, plain, delta)
+    assert attached[0].steps == 1
 
 
 def test_a_failed_run_leaves_nothing_attached(

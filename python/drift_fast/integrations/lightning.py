@@ -2,9 +2,9 @@
 
     trainer = lightning.pytorch.Trainer(..., callbacks=[DriftCallback("delta", alpha=1.0)])
 
-Lightning runs forward and backward in a closure inside `optimizer.step`, so a hook on the optimizer
-would come before the gradient exists. `on_before_optimizer_step` comes after the closure and after
-a scaler's unscaling, and before clipping (in the sources of 2.6, `Precision._after_closure`).
+Lightning runs forward, backward and clipping in a closure inside `optimizer.step`.
+`on_before_optimizer_step` comes after backward and after a scaler's unscaling, and before clipping
+(in the sources of 2.6, `Precision._after_closure`).
 
 With manual optimization that hook runs inside `optimizer.step()`, after any clipping that
 `training_step` does itself; call `callback.injection.step()` there before clipping instead.
