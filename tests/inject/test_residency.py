@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import json
 import logging
 import os
 import weakref
@@ -350,15 +351,27 @@ def delete(path: Path) -> None:
     path.unlink()
 
 
+def edit(path: Path) -> None:
+    """Change a bit of every tensor, however few bytes it takes."""
+    data = bytearray(path.read_bytes())
+    length = int.from_bytes(data[:8], "little")
+    for tensor in json.loads(data[8 : 8 + length]).values():
+        if "data_offsets" in tensor:
+            data[8 + length + tensor["data_offsets"][0]] ^= 1
+    with path.open("r+b") as file:
+        file.write(data)
+
+
 @pytest.mark.parametrize(
     ("source", "which", "spoil"),
     [
         ("saved", "delta/*.safetensors", cut_short),
+        ("saved", "delta/*.safetensors", edit),
         ("streamed", "expert/*.safetensors", cut_short),
         ("streamed", "multimodal/*.safetensors", delete),
     ],
 )
-def test_files_that_disappear_between_steps_are_named_with_a_remedy(
+def test_files_that_disappear_or_change_between_steps_are_named_with_a_remedy(
     tmp_path: Path, source: str, which: str, spoil: Callable[[Path], None]
 ) -> None:
     model = backbone()
@@ -378,6 +391,19 @@ def test_files_that_disappear_between_steps_are_named_with_a_remedy(
             take_two_steps(model, injection)
         assert "proj" in str(told.value)
         assert isinstance(told.value.__cause__, OSError | drift_fast.CheckpointError)
+
+
+@pytest.mark.parametrize("stored", ["bfloat16", "int8"])
+@pytest.mark.parametrize("where", ["device", "host", *ELSEWHERE])
+def test_a_delta_that_was_edited_is_refused_wherever_it_would_live(
+    tmp_path: Path, where: str, stored: str
+) -> None:
+    model = backbone()
+    delta_towards(tmp_path, model, dtype=stored, modules="mlp").save(tmp_path / "delta")
+    for path in (tmp_path / "delta").glob("*.safetensors"):
+        edit(path)
+    with pytest.raises(drift_fast.CheckpointError, match=r"_proj.*damaged or edited"):
+        Injection(model, tmp_path / "delta", residency=where, prefetch=TIGHT)
 
 
 # --- values that are refused, wherever Δ would be

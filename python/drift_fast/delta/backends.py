@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from drift_fast._core import Checkpoint, DeltaWriter, stream, subtract_into
+from drift_fast._core import DeltaWriter, StoredDelta, stream, subtract_into
 from drift_fast.alignment.model_pair import AlignedPair
-from drift_fast.delta.format import DESCRIPTION, INDEX
+from drift_fast.delta.format import DESCRIPTION, INDEX, stored_names
 from drift_fast.delta.options import StreamOptions
 from drift_fast.delta.statistics import Statistics, row_from_moments
 from drift_fast.dtypes import COMPRESSED, INT8_BLOCK, STORED_DTYPES, share_lost, tensor_dtype
@@ -168,18 +168,22 @@ class Streamed:
 
 # A few mebibytes; more at a time copies no faster.
 _COPY_NBYTES = 1 << 22
-# Of the widest type that a delta is stored as.
-_ITEMSIZE = 4
+# Bytes of an element of the types that a delta is stored as, and of the widest.
+_ITEMSIZES = {"BF16": 2, "F16": 2, "F32": 4, "I8": 1}
+_ITEMSIZE = max(_ITEMSIZES.values())
 
 
 class Stored:
     """A delta on disk."""
 
-    def __init__(self, directory: Path, dtype: str, stats: Statistics) -> None:
+    def __init__(
+        self, directory: Path, dtype: str, stats: Statistics, checksums: dict[str, str] | None
+    ) -> None:
         self._dtype = dtype
-        self._checkpoint = Checkpoint(directory / INDEX, reader="auto")
         self._stats = stats
-        found = {name: (kind, tuple(shape)) for name, kind, shape, _ in self._checkpoint.tensors()}
+        self._files = StoredDelta(directory / INDEX, checksums)
+        self.has_checksums = checksums is not None
+        found = {name: (kind, tuple(shape)) for name, kind, shape, _ in self._files.tensors()}
         expected = {row.name: (STORED_DTYPES[dtype], row.shape) for row in stats}
         if dtype == "int8":
             expected |= {
@@ -198,19 +202,17 @@ class Stored:
 
     def read_into(self, name: str, buffer: Any, elements: tuple[int, int] | None = None) -> None:
         if self._dtype not in COMPRESSED:
-            self._checkpoint.read_into(name, buffer, elements=elements)
+            self._files.read_into(name, buffer, elements=elements)
             return
-        self._checkpoint.decode_into(
-            name, buffer, elements=elements or (0, self._stats[name].numel)
-        )
+        self._files.decode_into(name, buffer, elements=elements or (0, self._stats[name].numel))
 
     def read_codes(self, name: str, buffer: Any, elements: tuple[int, int]) -> None:
         """Fill a buffer with the int8 codes of some elements as they are stored."""
-        self._checkpoint.read_into(name, buffer, elements=elements)
+        self._files.read_into(name, buffer, elements=elements)
 
     def read_scales(self, name: str, buffer: Any, blocks: tuple[int, int]) -> None:
         """Fill a buffer with the float16 scales of some blocks of an int8 Δ."""
-        self._checkpoint.read_into(f"{name}.scale", buffer, elements=blocks)
+        self._files.read_into(f"{name}.scale", buffer, elements=blocks)
 
     def statistics(
         self, on_progress: ProgressCallback = unreported
@@ -226,38 +228,37 @@ class Stored:
     ) -> tuple[list[Mapping[str, Any]], int]:
         # Bytes are copied as stored: nothing is decoded, so nothing is rounded again.
         rows = [self._stats[place] for place in places]
-        suffixes = ("", ".scale") if self._dtype == "int8" else ("",)
-        size = {name: (end - start, numel) for name, start, end, numel in self._extents()}
-        total = sum(size[f"{row.name}{suffix}"][0] for row in rows for suffix in suffixes)
+        names = [stored_names(row.name, self._dtype) for row in rows]
+        size = {
+            name: (_ITEMSIZES[kind], math.prod(shape))
+            for name, kind, shape, _ in self._files.tensors()
+        }
+        total = sum(math.prod(size[name]) for some in names for name in some)
         allowed = parse_size(MEMORY) if memory is None else memory
         if allowed < _ITEMSIZE:
             raise ValueError(f"memory of {allowed} bytes is too small: pass {_ITEMSIZE} or more")
         buffer = memoryview(bytearray(min(max(total, 1), _COPY_NBYTES, allowed)))
         done = slot = 0
-        for index, row in enumerate(rows):
-            for suffix in suffixes:
-                name = f"{row.name}{suffix}"
-                nbytes, numel = size[name]
-                itemsize = nbytes // max(1, numel) or _ITEMSIZE
+        for index, some in enumerate(names):
+            for name in some:
+                itemsize, numel = size[name]
                 step = max(1, len(buffer) // itemsize)
                 for start in range(0, max(1, numel), step):
                     stop = min(numel, start + step)
                     piece = buffer[: (stop - start) * itemsize]
-                    self._checkpoint.read_into(name, piece, elements=(start, stop))
+                    self._files.read_into(name, piece, elements=(start, stop), compared=False)
                     writer.write(slot, piece, offset=start * itemsize)
                     done += len(piece)
                     on_progress(Progress(index, len(rows), done, total))
                 slot += 1
             on_progress(Progress(index + 1, len(rows), done, total))
+        copied = [name for some in names for name in some]
+        for name, checksums in zip(copied, writer.checksums(), strict=True):
+            self._files.compare(name, checksums)
         return [{} for _ in rows], len(buffer)
 
     def conclude(self, rows: Sequence[Mapping[str, Any]], *, written: bool) -> Statistics:
         return self._stats
-
-    def _extents(self) -> Iterator[tuple[str, int, int, int]]:
-        for name, _, shape, _ in self._checkpoint.tensors():
-            _, start, end = self._checkpoint.place(name)
-            yield name, start, end, math.prod(shape)
 
 
 def refuse_problems(found: Sequence[str], instead: str) -> None:

@@ -19,7 +19,13 @@ from drift_fast.alignment.coverage import Coverage
 from drift_fast.checkpoints.opened import PathLike
 from drift_fast.delta.backends import Backend, Stored
 from drift_fast.delta.combined import Combined
-from drift_fast.delta.format import DESCRIPTION, FORMAT_VERSION
+from drift_fast.delta.format import (
+    BLOCK_NBYTES,
+    CHECKSUM,
+    DESCRIPTION,
+    FORMAT_VERSION,
+    stored_names,
+)
 from drift_fast.delta.options import SaveOptions
 from drift_fast.delta.parallel import together
 from drift_fast.delta.protocol import DeltaLike
@@ -42,8 +48,9 @@ if TYPE_CHECKING:
 class Delta(Mapping[str, "torch.Tensor"]):
     """A mapping of tensor name to Δ, layer by layer, read or subtracted when asked for.
 
-    `delta[name]` is a fresh tensor on the CPU each time; nothing is cached. Names are the
-    multimodal checkpoint's, on disk. `dtype` is what tensors come out as and `stored_dtype` what is
+    `delta[name]` is a fresh tensor on the CPU each time; nothing is cached. What is read from disk
+    is compared with the checksums that were written with it. Names are the multimodal checkpoint's,
+    on disk. `dtype` is what tensors come out as and `stored_dtype` what is
     on disk or `save` writes; they differ where Δ is compressed.
     `peak_nbytes` is the most that buffers took at a time when Δ or its statistics were computed;
     None where this process did neither, or summed up deltas.
@@ -74,6 +81,8 @@ class Delta(Mapping[str, "torch.Tensor"]):
     def open(cls, path: PathLike) -> Delta:
         """Open a delta that `compute_delta` or `save` wrote; tensors are read when asked for.
 
+        What an earlier version wrote has no checksums (`has_checksums`) and is read as it is.
+
         Raises:
             FileNotFoundError: no delta there.
             CheckpointError: a directory that is not a whole, valid delta.
@@ -91,7 +100,7 @@ class Delta(Mapping[str, "torch.Tensor"]):
                 f"{directory / DESCRIPTION}: {error}; compute the delta again"
             ) from error
         delta = cls(
-            Stored(directory, found.dtype, stats),
+            Stored(directory, found.dtype, stats, found.checksums_of_tensors),
             stored_dtype=found.dtype,
             coverage=coverage,
             sources=found.sources,
@@ -210,6 +219,7 @@ class Delta(Mapping[str, "torch.Tensor"]):
 
         Raises:
             KeyError: no such tensor in this delta.
+            CheckpointError: bytes on disk that are not those that were written.
             ValueError: another shape, dtype or device, elements that Δ does not have, or memory
                 that is not contiguous.
         """
@@ -231,6 +241,11 @@ class Delta(Mapping[str, "torch.Tensor"]):
         # numpy has no bfloat16, so Rust gets a window of bytes onto the tensor's own memory.
         window = tensor.detach().reshape(-1).view(torch.uint8).numpy()
         self._backend.read_into(name, window, elements)
+
+    @property
+    def has_checksums(self) -> bool:
+        """Whether Δ is on disk with checksums, with which all that is read of it is compared."""
+        return isinstance(self._backend, Stored) and self._backend.has_checksums
 
     @property
     def has_codes(self) -> bool:
@@ -288,7 +303,8 @@ class Delta(Mapping[str, "torch.Tensor"]):
     __hash__ = object.__hash__
 
     def __repr__(self) -> str:
-        where = f" at {self.path}" if self.path else ""
+        unchecked = "" if self.has_checksums else " without checksums"
+        where = f" at {self.path}{unchecked}" if self.path else ""
         return f"Delta({len(self)} tensors, {self.stored_dtype}, {self.selection}{where})"
 
     def _describe(self, rows: Rows | None) -> dict[str, Any]:
@@ -306,7 +322,20 @@ class Delta(Mapping[str, "torch.Tensor"]):
             "alignment": self.alignment,
             "coverage": self.coverage.to_dict(),
             "statistics": [] if rows is None else self.stats.to_rows(),
+            "checksums": {
+                "algorithm": CHECKSUM,
+                "block_nbytes": BLOCK_NBYTES,
+                "tensors": {} if rows is None else self._checksums(rows),
+            },
         }
+
+    def _checksums(self, rows: Rows) -> dict[str, str]:
+        """Return the checksums of every tensor on disk, by its name there."""
+        found: dict[str, str] = {}
+        for name, row in zip(self._backend.shapes, rows, strict=True):
+            stored = stored_names(name, self.stored_dtype)
+            found |= zip(stored, row["checksums"], strict=True)
+        return found
 
 
 def open_delta(delta: DeltaLike | PathLike) -> DeltaLike:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -35,6 +35,14 @@ class StoredRow(msgspec.Struct, frozen=True):
     flushed: int | None = None
 
 
+class StoredChecksums(msgspec.Struct, frozen=True):
+    """The checksums of every tensor on disk: eight hexadecimal digits for each block of bytes."""
+
+    algorithm: Literal["crc32"]
+    block_nbytes: Literal[1048576]
+    tensors: dict[str, str]
+
+
 class Description(msgspec.Struct, frozen=True):
     """What `drift.json` says of a delta; other keys are ignored."""
 
@@ -44,11 +52,18 @@ class Description(msgspec.Struct, frozen=True):
     alignment: dict[str, Any]
     coverage: dict[str, Any]
     statistics: list[StoredRow]
+    # A delta of an earlier version has none.
+    checksums: StoredChecksums | None = None
 
     @property
     def rows(self) -> list[dict[str, Any]]:
         """The statistics as plain values."""
         return [msgspec.structs.asdict(row) for row in self.statistics]
+
+    @property
+    def checksums_of_tensors(self) -> dict[str, str] | None:
+        """The checksums of every tensor on disk, where there are any."""
+        return None if self.checksums is None else self.checksums.tensors
 
     @classmethod
     def read(cls, directory: Path) -> Description:

@@ -20,7 +20,7 @@ from drift_fast._core import shards as shards_of
 from drift_fast.delta.format import DESCRIPTION
 from drift_fast.delta.parallel import agree
 from drift_fast.delta.process_group import ProcessGroup, retried
-from drift_fast.delta.writing import Content, Destination
+from drift_fast.delta.writing import Content, Destination, with_checksums
 from drift_fast.errors import DriftError
 from drift_fast.progress_bar import Progress, ProgressCallback
 
@@ -69,7 +69,7 @@ def write_together(
             writer, places, watched, destination.memory_nbytes
         )
         writer.flush()
-        found = group.collect(json.dumps([dict(row) for row in rows]))
+        found = group.collect(json.dumps(with_checksums(rows, writer)))
         if group.rank == 0:
             text = content.text(_in_order(shares, plan, found))
             writer.commit(text)

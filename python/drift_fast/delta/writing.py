@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,13 +11,17 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from drift_fast._core import DeltaWriter
 from drift_fast.delta.backends import Backend
+from drift_fast.delta.format import BLOCK_NBYTES
 from drift_fast.progress_bar import ProgressCallback
 
 if TYPE_CHECKING:
     from drift_fast._core import Output, Share
 
-# What `drift.json` may take for one tensor beside its name.
+# What `drift.json` may take for one tensor beside its names, and for the checksum of each block.
 _ROW_NBYTES = 1024
+_CHECKSUM_NBYTES = 8
+# Of the widest type that a delta is stored as.
+_ITEMSIZE = 4
 
 Rows: TypeAlias = Sequence[Mapping[str, Any]]
 
@@ -44,7 +49,9 @@ class Content:
     def description_nbytes(self) -> int:
         """Return what `drift.json` will take at most, before there are statistics to put in."""
         fixed = len(json.dumps(self.describe(None), indent=1))
-        return fixed + sum(len(json.dumps(name)) + _ROW_NBYTES for name in self.backend.shapes)
+        rows = sum(3 * len(json.dumps(name)) + _ROW_NBYTES for name in self.backend.shapes)
+        nbytes = _ITEMSIZE * sum(map(math.prod, self.backend.shapes.values()))
+        return fixed + rows + nbytes // BLOCK_NBYTES * _CHECKSUM_NBYTES
 
 
 @dataclass(frozen=True)
@@ -80,8 +87,17 @@ def write_alone(
         rows, peak_nbytes = content.backend.write(
             writer, range(len(content.tensors)), on_progress, destination.memory_nbytes
         )
-        writer.commit(content.text(rows))
+        writer.commit(content.text(with_checksums(rows, writer)))
     except BaseException:
         writer.abort()
         raise
     return peak_nbytes
+
+
+def with_checksums(rows: Rows, writer: DeltaWriter) -> list[dict[str, Any]]:
+    """Return the rows of a writer's tensors, each with the checksums of what holds it on disk."""
+    checksums = writer.checksums()
+    each = len(checksums) // max(1, len(rows))
+    return [
+        {**row, "checksums": checksums[each * at : each * (at + 1)]} for at, row in enumerate(rows)
+    ]

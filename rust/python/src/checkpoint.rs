@@ -1,16 +1,27 @@
-//! An open checkpoint: what it contains, and reading its tensors.
+//! An open checkpoint, and what it contains.
 
 use std::path::PathBuf;
 
 use drift_fast_core::checkpoint::{self, Operand, block_scales};
-use drift_fast_core::stream::decode::decode;
-use drift_fast_core::{Error, Reader, Result, dtype};
+use drift_fast_core::{Reader, Result, dtype};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
-use crate::buffers::Writable;
 use crate::detach::detached;
 use crate::errors::to_py;
+
+/// Name, dtype, shape and file of a tensor.
+pub(crate) type TensorEntry = (String, String, Vec<usize>, PathBuf);
+
+pub(crate) fn entries(checkpoint: &checkpoint::Checkpoint) -> Vec<TensorEntry> {
+    checkpoint
+        .tensors()
+        .map(|(shard, tensor)| {
+            let dtype = tensor.dtype.to_string();
+            (tensor.name.clone(), dtype, tensor.shape.clone(), shard.path().to_owned())
+        })
+        .collect()
+}
 
 /// An open checkpoint.
 #[pyclass(frozen, module = "drift_fast._core")]
@@ -58,14 +69,8 @@ impl Checkpoint {
     }
 
     /// Name, dtype, shape and file of each tensor.
-    fn tensors(&self) -> Vec<(String, String, Vec<usize>, PathBuf)> {
-        self.inner
-            .tensors()
-            .map(|(shard, tensor)| {
-                let dtype = tensor.dtype.to_string();
-                (tensor.name.clone(), dtype, tensor.shape.clone(), shard.path().to_owned())
-            })
-            .collect()
+    fn tensors(&self) -> Vec<TensorEntry> {
+        entries(&self.inner)
     }
 
     /// Each tensor of 8-bit codes, the name of the tensor for its block scales, and what is wrong with
@@ -101,48 +106,6 @@ impl Checkpoint {
                 })
                 .collect::<Result<_>>()
         })
-    }
-
-    /// Fill a buffer with all of a tensor, or with elements [start, stop) of it.
-    #[pyo3(signature = (name, buffer, *, elements = None))]
-    fn read_into(
-        &self,
-        py: Python<'_>,
-        name: &str,
-        buffer: &Bound<'_, PyAny>,
-        elements: Option<(usize, usize)>,
-    ) -> PyResult<()> {
-        let mut buffer = Writable::new(buffer)?;
-        detached(py, || {
-            let (shard, tensor) = self.inner.tensor(name)?;
-            let bytes = buffer.bytes();
-            let range = match elements {
-                None => tensor.range.clone(),
-                Some((start, stop)) => tensor.elements(start, stop)?.range,
-            };
-            let expected = (range.end - range.start) as usize;
-            if bytes.len() != expected {
-                return Err(Error::Argument(format!(
-                    "the buffer for {name} has {} bytes, expected {expected}",
-                    bytes.len()
-                )));
-            }
-            shard.read_exact_at(bytes, range.start)
-        })
-    }
-
-    /// Fill a buffer with elements [start, stop) of an int8 Δ as bfloat16.
-    #[pyo3(signature = (name, buffer, *, elements))]
-    fn decode_into(
-        &self,
-        py: Python<'_>,
-        name: &str,
-        buffer: &Bound<'_, PyAny>,
-        elements: (usize, usize),
-    ) -> PyResult<()> {
-        let mut buffer = Writable::new(buffer)?;
-        let (start, stop) = elements;
-        detached(py, || decode(&self.inner, name, start..stop, buffer.bytes()))
     }
 }
 

@@ -2,8 +2,8 @@
 
 use std::ops::ControlFlow;
 
-use drift_fast_core::Result;
 use drift_fast_core::stream::Progress;
+use drift_fast_core::{Error, Result};
 use pyo3::prelude::*;
 
 use crate::errors::to_py;
@@ -21,7 +21,7 @@ pub(crate) fn detached<T: Send>(
 
 /// Run with the interpreter detached, and attach it for signals and the progress callback.
 ///
-/// An exception from either ends the work and is raised here.
+/// An exception from either ends the work and is raised here, unless the work itself failed.
 pub(crate) fn interruptible<T: Send>(
     py: Python<'_>,
     progress: Option<Callback>,
@@ -45,8 +45,8 @@ pub(crate) fn interruptible<T: Send>(
         }
     };
     let result = py.detach(|| work(&mut tick));
-    match raised {
-        Some(error) => Err(error),
-        None => result.map_err(to_py),
+    match (raised, result) {
+        (Some(error), Ok(_) | Err(Error::Interrupted)) => Err(error),
+        (_, result) => result.map_err(to_py),
     }
 }

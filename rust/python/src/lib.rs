@@ -10,6 +10,7 @@ mod detach;
 mod errors;
 mod in_memory;
 mod merge;
+mod stored;
 mod stream;
 mod writers;
 
@@ -33,6 +34,8 @@ mod _core {
     use super::in_memory::{measure, subtract_scaled};
     #[pymodule_export]
     use super::merge::merge;
+    #[pymodule_export]
+    use super::stored::StoredDelta;
     #[pymodule_export]
     use super::stream::{stream, subtract_into};
     #[pymodule_export]

@@ -128,6 +128,12 @@ impl DeltaWriter {
         self.output.with(|files| detached(py, || files.write_at(slot, offset, buffer.bytes())))
     }
 
+    /// The checksums of what was written of each tensor of the files, as text: those of codes and
+    /// of scales apart.
+    fn checksums(&self) -> PyResult<Vec<String>> {
+        self.output.with(|files| Ok(files.checksums()))
+    }
+
     /// Flush this writer's files to disk.
     fn flush(&self, py: Python<'_>) -> PyResult<()> {
         self.output.with(|files| detached(py, || files.flush()))

@@ -1,5 +1,6 @@
 //! A delta or a merged model on disk: what it consists of, and how it gets there whole.
 
+pub mod checksums;
 pub mod format;
 pub mod layout;
 mod naming;

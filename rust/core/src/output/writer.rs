@@ -15,6 +15,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::json;
 
+use super::checksums::Checksums;
 use super::format::{Slot, Storage};
 use super::layout::{ShardLayout, layout};
 use super::naming::Naming;
@@ -63,6 +64,8 @@ pub struct Writer {
     side_files: Vec<String>,
     /// File number and byte offset in it, for each slot.
     places: Vec<(usize, u64)>,
+    /// Of each slot of a delta; a merged model has none.
+    checksums: Vec<Checksums>,
     /// Bytes that all files take on the disk.
     needed: u64,
 }
@@ -138,6 +141,7 @@ impl Writer {
             side_files: side_files.iter().map(|(name, _)| name.clone()).collect(),
             // Whoever joins has only its own files open.
             places: slot_places(&shards, &own, join),
+            checksums: if naming == Naming::DELTA { slot_checksums(&shards, &own) } else { vec![] },
             needed,
         };
         if join {
@@ -187,7 +191,8 @@ impl Writer {
         self.storage
     }
 
-    /// Write `bytes` at `offset` within a slot; slots may be written in any order, by any thread.
+    /// Write `bytes` at `offset` within a slot; each byte of it is written once, in any order, by any
+    /// thread.
     ///
     /// # Errors
     /// A failed write.
@@ -200,7 +205,17 @@ impl Writer {
         file.write_all_at(bytes, position)
             .map_err(|error| self.failed(path, "write the output", error))?;
         start_writing(file, position, bytes.len());
+        if let Some(checksums) = self.checksums.get(slot) {
+            checksums.take(offset, bytes);
+        }
         Ok(())
+    }
+
+    /// The checksums of what was written of each slot of a delta, as [`checksums::parse`] reads them.
+    ///
+    /// [`checksums::parse`]: super::checksums::parse
+    pub fn checksums(&self) -> Vec<String> {
+        self.checksums.iter().map(Checksums::text).collect()
     }
 
     /// Flush the files to the disk.
@@ -275,6 +290,12 @@ fn slot_places(shards: &[ShardLayout<'_>], own: &[usize], renumbered: bool) -> V
         places.extend(shard.offsets.iter().map(|offset| (file, start + offset)));
     }
     places
+}
+
+/// Checksums for every slot of some shards.
+fn slot_checksums(shards: &[ShardLayout<'_>], own: &[usize]) -> Vec<Checksums> {
+    let slots = own.iter().flat_map(|&number| shards[number].slots);
+    slots.map(|slot| Checksums::new(slot.nbytes())).collect()
 }
 
 fn allocate(

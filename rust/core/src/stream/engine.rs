@@ -53,7 +53,7 @@ pub(crate) trait Work: Sync {
 ///
 /// # Errors
 /// The error of the earliest chunk that failed, so that which one is reported depends little on
-/// timing; or an interruption by `tick`.
+/// timing; where none did, an interruption by `tick`.
 pub(crate) fn run<W: Work>(
     work: &W,
     workers: usize,
@@ -63,11 +63,11 @@ pub(crate) fn run<W: Work>(
     let engine = Engine { work, account, nbytes: AtomicU64::new(0), failure: Mutex::new(None) };
     let progress =
         || Progress { tensors: work.tensors(), nbytes: engine.nbytes.load(Ordering::Relaxed) };
-    if workers::run(workers, TICK, &|| engine.run(), &|| work.stop(), || tick(progress())) {
-        return Err(Error::Interrupted);
-    }
+    let stopped =
+        workers::run(workers, TICK, &|| engine.run(), &|| work.stop(), || tick(progress()));
     match engine.failure.into_inner().unwrap_or_else(PoisonError::into_inner) {
         Some((_, error)) => Err(error),
+        None if stopped => Err(Error::Interrupted),
         None => Ok(()),
     }
 }

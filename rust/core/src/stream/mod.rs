@@ -7,12 +7,12 @@
 mod account;
 mod budget;
 mod chunk;
-pub mod decode;
 mod encode;
 mod engine;
 mod options;
 mod order;
 mod read;
+pub mod stored;
 
 pub(crate) use account::Account;
 pub(crate) use budget::workers_within;
