@@ -4,6 +4,8 @@ use std::fs::File;
 use std::io;
 use std::path::Path;
 
+use rustix::io::retry_on_intr;
+
 use super::naming::Naming;
 use crate::error::{Error, Limit, Result};
 
@@ -34,7 +36,7 @@ pub(super) fn check_space(
 
 /// What is free to this user, and the unit in which it is given out.
 pub(super) fn free_nbytes(directory: &Path) -> io::Result<(u64, u64)> {
-    let statistics = rustix::fs::statvfs(directory)?;
+    let statistics = retry_on_intr(|| rustix::fs::statvfs(directory))?;
     let unit = statistics.f_frsize.max(1);
     Ok((statistics.f_bavail.saturating_mul(unit), unit))
 }
@@ -62,7 +64,7 @@ pub(super) fn reserve(file: &File, nbytes: u64) -> io::Result<()> {
     {
         use rustix::fs::{FallocateFlags, fallocate};
         use rustix::io::Errno;
-        match fallocate(file, FallocateFlags::empty(), 0, nbytes) {
+        match retry_on_intr(|| fallocate(file, FallocateFlags::empty(), 0, nbytes)) {
             Ok(()) => return Ok(()),
             Err(Errno::OPNOTSUPP | Errno::NOSYS) => {}
             Err(error) => return Err(error.into()),

@@ -2,13 +2,15 @@
 //!
 //! Owns its lock and what happens to its files: they become the output, whole, or are removed.
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::fs::{self, File, TryLockError};
 use std::io;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{Dir, FileType, Mode, OFlags};
+use rustix::io::retry_on_intr;
 
 use super::naming::Naming;
 use super::space::free_nbytes;
@@ -49,12 +51,24 @@ impl Staging {
     /// # Errors
     /// Another run that holds the lock, or files that no run left.
     pub(super) fn create(path: PathBuf, naming: Naming, keep_ranks: bool) -> Result<Self> {
-        match fs::create_dir(&path) {
-            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
-                return Err(Error::io(&path, "create the directory")(error));
-            }
-            _ => {}
+        let is_new = match fs::create_dir(&path) {
+            Ok(()) => true,
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => false,
+            Err(error) => return Err(Error::io(&path, "create the directory")(error)),
+        };
+        let claimed = Self::claim(path.clone(), naming, keep_ranks);
+        if let Err(error) = &claimed
+            && is_new
+            // Another run may have come between and have it.
+            && !matches!(error, Error::Exists { .. })
+        {
+            let _ = fs::remove_dir(&path);
         }
+        claimed
+    }
+
+    /// Lock it, and remove what is in it.
+    fn claim(path: PathBuf, naming: Naming, keep_ranks: bool) -> Result<Self> {
         // Locking the directory itself leaves no lock file inside the delta.
         let lock = open_directory(&path)?;
         match lock.try_lock() {
@@ -74,29 +88,27 @@ impl Staging {
             }
         }
         // What a run that was cut off left behind is removed; anything else is not ours and stays.
-        let mut entries = fs::read_dir(&path)
-            .and_then(Iterator::collect::<io::Result<Vec<_>>>)
-            .map_err(Error::io(&path, "list the directory"))?;
-        if let Some(at) = entries.iter().position(|entry| entry.file_name() == RANKS) {
-            let ranks = entries.swap_remove(at).path();
+        let mut entries = list(&path).map_err(Error::io(&path, "list the directory"))?;
+        if let Some(at) = entries.iter().position(|(name, _)| name == RANKS) {
+            let ranks = path.join(entries.swap_remove(at).0);
             if !keep_ranks {
                 leave_no_ranks(&ranks)?;
             }
         }
-        for entry in &entries {
-            let is_file = entry.file_type().is_ok_and(|kind| kind.is_file());
-            if !is_file || !naming.may_be_left(&entry.file_name().to_string_lossy()) {
+        for (name, is_file) in &entries {
+            if !is_file || !naming.may_be_left(&name.to_string_lossy()) {
                 let message = format!(
                     "holds {}, which no run of drift_fast left there; move it away or choose \
                      another output directory",
-                    entry.file_name().display()
+                    name.display()
                 );
                 return Err(Error::Exists { path, message });
             }
         }
         let staging = Self { path, naming, renamed: false, lock: Some(lock) };
-        for entry in entries {
-            fs::remove_file(entry.path()).map_err(Error::io(&entry.path(), "remove"))?;
+        for (name, _) in entries {
+            let path = staging.path.join(name);
+            fs::remove_file(&path).map_err(Error::io(&path, "remove"))?;
         }
         Ok(staging)
     }
@@ -111,10 +123,10 @@ impl Staging {
         target: &Path,
         needed: u64,
     ) -> Error {
-        let held: u64 = fs::read_dir(&self.path)
+        let held: u64 = list(&self.path)
             .into_iter()
             .flatten()
-            .filter_map(|entry| entry.and_then(|entry| entry.metadata()).ok())
+            .filter_map(|(name, _)| fs::symlink_metadata(self.path.join(name)).ok())
             // POSIX leaves the unit open; Linux and macOS count in 512 bytes.
             .map(|metadata| metadata.blocks() * 512)
             .sum();
@@ -202,10 +214,32 @@ impl Staging {
     }
 }
 
+/// The names in a directory, and whether each is a regular file.
+///
+/// Unlike what the standard library opens for this, it does not panic where closing fails.
+pub(super) fn list(path: &Path) -> io::Result<Vec<(OsString, bool)>> {
+    let mut found = Vec::new();
+    for entry in Dir::read_from(File::open(path)?)? {
+        let entry = entry?;
+        let name = OsStr::from_bytes(entry.file_name().to_bytes());
+        if name != "." && name != ".." {
+            // Some file systems leave the type open in the list.
+            let is_file = match entry.file_type() {
+                FileType::Unknown => {
+                    fs::symlink_metadata(path.join(name)).is_ok_and(|found| found.is_file())
+                }
+                kind => kind == FileType::RegularFile,
+            };
+            found.push((name.to_owned(), is_file));
+        }
+    }
+    Ok(found)
+}
+
 /// Open a directory; a link in its place, which someone else could have put there, is not followed.
 fn open_directory(path: &Path) -> Result<File> {
     let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::RDONLY | OFlags::CLOEXEC;
-    rustix::fs::open(path, flags, Mode::empty())
+    retry_on_intr(|| rustix::fs::open(path, flags, Mode::empty()))
         .map(File::from)
         .map_err(|error| Error::io(path, "open the directory")(error.into()))
 }

@@ -1,9 +1,11 @@
 //! The place of an output: whether it is free, and the directories above it.
 
+use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use super::naming::Naming;
+use super::staging::list;
 use crate::error::{Error, Result};
 
 /// The target as an absolute path, and the hidden directory in which it is written.
@@ -37,12 +39,9 @@ pub(super) fn check_target(target: &Path, naming: Naming, overwrite: bool) -> Re
     if !metadata.is_dir() {
         return refuse("the output exists and is not a directory; choose another path");
     }
-    let mut names = Vec::new();
-    for entry in fs::read_dir(target).map_err(Error::io(target, "list the output directory"))? {
-        let entry = entry.map_err(Error::io(target, "list the output directory"))?;
-        let is_file = entry.file_type().is_ok_and(|kind| kind.is_file());
-        names.push((entry.file_name().to_string_lossy().into_owned(), is_file));
-    }
+    let entries = list(target).map_err(Error::io(target, "list the output directory"))?;
+    let shown = |(name, is_file): (OsString, bool)| (name.to_string_lossy().into_owned(), is_file);
+    let mut names: Vec<_> = entries.into_iter().map(shown).collect();
     let staging = format!(".{}.incomplete", target.file_name().unwrap_or_default().display());
     names.retain(|(name, _)| *name != staging);
     let is_empty = names.is_empty();
