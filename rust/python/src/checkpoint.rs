@@ -1,12 +1,13 @@
-//! An open checkpoint, and what it contains.
+//! An open checkpoint: what it contains, and reading its tensors.
 
 use std::path::PathBuf;
 
 use drift_fast_core::checkpoint::{self, Operand, block_scales};
-use drift_fast_core::{Reader, Result, dtype};
+use drift_fast_core::{Error, Reader, Result, dtype};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
+use crate::buffers::Writable;
 use crate::detach::detached;
 use crate::errors::to_py;
 
@@ -105,6 +106,34 @@ impl Checkpoint {
                     Ok((name, shard.nbytes(), shard.fingerprint()?))
                 })
                 .collect::<Result<_>>()
+        })
+    }
+
+    /// Fill a buffer with all of a tensor, or with elements [start, stop) of it.
+    #[pyo3(signature = (name, buffer, *, elements = None))]
+    fn read_into(
+        &self,
+        py: Python<'_>,
+        name: &str,
+        buffer: &Bound<'_, PyAny>,
+        elements: Option<(usize, usize)>,
+    ) -> PyResult<()> {
+        let mut buffer = Writable::new(buffer)?;
+        detached(py, || {
+            let (shard, tensor) = self.inner.tensor(name)?;
+            let bytes = buffer.bytes();
+            let range = match elements {
+                None => tensor.range.clone(),
+                Some((start, stop)) => tensor.elements(start, stop)?.range,
+            };
+            let expected = (range.end - range.start) as usize;
+            if bytes.len() != expected {
+                return Err(Error::Argument(format!(
+                    "the buffer for {name} has {} bytes, expected {expected}",
+                    bytes.len()
+                )));
+            }
+            shard.read_exact_at(bytes, range.start)
         })
     }
 }
