@@ -128,9 +128,9 @@ def test_what_is_not_finite_takes_no_place_among_the_largest_and_stays_to_be_see
     r[:2], r[2, 0], m[7] = np.nan, np.inf, np.nan
     merged = merge(
         method,
-        write_checkpoint(tmp_path / "text", {**three.text, name: stored(r)}),
+        write_checkpoint(tmp_path / "broken-text", {**three.text, name: stored(r)}),
         write_vlm(
-            tmp_path / "vlm",
+            tmp_path / "broken-vlm",
             {text_name(n): t for n, t in three.vlm.items() if PREFIX in n} | {name: stored(m)},
         ),
         out,
