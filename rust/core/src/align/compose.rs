@@ -1,9 +1,9 @@
-//! A tensor that one checkpoint stores fused and the other split, or the other way round.
+//! A tensor that is fused in one checkpoint and split in the other.
 //!
-//! Owns where its blocks are stored and how a run of rows is gathered from them, chunk by chunk, so
-//! no model and no whole tensor is ever copied. The multimodal tensor is seen as rows × columns; a
-//! [`Block`] is a rectangle of it, stored in a tensor of the reasoning checkpoint, transposed or
-//! not. Blocks never overlap, and within their rows they cover every column.
+//! Owns where its blocks are stored and how runs of rows are gathered from them, chunk by chunk, so
+//! that no whole tensor is ever copied. The multimodal tensor is seen as rows × columns; a [`Block`]
+//! is a rectangle of it that a tensor of the reasoning checkpoint stores, transposed or not. Blocks
+//! do not overlap, and in their rows they cover every column.
 
 use std::ops::Range;
 
@@ -12,11 +12,11 @@ use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::kernel::INT8_BLOCK;
 
-/// Elements of one run of rows: enough that a transposed block is read in runs of a kilobyte or more
-/// at the widths of real experts.
+/// Elements of one run of rows: enough to read a transposed block of a real expert in runs of a
+/// kilobyte or more.
 pub(crate) const RUN: usize = 1 << 20;
-/// Elements that are gathered aside at a time: enough for long reads, few enough to stay in a core's
-/// cache.
+/// Elements that are gathered in a buffer at a time: enough for long reads, few enough to stay in a
+/// core's cache.
 const GROUP: usize = 1 << 17;
 
 /// A rectangle of a tensor, and the elements of a stored one that fill it.
@@ -28,7 +28,7 @@ pub struct Block<S> {
     pub rows: Range<usize>,
     /// Columns of that tensor.
     pub columns: Range<usize>,
-    /// The element of the stored tensor that comes first.
+    /// The first element, by its number in the stored tensor.
     pub offset: usize,
     /// Elements from one row to the next in the stored tensor.
     pub row_stride: usize,
@@ -36,7 +36,7 @@ pub struct Block<S> {
     pub column_stride: usize,
 }
 
-/// Blocks by rising row and column, grouped into bands that share their rows.
+/// Blocks in ascending order of row and column, grouped into bands of the same rows.
 pub struct Blocks<'a> {
     columns: usize,
     dtype: Dtype,
@@ -46,10 +46,10 @@ pub struct Blocks<'a> {
 impl<'a> Blocks<'a> {
     /// Check that the blocks are inside their tensors, do not overlap and leave no column out.
     ///
-    /// Rows that no block covers are not stored: their difference is zero and they enter no sum.
+    /// Rows that no block covers are not stored: their difference is zero, and no sum includes them.
     ///
     /// # Errors
-    /// Blocks that break this, that differ in dtype, or whose dtype cannot be subtracted.
+    /// Blocks that break these rules, that differ in dtype, or whose dtype cannot be subtracted.
     pub fn new(shape: &[usize], mut blocks: Vec<Block<Operand<'a>>>) -> Result<Self> {
         let (rows, columns) = matrix(shape);
         let Some(first) = blocks.first() else {
@@ -63,8 +63,8 @@ impl<'a> Blocks<'a> {
                     block.source.shard.path(),
                     &block.source.tensor.name,
                     format!(
-                        "dtype {} differs from {} of the other blocks of one tensor; save the \
-                         checkpoint in one dtype",
+                        "dtype {} differs from {} of the other blocks of the same tensor; save \
+                         the checkpoint in one dtype",
                         block.source.tensor.dtype,
                         dtype.name()
                     ),
@@ -102,14 +102,14 @@ impl<'a> Blocks<'a> {
         self.dtype
     }
 
-    /// The stored tensors that the blocks are part of; one that holds several is named several times.
+    /// The stored tensors that the blocks are part of, each once for every block.
     pub fn sources(&self) -> impl Iterator<Item = Operand<'a>> + '_ {
         self.bands.iter().flatten().map(|block| block.source)
     }
 
-    /// The end of the run of whole rows, of about [`RUN`] elements, that begins at element `start` of
-    /// `total`, and its band; rows that are not stored have none. Each run begins where the one
-    /// before it ends.
+    /// The end and the band of the run of whole rows, about [`RUN`] elements, that begins at element
+    /// `start` of `total`. Rows that are not stored have no band. A run begins where the one before
+    /// it ends.
     pub(crate) fn run(&self, start: usize, total: usize) -> (usize, Option<usize>) {
         let step = self.step();
         let row = start / self.columns;
@@ -122,7 +122,7 @@ impl<'a> Blocks<'a> {
         (end.min(row + step) * self.columns, band)
     }
 
-    /// The runs of some elements, whole rows, that are stored, and the band of each.
+    /// The stored runs among some whole rows, and the band of each.
     pub(crate) fn runs(
         &self,
         elements: &Range<usize>,
@@ -141,19 +141,19 @@ impl<'a> Blocks<'a> {
         })
     }
 
-    /// The most elements that a run has.
+    /// The most elements of a run.
     pub(crate) fn longest(&self, total: usize) -> usize {
         total.min(self.step() * self.columns)
     }
 
-    /// The most bytes that [`Blocks::gather`] uses aside for such runs.
+    /// The most bytes of buffers that [`Blocks::gather`] needs for such runs.
     pub(crate) fn scratch_nbytes(&self) -> usize {
         let step = self.step();
         let most = self.bands.iter().flatten().map(|block| block.scratch_numel(step, self.columns));
         most.max().unwrap_or(0) * self.dtype.nbytes()
     }
 
-    /// Ask the disk for elements that are read later.
+    /// Ask the disk ahead of time for elements that are read later.
     pub(crate) fn prefetch(&self, elements: &Range<usize>) {
         for (run, band) in self.runs(elements) {
             for (source, span) in self.spans(band, &run) {
@@ -162,8 +162,8 @@ impl<'a> Blocks<'a> {
         }
     }
 
-    /// Where the elements `range` of one band are stored, roughly: for each block one range of its
-    /// file, from the first element to the last.
+    /// Roughly where the elements `range` of one band are stored: for each block one range of its file,
+    /// from the first element to the last.
     fn spans(
         &self,
         band: usize,
@@ -183,13 +183,13 @@ impl<'a> Blocks<'a> {
     }
 
     fn step(&self) -> usize {
-        // A whole number of blocks that share a scale, where a run can be one.
+        // A whole number of blocks that share a scale, if a run can have one.
         let rows = INT8_BLOCK / gcd(self.columns.max(1), INT8_BLOCK);
         (RUN / self.columns.max(1) / rows).max(1) * rows
     }
 
-    /// Fill `packed` with the elements `range`, which are in one band, and
-    /// return how many bytes were read.
+    /// Fill `packed` with the elements `range`, which are in one band, and return how many bytes were
+    /// read.
     pub(crate) fn gather(
         &self,
         band: usize,
@@ -207,7 +207,7 @@ impl<'a> Blocks<'a> {
         Ok(read)
     }
 
-    /// The bytes of single elements, in the order asked for; those that are not stored are absent.
+    /// The bytes of single elements, in the given order, without those that are not stored.
     pub(crate) fn pick(&self, elements: &[usize], out: &mut Vec<Option<[u8; 8]>>) -> Result<()> {
         let nbytes = self.dtype.nbytes();
         for &element in elements {
@@ -281,14 +281,14 @@ fn check_block(block: &Block<Operand<'_>>, rows: usize, columns: usize) -> Resul
 }
 
 impl Block<Operand<'_>> {
-    /// The most elements that gathering up to `rows` rows into rows of `width` takes aside.
+    /// The most elements in buffers while up to `rows` rows are gathered into rows of `width`.
     fn scratch_numel(&self, rows: usize, width: usize) -> usize {
         let (down, across) = (rows.min(self.rows.len()), self.columns.len());
         match (self.column_stride == 1, self.row_stride == across) {
             (true, true) if across == width => 0,
             (true, true) => group(across).min(down) * across,
             (true, false) => 0,
-            // A last run of fewer rows is gathered in larger groups, but of no more elements.
+            // A shorter last run is gathered in larger groups, but not of more elements.
             (false, _) => down.max(GROUP).min(down * across),
         }
     }
@@ -323,7 +323,7 @@ impl Block<Operand<'_>> {
         Ok(count as u64)
     }
 
-    /// Gather where a row of the tensor is a run of the stored one.
+    /// Gather if a row of the tensor is a run of the stored one.
     fn gather_rows(&self, first: usize, out: Packed<'_>, scratch: &mut Vec<u8>) -> Result<()> {
         let Packed { down, row_nbytes, column_nbytes, nbytes, bytes } = out;
         let across = self.columns.len();
@@ -350,7 +350,7 @@ impl Block<Operand<'_>> {
         Ok(())
     }
 
-    /// Gather where a column of the tensor is a run of the stored one.
+    /// Gather if a column of the tensor is a run of the stored one.
     fn gather_columns(&self, first: usize, out: Packed<'_>, scratch: &mut Vec<u8>) -> Result<()> {
         let Packed { down, row_nbytes, column_nbytes, nbytes, bytes } = out;
         let across = self.columns.len();
@@ -377,7 +377,7 @@ impl Block<Operand<'_>> {
     }
 }
 
-/// Rows that are being filled, and where a block belongs in each.
+/// Rows that are being filled, and the place of a block in each.
 struct Packed<'b> {
     down: usize,
     row_nbytes: usize,
@@ -387,7 +387,7 @@ struct Packed<'b> {
     bytes: &'b mut [u8],
 }
 
-/// How many runs of `run` elements are gathered at a time.
+/// The number of runs of `run` elements that are gathered at a time.
 fn group(run: usize) -> usize {
     (GROUP / run.max(1)).max(1)
 }
@@ -400,7 +400,7 @@ fn transpose<const N: usize>(
     packed: &mut [u8],
     row_nbytes: usize,
 ) {
-    // Tiles, so that neither side walks through memory a cache line an element.
+    // In tiles, so that neither input nor output touches a new cache line for every element.
     const TILE: usize = 32;
     for top in (0..rows).step_by(TILE) {
         for start in (0..columns).step_by(TILE) {

@@ -1,6 +1,6 @@
-//! Two tensors that belong together, and what the reasoning side is made of.
+//! Two tensors that belong together, and what the reasoning tensor is made of.
 //!
-//! Owns the shapes: whatever reads a pair may take it that both sides have the same.
+//! Owns the check of shapes: whatever reads a pair may rely on both having the same.
 
 use std::ops::Range;
 
@@ -8,15 +8,15 @@ use super::compose::Blocks;
 use crate::checkpoint::Operand;
 use crate::error::{Error, Result};
 
-/// What a model stores for a tensor of the multimodal model.
+/// The reasoning model's values for a tensor of the multimodal model.
 pub enum Source<'a> {
-    /// A tensor of its shape.
+    /// A tensor of the same shape.
     Whole(Operand<'a>),
-    /// Blocks of tensors that together have its shape.
+    /// Blocks of tensors that form its shape together.
     Blocks(Blocks<'a>),
 }
 
-/// A multimodal tensor, whose name and shape the result has, and its reasoning match.
+/// A multimodal tensor, whose name and shape the result gets, and its match in the reasoning model.
 pub struct Pair<'a> {
     /// W_reason.
     pub reasoning: Source<'a>,
@@ -25,7 +25,7 @@ pub struct Pair<'a> {
 }
 
 impl<'a> Pair<'a> {
-    /// The stored tensors that both sides are read from.
+    /// The stored tensors that the pair is read from.
     pub(crate) fn operands(&self) -> impl Iterator<Item = Operand<'a>> + '_ {
         self.reasoning.operands().chain([self.multimodal])
     }
@@ -40,7 +40,7 @@ impl<'a> Source<'a> {
         }
     }
 
-    /// The stored tensors that it is read from; one that holds several blocks is named several times.
+    /// The stored tensors that it is read from, each once for every block.
     pub(crate) fn operands(&self) -> Box<dyn Iterator<Item = Operand<'a>> + '_> {
         match self {
             Source::Whole(operand) => Box::new(std::iter::once(*operand)),
@@ -48,10 +48,10 @@ impl<'a> Source<'a> {
         }
     }
 
-    /// Refuse a dtype without values, or another shape than that of `multimodal`.
+    /// Check that the dtype has values and that the shape is that of `multimodal`.
     ///
     /// # Errors
-    /// Either of those; blocks were checked when they were put together.
+    /// Either does not hold. Blocks were checked when they were put together.
     pub(crate) fn check(&self, multimodal: &Operand<'_>) -> Result<()> {
         let Source::Whole(operand) = self else { return Ok(()) };
         operand.check()?;
@@ -69,7 +69,7 @@ impl<'a> Source<'a> {
         )))
     }
 
-    /// Ask the disk for elements that are read later.
+    /// Ask the disk ahead of time for elements that are read later.
     pub(crate) fn prefetch(&self, elements: &Range<usize>) {
         match self {
             Source::Whole(operand) => operand.prefetch(elements),
@@ -84,7 +84,7 @@ impl<'a> Source<'a> {
         }
     }
 
-    /// Those of some elements that are stored, by rising index; of blocks, `elements` are whole rows.
+    /// The stored ones among some elements, in ascending order; with blocks, `elements` are whole rows.
     pub(crate) fn present(&self, elements: &Range<usize>) -> Vec<Range<usize>> {
         let Source::Blocks(blocks) = self else { return vec![elements.clone()] };
         let mut found: Vec<Range<usize>> = Vec::new();

@@ -1,9 +1,8 @@
-//! How much the weights of two models resemble each other, layer against layer, from samples.
+//! How similar the weights of two models are, layer against layer, judging by samples.
 //!
-//! Names and shapes cannot tell a model whose layers are shifted by one from the right match; the
-//! weights can, since fine-tuning leaves them close to where they came from and other layers of the
-//! same shape are unrelated. Owns the sampling and the correlations; what follows from them is
-//! decided by the caller.
+//! Names and shapes cannot distinguish the right match from one that is shifted by a layer. Weights
+//! can: fine-tuning changes them little, and other layers of the same shape are unrelated. Owns the
+//! sampling and the correlations; the caller decides what follows from them.
 
 use super::pair::{Pair, Source};
 use crate::checkpoint::Operand;
@@ -11,19 +10,19 @@ use crate::checkpoint::operand::Dequantized;
 use crate::error::{Error, Result};
 use crate::kernel::Elements;
 
-/// Runs of consecutive elements that are read from each tensor, and their length: few enough that a
-/// cold disk answers at once.
+/// The number and the length of the runs that are read from each tensor: so few that even a cold
+/// disk answers at once.
 const RUNS: usize = 8;
 const RUN: usize = 128;
 
 /// Pearson's correlation of each reasoning tensor with each multimodal one, row by row, and the
-/// number of elements that each was taken over.
+/// number of elements that each was computed from.
 ///
-/// All pairs are of one shape: one module in every layer. A correlation with a tensor that does not
-/// vary is NaN; values that are not finite are left out.
+/// All pairs have the same shape: they are one module in every layer. The correlation with a constant
+/// tensor is NaN. Values that are not finite are left out.
 ///
 /// # Errors
-/// Shapes that differ between the pairs, or a failed read.
+/// Pairs of different shapes, or a failed read.
 pub fn correlate_samples(pairs: &[Pair<'_>]) -> Result<(Vec<f64>, usize)> {
     let Some(first) = pairs.first() else { return Ok((Vec::new(), 0)) };
     let shape = &first.multimodal.tensor.shape;
@@ -66,7 +65,7 @@ pub fn correlate_samples(pairs: &[Pair<'_>]) -> Result<(Vec<f64>, usize)> {
     Ok((matrix, elements.len()))
 }
 
-/// Indices of runs spread evenly over a tensor, or all of a small one.
+/// Indices of runs that are spread evenly over a tensor, or all indices of a small one.
 fn sampled(numel: usize) -> Vec<usize> {
     if numel <= RUNS * RUN {
         return (0..numel).collect();
@@ -89,14 +88,14 @@ fn values_at(operand: Operand<'_>, elements: &[usize]) -> Result<Vec<f64>> {
     Ok(values)
 }
 
-/// Values less their mean and of norm one, so that a product of two is their correlation; those that
-/// are not finite become the mean. Values that do not vary become NaN.
+/// Values minus their mean, scaled to norm one, so that the product of two is their correlation. Those
+/// that are not finite become the mean. Constant values become NaN.
 fn standardized(values: &[f64]) -> Vec<f64> {
     let finite = || values.iter().filter(|value| value.is_finite());
     let count = finite().count().max(1) as f64;
     let mean = finite().sum::<f64>() / count;
     let squares: f64 = finite().map(|value| (value - mean) * (value - mean)).sum();
-    // What remains of a constant is the rounding of its mean, which would correlate with anything.
+    // What remains of a constant is the rounding of its mean, whose correlation means nothing.
     let norm =
         if squares <= f64::EPSILON * count * mean * mean { f64::NAN } else { squares.sqrt() };
     values

@@ -1,9 +1,9 @@
-//! Block scales: what gives the 8-bit codes of a weight their values.
+//! Block scales, which give the 8-bit codes of a weight their values.
 //!
-//! A weight `X.weight` of R × C codes has a tensor `X.weight_scale_inv` of ⌈R/r⌉ × ⌈C/c⌉ float32
-//! beside it, one for each block of r × c codes, as DeepSeek-V3 lays it out. The value of an element
-//! is float32(code) × scale in float32, which is what such models compute themselves. Only the
-//! scales of the rows at hand are read, so memory does not grow with the model.
+//! Beside a weight `X.weight` of R × C codes there is a tensor `X.weight_scale_inv` of ⌈R/r⌉ × ⌈C/c⌉
+//! float32 scales, one for each block of r × c codes, as in DeepSeek-V3. The value of an element is
+//! float32(code) × scale in float32, as such models compute it. Only the scales of the rows at hand
+//! are read, so memory does not grow with the model.
 
 use std::ops::Range;
 
@@ -12,12 +12,12 @@ use crate::dtype::{Dtype, Fp8};
 use crate::error::{Error, Result};
 use crate::kernel::dequantize;
 
-/// What is appended to the name of codes to name their scales.
+/// The suffix that turns the name of codes into that of their scales.
 const SUFFIX: &str = "_scale_inv";
 /// Scales that are checked at a time.
 const CHECKED_NBYTES: usize = 1 << 16;
 
-/// The name of the tensor that holds the scales of `codes`.
+/// The name of the tensor with the scales of `codes`.
 pub fn name_of(codes: &str) -> String {
     format!("{codes}{SUFFIX}")
 }
@@ -30,12 +30,12 @@ pub struct BlockScales<'a> {
     tensor: &'a Tensor,
     block: (usize, usize),
     columns: usize,
-    /// The element of the whole tensor that the codes at hand begin with.
+    /// The number, in the whole tensor, of the first of the codes at hand.
     first: usize,
 }
 
 impl<'a> BlockScales<'a> {
-    /// Put codes and scales together; no scale is read.
+    /// Combine codes and scales, without reading any scale.
     ///
     /// # Errors
     /// Codes that are not a matrix, or scales that are missing, not float32 or not one for each block.
@@ -89,7 +89,7 @@ impl<'a> BlockScales<'a> {
         Ok(Self { format, shard: scale_shard, tensor: scales, block, columns, first: 0 })
     }
 
-    /// The file that holds the scales.
+    /// The file with the scales.
     pub fn shard(&self) -> &'a Shard {
         self.shard
     }
@@ -99,7 +99,7 @@ impl<'a> BlockScales<'a> {
         Self { first: self.first + first, ..self }
     }
 
-    /// Read every scale and refuse one that gives no value.
+    /// Read and check every scale.
     ///
     /// # Errors
     /// A scale that is NaN, infinite, zero or negative, or a failed read.
@@ -128,8 +128,8 @@ impl<'a> BlockScales<'a> {
         Ok(())
     }
 
-    /// The most bytes that [`BlockScales::dequantize`] uses for `numel` codes: their values and the
-    /// scales of the rows that hold them.
+    /// The most bytes that [`BlockScales::dequantize`] needs for `numel` codes: their values, and the
+    /// scales of their rows.
     pub(crate) fn scratch_nbytes(&self, numel: usize) -> (usize, usize) {
         if numel == 0 {
             return (0, 0);
@@ -162,7 +162,7 @@ impl<'a> BlockScales<'a> {
         let mut element = start;
         while element < end {
             let (row, column) = (element / self.columns, element % self.columns);
-            // The run that shares this element's scale.
+            // The run of elements with this element's scale.
             let next = (column / self.block.1 + 1) * self.block.1;
             let stop = end.min(row * self.columns + self.columns.min(next));
             let at = (row / self.block.0 - first_block_row) * per_row + column / self.block.1;
@@ -188,5 +188,5 @@ impl<'a> BlockScales<'a> {
     }
 }
 
-/// The dtype that arithmetic sees: float32 for codes with scales.
+/// The dtype of the values: float32 for codes with scales.
 pub(crate) const DEQUANTIZED: Dtype = Dtype::F32;

@@ -1,4 +1,4 @@
-//! One stored tensor as arithmetic sees it: its elements, and the scales that give codes their values.
+//! A stored tensor as an operand of arithmetic: its elements, and the scales of its codes.
 
 use std::ops::Range;
 
@@ -9,14 +9,14 @@ use crate::dtype::{Dtype, Fp8};
 use crate::error::{Error, Result};
 use crate::kernel::Elements;
 
-/// A stored tensor, with the block scales of its codes where it has them.
+/// A stored tensor, with block scales if its elements are codes.
 #[derive(Clone, Copy)]
 pub struct Operand<'a> {
     /// The file.
     pub shard: &'a Shard,
     /// The tensor in it.
     pub tensor: &'a Tensor,
-    /// What its elements are multiplied by, where they are 8-bit codes.
+    /// The scales of its elements, if they are 8-bit codes.
     pub scales: Option<BlockScales<'a>>,
 }
 
@@ -32,7 +32,7 @@ impl<'a> Operand<'a> {
         nbytes.checked_div(self.tensor.numel()).unwrap_or(0)
     }
 
-    /// The most bytes that the values of `numel` codes take, zero where there are no codes.
+    /// The most bytes that the values of `numel` codes take; zero if there are no codes.
     pub(crate) fn dequantized_nbytes(&self, numel: usize) -> usize {
         self.scales.map_or(0, |scales| {
             let (values, scales) = scales.scratch_nbytes(numel);
@@ -40,7 +40,7 @@ impl<'a> Operand<'a> {
         })
     }
 
-    /// The values of stored elements, of which the first is number `start`.
+    /// The values of stored elements; the first one is number `start`.
     pub(crate) fn values<'b>(
         &self,
         start: usize,
@@ -54,7 +54,7 @@ impl<'a> Operand<'a> {
         Ok(Elements { dtype: DEQUANTIZED, bytes: &scratch.values })
     }
 
-    /// The dtype of elements that are values.
+    /// The dtype of the values.
     ///
     /// # Errors
     /// A dtype other than those of [`Dtype`], with what to do about it.
@@ -85,7 +85,7 @@ impl<'a> Operand<'a> {
         })
     }
 
-    /// Refuse elements that have no values.
+    /// Check that the elements have values.
     ///
     /// # Errors
     /// A dtype other than those of [`Dtype`], or a block scale that is not a positive number.
@@ -96,13 +96,13 @@ impl<'a> Operand<'a> {
         }
     }
 
-    /// Where elements are in the file.
+    /// The byte range of elements in the file.
     pub(crate) fn byte_range(&self, elements: &Range<usize>) -> Range<u64> {
         let (start, nbytes) = (self.tensor.range.start, self.element_nbytes() as u64);
         start + elements.start as u64 * nbytes..start + elements.end as u64 * nbytes
     }
 
-    /// Ask the disk for elements that are read later.
+    /// Ask the disk ahead of time for elements that are read later.
     pub(crate) fn prefetch(&self, elements: &Range<usize>) {
         self.shard.prefetch(self.byte_range(elements));
     }

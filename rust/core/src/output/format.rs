@@ -1,21 +1,21 @@
-//! Which tensors on disk hold one Δ.
+//! Which tensors on disk store one Δ.
 //!
-//! Owns their names, dtypes and order. docs/format.md describes the same for a reader who has
-//! safetensors and nothing else.
+//! Owns their names, dtypes and order. docs/format.md describes them for readers who have nothing but
+//! safetensors.
 
 use crate::dtype::Dtype;
 use crate::kernel::INT8_BLOCK;
 
-/// What is appended to a tensor's name to name its scales.
+/// The suffix that turns a tensor's name into that of its scales.
 pub(crate) const SCALE: &str = ".scale";
-/// A tensor to be written.
+/// A tensor to write.
 #[derive(Debug, Clone)]
 pub struct Slot {
     /// Its name.
     pub name: String,
     /// Its dimensions.
     pub shape: Vec<usize>,
-    /// The type of its elements.
+    /// The dtype of its elements.
     pub dtype: safetensors::Dtype,
 }
 
@@ -28,14 +28,14 @@ impl Slot {
 /// How each difference is stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Storage {
-    /// As a value of that type.
+    /// As a value of this dtype.
     Plain(Dtype),
-    /// As integers of eight bits and a binary16 scale for every [`INT8_BLOCK`] of them.
+    /// As 8-bit integers, with a binary16 scale for every [`INT8_BLOCK`] of them.
     Int8,
 }
 
 impl Storage {
-    /// The tensors that hold one Δ of this name and shape.
+    /// The tensors that store a Δ with this name and shape.
     pub fn slots(self, name: String, shape: Vec<usize>) -> Vec<Slot> {
         let dtype = match self {
             Storage::Plain(dtype) => dtype.to_header(),
@@ -50,12 +50,12 @@ impl Storage {
         std::iter::once(Slot { name, shape, dtype }).chain(scales).collect()
     }
 
-    /// The first of the slots that hold difference number `index`.
+    /// The first of the slots that store difference number `index`.
     pub(crate) fn slot(self, index: usize) -> usize {
         if self == Storage::Int8 { 2 * index } else { index }
     }
 
-    /// Elements that a chunk must begin at a multiple of.
+    /// A chunk must begin at a multiple of this many elements.
     pub(crate) fn granularity(self) -> usize {
         if self == Storage::Int8 { INT8_BLOCK } else { 1 }
     }

@@ -1,4 +1,4 @@
-//! Which tensors go into which shard, and where in it.
+//! Which tensors go into which shard, and at which place.
 
 use std::collections::HashSet;
 
@@ -7,7 +7,7 @@ use safetensors::tensor::{Metadata, TensorInfo};
 use super::format::{Slot, Storage};
 use crate::error::{Error, Result};
 
-/// The most bytes of a header, by the format.
+/// The most bytes of a header that the format allows.
 const MAX_HEADER_NBYTES: usize = 100_000_000;
 
 /// One file of a delta: the differences in it and its size.
@@ -19,7 +19,7 @@ pub struct ShardPlan {
     pub nbytes: u64,
 }
 
-/// The files that a delta of these slots has, in order; nothing is written.
+/// The files of a delta with these slots, in order. Writes nothing.
 ///
 /// # Errors
 /// No slots, or slots that cannot be laid out.
@@ -33,7 +33,7 @@ pub fn shards(slots: &[Slot], storage: Storage, max_shard_nbytes: u64) -> Result
     Ok(layout(slots, storage, max_shard_nbytes)?.iter().map(plan).collect())
 }
 
-/// One shard's header and the place of its tensors in the data that follows.
+/// A shard's header, and the places of its tensors in the data after it.
 pub(super) struct ShardLayout<'a> {
     pub(super) slots: &'a [Slot],
     pub(super) offsets: Vec<u64>,
@@ -50,7 +50,7 @@ impl ShardLayout<'_> {
 /// The shards of an output.
 ///
 /// # Errors
-/// No slots, slots of one name, or slots that cannot be laid out.
+/// No slots, two slots of the same name, or slots that cannot be laid out.
 pub(super) fn layout(
     slots: &[Slot],
     storage: Storage,
@@ -59,12 +59,12 @@ pub(super) fn layout(
     let mut names = HashSet::new();
     if let Some(twice) = slots.iter().find(|slot| !names.insert(slot.name.as_str())) {
         return Err(Error::Argument(format!(
-            "two tensors would be named {:?}, one by its own name and one as the scales of another; \
+            "two tensors would be named {:?}: one has that name, and the other has the scales of a third; \
              choose another dtype or leave one out",
             twice.name
         )));
     }
-    // The slots of one Δ stay together, so that each shard can be written by another process.
+    // The slots of one Δ stay together, so that different processes can write the shards.
     let each = storage.slot(1);
     let mut shards = Vec::new();
     let (mut start, mut total) = (0, 0);
@@ -101,7 +101,7 @@ fn shard_layout(slots: &[Slot]) -> Result<ShardLayout<'_>> {
         .map_err(|error| Error::Argument(format!("cannot lay out the output: {error}")))?;
     let failed = |error| Error::Argument(format!("cannot write the output's header: {error}"));
     let tensors = serde_json::to_string(&tensors).map_err(failed)?;
-    // Written by hand: the order of a map of several entries would differ from run to run.
+    // Written by hand, since the order of a map's entries differs from run to run.
     let mut json = r#"{"__metadata__":{"format":"pt"},"#.to_owned();
     json += tensors.strip_prefix('{').unwrap_or(&tensors);
     let mut json = json.into_bytes();
@@ -113,7 +113,7 @@ fn shard_layout(slots: &[Slot]) -> Result<ShardLayout<'_>> {
             json.len()
         )));
     }
-    // The format pads the header with spaces so that the data starts on eight bytes.
+    // As the format asks, spaces pad the header, so that data starts at a multiple of eight bytes.
     json.resize(json.len().next_multiple_of(8), b' ');
     let mut bytes = (json.len() as u64).to_le_bytes().to_vec();
     bytes.append(&mut json);

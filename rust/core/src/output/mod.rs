@@ -1,4 +1,4 @@
-//! A delta or a merged model on disk: what it consists of, and how it gets there whole.
+//! A delta or a merged model on disk: its files, and how they are written completely or not at all.
 
 pub mod checksums;
 pub mod format;

@@ -1,4 +1,4 @@
-//! What the files of an output are called.
+//! The names of an output's files.
 
 use std::fs;
 use std::path::Path;
@@ -8,23 +8,23 @@ use super::side_files::is_side_file;
 /// The names of one kind of output.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Naming {
-    /// What messages call it.
+    /// Its name in messages.
     pub(super) what: &'static str,
     stem: &'static str,
     pub(super) index: &'static str,
-    /// The file whose presence says that the output is whole.
+    /// The file that is written last and marks the output as complete.
     pub(super) description: &'static str,
 }
 
 impl Naming {
-    /// Those of a delta.
+    /// The names of a delta's files.
     pub const DELTA: Naming = Naming {
         what: "delta",
         stem: "delta",
         index: "delta.safetensors.index.json",
         description: "drift.json",
     };
-    /// Those that transformers looks for, and `merge.json`; other files may be added.
+    /// The names that transformers looks for, and `merge.json`; other files may be added.
     pub const MODEL: Naming = Naming {
         what: "merged model",
         stem: "model",
@@ -37,7 +37,7 @@ impl Naming {
         format!("{}-{:05}-of-{total:05}.safetensors", self.stem, number + 1)
     }
 
-    /// Whether a file of that name belongs to an output, to which `side_files` were added.
+    /// Whether a file with this name belongs to an output to which `side_files` were added.
     pub(super) fn is_ours(&self, name: &str, side_files: &[String]) -> bool {
         let is_count =
             |text: &str| text.len() >= 5 && text.bytes().all(|byte| byte.is_ascii_digit());
@@ -52,13 +52,13 @@ impl Naming {
                 .is_some_and(|(number, total)| is_count(number) && is_count(total))
     }
 
-    /// Whether a run that was cut off can have left a file of that name, whatever it merged.
+    /// Whether an interrupted run, whatever it merged, can have left a file with this name.
     pub(super) fn may_be_left(&self, name: &str) -> bool {
         self.is_ours(name, &[]) || (*self == Naming::MODEL && is_side_file(name))
     }
 
-    /// The files that were added to a finished output, as its description lists them under `files`:
-    /// those of them that a merge can have added, since anybody may have written that list.
+    /// The files that were added to a finished output: those that its description lists under `files`
+    /// and that a merge can have added, since anybody may have written that list.
     pub(super) fn listed_side_files(&self, target: &Path) -> Vec<String> {
         #[derive(serde::Deserialize)]
         struct Description {

@@ -1,9 +1,9 @@
 //! Files beside a model's weights that a merge copies.
 //!
-//! Owns the list: settings, text and tokenizers, by name. A file that can run code (`.py`, a
-//! pickle) or that holds weights is never on it, whatever it is called.
+//! Owns the list of names: settings, text and tokenizers. Files that can run code (`.py`, pickles) or
+//! contain weights are never on it.
 
-/// As transformers, sentencepiece, tiktoken and mistral-common name them.
+/// Names that transformers, sentencepiece, tiktoken and mistral-common use.
 pub const NAMES: [&str; 25] = [
     "config.json",
     "generation_config.json",
@@ -35,12 +35,12 @@ pub const NAMES: [&str; 25] = [
 const LICENSES: [&str; 3] = ["license", "licence", "notice"];
 const TEXTS: [&str; 4] = [".txt", ".md", ".rst", ".html"];
 
-/// Whether a merge copies a file of that name: one of [`NAMES`], or a license as text.
+/// Whether a merge copies a file with this name: one of [`NAMES`], or a license in a text file.
 pub fn is_side_file(name: &str) -> bool {
     NAMES.contains(&name) || is_license(&name.to_ascii_lowercase())
 }
 
-/// `LICENSE`, `notice.txt`, `LICENSE-MODEL.md`: no other ending, which could be that of code.
+/// `LICENSE`, `notice.txt`, `LICENSE-MODEL.md`, but not with other endings, which may mean code.
 fn is_license(name: &str) -> bool {
     let Some(rest) = LICENSES.iter().find_map(|word| name.strip_prefix(word)) else { return false };
     let rest = TEXTS.iter().find_map(|ending| rest.strip_suffix(ending)).unwrap_or(rest);

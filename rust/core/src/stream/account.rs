@@ -1,8 +1,8 @@
-//! Bytes of buffers that are allocated, and the most that were at a time.
+//! How many bytes of buffers are allocated, and the most that were at any time.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// The account of one run.
+/// The buffers of one run.
 #[derive(Debug, Default)]
 pub(crate) struct Account {
     held: AtomicUsize,

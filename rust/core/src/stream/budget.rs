@@ -1,8 +1,8 @@
-//! How many workers fit the memory that a run may take.
+//! How many workers fit into the memory that a run may take.
 //!
-//! Owns the sum of every buffer of a stream: what workers read into and write from, windows of a
-//! mapping, and the moments that wait for earlier ones. What grows with a model (names, shapes and
-//! one sum for each pair) is not part of it, nor is the page cache.
+//! Owns the sum over all buffers of a stream: those that workers read into and write from, windows of
+//! a mapping, and moments that wait for earlier ones. It includes neither what grows with a model
+//! (names, shapes and one sum for each pair) nor the page cache.
 
 use super::chunk::{Chunks, longest};
 use super::encode::Encoded;
@@ -13,12 +13,12 @@ use crate::align::pair::Pair;
 use crate::error::{Error, Result};
 use crate::output::Storage;
 
-/// The most that one worker holds at a time, in bytes.
+/// The most bytes that one worker has at a time.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Demand {
     pub(crate) reasoning: ReadDemand,
     pub(crate) multimodal: ReadDemand,
-    /// Δ of one chunk on its way to a file.
+    /// Δ of one chunk before it is written.
     pub(crate) out: usize,
     /// Elements of one chunk.
     pub(crate) longest: usize,
@@ -49,7 +49,7 @@ impl Demand {
     }
 }
 
-/// What the workers of a stream may hold.
+/// How much the workers of a stream may allocate.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct WorkerBudget {
     pub(crate) demand: Demand,
@@ -57,11 +57,10 @@ pub(crate) struct WorkerBudget {
 }
 
 impl WorkerBudget {
-    /// As many workers as `options` allow and there are chunks for; `out` is how Δ is stored in
-    /// files.
+    /// As many workers as `options` allow and there are chunks for; `out` says how files store Δ.
     ///
     /// # Errors
-    /// Memory in which not even one worker fits.
+    /// The memory is less than one worker needs.
     pub(crate) fn new(pairs: &[Pair<'_>], out: Option<Storage>, options: &Options) -> Result<Self> {
         let mut demand = Demand::default();
         let mut largest: (usize, &str) = (0, "");
@@ -81,10 +80,10 @@ impl WorkerBudget {
     }
 }
 
-/// The most workers, up to one for each chunk, for which the bytes that they need fit.
+/// The most workers, up to one for each chunk, whose bytes fit into the memory.
 ///
 /// # Errors
-/// Memory in which not even one worker fits, with the tensor that takes most.
+/// The memory is less than one worker needs; the message names the tensor that needs most.
 pub(crate) fn workers_within(
     options: &Options,
     chunks: usize,
@@ -92,7 +91,7 @@ pub(crate) fn workers_within(
     needed: impl Fn(usize) -> usize,
 ) -> Result<usize> {
     let most = options.threads.min(chunks).max(1);
-    // Nobody asks for so many threads that a walk takes long.
+    // Nobody asks for so many threads that this loop takes long.
     (1..=most).rev().find(|&workers| needed(workers) <= options.memory).ok_or_else(|| {
         Error::Argument(format!(
             "memory of {} bytes is too small: one thread needs {} for these tensors, of which \

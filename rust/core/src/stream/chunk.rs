@@ -1,10 +1,10 @@
-//! How a pair is cut into chunks: by its shape alone, so no option changes a bit of the sums.
+//! How a pair is cut into chunks: by its shape alone, so that no option changes a bit of the sums.
 
 use std::ops::Range;
 
 use crate::align::pair::{Pair, Source};
 
-/// Elements of one chunk: half a mebibyte of bfloat16 from either side, which stays in a core's cache.
+/// Elements of one chunk: half a mebibyte of bfloat16 of either model, which fits in a core's cache.
 pub const CHUNK: usize = 1 << 18;
 
 /// A run of elements of one pair, the unit of summation.
@@ -12,11 +12,11 @@ pub const CHUNK: usize = 1 << 18;
 pub(crate) struct Chunk {
     pub(crate) pair: usize,
     pub(crate) elements: Range<usize>,
-    /// Whether the reasoning side stores it; where it does not, Δ is zero.
+    /// Whether the reasoning model stores it; if it does not, Δ is zero.
     pub(crate) is_stored: bool,
 }
 
-/// The chunks of all pairs in order, cut when they are asked for.
+/// The chunks of all pairs in order, cut on demand.
 #[derive(Clone)]
 pub(crate) struct Chunks<'a> {
     pairs: &'a [Pair<'a>],
@@ -54,7 +54,7 @@ impl Iterator for Chunks<'_> {
     }
 }
 
-/// The most elements that a chunk of a pair has.
+/// The most elements of a chunk of a pair.
 pub(crate) fn longest(pair: &Pair<'_>) -> usize {
     let numel = pair.multimodal.tensor.numel();
     match &pair.reasoning {

@@ -1,7 +1,6 @@
-//! A chunk of differences on its way to the files of a delta.
+//! A chunk of differences, between the kernel and the files of a delta.
 //!
-//! Owns the bytes between the kernel and the writer; [`crate::output::format`] says which tensors
-//! they belong to.
+//! Owns its bytes; [`crate::output::format`] says which tensors they belong to.
 
 use crate::error::Result;
 use crate::kernel::{Elements, INT8_BLOCK, Moments, subtract, subtract_int8};
@@ -15,7 +14,7 @@ pub(crate) struct Encoded {
 }
 
 impl Encoded {
-    /// With room for `numel` elements at once.
+    /// Buffers for `numel` elements at a time.
     pub(crate) fn with_room(storage: Storage, numel: usize) -> Self {
         let (main, scales) = Self::sizes(storage, numel);
         Self { main: Vec::with_capacity(main), scales: Vec::with_capacity(scales) }
@@ -55,7 +54,7 @@ impl Encoded {
         self.scales.resize(scales, 0);
     }
 
-    /// Write what begins at element `start` of difference number `index`.
+    /// Write the chunk that begins at element `start` of difference number `index`.
     pub(crate) fn write(&self, writer: &Writer, index: usize, start: usize) -> Result<()> {
         let storage = writer.storage();
         let slot = storage.slot(index);

@@ -1,22 +1,22 @@
-//! How a run uses the machine, and how far it has come.
+//! How much of the machine a run uses, and how far it has come.
 
-/// How far ahead of the workers the disk is kept busy, both sides together. It fills the page cache,
-/// which is not part of the memory that [`Options::memory`] bounds.
+/// Bytes of both models that the disk is asked for ahead of the workers. They go to the page cache,
+/// which [`Options::memory`] does not bound.
 const PREFETCH_NBYTES: u64 = 32 << 20;
 
-/// How a run uses the machine; no option changes a bit of the result.
+/// How much of the machine a run uses; no option changes a bit of the result.
 #[derive(Debug, Clone, Copy)]
 pub struct Options {
-    /// Workers at most.
+    /// The most workers.
     pub threads: usize,
-    /// Bytes of all buffers, and of windows of mapped files, at most; it bounds the workers.
+    /// The most bytes of all buffers and windows of mapped files; it bounds the workers.
     pub memory: usize,
     /// Bytes that the disk is asked for ahead of the workers.
     pub prefetch_nbytes: u64,
 }
 
 impl Options {
-    /// Up to `threads` workers, in as much memory as they take.
+    /// Up to `threads` workers, with as much memory as they need.
     pub fn new(threads: usize) -> Self {
         Self { threads, memory: usize::MAX, prefetch_nbytes: PREFETCH_NBYTES }
     }
@@ -25,8 +25,8 @@ impl Options {
 /// How far a run has come.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Progress {
-    /// Tensors done.
+    /// Tensors that are done.
     pub tensors: usize,
-    /// Bytes read from both sides.
+    /// Bytes read from both models.
     pub nbytes: u64,
 }

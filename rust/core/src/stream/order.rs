@@ -1,8 +1,8 @@
 //! Which chunk comes next, and the moments in element order.
 //!
-//! Chunks are handed out in order and come back in any order; their moments are added in order, and
-//! no chunk is handed out that is further ahead of the sums than [`Order::window`] chunks. Nothing
-//! grows with a model but one sum for each pair.
+//! Chunks are handed out in order and come back in any order; their moments are added in order. A
+//! chunk is handed out only if it is at most [`Order::window`] chunks ahead of the sums, so only one
+//! sum for each pair grows with a model.
 
 use std::collections::VecDeque;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
@@ -11,15 +11,15 @@ use super::chunk::{Chunk, Chunks};
 use crate::align::pair::Pair;
 use crate::kernel::Moments;
 
-/// Chunks per worker that may be done before an earlier one is.
+/// How many chunks per worker may be done before an earlier one is.
 const WINDOW_PER_WORKER: usize = 16;
 
-/// A chunk in a worker's hands.
+/// A chunk that a worker has.
 pub(crate) struct Taken<'a> {
     /// Its place in the order.
     pub(crate) index: usize,
     pub(crate) chunk: Chunk,
-    /// Its part of the output, where that is memory.
+    /// Its part of the output, if that is in memory.
     pub(crate) memory: &'a mut [u8],
 }
 
@@ -32,26 +32,26 @@ pub(crate) struct Order<'a> {
     moved: Condvar,
 }
 
-/// What is known of a chunk that is done.
+/// What is known about a chunk that is done.
 #[derive(Clone, Copy)]
 struct Done {
     pair: usize,
     moments: Moments,
-    /// Whether it is its pair's last one.
+    /// Whether it is the last of its pair.
     last: bool,
 }
 
 struct State<'a> {
     chunks: Chunks<'a>,
     taken: usize,
-    /// Runs ahead of `chunks`, for what is to be in the page cache when its turn comes.
+    /// The chunks to ask the disk for, ahead of `chunks`, so that they are in the page cache in time.
     scout: Chunks<'a>,
     scouted: usize,
     /// Bytes between the two.
     ahead_nbytes: u64,
-    /// What is left of an output in memory, and the bytes of one element in it.
+    /// What is left of an output in memory, and the bytes of one of its elements.
     memory: (&'a mut [u8], usize),
-    /// Chunks whose moments are added up, and the moments of later ones that are done.
+    /// How many chunks' moments are added up, and the moments of later chunks that are done.
     folded: usize,
     pending: VecDeque<Option<Done>>,
     moments: Vec<Moments>,
@@ -61,8 +61,8 @@ struct State<'a> {
 }
 
 impl<'a> Order<'a> {
-    /// The order of `pairs` for `workers` workers; `memory` is an output in memory and the bytes of
-    /// one element in it, and `prefetch_nbytes` how far [`Order::ahead`] runs before them.
+    /// The order of `pairs` for `workers` workers. `memory` is an output in memory and the bytes of one
+    /// of its elements; `prefetch_nbytes` says how far ahead of them [`Order::ahead`] is.
     pub(crate) fn new(
         pairs: &'a [Pair<'a>],
         memory: (&'a mut [u8], usize),
@@ -101,7 +101,7 @@ impl<'a> Order<'a> {
     pub(crate) fn take(&self) -> Option<Taken<'a>> {
         let mut state = self.state();
         while !state.stopped && state.taken - state.folded >= self.window {
-            // The worker that holds the earliest chunk does not come here before it is folded.
+            // The worker that has the earliest chunk comes here only once that chunk is folded.
             state = self.moved.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
         if state.stopped {
@@ -117,7 +117,7 @@ impl<'a> Order<'a> {
         Some(Taken { index, chunk, memory })
     }
 
-    /// The next chunk that is worth asking the disk for; none while enough of them are asked for.
+    /// The next chunk to ask the disk for; none while enough of them are.
     pub(crate) fn ahead(&self) -> Option<Chunk> {
         let mut state = self.state();
         while state.scouted < state.taken {
@@ -139,7 +139,7 @@ impl<'a> Order<'a> {
         let Chunk { pair, ref elements, .. } = taken.chunk;
         let last = elements.end == self.pairs[pair].multimodal.tensor.numel();
         let mut state = self.state();
-        // Chunks before `folded` are given back already, and each is given back once.
+        // Chunks before `folded` have been given back, and each is given back once.
         let place = taken.index - state.folded;
         while state.pending.len() <= place {
             state.pending.push_back(None);
@@ -159,13 +159,13 @@ impl<'a> Order<'a> {
         self.state().tensors
     }
 
-    /// Hand out no more, and release the workers that wait.
+    /// Hand out no more chunks, and release the workers that wait.
     pub(crate) fn stop(&self) {
         self.state().stopped = true;
         self.moved.notify_all();
     }
 
-    /// The moments of every pair; none where a chunk is missing.
+    /// The moments of every pair; none if a chunk is missing.
     pub(crate) fn finish(self) -> Option<Vec<Moments>> {
         let mut state = self.state.into_inner().unwrap_or_else(PoisonError::into_inner);
         let complete = state.chunks.next().is_none() && state.folded == state.taken;
@@ -319,7 +319,7 @@ mod tests {
                 order.fold(&order.take().unwrap(), sum(0.0));
                 assert_eq!(places(), [(2, next)]);
             }
-            // Having fallen behind, it leaves out what is read already.
+            // If it has fallen behind, it skips what has been read already.
             for _ in 0..5 {
                 order.fold(&order.take().unwrap(), sum(0.0));
             }

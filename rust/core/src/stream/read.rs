@@ -1,6 +1,6 @@
-//! Read elements of one side: as they are stored, gathered from blocks, or with codes dequantized.
+//! Read elements of one model: as they are stored, gathered from blocks, or with codes dequantized.
 //!
-//! Owns the buffers, which a worker keeps from chunk to chunk, and what they take at most.
+//! Owns the buffers, which a worker keeps from chunk to chunk, and how large they can get.
 
 use std::ops::Range;
 
@@ -11,18 +11,18 @@ use crate::checkpoint::{Operand, Reader};
 use crate::error::Result;
 use crate::kernel::Elements;
 
-/// The most bytes that reading chunks of one side takes.
+/// The most bytes that reading chunks of one model takes.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct ReadDemand {
     /// What a chunk is read or gathered into.
     bytes: usize,
     /// A run of rows of a chunk that has several.
     run: usize,
-    /// Elements of a block on their way to where they belong.
+    /// Elements of a block before they are put into their places.
     aside: usize,
     /// Values of codes that have scales.
     values: usize,
-    /// Lent by a mapping.
+    /// Windows of a mapping.
     mapped: usize,
 }
 
@@ -39,7 +39,7 @@ impl ReadDemand {
         }
     }
 
-    /// The demand of chunks of up to `longest` elements; where a chunk of blocks has several runs, they
+    /// The demand of chunks of up to `longest` elements. If a chunk of blocks has several runs, they
     /// have up to `run` elements.
     pub(crate) fn of(source: &Source<'_>, longest: usize, run: usize) -> Self {
         match source {
@@ -68,7 +68,7 @@ impl ReadDemand {
     }
 }
 
-/// The buffers of one side.
+/// The buffers of one model.
 #[derive(Default)]
 pub(crate) struct SideBuffer {
     bytes: Vec<u8>,
@@ -78,7 +78,7 @@ pub(crate) struct SideBuffer {
 }
 
 impl SideBuffer {
-    /// With the room of `demand` at once, since a vector that grows takes up to twice what it holds.
+    /// Buffers of the size of `demand`, since a vector that grows may take twice what it contains.
     pub(crate) fn with_room(demand: &ReadDemand) -> Self {
         Self {
             bytes: Vec::with_capacity(demand.bytes),
@@ -96,8 +96,8 @@ impl SideBuffer {
             + self.values.held_nbytes()
     }
 
-    /// Elements of a source, and how many bytes were read. Where it is made of blocks, `elements` are
-    /// whole rows, and rows that are not stored are zero.
+    /// Elements of a source, and how many bytes were read. If it is made of blocks, `elements` are whole
+    /// rows, and rows that are not stored are zero.
     pub(crate) fn read<'b>(
         &'b mut self,
         source: &Source<'b>,
