@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import os
 import re
@@ -159,6 +160,11 @@ SITUATIONS: dict[str, tuple[Build, list[str], bool]] = {
         ["not here but in a folder", "give Model-7B"],
         True,
     ),
+    "folder-in-a-folder": (
+        model_in("actor/global_step_100/model.safetensors", beside=("README.md",)),
+        ["give actor/global_step_100"],
+        True,
+    ),
     "folder-of-shards": (
         model_in("llm/model-00001-of-00001.safetensors"),
         ["give llm"],
@@ -259,6 +265,18 @@ def test_a_link_that_leads_nowhere_says_where_it_led(tmp_path: Path, sound: Path
     (tmp_path / "latest").symlink_to(tmp_path / "removed")
     with refused(FileNotFoundError, "a link to", "removed"):
         inspect(tmp_path / "latest", sound)
+
+
+def test_a_file_that_cannot_be_looked_for_is_not_called_missing(
+    tmp_path: Path, sound: Path
+) -> None:
+    for name in ("model.safetensors", "model.safetensors.index.json"):
+        directory = tmp_path / name.partition(".")[2]
+        directory.mkdir()
+        (directory / name).symlink_to(name)
+        with pytest.raises(OSError, match=re.escape(name)) as caught:
+            inspect(directory, sound)
+        assert caught.value.errno == errno.ELOOP
 
 
 def test_names_of_strangers_cannot_steer_the_terminal(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ import pytest
 from drift_fast.checkpoints.remote import RemoteCheckpoint, default_cache, open_url, sparse
 from drift_fast.errors import CheckpointError
 from support.processes import python
-from support.range_server import RangeServer
+from support.range_server import Fault, RangeServer
 from support.remote import FILE, MOMENT, SINGLE, START_NBYTES, check_held, has, held, shard_of
 from support.synthetic import refused
 
@@ -41,6 +41,28 @@ def test_a_full_disk_is_told_before_anything_is_asked_for(
     assert "DRIFT_FAST_CACHE" in str(caught.value)
     assert not server.requests
     opened.fetch({SINGLE: [(1_000_000, 1_999_999)]})
+
+
+def test_a_full_disk_in_the_middle_names_the_file(
+    opened: RemoteCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        opened.fetch({SINGLE: [(1_000_000, 2_000_000)]})
+    assert caught.value.filename == str(opened.directory / SINGLE)
+
+
+@pytest.mark.parametrize("nbytes", [2**63 - 1, 9_999_999_999_999_999_999])
+def test_a_length_that_no_file_can_have_is_refused(
+    server: RangeServer, tmp_path: Path, nbytes: int
+) -> None:
+    server.always = Fault(headers={"Content-Range": f"bytes 0-{START_NBYTES - 1}/{nbytes}"})
+    with refused(CheckpointError, f"{nbytes:,} bytes", "cannot be kept", "DRIFT_FAST_CACHE"):
+        open_url(f"{server.url}/m/{SINGLE}", cache=tmp_path / "other")
+    assert not list((tmp_path / "other").rglob("*.partial"))
 
 
 def test_the_length_of_the_holes_needs_no_disk(

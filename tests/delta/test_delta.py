@@ -14,6 +14,7 @@ from safetensors import safe_open
 
 import drift_fast
 from drift_fast import Delta, compute_delta, inspect
+from drift_fast.delta.allocation import empty_tensor
 from drift_fast.progress_bar import Progress
 from support.commands import strict
 from support.deltas import assert_same_bits, assert_same_delta, bits_of
@@ -275,3 +276,8 @@ def test_a_bar_is_shown_on_request_and_never_in_a_pipe(
     assert captured.out == ""
     assert "reading" in captured.err
     assert seen[-1].nbytes == seen[-1].total_nbytes > 0
+
+
+def test_a_tensor_that_memory_cannot_hold_says_how_to_read_it_in_parts() -> None:
+    with pytest.raises(MemoryError, match=r"model\.w: Δ of shape \[144115188075855872, 2\]"):
+        empty_tensor("model.w", (2**57, 2), "float32")

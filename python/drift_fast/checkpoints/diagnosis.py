@@ -24,6 +24,8 @@ PICKLE = re.compile(r"\.(bin|pt|pth|ckpt|pkl)(\.index\.json)?\Z")
 _STEP = re.compile(r"checkpoint-(\d{1,18})")
 # What trainers save beside the weights.
 _STATE = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state|random_states|trainer_s)")
+# A directory of more folders is not around one model.
+_FOLDERS_LIMIT = 100
 _OTHER_FORMATS = {
     ".gguf": "GGUF",
     ".ggml": "GGML",
@@ -298,12 +300,22 @@ def _other_format(place: Place) -> str | None:
 
 
 def _folder(place: Place) -> str | None:
-    models = [name for name in islice(place.folders, 100) if place.inside(name).opens]
-    if not models:
-        return None
-    return f"the weights are not here but in a folder; {place.give(models[0])}" + (
-        f", or one of {_listed(models[1:], 4)}" if models[1:] else ""
-    )
+    folders: list[tuple[str, ...]] = [(name,) for name in place.folders]
+    for _ in range(2):
+        folders = folders[:_FOLDERS_LIMIT]
+        models = ["/".join(one) for one in folders if _below(place, one).opens]
+        if models:
+            return f"the weights are not here but in a folder; {place.give(models[0])}" + (
+                f", or one of {_listed(models[1:], 4)}" if models[1:] else ""
+            )
+        folders = [(*one, inner) for one in folders for inner in _below(place, one).folders]
+    return None
+
+
+def _below(place: Place, folders: Sequence[str]) -> Place:
+    for name in folders:
+        place = place.inside(name)
+    return place
 
 
 def _no_weights(place: Place) -> str | None:

@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         remark("interrupted; nothing was left behind")
         return 130
-    except (DriftError, OSError, ImportError) as error:
+    except (DriftError, OSError, ImportError, MemoryError) as error:
         remark(_message(error))
         return 1
     except ValueError as error:

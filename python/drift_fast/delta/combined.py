@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from drift_fast.alignment.coverage import Coverage, listed
+from drift_fast.delta.allocation import empty_tensor
 from drift_fast.delta.protocol import DeltaLike, StoredDelta, label_of, on_disk
 from drift_fast.dtypes import DTYPES
 from drift_fast.errors import CoverageError, DriftError, NonFiniteError
@@ -92,10 +93,8 @@ class Combined(Mapping[str, "torch.Tensor"]):
         return found.pop() if len(found) == 1 else math.nan
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        import torch
-
         shape = self._shapes[name]
-        result = torch.empty(math.prod(shape), dtype=getattr(torch, self.dtype))
+        result = empty_tensor(name, (math.prod(shape),), self.dtype)
         for start, _, piece in self.pieces(name):
             result[start : start + piece.numel()] = piece
         return result.reshape(shape)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, Unpack
 from drift_fast._core import __version__
 from drift_fast.alignment.coverage import Coverage
 from drift_fast.checkpoints.opened import PathLike
+from drift_fast.delta.allocation import empty_tensor
 from drift_fast.delta.backends import Backend, Stored
 from drift_fast.delta.combined import Combined
 from drift_fast.delta.format import (
@@ -280,11 +281,9 @@ class Delta(Mapping[str, "torch.Tensor"]):
         return plot_statistics(self.stats, path)
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        import torch
-
         if name not in self._backend.shapes:
             raise KeyError(name)
-        tensor = torch.empty(self._backend.shapes[name], dtype=getattr(torch, self.dtype))
+        tensor = empty_tensor(name, self._backend.shapes[name], self.dtype)
         self.read_into(name, tensor)
         return tensor
 

@@ -211,7 +211,15 @@ class SparseShard:
         shard = cls(path, identity, merged([(0, len(start))]))
         partial = path.with_name(f".{path.name}.partial")
         with _created(partial) as file:
-            os.ftruncate(file, identity.nbytes)
+            try:
+                os.ftruncate(file, identity.nbytes)
+            except (OSError, OverflowError) as error:
+                partial.unlink()
+                raise CheckpointError(
+                    f"{path}: the server states {identity.nbytes:,} bytes, and a file of that "
+                    f"length cannot be kept here ({error}); check the URL, or set "
+                    "DRIFT_FAST_CACHE to a cache on another disk"
+                ) from error
             _write(file, 0, start)
             _flush(file)
         shard._describe()
@@ -235,12 +243,14 @@ class SparseShard:
 
         def flush() -> None:
             if written:
-                _flush(file)
+                with _naming(self.path):
+                    _flush(file)
                 self._extend(written)
                 written.clear()
 
         def write(offset: int, data: bytes) -> None:
-            _write(file, offset, data)
+            with _naming(self.path):
+                _write(file, offset, data)
             end = offset + len(data)
             if written and written[-1][1] == offset:
                 written[-1] = (written[-1][0], end)
@@ -322,9 +332,21 @@ def _created(path: Path) -> Iterator[int]:
     path.unlink(missing_ok=True)
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
-        yield file
+        with _naming(path):
+            yield file
     finally:
         os.close(file)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Give errors of the system the path that they are about; calls on an open file have none."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+        raise
 
 
 def _flush_directory(directory: Path) -> None:
