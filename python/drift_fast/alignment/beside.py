@@ -8,6 +8,7 @@ it is, changes it. Only the wording of the remedy knows families.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -129,15 +130,20 @@ class _Places:
     @classmethod
     def of(cls, side: Opened, containers: Collection[str | None]) -> _Places:
         found = cls()
+        # Layers repeat, so few parts of names are looked at.
+        is_aside = functools.lru_cache(maxsize=None)(is_other_modality)
         for name, shape in side.shapes.items():
             container = container_of(name)
-            if is_other_modality(name) or (containers and container not in {None, *containers}):
-                continue
-            place = name
-            if container is not None:
+            if container is None:
+                place = name
+                if is_aside(name) or not any(_is_vocabulary(one) for one, _ in _above(name)):
+                    continue
+            else:
                 place = name[len(container) :].lstrip(".").partition(".")[2]
-            elif not any(_is_vocabulary(one) for one, _ in _above(name)):
-                continue
+                if containers and container not in containers:
+                    continue
+                if is_aside(container) or is_aside(place):
+                    continue
             found.names.setdefault((place, side.dtypes[name]), []).append(name)
             module, _, leaf = place.rpartition(".")
             if leaf == "weight":
