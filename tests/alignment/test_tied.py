@@ -23,6 +23,7 @@ from drift_fast import (
 from drift_fast.alignment import tied
 from drift_fast.checkpoints.config_json import Configuration
 from drift_fast.checkpoints.tied_by_default import TIED_BY_DEFAULT
+from support.range_server import RangeServer
 from support.synthetic import Stored, language_model, moved, refused, stored, write_checkpoint
 
 JSON = dict[str, Any]
@@ -300,3 +301,25 @@ def test_an_entry_that_is_not_a_truth_value_is_refused(
     for modules in ("head", "embed"):
         with refused((CheckpointError, CoverageError), "tie_word_embeddings"):
             compute_delta(a, b, modules=modules, rows="index")
+
+
+@pytest.mark.parametrize("config", [TIED, {"model_type": "mistral3", "text_config": {}}])
+def test_a_head_on_a_server_is_compared_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: JSON
+) -> None:
+    monkeypatch.setenv("DRIFT_FAST_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+    text = language_model(np.random.default_rng(7), hidden=64, vocab=10_000)
+    vlm = moved(np.random.default_rng(8), text)
+    write(tmp_path / "text", tied_head(text), TIED)
+    write(tmp_path / "vlm", vlm, config)
+    write(tmp_path / "same", tied_head(vlm), TIED)
+    with RangeServer(tmp_path) as server:
+        text_url, vlm_url, same_url = (f"{server.url}/{n}" for n in ("text", "vlm", "same"))
+        if "text_config" in config:
+            # The default of a class gives way to what is stored.
+            assert HEAD in compute_delta(text_url, vlm_url, **BOTH)
+        else:
+            with refused(CheckpointError, HEAD, "differ"):
+                compute_delta(text_url, vlm_url, **BOTH)
+        assert set(compute_delta(text_url, same_url, **BOTH)) == {EMBED_THERE}

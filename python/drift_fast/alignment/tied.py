@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from drift_fast.alignment.name_alignment import Pair
@@ -19,8 +19,10 @@ from drift_fast.errors import CheckpointError, DriftWarning
 from drift_fast.names import kind_of
 from drift_fast.selection import Selection
 
-# Elements that are compared at a time, and in a sample of that many spans.
-_SPAN, _SAMPLED_SPANS, _CHUNK = 4096, 64, 1 << 22
+# A sample is so many spans of elements, fewer where each is a request to a server.
+_SPAN, _LOCAL_SPANS, _REMOTE_SPANS = 4096, 64, 8
+# Elements that are compared at a time.
+_CHUNK = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ def find_ties(side: Opened, selection: Selection) -> Ties:
     differ = {
         head: embedding
         for head, embedding in stored.items()
-        if side.is_local and not _equal(side, head, embedding, sampled=True)
+        if not _equal(side, head, embedding, sampled=True)
     }
     if differ and not configuration.states_ties:
         return Ties(tied=False)
@@ -123,7 +125,11 @@ def _equal(side: Opened, first: str, second: str, *, sampled: bool) -> bool:
     numel = math.prod(side.shapes[first])
     _, start, end = side.checkpoint.place(first)
     itemsize = (end - start) // max(numel, 1)
-    for begin, stop in _spans(numel, sampled=sampled):
+    spans = _everything(numel)
+    if sampled:
+        spans = _sample(numel, _LOCAL_SPANS if side.is_local else _REMOTE_SPANS)
+        side = side.download_elements({first: spans, second: spans})
+    for begin, stop in spans:
         a, b = (bytearray((stop - begin) * itemsize) for _ in range(2))
         side.checkpoint.read_into(first, a, elements=(begin, stop))
         side.checkpoint.read_into(second, b, elements=(begin, stop))
@@ -132,12 +138,13 @@ def _equal(side: Opened, first: str, second: str, *, sampled: bool) -> bool:
     return True
 
 
-def _spans(numel: int, *, sampled: bool) -> Iterator[tuple[int, int]]:
-    """Return spans of elements that are everything, or a sample from the first to the last."""
-    if not sampled or numel <= _SPAN * _SAMPLED_SPANS:
-        for begin in range(0, numel, _CHUNK):
-            yield begin, min(begin + _CHUNK, numel)
-        return
-    for at in range(_SAMPLED_SPANS):
-        begin = (numel - _SPAN) * at // (_SAMPLED_SPANS - 1)
-        yield begin, begin + _SPAN
+def _everything(numel: int) -> list[tuple[int, int]]:
+    return [(begin, min(begin + _CHUNK, numel)) for begin in range(0, numel, _CHUNK)]
+
+
+def _sample(numel: int, count: int) -> list[tuple[int, int]]:
+    """Return spans of elements from the first to the last, or everything if that is as little."""
+    if numel <= _SPAN * count:
+        return _everything(numel)
+    begins = ((numel - _SPAN) * at // (count - 1) for at in range(count))
+    return [(begin, begin + _SPAN) for begin in begins]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -125,10 +125,32 @@ class Opened:
             CheckpointError: a server that fails, or a file that changed there.
             OSError: the disk is full.
         """
+        return self._with_ranges(self._places(names), on_progress)
+
+    def download_elements(self, spans: Mapping[str, Sequence[tuple[int, int]]]) -> Opened:
+        """Return the checkpoint with spans of elements of stored tensors on this machine.
+
+        Raises:
+            CheckpointError, OSError: as `download`.
+        """
+        ranges: dict[Path, list[tuple[int, int]]] = {}
+        for name, elements in spans.items():
+            path, begin, end = self.checkpoint.place(name)
+            itemsize = (end - begin) // max(math.prod(self.shapes[name]), 1)
+            ranges.setdefault(Path(path), []).extend(
+                (begin + start * itemsize, begin + stop * itemsize) for start, stop in elements
+            )
+        return self._with_ranges(ranges, None)
+
+    def _with_ranges(
+        self,
+        ranges: Mapping[Path, list[tuple[int, int]]],
+        on_progress: Callable[[int, int], object] | None,
+    ) -> Opened:
         if self.source.remote is None:
             return self
-        ranges = {path.name: places for path, places in self._places(names).items()}
-        self.source.transfers.append(self.source.remote.fetch(ranges, progress=on_progress))
+        wanted = {path.name: sorted(places) for path, places in ranges.items()}
+        self.source.transfers.append(self.source.remote.fetch(wanted, progress=on_progress))
         checkpoint = Checkpoint(self.source.path, reader=self.reader, block=self.block)
         return replace(self, checkpoint=checkpoint)
 
