@@ -278,12 +278,65 @@ def test_a_closure_of_sam_injects_before_the_descent(
 
     for _ in range(2):
         backward(model)
-        if attached == "inner":
-            # Only the step of the inner one injects, and the outer one is watched as well.
-            with pytest.raises(drift_fast.DriftError, match="nothing was injected"):
-                optimizer.step(closure)
-            return
         optimizer.step(closure)
+    assert injection.steps == 2
+
+
+class EagerSam(Sam):
+    """Runs its closure at once, as torch's own optimizers do (davda54/sam#91)."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        torch.enable_grad()(closure)()
+        super().step(closure)
+
+
+@pytest.mark.parametrize("closes", [True, False])
+def test_an_attached_sam_injects_before_the_descent_however_it_is_called(
+    model: Backbone, delta: drift_fast.Delta, closes: bool
+) -> None:
+    optimizer = EagerSam(model.parameters())
+    injection = drift_fast.attach(optimizer, delta, model=model)
+    for _ in range(2):
+        if closes:
+            optimizer.step(lambda: backward(model))
+            continue
+        # Both passes are clipped (davda54/sam#32).
+        for one in (optimizer.first_step, optimizer.second_step):
+            backward(model)
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            one()
+    assert injection.steps == (4 if closes else 2)
+
+
+class Lookahead(torch.optim.Optimizer):
+    """Hands its step on to another optimizer, and averages weights now and then."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        super().__init__(inner.param_groups, {})
+        self.inner = inner
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.inner.step(closure)
+
+
+@pytest.mark.parametrize("inner", [True, False])
+@pytest.mark.parametrize("closes", [True, False])
+def test_an_optimizer_inside_another_is_injected_into_once(
+    model: Backbone, delta: drift_fast.Delta, inner: bool, closes: bool
+) -> None:
+    optimizer = Lookahead(sgd(model, lr=0.0))
+    attached = optimizer.inner if inner else optimizer
+    injection = drift_fast.attach(attached, delta, model=model)
+    for step in range(2):
+        optimizer.zero_grad()
+        backward(model, step)
+        plain = gradients_of(model)
+        if closes:
+            optimizer.zero_grad()
+            optimizer.step(lambda step=step: backward(model, step))  # type: ignore[misc]
+        else:
+            optimizer.step()
+        assert_injected_once(model, delta, plain)
     assert injection.steps == 2
 
 
@@ -647,6 +700,46 @@ def test_frozen_targets_are_left_alone_where_targets_may_be_missing(
         assert torch.equal(model.model.layers[0].get_parameter(name), weight)
 
 
+def test_layers_that_are_frozen_in_turn_are_injected_into_while_they_train(
+    model: Backbone, delta: drift_fast.Delta
+) -> None:
+    # LISA trains one layer at a time (OptimalScale/LMFlow#726, modelscope/ms-swift#10140).
+    optimizer = sgd(model)
+    injection = drift_fast.Injection(
+        model, delta, missing_gradients="skip", optimizer=optimizer, scale="absolute"
+    )
+    for step in range(4):
+        for at, layer in enumerate(model.model.layers):
+            layer.requires_grad_(at == step % 2)
+        before = weights_of(model)
+        optimizer.zero_grad()
+        backward(model, step)
+        injection.step()
+        assert (injection.injected, injection.skipped) == (10, 10)
+        optimizer.step()
+        for name, weight in weights_of(model).items():
+            frozen = ".layers." in name and f".layers.{step % 2}." not in name
+            assert torch.equal(weight, before[name]) == frozen, name
+
+
+def test_zeros_put_in_place_of_missing_gradients_are_not_taken_for_plain_ones(
+    model: Backbone, delta: drift_fast.Delta
+) -> None:
+    # ByteDance-Seed/VeOmni#1090: so that all processes clip the same gradients.
+    optimizer = sgd(model)
+    injection = drift_fast.Injection(model, delta, missing_gradients="skip")
+    for step in range(2):
+        optimizer.zero_grad()
+        backward(model, step)
+        model.get_parameter(VICTIM).grad = None
+        injection.step()
+        for parameter in model.parameters():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+
 # --- optimizers without targets ------------------------------------------------------------------
 
 
@@ -688,3 +781,71 @@ def test_optimizers_of_copies_are_not_warned_of(model: Backbone, delta: drift_fa
         with torch.no_grad():
             for master, parameter in zip(masters, model.parameters(), strict=True):
                 parameter.copy_(master)
+
+
+def test_an_optimizer_that_was_built_before_an_adapter_is_warned_of(
+    model: Backbone, delta: drift_fast.Delta
+) -> None:
+    peft = pytest.importorskip("peft")
+    # adapter-hub/adapters#260: it holds the weights that the adapter then freezes.
+    optimizer = sgd(model)
+    adapted = peft.get_peft_model(
+        model, peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    )
+    injection = drift_fast.Injection(adapted, delta, strict=False)
+
+    def step(seed: int) -> None:
+        adapted.zero_grad()
+        backward(adapted, seed)
+        injection.step()
+        optimizer.step()
+
+    step(0)
+    with pytest.warns(drift_fast.DriftWarning, match="optimizer holds 0 of 2 targets"):
+        step(1)
+
+
+@pytest.mark.parametrize("scope", ["step", "microbatch"])
+def test_targets_may_be_frozen_while_another_optimizer_steps(
+    model: Backbone, delta: drift_fast.Delta, scope: str
+) -> None:
+    optimizer = torch.optim.SGD(model.model.parameters(), lr=1e-2)
+    other = torch.optim.SGD(model.head.parameters(), lr=1e-2)
+    injection = drift_fast.Injection(model, delta, scope=scope, optimizer=optimizer)
+    for step in range(3):
+        model.zero_grad()
+        model.model.requires_grad_(False)
+        backward(model, step)
+        other.step()
+        model.model.requires_grad_(True)
+        model.zero_grad()
+        backward(model, step)
+        if scope == "step":
+            injection.step()
+        optimizer.step()
+    assert injection.injected == len(delta)
+
+
+def test_an_optimizer_inside_backward_is_stopped(model: Backbone, delta: drift_fast.Delta) -> None:
+    # jiaweizzhao/GaLore#78: an optimizer for each parameter, which steps as soon as it may.
+    def build() -> list[Any]:
+        handles = []
+        for parameter in model.parameters():
+            optimizer = torch.optim.SGD([parameter], lr=1e-2)
+
+            def hook(_: Any, optimizer: Any = optimizer) -> None:
+                optimizer.step()
+                optimizer.zero_grad()
+
+            handles.append(parameter.register_post_accumulate_grad_hook(hook))
+        return handles
+
+    for first in (True, False):
+        handles = build() if first else []
+        with drift_fast.Injection(model, delta):
+            handles = handles or build()
+            with pytest.raises(drift_fast.DriftError, match="nothing was injected"):
+                backward(model)
+        for handle in handles:
+            handle.remove()
+        model.zero_grad()

@@ -429,6 +429,32 @@ def test_a_module_that_steps_around_lightning_fails(
         trainer(DriftCallback(delta)).fit(Around(network), loader(1))
 
 
+def test_targets_may_be_frozen_while_another_optimizer_steps(
+    network: torch.nn.Module, delta: drift_fast.Delta
+) -> None:
+    class Toggling(Module):
+        def __init__(self, network: torch.nn.Module) -> None:
+            super().__init__(network, manual=True)
+            self.critic = torch.nn.Linear(3, 1)
+
+        def training_step(self, batch: Any, index: int) -> None:
+            for optimizer in reversed(self.optimizers()):
+                self.toggle_optimizer(optimizer)
+                optimizer.zero_grad()
+                self.manual_backward(self.critic(self.network(batch[0])).square().mean())
+                optimizer.step()
+                self.untoggle_optimizer(optimizer)
+
+        def configure_optimizers(self) -> Any:
+            parts = (self.network, self.critic)
+            return [torch.optim.SGD(part.parameters(), lr=RATE) for part in parts]
+
+    callback = DriftCallback(delta)
+    run = trainer(callback, max_steps=4, log_every_n_steps=1)
+    run.fit(Toggling(network), loader(2))
+    assert run.callback_metrics["drift/relative_push"] > 0
+
+
 def test_an_attached_optimizer_injects_after_the_closure(
     network: torch.nn.Module, delta: drift_fast.Delta
 ) -> None:

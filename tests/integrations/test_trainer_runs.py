@@ -349,3 +349,46 @@ def test_a_motion_moves_each_model_of_model_init(tmp_path: Path, delta: drift_fa
     for _ in range(2):
         trainer.train()
         assert attached.metrics()["progress"] == pytest.approx(0.5, abs=1e-4)
+
+
+# --- optimizers and parameters that are not those of the targets ---------------------------------
+
+
+@pytest.mark.parametrize("layers", [(), (1,)], ids=["none", "half"])
+def test_an_optimizer_that_lacks_targets_is_refused_before_the_first_step(
+    tmp_path: Path, delta: drift_fast.Delta, layers: tuple[int, ...]
+) -> None:
+    model: Any = tiny_qwen2()
+    held = [p for at in layers for p in model.model.layers[at].parameters()]
+    optimizer = torch.optim.SGD([*held, *model.lm_head.parameters()], lr=1e-2)
+    trainer = make_trainer(model, tmp_path, optimizers=(optimizer, None))
+    start = weights_of(model)
+    injection = drift_fast.attach(trainer, delta)
+    with pytest.raises(drift_fast.DriftError, match="are not in the optimizer"):
+        trainer.train()
+    injection.remove()
+    assert all(torch.equal(found, start[name]) for name, found in weights_of(model).items())
+    # The remedy, followed.
+    if layers:
+        with drift_fast.attach(trainer, delta, layers=layers):
+            trainer.train()
+
+
+class Freezes(transformers.TrainerCallback):  # type: ignore[misc]
+    """Freezes the first layer at the beginning of the third step."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 2:
+            kwargs["model"].model.layers[0].requires_grad_(False)
+
+
+def test_targets_that_a_callback_freezes_stop_the_run(
+    tmp_path: Path, delta: drift_fast.Delta
+) -> None:
+    trainer = make_trainer(tiny_qwen2(), tmp_path, callbacks=[Freezes()])
+    with (
+        drift_fast.attach(trainer, delta),
+        pytest.raises(drift_fast.DriftError, match="were frozen after attaching"),
+    ):
+        trainer.train()
+    assert trainer.state.global_step == 2

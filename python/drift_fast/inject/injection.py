@@ -151,6 +151,7 @@ class Injection(Attachment):
             self._claim,
             scope=self._config.scope,
             missing=self._missing,
+            optimizer_is_given=self._driver.optimizer is not None,
         )
         self._scope = self._make_scope()
         for group in self._groups:

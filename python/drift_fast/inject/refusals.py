@@ -133,7 +133,8 @@ def frozen_since(targets: Sequence[Target]) -> DriftError | None:
         return None
     remedy = (
         "unfreeze them; if an adapter has frozen them, attach after the model was wrapped; or call "
-        "injection.remove() and attach again to what trains, with modules=… or layers=…"
+        "injection.remove() and attach again to what trains, with modules=… or layers=…; or pass "
+        'missing_gradients="skip" where layers are frozen for some steps only, as with LISA'
     )
     if frozen[0].adapted is not None:
         remedy = (

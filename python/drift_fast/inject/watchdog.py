@@ -54,6 +54,8 @@ class Watchdog:
     A target is one parameter, or the factors of one weight, which are injected together. An
     optimizer may hold some of the targets only, and several may step after one injection.
 
+    optimizer_is_given: whether it was checked that an optimizer holds all targets. While another
+        one steps, they may be frozen, as a generator is while a discriminator trains.
     written: the tensors into which autograd accumulates each target's gradient; none where no hook
         may be put on them.
     """
@@ -67,11 +69,13 @@ class Watchdog:
         *,
         scope: ScopeName,
         missing: MissingAccount,
+        optimizer_is_given: bool,
     ) -> None:
         self._targets = list(targets)
         self._claim = claim
         self._scope = scope
         self._account = missing
+        self._optimizer_is_given = optimizer_is_given
         self._present = Present(model, targets)
         # Of optimizers that hold no target, how many parameters they had when they were looked at,
         # and whether they hold others of the model.
@@ -303,7 +307,8 @@ class Watchdog:
         if trains:
             self._present.check()
             frozen = frozen_since(self._targets)
-            if frozen is not None and not any(target.trains for target in self._targets):
+            some_train = any(target.trains for target in self._targets)
+            if frozen is not None and not some_train and not self._optimizer_is_given:
                 raise frozen
         self._foreign[optimizer] = count, trains
         return trains

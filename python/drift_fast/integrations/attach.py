@@ -46,7 +46,8 @@ def attach(
     With the engine that `deepspeed.initialize` returned the injection runs inside `engine.step()`.
 
     With an optimizer, and the `model` it trains, the injection runs at the start of
-    `optimizer.step()`. That is after any clipping, which a loop of one's own does better: call
+    `optimizer.step()`, or after each call of the closure that it is given. That is after any
+    clipping, which a loop of one's own does better: call
     `Injection(model, delta, …).step()` before clipping instead where that is possible.
 
     Args:
@@ -99,7 +100,8 @@ class OptimizerDriver(Driver):
             )
 
     def before_use(self, scope: Scope, optimizer: torch.optim.Optimizer) -> None:
-        if optimizer is self.optimizer and self._injects and scope.would_use_plain(optimizer):
+        # Any optimizer of the targets: the one that was attached to may be in another, or hold one.
+        if self._injects and scope.would_use_plain(optimizer):
             scope.step()
         scope.before_use(optimizer)
 
