@@ -6,8 +6,6 @@ import errno
 import importlib.util
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ import drift_fast
 from drift_fast import CheckpointError, check, compute_delta, inspect, merge
 from drift_fast.checkpoints.diagnosis import explain
 from drift_fast.checkpoints.place import Place
+from support.processes import python
 from support.synthetic import (
     Stored,
     language_model,
@@ -325,13 +324,7 @@ def test_too_many_open_files_say_how_to_allow_more(tmp_path: Path, sound: Path) 
         "except OSError as error:\n"
         "    print(error.errno, error.strerror)\n"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", script, str(directory), str(directory)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=True,
-    )
+    result = python(script, directory, directory)
     assert result.stdout.startswith("24 ")
     assert "many/model-000" in result.stdout
     assert "ulimit -n" in result.stdout

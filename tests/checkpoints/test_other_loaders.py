@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,6 +14,7 @@ import pytest
 
 import drift_fast
 from drift_fast import CheckpointError, DriftWarning, check, compute_delta, inspect, merge
+from support.commands import succeeds
 from support.synthetic import (
     Pair,
     Stored,
@@ -324,13 +323,8 @@ def test_a_home_directory_is_expanded_by_every_verb(
     drift_fast.align("~/model", "~/sound.safetensors").save("~/map.json")
     assert check("~/model", "~/model", mapping="~/map.json").pairs == 2
     (tmp_path / "drift.json").write_text('{"modules": "mlp"}')
-    command = [sys.executable, "-m", "drift_fast", "delta", "~/model", "~/sound.safetensors"]
-    result = subprocess.run(
-        [*command, "--config", "~/drift.json", "--out=~/by-command", "--modules", "attn",
-         "--no-check-weights"],
-        capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
+    options = ["--config", "~/drift.json", "--modules", "attn", "--no-check-weights"]
+    succeeds("delta", "~/model", "~/sound.safetensors", "--out=~/by-command", *options)
     made = {path.name for path in tmp_path.iterdir()}
     assert {"delta", "copy", "merged", "map.json", "by-command"} <= made
     assert not Path("~").exists()
