@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
 
-from drift_fast.checkpoints.place import INDEX, SHARD, SINGLE, Place
+from drift_fast.checkpoints.place import FOLDERS_LIMIT, INDEX, SHARD, SINGLE, Place
 from drift_fast.config_files import JsonFile, printable
 from drift_fast.errors import CheckpointError
 
@@ -24,8 +24,6 @@ PICKLE = re.compile(r"\.(bin|pt|pth|ckpt|pkl)(\.index\.json)?\Z")
 _STEP = re.compile(r"checkpoint-(\d{1,18})")
 # What trainers save beside the weights.
 _STATE = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state|random_states|trainer_s)")
-# A directory of more folders is not around one model.
-_FOLDERS_LIMIT = 100
 _OTHER_FORMATS = {
     ".gguf": "GGUF",
     ".ggml": "GGML",
@@ -81,8 +79,7 @@ def _hub_entry(place: Place) -> str | None:
     snapshots = place.inside("snapshots")
     chosen = None if place.path is None else _main_of(place.path)
     if chosen not in snapshots.folders:
-        opening = (one for one in snapshots.folders if snapshots.inside(one).opens)
-        chosen = next(opening, None) or next(iter(snapshots.folders), None)
+        chosen = next(iter(snapshots.opening(snapshots.folders) or snapshots.folders), None)
     if chosen is None:
         return "this is an entry of the Hub's cache without a snapshot; download the model again"
     return (
@@ -138,7 +135,7 @@ def _adapter(place: Place) -> str | None:
 def _pipeline(place: Place) -> str | None:
     if "model_index.json" not in place.files:
         return None
-    models = [name for name in place.folders if place.inside(name).opens]
+    models = place.opening(place.folders)
     told = "this is a pipeline of diffusers, which keeps each model in a folder of its own"
     if not models:
         return f"{told}; none of them is a language model in safetensors"
@@ -155,9 +152,9 @@ def _runs(place: Place) -> str | None:
     if not steps:
         return None
     told = "this is the output of a Trainer, which has its checkpoints in folders"
-    for _, name in steps[:100]:
-        if place.inside(name).opens:
-            return f"{told}, of which this is the last with weights; {place.give(name)}"
+    models = place.opening(name for _, name in steps)
+    if models:
+        return f"{told}, of which this is the last with weights; {place.give(models[0])}"
     newest = place.inside(steps[0][1])
     return f"{told}. The last one does not open either: {explain(newest)}"
 
@@ -166,7 +163,8 @@ def _fsdp(place: Place) -> str | None:
     folders = [name for name in place.folders if name.startswith("pytorch_model_fsdp_")]
     here = bool(place.with_ending(".distcp"))
     if not here and not folders:
-        folders = [name for name in place.folders if place.inside(name).with_ending(".distcp")][:1]
+        some = islice(place.folders, FOLDERS_LIMIT)
+        folders = [name for name in some if place.inside(name).with_ending(".distcp")][:1]
     if not here and not folders:
         return None
     return (
@@ -300,22 +298,16 @@ def _other_format(place: Place) -> str | None:
 
 
 def _folder(place: Place) -> str | None:
-    folders: list[tuple[str, ...]] = [(name,) for name in place.folders]
+    folders = list(place.folders)
     for _ in range(2):
-        folders = folders[:_FOLDERS_LIMIT]
-        models = ["/".join(one) for one in folders if _below(place, one).opens]
+        models = place.opening(folders)
         if models:
             return f"the weights are not here but in a folder; {place.give(models[0])}" + (
                 f", or one of {_listed(models[1:], 4)}" if models[1:] else ""
             )
-        folders = [(*one, inner) for one in folders for inner in _below(place, one).folders]
+        some = folders[:FOLDERS_LIMIT]
+        folders = [f"{one}/{inner}" for one in some for inner in place.below(one).folders]
     return None
-
-
-def _below(place: Place, folders: Sequence[str]) -> Place:
-    for name in folders:
-        place = place.inside(name)
-    return place
 
 
 def _no_weights(place: Place) -> str | None:

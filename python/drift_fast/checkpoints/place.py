@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections.abc import Callable, Iterable, Sequence
@@ -14,7 +15,8 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{1,9})-of-(?P<count>\d{1,9})\.safetensors")
 # More names than these say no more about what a directory is.
-_NAMES_LIMIT = 20_000
+_NAMES_LIMIT = 10_000
+FOLDERS_LIMIT = 100
 
 
 @dataclass(frozen=True)
@@ -38,12 +40,12 @@ class Place:
         Raises:
             OSError: it cannot be listed.
         """
-        entries = sorted(islice(path.iterdir(), _NAMES_LIMIT))
-        folders = [entry.name for entry in entries if entry.is_dir()]
+        with os.scandir(path) as entries:
+            kinds = {entry.name: entry.is_dir() for entry in islice(entries, _NAMES_LIMIT)}
         return cls(
             str(path),
-            [entry.name for entry in entries if entry.name not in set(folders)],
-            folders,
+            sorted(name for name, is_folder in kinds.items() if not is_folder),
+            sorted(name for name, is_folder in kinds.items() if is_folder),
             lambda name: cls.on_disk(path / name),
             path,
         )
@@ -86,6 +88,17 @@ class Place:
         """Whether it seems to be a checkpoint, by its names."""
         whole = [len(numbers) == count for (_, count), numbers in self.series.items()]
         return self.holds_checkpoint or whole == [True]
+
+    def opening(self, folders: Iterable[str]) -> list[str]:
+        """Return those of some folders, the first hundred, that seem to be checkpoints."""
+        return [name for name in islice(folders, FOLDERS_LIMIT) if self.below(name).opens]
+
+    def below(self, *folders: str) -> Place:
+        """Return a folder of a folder of it, and so on; each name may be a path."""
+        place = self
+        for name in "/".join(folders).split("/"):
+            place = place.inside(name)
+        return place
 
     def give(self, *folders: str) -> str:
         """Return what to do with a folder in order to open it."""

@@ -84,10 +84,15 @@ def find_side_files(multimodal: Opened) -> SideFiles:
             if is_side_file(name) and path.is_symlink():
                 outside.append(name)
     if "config.json" not in files:
-        linked = " but a link to elsewhere" if "config.json" in outside else ""
+        linked = "config.json" in outside
         raise FileNotFoundError(
-            f"{directory}: there is no config.json{linked} beside the multimodal weights, so the "
-            "merged model could not be loaded; give the directory that save_pretrained wrote"
+            f"{directory}: there is no config.json{' but a link to elsewhere' if linked else ''} "
+            "beside the multimodal weights, so the merged model could not be loaded; "
+            + (
+                "copy the directory with `cp -rL`, which copies what links lead to, and give that"
+                if linked
+                else "give the directory that save_pretrained wrote"
+            )
         )
     return SideFiles(files, left_behind, outside)
 
