@@ -57,8 +57,8 @@ _BLOCKS: dict[str, re.Pattern[str]] = {
 # What has a matrix in such a part and is none of its projections: what chooses experts or tokens,
 # convolutions, positions and adapters.
 _ASIDE = re.compile(
-    r"\w*norm\w*|ln(_\w+)?|\w*gate|gating|wg|\w*router\w*|indexer|\w*conv(\d?d)?|rotary\w*|rope\w*"
-    r"|\w*pos(itions?)?(_\w+)?|\w*relative_\w+|rel_\w+|lora_\w+|\w*adapters?|to_\w+",
+    r"norm|^ln(_|$)|gate$|^gating$|^wg$|router|indexer|conv(\d?d)?$|^rotary|^rope|pos(itions?)?(_|$)"
+    r"|relative_|^rel_|^lora_|adapters?$|^to_",
     re.I,
 )
 _PARAMETER = re.compile(r"(in_proj_)?(weight|bias)|[vw]\d")
@@ -97,7 +97,7 @@ def kind_of(name: str) -> str:
 def _kind_by_place(name: str) -> str:
     block, inside = _block(name)
     leaf = name.rpartition(".")[2]
-    if block is None or not _PARAMETER.fullmatch(leaf) or any(map(_ASIDE.fullmatch, inside)):
+    if block is None or not _PARAMETER.fullmatch(leaf) or any(map(_ASIDE.search, inside)):
         return "other"
     # What is called `attn.bias` may be a mask.
     return block if inside or leaf not in ("weight", "bias") else "other"
@@ -123,7 +123,7 @@ def may_be_missed(name: str, kinds: Collection[str]) -> bool:
         return False
     block, inside = _block(bare(name))
     wanted = {"attn", "mlp"} & set(kinds)
-    return bool(wanted & {block} if block else wanted) and not any(map(_ASIDE.fullmatch, inside))
+    return bool(wanted & {block} if block else wanted) and not any(map(_ASIDE.search, inside))
 
 
 @functools.lru_cache(maxsize=1 << 16)
