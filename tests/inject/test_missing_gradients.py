@@ -188,6 +188,37 @@ def test_a_step_with_no_gradient_at_all_is_refused(
         injection.step()
 
 
+def test_layers_that_are_dropped_at_random_train_where_that_is_asked_for(
+    model: Mixture, delta: drift_fast.Delta
+) -> None:
+    """As LayerDrop does: a layer takes no part in some steps."""
+    layers, optimizer = model.layers, torch.optim.SGD(model.parameters(), lr=0.0)
+    with Injection(model, delta, missing_gradients="skip") as injection:
+        for kept in ([0, 1], [1], [0]):
+            model.layers = nn.ModuleList(layers[at] for at in kept)
+            backward(model)
+            model.layers = layers
+            injection.step()
+            assert injection.injected == TARGETS // 2 * len(kept)
+            optimizer.step()
+            optimizer.zero_grad()
+        assert injection.metrics()["never_had_gradient"] == 0
+
+
+def test_adapters_of_an_expert_without_tokens_are_left_out(
+    model: Mixture, delta: drift_fast.Delta
+) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(
+        r=2, target_modules=["up_proj", "down_proj"], init_lora_weights=False, lora_dropout=0.0
+    )
+    adapted = peft.get_peft_model(model, config)
+    with Injection(adapted, delta) as injection:
+        backward(adapted, [1, 3])
+        injection.step()
+        assert (injection.injected, injection.skipped) == (TARGETS - 8, 8)
+
+
 def test_coverage_is_still_asked_for(tmp_path: Path, model: Mixture) -> None:
     delta = delta_towards(tmp_path, model, modules="mlp")
     del model.layers[1].mlp.experts[3]  # type: ignore[union-attr, operator]

@@ -405,6 +405,32 @@ def test_a_second_fit_goes_on_in_the_schedule_of_the_longer_run(
         run.fit(Module(Backbone(seed=9), rate=0.05), loader(4, batch=4))
 
 
+def test_a_search_of_the_batch_size_does_not_shorten_the_schedule(
+    tmp_path: Path, network: torch.nn.Module, delta: drift_fast.Delta
+) -> None:
+    from lightning.pytorch.tuner import Tuner
+
+    class Sized(Module):
+        batch_size = 2
+
+        def train_dataloader(self) -> DataLoader[Any]:
+            return loader(16 // self.batch_size, batch=self.batch_size)
+
+    module = Sized(network, rate=0.01)
+    run = trainer(
+        DriftCallback(delta, schedule="linear"),
+        max_epochs=1,
+        max_steps=-1,
+        log_every_n_steps=1,
+        default_root_dir=tmp_path,
+    )
+    Tuner(run).scale_batch_size(module, mode="power", max_trials=2, steps_per_trial=2)
+    run.fit(module)
+    steps = 16 // module.batch_size
+    assert module.batch_size > 2
+    assert float(run.callback_metrics["drift/alpha"]) == pytest.approx(1 / steps)
+
+
 def test_a_step_without_a_loss_is_left_alone(
     network: torch.nn.Module, delta: drift_fast.Delta
 ) -> None:

@@ -203,6 +203,20 @@ def test_each_model_of_model_init_is_injected_into(tmp_path: Path, delta: drift_
         assert injection.metrics()["progress"] == wanted.state.log_history[-2]["drift/progress"]
 
 
+def test_a_search_of_hyperparameters_builds_everything_anew(
+    tmp_path: Path, delta: drift_fast.Delta
+) -> None:
+    trainer = make_trainer(None, tmp_path, model_init=lambda: tiny_qwen2(), max_steps=2)
+    injection = drift_fast.attach(trainer, delta, schedule="linear")
+    for steps in (2, 3):
+        trainer.args.max_steps = steps
+        # What `hyperparameter_search` does before each run.
+        trainer.create_accelerator_and_postprocess()
+        trainer.train()
+        assert alphas(trainer) == line(steps)
+        assert injection.injected == len(injection.targets)
+
+
 def test_a_model_that_was_exchanged_before_training_is_injected_into(
     tmp_path: Path, delta: drift_fast.Delta
 ) -> None:
