@@ -195,3 +195,29 @@ def test_two_processes_inject_into_the_reduced_gradient(
     assert_injected(run(True, 0.01), run(False, None), delta, clip=0.01)
     # The same samples in one process, so that the result is that of one.
     assert_injected(run(True, 0.01), one_epoch(network, None), delta, clip=0.01)
+
+
+def test_a_loop_that_is_tried_again_with_a_smaller_batch_attaches_anew(tmp_path: Path) -> None:
+    """The attachment of the try that failed is nobody's, and does not watch the next one."""
+    from accelerate.utils import find_executable_batch_size
+
+    model = Backbone()
+    delta = delta_towards(tmp_path, model)
+    sizes = []
+
+    @find_executable_batch_size(starting_batch_size=8)  # type: ignore[untyped-decorator, unused-ignore]
+    def train(batch_size: int) -> int:
+        sizes.append(batch_size)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        injection = drift_fast.Injection(model, delta, optimizer=optimizer)
+        for step in range(3):
+            regression_loss(model, regression_batch(seed=step)).backward()
+            if len(sizes) == 1 and step == 1:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            injection.step()
+            optimizer.step()
+            optimizer.zero_grad()
+        return injection.steps
+
+    assert train() == 3
+    assert len(sizes) == 2
