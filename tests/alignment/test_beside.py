@@ -190,6 +190,7 @@ def test_every_verb_refuses_a_changed_weight_selected_or_not(tmp_path: Path, kin
         "lm_head.modules_to_save.default.weight",
         "lm_head.qweight",
         "lm_head.weight.absmax",
+        "lm_head.weight_scale",
         "model.norm.ln_tuning_layers.default.weight",
     ],
 )
@@ -275,6 +276,9 @@ HARMLESS = {
     "model.layers.0.self_attn.bias": opaque("U8", 1, 1, 8, 8),
     "model.layers.0.self_attn.masked_bias": floats(),
     "model.layers.0.layer_scalar": floats(1),
+    "model.embed_tokens.embed_norm.weight": floats(8),
+    "model.embed_tokens.eoi_embedding": floats(8),
+    "lm_head.logit_scale": floats(1),
     "model.layers.0.mlp.gate.weight": floats(4, 8),
     "model.layers.0.mlp.gate.e_score_correction_bias": floats(4),
     "model.layers.0.mlp.gate.tid2eid": opaque("I64", 16, 2),

@@ -20,7 +20,7 @@ from drift_fast.names import container_of, is_other_modality, kind_of
 # What wraps a weight, or is added to it, in PEFT's names.
 _ADAPTER = re.compile(
     r"(?:^|\.)(?:base_layer|original_module|modules_to_save"
-    r"|(?:lora|ia3|hada|lokr|oft|boft|vera|hra)_\w+)(?:\.|$)"
+    r"|(?:lora|ia3|hada|lokr|oft|boft|vera|hra|trainable_tokens|ln_tuning)_\w+)(?:\.|$)"
 )
 # What codes need to become a weight, in names that mean nothing else.
 _CODED = re.compile(
@@ -103,7 +103,8 @@ def find_beside(side: Opened, other: Opened, matched: Collection[str]) -> Beside
     kinds: dict[str, str] = {}
     for (place, dtype), names in own.names.items():
         kind = _kind(place, dtype, own.weights, weights, kind_of(names[0]))
-        if kind is None:
+        # Outside of the layers a model may have more, such as a norm of its embeddings.
+        if kind is None or (kind == "unknown" and place == names[0] and dtype in _FLOATS):
             continue
         chosen = names if kind != "unknown" else [name for name in names if name not in matched]
         if kind == "unknown" and _is_coded(chosen, side.dtypes):
