@@ -203,6 +203,30 @@ def test_each_model_of_model_init_is_injected_into(tmp_path: Path, delta: drift_
         assert injection.metrics()["progress"] == wanted.state.log_history[-2]["drift/progress"]
 
 
+def test_an_alpha_that_was_set_holds_for_the_next_model(
+    tmp_path: Path, delta: drift_fast.Delta
+) -> None:
+    trainer = make_trainer(None, tmp_path, model_init=lambda: tiny_qwen2(), max_steps=2)
+    injection = drift_fast.attach(trainer, delta)
+    trainer.train()
+    injection.alpha = 0.25
+    trainer.train()
+    assert alphas(trainer) == [0.25, 0.25]
+
+
+def test_a_second_run_from_a_checkpoint_without_the_state_starts_anew(
+    tmp_path: Path, delta: drift_fast.Delta
+) -> None:
+    plain = make_trainer(tiny_qwen2(), tmp_path, save_strategy="steps", save_steps=2)
+    plain.train()
+    trainer = make_trainer(tiny_qwen2(), tmp_path)
+    drift_fast.attach(trainer, delta, schedule="linear")
+    trainer.train()
+    with pytest.warns(drift_fast.DriftWarning, match="schedules start anew"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "runs" / "checkpoint-2"))
+    assert alphas(trainer) == line(4)[:2]
+
+
 def test_a_search_of_hyperparameters_builds_everything_anew(
     tmp_path: Path, delta: drift_fast.Delta
 ) -> None:

@@ -40,8 +40,9 @@ def attach(
     complete: after the last micro-batch, before clipping. Under FSDP and DeepSpeed it attaches
     itself when training starts, to the model as it was wrapped; what names and shapes show is
     refused at once. Progress along Δ joins the training logs under `drift/…`, and a file too with
-    `csv="metrics.csv"`; the length of the run is known, and checkpoints hold the injection's state,
-    so that a resumed run goes on with its schedule. `remove()` restores the trainer.
+    `csv="metrics.csv"`. Each start of training says how long the run is, unless `total_steps` does,
+    and which model trains, as with `model_init`; checkpoints hold the injection's state, so that a
+    resumed run goes on with its schedule. `remove()` restores the trainer.
 
     With the engine that `deepspeed.initialize` returned the injection runs inside `engine.step()`.
 

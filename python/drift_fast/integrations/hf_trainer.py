@@ -152,6 +152,9 @@ class TrainerInjection(AttachedInjection):
             self.injection = None
         self._start(self._trainer.model_wrapped, length)
         injection = self._started()
+        if held is not None and held.alpha != injection.alpha:
+            # It was set since.
+            injection.alpha = held.alpha
         if held is not None and known is not None and held.targets == injection.targets:
             injection.load_state_dict(known)
         return injection
@@ -164,17 +167,17 @@ class TrainerInjection(AttachedInjection):
         if state.global_step > 0 and saved is not None:
             injection.load_state_dict(saved)
             self._warn_of_lost_weights(state)
-        elif state.global_step > 0:
-            warnings.warn(
-                f"the run resumes at step {state.global_step} from a checkpoint without the state "
-                "of an injection: schedules start anew, and progress counts from here",
-                DriftWarning,
-                stacklevel=2,
-            )
         elif injection.steps > 0:
             # A second train(), or a batch size that did not fit and is tried again smaller.
             injection.control.restart()
             logger.info("a run from the start: schedules start anew, λ counts from the attachment")
+        if state.global_step > 0 and saved is None:
+            warnings.warn(
+                f"the run resumes at step {state.global_step} from a checkpoint without the state "
+                "of an injection: schedules start anew, and progress counts from the attachment",
+                DriftWarning,
+                stacklevel=2,
+            )
         self._forecast = None
         self._drive = self._planned_drive(injection, state.max_steps)
         if self._drive and self._drive[-1] > 0:
