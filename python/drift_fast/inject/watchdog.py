@@ -177,6 +177,8 @@ class Watchdog:
     def holds_unused(self) -> bool:
         """Whether an injection has happened that no optimizer has used, and all is as it was."""
         self._settle()
+        if _Content.INJECTED not in self._content:
+            return False
         present = [at for at in range(len(self._targets)) if self._gradients(at)]
         if any(self._content[at] is not _Content.INJECTED for at in present):
             return False
