@@ -42,6 +42,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     jobs = {
         "variants": (sharded_workers.fsdp_variants, (VARIANTS,)),
         "injected": (sharded_workers.fsdp_injections, (INJECTED,)),
+        "late": (sharded_workers.fsdp_late_backward, ()),
         "refused": (sharded_workers.fsdp_refusals, ()),
     }
     return launch(tmp_path_factory.mktemp("fsdp1"), jobs, Joined(3))
@@ -83,6 +84,17 @@ def test_an_injection_steps_along_the_injected_gradient(reports: list[dict[str, 
             assert row["injected"] == row["targets"] == 20, name
             assert row["steps"] == 1, name
             assert row["step"] <= 1e-6, (name, row)
+
+
+def test_what_backward_wrote_after_the_injection_is_not_stepped_on(
+    reports: list[dict[str, Any]],
+) -> None:
+    for report in reports:
+        for key, refused in report["late"].items():
+            if key.endswith("late"):
+                assert "nothing was injected" in refused, key
+            else:
+                assert refused == "", key
 
 
 def test_flattened_parameters_and_unreduced_gradients_are_refused(

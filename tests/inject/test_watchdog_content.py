@@ -577,7 +577,7 @@ def test_targets_of_which_some_were_not_injected_are_named(
     backward(model)
     injection.step()
     optimizer.step()
-    optimizer.zero_grad()
+    optimizer.zero_grad(set_to_none=False)
     # Only one is written to, so only that one must be injected again.
     model.get_parameter(VICTIM).square().sum().backward()
     with pytest.raises(drift_fast.DriftError, match=f"only 19 of 20 .*{VICTIM}"):

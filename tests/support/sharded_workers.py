@@ -586,6 +586,30 @@ def engine_refusals(variants: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return report
 
 
+def fsdp_late_backward() -> dict[str, Any]:
+    """Return what is said of optimizer steps on what backward wrote after the injection."""
+    from drift_fast import Injection
+
+    report = {}
+    for set_to_none in (True, False):
+        training = Fsdp({})
+        optimizer = training.optimizer
+        injection = Injection(training.model, given_delta(training.plain), optimizer=optimizer)
+        training.model(micro_batches(1)[0]).backward()
+        injection.step()
+        training.model.clip_grad_norm_(0.1)
+        report[f"{set_to_none}, clipped"] = _refusal(optimizer.step)
+        for zeroed in (True, False):
+            if zeroed:
+                optimizer.zero_grad(set_to_none=set_to_none)
+            training.model(micro_batches(1)[0]).backward()
+            report[f"{set_to_none}, {zeroed}, late"] = _refusal(optimizer.step)
+            injection.step()
+            report[f"{set_to_none}, {zeroed}, injected"] = _refusal(optimizer.step)
+        injection.remove()
+    return report
+
+
 def fsdp_refusals() -> dict[str, Any]:
     """Return how FSDP1 without original parameters, and a step inside no_sync(), are refused."""
     from drift_fast import Injection

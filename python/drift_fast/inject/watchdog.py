@@ -159,7 +159,9 @@ class Watchdog:
         self._settle()
         plain = [at for at in held if self._is_plain(at)]
         if plain:
-            raise self._refusal(optimizer, plain, len(held))
+            # Of the others, this process may hold no element.
+            present = sum(bool(self._gradients(at)) for at in held)
+            raise self._refusal(optimizer, plain, present)
         fresh = {at for at in held if self._content[at] is _Content.INJECTED}
         if self._scope == "microbatch" and fresh:
             refusal = self._account.see(fresh, set(held) - fresh)
@@ -264,14 +266,14 @@ class Watchdog:
         )
 
     def _refusal(
-        self, optimizer: torch.optim.Optimizer, plain: Sequence[int], held: int
+        self, optimizer: torch.optim.Optimizer, plain: Sequence[int], present: int
     ) -> DriftError:
         kind, name = type(optimizer).__name__, self._targets[plain[0]].name
         if any(self._content[at] is _Content.ADDED_TO for at in plain):
             return DriftError(
                 f"nothing was injected before this step of {kind} into what a backward pass wrote "
-                f"to {len(plain)} of {held} gradients after the last injection, {name} first: call "
-                "injection.step() once, after the last backward pass, in a closure before it "
+                f"to {len(plain)} of {present} gradients after the last injection, {name} first: "
+                "call injection.step() once, after the last backward pass, in a closure before it "
                 "returns, and just before clipping"
             )
         call = (
@@ -281,9 +283,10 @@ class Watchdog:
             else "no backward pass reached its hooks (were the parameters replaced, moved or "
             "wrapped after attaching?)"
         )
-        what = "nothing" if len(plain) == held else f"only {held - len(plain)} of {held} targets"
+        injected = present - len(plain)
+        what = f"only {injected} of {present} targets were" if injected else "nothing was"
         return DriftError(
-            f"{what} {'was' if len(plain) == held else 'were'} injected before this step of "
+            f"{what} injected before this step of "
             f"{kind}, {name} has a plain gradient: {call}; or call injection.remove() to train "
             "without it"
         )
