@@ -66,7 +66,7 @@ class JsonFile:
             content = parse_json(text, unique_keys=self.unique_keys)
         except ValueError as error:
             if text.startswith(_LFS):
-                raise self.error(f"{self.path}: {_LFS_REMEDY}") from error
+                raise self.wrong(_LFS_REMEDY) from error
             raise self.wrong(f"not valid JSON ({error})") from error
         return self.convert(content, kind)
 
