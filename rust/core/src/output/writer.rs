@@ -1,11 +1,11 @@
-//! A delta or a merged model on disk: sharded safetensors and an index, written aside and renamed
-//! whole.
+//! Writes a delta or a merged model: sharded safetensors and an index, in a directory that gets its
+//! name at the end.
 //!
-//! Everything is written into a hidden directory beside the target, which takes the target's name
-//! only when every byte is flushed. So a reader sees a whole output or none, a mapping of an
-//! overwritten one stays intact, and a run that was cut off leaves only the hidden directory, which
-//! the next run to the same target removes. Into an empty directory that exists already (the working
-//! directory or a mount point, say) the files are moved one by one instead, the description last.
+//! Everything is written into a hidden directory beside the target, which gets the target's name once
+//! every byte is flushed. So a reader sees the complete output or none, a mapping of an overwritten
+//! output stays intact, and an interrupted run leaves only the hidden directory, which the next run
+//! to the same target removes. If the target is an existing empty directory (the working directory or
+//! a mount point, for example), the files are moved there one by one, and the description last.
 
 use std::ffi::OsStr;
 use std::fs::{self, File, OpenOptions};
@@ -25,32 +25,32 @@ use super::target::{Parents, check_target, places};
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 
-/// What is to be written, and where.
+/// What to write, and where.
 #[derive(Debug, Clone, Copy)]
 pub struct OutputSpec<'a> {
-    /// The directory, which must not exist, be empty or, with `overwrite`, hold an earlier output.
+    /// The directory. It must not exist, be empty or, with `overwrite`, contain an earlier output.
     pub target: &'a Path,
     /// The tensors.
     pub slots: &'a [Slot],
-    /// The most bytes of a shard; one that holds a single tensor may be larger.
+    /// The most bytes of a shard; one with a single tensor may be larger.
     pub max_shard_nbytes: u64,
-    /// Room for the description that [`Writer::commit`] adds.
+    /// Space for the description that [`Writer::commit`] adds.
     pub description_nbytes: u64,
     /// Replace an earlier output.
     pub overwrite: bool,
 }
 
-/// One process' share of a delta that several write together.
+/// One process's share of a delta that several processes write.
 #[derive(Debug, Clone, Copy)]
 pub struct RankShare<'a> {
     /// The shards whose slots this process writes, by their place in [`super::layout::shards`].
     pub shards: &'a [usize],
-    /// Open the files that another process created, instead of creating them. Such a writer neither
-    /// commits nor removes anything.
+    /// Open the files that another process created instead of creating them. Such a writer does not
+    /// commit or remove anything.
     pub join: bool,
 }
 
-/// An unfinished output; dropped without [`Writer::commit`], it leaves nothing.
+/// An unfinished output. If it is dropped without [`Writer::commit`], it leaves nothing behind.
 #[derive(Debug)]
 pub struct Writer {
     target: PathBuf,
@@ -62,25 +62,25 @@ pub struct Writer {
     files: Vec<(PathBuf, File)>,
     /// Names of the side files.
     side_files: Vec<String>,
-    /// File number and byte offset in it, for each slot.
+    /// The file number and the byte offset of each slot.
     places: Vec<(usize, u64)>,
     /// Of each slot of a delta; a merged model has none.
     checksums: Vec<Checksums>,
-    /// Bytes that all files take on the disk.
+    /// Bytes that all files take on disk.
     needed: u64,
 }
 
 impl Writer {
-    /// Reserve the space for a delta.
+    /// Reserve space for a delta.
     ///
     /// # Errors
-    /// A target that is taken, another run writing to it, or not enough space.
+    /// A target that already exists, another run that writes to it, or not enough space.
     pub fn create(spec: &OutputSpec<'_>, storage: Storage) -> Result<Self> {
         Self::open(spec, Naming::DELTA, storage, &[], None)
     }
 
-    /// Reserve the space for a merged model, and for side files of these names and sizes, which
-    /// [`Writer::add`] then writes.
+    /// Reserve space for a merged model, and for side files with these names and sizes, which
+    /// [`Writer::add`] writes.
     ///
     /// # Errors
     /// Those of [`Writer::create`].
@@ -88,13 +88,12 @@ impl Writer {
         Self::open(spec, Naming::MODEL, Storage::Plain(Dtype::F32), side_files, None)
     }
 
-    /// Reserve the space for a delta as one of several processes. The slots of this writer are then
-    /// those of its shards only, numbered from zero in their order. Whoever does not join commits,
-    /// when the others have flushed theirs; [`RANKS`] in the hidden directory is left alone until
-    /// then.
+    /// Reserve space for a delta as one of several processes. This writer has only the slots of its
+    /// own shards, numbered from zero in their order. The process that does not join commits once the
+    /// others have flushed their files; until then [`RANKS`] stays in the hidden directory.
     ///
     /// # Errors
-    /// Those of [`Writer::create`], or, when joining, files that are not there or of another size.
+    /// Those of [`Writer::create`] or, when joining, files that are missing or have another size.
     pub fn create_share(
         spec: &OutputSpec<'_>,
         storage: Storage,
@@ -139,7 +138,7 @@ impl Writer {
             parents,
             files: Vec::with_capacity(shards.len()),
             side_files: side_files.iter().map(|(name, _)| name.clone()).collect(),
-            // Whoever joins has only its own files open.
+            // A process that joins has only its own files open.
             places: slot_places(&shards, &own, join),
             checksums: if naming == Naming::DELTA { slot_checksums(&shards, &own) } else { vec![] },
             needed,
@@ -186,13 +185,13 @@ impl Writer {
         write_new(&path, bytes).map_err(|error| self.failed(&path, "write the file", error))
     }
 
-    /// How the slots hold differences.
+    /// How the slots store differences.
     pub fn storage(&self) -> Storage {
         self.storage
     }
 
-    /// Write `bytes` at `offset` within a slot; each byte of it is written once, in any order, by any
-    /// thread.
+    /// Write `bytes` at `offset` within a slot. Each byte of a slot is written once, in any order, by
+    /// any thread.
     ///
     /// # Errors
     /// A failed write.
@@ -218,7 +217,7 @@ impl Writer {
         self.checksums.iter().map(Checksums::text).collect()
     }
 
-    /// Flush the files to the disk.
+    /// Flush the files to disk.
     ///
     /// # Errors
     /// A failed flush.
@@ -232,14 +231,14 @@ impl Writer {
     /// Flush everything, add the description and give the directory its name.
     ///
     /// # Errors
-    /// A failed flush or rename, or a target that was taken meanwhile; nothing is left behind.
+    /// A failed flush or rename, or a target that was created meanwhile; nothing is left behind.
     pub fn commit(mut self, description: &str) -> Result<()> {
         if self.staging.is_joined() {
             let message = "only the process that created a delta can commit it".to_owned();
             return Err(Error::Argument(message));
         }
         self.flush()?;
-        // The rename would take it along.
+        // The rename would move it too.
         let ranks = self.staging.path.join(RANKS);
         match fs::remove_dir_all(&ranks) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
@@ -261,7 +260,7 @@ impl Writer {
         self.target.parent().map_or(Ok(()), sync_directory)
     }
 
-    /// A failed write, as an error that says how much is needed in all where space ran out.
+    /// A failed write as an error, which says how much space is needed in all if it ran out.
     fn failed(&self, path: &Path, action: &'static str, error: io::Error) -> Error {
         self.staging.failed(path, action, error, &self.target, self.needed)
     }

@@ -1,7 +1,7 @@
 //! Subtract pairs of tensors chunk by chunk, on several threads, and take their moments.
 //!
-//! Owns what a worker does with a chunk; the arithmetic is [`crate::kernel`]'s. How a tensor is cut
-//! depends on its shape alone and moments are added in element order, so neither threads nor memory
+//! Owns what a worker does with a chunk; [`crate::kernel`] has the arithmetic. How a tensor is cut
+//! depends on its shape alone, and moments are added in element order, so neither threads nor memory
 //! nor timing change a bit.
 
 mod account;
@@ -47,7 +47,7 @@ pub enum Sink<'a> {
 pub struct Outcome {
     /// The moments of each pair.
     pub moments: Vec<Moments>,
-    /// The most bytes that buffers took at a time; windows of mapped files are not counted.
+    /// The most bytes that buffers took at any time, without windows of mapped files.
     pub peak_nbytes: usize,
 }
 
@@ -57,8 +57,8 @@ pub struct Outcome {
 /// [`Error::Interrupted`] is returned.
 ///
 /// # Errors
-/// Shapes that differ, a dtype that cannot be subtracted, memory that one worker does not fit in, a
-/// failed read or write, a source that changed meanwhile, or an interruption.
+/// Shapes that differ, a dtype that cannot be subtracted, less memory than one worker needs, a failed
+/// read or write, a source that changed meanwhile, or an interruption.
 pub fn run(
     pairs: &[Pair<'_>],
     sink: Sink<'_>,
@@ -135,7 +135,7 @@ fn check_buffer(pairs: &[Pair<'_>], dtype: Dtype, buffer: &[u8]) -> Result<()> {
 enum Output<'a> {
     None,
     Files(&'a Writer),
-    /// Into each chunk's own part of it.
+    /// Into memory: each chunk has its own part of it.
     Memory(Dtype),
 }
 
@@ -206,7 +206,7 @@ impl<'a> Work for Subtraction<'a> {
 
 impl Subtraction<'_> {
     fn prefetch(&self, chunk: &Chunk) {
-        // Rows that only one side stores are not read.
+        // Rows that only one model stores are not read.
         if chunk.is_stored {
             let pair = &self.pairs[chunk.pair];
             pair.reasoning.prefetch(&chunk.elements);
@@ -236,7 +236,7 @@ impl Subtraction<'_> {
         Ok((moments, first + second))
     }
 
-    /// Rows that the reasoning side does not store: Δ is zero there.
+    /// Rows that the reasoning model does not store: Δ is zero there.
     fn fill_with_zeros(&self, taken: &mut Taken<'_>, out: &mut Encoded) -> Result<u64> {
         let Chunk { pair, ref elements, .. } = taken.chunk;
         match self.output {
