@@ -44,7 +44,11 @@ class SideFiles:
             CheckpointError: its size is no longer what it was.
         """
         path, nbytes = self.files[name]
-        data = path.read_bytes()
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            # Python names the file only where it cannot be opened.
+            raise OSError(error.errno, f"cannot be read: {error.strerror}", str(path)) from error
         if len(data) != nbytes:
             raise CheckpointError(
                 f"{path}: had {nbytes} bytes when the merge began and has {len(data)} now; run "

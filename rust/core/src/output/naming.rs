@@ -4,6 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use super::side_files::is_side_file;
+use crate::error::{Error, Result};
 
 /// The names of one kind of output.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -59,20 +60,21 @@ impl Naming {
 
     /// The files that were added to a finished output: those that its description lists under `files`
     /// and that a merge can have added, since anybody may have written that list.
-    pub(super) fn listed_side_files(&self, target: &Path) -> Vec<String> {
+    ///
+    /// # Errors
+    /// A description that cannot be read.
+    pub(super) fn listed_side_files(&self, target: &Path) -> Result<Vec<String>> {
         #[derive(serde::Deserialize)]
         struct Description {
             files: Vec<String>,
         }
         if *self != Naming::MODEL {
-            return Vec::new();
+            return Ok(Vec::new());
         }
-        fs::read(target.join(self.description))
-            .ok()
-            .and_then(|text| serde_json::from_slice::<Description>(&text).ok())
-            .map_or_else(Vec::new, |description| description.files)
-            .into_iter()
-            .filter(|name| is_side_file(name))
-            .collect()
+        let path = target.join(self.description);
+        let text = fs::read(&path).map_err(Error::io(&path, "read the description"))?;
+        let files =
+            serde_json::from_slice(&text).map_or_else(|_| vec![], |found: Description| found.files);
+        Ok(files.into_iter().filter(|name| is_side_file(name)).collect())
     }
 }

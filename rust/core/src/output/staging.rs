@@ -2,19 +2,18 @@
 //!
 //! Owns its lock and what happens to its files: they become the output, whole, or are removed.
 
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsStr;
 use std::fs::{self, File, TryLockError};
 use std::io;
-use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{Dir, FileType, Mode, OFlags};
+use rustix::fs::{Mode, OFlags};
 use rustix::io::retry_on_intr;
 
 use super::naming::Naming;
 use super::space::free_nbytes;
-use super::target::check_target;
+use super::target::{check_target, found, is_same_file};
 use crate::error::{Error, Limit, Result};
 
 /// The directory within the hidden one through which several processes agree.
@@ -88,27 +87,34 @@ impl Staging {
             }
         }
         // What a run that was cut off left behind is removed; anything else is not ours and stays.
-        let mut entries = list(&path).map_err(Error::io(&path, "list the directory"))?;
-        if let Some(at) = entries.iter().position(|(name, _)| name == RANKS) {
-            let ranks = path.join(entries.swap_remove(at).0);
+        let mut entries = fs::read_dir(&path)
+            .and_then(Iterator::collect::<io::Result<Vec<_>>>)
+            .map_err(Error::io(&path, "list the directory"))?;
+        if let Some(at) = entries.iter().position(|entry| entry.file_name() == RANKS) {
+            let ranks = entries.swap_remove(at).path();
             if !keep_ranks {
                 leave_no_ranks(&ranks)?;
             }
         }
-        for (name, is_file) in &entries {
-            if !is_file || !naming.may_be_left(&name.to_string_lossy()) {
+        for entry in &entries {
+            let kind = entry.file_type().map_err(Error::io(&entry.path(), "look at the file"))?;
+            if !kind.is_file() || !naming.may_be_left(&entry.file_name().to_string_lossy()) {
                 let message = format!(
                     "holds {}, which no run of drift_fast left there; move it away or choose \
                      another output directory",
-                    name.display()
+                    entry.file_name().display()
                 );
                 return Err(Error::Exists { path, message });
             }
         }
         let staging = Self { path, naming, renamed: false, lock: Some(lock) };
-        for (name, _) in entries {
-            let path = staging.path.join(name);
-            fs::remove_file(&path).map_err(Error::io(&path, "remove"))?;
+        for entry in entries {
+            // Where the hidden directory is in the target, some files may have been moved already.
+            let moved = staging.path.with_file_name(entry.file_name());
+            if is_same_file(&moved, &entry.path()) {
+                fs::remove_file(&moved).map_err(Error::io(&moved, "remove"))?;
+            }
+            fs::remove_file(entry.path()).map_err(Error::io(&entry.path(), "remove"))?;
         }
         Ok(staging)
     }
@@ -123,10 +129,10 @@ impl Staging {
         target: &Path,
         needed: u64,
     ) -> Error {
-        let held: u64 = list(&self.path)
+        let held: u64 = fs::read_dir(&self.path)
             .into_iter()
             .flatten()
-            .filter_map(|(name, _)| fs::symlink_metadata(self.path.join(name)).ok())
+            .filter_map(|entry| entry.and_then(|entry| entry.metadata()).ok())
             // POSIX leaves the unit open; Linux and macOS count in 512 bytes.
             .map(|metadata| metadata.blocks() * 512)
             .sum();
@@ -180,12 +186,12 @@ impl Staging {
             moved.push(to);
         }
         sync_directory(target)?;
-        fs::remove_dir_all(staging).map_err(Error::io(staging, "remove the directory"))
+        remove_all(staging).map_err(Error::io(staging, "remove the directory"))
     }
 
     fn rename(&mut self, to: &Path) -> Result<()> {
         let from = &self.path;
-        if !to.join(self.naming.description).exists() {
+        if found(&to.join(self.naming.description))?.is_none() {
             return fs::rename(from, to).map_err(Error::io(to, "rename the finished output"));
         }
         // Where the system can, both change names at once, and the old one is then removed.
@@ -198,7 +204,7 @@ impl Staging {
             if locked && renameat_with(CWD, from, CWD, to, RenameFlags::EXCHANGE).is_ok() {
                 self.renamed = true;
                 // The new output is in place; what cannot be removed now, the next run removes.
-                let _ = fs::remove_dir_all(from);
+                let _ = remove_all(from);
                 return Ok(());
             }
         }
@@ -214,26 +220,10 @@ impl Staging {
     }
 }
 
-/// The names in a directory, and whether each is a regular file.
-///
-/// Unlike what the standard library opens for this, it does not panic where closing fails.
-pub(super) fn list(path: &Path) -> io::Result<Vec<(OsString, bool)>> {
-    let mut found = Vec::new();
-    for entry in Dir::read_from(File::open(path)?)? {
-        let entry = entry?;
-        let name = OsStr::from_bytes(entry.file_name().to_bytes());
-        if name != "." && name != ".." {
-            // Some file systems leave the type open in the list.
-            let is_file = match entry.file_type() {
-                FileType::Unknown => {
-                    fs::symlink_metadata(path.join(name)).is_ok_and(|found| found.is_file())
-                }
-                kind => kind == FileType::RegularFile,
-            };
-            found.push((name.to_owned(), is_file));
-        }
-    }
-    Ok(found)
+/// Remove a directory with what is in it. A second time where the first one fails: a call that was
+/// interrupted, or found too many files open, does not fail again.
+fn remove_all(path: &Path) -> io::Result<()> {
+    fs::remove_dir_all(path).or_else(|_| fs::remove_dir_all(path))
 }
 
 /// Open a directory; a link in its place, which someone else could have put there, is not followed.

@@ -1,11 +1,12 @@
 //! The place of an output: whether it is free, and the directories above it.
 
-use std::ffi::OsString;
-use std::fs;
+use std::ffi::OsStr;
+use std::fs::{self, Metadata};
+use std::io::{self, ErrorKind};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use super::naming::Naming;
-use super::staging::list;
 use crate::error::{Error, Result};
 
 /// The target as an absolute path, and the hidden directory in which it is written.
@@ -23,9 +24,35 @@ pub(super) fn places(target: &Path, naming: Naming) -> Result<(PathBuf, PathBuf)
         return Err(Error::Argument(message));
     };
     let hidden = format!(".{}.incomplete", name.to_string_lossy());
-    let within = target.is_dir() && !target.join(naming.description).exists();
+    let within = found(&target)?.is_some_and(|found| found.is_dir())
+        && found(&target.join(naming.description))?.is_none();
     let hidden = if within { target.join(hidden) } else { parent.join(hidden) };
     Ok((target, hidden))
+}
+
+/// What is at a path; none where nothing is.
+///
+/// # Errors
+/// Any failure but that: what cannot be looked at is not taken for missing.
+pub(super) fn found(path: &Path) -> Result<Option<Metadata>> {
+    unless_missing(path, fs::metadata(path))
+}
+
+fn unless_missing(path: &Path, found: io::Result<Metadata>) -> Result<Option<Metadata>> {
+    match found {
+        Ok(metadata) => Ok(Some(metadata)),
+        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
+            Ok(None)
+        }
+        Err(error) => Err(Error::io(path, "look at the file")(error)),
+    }
+}
+
+/// Whether two names are of one file: so a run that was cut off while it moved files leaves them.
+pub(super) fn is_same_file(one: &Path, other: &Path) -> bool {
+    let of =
+        |path| fs::symlink_metadata(path).map(|found| (found.dev(), found.ino(), found.is_file()));
+    matches!((of(one), of(other)), (Ok(one), Ok(other)) if one == other && one.2)
 }
 
 /// Refuse a target that is taken.
@@ -35,19 +62,30 @@ pub(super) fn places(target: &Path, naming: Naming) -> Result<(PathBuf, PathBuf)
 pub(super) fn check_target(target: &Path, naming: Naming, overwrite: bool) -> Result<()> {
     let refuse =
         |message: &str| Err(Error::Exists { path: target.to_owned(), message: message.to_owned() });
-    let Ok(metadata) = fs::symlink_metadata(target) else { return Ok(()) };
+    let Some(metadata) = unless_missing(target, fs::symlink_metadata(target))? else {
+        return Ok(());
+    };
     if !metadata.is_dir() {
         return refuse("the output exists and is not a directory; choose another path");
     }
-    let entries = list(target).map_err(Error::io(target, "list the output directory"))?;
-    let shown = |(name, is_file): (OsString, bool)| (name.to_string_lossy().into_owned(), is_file);
-    let mut names: Vec<_> = entries.into_iter().map(shown).collect();
-    let staging = format!(".{}.incomplete", target.file_name().unwrap_or_default().display());
-    names.retain(|(name, _)| *name != staging);
-    let is_empty = names.is_empty();
+    let mut names = Vec::new();
+    for entry in fs::read_dir(target).map_err(Error::io(target, "list the output directory"))? {
+        let entry = entry.map_err(Error::io(target, "list the output directory"))?;
+        let kind = entry.file_type().map_err(Error::io(&entry.path(), "look at the file"))?;
+        names.push((entry.file_name().to_string_lossy().into_owned(), kind.is_file()));
+    }
     let what = naming.what;
-    let is_whole = target.join(naming.description).is_file() && target.join(naming.index).is_file();
-    let side_files = if is_whole { naming.listed_side_files(target) } else { Vec::new() };
+    let is_file = |name: &str| {
+        found(&target.join(name)).map(|found| found.is_some_and(|found| found.is_file()))
+    };
+    let is_whole = is_file(naming.description)? && is_file(naming.index)?;
+    let (_, hidden) = places(target, naming)?;
+    names.retain(|(name, _)| {
+        let is_left = !is_whole && is_same_file(&target.join(name), &hidden.join(name));
+        Some(OsStr::new(name)) != hidden.file_name() && !is_left
+    });
+    let is_empty = names.is_empty();
+    let side_files = if is_whole { naming.listed_side_files(target)? } else { Vec::new() };
     // A link or a directory is not ours, whatever it is called.
     let stranger =
         names.iter().find(|(name, is_file)| !is_file || !naming.is_ours(name, &side_files));
@@ -76,10 +114,23 @@ pub(super) struct Parents {
 
 impl Parents {
     pub(super) fn create(directory: &Path) -> Result<Self> {
-        let missing: Vec<PathBuf> =
-            directory.ancestors().take_while(|path| !path.exists()).map(Path::to_owned).collect();
-        fs::create_dir_all(directory).map_err(Error::io(directory, "create the directory"))?;
-        Ok(Self { made: missing })
+        let mut missing = Vec::new();
+        for path in directory.ancestors() {
+            if found(path)?.is_some() {
+                break;
+            }
+            missing.push(path);
+        }
+        let mut parents = Self::default();
+        for path in missing.into_iter().rev() {
+            match fs::create_dir(path) {
+                Ok(()) => parents.made.insert(0, path.to_owned()),
+                // Another run came between.
+                Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
+                Err(error) => return Err(Error::io(path, "create the directory")(error)),
+            }
+        }
+        Ok(parents)
     }
 
     pub(super) fn keep(&mut self) {
