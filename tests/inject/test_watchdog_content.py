@@ -666,7 +666,7 @@ def test_targets_that_were_frozen_stop_the_run_and_may_be_left_out(
     step(0)
     model.model.layers[0].requires_grad_(False)
     frozen = weights_of(model.model.layers[0])
-    with pytest.raises(drift_fast.DriftError, match=r"10 of \d+ targets were frozen after"):
+    with pytest.raises(drift_fast.DriftError, match="10 of 20 targets were frozen after"):
         step(1)
     # The remedy, followed.
     injection.remove()

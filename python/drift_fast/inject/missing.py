@@ -36,7 +36,8 @@ class MissingAccount:
         """Count a step, and return the refusal of what must have a gradient and has none."""
         refused = sorted(at for at in missing if self._needed[at])
         if refused:
-            return frozen_since([self._targets[at] for at in refused]) or DriftError(
+            count = len(self._targets)
+            return frozen_since([self._targets[at] for at in refused], count) or DriftError(
                 f"{len(refused)} of {len(self._targets)} targets have no gradient, "
                 f"{self._targets[refused[0]].name} first: they took no part in the loss. Leave "
                 'them out with modules=… or layers=…, or pass missing_gradients="skip" to leave '

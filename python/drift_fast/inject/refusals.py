@@ -126,8 +126,11 @@ def check_trained(targets: Sequence[Target]) -> None:
         )
 
 
-def frozen_since(targets: Sequence[Target]) -> DriftError | None:
-    """Return the refusal of targets that were frozen after attaching, None if there are none."""
+def frozen_since(targets: Sequence[Target], of: int | None = None) -> DriftError | None:
+    """Return the refusal of targets that were frozen after attaching, None if there are none.
+
+    of: how many targets there are, if these are not all.
+    """
     frozen = [target for target in targets if not target.trains]
     if not frozen:
         return None
@@ -142,8 +145,8 @@ def frozen_since(targets: Sequence[Target]) -> DriftError | None:
             "does), or call injection.remove()"
         )
     return DriftError(
-        f"{len(frozen)} of {len(targets)} targets were frozen after attaching (requires_grad is "
-        f"False), {frozen[0].name} first: {remedy}"
+        f"{len(frozen)} of {of or len(targets)} targets were frozen after attaching "
+        f"(requires_grad is False), {frozen[0].name} first: {remedy}"
     )
 
 
