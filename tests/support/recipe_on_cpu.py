@@ -39,8 +39,9 @@ def allow_fsdp() -> None:
     AcceleratorState.__init__ = lifted  # type: ignore[method-assign]
 
 
-def report(injections: list[Any]) -> None:
+def report(attached: list[Any]) -> None:
     """Write how many parameters of which kind the last step injected."""
+    injections = [one.injection for one in attached]
     shards = [group.shards for injection in injections for group in injection._groups]
     found = {
         "injected": sum(injection.injected for injection in injections),
