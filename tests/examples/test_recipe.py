@@ -352,7 +352,7 @@ def test_two_processes_train_under_the_recipes_launch_files(
     assert len(history(injected)) == SAMPLES // 2
     if wrapped:
         reports = [json.loads(Path(f"{injected}-{rank}.json").read_text()) for rank in range(2)]
-        kind = "Sharded" if launcher == "accelerate" else "FullyPartitioned"
+        kind = "DTensorShard" if launcher == "accelerate" else "FullyPartitioned"
         injections = BOTH if configuration == "ours.yaml" else TARGETS
         assert [report["injected"] for report in reports] == [injections] * 2
         assert [report["shards"] for report in reports] == [[kind]] * 2
