@@ -121,6 +121,10 @@ def correlate_samples(
     reasoning: Checkpoint, multimodal: Checkpoint, pairs: list[tuple[_Source, str]]
 ) -> tuple[list[float], int]: ...
 
+# json.rs
+
+def json_memory(text: bytes, *, unique: bool = False) -> int: ...
+
 # stream.rs
 
 @type_check_only

@@ -1,7 +1,7 @@
 """Files that configure: JSON of unknown origin, and the YAML or JSON that a user writes.
 
-Owns how such a file is refused: the error names file and key, what was expected and found, and what
-to do. Python parses, since it sees a key that occurs twice; msgspec checks the types.
+Owns how such a file is read and refused: within limits of bytes and memory, and with an error that
+names file and key, what was expected and found, and what to do. msgspec checks the types.
 """
 
 from __future__ import annotations
@@ -9,15 +9,22 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections import Counter
+import stat
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast, get_origin
+from typing import TYPE_CHECKING, Any, TypeVar, cast, get_origin
 
+from drift_fast._core import json_memory
 from drift_fast.errors import CheckpointError, DriftError
 from drift_fast.paths import local_path
 
+if TYPE_CHECKING:
+    from msgspec import Raw
+
 T = TypeVar("T")
+
+# Bytes that a JSON text and the objects made of it may take.
+_MEMORY_NBYTES = 400_000_000
 
 # How msgspec names the types of JSON, and how a message does.
 _WORDS = {
@@ -61,14 +68,38 @@ class JsonFile:
             DriftError: of the type `error`: not a regular file, larger than the limit, not JSON, or
                 of another type.
         """
+        return self.parse(self._read_bytes(), kind)
+
+    def read_parts(self, kind: type[T]) -> T:
+        """Return the content as a `msgspec.Struct`, without making what it does not name.
+
+        Fields of type `msgspec.Raw` are for `parse`. Others are to be of types that take little
+        more memory than their text.
+
+        Raises: as `read`.
+        """
+        import msgspec
+
         text = self._read_bytes()
         try:
-            content = parse_json(text, unique_keys=self.unique_keys)
+            json_memory(text, unique=self.unique_keys)
+            return msgspec.json.decode(text, type=kind)
+        except msgspec.ValidationError as error:
+            raise self.wrong(_named(error, "", "")) from error
+        # What msgspec raises for text that is not JSON is a ValueError too.
+        except (ValueError, RecursionError) as error:
+            raise self._not_json(text, error) from error
+
+    def parse(self, text: bytes | Raw, kind: type[T], key: str = "") -> T:
+        """Return JSON text of this file as `kind`; `key` is where the file has it.
+
+        Raises: as `read`.
+        """
+        try:
+            content = parse_json(bytes(text), unique_keys=self.unique_keys)
         except ValueError as error:
-            if text.startswith(_LFS):
-                raise self.wrong(_LFS_REMEDY) from error
-            raise self.wrong(f"not valid JSON ({error})") from error
-        return self.convert(content, kind)
+            raise self._not_json(bytes(text), error) from error
+        return self.convert(content, kind, key)
 
     def convert(self, value: object, kind: type[T], key: str = "") -> T:
         """Return a value of this file as `kind`; `key` is where the file has it.
@@ -85,22 +116,48 @@ class JsonFile:
         """Return the error to raise for a problem with this file."""
         return self.error(f"{self.path}: {problem}; {self.remedy}")
 
+    def _not_json(self, text: bytes, problem: Exception) -> DriftError:
+        if text.startswith(_LFS):
+            return self.wrong(_LFS_REMEDY)
+        return self.wrong(f"not valid JSON ({problem})")
+
     def _read_bytes(self) -> bytes:
         try:
-            # Asked before opening: opening a FIFO would wait for a writer.
-            if self.path.exists() and not self.path.is_file():
-                raise self.wrong("expected a regular file, found something else")
-            with self.path.open("rb") as file:
-                nbytes = os.fstat(file.fileno()).st_size
-                text = file.read(min(nbytes, self.limit_nbytes) + 1)
+            return read_regular(self.path, self.limit_nbytes)
         except FileNotFoundError:
             raise
         except OSError as error:
             raise self.wrong(f"cannot be read: {os.strerror(error.errno or 0)}") from error
-        nbytes = max(nbytes, len(text))
-        if nbytes > self.limit_nbytes:
-            raise self.wrong(f"expected at most {self.limit_nbytes:,} bytes, found {nbytes:,}")
-        return text
+        except ValueError as error:
+            raise self.wrong(str(error)) from error
+
+
+def read_regular(path: Path, limit_nbytes: int) -> bytes:
+    """Return the bytes of a regular file, without ever waiting for a FIFO or a device.
+
+    Raises:
+        FileNotFoundError: no such file.
+        OSError: it cannot be opened or read.
+        ValueError: not a regular file, or one of more bytes than the limit.
+    """
+    # Asked before opening too, since opening a device may already do something.
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ValueError("expected a regular file, found something else")
+    with open(path, "rb", opener=_open_at_once) as file:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode):
+            raise ValueError("expected a regular file, found something else")
+        nbytes = found.st_size
+        if nbytes <= limit_nbytes:
+            text = file.read(nbytes + 1)
+            nbytes = len(text)
+    if nbytes > limit_nbytes:
+        raise ValueError(f"expected at most {limit_nbytes:,} bytes, found {nbytes:,}")
+    return text
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
 
 
 def read_settings(path: str | os.PathLike[str]) -> Any:
@@ -137,10 +194,16 @@ def parse_json(text: bytes, *, unique_keys: bool = False) -> Any:
     """Parse JSON.
 
     Raises:
-        ValueError: not JSON, nested too deeply, or, with `unique_keys`, a key that occurs twice.
+        ValueError: not JSON, nested too deeply, of so many parts that they would take hundreds of
+            megabytes, or, with `unique_keys`, an object in which a key occurs twice.
     """
+    nbytes = json_memory(text, unique=unique_keys)
+    if nbytes > _MEMORY_NBYTES:
+        raise ValueError(
+            f"would take {nbytes >> 20:,} MiB of memory, expected at most {_MEMORY_NBYTES >> 20:,}"
+        )
     try:
-        return json.loads(text, object_pairs_hook=_unique if unique_keys else None)
+        return json.loads(text)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
 
@@ -159,13 +222,17 @@ def convert(value: object, kind: type[T], key: str = "") -> T:
     try:
         return msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
-        problem, _, where = str(error).partition(" - at ")
-        # msgspec writes `key` in `$.place` of a key that is not of its type.
-        _, inside, place = where.rpartition(" in ")
-        path = f"{key}{(place if inside else where).strip('`').removeprefix('$')}".lstrip(".")
-        name = printable(f"a key of {path}" if inside else path, 120)
-        found = "" if where else shown(value)
-        raise ValueError(f"{name or 'the document'} {_in_words(problem, found)}") from error
+        raise ValueError(_named(error, key, shown(value))) from error
+
+
+def _named(error: Exception, key: str, value: str) -> str:
+    """Return in words what msgspec found wrong, with the place, or `value` where it is all."""
+    problem, _, where = str(error).partition(" - at ")
+    # msgspec writes `key` in `$.place` of a key that is not of its type.
+    _, inside, place = where.rpartition(" in ")
+    path = f"{key}{(place if inside else where).strip('`').removeprefix('$')}".lstrip(".")
+    name = printable(f"a key of {path}" if inside else path, 120)
+    return f"{name or 'the document'} {_in_words(problem, '' if where else value)}"
 
 
 def _in_words(problem: str, value: str) -> str:
@@ -180,14 +247,6 @@ def _in_words(problem: str, value: str) -> str:
 def _type_in_words(name: str) -> str:
     kinds = name.replace("int | float", "float").split(" | ")
     return " or ".join(_WORDS.get(kind, kind) for kind in kinds)
-
-
-def _unique(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(items)
-    if len(found) != len(items):
-        twice = Counter(key for key, _ in items).most_common(1)[0][0]
-        raise ValueError(f"key {shown(twice)} occurs twice in an object")
-    return found
 
 
 def shown(value: object) -> str:

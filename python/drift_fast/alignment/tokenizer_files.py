@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from msgspec import Struct
+from msgspec import Raw, Struct
 
 from drift_fast.config_files import JsonFile, shown
 
@@ -29,6 +29,8 @@ _OTHER_FORMATS = (
     "vocab.txt",
 )
 _MODELS = ("BPE", "Unigram", "WordLevel", "WordPiece")
+# The largest that there is has 262,144 tokens in 33 MB.
+_MAX_NBYTES, _MAX_TOKENS = 100_000_000, 1 << 19
 _ID = re.compile(r"[0-9]{1,18}").fullmatch
 
 
@@ -41,25 +43,29 @@ class Vocabulary:
     path: Path
 
 
+_NONE = Raw(b"null")
+
+
 class _Model(Struct):
-    vocab: Any = None
+    vocab: Raw = _NONE
     type: str | None = None
-    byte_fallback: Any = None
-    continuing_subword_prefix: Any = None
-    end_of_word_suffix: Any = None
+    byte_fallback: Raw = _NONE
+    continuing_subword_prefix: Raw = _NONE
+    end_of_word_suffix: Raw = _NONE
+
+
+class _Tokenizer(Struct):
+    # The merges, most of a file, are not named and so never made.
+    model: _Model
+    added_tokens: Raw = Raw(b"[]")
+    normalizer: Raw = _NONE
+    pre_tokenizer: Raw = _NONE
+    decoder: Raw = _NONE
 
 
 class _AddedToken(Struct):
     content: Any = None
     id: Any = None
-
-
-class _Tokenizer(Struct):
-    model: _Model
-    added_tokens: list[_AddedToken] = []
-    normalizer: Any = None
-    pre_tokenizer: Any = None
-    decoder: Any = None
 
 
 class _TokenizerConfig(Struct):
@@ -83,9 +89,9 @@ def read_vocabulary(directory: Path) -> Vocabulary | None:
     spells into its tokens. Strings of two schemes must not be compared.
 
     Raises:
-        CheckpointError: not the JSON that was expected, above 200 MB, an id that is not a
-            non-negative integer, a token with two ids, an id with two tokens, no token at all, or a
-            tokenizer in another format.
+        CheckpointError: not the JSON that was expected, above 100 MB or 524,288 tokens, an id that
+            is not a non-negative integer, a token with two ids, an id with two tokens, no token at
+            all, or a tokenizer in another format.
     """
     directory = directory.parent if directory.is_file() else directory
     if (path := directory / "tokenizer.json").is_file():
@@ -99,23 +105,25 @@ def read_vocabulary(directory: Path) -> Vocabulary | None:
 
 
 def _file(path: Path) -> JsonFile:
-    return JsonFile(path, 200_000_000, SAVE, unique_keys=True)
+    return JsonFile(path, _MAX_NBYTES, SAVE, unique_keys=True)
 
 
 def _read_tokenizer(file: JsonFile) -> Vocabulary:
-    tokenizer = file.read(_Tokenizer)
-    vocab, kind = tokenizer.model.vocab, tokenizer.model.type
+    tokenizer = file.read_parts(_Tokenizer)
+    kind = tokenizer.model.type
     if kind not in (None, *_MODELS):
         raise file.wrong(f"model.type must be one of {', '.join(_MODELS)}, found {shown(kind)}")
+    vocab = file.parse(tokenizer.model.vocab, Any)
     items: Iterable[tuple[Any, Any]]
     if kind == "Unigram" or (kind is None and isinstance(vocab, list)):
         pieces = file.convert(vocab, list[tuple[Any, Any]], "model.vocab")
         items = ((token, row) for row, (token, _) in enumerate(pieces))
     else:
         items = file.convert(vocab, dict[str, Any], "model.vocab").items()
-    added = [(token.content, token.id) for token in tokenizer.added_tokens]
+    found = file.parse(tokenizer.added_tokens, list[_AddedToken], "added_tokens")
+    added = [(token.content, token.id) for token in found]
     tokens = _collect([_Entries(file, "model.vocab", items), _Entries(file, "added_tokens", added)])
-    return Vocabulary(tokens, _scheme(tokenizer), file.path)
+    return Vocabulary(tokens, _scheme(file, tokenizer), file.path)
 
 
 def _read_byte_level(file: JsonFile) -> Vocabulary:
@@ -158,6 +166,8 @@ def _collect(parts: list[_Entries]) -> dict[str, int]:
                     )
             if problem:
                 raise part.file.wrong(f"{part.key}: {problem}")
+            if len(tokens) > _MAX_TOKENS:
+                raise part.file.wrong(f"{part.key}: expected at most {_MAX_TOKENS:,} tokens")
     if not tokens:
         raise parts[0].file.wrong(f"{parts[0].key}: expected tokens, found none")
     return tokens
@@ -171,17 +181,20 @@ def _problem(token: object, row: object) -> str:
     return ""
 
 
-def _scheme(tokenizer: _Tokenizer) -> str:
+def _scheme(file: JsonFile, tokenizer: _Tokenizer) -> str:
+    def parse(part: Raw) -> Any:
+        return file.parse(part, Any)
+
     model = tokenizer.model
-    steps = [tokenizer.normalizer, tokenizer.pre_tokenizer, tokenizer.decoder]
-    kinds: list[Any] = ["Metaspace"] if model.byte_fallback else []
+    steps = [parse(tokenizer.normalizer), parse(tokenizer.pre_tokenizer), parse(tokenizer.decoder)]
+    kinds: list[Any] = ["Metaspace"] if parse(model.byte_fallback) else []
     while steps:  # not recursive, since the file decides the depth
         step = steps.pop()
         if isinstance(step, dict):
             spaced = step.get("type") == "Replace" and step.get("content") == "▁"
             kinds.append("Metaspace" if spaced else step.get("type"))
         steps += step.values() if isinstance(step, dict) else step if isinstance(step, list) else []
-    affixes = [model.continuing_subword_prefix, model.end_of_word_suffix]
+    affixes = [parse(model.continuing_subword_prefix), parse(model.end_of_word_suffix)]
     scheme = "plain"
     if "ByteLevel" in kinds:
         scheme = "byte-level"

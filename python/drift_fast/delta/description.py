@@ -7,13 +7,13 @@ from typing import Any, Literal
 
 import msgspec
 
-from drift_fast.config_files import JsonFile
+from drift_fast.config_files import JsonFile, shown
 from drift_fast.delta.format import DESCRIPTION, FORMAT_VERSION
 from drift_fast.dtypes import RETIRED, check_stored_dtype
 from drift_fast.errors import CheckpointError
 
 # A 671B pair has 45,395 tensors, of about 700 bytes each.
-_MAX_NBYTES = 1 << 30
+_MAX_NBYTES = 100_000_000
 
 
 class StoredRow(msgspec.Struct, frozen=True):
@@ -41,6 +41,26 @@ class StoredChecksums(msgspec.Struct, frozen=True):
     algorithm: Literal["crc32"]
     block_nbytes: Literal[1048576]
     tensors: dict[str, str]
+
+
+class _Written(msgspec.Struct):
+    """Which version wrote a delta, and what that called its dtype."""
+
+    format_version: msgspec.Raw = msgspec.Raw(b"null")
+    dtype: msgspec.Raw = msgspec.Raw(b"null")
+    drift_fast_version: msgspec.Raw = msgspec.Raw(b'"of an unknown version"')
+
+
+class _Stored(msgspec.Struct):
+    """A description as it is stored; the statistics, most of it, are made at once."""
+
+    dtype: str
+    selection: str
+    sources: msgspec.Raw
+    alignment: msgspec.Raw
+    coverage: msgspec.Raw
+    statistics: list[StoredRow]
+    checksums: msgspec.Raw = msgspec.Raw(b"null")
 
 
 class Description(msgspec.Struct, frozen=True):
@@ -80,19 +100,29 @@ class Description(msgspec.Struct, frozen=True):
                 "compute_delta(reasoning, multimodal, out) writes"
             )
         file = JsonFile(path, _MAX_NBYTES, "compute the delta again")
-        content = file.read(dict[str, Any])
-        version, dtype = content.get("format_version"), content.get("dtype")
-        author = f"drift_fast {content.get('drift_fast_version', 'of an unknown version')}"
+        written = file.read_parts(_Written)
+        version, dtype = file.parse(written.format_version, Any), file.parse(written.dtype, Any)
+        author = f"drift_fast {shown(file.parse(written.drift_fast_version, Any))}".replace("'", "")
         if version != FORMAT_VERSION:
             raise file.wrong(
-                f"format version {version!r}, which {author} wrote, expected {FORMAT_VERSION}"
+                f"format version {shown(version)}, which {author} wrote, expected {FORMAT_VERSION}"
             )
         if isinstance(dtype, str) and dtype in RETIRED:
             raise CheckpointError(
                 f"{directory}: {author} stored this delta as {dtype}, which this version does not "
                 "read; compute the delta again with dtype='bfloat16' or 'int8'"
             )
-        description = file.convert(content, cls)
+        stored = file.read_parts(_Stored)
+        has_none = bytes(stored.checksums) == b"null"
+        description = cls(
+            stored.dtype,
+            stored.selection,
+            file.parse(stored.sources, dict[str, Any], "sources"),
+            file.parse(stored.alignment, dict[str, Any], "alignment"),
+            file.parse(stored.coverage, dict[str, Any], "coverage"),
+            stored.statistics,
+            None if has_none else file.parse(stored.checksums, StoredChecksums, "checksums"),
+        )
         try:
             check_stored_dtype(description.dtype)
         except ValueError as error:

@@ -8,6 +8,8 @@ pub mod checkpoint;
 pub mod dtype;
 pub mod error;
 pub mod in_memory;
+pub mod interrupt;
+pub mod json;
 pub mod kernel;
 pub mod merge;
 pub mod output;

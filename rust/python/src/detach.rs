@@ -1,9 +1,10 @@
 //! The only way into the core: detach the interpreter, and return with a Python exception.
 
 use std::ops::ControlFlow;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use drift_fast_core::stream::Progress;
-use drift_fast_core::{Error, Result};
+use drift_fast_core::{Error, Result, interrupt};
 use pyo3::prelude::*;
 
 use crate::errors::to_py;
@@ -11,12 +12,26 @@ use crate::errors::to_py;
 /// A Python function that is called with the numbers of tensors and bytes that are done.
 pub(crate) type Callback = Py<PyAny>;
 
-/// Run with the interpreter detached.
+/// Run with the interpreter detached; what a signal raises ends the work and is raised here.
 pub(crate) fn detached<T: Send>(
     py: Python<'_>,
     work: impl FnOnce() -> Result<T> + Send,
 ) -> PyResult<T> {
-    py.detach(work).map_err(to_py)
+    let raised = Arc::new(Mutex::new(None));
+    let kept = Arc::clone(&raised);
+    let check = move || match Python::attach(|py| py.check_signals()) {
+        Ok(()) => ControlFlow::Continue(()),
+        Err(error) => {
+            *kept.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
+            ControlFlow::Break(())
+        }
+    };
+    let result = py.detach(|| interrupt::with_check(check, work));
+    let raised = raised.lock().unwrap_or_else(PoisonError::into_inner).take();
+    match (raised, result) {
+        (Some(error), Ok(_) | Err(Error::Interrupted)) => Err(error),
+        (_, result) => result.map_err(to_py),
+    }
 }
 
 /// Run with the interpreter detached, and attach it for signals and the progress callback.

@@ -9,6 +9,7 @@ mod convert;
 mod detach;
 mod errors;
 mod in_memory;
+mod json;
 mod merge;
 mod stored;
 mod stream;
@@ -32,6 +33,8 @@ mod _core {
     };
     #[pymodule_export]
     use super::in_memory::{measure, subtract_scaled};
+    #[pymodule_export]
+    use super::json::json_memory;
     #[pymodule_export]
     use super::merge::merge;
     #[pymodule_export]

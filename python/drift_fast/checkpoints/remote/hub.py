@@ -21,6 +21,7 @@ from drift_fast.checkpoints.remote.checkpoint import RemoteCheckpoint
 from drift_fast.checkpoints.remote.client import Client, Credentials
 from drift_fast.checkpoints.remote.logs import hiding_queries
 from drift_fast.checkpoints.remote.shards import (
+    INDEX_NBYTES,
     PICKLES,
     SMALL_NBYTES,
     open_indexed,
@@ -31,6 +32,7 @@ from drift_fast.checkpoints.remote.sparse import locked, make_directory
 from drift_fast.checkpoints.remote.tasks import run_together
 from drift_fast.checkpoints.remote.transfer import Identity, RemoteFile
 from drift_fast.checkpoints.remote.urls import origin_of, shown
+from drift_fast.config_files import read_regular
 from drift_fast.errors import CheckpointError, DriftError
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -166,9 +168,10 @@ class _Hub:
         metadata = self.metadata(client, name)
         if metadata is None:
             return None
-        if metadata.size is None or metadata.size > SMALL_NBYTES:
+        limit_nbytes = INDEX_NBYTES if name == INDEX else SMALL_NBYTES
+        if metadata.size is None or metadata.size > limit_nbytes:
             raise CheckpointError(
-                f"{self}: {name} has {metadata.size} bytes, expected at most {SMALL_NBYTES}"
+                f"{self}: {name} has {metadata.size} bytes, expected at most {limit_nbytes}"
             )
         path = self._call(
             client,
@@ -181,7 +184,10 @@ class _Hub:
                 library_version=__version__,
             ),
         )
-        return None if path is None else Path(path).read_bytes()
+        try:
+            return None if path is None else read_regular(Path(path), limit_nbytes)
+        except ValueError as error:
+            raise CheckpointError(f"{path}: {error}; remove it from the Hub's cache") from None
 
     def without_safetensors(self, client: Client) -> Exception:
         """Return the error for a repository that has no checkpoint at its root: what it is."""

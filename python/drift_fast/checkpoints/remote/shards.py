@@ -29,6 +29,10 @@ logger = logging.getLogger(__name__)
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 # The limit that the safetensors format sets for a header; other small files are held to it too.
 SMALL_NBYTES = 100_000_000
+# As the reader has it for an index; see docs/reliability.md.
+INDEX_NBYTES = 64 << 20
+# Far more than any checkpoint is cut into.
+_SHARDS = 4096
 # The size of the first request; most headers are shorter.
 _START_NBYTES = 256 << 10
 _LENGTH_NBYTES = 8
@@ -88,6 +92,8 @@ def shard_names(index: bytes, place: str) -> list[str]:
         CheckpointError: not an index, or one that names something else.
     """
     try:
+        if len(index) > INDEX_NBYTES:
+            raise ValueError(f"expected at most {INDEX_NBYTES:,} bytes, found {len(index):,}")
         weight_map = convert(parse_json(index), _Index).weight_map
     except ValueError as error:
         raise CheckpointError(
@@ -114,6 +120,11 @@ def shard_names(index: bytes, place: str) -> list[str]:
     names = sorted({file for _, file in entries})
     if not names:
         raise CheckpointError(f"{place}: the index names no tensor; check the URL")
+    if len(names) > _SHARDS:
+        raise CheckpointError(
+            f"{place}: the index names {len(names):,} shards, expected at most {_SHARDS:,}; check "
+            "the URL"
+        )
     if SINGLE in names and len(names) > 1:
         raise CheckpointError(
             f"{place}: the index names {SINGLE} among others, which alone would be taken for the "

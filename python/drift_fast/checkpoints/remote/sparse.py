@@ -34,7 +34,8 @@ logger = logging.getLogger(__name__)
 FORMAT_VERSION = 1
 # How much may be lost when a run is killed, and how large one request is.
 PART_NBYTES = 16 << 20
-_SIDECAR_LIMIT_NBYTES = 64 << 20
+# As the reader has it.
+_SIDECAR_LIMIT_NBYTES = 8 << 20
 # macOS has no fdatasync.
 _flush: Callable[[int], None] = getattr(os, "fdatasync", os.fsync)
 
@@ -133,7 +134,7 @@ def locked(directory: Path) -> Iterator[None]:
     """
     path = directory / ".lock"
     try:
-        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        lock = _open_regular(path, os.O_RDWR | os.O_CREAT)
     except OSError as error:
         if error.errno != errno.ELOOP:
             raise
@@ -238,7 +239,7 @@ class SparseShard:
 
         What was written is kept when the context ends, even by an error.
         """
-        file = os.open(self.path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        file = _open_regular(self.path, os.O_WRONLY)
         written: list[Range] = []
 
         def flush() -> None:
@@ -316,15 +317,28 @@ def _parse(path: Path, text: bytes) -> SparseShard | None:
 def _read_regular(path: Path, limit_nbytes: int) -> tuple[bytes, int] | None:
     """Return the first bytes and the length of a regular file; None for anything else."""
     try:
-        # Without O_NONBLOCK, opening a FIFO would wait for a writer.
-        file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError:
+        file = _open_regular(path, os.O_RDONLY)
+    except (OSError, CheckpointError):
         return None
     with open(file, "rb") as reader:
-        found = os.fstat(file)
-        if not stat.S_ISREG(found.st_mode):
-            return None
-        return reader.read(limit_nbytes), found.st_size
+        nbytes = os.fstat(file).st_size
+        return reader.read(min(nbytes, limit_nbytes)), nbytes
+
+
+def _open_regular(path: Path, mode: int) -> int:
+    """Open a file that must be a regular one, and neither follow a link nor wait for a FIFO.
+
+    Raises:
+        OSError: it cannot be opened; ELOOP for a link.
+        CheckpointError: it is something else.
+    """
+    file = os.open(path, mode | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
+    if stat.S_ISREG(os.fstat(file).st_mode):
+        return file
+    os.close(file)
+    raise CheckpointError(
+        f"{path}: expected a regular file, found something else; remove it or choose another cache"
+    )
 
 
 @contextmanager

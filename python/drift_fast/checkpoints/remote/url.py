@@ -11,6 +11,7 @@ from drift_fast.checkpoints.place import INDEX, SINGLE
 from drift_fast.checkpoints.remote.checkpoint import RemoteCheckpoint
 from drift_fast.checkpoints.remote.client import Client
 from drift_fast.checkpoints.remote.shards import (
+    INDEX_NBYTES,
     PICKLES,
     SMALL_NBYTES,
     is_pickle,
@@ -63,7 +64,7 @@ def open_url(url: str, *, cache: Path | None = None) -> RemoteCheckpoint:
     with locked(directory), Client() as client:
         if indexed:
             files = open_indexed(
-                client, directory, asked.read_whole(client, SMALL_NBYTES), asked.shown, file_named
+                client, directory, asked.read_whole(client, INDEX_NBYTES), asked.shown, file_named
             )
         elif name.endswith(".safetensors"):
             files = open_single(client, directory, asked)
@@ -84,7 +85,7 @@ def _open_directory(
         refused = error
     index = file_named(INDEX)
     try:
-        text = index.read_whole(client, SMALL_NBYTES)
+        text = index.read_whole(client, INDEX_NBYTES)
     except (FileNotFoundError, Forbidden):
         if refused is not None:
             raise refused from None

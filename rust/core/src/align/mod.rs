@@ -7,17 +7,26 @@
 //! refused, so nothing here guesses between two language models.
 
 pub mod compose;
+mod counts;
 mod names;
 pub mod pair;
 mod prefixes;
 mod reasons;
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod reference;
 pub mod similarity;
 
 use crate::error::Result;
+use crate::interrupt;
+use counts::Cuts;
 pub use names::Named;
-use names::TensorIndex;
+use names::{Tails, TensorIndex};
 pub use prefixes::Ties;
-use prefixes::{Models, Prefixes, alternatives, best, distinct};
+use prefixes::{Models, Prefixes};
+
+/// Other pairs of prefixes that are shown.
+const SHOWN: usize = 3;
 
 /// Which tensors of two models match.
 #[derive(Debug, Clone)]
@@ -39,29 +48,31 @@ pub struct Alignment {
 /// Match the tensors of two models.
 ///
 /// # Errors
-/// Nothing matches, two names are equal without wrappers, or two pairs of prefixes explain every
-/// layer parameter of the reasoning model.
+/// Nothing matches, two names are equal without wrappers, two pairs of prefixes explain every
+/// layer parameter of the reasoning model, or names that are too alike or too many to be matched.
 pub fn align(reasoning: &[Named], multimodal: &[Named], ties: Ties) -> Result<Alignment> {
     let models = Models {
         reasoning: TensorIndex::new(reasoning)?,
         multimodal: TensorIndex::new(multimodal)?,
     };
-    let by_shape = models.count_prefixes(true);
-    let by_name = models.count_prefixes(false);
-    let Some(shaped) = best(&by_shape) else { return Err(models.nothing_matches(&by_name)) };
+    let cuts = Cuts::new(&models)?;
+    let named = cuts.count(false)?.best();
+    let by_shape = cuts.count(true)?;
+    let Some((shaped, most)) = by_shape.best() else { return Err(models.nothing_matches(named)) };
     // Where shapes differ nearly everywhere, the few that agree by chance must not pick the prefix.
-    let named = best(&by_name).unwrap_or_else(|| shaped.clone());
-    let chosen = if by_name[&named] >= 2 * by_shape[&shaped] { named } else { shaped };
-    let others = alternatives(&by_shape, &chosen);
-    models.refuse_ambiguity(&chosen, &others, ties)?;
-    Ok(matched(&models, chosen, distinct(others)))
+    let chosen = named.filter(|(_, count)| *count >= 2 * most).map_or(shaped, |(named, _)| named);
+    models.refuse_ambiguity(&chosen, &by_shape, ties)?;
+    let others = by_shape.alternatives(&chosen, SHOWN).into_iter();
+    let others = others.map(|((first, second), count)| (first, second, count)).collect();
+    drop(by_shape);
+    matched(&models, chosen, others)
 }
 
 fn matched(
     models: &Models<'_>,
     prefixes: Prefixes,
     alternatives: Vec<(String, String, usize)>,
-) -> Alignment {
+) -> Result<Alignment> {
     let Models { reasoning, multimodal } = models;
     let mut match_of: Vec<Option<usize>> = vec![None; multimodal.names.len()];
     let mut unmatched_reasoning = Vec::new();
@@ -72,29 +83,31 @@ fn matched(
             None => leftover.push(position),
         }
     }
+    let tails = Tails::new(models);
     for position in leftover {
-        match models.place_leftover(&prefixes, position, &match_of) {
+        interrupt::poll()?;
+        match models.place_leftover(&prefixes, position, &match_of, &tails) {
             Ok(other) => match_of[other] = Some(position),
             Err(reason) => unmatched_reasoning.push((position, reason)),
         }
     }
     let unmatched_multimodal = (0..multimodal.names.len())
         .filter(|&other| match_of[other].is_none())
-        .map(|other| (other, models.reason_of_multimodal(&prefixes, other)))
+        .map(|other| (other, models.reason_of_multimodal(&prefixes, other, &tails)))
         .collect();
     let pairs = match_of
         .iter()
         .enumerate()
         .filter_map(|(other, position)| position.map(|position| (position, other)))
         .collect();
-    Alignment {
+    Ok(Alignment {
         layer_conflict: models.layer_conflict(&prefixes),
         prefixes,
         pairs,
         unmatched_reasoning,
         unmatched_multimodal,
         alternatives,
-    }
+    })
 }
 
 #[cfg(test)]
@@ -185,6 +198,16 @@ mod tests {
             align(&decoder("model.", 2, 8), &decoder("lm.", 3, 8), Ties::Refuse).unwrap();
         assert!(alignment.layer_conflict.contains("2 in all"), "{}", alignment.layer_conflict);
         assert!(alignment.layer_conflict.contains("3 in all"), "{}", alignment.layer_conflict);
+    }
+
+    #[test]
+    fn names_too_alike_to_be_matched_are_refused_by_their_limit() {
+        let model = |letter: char| -> Vec<Named> {
+            let name = |number| format!("{letter}{number}.x.weight");
+            (0..3000).map(|number| Named { name: name(number), shape: vec![0] }).collect()
+        };
+        let error = align(&model('p'), &model('q'), Ties::Refuse).unwrap_err().to_string();
+        assert!(error.contains("too alike") && error.contains("which is the limit"), "{error}");
     }
 
     #[test]

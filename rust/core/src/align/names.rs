@@ -1,7 +1,9 @@
-//! What a tensor's name says: its components without wrappers, its layer, and the ways to cut it.
+//! What a tensor's name says: its components without wrappers, its layer, and its last components.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 
+use super::prefixes::Models;
 use crate::error::{Error, Result};
 
 /// Name components that wrappers insert and that say nothing about the model.
@@ -21,13 +23,13 @@ pub struct Named {
 pub(super) struct TensorIndex<'a> {
     pub(super) tensors: &'a [Named],
     /// Names without wrappers.
-    pub(super) names: Vec<String>,
-    by_name: HashMap<String, usize>,
+    pub(super) names: Vec<Cow<'a, str>>,
+    by_name: HashMap<Cow<'a, str>, usize>,
 }
 
 impl<'a> TensorIndex<'a> {
     pub(super) fn new(tensors: &'a [Named]) -> Result<Self> {
-        let names: Vec<String> = tensors.iter().map(|tensor| unwrapped(&tensor.name)).collect();
+        let names: Vec<_> = tensors.iter().map(|tensor| unwrapped(&tensor.name)).collect();
         let mut by_name = HashMap::with_capacity(names.len());
         for (position, name) in names.iter().enumerate() {
             if let Some(other) = by_name.insert(name.clone(), position) {
@@ -54,8 +56,13 @@ impl<'a> TensorIndex<'a> {
     }
 }
 
-fn unwrapped(name: &str) -> String {
-    name.split('.').filter(|part| !WRAPPERS.contains(part)).collect::<Vec<_>>().join(".")
+fn unwrapped(name: &str) -> Cow<'_, str> {
+    if !name.split('.').any(|part| WRAPPERS.contains(&part)) {
+        return Cow::Borrowed(name);
+    }
+    Cow::Owned(
+        name.split('.').filter(|part| !WRAPPERS.contains(part)).collect::<Vec<_>>().join("."),
+    )
 }
 
 pub(super) fn is_number(component: &str) -> bool {
@@ -74,19 +81,28 @@ pub(super) fn suffix_after<'n>(name: &'n str, prefix: &str) -> Option<&'n str> {
     if prefix.is_empty() { Some(name) } else { name.strip_prefix(prefix)?.strip_prefix('.') }
 }
 
-/// Every way to cut a name; a prefix holds no layer number, so that layers cannot shift.
-pub(super) fn cuts(name: &str) -> impl Iterator<Item = (&str, &str)> {
-    let dots: Vec<usize> = name.match_indices('.').map(|(at, _)| at).collect();
-    let last = dots.len().saturating_sub(1);
-    std::iter::once(("", name)).chain(
-        dots.into_iter()
-            .take(last)
-            .map(move |at| (&name[..at], &name[at + 1..]))
-            .take_while(|(prefix, _)| !in_layer(prefix)),
-    )
+/// The last two components of a name.
+pub(super) fn tail(name: &str) -> &str {
+    name.rmatch_indices('.').nth(1).map_or(name, |(at, _)| &name[at + 1..])
 }
 
-/// The last two components of a name.
-pub(super) fn tail(name: &str) -> Vec<&str> {
-    name.rsplitn(3, '.').take(2).collect()
+/// The tensors outside the layers by the last two components of their names.
+pub(super) struct Tails<'a> {
+    pub(super) reasoning: HashMap<&'a str, Vec<usize>>,
+    pub(super) multimodal: HashMap<&'a str, Vec<usize>>,
+}
+
+impl<'a> Tails<'a> {
+    pub(super) fn new(models: &'a Models<'_>) -> Self {
+        let of = |index: &'a TensorIndex<'_>| {
+            let mut found: HashMap<&str, Vec<usize>> = HashMap::new();
+            for (position, name) in index.names.iter().enumerate() {
+                if !in_layer(name) {
+                    found.entry(tail(name)).or_default().push(position);
+                }
+            }
+            found
+        };
+        Self { reasoning: of(&models.reasoning), multimodal: of(&models.multimodal) }
+    }
 }

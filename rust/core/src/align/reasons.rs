@@ -2,8 +2,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::names::{TensorIndex, in_layer, is_number, join, suffix_after, tail};
-use super::prefixes::{Models, Prefixes, best};
+use super::names::{Tails, TensorIndex, in_layer, is_number, join, suffix_after, tail};
+use super::prefixes::{Models, Prefixes};
 use crate::error::Error;
 
 impl Models<'_> {
@@ -14,6 +14,7 @@ impl Models<'_> {
         prefixes: &Prefixes,
         position: usize,
         match_of: &[Option<usize>],
+        tails: &Tails<'_>,
     ) -> Result<usize, String> {
         if let Some(other) = self.namesake(prefixes, position) {
             return Err(self.reasoning_shape_differs(position, other));
@@ -26,10 +27,9 @@ impl Models<'_> {
                 None => format!("outside the aligned prefix {:?}", prefixes.0),
             });
         }
-        let candidates: Vec<usize> = (0..multimodal.names.len())
-            .filter(|&other| match_of[other].is_none() && !in_layer(&multimodal.names[other]))
-            .filter(|&other| tail(&multimodal.names[other]) == tail(name))
-            .collect();
+        let alike = tails.multimodal.get(tail(name)).map_or(&[][..], Vec::as_slice);
+        let candidates: Vec<usize> =
+            alike.iter().copied().filter(|&other| match_of[other].is_none()).collect();
         let fitting: Vec<usize> =
             candidates.iter().copied().filter(|&other| self.same_shape(position, other)).collect();
         match (&fitting[..], &candidates[..]) {
@@ -44,7 +44,12 @@ impl Models<'_> {
     }
 
     /// Why a multimodal tensor has no match.
-    pub(super) fn reason_of_multimodal(&self, prefixes: &Prefixes, other: usize) -> String {
+    pub(super) fn reason_of_multimodal(
+        &self,
+        prefixes: &Prefixes,
+        other: usize,
+        tails: &Tails<'_>,
+    ) -> String {
         let Self { reasoning, multimodal } = self;
         let name = &multimodal.names[other];
         if let Some(suffix) = suffix_after(name, &prefixes.1) {
@@ -55,14 +60,10 @@ impl Models<'_> {
             };
         }
         // A head is outside the prefix, and the other model may have it in another shape.
-        let head = (0..reasoning.names.len()).find(|&position| {
-            !in_layer(name)
-                && !in_layer(&reasoning.names[position])
-                && tail(name) == tail(&reasoning.names[position])
-                && !self.same_shape(position, other)
-        });
+        let alike = tails.reasoning.get(tail(name)).filter(|_| !in_layer(name));
+        let head = alike.into_iter().flatten().find(|&&position| !self.same_shape(position, other));
         match head {
-            Some(position) => self.multimodal_shape_differs(position, other),
+            Some(&position) => self.multimodal_shape_differs(position, other),
             None => format!("outside the language backbone {:?}", prefixes.1),
         }
     }
@@ -101,9 +102,9 @@ impl Models<'_> {
     }
 
     /// The error where no tensor matches by name and shape.
-    pub(super) fn nothing_matches(&self, by_name: &BTreeMap<Prefixes, usize>) -> Error {
+    pub(super) fn nothing_matches(&self, named: Option<(Prefixes, usize)>) -> Error {
         let Self { reasoning, multimodal } = self;
-        let Some(prefixes) = best(by_name) else {
+        let Some((prefixes, count)) = named else {
             let example =
                 |index: &TensorIndex<'_>| index.tensors.first().map_or("", |t| &t.name).to_owned();
             return Error::Alignment(format!(
@@ -129,7 +130,7 @@ impl Models<'_> {
         Error::Alignment(format!(
             "{} names match under {:?} → {:?} but every shape differs: {}. The two models have \
              different sizes; choose a reasoning model of the same backbone",
-            by_name[&prefixes],
+            count,
             prefixes.0,
             prefixes.1,
             examples.join("; ")

@@ -10,7 +10,8 @@ use std::path::{Component, Path, PathBuf};
 
 use serde::de::{Deserialize, Deserializer, Error as _, MapAccess, Visitor};
 
-use super::magic;
+use super::limits::{INDEX_NBYTES, Stated};
+use super::{magic, regular};
 use crate::error::{Error, Result};
 
 const SINGLE: &str = "model.safetensors";
@@ -187,11 +188,7 @@ fn names_single(weight_map: &BTreeMap<String, String>) -> bool {
 }
 
 fn read_index(path: &Path) -> Result<BTreeMap<String, String>> {
-    let metadata = std::fs::metadata(path).map_err(Error::io(path, "open the index"))?;
-    if !metadata.is_file() {
-        return Err(Error::checkpoint(path, "expected a regular file, found something else"));
-    }
-    let text = std::fs::read(path).map_err(Error::io(path, "read the index"))?;
+    let text = regular::read(path, INDEX_NBYTES, "the index", "save the checkpoint again")?;
     let json = text.strip_prefix(b"\xEF\xBB\xBF").unwrap_or(&text);
     let index: IndexFile = serde_json::from_slice(json).map_err(|error| {
         let reason = magic::describe(&text).map_or_else(|| error.to_string(), str::to_owned);
@@ -270,7 +267,9 @@ impl<'de> Deserialize<'de> for WeightMap {
                 mut map: M,
             ) -> std::result::Result<WeightMap, M::Error> {
                 let mut entries = BTreeMap::new();
+                let mut stated = Stated::default();
                 while let Some((tensor, file)) = map.next_entry::<String, String>()? {
+                    stated.take(&tensor).map_err(M::Error::custom)?;
                     if entries.contains_key(&tensor) {
                         return Err(M::Error::custom(format!("tensor {tensor:?} is named twice")));
                     }

@@ -2,7 +2,7 @@
 //!
 //! Invariant: the tensors of a header that was read are inside the file, do not overlap, and cover it.
 
-use std::collections::HashMap;
+use std::collections::HashSet;
 use std::fmt;
 use std::fs::File;
 use std::ops::Range;
@@ -12,14 +12,12 @@ use std::path::Path;
 use safetensors::tensor::{Metadata, TensorInfo as HeaderEntry};
 use serde::de::{Deserialize, Deserializer, Error as _, MapAccess, Visitor};
 
+use super::limits::{self, HEADER_NBYTES, Stated};
 use super::magic;
 use crate::error::{Error, Result};
 
-/// The limit that the safetensors format sets for a header.
-const MAX_HEADER_NBYTES: u64 = 100_000_000;
 const LENGTH_NBYTES: u64 = 8;
-/// Several times what the longest names of models take.
-const MAX_NAME_NBYTES: usize = 8192;
+
 /// One tensor as its header describes it.
 #[derive(Debug, Clone)]
 pub struct Tensor {
@@ -69,7 +67,7 @@ impl Tensor {
 pub(super) fn read(file: &File, path: &Path, file_nbytes: u64) -> Result<(Vec<Tensor>, u64)> {
     let header = read_bytes(file, path, file_nbytes)?;
     let nbytes = LENGTH_NBYTES + header.len() as u64;
-    Ok((parse(path, &header, nbytes, file_nbytes)?, nbytes))
+    Ok((parse(path, header, nbytes, file_nbytes)?, nbytes))
 }
 
 fn read_bytes(file: &File, path: &Path, file_nbytes: u64) -> Result<Vec<u8>> {
@@ -85,14 +83,14 @@ fn read_bytes(file: &File, path: &Path, file_nbytes: u64) -> Result<Vec<u8>> {
     file.read_exact_at(&mut length, 0).map_err(Error::io(path, "read the header"))?;
     let header_nbytes = u64::from_le_bytes(length);
     let available = file_nbytes - LENGTH_NBYTES;
-    if header_nbytes > available || header_nbytes > MAX_HEADER_NBYTES {
+    if header_nbytes > available || header_nbytes > HEADER_NBYTES {
         let hint = magic::describe(&length)
             .unwrap_or("the file is truncated or is not a safetensors file");
         return Err(Error::checkpoint(
             path,
             format!(
                 "the header's length is given as {header_nbytes} bytes, but the file has {available} \
-                 after it and the format allows {MAX_HEADER_NBYTES}; {hint}"
+                 after it and the format allows {HEADER_NBYTES}; {hint}"
             ),
         ));
     }
@@ -101,12 +99,13 @@ fn read_bytes(file: &File, path: &Path, file_nbytes: u64) -> Result<Vec<u8>> {
     Ok(header)
 }
 
-fn parse(path: &Path, bytes: &[u8], data_start: u64, file_nbytes: u64) -> Result<Vec<Tensor>> {
-    let header: Header = serde_json::from_slice(bytes).map_err(|error| {
+fn parse(path: &Path, bytes: Vec<u8>, data_start: u64, file_nbytes: u64) -> Result<Vec<Tensor>> {
+    let header: Header = serde_json::from_slice(&bytes).map_err(|error| {
         let hint = if bytes.is_empty() { magic::describe(&[0; 8]) } else { None };
         let reason = hint.map_or_else(|| error.to_string(), str::to_owned);
         Error::checkpoint(path, format!("the header is not valid: {reason}"))
     })?;
+    drop(bytes);
     let mut entries = header.0;
     entries.sort_by_key(|(_, entry)| entry.data_offsets);
     let mut expected_start = 0;
@@ -139,17 +138,7 @@ fn parse(path: &Path, bytes: &[u8], data_start: u64, file_nbytes: u64) -> Result
 
 fn check_entry(path: &Path, name: &str, entry: &HeaderEntry, expected_start: usize) -> Result<()> {
     let (start, end) = entry.data_offsets;
-    // Aligning names takes time that grows with the square of their components.
-    if name.len() > MAX_NAME_NBYTES {
-        return Err(Error::checkpoint(
-            path,
-            format!(
-                "a tensor's name has {} bytes, expected at most {MAX_NAME_NBYTES}: {:?}…",
-                name.len(),
-                name.chars().take(64).collect::<String>()
-            ),
-        ));
-    }
+    limits::check(path, name, &entry.shape)?;
     if end < start {
         return Err(Error::tensor(
             path,
@@ -206,24 +195,76 @@ impl<'de> Deserialize<'de> for Header {
                 self,
                 mut map: M,
             ) -> std::result::Result<Header, M::Error> {
-                let mut seen = HashMap::new();
+                let mut stated = Stated::default();
+                let mut has_metadata = false;
                 let mut entries = Vec::new();
                 while let Some(name) = map.next_key::<String>()? {
-                    if seen.insert(name.clone(), ()).is_some() {
-                        return Err(M::Error::custom(format!("tensor {name:?} is named twice")));
-                    }
                     if name == "__metadata__" {
-                        map.next_value::<Option<HashMap<String, String>>>()?;
+                        if std::mem::replace(&mut has_metadata, true) {
+                            return Err(M::Error::custom("__metadata__ is there twice"));
+                        }
+                        map.next_value::<Option<Notes>>()?;
                         continue;
                     }
+                    stated.take(&name).map_err(M::Error::custom)?;
                     let entry = map
                         .next_value::<HeaderEntry>()
                         .map_err(|error| M::Error::custom(format!("tensor {name:?}: {error}")))?;
                     entries.push((name, entry));
                 }
+                let mut seen = HashSet::with_capacity(entries.len());
+                if let Some((name, _)) = entries.iter().find(|(name, _)| !seen.insert(name)) {
+                    return Err(M::Error::custom(format!("tensor {name:?} is named twice")));
+                }
                 Ok(Header(entries))
             }
         }
         deserializer.deserialize_map(HeaderVisitor)
+    }
+}
+
+/// The texts of `__metadata__`, which are checked to be texts and not kept.
+struct Notes;
+
+impl<'de> Deserialize<'de> for Notes {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
+        struct NotesVisitor;
+        impl<'de> Visitor<'de> for NotesVisitor {
+            type Value = Notes;
+
+            fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+                formatter.write_str("a JSON object of texts")
+            }
+
+            fn visit_map<M: MapAccess<'de>>(
+                self,
+                mut map: M,
+            ) -> std::result::Result<Notes, M::Error> {
+                while map.next_entry::<Text, Text>()?.is_some() {}
+                Ok(Notes)
+            }
+        }
+        deserializer.deserialize_map(NotesVisitor)
+    }
+}
+
+/// A text that is not kept.
+struct Text;
+
+impl<'de> Deserialize<'de> for Text {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
+        struct TextVisitor;
+        impl Visitor<'_> for TextVisitor {
+            type Value = Text;
+
+            fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+                formatter.write_str("a text")
+            }
+
+            fn visit_str<E>(self, _: &str) -> std::result::Result<Text, E> {
+                Ok(Text)
+            }
+        }
+        deserializer.deserialize_str(TextVisitor)
     }
 }

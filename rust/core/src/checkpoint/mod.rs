@@ -6,10 +6,12 @@
 pub mod block_scales;
 mod files;
 mod header;
+mod limits;
 mod magic;
 mod network_fs;
 pub(crate) mod operand;
 mod partial;
+mod regular;
 pub(crate) mod shard;
 
 use std::collections::HashMap;
@@ -17,9 +19,11 @@ use std::path::{Path, PathBuf};
 
 use crate::dtype::Fp8;
 use crate::error::{Error, Result};
+use crate::interrupt;
 use block_scales::BlockScales;
 use files::{Files, Index};
 pub use header::Tensor;
+use limits::Stated;
 pub use operand::Operand;
 pub use shard::{Reader, Shard};
 
@@ -112,9 +116,12 @@ impl Checkpoint {
             notes: std::mem::take(&mut files.notes),
             absent: Vec::new(),
         };
+        let mut stated = Stated::default();
         let mut unnamed = Vec::new();
         for (number, file) in files.paths.iter().enumerate() {
+            interrupt::poll()?;
             let shard = Shard::open(file, reader)?;
+            limits::check_all(path, &mut stated, shard.tensors())?;
             for (position, tensor) in shard.tensors().iter().enumerate() {
                 let named = files.index.as_ref().map(|index| index.places.get(&tensor.name));
                 let held = opened.places.insert(tensor.name.clone(), (number, position));

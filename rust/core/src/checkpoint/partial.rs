@@ -3,15 +3,14 @@
 //! Such a file has the length of the whole and holes in between, and beside it
 //! `<name>.ranges.json`. Owns the reading of that sidecar; without one a file is whole.
 
-use std::fs::File;
-use std::io::Read;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
+use super::limits::RANGES_NBYTES;
+use super::regular;
 use crate::error::{Error, Result};
 
-/// Far beyond what any shard's ranges take.
-const MAX_NBYTES: u64 = 64 << 20;
+const REMEDY: &str = "download it again";
 
 #[derive(serde::Deserialize)]
 struct Sidecar {
@@ -33,25 +32,11 @@ fn sidecar(path: &Path) -> PathBuf {
 /// A sidecar that is not valid or belongs to a file of another length.
 pub(crate) fn read(path: &Path, nbytes: u64) -> Result<Option<Vec<Range<u64>>>> {
     let place = sidecar(path);
-    // Asked before opening: opening a FIFO would wait for a writer.
-    match std::fs::metadata(&place) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(Error::io(&place, "open the list of ranges")(error)),
-        Ok(metadata) if !metadata.is_file() => {
-            let message = "expected a regular file, found something else";
-            return Err(Error::checkpoint(&place, message));
-        }
-        Ok(_) => {}
-    }
-    let file = File::open(&place).map_err(Error::io(&place, "open the list of ranges"))?;
-    let mut text = Vec::new();
-    file.take(MAX_NBYTES + 1)
-        .read_to_end(&mut text)
-        .map_err(Error::io(&place, "read the list of ranges"))?;
-    let refuse = |why: String| Err(Error::checkpoint(&place, format!("{why}; download it again")));
-    if text.len() as u64 > MAX_NBYTES {
-        return refuse(format!("the list of ranges is longer than {MAX_NBYTES} bytes"));
-    }
+    let text = match regular::read(&place, RANGES_NBYTES, "the list of ranges", REMEDY) {
+        Err(Error::NotFound { .. }) => return Ok(None),
+        text => text?,
+    };
+    let refuse = |why: String| Err(Error::checkpoint(&place, format!("{why}; {REMEDY}")));
     let sidecar: Sidecar = match serde_json::from_slice(&text) {
         Ok(sidecar) => sidecar,
         Err(error) => return refuse(format!("the list of ranges is not valid: {error}")),

@@ -4,7 +4,7 @@
 //! while it is mapped: touching a page past its end kills the process with SIGBUS, which
 //! [`Reader::Pread`] turns into an error.
 
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::ops::Range;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
@@ -16,10 +16,14 @@ use sha2::{Digest, Sha256};
 use super::header::{self, Tensor};
 use super::network_fs;
 use super::partial;
+use super::regular;
 use crate::error::{Error, Result};
+use crate::interrupt;
 
 /// The largest unit in which Linux keeps a file's pages together on x86-64 and AArch64.
 const FOLIO_NBYTES: usize = 2 << 20;
+/// What is read at a time where the reader may be asked to stop.
+const INTERRUPTIBLE_NBYTES: usize = 16 << 20;
 
 /// How a shard's bytes reach the kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -74,17 +78,26 @@ impl Reader {
 impl Identity {
     fn of(file: &File, path: &Path) -> Result<Self> {
         let metadata = file.metadata().map_err(Error::io(path, "read the size of the file"))?;
-        Ok(Self {
+        Ok(Self::stated(&metadata))
+    }
+
+    fn stated(metadata: &Metadata) -> Self {
+        Self {
             nbytes: metadata.len(),
             modified: (metadata.mtime(), metadata.mtime_nsec()),
             inode: metadata.ino(),
-        })
+        }
     }
 
-    /// The identity of the file that has this path now.
-    fn of_path(path: &Path) -> Result<Self> {
-        let now = File::open(path).map_err(Error::io(path, "open the file again"))?;
-        Self::of(&now, path)
+    /// Whether the file that has this path now is still this one.
+    ///
+    /// What is there of a file that was downloaded in part never changes while it is this file, but
+    /// other processes add to it.
+    fn holds(&self, path: &Path, is_partial: bool) -> Result<bool> {
+        let (_, metadata) = regular::open(path, "open the file again")?;
+        let now = Self::stated(&metadata);
+        let modified = if is_partial { now.modified } else { self.modified };
+        Ok(now == Self { modified, ..*self })
     }
 }
 
@@ -95,17 +108,12 @@ impl Shard {
     /// A path that is not a regular file, a file shorter or longer than its header says, a header that
     /// is not JSON or names a tensor twice, or offsets that overlap or leave the file.
     pub fn open(path: &Path, reader: Reader) -> Result<Self> {
-        // Asked before opening: opening a FIFO would wait for a writer.
-        let metadata = std::fs::metadata(path).map_err(Error::io(path, "open the file"))?;
-        if !metadata.is_file() {
-            return Err(Error::checkpoint(path, "expected a regular file, found something else"));
-        }
-        let file = File::open(path).map_err(Error::io(path, "open the file"))?;
+        let (file, metadata) = regular::open(path, "open the file")?;
         let reader = reader.resolve(&file);
-        let identity = Identity::of(&file, path)?;
+        let identity = Identity::stated(&metadata);
         let (tensors, header_nbytes) = header::read(&file, path, identity.nbytes)?;
         let present = partial::read(path, identity.nbytes)?;
-        if present.is_some() && Identity::of_path(path)? != identity {
+        if present.is_some() && !identity.holds(path, true)? {
             // The list may be that of the file which has taken the place of the one that is open.
             return Err(Error::checkpoint(
                 path,
@@ -243,9 +251,13 @@ impl Shard {
     /// A read that fails, or a file that has become shorter.
     pub fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
         self.check_present(&(offset..offset.saturating_add(buffer.len() as u64)))?;
-        self.file
-            .read_exact_at(buffer, offset)
-            .map_err(Error::io(&self.path, "read the file (did it shrink?)"))
+        for (index, part) in buffer.chunks_mut(INTERRUPTIBLE_NBYTES).enumerate() {
+            interrupt::poll()?;
+            self.file
+                .read_exact_at(part, offset + (index * INTERRUPTIBLE_NBYTES) as u64)
+                .map_err(Error::io(&self.path, "read the file (did it shrink?)"))?;
+        }
+        Ok(())
     }
 
     /// Fail if the file has changed since it was opened.
@@ -253,7 +265,7 @@ impl Shard {
     /// # Errors
     /// Another length, modification time or inode than at opening.
     pub fn check_unchanged(&self) -> Result<()> {
-        if Identity::of_path(&self.path)? == self.identity {
+        if self.identity.holds(&self.path, self.is_partial())? {
             return Ok(());
         }
         Err(Error::checkpoint(
