@@ -306,7 +306,7 @@ HOSTILE: dict[str, tuple[str | bytes, list[str]]] = {
     "a repeated model": ('{"model": {"vocab": {}}, "model": {"vocab": {"a": 0}}}', ["'model'"]),
     "a negative id": (text('{"a": -1}'), ["model.vocab", "'a'", "-1"]),
     "a float as id": (text('{"a": 1.0}'), ["model.vocab", "'a'", "1.0"]),
-    "not a number as id": (text('{"a": NaN}'), ["model.vocab", "'a'", "nan"]),
+    "not a number as id": (text('{"a": NaN}'), ["not valid JSON"]),
     "true as id": (text('{"a": true}'), ["model.vocab", "'a'", "True"]),
     "a string as id": (text('{"a": "0"}'), ["model.vocab", "'a'", "'0'"]),
     "null as id": (text('{"a": null}'), ["model.vocab", "'a'"]),
@@ -391,9 +391,9 @@ def test_a_hostile_file_of_the_slow_layout_is_named(
 
 def test_a_file_beyond_the_limit_is_refused_unread(tmp_path: Path) -> None:
     write(tmp_path, {"tokenizer.json": "{"})
-    os.truncate(tmp_path / "tokenizer.json", 200_000_001)
+    os.truncate(tmp_path / "tokenizer.json", 100_000_001)
 
-    with refused(CheckpointError, tmp_path / "tokenizer.json", "200,000,000", "200,000,001"):
+    with refused(CheckpointError, tmp_path / "tokenizer.json", "100,000,000", "100,000,001"):
         read_vocabulary(tmp_path)
 
 

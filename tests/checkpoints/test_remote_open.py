@@ -36,7 +36,7 @@ def test_opening_downloads_the_start_of_the_file_and_opens_as_a_checkpoint(
     server: RangeServer, tmp_path: Path
 ) -> None:
     opened = open_url(f"{server.url}/m/", cache=tmp_path)
-    assert [(name, shape) for name, _, shape, _ in Checkpoint(opened.directory).tensors()] == [
+    assert [(name, shape) for name, _, shape in Checkpoint(opened.directory).tensors()] == [
         ("a", [3_000_000]),
         ("b", [2_000_000]),
     ]
@@ -81,7 +81,7 @@ def test_an_index_brings_all_shards(server: RangeServer, tmp_path: Path, place: 
     opened = open_url(server.url + place, cache=tmp_path)
     assert sorted(opened.etags) == sorted(SHARDS)
     tensors = Checkpoint(opened.directory).tensors()
-    assert sorted(name for name, _, _, _ in tensors) == ["a", "b", "c"]
+    assert sorted(name for name, *_ in tensors) == ["a", "b", "c"]
     check_held(opened.directory, SHARDS)
 
 
@@ -222,7 +222,7 @@ def test_an_index_without_end_is_given_up(
 ) -> None:
     from drift_fast.checkpoints.remote import url
 
-    monkeypatch.setattr(url, "SMALL_NBYTES", 1000)
+    monkeypatch.setattr(url, "INDEX_NBYTES", 1000)
     server.files[f"/m/{INDEX}"] = b" " * 3_000_000
     with refused(CheckpointError, INDEX, "longer", 1000):
         open_url(f"{server.url}/m/{INDEX}", cache=tmp_path)

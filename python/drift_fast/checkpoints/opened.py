@@ -98,7 +98,7 @@ class Opened:
             return self
         tensors = {
             name: (dtype, tuple(shape))
-            for name, dtype, shape, _ in self.checkpoint.tensors()
+            for name, dtype, shape in self.checkpoint.tensors()
             if name in self.shapes or name in restored
         }
         return replace(
@@ -186,7 +186,7 @@ def open_checkpoint(source: PathLike, reader: str = "auto") -> Opened:
         block = Configuration.read(found.path).weight_block
         checkpoint = Checkpoint(found.path, reader=reader, block=block)
     codes = checkpoint.scales()
-    tensors = {name: (dtype, tuple(shape)) for name, dtype, shape, _ in checkpoint.tensors()}
+    tensors = {name: (dtype, tuple(shape)) for name, dtype, shape in checkpoint.tensors()}
     scales = {name: scale for name, scale, _ in codes if scale in tensors}
     held = set(scales.values())
     opened = Opened(

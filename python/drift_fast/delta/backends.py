@@ -183,7 +183,7 @@ class Stored:
         self._stats = stats
         self._files = StoredDelta(directory / INDEX, checksums)
         self.has_checksums = checksums is not None
-        found = {name: (kind, tuple(shape)) for name, kind, shape, _ in self._files.tensors()}
+        found = {name: (kind, tuple(shape)) for name, kind, shape in self._files.tensors()}
         expected = {row.name: (STORED_DTYPES[dtype], row.shape) for row in stats}
         if dtype == "int8":
             expected |= {
@@ -231,7 +231,7 @@ class Stored:
         names = [stored_names(row.name, self._dtype) for row in rows]
         size = {
             name: (_ITEMSIZES[kind], math.prod(shape))
-            for name, kind, shape, _ in self._files.tensors()
+            for name, kind, shape in self._files.tensors()
         }
         total = sum(math.prod(size[name]) for some in names for name in some)
         allowed = parse_size(MEMORY) if memory is None else memory

@@ -68,7 +68,7 @@ def find_side_files(multimodal: Opened) -> SideFiles:
     if remote is not None:
         for name in side_file_names():
             remote.optional_file(name)
-    weights = {Path(shard).name for *_, shard in multimodal.checkpoint.tensors()} | {_INDEX}
+    weights = {Path(file).name for file in multimodal.checkpoint.files()} | {_INDEX}
     files: dict[str, tuple[Path, int]] = {}
     left_behind, outside = [], []
     for path in sorted(directory.iterdir()):

@@ -11,16 +11,13 @@ use crate::buffers::Writable;
 use crate::detach::detached;
 use crate::errors::to_py;
 
-/// Name, dtype, shape and file of a tensor.
-pub(crate) type TensorEntry = (String, String, Vec<usize>, PathBuf);
+/// Name, dtype and shape of a tensor.
+pub(crate) type TensorEntry<'a> = (&'a str, String, &'a [usize]);
 
-pub(crate) fn entries(checkpoint: &checkpoint::Checkpoint) -> Vec<TensorEntry> {
+pub(crate) fn entries(checkpoint: &checkpoint::Checkpoint) -> Vec<TensorEntry<'_>> {
     checkpoint
         .tensors()
-        .map(|(shard, tensor)| {
-            let dtype = tensor.dtype.to_string();
-            (tensor.name.clone(), dtype, tensor.shape.clone(), shard.path().to_owned())
-        })
+        .map(|(_, tensor)| (&*tensor.name, tensor.dtype.to_string(), &*tensor.shape))
         .collect()
 }
 
@@ -69,9 +66,14 @@ impl Checkpoint {
         self.inner.absent().to_vec()
     }
 
-    /// Name, dtype, shape and file of each tensor.
-    fn tensors(&self) -> Vec<TensorEntry> {
+    /// Name, dtype and shape of each tensor.
+    fn tensors(&self) -> Vec<TensorEntry<'_>> {
         entries(&self.inner)
+    }
+
+    /// The files of the checkpoint, in the order of their tensors.
+    fn files(&self) -> Vec<PathBuf> {
+        self.inner.shards().iter().map(|shard| shard.path().to_owned()).collect()
     }
 
     /// Each tensor of 8-bit codes, the name of the tensor for its block scales, and what is wrong with

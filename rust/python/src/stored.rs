@@ -31,8 +31,8 @@ impl StoredDelta {
         Ok(Self { inner })
     }
 
-    /// Name, dtype, shape and file of each tensor.
-    fn tensors(&self) -> Vec<TensorEntry> {
+    /// Name, dtype and shape of each tensor.
+    fn tensors(&self) -> Vec<TensorEntry<'_>> {
         entries(self.inner.checkpoint())
     }
 

@@ -9,16 +9,19 @@
 use std::collections::{HashMap, HashSet};
 
 use super::names::{TensorIndex, is_number};
-use super::prefixes::{Models, Prefixes};
 use crate::error::{Error, Result};
 use crate::interrupt;
 
 /// Endings of names, of one component or more. Of the models that there are each tensor adds
 /// about four.
 const SUFFIXES: usize = 1 << 22;
-/// Cuts of the two models that match; more may where there are more tensors.
-const MATCHES: usize = 1 << 21;
-const MATCHES_OF_TENSOR: usize = 8;
+/// Cuts of the two models that match: some for each tensor, and a number more.
+const MATCHES_OF_TENSOR: usize = 16;
+const MATCHES_MORE: usize = 1 << 19;
+const MATCHES_AT_MOST: usize = 1 << 22;
+
+/// What the reasoning model's names begin with, and the multimodal model's in its place.
+pub(super) type Prefixes = (String, String);
 
 /// A pair of prefixes, each by its number in its model.
 type Key = (u32, u32);
@@ -27,9 +30,9 @@ type Key = (u32, u32);
 #[derive(Debug, Clone, Copy, Default)]
 struct Count {
     /// Tensors, by cuts that keep two components of suffix.
-    tensors: usize,
+    tensors: u32,
     /// Parameters of numbered layers.
-    layered: usize,
+    layered: u32,
 }
 
 /// The counts of all pairs of prefixes.
@@ -79,13 +82,17 @@ impl<'a> Cuts<'a> {
     ///
     /// # Errors
     /// More different suffixes than the limit.
-    pub(super) fn new(models: &'a Models<'_>) -> Result<Self> {
+    pub(super) fn new(
+        reasoning: &'a TensorIndex<'_>,
+        multimodal: &'a TensorIndex<'_>,
+    ) -> Result<Self> {
         let mut numbers = Numbers::default();
-        let reasoning = Side::new(&models.reasoning, &mut numbers)?;
-        let mut multimodal = Side::new(&models.multimodal, &mut numbers)?;
+        let tensors = reasoning.names.len() + multimodal.names.len();
+        let reasoning = Side::new(reasoning, &mut numbers)?;
+        let mut multimodal = Side::new(multimodal, &mut numbers)?;
         multimodal.cuts.sort_unstable_by_key(|cut| (cut.suffix, cut.shape, cut.tensor, cut.prefix));
-        let tensors = models.reasoning.names.len() + models.multimodal.names.len();
-        Ok(Self { reasoning, multimodal, limit: MATCHES + MATCHES_OF_TENSOR * tensors })
+        let limit = (MATCHES_OF_TENSOR * tensors + MATCHES_MORE).min(MATCHES_AT_MOST);
+        Ok(Self { reasoning, multimodal, limit })
     }
 
     /// Count what each pair of prefixes matches by name and, with `shapes`, by shape.
@@ -96,8 +103,8 @@ impl<'a> Cuts<'a> {
         let mut by_key: HashMap<Key, Count> = HashMap::new();
         self.each_match(shapes, |key, tensor, is_whole| {
             let count = by_key.entry(key).or_default();
-            count.tensors += usize::from(is_whole);
-            count.layered += usize::from(self.reasoning.modules[tensor].is_some());
+            count.tensors += u32::from(is_whole);
+            count.layered += u32::from(self.reasoning.modules[tensor].is_some());
         })?;
         Ok(Counts { cuts: self, by_key })
     }
@@ -164,7 +171,7 @@ impl Counts<'_> {
                 let (first, second) = self.texts(key);
                 (count.tensors, std::cmp::Reverse(first.len() + second.len()), (first, second))
             })
-            .map(|(key, count)| (self.prefixes(key), count.tensors))
+            .map(|(key, count)| (self.prefixes(key), count.tensors as usize))
     }
 
     /// The first `most` pairs of prefixes that map names differently than the chosen one, most
@@ -178,7 +185,7 @@ impl Counts<'_> {
                 first.truncate(most);
             }
         }
-        first.into_iter().map(|(key, count)| (self.prefixes(key), count.tensors)).collect()
+        first.into_iter().map(|(key, count)| (self.prefixes(key), count.tensors as usize)).collect()
     }
 
     /// The first alternative that gives each of `layers` layer parameters a match.
@@ -187,7 +194,7 @@ impl Counts<'_> {
         chosen: &Prefixes,
         layers: usize,
     ) -> Option<(Prefixes, usize)> {
-        self.first(self.others(chosen).filter(|(_, count)| count.layered == layers))
+        self.first(self.others(chosen).filter(|(_, count)| count.layered as usize == layers))
     }
 
     /// The first alternative that matches half as many tensors as `matched`, and three quarters of
@@ -198,7 +205,7 @@ impl Counts<'_> {
         matched: usize,
     ) -> Result<Option<(Prefixes, usize)>> {
         let likely: Vec<(Key, Count)> =
-            self.others(chosen).filter(|(_, count)| 2 * count.tensors >= matched).collect();
+            self.others(chosen).filter(|(_, count)| 2 * count.tensors as usize >= matched).collect();
         let own = self.whole().find(|&(key, _)| self.texts(key) == as_texts(chosen));
         let wanted = likely.iter().chain(&own).map(|&(key, _)| key).collect();
         let modules = self.cuts.modules(&wanted)?;
@@ -210,7 +217,7 @@ impl Counts<'_> {
     fn first(&self, found: impl Iterator<Item = (Key, Count)>) -> Option<(Prefixes, usize)> {
         found
             .min_by(|one, other| self.order(one).cmp(&self.order(other)))
-            .map(|(key, count)| (self.prefixes(key), count.tensors))
+            .map(|(key, count)| (self.prefixes(key), count.tensors as usize))
     }
 
     fn others(&self, chosen: &Prefixes) -> impl Iterator<Item = (Key, Count)> {
@@ -222,7 +229,7 @@ impl Counts<'_> {
         counts.filter(|(_, count)| count.tensors > 0)
     }
 
-    fn order(&self, &(key, count): &(Key, Count)) -> (std::cmp::Reverse<usize>, (&str, &str)) {
+    fn order(&self, &(key, count): &(Key, Count)) -> (std::cmp::Reverse<u32>, (&str, &str)) {
         (std::cmp::Reverse(count.tensors), self.texts(key))
     }
 

@@ -19,11 +19,11 @@ pub mod similarity;
 
 use crate::error::Result;
 use crate::interrupt;
-use counts::Cuts;
+use counts::{Cuts, Prefixes};
 pub use names::Named;
 use names::{Tails, TensorIndex};
 pub use prefixes::Ties;
-use prefixes::{Models, Prefixes};
+use prefixes::Models;
 
 /// Other pairs of prefixes that are shown.
 const SHOWN: usize = 3;
@@ -55,7 +55,7 @@ pub fn align(reasoning: &[Named], multimodal: &[Named], ties: Ties) -> Result<Al
         reasoning: TensorIndex::new(reasoning)?,
         multimodal: TensorIndex::new(multimodal)?,
     };
-    let cuts = Cuts::new(&models)?;
+    let cuts = Cuts::new(&models.reasoning, &models.multimodal)?;
     let named = cuts.count(false)?.best();
     let by_shape = cuts.count(true)?;
     let Some((shaped, most)) = by_shape.best() else { return Err(models.nothing_matches(named)) };
@@ -83,7 +83,7 @@ fn matched(
             None => leftover.push(position),
         }
     }
-    let tails = Tails::new(models);
+    let tails = Tails::new(reasoning, multimodal);
     for position in leftover {
         interrupt::poll()?;
         match models.place_leftover(&prefixes, position, &match_of, &tails) {

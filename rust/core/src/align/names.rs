@@ -3,7 +3,6 @@
 use std::borrow::Cow;
 use std::collections::HashMap;
 
-use super::prefixes::Models;
 use crate::error::{Error, Result};
 
 /// Name components that wrappers insert and that say nothing about the model.
@@ -93,7 +92,7 @@ pub(super) struct Tails<'a> {
 }
 
 impl<'a> Tails<'a> {
-    pub(super) fn new(models: &'a Models<'_>) -> Self {
+    pub(super) fn new(reasoning: &'a TensorIndex<'_>, multimodal: &'a TensorIndex<'_>) -> Self {
         let of = |index: &'a TensorIndex<'_>| {
             let mut found: HashMap<&str, Vec<usize>> = HashMap::new();
             for (position, name) in index.names.iter().enumerate() {
@@ -103,6 +102,6 @@ impl<'a> Tails<'a> {
             }
             found
         };
-        Self { reasoning: of(&models.reasoning), multimodal: of(&models.multimodal) }
+        Self { reasoning: of(reasoning), multimodal: of(multimodal) }
     }
 }

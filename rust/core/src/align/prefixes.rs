@@ -1,6 +1,6 @@
 //! Which prefix of one model's names becomes which of the other's, and whether that is certain.
 
-use super::counts::Counts;
+use super::counts::{Counts, Prefixes};
 use super::names::{TensorIndex, join, suffix_after};
 use crate::error::{Error, Result};
 
@@ -12,9 +12,6 @@ pub enum Ties {
     /// Equal prefixes win, as where a model's own names are looked up in it.
     PreferEqualNames,
 }
-
-/// What the reasoning model's names begin with, and the multimodal model's in its place.
-pub(super) type Prefixes = (String, String);
 
 /// The tensors of two models.
 pub(super) struct Models<'a> {

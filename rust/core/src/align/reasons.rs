@@ -2,8 +2,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use super::counts::Prefixes;
 use super::names::{Tails, TensorIndex, in_layer, is_number, join, suffix_after, tail};
-use super::prefixes::{Models, Prefixes};
+use super::prefixes::Models;
 use crate::error::Error;
 
 impl Models<'_> {

@@ -5,8 +5,9 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use proptest::prelude::*;
 
+use super::counts::Prefixes;
 use super::names::{Named, TensorIndex, in_layer, is_number, suffix_after};
-use super::prefixes::{Models, Prefixes, Ties};
+use super::prefixes::{Models, Ties};
 use super::{SHOWN, align};
 use crate::error::Error;
 
