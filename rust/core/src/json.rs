@@ -45,7 +45,10 @@ pub fn memory(text: &[u8], unique: bool) -> Result<u64, String> {
                 {
                     let shown = String::from_utf8_lossy(last);
                     let shown: String = shown.trim_matches('"').chars().take(80).collect();
-                    return Err(format!("key '{}' occurs twice in an object", shown.escape_debug()));
+                    return Err(format!(
+                        "key '{}' occurs twice in an object",
+                        shown.escape_debug()
+                    ));
                 }
             }
             b'"' => {

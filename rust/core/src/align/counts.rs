@@ -204,8 +204,10 @@ impl Counts<'_> {
         chosen: &Prefixes,
         matched: usize,
     ) -> Result<Option<(Prefixes, usize)>> {
-        let likely: Vec<(Key, Count)> =
-            self.others(chosen).filter(|(_, count)| 2 * count.tensors as usize >= matched).collect();
+        let likely: Vec<(Key, Count)> = self
+            .others(chosen)
+            .filter(|(_, count)| 2 * count.tensors as usize >= matched)
+            .collect();
         let own = self.whole().find(|&(key, _)| self.texts(key) == as_texts(chosen));
         let wanted = likely.iter().chain(&own).map(|&(key, _)| key).collect();
         let modules = self.cuts.modules(&wanted)?;

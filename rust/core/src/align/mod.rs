@@ -22,8 +22,8 @@ use crate::interrupt;
 use counts::{Cuts, Prefixes};
 pub use names::Named;
 use names::{Tails, TensorIndex};
-pub use prefixes::Ties;
 use prefixes::Models;
+pub use prefixes::Ties;
 
 /// Other pairs of prefixes that are shown.
 const SHOWN: usize = 3;
