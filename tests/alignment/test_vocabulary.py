@@ -406,7 +406,7 @@ def test_an_error_shows_no_more_than_the_beginning_of_a_long_token(tmp_path: Pat
 
 
 def test_an_error_about_a_lone_surrogate_can_be_printed(tmp_path: Path) -> None:
-    write(tmp_path, {"tokenizer.json": text('{"\\ud800": -1}')})
+    write(tmp_path, {"vocab.json": '{"Ġ": 0, "\\ud800": -1}'})
 
     with pytest.raises(CheckpointError) as caught:
         read_vocabulary(tmp_path)

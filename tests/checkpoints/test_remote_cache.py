@@ -17,12 +17,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
+from drift_fast._core import Checkpoint, stream
 from drift_fast.checkpoints.remote import RemoteCheckpoint, default_cache, open_url, sparse
 from drift_fast.errors import CheckpointError
 from support.processes import python
 from support.range_server import Fault, RangeServer
 from support.remote import FILE, MOMENT, SINGLE, START_NBYTES, check_held, has, held, shard_of
-from support.synthetic import refused
+from support.synthetic import refused, stored, write_file
 
 
 class Usage(NamedTuple):
@@ -143,6 +144,42 @@ def test_a_pipe_in_place_of_a_file_does_not_hang(
         os.mkfifo(opened.directory / name)
     open_url(f"{server.url}/m", cache=tmp_path / "cache")
     check_held(opened.directory, {SINGLE: FILE})
+
+
+def test_what_another_process_adds_to_the_cache_does_not_fail_who_reads_there(
+    opened: RemoteCheckpoint, server: RangeServer, tmp_path: Path
+) -> None:
+    tensors = {"q.w": stored(np.ones((4, 4)))}
+    path = write_file(tmp_path / "local.safetensors", tensors)
+    server.files[f"/n/{SINGLE}"] = path.read_bytes()
+    remote = open_url(f"{server.url}/n", cache=tmp_path / "cache")
+    remote.fetch({SINGLE: [(0, path.stat().st_size)]})
+    source, local = Checkpoint(remote.directory), Checkpoint(path)
+    os.utime(remote.directory / SINGLE, ns=(1, 1))
+    assert stream(source, local, [("q.w", "q.w")], {"threads": 1})
+    # A file that changed on the server takes its place as a new one.
+    shutil.copyfile(remote.directory / SINGLE, tmp_path / "new")
+    (tmp_path / "new").rename(remote.directory / SINGLE)
+    with refused(CheckpointError, remote.directory / SINGLE, "changed while it was being read"):
+        stream(source, local, [("q.w", "q.w")], {"threads": 1})
+
+
+@pytest.mark.parametrize("name", [".lock", SINGLE])
+def test_a_pipe_that_comes_later_does_not_hang_either(
+    opened: RemoteCheckpoint, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = sparse.SparseShard.load
+
+    def exchange(path: Path) -> object:
+        found = load(path)
+        (opened.directory / name).unlink()
+        os.mkfifo(opened.directory / name)
+        return found
+
+    monkeypatch.setattr(sparse.SparseShard, "load", exchange)
+    with pytest.raises((CheckpointError, OSError)):
+        opened.fetch({SINGLE: [(1_000_000, 1_001_000)]})
+        opened.fetch({SINGLE: [(2_000_000, 2_001_000)]})
 
 
 GOOD = {

@@ -101,7 +101,8 @@ class Description(msgspec.Struct, frozen=True):
             )
         file = JsonFile(path, _MAX_NBYTES, "compute the delta again")
         written = file.read_parts(_Written)
-        version, dtype = file.parse(written.format_version, Any), file.parse(written.dtype, Any)
+        version: Any = file.parse(written.format_version, Any)
+        dtype: Any = file.parse(written.dtype, Any)
         author = f"drift_fast {shown(file.parse(written.drift_fast_version, Any))}".replace("'", "")
         if version != FORMAT_VERSION:
             raise file.wrong(

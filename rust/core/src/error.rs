@@ -91,6 +91,10 @@ fn remedy(error: &io::Error) -> &'static str {
              again"
         }
         Some(Errno::NFILE) => "; all processes together may open only so many files: end others",
+        Some(Errno::NOLCK | Errno::NOTSUP) => {
+            "; the file system has no locks, which keep two runs from writing the same: choose a \
+             directory on another one"
+        }
         Some(Errno::IO | Errno::STALE) => {
             "; the disk or the network file system fails: copy the files to another one"
         }

@@ -211,6 +211,19 @@ mod tests {
     }
 
     #[test]
+    fn aligning_ends_where_it_is_asked_to() {
+        let model = decoder("model.", 2, 8);
+        let stopped = interrupt::with_check(
+            || std::ops::ControlFlow::Break(()),
+            || {
+                std::thread::sleep(std::time::Duration::from_millis(60));
+                align(&model, &model, Ties::Refuse)
+            },
+        );
+        assert!(matches!(stopped, Err(crate::Error::Interrupted)));
+    }
+
+    #[test]
     fn wrapped_names_align_as_if_unwrapped() {
         let plain = decoder("model.", 2, 8);
         let wrapped: Vec<Named> = plain

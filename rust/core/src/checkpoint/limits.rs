@@ -5,7 +5,6 @@
 
 use std::path::Path;
 
-use super::header::Tensor;
 use crate::error::{Error, Result};
 
 /// The limit that the safetensors format sets for a header.
@@ -86,10 +85,10 @@ pub(super) fn check(path: &Path, name: &str, shape: &[usize]) -> Result<()> {
 pub(super) fn check_all<'a>(
     path: &Path,
     stated: &mut Stated,
-    tensors: impl IntoIterator<Item = &'a Tensor>,
+    names: impl IntoIterator<Item = &'a String>,
 ) -> Result<()> {
-    tensors
+    names
         .into_iter()
-        .try_for_each(|tensor| stated.take(&tensor.name))
+        .try_for_each(|name| stated.take(name))
         .map_err(|why| Error::checkpoint(path, why))
 }

@@ -121,7 +121,8 @@ impl Checkpoint {
         for (number, file) in files.paths.iter().enumerate() {
             interrupt::poll()?;
             let shard = Shard::open(file, reader)?;
-            limits::check_all(path, &mut stated, shard.tensors())?;
+            let names = shard.tensors().iter().map(|tensor| &tensor.name);
+            limits::check_all(path, &mut stated, names)?;
             for (position, tensor) in shard.tensors().iter().enumerate() {
                 let named = files.index.as_ref().map(|index| index.places.get(&tensor.name));
                 let held = opened.places.insert(tensor.name.clone(), (number, position));
