@@ -10,7 +10,7 @@ OLDEST_TESTS := $(addprefix tests/,alignment/test_families.py alignment/test_ali
 	inject/test_injection_names.py integrations/test_trainer.py) \
 	$(wildcard tests/checkpoints/test_remote_*.py)
 
-.PHONY: demo test test-slow test-oldest test-wheel families parity options lint bench reproduce \
+.PHONY: demo test test-slow fuzz test-oldest test-wheel families parity options lint bench reproduce \
 	reproduce-full format clean
 
 demo: .venv/demo
@@ -23,6 +23,12 @@ test: .venv/built
 
 test-slow: .venv/built
 	$(BIN)/python -m pytest -q -m slow
+	$(MAKE) --no-print-directory fuzz FUZZ_SECONDS=10
+
+# Every reader on arbitrary input, held against the official one: six targets, a minute each. Needs a
+# C++ compiler for libFuzzer. TARGETS='shard pair' runs those alone.
+fuzz: .venv/built
+	$(BIN)/python tests/fuzz/run.py --seconds $(or $(FUZZ_SECONDS),60) $(TARGETS)
 
 # What depends on other libraries, with the oldest of them that are supported.
 test-oldest: build/oldest/installed

@@ -1,4 +1,4 @@
-"""What a small file may ask for is limited, and a refusal names the limit. docs/reliability.md lists them."""
+"""What a small file may ask for is limited, and a refusal names the limit."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import pytest
 
 from drift_fast import AlignmentError, CheckpointError, Delta, check, compute_delta
 from drift_fast._core import Checkpoint, json_memory
-from drift_fast.alignment.similarity import _groups
 from drift_fast.alignment.name_alignment import Pair as NamePair
+from drift_fast.alignment.similarity import _groups
 from drift_fast.alignment.tokenizer_files import read_vocabulary
 from drift_fast.checkpoints.config_json import Configuration
 from drift_fast.checkpoints.remote.shards import shard_names
@@ -144,7 +144,8 @@ def test_parts_of_a_tokenizer_that_are_not_needed_cost_nothing(tmp_path: Path) -
     text = f'{{"model": {{"type": "BPE", "vocab": {{"a": 0}}, "merges": {LISTS}}}}}'
     (tmp_path / "tokenizer.json").write_text(text)
     found = read_vocabulary(tmp_path)
-    assert found is not None and found.tokens == {"a": 0}
+    assert found is not None
+    assert found.tokens == {"a": 0}
 
 
 def test_the_vocabulary_of_the_largest_model_is_within_the_limits(tmp_path: Path) -> None:
