@@ -339,7 +339,7 @@ HOSTILE: dict[str, tuple[str | bytes, list[str]]] = {
     "a string": ('"vocab"', ["object", "a string"]),
     "null": ("null", ["object"]),
     "nothing": ("", ["JSON"]),
-    "not JSON": ("version one\n", ["JSON"]),
+    "not JSON": ("version https://git-lfs.github.com/spec/v1\n", ["JSON"]),
     "not text": (b'{"model": "\xff\xfe\xfa"}', ["JSON"]),
     "a file cut off": (text('{"a": 0}')[:-9], ["JSON"]),
     "enormous nesting": ("[" * 200_000 + "]" * 200_000, ["JSON", "nested too deeply"]),
