@@ -21,6 +21,7 @@ __all__ = [
     "correlate_samples",
     "debug_build",
     "is_side_file",
+    "json_memory",
     "measure",
     "merge",
     "output_paths",
