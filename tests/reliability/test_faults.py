@@ -77,7 +77,7 @@ def test_every_call_fails_once(verb: str, library: Path, tmp_path: Path) -> None
     errors = [errno.EIO, errno.ENOSPC, errno.EINTR, errno.EMFILE]
     often = errors[VERBS.index(verb) % len(errors)]
     found = runs_of(verb, library, tmp_path / "all", errors=[often], calls=10**6)
-    assert found["runs"] == found["calls"] > 200
+    assert found["runs"] == found["calls"] > 150
     rest = [error for error in errors if error != often]
     others = runs_of(verb, library, tmp_path / "some", errors=rest, calls=found["calls"] // 7)
     assert found["wrong"] + others["wrong"] == []
