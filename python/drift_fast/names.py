@@ -67,6 +67,8 @@ _OTHER_MODALITY = re.compile(
     r"(^|\.)(visual|vision\w*|vit\w*|image_\w+|audio\w*|speech\w*|\w*projector|connector"
     r"|perceiver\w*|resampler|merger)(\.|$)"
 )
+# As many as the largest models have on both sides, since each is asked about many times.
+_NAMES = 1 << 18
 # More digits than any layer has are part of a name, and may be more than Python converts.
 _NUMBERED = re.compile(r"(?:^|\.)(\d{1,9})(?=\.|$)")
 # Experts that a router chooses from, as `experts.3`, `experts.expert_3` or fused, as `experts`.
@@ -84,7 +86,7 @@ def bare(name: str) -> str:
     return name if _WRAPPERS.isdisjoint(parts) else ".".join(p for p in parts if p not in _WRAPPERS)
 
 
-@functools.lru_cache(maxsize=1 << 16)
+@functools.lru_cache(maxsize=_NAMES)
 def kind_of(name: str) -> str:
     """Return the preset that selects a tensor, or "other"."""
     name = bare(name)
@@ -126,7 +128,7 @@ def may_be_missed(name: str, kinds: Collection[str]) -> bool:
     return bool(wanted & {block} if block else wanted) and not any(map(_ASIDE.search, inside))
 
 
-@functools.lru_cache(maxsize=1 << 16)
+@functools.lru_cache(maxsize=_NAMES)
 def layer_of(name: str) -> int | None:
     """Return the number of the layer that a tensor is in, None outside the layers."""
     found = _NUMBERED.search(name)
@@ -138,6 +140,7 @@ def is_expert(name: str) -> bool:
     return _EXPERT.search(name) is not None
 
 
+@functools.lru_cache(maxsize=_NAMES)
 def container_of(name: str) -> str | None:
     """Return the part of a name before the layer number, None outside the layers."""
     found = _NUMBERED.search(name)
@@ -158,7 +161,7 @@ def common_prefixes(pairs: Iterable[tuple[str, str]]) -> tuple[str, str] | None:
     return None
 
 
-@functools.lru_cache(maxsize=1 << 16)
+@functools.lru_cache(maxsize=_NAMES)
 def module_of(name: str) -> str:
     """Return the module within its layer, such as `self_attn.q_proj`, without expert numbers."""
     name = bare(name)

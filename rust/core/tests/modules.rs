@@ -6,9 +6,11 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// From the ground up.
-const ORDER: [&str; 10] = [
+const ORDER: [&str; 12] = [
     "error",
     "dtype",
+    "interrupt",
+    "json",
     "workers",
     "kernel",
     "checkpoint",
