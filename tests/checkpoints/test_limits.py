@@ -35,7 +35,7 @@ def empty(path: Path, names: Iterable[str], shape: Sequence[int] = (0,), **more:
     ("name", "words"),
     [
         ("x" * 8193, ("8193 bytes", "at most 8192")),
-        (".".join("x" * 129), ("129 components", "at most 128")),
+        (".".join("x" * 65), ("65 components", "at most 64")),
         (f"model.layers.{'9' * 19}.weight", ("19 digits", "at most 18")),
         (f"model.layers.{'٣' * 5000}.weight", ("bytes", "at most 8192")),
         (f"model.layers.{'٣' * 20}.weight", ("20 digits", "at most 18")),
@@ -51,7 +51,7 @@ def test_a_name_that_no_model_has_is_refused(
 
 
 def test_a_name_within_the_limits_is_read(tmp_path: Path) -> None:
-    names = [".".join("x" * 128), "y" * 8192, "model.layers.999999999999999999.weight"]
+    names = [".".join("x" * 64), "y" * 8192, "model.layers.999999999999999999.weight"]
     path = empty(tmp_path / "a.safetensors", names)
     assert {name for name, *_ in Checkpoint(path).tensors()} == set(names)
 
@@ -169,9 +169,10 @@ def test_names_too_alike_to_be_matched_are_refused_and_shown(tmp_path: Path) -> 
     assert "too alike" in str(check(a, b))
 
 
+@pytest.mark.slow
 def test_more_endings_than_the_limit_are_refused(tmp_path: Path) -> None:
-    path = ".".join("a" * 100)
-    names = [f"{path}.{number}x" for number in range(45_000)]
+    path = ".".join("a" * 60)
+    names = [f"{path}.{number}x" for number in range(75_000)]
     a = empty(tmp_path / "a.safetensors", names)
     with refused(AlignmentError, "4194304 different endings", "the limit"):
         compute_delta(a, a)

@@ -20,7 +20,7 @@ pub(super) const TENSORS: usize = 1 << 18;
 pub(super) const NAMES_NBYTES: usize = 24 << 20;
 /// Several times what the longest names of models take.
 const NAME_NBYTES: usize = 8192;
-const NAME_COMPONENTS: usize = 128;
+const NAME_COMPONENTS: usize = 64;
 /// Digits of a number in a name, which then has a value in every language.
 const NAME_DIGITS: usize = 18;
 const DIMENSIONS: usize = 64;
