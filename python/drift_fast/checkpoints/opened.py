@@ -164,11 +164,11 @@ class Opened:
 
     def _places(self, names: Iterable[str]) -> dict[Path, list[tuple[int, int]]]:
         """Return the byte ranges of stored tensors in each shard."""
-        ranges: dict[str, list[tuple[int, int]]] = {}
+        ranges: dict[Path, list[tuple[int, int]]] = {}
         for name in sorted(names):
             path, start, end = self.checkpoint.place(name)
-            ranges.setdefault(path, []).append((start, end))
-        return {Path(path): places for path, places in ranges.items()}
+            ranges.setdefault(Path(path), []).append((start, end))
+        return ranges
 
 
 def open_checkpoint(source: PathLike, reader: str = "auto") -> Opened:
