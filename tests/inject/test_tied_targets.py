@@ -134,3 +134,19 @@ def test_a_head_untied_in_memory_is_seen_without_adapters(
     retied.tie_weights()
     assert drift_fast.Injection(model, deltas["tied"]).coverage.fraction == 1.0
     assert drift_fast.Injection(tiny_qwen2(), deltas["tied"]).coverage.fraction == 1.0
+
+
+def test_a_head_belongs_with_the_embedding_of_its_own_language_model(
+    deltas: dict[str, drift_fast.Delta],
+) -> None:
+    # As in a model that states ties as a whole, of a part that thinks and one that talks.
+    class Both(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.thinker = tiny_qwen2(tie_word_embeddings=False)
+            self.talker = tiny_qwen2(tie_word_embeddings=False)
+            self.config = tiny_qwen2(tie_word_embeddings=True).config
+
+    mapping = {name: f"thinker.{name}" for name in (EMBED, HEAD)}
+    with drift_fast.Injection(Both(), deltas["apart"], mapping=mapping) as injection:
+        assert set(injection.targets) == set(mapping.values())

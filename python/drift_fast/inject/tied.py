@@ -60,7 +60,7 @@ def refuse_untied(
     trained = {name: _trained(name, parameters, adapted) for name in held}
     for name in targeted:
         for other in held.keys() - targeted:
-            apart = held[other] != held[name] and not _share(trained[name], trained[other])
+            apart = _in_one_model(name, other) and not _share(trained[name], trained[other])
             if apart and any(parameter.requires_grad for parameter in trained[other]):
                 raise DriftError(
                     f"the model ties {name} and {other}, and they are two parameters here, of "
@@ -68,6 +68,15 @@ def refuse_untied(
                     "one, with ensure_weight_tying=True in the PEFT config or without adapters "
                     "with model.tie_weights(), or leave embeddings and head out with modules=…"
                 )
+
+
+def _in_one_model(first: str, second: str) -> bool:
+    """Whether one is the head and the other the embedding of one of the model's language models."""
+    heads = [name for name in (first, second) if kind_of(name) == "head"]
+    if len(heads) != 1:
+        return False
+    owner = heads[0].rpartition(".")[0].rpartition(".")[0]
+    return not owner or all(name.startswith(f"{owner}.") for name in (first, second))
 
 
 def _ties(model: nn.Module) -> bool:
