@@ -94,7 +94,10 @@ def _work(file: Path) -> None:
     # Another process may have given up.
     with contextlib.suppress(RuntimeError):
         dist.barrier()
-    dist.destroy_process_group()
+    # Without ending the store, which aborts where another process has just removed its file.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":
