@@ -98,7 +98,7 @@ def qwen3_moe() -> Shapes:
 
 
 def deepseek_v3() -> Shapes:
-    """Without the layer that predicts a second token, which is no part of the 671B."""
+    """Leave out the layer that predicts a second token: the 671B do not count it."""
     hidden, heads, experts, inner = 7168, 128, 256, 2048
     query_rank, key_rank, nope, rope, value = 1536, 512, 128, 64, 128
     shapes = dict(outside(hidden, 129280))

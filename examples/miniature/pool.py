@@ -24,7 +24,7 @@ _FIRST_GUESS: Final = 20.0
 
 
 class Clock:
-    """Tells whether there is time for another job; `minutes` None is no limit."""
+    """Tells whether there is time for another job; `minutes` None sets no limit."""
 
     def __init__(self, minutes: float | None) -> None:
         self._start = time.perf_counter()

@@ -33,7 +33,7 @@ OTHER_MODALITY = ("visual", "vision_tower", "multi_modal_projector")
 
 @dataclasses.dataclass
 class Recipe:
-    """What is no argument of the Trainer."""
+    """What the Trainer has no argument for."""
 
     model: str
     data: str

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 
@@ -61,7 +62,7 @@ def mutated(data: bytes, random_: random.Random) -> bytes:
     return data
 
 
-class Case:
+class Case(ABC):
     """Valid files, and what is done with a changed copy of them."""
 
     def __init__(self, home: Path) -> None:
@@ -75,8 +76,7 @@ class Case:
         shutil.copytree(self.valid, self.copy)
         files = sorted(path for path in self.copy.rglob("*") if path.is_file())
         path = random_.choice(files)
-        changed = mutated(path.read_bytes(), random_)
-        path.write_bytes(changed)
+        path.write_bytes(mutated(path.read_bytes(), random_))
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -85,14 +85,16 @@ class Case:
             if not str(error):
                 raise AssertionError("an error without a message") from error
             return type(error).__name__
-        self.check(path, changed)
+        self.check(path)
         return "accepted"
 
+    @abstractmethod
     def use(self) -> None:
-        raise NotImplementedError
+        """Use the changed copy; raise one of the documented errors, or accept it."""
 
-    def check(self, path: Path, changed: bytes) -> None:
-        """Check what was accepted."""
+    @abstractmethod
+    def check(self, changed: Path) -> None:
+        """Check what came of a copy that was accepted, in which this file was changed."""
 
 
 class ReadDelta(Case):
@@ -112,7 +114,7 @@ class ReadDelta(Case):
     def use(self) -> None:
         self.found = self.read(self.copy)
 
-    def check(self, path: Path, changed: bytes) -> None:
+    def check(self, changed: Path) -> None:
         if self.found.keys() != self.expected.keys():
             raise AssertionError("other tensors than were written")
         for name, tensor in self.found.items():
@@ -161,10 +163,12 @@ class Merge(Case):
                 raise AssertionError("a merge that failed left files behind") from None
             raise
 
-    def check(self, path: Path, changed: bytes) -> None:
+    def check(self, changed: Path) -> None:
         for name, tensor in self.read(self.out).items():
             expected = self.expected.get(name)
-            if path.suffix == ".json" and (expected is None or not torch.equal(tensor, expected)):
+            if changed.suffix == ".json" and (
+                expected is None or not torch.equal(tensor, expected)
+            ):
                 raise AssertionError(f"{name} has other values, though no weight was changed")
 
 

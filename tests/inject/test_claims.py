@@ -29,16 +29,6 @@ from support.injection_models import (
 SCOPES = pytest.mark.parametrize("scope", ["step", "microbatch"])
 
 
-@pytest.fixture
-def model() -> Backbone:
-    return Backbone()
-
-
-@pytest.fixture
-def delta(tmp_path: Path, model: Backbone) -> drift_fast.Delta:
-    return delta_towards(tmp_path, model)
-
-
 def step(model: nn.Module, injection: Injection | None = None, seed: int = 1) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
     regression_loss(model, regression_batch(seed=seed)).backward()

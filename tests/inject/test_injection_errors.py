@@ -32,16 +32,6 @@ from support.injection_models import (
 VICTIM = "model.layers.1.mlp.down_proj.weight"
 
 
-@pytest.fixture
-def model() -> Backbone:
-    return Backbone()
-
-
-@pytest.fixture
-def delta(tmp_path: Path, model: Backbone) -> drift_fast.Delta:
-    return delta_towards(tmp_path, model)
-
-
 def message_of(caught: pytest.ExceptionInfo[BaseException]) -> str:
     return str(caught.value)
 

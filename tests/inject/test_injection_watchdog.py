@@ -7,7 +7,6 @@ test_injection_errors.py.
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,23 +14,12 @@ import torch
 import drift_fast
 from support.injection_models import (
     Backbone,
-    delta_towards,
     regression_batch,
     regression_loss,
     train,
 )
 
 VICTIM = "model.layers.1.mlp.down_proj.weight"
-
-
-@pytest.fixture
-def model() -> Backbone:
-    return Backbone()
-
-
-@pytest.fixture
-def delta(tmp_path: Path, model: Backbone) -> drift_fast.Delta:
-    return delta_towards(tmp_path, model)
 
 
 def test_an_update_without_an_injection_is_stopped_at_the_first_step(

@@ -68,16 +68,6 @@ def planned(name: str, lambdas: dict[str, float] = LAMBDAS) -> float:
     return lambdas["attn" if "self_attn" in name else "mlp"]
 
 
-@pytest.fixture
-def model() -> Backbone:
-    return Backbone()
-
-
-@pytest.fixture
-def delta(tmp_path: Path, model: Backbone) -> drift_fast.Delta:
-    return delta_towards(tmp_path, model)
-
-
 # --- where the weights end ------------------------------------------------------------------------
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +18,6 @@ import drift_fast
 from support import reference
 from support.injection_models import (
     Backbone,
-    delta_towards,
     gradients_of,
     regression_batch,
     regression_loss,
@@ -29,16 +27,6 @@ from support.injection_models import (
 VICTIM = "model.layers.1.mlp.down_proj.weight"
 EITHER_ZERO = pytest.mark.parametrize("set_to_none", [True, False])
 Clip = Callable[[nn.Module], Any]
-
-
-@pytest.fixture
-def model() -> Backbone:
-    return Backbone()
-
-
-@pytest.fixture
-def delta(tmp_path: Path, model: Backbone) -> drift_fast.Delta:
-    return delta_towards(tmp_path, model)
 
 
 def backward(model: nn.Module, seed: int = 1) -> None:

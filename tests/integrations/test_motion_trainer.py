@@ -15,19 +15,13 @@ import torch
 
 import drift_fast
 from support import reference
-from support.injection_models import moved_text, saved, tiny_qwen2, weights_of
+from support.injection_models import moved_text, saved, text_samples, tiny_qwen2, weights_of
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 attach_motion = pytest.importorskip("drift_fast.integrations.trainer_motion").attach_motion
 
 LAMBDAS = {"attn": 0.7, "mlp": 1.3}
-
-
-def samples() -> list[dict[str, torch.Tensor]]:
-    generator = torch.Generator().manual_seed(12)
-    tokens = torch.randint(4, 64, (12, 8), generator=generator)
-    return [{"input_ids": row, "labels": row.clone()} for row in tokens]
 
 
 def make_trainer(model: torch.nn.Module, folder: Path, **arguments: Any) -> Any:
@@ -49,7 +43,7 @@ def make_trainer(model: torch.nn.Module, folder: Path, **arguments: Any) -> Any:
     return transformers.Trainer(
         model=model,
         args=transformers.TrainingArguments(**{**options, **arguments}),
-        train_dataset=samples(),
+        train_dataset=text_samples(12),
         callbacks=callbacks,
     )
 

@@ -22,6 +22,7 @@ from support.injection_models import (
     language_targets,
     moved_text,
     saved,
+    text_samples,
     tiny_llava,
     tiny_qwen2,
     weights_of,
@@ -34,12 +35,6 @@ pytest.importorskip("accelerate")
 pytestmark = pytest.mark.filterwarnings("ignore:progress along:drift_fast.DriftWarning")
 
 SAMPLES = 10
-
-
-def samples() -> list[dict[str, torch.Tensor]]:
-    generator = torch.Generator().manual_seed(12)
-    tokens = torch.randint(4, 64, (SAMPLES, 8), generator=generator)
-    return [{"input_ids": row, "labels": row.clone()} for row in tokens]
 
 
 def make_trainer(
@@ -67,7 +62,7 @@ def make_trainer(
     return (trainer_class or transformers.Trainer)(
         model=model,
         args=transformers.TrainingArguments(**{**options, **arguments}),
-        train_dataset=samples(),
+        train_dataset=text_samples(SAMPLES),
         optimizers=(optimizer, None),
     )
 

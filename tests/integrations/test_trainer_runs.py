@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import drift_fast
-from support.injection_models import moved_text, saved, tiny_qwen2, weights_of
+from support.injection_models import moved_text, saved, text_samples, tiny_qwen2, weights_of
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -26,12 +26,6 @@ from drift_fast.integrations.trainer_motion import attach_motion  # noqa: E402
 pytestmark = pytest.mark.filterwarnings("ignore:progress along:drift_fast.DriftWarning")
 
 SAMPLES = 16
-
-
-def samples() -> list[dict[str, torch.Tensor]]:
-    generator = torch.Generator().manual_seed(12)
-    tokens = torch.randint(4, 64, (SAMPLES, 8), generator=generator)
-    return [{"input_ids": row, "labels": row.clone()} for row in tokens]
 
 
 class OutOfMemory(transformers.Trainer):  # type: ignore[misc]
@@ -70,7 +64,7 @@ def make_trainer(
     return (kind or transformers.Trainer)(
         model=model,
         args=transformers.TrainingArguments(**{**options, **arguments}),
-        train_dataset=samples(),
+        train_dataset=text_samples(SAMPLES),
         **objects,
     )
 
@@ -320,7 +314,7 @@ def test_a_checkpoint_of_the_best_evaluation_holds_the_state(
         metric_for_best_model="loss",
         eval_strategy="steps",
         eval_steps=3,
-        eval_dataset=samples(),
+        eval_dataset=text_samples(SAMPLES),
     )
     drift_fast.attach(trainer, delta, schedule="linear")
     trainer.train()

@@ -12,22 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import drift_fast
-from support.injection_models import moved_text, saved, tiny_qwen2
+from support.injection_models import moved_text, saved, text_samples, tiny_qwen2
 from support.joined import Joined, Report, launch
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 PATIENCE = timedelta(seconds=90)
-
-
-def samples() -> list[dict[str, torch.Tensor]]:
-    generator = torch.Generator().manual_seed(12)
-    tokens = torch.randint(4, 64, (16, 8), generator=generator)
-    return [{"input_ids": row, "labels": row.clone()} for row in tokens]
 
 
 def run_twice(folder: Path, trainer_class: Any = None, **arguments: Any) -> Report:
@@ -59,7 +52,7 @@ def run_twice(folder: Path, trainer_class: Any = None, **arguments: Any) -> Repo
     trainer = (trainer_class or transformers.Trainer)(
         model=tiny_qwen2(),
         args=transformers.TrainingArguments(**{**options, **arguments}),
-        train_dataset=samples(),
+        train_dataset=text_samples(16),
     )
     injection = drift_fast.attach(trainer, folder / "delta", schedule="linear", scale="gradnorm")
     for steps in (2, 4):

@@ -254,6 +254,13 @@ TEXT: dict[str, Any] = {
 TEXT_TARGETS = 20
 
 
+def text_samples(count: int) -> list[dict[str, torch.Tensor]]:
+    """Seeded texts of 8 tokens, as a Trainer's dataset."""
+    generator = torch.Generator().manual_seed(12)
+    tokens = torch.randint(4, 64, (count, 8), generator=generator)
+    return [{"input_ids": row, "labels": row.clone()} for row in tokens]
+
+
 def tiny_qwen2(*, seed: int = 0, **overrides: Any) -> nn.Module:
     """A random Qwen2ForCausalLM in float32."""
     from transformers import Qwen2Config, Qwen2ForCausalLM

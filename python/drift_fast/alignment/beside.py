@@ -170,7 +170,7 @@ def _kind(place: str, dtype: str, own: set[str], weights: set[str], module_kind:
     ):
         return "codes"
     if leaf == "weight":
-        # What is deeper in a module than its weight is no part of the weight's own module.
+        # A weight that is deeper in a module belongs to a part of that module.
         return "unknown" if any(above in own for above, _ in _above(module)) else None
     if dtype in _NO_WEIGHTS or _HARMLESS.search(place):
         return None

@@ -130,8 +130,8 @@ class Configuration:
 class Section:
     """One object of a config.json, whose entries are checked when they are asked for.
 
-    Of several keys, the spellings of one entry, the first that is there and not null counts. What
-    is `needed` raises a CheckpointError if it is of another type; the rest is warned of.
+    Several keys are spellings of one entry: the first that is there and not null counts. A needed
+    entry of another type raises a CheckpointError; any other one is warned of.
     """
 
     def __init__(self, file: JsonFile, name: str, entries: Mapping[str, Any]) -> None:

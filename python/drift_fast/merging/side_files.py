@@ -41,7 +41,7 @@ class SideFiles:
         """Return a file's bytes.
 
         Raises:
-            CheckpointError: its size is no longer what it was.
+            CheckpointError: its size has changed.
         """
         path, nbytes = self.files[name]
         try:

@@ -400,7 +400,7 @@ class Control:
 def limit(
     c: torch.Tensor, norm: torch.Tensor, delta_norm: torch.Tensor, max_push: float | None
 ) -> torch.Tensor:
-    """Return c with ‖c·Δ‖ at most max_push·‖g‖ for every parameter; None is no limit.
+    """Return c with ‖c·Δ‖ at most max_push·‖g‖ for every parameter; None sets no limit.
 
     `norm` is ‖g‖ and `delta_norm` is ‖Δ‖, all of shape [parameters] on one device. Where ‖g‖ is NaN
     the result is NaN too.
