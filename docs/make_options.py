@@ -48,6 +48,7 @@ CLASSES = (
     "drift_fast.inject.config.TargetOptions",
     "drift_fast.inject.config.InjectionConfig",
     "drift_fast.inject.motion.options.MotionOptions",
+    "drift_fast.protection.options.ProtectOptions",
     "drift_fast.integrations.settings.Settings",
     "drift_fast.planner.training.Training",
     "drift_fast.planner.options.PlanOptions",

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from drift_fast.planner.planning import plan
     from drift_fast.planner.report import TrainingPlan
     from drift_fast.preflight.check import Preflight, check
+    from drift_fast.protection.protect import protect
 
 __all__ = [
     "Alignment",
@@ -66,6 +67,7 @@ __all__ = [
     "merge",
     "plan",
     "predict_progress",
+    "protect",
     "schedule",
 ]
 
@@ -91,6 +93,7 @@ _LAZY = {
     "predict_progress": "drift_fast.inject.predict",
     "TrainingPlan": "drift_fast.planner.report",
     "plan": "drift_fast.planner.planning",
+    "protect": "drift_fast.protection.protect",
 }
 
 

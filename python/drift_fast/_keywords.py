@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from drift_fast.inject.strength.per_module import LayerAlpha, PerModule
     from drift_fast.merging.method_options import Weight
     from drift_fast.progress_bar import ProgressCallback
+    from drift_fast.protection.options import Place
     from drift_fast.selection import Layers, Modules
 
 
@@ -174,6 +175,14 @@ class MotionKeywords(TargetKeywords, ResidencyKeywords, total=False):
 
     schedule: ScheduleLike
     seed: int
+
+
+class ProtectKeywords(TargetKeywords, OutputKeywords, ProgressKeywords, total=False):
+    """The keywords of `ProtectOptions`."""
+
+    directions: int
+    gradients: Place
+    dtype: str | None
 
 
 class SettingsKeywords(InjectionKeywords, total=False):

@@ -464,7 +464,7 @@ def test_auto_on_a_cpu_keeps_half_of_the_free_memory(
     chosen: str,
 ) -> None:
     nbytes = 2 * sum(map(_numel, delta.shapes.values()))
-    monkeypatch.setattr(residency, "_free_host_memory", lambda: int(room * nbytes))
+    monkeypatch.setattr(residency, "free_host_memory", lambda: int(room * nbytes))
     caplog.set_level(logging.INFO, "drift_fast")
     with Injection(backbone(), delta, residency="auto", prefetch=TIGHT) as injection:
         assert injection.residency == chosen
@@ -504,7 +504,7 @@ def test_auto_on_a_gpu_leaves_room_for_training(
     why: str,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * GB, 80 * GB))
-    monkeypatch.setattr(residency, "_free_host_memory", lambda: host and host * GB)
+    monkeypatch.setattr(residency, "free_host_memory", lambda: host and host * GB)
     found, line = choose(14 * GB, CUDA, parameters)
     assert found == chosen
     assert why in line
@@ -520,7 +520,7 @@ def test_auto_counts_only_this_process_s_part_of_a_sharded_parameter(
     assert choose(GB, CUDA, [whole])[0] == "device"
 
 
-def test_free_host_memory_is_known_here() -> None:
-    free = residency._free_host_memory()
+def testfree_host_memory_is_known_here() -> None:
+    free = residency.free_host_memory()
     assert free is not None
     assert 10**7 < free < 10**14

@@ -133,7 +133,7 @@ def refuse_second(targets: Sequence[Target]) -> None:
         if claim.is_held:
             raise DriftError(
                 f"{taken[0]} has an injection attached already; call remove() on that one "
-                "first, or both would push"
+                "first, or both would act on it"
             )
         logger.info("removing an attachment to %s that nothing refers to any more", taken[0])
         claim.abandon()

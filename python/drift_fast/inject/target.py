@@ -7,6 +7,7 @@ reads.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -63,7 +64,8 @@ class DeltaReader:
 class Target:
     """One weight, and the tensors of the delta that are injected into it, whole or in parts.
 
-    An adapted weight trains through factors; `parameter` is then the first of these.
+    An adapted weight trains through factors; `parameter` is then the first of these. `tied` are
+    tensors of the delta that are the same as its source, and the same parameter.
     """
 
     name: str
@@ -72,6 +74,7 @@ class Target:
     parameter: nn.Parameter
     shape: tuple[int, ...]
     adapted: Adapted | None = None
+    tied: tuple[str, ...] = ()
 
     @property
     def trained(self) -> tuple[nn.Parameter, ...]:
@@ -121,15 +124,33 @@ class Target:
     def _assembled(self, delta: DeltaReader) -> torch.Tensor:
         result: torch.Tensor | None = None
         for source in self.sources:
-            stored = delta.part(source).reshape(-1)
+            stored = delta.part(source)
             if result is None:
                 result = torch.empty(self.shape, dtype=stored.dtype)
-            rows = result.view(matrix(self.shape))
-            for name, top, bottom, left, right, offset, down, across in self.parts:
-                if name == source:
-                    box = (bottom - top, right - left)
-                    values = torch.as_strided(stored, box, (down, across), offset)
-                    rows[top:bottom, left:right].copy_(values)
+            for inside, outside in self._windows(source, stored, result):
+                inside.copy_(outside)
         if result is None:
             raise DriftError(f"{self.name} has no tensor of the delta")
         return result
+
+    def spread(self, whole: torch.Tensor, into: Mapping[str, torch.Tensor]) -> None:
+        """Copy values of the weight's shape to where the delta holds them, in contiguous tensors.
+
+        Elements of those tensors that other weights hold are left as they are.
+        """
+        for source in self.sources:
+            if not self.parts:
+                into[source].copy_(whole.view(into[source].shape))
+            for inside, outside in self._windows(source, into[source], whole):
+                outside.copy_(inside)
+
+    def _windows(
+        self, source: str, stored: torch.Tensor, whole: torch.Tensor
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield the same elements in the weight and in a tensor of the delta, part by part."""
+        rows, flat = whole.view(matrix(self.shape)), stored.reshape(-1)
+        for name, top, bottom, left, right, offset, down, across in self.parts:
+            if name == source:
+                box = (bottom - top, right - left)
+                inside = rows[top:bottom, left:right]
+                yield inside, torch.as_strided(flat, box, (down, across), offset)

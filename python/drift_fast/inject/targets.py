@@ -74,9 +74,11 @@ def match_parameters(
 
 
 def find_targets(
-    model: nn.Module, delta: DeltaLike, options: TargetOptions
+    model: nn.Module, delta: DeltaLike, options: TargetOptions, *, weights: bool = False
 ) -> tuple[list[Target], Coverage]:
     """Return the targets and an account of the delta's tensors and the model's parameters.
+
+    weights: take the weights themselves where adapters would train in their place.
 
     Raises:
         CoverageError: selected tensors are missing, or fewer than `min_coverage` are there.
@@ -86,13 +88,14 @@ def find_targets(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch module to inject into, got {type(model).__name__}")
-    candidates = Candidates.of(model)
+    candidates = Candidates.of(model, weights=weights)
     wanted = _wanted(delta.shapes, options)
     found = _match(model, delta.shapes, candidates.shapes, options.mapping, len(wanted))
     chosen = [pair for pair in found.pairs if all(source in wanted for source in pair.sources)]
     refuse_untied(model, chosen, candidates.parameters, candidates.adapters.weights)
     chosen, frozen = candidates.without_frozen(chosen, strict=options.strict)
-    pairs, tied = without_tied(chosen, candidates.parameters, delta)
+    pairs, twins = without_tied(chosen, candidates.parameters, delta)
+    tied = {name: f"tied to {kept}, and injected once with it" for name, kept in twins.items()}
     used = {source for pair in pairs for source in pair.sources}
     reasons = dict(found.unmatched_reasoning) | tied | frozen
     missing = [
@@ -128,7 +131,7 @@ def find_targets(
             f"{type(model).__name__} ({coverage.fraction:.1%} covered):{listed(missing)}\n"
             + (packing_of(model) or _REMEDY)
         )
-    return [candidates.target(pair) for pair in pairs], coverage
+    return [candidates.target(pair, twins) for pair in pairs], coverage
 
 
 def _wanted(shapes: Shapes, options: TargetOptions) -> Shapes:
@@ -186,13 +189,15 @@ class Candidates:
     adapters: Adapters
 
     @classmethod
-    def of(cls, model: nn.Module) -> Candidates:
-        """Return those of a model.
+    def of(cls, model: nn.Module, *, weights: bool = False) -> Candidates:
+        """Return those of a model; `weights` leaves what adapters train out of sight.
 
         Raises:
             CoverageError: it has no parameters.
         """
         adapters = adapters_of(model)
+        if weights:
+            adapters.weights.clear()
         names: dict[str, str] = {}
         parameters: dict[str, nn.Parameter] = {}
         shapes: dict[str, tuple[int, ...]] = {}
@@ -210,8 +215,8 @@ class Candidates:
             raise CoverageError(f"{type(model).__name__} has no parameters to inject into")
         return cls(names, parameters, shapes, adapters)
 
-    def target(self, pair: Pair) -> Target:
-        """Return the target that a pair describes."""
+    def target(self, pair: Pair, twins: Mapping[str, str]) -> Target:
+        """Return the target that a pair describes; `twins` are tensors left out for another."""
         adapted = self.adapters.weights.get(pair.name)
         return Target(
             self.names[pair.name],
@@ -220,6 +225,7 @@ class Candidates:
             self.parameters[pair.name],
             self.shapes[pair.name],
             adapted if isinstance(adapted, Adapted) else None,
+            tuple(name for name, kept in twins.items() if kept in pair.sources),
         )
 
     def others(self, pairs: Sequence[Pair], reasons: Mapping[str, str]) -> list[tuple[str, str]]:

@@ -21,7 +21,7 @@ from drift_fast.names import kind_of
 def without_tied(
     pairs: Sequence[Pair], parameters: Mapping[str, nn.Parameter], delta: DeltaLike
 ) -> tuple[list[Pair], dict[str, str]]:
-    """Return one pair for each parameter, and why others of tied ones are left out.
+    """Return one pair for each parameter, and of tied ones which tensor stands for a left-out one.
 
     Raises:
         DriftError: two tensors of the delta that differ are one parameter.
@@ -38,7 +38,7 @@ def without_tied(
                 f"{same[1]} and {same[0]} of the delta are one tied parameter of the model, "
                 f"{other.name}, but differ; leave one of them out of the selection (modules=…)"
             )
-        left_out[same[0]] = f"tied to {same[1]}, and injected once with it"
+        left_out[same[0]] = same[1]
     return list(first.values()), left_out
 
 

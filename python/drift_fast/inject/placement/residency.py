@@ -21,7 +21,7 @@ def choose(
     """
     size = f"{nbytes / 1e9:.2f} GB of Δ"
     if device.type != "cuda":
-        free = _free_host_memory()
+        free = free_host_memory()
         if device.type != "cpu" or free is None or nbytes < free / 2:
             return "device", f"{size} beside the parameters on {device}"
         return (
@@ -40,7 +40,7 @@ def choose(
         f"{size} would leave less than the {ahead / 1e9:.1f} GB on {device} that gradients, "
         "optimizer and activations may take"
     )
-    host = _free_host_memory()
+    host = free_host_memory()
     if host is None or nbytes < host * 0.6:
         return "host", (
             f"{short}: kept in pinned host memory (residency='device-int8' halves it instead, "
@@ -49,7 +49,7 @@ def choose(
     return "disk", f"{short}, and host memory has {host / 1e9:.1f} GB free: read in every step"
 
 
-def _free_host_memory() -> int | None:
+def free_host_memory() -> int | None:
     """Return the bytes that are available without swapping, None where the system does not say."""
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
