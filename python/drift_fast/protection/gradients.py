@@ -17,7 +17,7 @@ import torch
 
 from drift_fast.errors import DriftError, NonFiniteError
 from drift_fast.inject.placement.residency import free_host_memory
-from drift_fast.inject.shards.base import Shard, Whole
+from drift_fast.inject.shards.base import Shard
 from drift_fast.inject.target import Target
 from drift_fast.protection.options import Place
 from drift_fast.protection.ways import Way
@@ -37,12 +37,13 @@ def loss_of(model: Any, batch: Any) -> Any:
             "as a processor or a data collator returns; or pass loss=…, a function of the model "
             "and a batch"
         )
-    device = next(model.parameters()).device
-    moved = {
-        key: value.to(device) if isinstance(value, torch.Tensor) else value
-        for key, value in batch.items()
-    }
-    loss = getattr(model(**moved), "loss", None)
+    device = getattr(model, "device", None) or next(model.parameters()).device
+
+    def moved(value: Any) -> Any:
+        there = isinstance(value, torch.Tensor) and value.device.type == "cpu"
+        return value.to(device) if there else value
+
+    loss = getattr(model(**{key: moved(value) for key, value in batch.items()}), "loss", None)
     if loss is None:
         raise DriftError(
             "the model returned no loss: put labels into the batches, or pass loss=…, a function "
@@ -88,19 +89,20 @@ def measure(
     counts = torch.zeros(sums.directions)
     with (
         way.everyone.together(),
+        way.running(),
         _prepared(way, members),
         torch.inference_mode(False),
         torch.enable_grad(),
     ):
         for number, batch in enumerate(way.in_step(batches)):
             direction = number % sums.directions
-            with _folding(members, sums, direction):
+            with _folding(way, members, sums, direction):
                 value = loss(way.model, batch)
                 with way.sharded.together():
                     _check(value, number)
                 way.backward(value)
             for at, (_, shard) in enumerate(members):
-                if not isinstance(shard, Whole):
+                if not way.folds(shard):
                     sums.add(at, direction, shard.gradient())
             way.drop()
             counts[direction] += 1
@@ -108,7 +110,7 @@ def measure(
 
 
 @contextlib.contextmanager
-def _folding(members: Sequence[Member], sums: Sums, direction: int) -> Iterator[None]:
+def _folding(way: Way, members: Sequence[Member], sums: Sums, direction: int) -> Iterator[None]:
     """Add each whole gradient as soon as backward has it, and let it go, to save its memory."""
 
     def fold(at: int) -> Callable[[torch.Tensor], None]:
@@ -119,9 +121,7 @@ def _folding(members: Sequence[Member], sums: Sums, direction: int) -> Iterator[
         return run
 
     whole: list[tuple[int, Any]] = [
-        (at, target.parameter)
-        for at, (target, shard) in enumerate(members)
-        if isinstance(shard, Whole)
+        (at, target.parameter) for at, (target, shard) in enumerate(members) if way.folds(shard)
     ]
     handles = [parameter.register_post_accumulate_grad_hook(fold(at)) for at, parameter in whole]
     try:

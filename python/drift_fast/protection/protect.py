@@ -37,7 +37,7 @@ from drift_fast.protection.gradients import Loss, Member, Sums, loss_of, measure
 from drift_fast.protection.options import ProtectOptions
 from drift_fast.protection.removed import Protected, Removed
 from drift_fast.protection.span import Found, blend, project, squares
-from drift_fast.protection.ways import Way, gathered
+from drift_fast.protection.ways import Way, gathered, way_of
 from drift_fast.sizes import parse_size
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def protect(
     target = None if out is None else local_path(out).absolute()
     if target is not None:
         _refuse_taken(target, overwrite=given.overwrite)
-    way = Way(model)
+    way = way_of(model)
     with way.everyone.together():
         source = open_delta(delta)
         members, coverage = _find(way, source, given, written=target is not None)

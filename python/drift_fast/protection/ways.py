@@ -6,6 +6,7 @@ it, and which processes go in step.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -15,9 +16,12 @@ import torch.distributed as dist
 from torch import nn
 
 from drift_fast.errors import DriftError
-from drift_fast.inject.shards.base import Shard
+from drift_fast.inject.shards import zero
+from drift_fast.inject.shards.base import Shard, Whole
 from drift_fast.inject.shards.find import process_groups_of, shards_of
+from drift_fast.inject.shards.fsdp1 import find_fsdp1
 from drift_fast.inject.shards.reduction import Reduction
+from drift_fast.inject.shards.zero_support import is_engine, optimizer_of
 from drift_fast.inject.target import Target
 
 
@@ -69,8 +73,26 @@ class Way:
     def _have(self, count: int) -> int:
         return int(self.sharded.sum(torch.tensor([float(count)])).item())
 
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Be ready for backward.
+
+        Raises:
+            DriftError: gradients are under way that could not be put back afterwards.
+        """
+        if find_fsdp1(self.module) and any(p.grad is not None for p in self.module.parameters()):
+            raise DriftError(
+                "parameters under FSDP1 have gradients, which this would drop: protect Δ before "
+                "training, or after optimizer.zero_grad()"
+            )
+        yield
+
+    def folds(self, shard: Shard) -> bool:
+        """Whether a gradient is final as soon as autograd has accumulated it."""
+        return isinstance(shard, Whole)
+
     def backward(self, loss: Any) -> None:
-        """Run backward from a loss."""
+        """Run backward from a loss, until `Shard.gradient` returns what there is."""
         loss.backward()
 
     def drop(self) -> None:
@@ -82,6 +104,57 @@ class Way:
         """Add up what replicas of the model found."""
         for some in vectors:
             some[:] = [self.replicas.sum(one) for one in some]
+
+
+class EngineWay(Way):
+    """A DeepSpeed engine: its backward reduces, and its optimizer holds the gradients."""
+
+    def __init__(self, engine: Any) -> None:
+        self._optimizer = optimizer_of(engine)
+        super().__init__(engine.module)
+        self.model = engine
+        self.sharded = self.everyone = Reduction((dist.group.WORLD,))
+        self.is_first = dist.get_rank() == 0
+
+    def shards(self, targets: Sequence[Target]) -> list[Shard]:
+        names = [target.name for target in targets]
+        return zero.shards(names, [target.parameter for target in targets], self._optimizer)
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        engine: Any = self.model
+        if engine.micro_steps % engine.gradient_accumulation_steps():
+            raise DriftError(
+                "the DeepSpeed engine is in the middle of a step, whose gradients this would drop: "
+                "protect Δ before training, or after the last engine.step() of a step"
+            )
+        boundary = engine._is_gradient_accumulation_boundary
+        # Every batch is reduced at once.
+        engine.set_gradient_accumulation_boundary(True)
+        try:
+            yield
+        finally:
+            engine.set_gradient_accumulation_boundary(boundary)
+
+    def folds(self, shard: Shard) -> bool:
+        return False
+
+    def backward(self, loss: Any) -> None:
+        self.model.backward(loss)
+        zero.settle(self._optimizer)
+
+    def drop(self) -> None:
+        zero.forget(self._optimizer)
+        super().drop()
+
+
+def way_of(model: nn.Module) -> Way:
+    """Return how a model gives gradients.
+
+    Raises:
+        DriftError: a DeepSpeed engine whose gradients cannot be reached.
+    """
+    return EngineWay(model) if is_engine(model) else Way(model)
 
 
 def gathered(target: Target, shard: Shard, part: torch.Tensor) -> torch.Tensor:

@@ -120,6 +120,25 @@ def settle(optimizer: Any) -> None:
         wait()
 
 
+def forget(optimizer: Any) -> None:
+    """Drop what backward left, so that the next one starts anew, as after a step."""
+    settle(optimizer)
+    kind = type(optimizer).__name__
+    if kind == PARTITIONED:
+        # The first backward after a step counts up from here.
+        optimizer.micro_step_id = -1
+        optimizer.averaged_gradients = {}
+        optimizer._offload_accumulated_param_ids = set()
+    elif kind == FULLY_PARTITIONED:
+        optimizer.averaged_gradients = {}
+        optimizer._offload_boundary_param_ids = set()
+    elif kind == REPLICATED:
+        optimizer.clear_hp_grads()
+    if kind in (PARTITIONED, FULLY_PARTITIONED):
+        optimizer.norm_for_param_grads = {}
+    optimizer.zero_grad()
+
+
 @torch.no_grad()
 def publish(optimizer: Any) -> None:
     """Give every rank the weights that their owners changed; all ranks must call it."""
