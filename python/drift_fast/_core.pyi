@@ -168,8 +168,9 @@ def subtract_into(
 
 # Reasoning, multimodal and, for a method that needs one, the base.
 _Models: TypeAlias = tuple[Checkpoint, Checkpoint, Checkpoint | None]
-# Source in the reasoning checkpoint and in the base, dtype of the result, and both weights.
-_Blended: TypeAlias = tuple[_Source, _Source | None, str, float, float]
+# Source in the reasoning checkpoint and in the base, dtype of the result, both weights, and whether
+# the reasoning checkpoint holds a difference from the multimodal one.
+_Blended: TypeAlias = tuple[_Source, _Source | None, str, float, float, bool]
 
 @type_check_only
 class Method(TypedDict):

@@ -214,6 +214,17 @@ class Stored:
         """Fill a buffer with the float16 scales of some blocks of an int8 Δ."""
         self._files.read_into(f"{name}.scale", buffer, elements=blocks)
 
+    def check(self) -> None:
+        """Read everything, and so compare it with its checksums."""
+        buffer = memoryview(bytearray(_COPY_NBYTES))
+        for name, kind, shape in self._files.tensors():
+            numel, itemsize = math.prod(shape), _ITEMSIZES[kind]
+            step = len(buffer) // itemsize
+            for start in range(0, numel, step):
+                stop = min(numel, start + step)
+                piece = buffer[: (stop - start) * itemsize]
+                self._files.read_into(name, piece, elements=(start, stop))
+
     def statistics(
         self, on_progress: ProgressCallback = unreported
     ) -> tuple[Statistics, int | None]:

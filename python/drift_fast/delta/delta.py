@@ -248,6 +248,15 @@ class Delta(Mapping[str, "torch.Tensor"]):
         """Whether Δ is on disk with checksums, with which all that is read of it is compared."""
         return isinstance(self._backend, Stored) and self._backend.has_checksums
 
+    def check(self) -> None:
+        """Compare all of a delta on disk with its checksums, if it has any.
+
+        Raises:
+            CheckpointError: bytes that are not those that were written.
+        """
+        if isinstance(self._backend, Stored) and self.has_checksums:
+            self._backend.check()
+
     @property
     def has_codes(self) -> bool:
         """Whether Δ is on disk as int8, which `read_codes` reads."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from drift_fast.alignment.coverage import listed
 from drift_fast.alignment.model_pair import AlignedPair
 from drift_fast.alignment.name_alignment import Pair
+from drift_fast.delta.delta import Delta
 from drift_fast.errors import AlignmentError, CheckpointError
 from drift_fast.merging.config import DTYPES
 from drift_fast.merging.exclusions import LEFT_OUT_AS_TIED, warn_of_routers, why_a_buffer
@@ -34,10 +35,14 @@ class Blended:
 
 @dataclass(frozen=True)
 class Alignments:
-    """How the multimodal model is aligned with the reasoning model, and with the base if any."""
+    """How the multimodal model is aligned with the reasoning model, and with the base if any.
+
+    `delta` is one that is in the reasoning model's place, which is then M + Δ.
+    """
 
     reasoning: AlignedPair
     base: AlignedPair | None = None
+    delta: Delta | None = None
 
     @property
     def by_role(self) -> dict[str, AlignedPair]:
@@ -51,7 +56,8 @@ class MergeLayout:
     """Every tensor of the multimodal checkpoint in file order: merged, or why it is not.
 
     `tied` maps stored heads to the merged embedding that they are tied to. They are not written:
-    the loaded model would have the old head.
+    the loaded model would have the old head. `of_delta` says that the
+    reasoning model is M + Δ.
     """
 
     chosen: ChosenMethod
@@ -60,6 +66,7 @@ class MergeLayout:
     blended: Mapping[str, Blended]
     reasons: Mapping[str, str]
     tied: Mapping[str, str]
+    of_delta: bool
 
     @classmethod
     def of(
@@ -110,7 +117,7 @@ class MergeLayout:
         names = [name for name, *_ in multimodal.checkpoint.tensors()]
         places = {name: multimodal.checkpoint.place(name) for name in names}
         nbytes = {name: end - start for name, (_, start, end) in places.items()}
-        return cls(chosen, names, nbytes, blended, reasons, tied)
+        return cls(chosen, names, nbytes, blended, reasons, tied, found.delta is not None)
 
     @property
     def written(self) -> list[str]:
@@ -133,7 +140,8 @@ class MergeLayout:
         if one is None:
             return None
         base = None if one.of_base is None else one.of_base.source
-        return one.pair.source, base, one.dtype, one.weight, self.chosen.multimodal_weight
+        weights = one.weight, self.chosen.multimodal_weight
+        return one.pair.source, base, one.dtype, *weights, self.of_delta
 
     @property
     def total_nbytes(self) -> int:

@@ -22,9 +22,11 @@ from drift_fast.alignment.model_pair import AlignedPair
 from drift_fast.alignment.pairing import align_checkpoints, fetch, verify
 from drift_fast.checkpoints.opened import Opened, PathLike, open_checkpoint
 from drift_fast.delta.backends import describe_sources
+from drift_fast.delta.delta import Delta
 from drift_fast.errors import AlignmentError
 from drift_fast.merging.config import MergeConfig
 from drift_fast.merging.exclusions import LEFT_OUT_AS_TIED
+from drift_fast.merging.given_delta import align_delta, given_delta
 from drift_fast.merging.layout import Alignments, MergeLayout
 from drift_fast.merging.method_options import ChosenMethod
 from drift_fast.merging.outcome import MergedTensor, outcome_of, refuse_nonfinite
@@ -95,7 +97,7 @@ class Merged:
 @takes(MergeConfig)
 def merge(
     method: str,
-    reasoning: PathLike,
+    reasoning: PathLike | Delta,
     multimodal: PathLike,
     out: PathLike,
     **options: Unpack[MergeKeywords],
@@ -119,6 +121,9 @@ def merge(
     elements. R̃ and M̃ keep that share at random, rescaled. The elected sign of an element is that of
     w·R̂ + v·M̂.
 
+    A delta, or its directory, in place of the reasoning model stands for R = M + Δ, added in
+    float64: `task_arithmetic` is then M + w·Δ. Tensors that it does not have are copied.
+
     Sources are given and aligned as for `compute_delta`; the base, too, is aligned with the
     multimodal model. `out` becomes a directory that `from_pretrained` loads: all tensors of the
     multimodal checkpoint under their names, its configuration, tokenizer, processor, chat template
@@ -140,11 +145,17 @@ def merge(
     """
     given = MergeConfig.from_keywords(options, function="merge")
     chosen = given.chosen(method, has_base=given.base is not None)
+    delta = given_delta(reasoning)
+    if delta is not None and given.base is not None:
+        raise ValueError(
+            f"{delta.path} is a delta, the task vector itself, so there is nothing to subtract a "
+            "base from; leave base out"
+        )
     if given.base_mapping is not None and given.base is None:
         raise ValueError("base_mapping is about the tensors of the base, so it needs base=…")
     target = local_path(out)
     with reported(given.progress_bar, given.on_progress) as report:
-        found = _align(chosen, reasoning, multimodal, given)
+        found = _align(chosen, reasoning if delta is None else delta, multimodal, given)
         others = [pair.reasoning for pair in found.by_role.values()]
         _refuse_in_place(target, [found.reasoning.multimodal, *others])
         layout = MergeLayout.of(chosen, found, dtype=given.dtype, strict=given.strict)
@@ -154,13 +165,13 @@ def merge(
         verified = {
             role: verify(_fetched(pair, layout, report)) for role, pair in found.by_role.items()
         }
-        found = Alignments(**verified)
+        found = Alignments(**verified, delta=found.delta)
         return _Run(layout, found, side_files, given).write(target, report)
 
 
 def _align(
     chosen: ChosenMethod,
-    reasoning: PathLike,
+    reasoning: PathLike | Delta,
     multimodal: PathLike,
     given: MergeConfig,
 ) -> Alignments:
@@ -168,6 +179,8 @@ def _align(
     selection = selection_of(chosen, given.modules, given.layers)
     opened = open_checkpoint(multimodal, given.reader)
     options = given.pair_options(given.mapping)
+    if isinstance(reasoning, Delta):
+        return Alignments(align_delta(reasoning, opened, options, selection), delta=reasoning)
     first = align_checkpoints(reasoning, opened, options, selection=selection)
     if given.base is None:
         return Alignments(first)
@@ -241,6 +254,8 @@ class _Run:
 
     def _description(self) -> dict[str, Any]:
         sources = describe_sources(self.found.reasoning)
+        if self.found.delta is not None:
+            sources["reasoning"]["delta"] = self.found.delta.sources
         if self.found.base is not None:
             sources["base"] = describe_sources(self.found.base)["reasoning"]
         pairs = self.found.by_role

@@ -12,7 +12,7 @@ use crate::errors::to_py;
 use crate::writers::ModelWriter;
 
 /// What is merged into a tensor: its sources in the reasoning checkpoint and in the base, the dtype
-/// of the result, and both weights.
+/// of the result, both weights, and whether the reasoning checkpoint holds a difference.
 #[derive(FromPyObject)]
 pub(crate) struct BlendNames {
     #[pyo3(item(0))]
@@ -25,6 +25,8 @@ pub(crate) struct BlendNames {
     weight: f64,
     #[pyo3(item(4))]
     multimodal_weight: f64,
+    #[pyo3(item(5))]
+    is_delta: bool,
 }
 
 impl BlendNames {
@@ -40,6 +42,7 @@ impl BlendNames {
         };
         Ok(Blend {
             reasoning: self.reasoning.resolve(models.reasoning.get(), shape)?,
+            is_delta: self.is_delta,
             base,
             dtype: parse_dtype(&self.dtype)?,
             weight: self.weight,

@@ -164,6 +164,13 @@ vectorised! {
         }
     }
 
+    /// Add x to each value, except where x is not finite, which stays a matter of its own tensor.
+    fn completed(by: &[f64], out: &mut [f64]) {
+        for (out, x) in out.iter_mut().zip(by) {
+            *out += if x.is_finite() { *x } else { 0.0 };
+        }
+    }
+
     /// a·x + b·y.
     fn weighted(a: f64, x: &[f64], b: f64, y: &[f64], out: &mut [f64]) {
         for ((out, x), y) in out.iter_mut().zip(x).zip(y) {
@@ -306,6 +313,8 @@ mod tests {
         difference(&x, &y, &mut out);
         keep(&out);
         weighted(0.7, &x, 0.3, &y, &mut out);
+        keep(&out);
+        completed(&y, &mut out);
         keep(&out);
         moved(&x, 0.3, &y, &mut out);
         keep(&out);

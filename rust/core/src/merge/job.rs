@@ -45,6 +45,8 @@ pub enum Method {
 pub struct Blend<'a> {
     /// The tensor of the reasoning model.
     pub reasoning: Source<'a>,
+    /// Whether that tensor holds r − m, to which m is added in float64.
+    pub is_delta: bool,
     /// The tensor of the base, if there is one.
     pub base: Option<Source<'a>>,
     /// The dtype of the result.

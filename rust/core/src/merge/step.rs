@@ -22,6 +22,8 @@ pub(super) struct Sides<'a> {
     pub(super) m: Elements<'a>,
     pub(super) r: Elements<'a>,
     pub(super) b: Option<Elements<'a>>,
+    /// Whether r has yet to be added to m.
+    pub(super) is_delta: bool,
     /// The number of the first element.
     pub(super) start: usize,
 }
@@ -41,6 +43,9 @@ impl Sides<'_> {
                 let (start, end) = (element - self.start, element - self.start + len);
                 blend::widen(self.m.slice(start, end), &mut values.m[..len]);
                 blend::widen(self.r.slice(start, end), &mut values.r[..len]);
+                if self.is_delta {
+                    blend::completed(&values.m[..len], &mut values.r[..len]);
+                }
                 if let Some(b) = &self.b {
                     blend::widen(b.slice(start, end), &mut values.b[..len]);
                 }

@@ -129,7 +129,8 @@ impl Merging<'_> {
                 Some(base.read(source, &chunk.range)?.0)
             }
         };
-        let sides = Sides { m, r, b, start: chunk.range.start };
+        let is_delta = blend.is_delta;
+        let sides = Sides { m, r, b, is_delta, start: chunk.range.start };
         let mut nbytes = 0;
         let gave = match chunk.pass {
             Pass::Narrow => {
@@ -177,7 +178,7 @@ impl Merging<'_> {
                 None => None,
                 Some(source) => Some(base.read(source, &range)?.0),
             };
-            let sides = Sides { m, r, b, start };
+            let sides = Sides { m, r, b, is_delta: blend.is_delta, start };
             sides.each(std::slice::from_ref(&range), values, |values, _, len| {
                 let tasks = sample.iter_mut().enumerate().take(1 + usize::from(has_base));
                 for (task, magnitudes) in tasks {
