@@ -125,6 +125,7 @@ class MergeKeywords(OutputKeywords, StreamKeywords, AlignKeywords, MethodKeyword
 class CheckKeywords(SelectionKeywords, total=False):
     """The keywords of `CheckOptions`."""
 
+    base: PathLike | None
     dtype: str
     read_rate: int | str
 

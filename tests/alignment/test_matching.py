@@ -407,15 +407,26 @@ def test_tensors_of_integers_are_paired_but_not_compared(tmp_path: Path, rng: An
 def test_two_models_that_are_exchanged_are_refused_and_named_as_such(
     tmp_path: Path, pair: Pair
 ) -> None:
-    with refused(AlignmentError, "vision_tower", "exchanged", "strict=False"):
+    with refused(AlignmentError, "vision_tower", "exchanged", "strict=False", "min_coverage=1.0"):
         compute_delta(pair.multimodal, pair.reasoning)
     found = align(pair.multimodal, pair.reasoning)
     assert found.problem is not None
     assert "exchanged" in found.problem
     report = drift_fast.check(pair.multimodal, pair.reasoning)
     assert not report.ok
-    reverse = compute_delta(pair.multimodal, pair.reasoning, strict=False)
+    # What the message says to do, to see what a multimodal model learned beyond its text model.
+    reverse = compute_delta(pair.multimodal, pair.reasoning, strict=False, min_coverage=1.0)
     assert len(reverse) == 14
+    same = compute_delta(pair.reasoning, pair.multimodal)
+    for name in reverse:
+        other = name.replace("model.", "model.language_model.", 1)
+        assert torch.equal(reverse[name], -same[other])
+
+
+def test_the_report_of_an_alignment_is_what_is_printed(pair: Pair) -> None:
+    found = align(pair.reasoning, pair.multimodal)
+    assert str(found) == found.table()
+    assert repr(found).startswith(f"Alignment({len(found.pairs)} pairs by names, ok")
 
 
 def test_configurations_that_do_not_fit_are_warned_of_where_shapes_do(

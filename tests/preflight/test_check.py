@@ -573,6 +573,29 @@ def test_as_many_tokens_are_not_taken_for_the_same_tokens(tmp_path: Path) -> Non
     assert finding(check(a, b), "vocabulary size").severity == "same"
 
 
+@pytest.mark.parametrize("rows", [None, "index"])
+def test_the_same_tokenizers_are_the_same_vocabulary(tmp_path: Path, rows: Any) -> None:
+    a, b = tiny_pair(tmp_path, {}, {})
+    vocabulary = {f"t{row}": row for row in range(60)}
+    write_tokenizers(a, b, vocabulary, vocabulary)
+    row = finding(check(a, b, modules="embed", rows=rows), "vocabulary size")
+    assert (row.severity, row.message) == ("same", "")
+    exchanged = vocabulary | {"t3": 4, "t4": 3}
+    exchanged["new"] = exchanged.pop("t9")
+    write_tokenizers(a, b, vocabulary, exchanged)
+    row = finding(check(a, b, modules="embed", rows=rows), "vocabulary size")
+    assert row.severity == "note"
+    assert_says(row, "4 tokens have another row", "rows='index'")
+    row = finding(check(a, a, b, modules="embed"), "vocabulary size", ("reference", "model"))
+    assert_says(row, "4 tokens have another row", "leave embed and head out")
+
+
+def write_tokenizers(a: Path, b: Path, first: JSON, second: JSON) -> None:
+    for directory, vocabulary in ((a, first), (b, second)):
+        model = {"model": {"type": "BPE", "vocab": vocabulary, "merges": []}}
+        (directory / "tokenizer.json").write_text(json.dumps(model))
+
+
 def test_tied_embeddings_matter_where_they_are_selected(tmp_path: Path) -> None:
     a, b = tiny(tmp_path / "a", changed({"tie_word_embeddings": True})), tiny(tmp_path / "b")
     row = finding(check(a, b, modules="embed", rows="index"), "tie_word_embeddings")

@@ -23,7 +23,7 @@ from drift_fast.shapes import Shape
 Rows = Literal["token", "index"] | None
 
 # What to download of a checkpoint on a server to read its vocabulary.
-_TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "added_tokens.json", "tokenizer_config.json")
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "added_tokens.json", "tokenizer_config.json")
 
 # Why a head has no match: the other model has none that is known.
 NO_HEAD = (
@@ -65,7 +65,7 @@ def align_rows(
     """
     for side in (reasoning, multimodal):
         if any(kind_of(n) in ("embed", "head") and n in selection for n in side.shapes):
-            side.download_files(_TOKENIZER_FILES)
+            side.download_files(TOKENIZER_FILES)
     reasoning_ties, multimodal_ties = ties
     has_embedding = bool(_of_kind("embed", multimodal.shapes))
     chosen = [

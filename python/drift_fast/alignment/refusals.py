@@ -120,8 +120,9 @@ def _exchanged(pair: ModelPair) -> Refusal | None:
     error = AlignmentError(
         f"the reasoning checkpoint has tensors of another modality, {towers[0]} and "
         f"{len(towers) - 1} more, and the multimodal one has none: the two seem to be exchanged, "
-        "and an injection along this Δ would lead away from reasoning. Exchange them, or pass "
-        "strict=False if this is meant"
+        "and an injection along this Δ would lead away from reasoning. Exchange them; or, to see "
+        "what a multimodal model learned beyond its text model, pass strict=False, and "
+        "min_coverage=1.0 to have tensors without a match refused all the same"
     )
     return Refusal("exchanged models", error, strict_only=True)
 

@@ -51,6 +51,13 @@ class Alignment:
         """Whether `compute_delta` would take these pairs."""
         return self.problem is None
 
+    def __str__(self) -> str:
+        return self.table()
+
+    def __repr__(self) -> str:
+        state = "ok" if self.ok else "refused"
+        return f"Alignment({len(self.pairs)} pairs by {self.by}, {state}; print it for the report)"
+
     def save(self, path: PathLike) -> None:
         """Write a map file to edit, for `mapping=`.
 

@@ -98,6 +98,16 @@ def match_rows(
     return found
 
 
+def count_moved(reasoning: Path, multimodal: Path) -> int:
+    """Return how many tokens of two tokenizers have another row, or none, on the other side.
+
+    Raises:
+        CheckpointError, CoverageError: as `match_rows` by token.
+    """
+    first, second = _comparable(reasoning, multimodal)
+    return len({token for token, _ in first.tokens.items() ^ second.tokens.items()})
+
+
 def _by_index(reasoning: TokenRows, multimodal: TokenRows) -> tuple[RowMap, str]:
     count = min(reasoning.count, multimodal.count)
     left_over = RowCount(reasoning.count - count), RowCount(multimodal.count - count)

@@ -78,6 +78,9 @@ class TrainingPlan:
                 return figure
         raise KeyError(name)
 
+    def __str__(self) -> str:
+        return self.table()
+
     def table(self) -> str:
         """Return the whole plan as text."""
         blocks = []

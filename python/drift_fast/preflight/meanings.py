@@ -128,6 +128,11 @@ SAME_VOCABULARY = (
     "the same number of rows need not mean the same tokens in the same order, and special tokens "
     "often differ; match rows by token, not with rows='index', unless the tokenizers are the same"
 )
+MOVED_TOKENS = (
+    "have another row on the other side, or none, although both models have the same number of rows"
+)
+BY_TOKEN = "match rows by token, not with rows='index'"
+NOT_ATTACHED = "leave embed and head out of modules="
 VOCABULARY = (
     "embeddings and head have rows that the other side lacks, whose Δ is zero; see the coverage, "
     "or leave embed and head out of modules="

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from drift_fast.alignment.options import SelectionOptions
+from drift_fast.checkpoints.opened import PathLike
 from drift_fast.dtypes import STORED_DTYPES, check_stored_dtype
 from drift_fast.options import option
 from drift_fast.sizes import parse_size
@@ -28,6 +29,12 @@ def parse_rate(given: int | str) -> int:
 class CheckOptions(SelectionOptions):
     """The options of `check`."""
 
+    base: PathLike | None = option(
+        None,
+        "the text model that both may come from: compare samples of the weights of all three, and "
+        "say which Δ to take, reasoning − base or reasoning − multimodal",
+        metavar="BASE",
+    )
     dtype: str = option(
         "bfloat16",
         "dtype that Δ would be stored as",

@@ -9,8 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from drift_fast.alignment.embeddings import TOKENIZER_FILES
 from drift_fast.alignment.model_pair import AlignedPair
 from drift_fast.alignment.refusals import Refusal, is_usable
+from drift_fast.alignment.vocabulary import count_moved
+from drift_fast.errors import CheckpointError, CoverageError
 from drift_fast.names import container_of, kind_of, layer_of
 from drift_fast.preflight import meanings
 from drift_fast.preflight.fact import NAMES, STATED, Fact
@@ -37,11 +40,13 @@ def compare(
     refusals: Sequence[Refusal] = (),
     *,
     attaches: bool = False,
+    tokens: bool = False,
 ) -> list[Finding]:
     """Return what two models have in common and what not, one finding for each fact.
 
     `pair` holds both, aligned as far as possible, and `refusals` the reasons against the pair. With
-    `attaches`, Δ is to be attached to the second, and the first has been judged already.
+    `attaches`, Δ is to be attached to the second, and the first has been judged already. With
+    `tokens`, tokenizers are read to compare vocabularies of one size.
 
     Raises:
         CheckpointError: an entry of a config.json that is needed and has a wrong type.
@@ -68,6 +73,7 @@ def compare(
         matched=not refusals,
         attaches=attaches,
         stated=stated,
+        tokens=tokens,
     ).findings()
 
 
@@ -86,7 +92,7 @@ class _Comparison:
     """Two sides, the kinds of modules that are selected, and how the two are used.
 
     `matched` says that nothing is refused, `attaches` that Δ is to be attached to the second side,
-    and `stated` that a mapping says which layer is which.
+    `stated` that a mapping says which layer is which, and `tokens` that tokenizers are read.
     """
 
     sides: tuple[DescribedSide, DescribedSide]
@@ -94,6 +100,7 @@ class _Comparison:
     matched: bool
     attaches: bool
     stated: bool
+    tokens: bool
 
     def findings(self) -> list[Finding]:
         first, second = (side.description for side in self.sides)
@@ -224,7 +231,7 @@ class _Comparison:
                 return self._finding(subject, "note", values, meanings.NOT_SELECTED)
             return self._finding(subject, "same", values)
         if subject == "vocabulary size" and not differ:
-            return self._finding(subject, "note", values, meanings.SAME_VOCABULARY)
+            return self._tokens(subject, values)
         if not differ:
             return self._finding(subject, "same", values)
         if silent := self._silent(values):
@@ -238,6 +245,24 @@ class _Comparison:
         if self.matched:
             return self._finding(subject, "note", values, meanings.VOCABULARY)
         return self._finding(subject, "breaks", values, meanings.VOCABULARY_REFUSED)
+
+    def _tokens(self, subject: str, values: tuple[Fact, Fact]) -> Finding:
+        """Compare the tokenizers of two models with as many rows."""
+        unknown = self._finding(subject, "note", values, meanings.SAME_VOCABULARY)
+        if not self.tokens:
+            return unknown
+        opened = [side.model.opened for side in self.sides]
+        for side in opened:
+            side.download_files(TOKENIZER_FILES)
+        try:
+            moved = count_moved(opened[0].directory, opened[1].directory)
+        except (CoverageError, CheckpointError):
+            return unknown
+        if not moved:
+            return self._finding(subject, "same", values)
+        remedy = meanings.NOT_ATTACHED if self.attaches else meanings.BY_TOKEN
+        message = f"{moved:,} tokens {meanings.MOVED_TOKENS}; {remedy}"
+        return self._finding(subject, "note", values, message)
 
     def _silent(self, values: tuple[Fact, Fact]) -> list[str]:
         """Return the sides that do not say what a fact is."""
