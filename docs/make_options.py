@@ -61,6 +61,7 @@ COMMANDS = {
     "delta": "DeltaOptions",
     "inspect": "InspectOptions",
     "merge": "MergeConfig",
+    "protect": "ProtectOptions",
     "check": "CheckOptions",
     "plan": "PlanOptions",
 }

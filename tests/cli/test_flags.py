@@ -16,6 +16,7 @@ from drift_fast.merging.config import MergeConfig
 from drift_fast.options import Options, about_of
 from drift_fast.planner.options import PlanOptions
 from drift_fast.preflight.options import CheckOptions
+from drift_fast.protection.options import ProtectOptions
 from support.commands import rows_of, run, strict, succeeds
 from support.synthetic import Pair
 
@@ -27,6 +28,7 @@ from support.synthetic import Pair
         ("inspect", InspectOptions),
         ("check", CheckOptions),
         ("merge", MergeConfig),
+        ("protect", ProtectOptions),
         ("plan", PlanOptions),
         ("bench", BenchOptions),
     ],

@@ -1,8 +1,9 @@
 """The command `drift-fast`: its parser, its errors and its exit status.
 
 Results go to standard output, progress and messages to standard error. Exit status: 0 done,
-1 refused or failed, 2 wrong usage, 130 interrupted. Torch is imported only by `demo`, by `plan`
-for a model without weights, and for pairs whose tensors are laid out differently.
+1 refused or failed, 2 wrong usage, 130 interrupted. Torch is imported only by `demo` and
+`protect`, by `plan` for a model without weights, and for pairs whose tensors are laid out
+differently.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ _COMMANDS = {
     "align": "show which tensor of one checkpoint matches which of the other, and how surely",
     "check": "say whether two models fit each other and what Δ will cost; reads no weights",
     "merge": "merge a reasoning model into a multimodal one and write the result",
+    "protect": "take gradients on samples of what must be kept out of a delta",
     "plan": "estimate memory, disk, hours and λ of a training run; reads no weights",
     "demo": "run all steps on two tiny trained models: delta, fine-tuning, comparison, pictures",
     "bench": "time statistics and Δ of a synthetic pair, beside rivals and the machine's limit",

@@ -17,7 +17,7 @@ from drift_fast.options import Options, about_of, check, plain
 
 SOURCE = "file, directory, Hub id (org/name[@revision]) or URL"
 # The commands that a configuration file may have a section for.
-SECTIONS = ("delta", "inspect", "merge", "check", "plan")
+SECTIONS = ("delta", "inspect", "merge", "protect", "check", "plan")
 
 Given = TypeVar("Given", bound=Options)
 

@@ -1,0 +1,51 @@
+"""The command `drift-fast protect`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from drift_fast.cli.options import add_config, add_json, add_options, from_flags
+from drift_fast.cli.output import print_json, remark
+from drift_fast.protection.options import ProtectOptions
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the command and add its arguments."""
+    parser.description = (
+        "Take out of Δ, tensor by tensor, the span of gradients on samples of what must be kept. "
+        "The model is loaded by transformers; each sample is a batch. docs/protect.md has the "
+        "form of SAMPLES."
+    )
+    parser.add_argument("model", help="the model that Δ is for, with its processor or tokenizer")
+    parser.add_argument("delta", help="directory of a delta")
+    parser.add_argument("samples", type=Path, help="JSON or JSON lines with texts or conversations")
+    parser.add_argument("--out", "-o", required=True, type=Path, help="directory to write")
+    parser.add_argument("--device", help="where the model computes; a GPU if there is one")
+    add_json(parser)
+    add_config(parser)
+    add_options(parser, ProtectOptions)
+    parser.set_defaults(run=run)
+
+
+def run(given: argparse.Namespace) -> int:
+    """Measure, write and report."""
+    options = from_flags(given, ProtectOptions, "protect")
+    # Loaded here, since they need torch.
+    from drift_fast.protection.protect import protect
+    from drift_fast.protection.samples import Samples, load
+
+    model, processor = load(given.model, given.device)
+    samples = Samples(given.samples, processor)
+    remark(f"gradients on {len(samples)} samples in {options.directions} directions")
+    delta = protect(model, given.delta, samples, given.out, **options.to_dict())
+    said = delta.sources["protected"]
+    if given.json:
+        print_json({"out": str(given.out), "protected": said})
+        return 0
+    print(
+        f"took {said['removed_share']:.3%} of ‖Δ‖² out of {len(said['removed_shares'])} tensors, "
+        f"in the span of {said['directions']} gradients each; {said['zero_or_dependent']} "
+        f"gradients were zero or dependent on others\nwritten to {given.out}"
+    )
+    return 0
