@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from drift_fast.inject.config import InjectionConfig
     from drift_fast.inject.injection import Injection
     from drift_fast.inject.motion.motion import PlannedMotion
-    from drift_fast.inject.predict import predict_progress
+    from drift_fast.inject.predict import predict_progress, rms
     from drift_fast.inject.targets import match_parameters
     from drift_fast.integrations.attach import attach
     from drift_fast.integrations.trainer_motion import attach_motion
@@ -68,6 +68,7 @@ __all__ = [
     "plan",
     "predict_progress",
     "protect",
+    "rms",
     "schedule",
 ]
 
@@ -91,6 +92,7 @@ _LAZY = {
     "attach_motion": "drift_fast.integrations.trainer_motion",
     "PlannedMotion": "drift_fast.inject.motion.motion",
     "predict_progress": "drift_fast.inject.predict",
+    "rms": "drift_fast.inject.predict",
     "TrainingPlan": "drift_fast.planner.report",
     "plan": "drift_fast.planner.planning",
     "protect": "drift_fast.protection.protect",

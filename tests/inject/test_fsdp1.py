@@ -42,6 +42,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     jobs = {
         "variants": (sharded_workers.fsdp_variants, (VARIANTS,)),
         "injected": (sharded_workers.fsdp_injections, (INJECTED,)),
+        "lost steps": (sharded_workers.fsdp_lost_steps, ()),
         "late": (sharded_workers.fsdp_late_backward, ()),
         "refused": (sharded_workers.fsdp_refusals, ()),
     }
@@ -103,3 +104,10 @@ def test_flattened_parameters_and_unreduced_gradients_are_refused(
     for report in reports:
         assert "use_orig_params=True" in report["refused"]["flat"]
         assert "outside no_sync()" in report["refused"]["no_sync"]
+
+
+def test_bfloat16_shards_lose_steps_and_float32_ones_do_not(reports: list[dict[str, Any]]) -> None:
+    for report in reports:
+        found = report["lost steps"]
+        assert "mixed_precision=MixedPrecision(param_dtype=torch.bfloat16)" in found["bfloat16"]
+        assert found["float32"] == ""

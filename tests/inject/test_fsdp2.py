@@ -13,6 +13,7 @@ import math
 import os
 import re
 import time
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -24,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from drift_fast import Delta, Injection
+from drift_fast import Delta, DriftWarning, Injection
 from drift_fast.inject.shards.dtensor import DTensorShard
 from support.injection_models import Backbone, delta_towards, regression_batch, regression_loss
 from support.joined import Joined, Report, launch
@@ -544,7 +545,26 @@ def compare_parts(twins: Twins, *, share: int, shares: int) -> Report:
     return report
 
 
+def check_lost_steps(folder: Path) -> Report:
+    """Attach to bfloat16 weights, and to float32 weights that compute in bfloat16."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    report: Report = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        model: Any = plain("even").to(dtype)
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+        fully_shard(model, mesh=mesh_of(dist.get_world_size()), mp_policy=policy)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            Injection(model, saved(folder, "even"), optimizer=optimizer).remove()
+        said = [str(one.message) for one in caught if one.category is DriftWarning]
+        report[str(dtype)] = said
+    return report
+
+
 PAIR = [
+    check_lost_steps,
     check_spans,
     check_memory,
     check_reads,
@@ -569,6 +589,15 @@ PAIR = [
 def pair_reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Report]]:
     # Without a backend, as a script of one's own may have it, torch names none for the group.
     return run(tmp_path_factory.mktemp("two"), PAIR, Joined(2, None, PATIENCE))
+
+
+def test_bfloat16_shards_lose_steps_and_float32_ones_do_not(
+    pair_reports: dict[str, list[Report]],
+) -> None:
+    for report in found(pair_reports, check_lost_steps):
+        (text,) = report["torch.bfloat16"]
+        assert "MixedPrecisionPolicy(param_dtype=torch.bfloat16)" in text
+        assert report["torch.float32"] == []
 
 
 def assert_small(report: Report, bound: float = 1e-5) -> None:

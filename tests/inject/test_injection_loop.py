@@ -105,6 +105,7 @@ def test_clipping_after_the_step_clips_the_injected_gradient(tmp_path: Path, sca
 # --- alpha = 0 --------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:the weights are bfloat16:drift_fast.DriftWarning")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("scope", ["step", "microbatch"])
 @pytest.mark.parametrize("scale", reference.SCALES)

@@ -99,6 +99,15 @@ INJECTED_TOO: dict[str, dict[str, Any]] = {
     "ZeRO-3 in fp16": zero(3) | FP16 | {"scale": "absolute"},
     "ZeRO-3, offloaded": zero(3, offload_optimizer=CPU) | {"scale": "gradnorm"},
 }
+# What has float32 copies of bfloat16 weights, and what has been told to have none.
+KEEPING: dict[str, dict[str, Any]] = {
+    "ZeRO-2": zero(2) | BF16,
+    "ZeRO-3": zero(3) | BF16,
+    "BF16_Optimizer": zero(1) | BF16 | FLOAT32_SUMS,
+    "stage 0": zero(0) | BF16,
+    # As bf16_master_weights_and_grads has it, which only DeepSpeed's own CPU optimizer takes.
+    "without copies": zero(2) | BF16 | {"narrow": True},
+}
 KINDS = {"ZeRO-1": "Partitioned", "ZeRO-2": "Partitioned", "ZeRO-3": "FullyPartitioned"}
 
 
@@ -108,6 +117,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     jobs = {
         "variants": (sharded_workers.deepspeed_variants, (VARIANTS,)),
         "injected": (sharded_workers.engine_injections, (INJECTED,)),
+        "lost steps": (sharded_workers.lost_steps, (KEEPING,)),
     }
     return launch(tmp_path_factory.mktemp("zero"), jobs, Joined(PROCESSES))
 
@@ -186,6 +196,13 @@ def test_an_attached_engine_steps_along_the_injected_gradient(
     reports: list[dict[str, Any]],
 ) -> None:
     check_injected(reports, INJECTED)
+
+
+def test_float32_copies_of_bfloat16_weights_lose_nothing(reports: list[dict[str, Any]]) -> None:
+    for report in reports:
+        found = report["lost steps"]
+        assert "bf16_master_weights_and_grads" in found.pop("without copies")
+        assert found == dict.fromkeys(KEEPING.keys() - {"without copies"}, "")
 
 
 @pytest.mark.slow

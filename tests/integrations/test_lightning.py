@@ -593,3 +593,20 @@ def test_the_older_package_name_is_served_too(tmp_path: Path) -> None:
     )
     pytest.importorskip("pytorch_lightning")
     python(script, limit=250, cwd=tmp_path)
+
+
+class AdamModule(Module):
+    """Trains by AdamW at a rate of fine-tuning."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.network.parameters(), lr=1e-5)
+
+
+def test_weights_that_lose_steps_are_told_the_precision_that_keeps_them(
+    tmp_path: Path, network: torch.nn.Module
+) -> None:
+    delta = delta_towards(tmp_path, network)
+    with pytest.warns(drift_fast.DriftWarning, match='precision="bf16-mixed"'):
+        trainer(DriftCallback(delta), precision="bf16-true").fit(AdamModule(network), loader(1))
+    wide = AdamModule(Backbone())
+    trainer(DriftCallback(delta), precision="bf16-mixed").fit(wide, loader(1))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -326,7 +327,7 @@ class Fsdp(Training):
         self.micro_batches = options.pop("accumulate", 1)
         self.no_sync = options.pop("no_sync", False)
         self.clip = options.pop("clip", 0.0)
-        model = Scaled()
+        model = Scaled().to(getattr(torch, options.pop("dtype", "float32")))
         self.plain = copy.deepcopy(model)
         # What FSDP1 ignores, its user reduces.
         self.ignored = [model.gain] if options.pop("ignore_gain", False) else []
@@ -480,6 +481,40 @@ def engine_injections(variants: dict[str, dict[str, Any]]) -> dict[str, Any]:
         injection.remove()
         report[name]["restored"] = "step" not in vars(training.optimizer)
         training.engine.destroy()
+    return report
+
+
+def lost_steps(variants: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """Attach to an engine and report what it says of steps that its weights lose."""
+    from drift_fast.integrations.deepspeed_engine import attach_engine
+
+    report = {}
+    for name, options in variants.items():
+        options = dict(options)
+        narrow = options.pop("narrow", False)
+        training = Engine(options)
+        if narrow:
+            copies = training.optimizer.single_partition_of_fp32_groups
+            copies[:] = [one.bfloat16() for one in copies]
+        with attach_engine(training.engine, given_delta(training.plain)) as injection:
+            report[name] = injection.lost_steps.cause
+        training.engine.destroy()
+    return report
+
+
+def fsdp_lost_steps() -> dict[str, str]:
+    """Attach to FSDP1 of bfloat16 weights, and of float32 weights that compute in bfloat16."""
+    from drift_fast import Injection
+
+    report = {}
+    for name, options in {"bfloat16": {}, "float32": {"reduce_dtype": "float32"}}.items():
+        training = Fsdp({"dtype": name, **options})
+        delta = given_delta(training.plain)
+        optimizer = torch.optim.AdamW(training.model.parameters(), lr=1e-5)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            Injection(training.model, delta, optimizer=optimizer).remove()
+        report[name] = " ".join(str(one.message) for one in caught if "weights" in str(one.message))
     return report
 
 

@@ -33,6 +33,8 @@ class Driver:
 
     # Why a user must not call `Injection.step()`; None where a user must.
     runs_by_itself: str | None = None
+    # How to train float32 weights, where neither a loop's way nor that of the shards is right.
+    wider = ""
 
     def __init__(
         self,
@@ -58,6 +60,11 @@ class Driver:
         """Return how the local gradient and weights of each target are reached."""
         names = [target.name for target in targets]
         return shards_of(names, [target.parameter for target in targets], model)
+
+    @property
+    def stepping(self) -> torch.optim.Optimizer | None:
+        """The optimizer that steps the targets or their copies, where it is known."""
+        return self.optimizer
 
     def loss_scale(self, device: torch.device) -> torch.Tensor | float | None:
         """Return the factor that the gradients carry at the moment of a step, None for one."""

@@ -22,9 +22,12 @@ from drift_fast.inject.attachment import Attachment
 from drift_fast.inject.claims import Claim, refuse_second
 from drift_fast.inject.config import ConfigLike, InjectionConfig
 from drift_fast.inject.driver import Driver
+from drift_fast.inject.forecast import look_ahead
+from drift_fast.inject.lost_steps import LostSteps
 from drift_fast.inject.microbatch_scope import MicrobatchScope
 from drift_fast.inject.missing import MissingAccount
 from drift_fast.inject.placement.load import Loading, Member, load_groups
+from drift_fast.inject.predict import Outlook
 from drift_fast.inject.presence import lost_from
 from drift_fast.inject.pushes import Pushes
 from drift_fast.inject.refusals import (
@@ -141,6 +144,9 @@ class Injection(Attachment):
 
     def _attach(self, model: nn.Module) -> None:
         """Put hooks on parameters and optimizers; what undoes it refers to all but this object."""
+        self._lost_steps = LostSteps(self._groups, self._driver.wider)
+        if self._driver.stepping is not None:
+            self._lost_steps.see(self._driver.stepping)
         self._undo = contextlib.ExitStack()
         self._claim = Claim(self._targets, self, self._undo)
         written = [accumulated for group in self._groups for accumulated in group.accumulated()]
@@ -154,6 +160,7 @@ class Injection(Attachment):
             optimizer_is_given=self._driver.optimizer is not None,
         )
         self._scope = self._make_scope()
+        self._undo.callback(self._lost_steps.remove)
         for group in self._groups:
             self._undo.callback(group.release)
         self._undo.callback(self._scope.close)
@@ -249,9 +256,18 @@ class Injection(Attachment):
         return self._watchdog.skipped()
 
     @property
+    def lost_steps(self) -> LostSteps:
+        """What 16-bit weights lose of the optimizer's steps, for integrations that forecast."""
+        return self._lost_steps
+
+    @property
     def control(self) -> Control:
         """What decides α at each step, for integrations that restart or forecast a run."""
         return self._control
+
+    def look_ahead(self, optimizer: Any, rates: Sequence[float], *, known: bool) -> Outlook:
+        """As `forecast.look_ahead`, for integrations that know the learning rates."""
+        return look_ahead(self._groups, self._control, self._config, optimizer, rates, known=known)
 
     def step(self) -> None:
         """Inject into the accumulated gradients, once, before clipping and the optimizer's step.
@@ -360,10 +376,13 @@ class Injection(Attachment):
     def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Refuse an optimizer that does not step every target, for integrations that know it.
 
+        Warns where it leaves 16-bit weights as they are in most steps.
+
         Raises:
             DriftError: a target is in none of its parameter groups.
         """
         check_optimized(self._targets, optimizer)
+        self._lost_steps.see(optimizer)
 
     def __repr__(self) -> str:
         return (

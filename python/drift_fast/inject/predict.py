@@ -1,41 +1,39 @@
-"""Which progress λ a run will end at: predicted before it starts, and from its first steps.
+"""Which progress λ a run will end at, predicted before it starts.
 
 λ = ⟨θ_t − θ_0, Δ⟩/‖Δ‖² is 0 at the start and 1 where the weights have moved by all of Δ. Everything
-here is a Python float; nothing is injected or changed.
+here is a Python float; nothing is injected or changed. `forecast` follows a run that trains.
 """
 
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Iterable
-from itertools import pairwise
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 
-from drift_fast.errors import DriftWarning
+from drift_fast.inject.schedule import ScheduleLike, parse_schedule
+from drift_fast.inject.strength.formula import MOST, Scale
 
-# λ ≈ c(α)·Σlr/rms(Δ) with AdamW and the adaptive scale, measured in examples/miniature (0.8M
-# parameters, 200 steps, clipping at 1): medians at learning rates below 1e-4, the first and the
-# last at 6.5e-4 and 1.1e-3. Every run at a rate below 1e-3 was within 16 % of this, whatever the
-# pair; at 1.7e-3 some ended a third lower. Larger models were not measured.
-_MEASURED = (
-    (0.0, 0.0),
-    (0.05, 0.054),
-    (0.12, 0.127),
-    (0.25, 0.225),
-    (0.37, 0.284),
-    (0.54, 0.37),
-    (0.78, 0.47),
-    (1.14, 0.534),
-    (1.66, 0.59),
-    (3.2, 0.66),
-)
-
-# In the miniature, fine-tuning alone ended at λ below 0.01. Answers improved up to λ = 0.8 to 1.3
-# and got worse beyond it; perception got worse all the way, faster from 1 on.
+# Useful values of λ: in the miniature fine-tuning alone ended below 0.01, and on a pre-trained
+# model nothing changed below 0.05. Answers got worse beyond 1, and perception faster.
 USEFUL = (0.05, 1.0)
 
-# Share of a run's drive after which its beginning shows where it will end.
-ENOUGH = 0.2
+# mean|Δ|/rms(Δ) of a Gaussian, to which c comes as α grows: every element then moves by the
+# learning rate in each step, in the direction of its Δ.
+GAUSSIAN = 0.8
+
+# 1/c^p = (h/s)^p + 1/limit^p, where s is ‖c·Δ‖/‖g‖, the push. This is within 6 % of AdamW in
+# float64 on gradients of noise whose elements differ in size (log-normal, σ = 0.72) and a Gaussian
+# Δ (tests/inject/test_predict.py), and within 9 % of what was measured from α = 0.05 to 8, medians
+# of examples/miniature (0.8M parameters) and of a pre-trained model of 135M. In the miniature runs
+# at learning rates of 1e-3 and more ended up to a third lower.
+_HALF = 0.46
+_SHARPNESS = 1.3
+
+# Of torch's AdamW.
+BETAS = (0.9, 0.999)
+# A push of which c is at its limit.
+_SATURATED = 1e9
 
 
 def rms(norm: float, numel: int) -> float:
@@ -48,121 +46,195 @@ def rms(norm: float, numel: int) -> float:
     return norm / math.sqrt(numel)
 
 
-def predict_progress(alpha: float, learning_rates: float | Iterable[float], rms: float) -> float:
+def joint_rms(tensors: Iterable[tuple[float, int]]) -> float:
+    """Return the rms(Δ) with which several tensors move as one does, from ‖Δ‖² and numel of each.
+
+    A push moves the elements of every tensor by the same share of the learning rate, so those of a
+    large Δ come less far along it. λ of all together, weighted by ‖Δ‖², follows from this number,
+    which is their rms where all have the same, and larger elsewhere.
+    """
+    pairs = list(tensors)
+    return math.fsum(square for square, _ in pairs) / math.fsum(
+        math.sqrt(square * numel) for square, numel in pairs
+    )
+
+
+def predict_progress(
+    alpha: float,
+    learning_rates: float | Iterable[float],
+    rms: float,
+    *,
+    scale: Scale = "adaptive",
+    schedule: ScheduleLike = None,
+    gradient_rms: float | None = None,
+    limit: float = GAUSSIAN,
+    betas: tuple[float, float] = BETAS,
+) -> float:
     """Return the λ that a run is expected to end at: c(α)·Σlr/rms(Δ).
 
-    This extrapolates from a miniature, for AdamW and the adaptive scale. The order of magnitude is
-    right, which distinguishes a run that will not move from one that will overshoot. Under a
-    schedule, give Σ of learning rate times the schedule's factor. c is interpolated between values
-    measured from α = 0 to 3.2. For a larger α, c(3.2) is used, so λ is at least the returned value.
+    For optimizers of Adam's kind on weights that keep every update, so not for 16-bit weights
+    without wider copies. c grows with α up to `limit`. Beyond α = 2 a larger α adds little, and
+    only a larger Σlr moves the weights further. Under a schedule of α the two moments of Adam are
+    followed: after a window its momentum moves the weights on, by up to 9 steps for β1 = 0.9.
     A negative α gives the same λ with the other sign.
 
     Args:
         alpha: strength, one number.
-        learning_rates: of all optimizer steps, or their sum.
-        rms: √(mean of Δ's squared elements), as `rms(norm, numel)` returns it.
+        learning_rates: of all optimizer steps; without a `schedule` their sum will do.
+        rms: √(mean of Δ's squared elements), as `rms(norm, numel)` returns it. Where it differs
+            much between tensors, as with biases of a large Δ, predict λ of each.
+        scale: "adaptive", which is taken as "gradnorm" at α/2, since cos(g, Δ) is near zero on real
+            pairs; "gradnorm"; or "absolute", with `gradient_rms`.
+        schedule: that of α, as in `InjectionConfig`; the run has as many steps as learning rates.
+        gradient_rms: √(mean of the gradient's squared elements) in a typical step, for "absolute".
+        limit: mean|Δ|/rms(Δ), 0.8 for a Gaussian and less where few elements hold most of Δ.
+        betas: those of the optimizer.
 
     Raises:
-        ValueError: a number that is not finite, a negative Σlr, or an rms that is not positive.
+        ValueError: a number that is not finite or out of its range, a schedule without the learning
+            rate of each step, or a scale whose strength cannot be known beforehand.
     """
-    total = (
-        float(learning_rates)
-        if isinstance(learning_rates, int | float)
-        else math.fsum(learning_rates)
-    )
-    if not math.isfinite(alpha):
-        raise ValueError(f"alpha must be finite, got {alpha!r}")
-    if not math.isfinite(total) or total < 0:
-        raise ValueError(f"the sum of learning rates must be finite and not negative, got {total}")
     if not math.isfinite(rms) or rms <= 0:
         raise ValueError(f"rms(Δ) must be finite and positive, got {rms!r}")
-    return math.copysign(_coefficient(abs(alpha)) * total / rms, alpha)
+    if not 0 < limit <= 1:
+        raise ValueError(f"limit is mean|Δ|/rms(Δ), above 0 and at most 1, got {limit!r}")
+    push = push_of(alpha, scale, rms=rms, gradient_rms=gradient_rms)
+    if isinstance(learning_rates, int | float):
+        if schedule is not None:
+            raise ValueError(
+                "a schedule needs the learning rate of each step: give all of them, not their sum"
+            )
+        moved = _check_rate(learning_rates) * coefficient(push, limit)
+    else:
+        rates = list(learning_rates)
+        factor = parse_schedule(schedule)
+        factors = [factor(at, len(rates)) for at in range(len(rates))]
+        moved = math.fsum(motions(push, rates, factors, limit=limit, betas=betas))
+    return moved / rms
 
 
-def _coefficient(alpha: float) -> float:
-    """Return c(α), linear between what was measured."""
-    for (left, low), (right, high) in pairwise(_MEASURED):
-        if alpha <= right:
-            return low + (high - low) * (alpha - left) / (right - left)
-    return _MEASURED[-1][1]
-
-
-class Forecast:
-    """Follow λ at logging steps, forecast its final value, and warn once if that is not useful.
-
-    λ grows with the drive, Σ of learning rate times the schedule's factor on α; `done` and `total`
-    count the drive, in any unit. The forecast continues the latter half of the drive so far in a
-    straight line, so a run that a cap has stopped is forecast to stay where it is.
-
-    Args:
-        total: the drive of the whole run.
-        stops_at: the λ at which a cap or a target stops the run, if there is one. The forecast does
-            not exceed it, and ending within a tenth of it is as intended.
+def push_of(
+    alpha: float, scale: Scale, *, rms: float = 1.0, gradient_rms: float | None = None
+) -> float:
+    """Return ‖c·Δ‖/‖g‖ with the sign of α, where cos(g, Δ) is near zero.
 
     Raises:
-        ValueError: a total that is not positive and finite.
+        ValueError: an α that is not finite, "absolute" without the gradient's rms, or "project".
+    """
+    if not math.isfinite(alpha):
+        raise ValueError(f"alpha must be finite, got {alpha!r}")
+    if scale == "project":
+        raise ValueError(
+            "scale='project' pushes only where the task pulls away from Δ, and how often it does "
+            "is not known beforehand"
+        )
+    if scale == "absolute":
+        if gradient_rms is None or not 0 < gradient_rms < math.inf:
+            raise ValueError(
+                "scale='absolute' adds α·Δ whatever the gradient is, so gradient_rms=… must say "
+                f"how large that is, as a positive number, got {gradient_rms!r}"
+            )
+        return alpha * rms / gradient_rms
+    return alpha / 2 if scale == "adaptive" else alpha
+
+
+def coefficient(push: float, limit: float = GAUSSIAN) -> float:
+    """Return c, the share of Σlr/rms(Δ) that weights move by under a push, with its sign."""
+    size = abs(push)
+    if size == 0.0:
+        return 0.0
+    ratio = _HALF * limit / size
+    # Beyond this 1 + ratio^p is ratio^p, and the power would leave the range of a float.
+    c = size / _HALF if ratio > 1e12 else limit / (1 + ratio**_SHARPNESS) ** (1 / _SHARPNESS)
+    return math.copysign(c, push)
+
+
+def motions(
+    push: float,
+    learning_rates: Sequence[float],
+    factors: Sequence[float],
+    *,
+    limit: float = GAUSSIAN,
+    betas: tuple[float, float] = BETAS,
+) -> Iterator[float]:
+    """Yield the expected motion of each step along Δ, in units of rms(Δ).
+
+    `factors` are those of the schedule of α. Adam divides a running mean of gradients, in which
+    a push lasts, by the root of a running mean of squares, which holds pushes of long ago. With μ
+    and q² those means of the factor and of its square, with their corrections of the first steps,
+    a step moves by lr·(μ/q)·c(q·push).
+
+    Raises:
+        ValueError: a rate or a β without meaning.
+    """
+    first, second = betas
+    if not (0 <= first < 1 and 0 <= second < 1):
+        raise ValueError(f"betas must be two numbers from 0 to below 1, got {betas!r}")
+    mean = square = 0.0
+    for step, (rate, factor) in enumerate(zip(learning_rates, factors, strict=True), start=1):
+        mean += (1 - first) * (factor - mean)
+        square += (1 - second) * (factor * factor - square)
+        q = math.sqrt(square / (1 - second**step))
+        share = mean / (1 - first**step) / q if q > 0 else 0.0
+        yield _check_rate(rate) * share * coefficient(push * q, limit)
+
+
+def _check_rate(rate: float) -> float:
+    if not math.isfinite(rate) or rate < 0:
+        raise ValueError(f"learning rates must be finite and not negative, got {rate!r}")
+    return float(rate)
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """A run before its first step, by AdamW's motion along Δ.
+
+    `drive` is the motion up to each step, in some unit. λ is `expected` at α as stated, could be
+    steered up to `steered` by a target, and is below `reachable` whatever α is; all of them are
+    None where λ cannot be known beforehand.
     """
 
-    def __init__(self, total: float, *, stops_at: float | None = None) -> None:
-        if not math.isfinite(total) or total <= 0:
-            raise ValueError(f"the drive of the whole run must be positive, got {total!r}")
-        self._total = float(total)
-        self._stops_at = math.inf if stops_at is None else stops_at
-        low, high = USEFUL
-        if stops_at is not None:
-            low, high = min(low, 0.9 * stops_at), max(high, 1.1 * stops_at)
-        self._useful = low, high
-        # (done, λ) over the latter half of the drive so far; a run starts with zero of both.
-        self._seen = [(0.0, 0.0)]
-        self._warned = False
+    drive: list[float]
+    expected: float | None = None
+    steered: float | None = None
+    reachable: float | None = None
 
-    @property
-    def final(self) -> float | None:
-        """The λ that the run is heading for; None until λ was seen after some drive."""
-        done, progress = self._seen[-1]
-        if done == 0.0:
-            return None
-        start, value = self._seen[0]
-        final = progress + (progress - value) / (done - start) * max(0.0, self._total - done)
-        return min(final, max(progress, self._stops_at))
+    @classmethod
+    def of(
+        cls,
+        push: float | None,
+        rates: Sequence[float],
+        factors: Sequence[float],
+        rms: float,
+        betas: tuple[float, float],
+    ) -> Outlook:
+        """Look at a run of these learning rates and factors of α's schedule.
 
-    def see(self, progress: float, done: float) -> float | None:
-        """Take in λ after `done` of the drive, and return the λ that the run is heading for.
-
-        Warns once, with a DriftWarning: when a fifth of the drive is done and the run is heading
-        for less than 0.05 or more than 1, or as soon as λ is above 1. A λ that is not finite, or
-        that comes after less drive than the last one, is ignored.
+        push: ‖c·Δ‖/‖g‖ as `push_of` returns it, None where that is not known.
         """
-        if not (math.isfinite(progress) and math.isfinite(done)) or done < self._seen[-1][0]:
-            return self.final
-        if done == self._seen[-1][0]:
-            if done > 0.0:
-                self._seen[-1] = (done, progress)
-        else:
-            self._seen.append((done, progress))
-            while len(self._seen) > 2 and self._seen[1][0] <= done / 2:
-                del self._seen[0]
-        final = self.final
-        if final is not None and not self._warned:
-            self._warn(progress, done / self._total, final)
-        return final
 
-    def _warn(self, progress: float, share: float, final: float) -> None:
-        low, high = self._useful
-        seen = f"after {share:.0%} of the run's drive (Σ learning rate × schedule)"
-        if progress > high or (final > high and share >= ENOUGH):
-            message = (
-                f"progress along Δ is λ = {progress:.3g} {seen} and is heading for {final:.3g}; "
-                f"above {high:g} the weights overshoot. Lower alpha, pass progress_cap=… to stop "
-                "there, or a schedule such as window(0, 0.3)"
-            )
-        elif final < low and share >= ENOUGH:
-            message = (
-                f"progress along Δ is λ = {progress:.3g} {seen} and is heading for {final:.3g}, "
-                f"less than {low:g}: the run will hardly differ from one without injection. Raise "
-                "alpha or the learning rate, train longer, or pass progress_target=…"
-            )
-        else:
-            return
-        self._warned = True
-        warnings.warn(message, DriftWarning, stacklevel=4)
+        def moves(push: float) -> list[float]:
+            return list(accumulate(motions(push, rates, factors, betas=betas)))
+
+        if push is None or not rates:
+            return cls(moves(1.0))
+        drive = moves(push)
+        ends = (drive, moves(MOST * push), moves(math.copysign(_SATURATED, push)))
+        return cls(drive, *(each[-1] / rms for each in ends))
+
+    def misses(self, target: float) -> str:
+        """Return why a target λ is not reached, and what would reach it; empty where it may be."""
+        if self.steered is None or self.reachable is None or not 0 < self.steered < target:
+            return ""
+        larger = (
+            f"no alpha reaches more than {self.reachable:.2g}"
+            if target > self.reachable
+            else "so would a larger alpha"
+        )
+        return (
+            f"progress_target={target:g} is out of reach: λ is expected to come to "
+            f"{self.steered:.2g} with alpha multiplied by {MOST:g}, the most that a target does. "
+            f"{target / self.steered:.3g} times Σ learning rate would reach it, by more steps or a "
+            f"higher learning rate; {larger}. attach_motion moves the weights by a share of Δ that "
+            "you choose, at any learning rate"
+        )

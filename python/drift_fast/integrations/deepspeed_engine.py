@@ -37,10 +37,20 @@ class EngineDriver(Driver):
         "under DeepSpeed the injection runs by itself inside engine.step(); do not call step()"
     )
 
+    wider = (
+        "Leave bf16_master_weights_and_grads and fp16_master_weights_and_grads out of DeepSpeed's "
+        "configuration, so that it keeps float32 copies; without bf16.enabled, set it"
+    )
+
     def __init__(self, engine: Any) -> None:
         super().__init__()
         self._engine = engine
         self._engine_optimizer = optimizer_of(engine)
+
+    @property
+    def stepping(self) -> torch.optim.Optimizer | None:
+        inner = getattr(self._engine_optimizer, "optimizer", self._engine_optimizer)
+        return inner if isinstance(inner, torch.optim.Optimizer) else None
 
     def check(self, config: InjectionConfig) -> None:
         if config.scope != "step" or config.overlap:

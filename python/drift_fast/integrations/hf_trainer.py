@@ -12,7 +12,6 @@ import math
 import os
 import warnings
 from dataclasses import replace
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -25,8 +24,8 @@ from drift_fast.delta.protocol import DeltaLike
 from drift_fast.errors import DriftError, DriftWarning
 from drift_fast.inject.config import InjectionConfig
 from drift_fast.inject.driver import Driver, scale_of
+from drift_fast.inject.forecast import Forecast
 from drift_fast.inject.injection import Injection
-from drift_fast.inject.predict import Forecast
 from drift_fast.inject.refusals import check_trainable
 from drift_fast.inject.targets import find_targets
 from drift_fast.inject.telemetry import append_rows
@@ -46,6 +45,12 @@ _KEPT = 0.1
 
 class TrainerDriver(Driver):
     """A Trainer's own loop, which unscales gradients only when it clips, after `training_step`."""
+
+    wider = (
+        "Load the model with from_pretrained(…, dtype=torch.float32), since the default is the "
+        "dtype that is stored, and pass bf16=True to the TrainingArguments, which computes in "
+        "bfloat16"
+    )
 
     def __init__(self, trainer: Any) -> None:
         super().__init__()
@@ -178,12 +183,8 @@ class TrainerInjection(AttachedInjection):
                 DriftWarning,
                 stacklevel=2,
             )
-        self._forecast = None
-        self._drive = self._planned_drive(injection, state.max_steps)
-        if self._drive and self._drive[-1] > 0:
-            cap = self._config.progress_target or self._config.progress_cap
-            stops_at = float(cap) if isinstance(cap, int | float) and math.isfinite(cap) else None
-            self._forecast = Forecast(self._drive[-1], stops_at=stops_at)
+        self._forecast, self._drive = None, []
+        self._look_ahead(injection, state.max_steps)
 
     def _state(self) -> dict[str, Any] | None:
         return self.state_dict() if self._is_active else None
@@ -213,20 +214,43 @@ class TrainerInjection(AttachedInjection):
                 stacklevel=2,
             )
 
-    def _planned_drive(self, injection: Injection, total: int) -> list[float]:
-        """Return Σ of learning rate times the schedule's factor up to each step, in some unit.
-
-        Progress grows with it. Where the learning rate's schedule is not a function of the step, it
-        is taken as constant.
-        """
+    def _look_ahead(self, injection: Injection, total: int) -> None:
+        """Start a forecast from what is known of the run, and warn of a target out of its reach."""
         alpha = injection.alpha
         if not (any(alpha.values()) if isinstance(alpha, dict) else alpha):
+            return
+        rates = self._learning_rates(total)
+        optimizer = self._trainer.optimizer
+        while hasattr(optimizer, "optimizer"):
+            # What Accelerate and DeepSpeed put around it.
+            optimizer = optimizer.optimizer
+        outlook = injection.look_ahead(optimizer, rates or [1.0] * total, known=bool(rates))
+        self._drive = outlook.drive
+        if not self._drive or self._drive[-1] <= 0:
+            return
+        target = self._config.progress_target
+        if isinstance(target, int | float):
+            missed = outlook.misses(float(target))
+            if missed:
+                warnings.warn(missed, DriftWarning, stacklevel=2)
+        cap = target or self._config.progress_cap
+        stops_at = float(cap) if isinstance(cap, int | float) and math.isfinite(cap) else None
+        self._forecast = Forecast(
+            self._drive[-1],
+            stops_at=stops_at,
+            expected=outlook.expected,
+            reachable=outlook.reachable,
+        )
+
+    def _learning_rates(self, total: int) -> list[float]:
+        """Return the learning rate of every step; none where it is not a function of the step."""
+        scheduler = getattr(self._trainer.lr_scheduler, "scheduler", self._trainer.lr_scheduler)
+        factors = getattr(scheduler, "lr_lambdas", None)
+        base = set(getattr(scheduler, "base_lrs", ()))
+        if not factors or len(base) != 1:
             return []
-        scheduler = self._trainer.lr_scheduler
-        rates = getattr(getattr(scheduler, "scheduler", scheduler), "lr_lambdas", None)
-        rate = rates[0] if rates else lambda step: 1.0
-        control = injection.control
-        return list(accumulate(rate(at) * abs(control.factor(at)) for at in range(total)))
+        (largest,) = base
+        return [float(largest) * factors[0](at) for at in range(total)]
 
     # What the trainer calls.
 
@@ -282,7 +306,8 @@ class TrainerInjection(AttachedInjection):
         metrics = self.summary()
         step = self._trainer.state.global_step
         if self._forecast is not None and 0 < step <= len(self._drive):
-            final = self._forecast.see(metrics["progress"], self._drive[step - 1])
+            lost = self._started().lost_steps.cause
+            final = self._forecast.see(metrics["progress"], self._drive[step - 1], lost=lost)
             if final is not None:
                 metrics["predicted_progress"] = final
         if self._csv is not None and self._trainer.is_world_process_zero():

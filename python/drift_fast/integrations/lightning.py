@@ -227,6 +227,10 @@ class DriftCallback(Callback):
 class ClosureDriver(Driver):
     """An optimizer that runs forward and backward inside its own step."""
 
+    wider = (
+        'Load the model in float32 (dtype=torch.float32) and pass precision="bf16-mixed" to the '
+        'Trainer, which "bf16-true" is not'
+    )
     _injects = True
     # Whether `training_step` returned None: no backward, and the optimizer has nothing to do.
     _idle = False

@@ -65,7 +65,7 @@ def reach_master_weights(groups: Sequence[TargetGroup], optimizer: torch.optim.O
         if id(group.targets[at].parameter) in held and is_narrow(shard.weight().dtype)
     ]
     parameters = [group.targets[at].parameter for group, at in found]
-    key = _find_key(optimizer, parameters)
+    key = copy_key(optimizer, parameters)
     if key is None:
         return
     logger.info("moving %d parameters through %r of the optimizer's state", len(found), key)
@@ -74,7 +74,7 @@ def reach_master_weights(groups: Sequence[TargetGroup], optimizer: torch.optim.O
 
 
 @torch.no_grad()
-def _find_key(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> str | None:
+def copy_key(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> str | None:
     """Return the name under which the optimizer's state holds float32 copies of these parameters.
 
     Every copy must be there and equal its parameter except for rounding, and one of them must not

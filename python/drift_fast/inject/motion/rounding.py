@@ -33,6 +33,15 @@ def is_narrow(dtype: torch.dtype) -> bool:
     return dtype in _STORED
 
 
+def units(size: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return the unit in the last place of float32 sizes, none negative, in a 16-bit dtype."""
+    bits, smallest = _STORED[dtype]
+    # A float32 without its significand is the power of two below.
+    unit = (size.view(torch.int32) & 0x7F800000).view(torch.float32).mul_(2.0**-bits)
+    # An infinite weight has an infinite unit; the bound makes any finite motion zero units of it.
+    return unit.clamp_(smallest, 2.0**120)
+
+
 class Thresholds:
     """u of every element, from one table of random numbers that is made on the CPU.
 
@@ -82,15 +91,10 @@ def add_narrow(
 def _add(
     weight: torch.Tensor, delta: torch.Tensor, before: float, after: float, u: torch.Tensor
 ) -> None:
-    bits, smallest = _STORED[weight.dtype]
     wide, step = weight.float(), delta.float()
     old, new = step * before, step * after
     # For a weight that is far smaller than the motion, zero included, a unit that is large enough
     # for float32 to hold the motion's number of units and its fraction.
-    reach = torch.maximum(wide.abs(), new.abs().mul_(2.0**-8))
-    # A float32 without its significand is the power of two below.
-    unit = (reach.view(torch.int32) & 0x7F800000).view(torch.float32).mul_(2.0**-bits)
-    # An infinite weight has an infinite unit; the bound makes any finite motion zero units of it.
-    unit.clamp_(smallest, 2.0**120)
+    unit = units(torch.maximum(wide.abs(), new.abs().mul_(2.0**-8)), weight.dtype)
     count = new.div_(unit).add_(u).floor_().sub_(old.div_(unit).add_(u).floor_())
     weight.copy_(wide.add_(count.mul_(unit)))

@@ -14,6 +14,10 @@ class DTensorShard:
     """The local tensor of a DTensor parameter."""
 
     sharding = "a DTensor of FSDP2 or tensor parallelism"
+    wider = (
+        "Shard float32 weights: call model.float() before fully_shard(…, "
+        "mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))"
+    )
 
     def __init__(self, name: str, parameter: nn.Parameter) -> None:
         self.parameter = parameter

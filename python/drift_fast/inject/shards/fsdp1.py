@@ -107,6 +107,10 @@ class _Flattened:
     """A run of one original parameter's elements, at an offset of this rank's flat shard."""
 
     sharding = "FSDP1"
+    wider = (
+        "Shard float32 weights: call model.float() before FullyShardedDataParallel(…, "
+        "mixed_precision=MixedPrecision(param_dtype=torch.bfloat16))"
+    )
 
     def __init__(self, name: str, parameter: nn.Parameter, handle: Any, index: int) -> None:
         self._name = name

@@ -14,10 +14,7 @@ from typing import Any
 import torch
 
 from drift_fast.inject.saved_state import SavedAim, damaged
-
-# An aim multiplies α by a factor between these: it never reverses, and does not drown the task's
-# gradient if the target is out of reach.
-LEAST, MOST = 0.0, 4.0
+from drift_fast.inject.strength.formula import LEAST, MOST
 
 # An aim plans to arrive when this share of the schedule's drive is spent. Learning rates fall
 # towards the end, where no α could make up for a shortfall; and in the miniature that this method

@@ -27,6 +27,9 @@ Scale = Literal["absolute", "gradnorm", "adaptive", "project"]
 SCALES: tuple[str, ...] = get_args(Scale)
 # These ask for the angle between gradient and Δ, two more passes over memory.
 NEED_DOT = ("adaptive", "project")
+# A target λ multiplies α by a factor between these: it never reverses, and does not drown the
+# task's gradient if the target is out of reach.
+LEAST, MOST = 0.0, 4.0
 
 
 def check_alpha(alpha: float) -> float:
