@@ -165,3 +165,28 @@ def test_progress_counts_only_the_chosen_parameters(tmp_path: Path) -> None:
     expected, _ = reference.progress(weights_of(model), start, chosen)
     assert found["progress"] == pytest.approx(expected, rel=1e-3)
     assert not any("mlp" in key for key in found if key.startswith("progress/"))
+
+
+@pytest.mark.parametrize(
+    ("scale", "along", "hints"), [("adaptive", 0.0, 1), ("adaptive", 0.3, 0), ("gradnorm", 0.0, 0)]
+)
+def test_angles_that_stay_near_zero_are_hinted_at_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, scale: Any, along: float, hints: int
+) -> None:
+    caplog.set_level("INFO", "drift_fast")
+    model, parameter, delta = single_target(tmp_path, (64, 64))
+    (stored,) = delta.values()
+    injection = drift_fast.Injection(model, delta, scale=scale)
+    for step in range(6):
+        generator = torch.Generator().manual_seed(step)
+        noise = torch.randn(64, 64, generator=generator)
+        noise -= stored * (noise * stored).sum() / stored.square().sum()
+        parameter.grad = noise + along * stored * noise.norm() / stored.norm()
+        injection.step()
+        injection.metrics()
+        torch.optim.SGD([parameter], lr=0.0).step()
+    said = [text for text in caplog.messages if "gradnorm" in text]
+    assert len(said) == hints
+    if said:
+        assert "after 3 steps" in said[0]
+        assert "half of alpha" in said[0]

@@ -50,7 +50,7 @@ from drift_fast.inject.step_scope import StepScope
 from drift_fast.inject.strength.control import Control
 from drift_fast.inject.strength.per_module import PerModule
 from drift_fast.inject.targets import find_targets
-from drift_fast.inject.telemetry import append_rows, measure, summarize
+from drift_fast.inject.telemetry import AngleHint, append_rows, measure, summarize
 from drift_fast.inject.watchdog import Watchdog
 from drift_fast.options import takes
 from drift_fast.sizes import parse_size
@@ -140,6 +140,7 @@ class Injection(Attachment):
         home = self._groups[0]
         self._control.place(home.device, home.norms.dtype)
         self._missing = MissingAccount(self._targets, self._config.missing_gradients)
+        self._hint = AngleHint(self._config.scale)
         self._attach(model)
 
     def _attach(self, model: nn.Module) -> None:
@@ -308,7 +309,9 @@ class Injection(Attachment):
         Under sharding every process must call this.
         """
         self._require_attached()
-        return measure(self._groups, self._control) | {
+        found = measure(self._groups, self._control)
+        self._hint.see(self.steps, found)
+        return found | {
             "injected": float(self.injected),
             "skipped": float(self.skipped),
             **self._missing.metrics(),
