@@ -219,7 +219,7 @@ class TrainingKeywords(TypedDict, total=False):
     gradient_checkpointing: bool
     residency: str
     alpha: float
-    scale: str
+    scale: Scale
     schedule: str | None
     progress_cap: float | Mapping[str, float] | None
     progress_target: float | Mapping[str, float] | None

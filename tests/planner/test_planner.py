@@ -42,6 +42,10 @@ def test_every_figure_says_where_it_comes_from_and_time_follows_from_the_stated_
     assert found["compute of a step"].value == pytest.approx(compute)
     assert found["injection of a step"].value == pytest.approx(attention.seconds / 8)
     assert found["training"].value == pytest.approx(1500 * (compute + attention.seconds / 8))
+    tokens = found["tokens of a sample"]
+    assert (tokens.value, tokens.origin) == (2048, "assumed")
+    assert "--tokens" in tokens.source
+    assert "launches" not in found["training"].source
     again = drift_fast.plan(
         REASONING, MULTIMODAL, steps=10, gradient_checkpointing=True, utilization=0.5, peak=1e12
     )
@@ -85,7 +89,9 @@ def test_progress_is_predicted_from_rms_and_cannot_be_known_without() -> None:
 def test_a_run_whose_updates_bfloat16_rounds_away_is_warned_of() -> None:
     pytest.importorskip("transformers")
     found = drift_fast.plan(REASONING, MULTIMODAL, steps=375, precision="bf16")
-    assert any("rounded away" in warning for warning in found.warnings)
+    (text,) = [warning for warning in found.warnings if "rounded away" in warning]
+    for word in ("bf16-mixed", "dtype=torch.float32", "bf16=True", "ZeRO", "λ ends far below"):
+        assert word in text
 
 
 def test_a_pair_of_checkpoints_is_planned_from_headers_and_its_delta(
@@ -93,6 +99,7 @@ def test_a_pair_of_checkpoints_is_planned_from_headers_and_its_delta(
 ) -> None:
     delta = drift_fast.compute_delta(pair.reasoning, pair.multimodal, tmp_path / "delta")
     arguments = ["plan", str(pair.reasoning), str(pair.multimodal), "--steps", "100"]
+    arguments += ["--tokens", "900"]
     assert main([*arguments, "--delta", str(tmp_path / "delta"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     figures = {figure["name"]: figure for figure in found["figures"]}
@@ -101,6 +108,9 @@ def test_a_pair_of_checkpoints_is_planned_from_headers_and_its_delta(
     assert figures["rms(Δ)"]["value"] == pytest.approx(rms)
     assert figures["selected for Δ"]["value"] == total.numel
     assert figures["selected for Δ"]["origin"] == "headers"
+    assert figures["tokens of a sample"]["value"] == 900
+    assert figures["tokens of a sample"]["origin"] == "given"
+    assert "launches" in figures["training"]["source"]
     assert figures["Δ on disk"]["value"] == 2 * total.numel
     assert {"λ of attn", "λ of mlp"} <= figures.keys()
     assert main([*arguments, "--rms", "0.001"]) == 0
@@ -143,11 +153,49 @@ def test_a_schedule_a_cap_and_a_target_are_part_of_the_prediction() -> None:
 
     plain = value()
     assert plain > 1
-    assert value(schedule="constant(0.5)") == pytest.approx(plain / 2)
+    weaker = predict_progress(0.5, Training(steps=375).sum_of_rates(), 5e-5)
+    assert value(schedule="constant(0.5)") == pytest.approx(weaker)
     assert value(progress_cap=0.5) == 0.5
     assert value(progress_cap=2 * plain) == plain
     assert value(progress_cap={"attn": 0.5}) is None
-    assert value(progress_target=0.5) is None
+    assert value(progress_target=0.5) == 0.5
+    assert value(progress_target={"attn": 0.5}) is None
+    assert value(scale="gradnorm", alpha=0.5) == pytest.approx(plain)
+    assert value(scale="absolute") is None
+    # AdamW's momentum moves weights on after a window.
+    rates = Training(steps=375).rates()
+    window = value(schedule="window(0, 0.3)")
+    assert window == pytest.approx(predict_progress(1.0, rates, 5e-5, schedule="window(0, 0.3)"))
+    assert window > 1.05 * plain * sum(rates[:113]) / sum(rates)
+
+
+def test_a_run_that_alpha_cannot_help_says_which_sum_of_rates_would() -> None:
+    pytest.importorskip("transformers")
+    found = drift_fast.plan(REASONING, MULTIMODAL, steps=375, rms=1e-2, alpha=8.0)
+    (text,) = found.warnings
+    most = found["λ at any α, below"].value
+    assert isinstance(most, float)
+    assert most == pytest.approx(0.8 * Training(steps=375).sum_of_rates() / 1e-2, rel=1e-3)
+    assert f"a larger alpha reaches {most:.2g} at most" in text
+    assert "times Σlr would reach 0.05" in text
+    missed = drift_fast.plan(REASONING, MULTIMODAL, steps=375, rms=1e-2, progress_target=0.5)
+    assert missed["λ"].value == missed["λ of a target, at most"].value
+    (text,) = missed.warnings
+    assert "progress_target=0.5 is out of reach" in text
+    assert "times Σ learning rate would reach it" in text
+
+
+def test_tensors_of_a_larger_delta_move_less_far_along_it(tmp_path: Path, pair: Pair) -> None:
+    delta = drift_fast.compute_delta(pair.reasoning, pair.multimodal, tmp_path / "delta")
+    run = {"steps": 100, "delta": tmp_path / "delta"}
+    found = drift_fast.plan(pair.reasoning, pair.multimodal, **run)
+    total = Training(steps=100).sum_of_rates()
+    of_each = [
+        predict_progress(1.0, total, math.sqrt(row.delta_sq / row.numel)) for row in delta.stats
+    ]
+    whole = sum(row.delta_sq for row in delta.stats)
+    mean = sum(λ * row.delta_sq / whole for λ, row in zip(of_each, delta.stats, strict=True))
+    assert found["λ"].value == pytest.approx(mean)
 
 
 def test_a_run_of_any_length_is_summed_at_once() -> None:

@@ -14,9 +14,12 @@ from drift_fast.planner import rates
 from drift_fast.planner.counts import VISION, Model
 from drift_fast.planner.report import Figure, Origin, sized
 from drift_fast.planner.scenario import Scenario
+from drift_fast.planner.training import Training
 
 # Patches along one side of a token; models have 2, but a config.json is untrusted.
 _MOST_MERGED = 64
+# Below so many parameters, launching kernels takes longer than what they compute.
+_LARGE = 10**9
 
 
 def figures(planned: Scenario, residency: str) -> Iterator[Figure]:
@@ -28,9 +31,12 @@ def figures(planned: Scenario, residency: str) -> Iterator[Figure]:
         f"{run.batch * run.accumulation * run.gpus}"
     )  # fmt: skip
     yield Figure(section, "optimizer steps", steps, "steps", "given", source)
+    origin: Origin = "assumed" if run.tokens == Training.tokens else "given"
+    source = "the mean of a run's samples, by which its hours grow: --tokens"
+    yield Figure(section, "tokens of a sample", run.tokens, "tokens", origin, source)
     done, formula = _operations(planned)
     yield Figure(section, "operations of a step", done, "operations", "estimated", formula)
-    origin: Origin = "measured" if speed.source != "given" else "given"
+    origin = "measured" if speed.source != "given" else "given"
     yield Figure(section, "utilization", speed.share, "share", origin, speed.source)
     compute = done / (speed.peak * speed.share)
     source = "operations/(peak·utilization); no communication, optimizer, data, attention scores"
@@ -45,6 +51,8 @@ def figures(planned: Scenario, residency: str) -> Iterator[Figure]:
         yield Figure(section, "moved between GPUs in a step", moved, "bytes", "estimated", source)
     total = steps * (compute + added)
     source = "steps·(compute + injection): a lower bound"
+    if planned.multimodal.active_numel() < _LARGE:
+        source += ", and far too low here: below a billion parameters a GPU waits for launches"
     yield Figure(section, "training", total, "seconds", "estimated", source)
 
 

@@ -10,24 +10,31 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from drift_fast.inject.predict import USEFUL, predict_progress, rms
+from drift_fast.inject.predict import BETAS, USEFUL, Outlook, joint_rms, push_of, rms
 from drift_fast.inject.schedule import parse_schedule
+from drift_fast.inject.strength.formula import MOST
 from drift_fast.planner.report import Figure, Origin
 from drift_fast.planner.training import Training
 from drift_fast.selection import Selection
 
 SECTION = "Motion along Δ (λ is 1 when weights have moved by all of Δ)"
-_FORMULA = "c(α)·Σlr/rms(Δ), c measured in a miniature of 0.8M parameters with AdamW and `adaptive`"
+_FORMULA = "c(α)·Σlr/rms(Δ) for AdamW, c measured on models of 0.8M and 135M parameters"
+_REACHABLE = "λ at any α, below"
+_STEERED = "λ of a target, at most"
 
 _MOST_SCHEDULED = 1_000_000
 
 
 @dataclass(frozen=True)
 class Size:
-    """rms of Δ's elements: of all selected ones, and by module."""
+    """rms of Δ's elements: `total` of all selected ones, `joint` as `predict.joint_rms` has it.
+
+    `by_kind` has both of each kind of module.
+    """
 
     total: float
-    by_kind: Mapping[str, float]
+    joint: float
+    by_kind: Mapping[str, tuple[float, float]]
     source: str
 
 
@@ -43,7 +50,7 @@ def size_of(delta: str | Path | None, given: float | None, selection: Selection)
     if given is not None:
         if not math.isfinite(given) or given <= 0:
             raise ValueError(f"rms must be finite and positive, got {given!r}")
-        return Size(given, {}, "given")
+        return Size(given, given, {}, "given")
     if delta is None:
         return None
     from drift_fast.delta.delta import Delta
@@ -54,11 +61,14 @@ def size_of(delta: str | Path | None, given: float | None, selection: Selection)
     kinds = dict.fromkeys(row.kind for row in rows)
     grouped = {kind: [row for row in rows if row.kind == kind] for kind in kinds}
     found = {
-        kind: rms(math.sqrt(sum(row.delta_sq for row in some)), sum(row.numel for row in some))
+        kind: (
+            rms(math.sqrt(sum(row.delta_sq for row in some)), sum(row.numel for row in some)),
+            joint_rms((row.delta_sq, row.numel) for row in some if row.delta_sq > 0),
+        )
         for kind, some in {"": rows, **grouped}.items()
     }
     total = found.pop("")
-    return Size(total, found if len(found) > 1 else {}, f"statistics of {delta}")
+    return Size(*total, found if len(found) > 1 else {}, f"statistics of {delta}")
 
 
 def figures(training: Training, size: Size | None) -> Iterator[Figure]:
@@ -74,10 +84,13 @@ def figures(training: Training, size: Size | None) -> Iterator[Figure]:
         f"{training.optimizer_steps:,} steps, warm-up {training.warmup:g}",
     )
     why = _unpredictable(training)
+    # Without a schedule the run moves as in one step of all learning rates.
+    rates, factors = [total], [1.0]
     if training.schedule is not None and not why:
         factor = parse_schedule(training.schedule)
         steps = training.optimizer_steps
-        total = math.fsum(rate * factor(at, steps) for at, rate in enumerate(training.rates()))
+        rates, factors = training.rates(), [factor(at, steps) for at in range(steps)]
+        total = math.fsum(rate * by for rate, by in zip(rates, factors, strict=True))
         source = f"of each step: {training.schedule}"
         yield Figure(SECTION, "Σ learning rates × schedule", total, "", "estimated", source)
         if total < 0:
@@ -85,72 +98,97 @@ def figures(training: Training, size: Size | None) -> Iterator[Figure]:
     if why:
         yield Figure(SECTION, "λ", None, "", "unknown", why)
         return
+    push = push_of(training.alpha, training.scale)
+    outlook = Outlook.of(push, rates, factors, 1.0 if size is None else size.joint, BETAS)
     if size is not None:
-        yield Figure(SECTION, "rms(Δ)", size.total, "", _origin(size), size.source)
-        value = _progress(training, total, size.total)
-        capped = "" if training.progress_cap is None else f"; at most {training.progress_cap:g}"
-        capped += ", the progress_cap" if capped else ""
-        yield Figure(SECTION, "λ", value, "", "estimated", _FORMULA + capped)
-        for kind, of_kind in size.by_kind.items():
-            value = _progress(training, total, of_kind)
-            source = f"the same, rms(Δ) {of_kind:.3g}"
-            yield Figure(SECTION, f"λ of {kind}", value, "", "estimated", source)
+        yield from _of_size(training, outlook, size)
         return
     source = "neither a delta nor rms(Δ) was given: `drift-fast delta`, then --delta DIR"
     yield Figure(SECTION, "λ", None, "", "unknown", source)
-    if total > 0 and training.alpha:
-        at_one = abs(predict_progress(training.alpha, total, 1.0))
+    if outlook.expected:
         for limit, bound in zip(("at least", "at most"), USEFUL, strict=True):
             yield Figure(
                 SECTION,
                 f"rms(Δ) for λ of {limit} {bound:g}",
-                at_one / bound,
+                abs(outlook.expected) / bound,
                 "",
                 "estimated",
                 _FORMULA,
             )
 
 
-def remarks(found: list[Figure]) -> Iterator[str]:
-    """Yield a warning if the run would hardly move, or would overshoot."""
+def _of_size(training: Training, outlook: Outlook, size: Size) -> Iterator[Figure]:
+    """Yield λ, overall and by module, and what it could come to."""
+    yield Figure(SECTION, "rms(Δ)", size.total, "", _origin(size), size.source)
+    plain, cap, target = outlook.expected, training.progress_cap, training.progress_target
+    assert plain is not None
+    assert outlook.steered is not None
+    expected, source = plain, _FORMULA
+    if isinstance(target, int | float):
+        expected = min(outlook.steered, target)
+        source = f"progress_target, or as far as {MOST:g}·α comes by {_FORMULA}"
+    if isinstance(cap, int | float):
+        source += f"; at most {cap:g}, the progress_cap"
+        expected = min(expected, cap)
+    yield Figure(SECTION, "λ", expected, "", "estimated", source)
+    for kind, (of_kind, joint) in size.by_kind.items() if target is None else ():
+        value = plain * size.joint / joint
+        value = min(value, cap) if isinstance(cap, int | float) else value
+        source = f"the same, rms(Δ) {of_kind:.3g}"
+        yield Figure(SECTION, f"λ of {kind}", value, "", "estimated", source)
+    if target is not None:
+        source = f"the same with {MOST:g}·α, which is as far as a target raises it"
+        yield Figure(SECTION, _STEERED, outlook.steered, "", "estimated", source)
+    source = "the same with c at its limit, 0.8: from there on only Σ learning rates helps"
+    yield Figure(SECTION, _REACHABLE, outlook.reachable, "", "estimated", source)
+
+
+def remarks(training: Training, found: list[Figure]) -> Iterator[str]:
+    """Yield a warning if the run would hardly move, would overshoot, or would miss its target."""
     low, high = USEFUL
-    value = next((figure.value for figure in found if figure.name == "λ"), None)
-    if not isinstance(value, int | float):
+    values = {figure.name: figure.value for figure in found}
+    value, most, steered = (values.get(name) for name in ("λ", _REACHABLE, _STEERED))
+    if not isinstance(value, int | float) or not isinstance(most, int | float):
         return
+    if isinstance(steered, int | float) and isinstance(training.progress_target, int | float):
+        missed = Outlook([], None, steered, most).misses(training.progress_target)
+        if missed:
+            yield missed
+            return
     if value < low:
         yield (
             f"λ is expected to end at {value:.2g}, less than {low:g}: the run will hardly differ "
             f"from one without injection. {low / value:.3g} times Σlr would reach {low:g}: train "
-            "longer or at a higher learning rate, or move the weights with attach_motion"
+            f"longer or at a higher learning rate; a larger alpha reaches {most:.2g} at most. Or "
+            "move the weights by a share of Δ that you choose, with attach_motion"
             if value > 0
             else f"λ is expected to end at {value:.2g}: the run does not move along Δ"
         )
     elif value > high:
         yield (
             f"λ is expected to end at {value:.2g}, more than {high:g}: weights overshoot the "
-            "reasoning model. Lower alpha, or stop with progress_cap=… or a schedule such as "
-            "window(0, 0.3)"
+            "reasoning model. Lower alpha or the learning rate, or stop with progress_cap=… or a "
+            "schedule such as window(0, 0.3)"
         )
 
 
 def _unpredictable(training: Training) -> str:
     if training.optimizer == "sgd":
         return "c was measured for AdamW; SGD moves in proportion to the gradient"
-    if training.scale != "adaptive":
-        return f"c was measured for the scale `adaptive`, not for {training.scale!r}"
-    if training.progress_target is not None:
-        return f"α follows progress_target ({training.progress_target}), as far as it can"
-    if isinstance(training.progress_cap, Mapping):
-        return f"progress_cap differs by module: {dict(training.progress_cap)}"
+    if training.scale == "absolute":
+        return (
+            "`absolute` pushes by α·Δ whatever the gradient is: predict_progress tells λ for a "
+            "gradient_rms that was seen"
+        )
+    if training.scale == "project":
+        return "`project` pushes where the task pulls away from Δ, and how often is not known"
+    for name in ("progress_target", "progress_cap"):
+        given = getattr(training, name)
+        if isinstance(given, Mapping):
+            return f"{name} differs by module: {dict(given)}"
     if training.schedule is not None and training.optimizer_steps > _MOST_SCHEDULED:
         return f"a schedule is followed for at most {_MOST_SCHEDULED:,} steps"
     return ""
-
-
-def _progress(training: Training, total: float, of: float) -> float:
-    found = predict_progress(training.alpha, total, of)
-    cap = training.progress_cap
-    return found if cap is None or isinstance(cap, Mapping) else min(found, cap)
 
 
 def _origin(size: Size) -> Origin:

@@ -70,7 +70,7 @@ def plan(
         *figures.disk(planned),
         *of_motion,
     ]
-    warnings = [*_remarks(planned, memory), *_speed_remarks(run), *motion.remarks(of_motion)]
+    warnings = [*_remarks(planned, memory), *_speed_remarks(run), *motion.remarks(run, of_motion)]
     gpu_nbytes = run.gpu_nbytes
     if gpu_nbytes is None:
         return TrainingPlan(found, warnings, None, [], unused)
@@ -112,8 +112,11 @@ def _remarks(planned: Scenario, memory: Memory) -> Iterator[str]:
     if run.precision == "bf16" and run.learning_rate < _BF16_HALF * _TYPICAL_WEIGHT:
         yield (
             f"bfloat16 weights without float32 copies: a step of {run.learning_rate:g} does not "
-            f"change weights above {run.learning_rate / _BF16_HALF:.1g} in size, so most updates "
-            "and injections are rounded away; use bf16-mixed"
+            f"change weights above {run.learning_rate / _BF16_HALF:.1g} in size, so that most of "
+            "what the optimizer does, the injection included, is rounded away, and λ ends far "
+            "below what is estimated here. Plan bf16-mixed: float32 weights under autocast "
+            "(from_pretrained(…, dtype=torch.float32) and bf16=True), ZeRO or FSDP2 with mixed "
+            "precision, or an optimizer that rounds stochastically or with compensation"
         )
     if run.optimizer == "adamw8bit" and run.sharded:
         yield f"8-bit AdamW under {run.sharding} was not tested with an injection"

@@ -14,6 +14,7 @@ from typing import Any
 from drift_fast.dtypes import STORED_DTYPES, check_stored_dtype
 from drift_fast.inject.config import RESIDENCIES
 from drift_fast.inject.schedule import parse_schedule
+from drift_fast.inject.strength.formula import SCALES, Scale
 from drift_fast.options import Options, option
 from drift_fast.selection import Modules
 
@@ -22,7 +23,6 @@ OPTIMIZERS = ("adamw", "adamw8bit", "sgd")
 OFFLOADS = ("none", "optimizer", "all")
 PRECISIONS = ("bf16-mixed", "bf16", "fp32")
 SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup")
-SCALES = ("absolute", "gradnorm", "adaptive", "project")
 TRAINED = ("language", "all")
 SAVING = ("no", "steps", "epoch")
 # More than any run has; sums of larger products would exceed the range of a float.
@@ -192,7 +192,7 @@ class Training(Options):
     alpha: float = option(
         1.0, "strength of the injection", check=_number("alpha", signed=True), metavar="X"
     )
-    scale: str = option("adaptive", "what alpha is multiplied by", choices=SCALES)
+    scale: Scale = option("adaptive", "what alpha is multiplied by", choices=SCALES)
     schedule: str | None = option(
         None,
         "a factor on alpha by step, such as linear or window(0,0.3); λ follows from it",
@@ -207,7 +207,7 @@ class Training(Options):
     )
     progress_target: float | Mapping[str, float] | None = option(
         None,
-        "λ that alpha is steered to; it is not predicted then",
+        "λ that alpha is steered to, as far as that is in reach",
         check=_progress("progress_target"),
         metavar="X",
     )
