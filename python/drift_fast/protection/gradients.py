@@ -91,7 +91,6 @@ def measure(
         way.everyone.together(),
         way.running(),
         _prepared(way, members),
-        torch.inference_mode(False),
         torch.enable_grad(),
     ):
         for number, batch in enumerate(way.in_step(batches)):
@@ -223,11 +222,15 @@ def _is_on_host(kinds: Sequence[_Kind], directions: int, place: Place) -> bool:
     Raises:
         DriftError: there is not enough memory for them.
     """
+    memory = torch.device("cpu")
     needed: dict[torch.device, int] = {}
     for kind in kinds:
-        nbytes = kind.numel * kind.dtype.itemsize * directions
-        needed[kind.device] = needed.get(kind.device, 0) + nbytes
-    host = {torch.device("cpu"): sum(needed.values())}
+        nbytes = kind.numel * kind.dtype.itemsize
+        needed[kind.device] = needed.get(kind.device, 0) + nbytes * directions
+        if kind.device != memory:
+            # What is taken out of Δ goes there in the end.
+            needed[memory] = needed.get(memory, 0) + nbytes
+    host = {memory: sum(kind.numel * kind.dtype.itemsize for kind in kinds) * directions}
     tried = {"device": [needed], "host": [host], "auto": [needed, host]}[place]
     short = [_shortage(one) for one in tried]
     if all(short):

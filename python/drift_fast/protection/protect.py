@@ -50,6 +50,7 @@ _VISIBLE = 60.0
 
 
 @takes(ProtectOptions)
+@torch.inference_mode(mode=False)
 def protect(
     model: nn.Module,
     delta: DeltaLike | PathLike,
@@ -106,7 +107,8 @@ def protect(
     seen = way.everyone.sum(torch.tensor(sums.seen, dtype=torch.float32))
     _refuse_unseen([target for (target, _), found in zip(members, seen, strict=True) if not found])
     way.join(sums.vectors)
-    found = _span(members, sums, DeltaReader(source))
+    with way.everyone.together():
+        found = _span(members, sums, DeltaReader(source))
     removed = Removed(source.shapes)
     for (one, shard), vectors, part in zip(members, sums.vectors, found, strict=True):
         whole = gathered(one, shard, blend(vectors, part.coefficients))

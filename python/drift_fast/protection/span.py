@@ -59,9 +59,11 @@ def project(
     size = grams.shape[1]
     # Beside Q·Qᵀ, Q·Δ in the last row and column, and ‖Δ‖².
     joint = torch.zeros(len(vectors), size + 1, size + 1, dtype=torch.float64)
-    for at, (one, basis) in enumerate(zip(vectors, bases, strict=True)):
-        rank = basis.shape[1]
-        joint[at, : rank + 1, : rank + 1] = _gram(_with_delta(one, basis, read(at)))
+    # A process that cannot read its Δ must not leave the others waiting for its sums.
+    with reduction.together():
+        for at, (one, basis) in enumerate(zip(vectors, bases, strict=True)):
+            rank = basis.shape[1]
+            joint[at, : rank + 1, : rank + 1] = _gram(_with_delta(one, basis, read(at)))
     joint = reduction.sum(joint)
     return [_found(one, basis) for one, basis in zip(joint, bases, strict=True)]
 

@@ -46,7 +46,7 @@ class Reduction:
         if error is not None:
             raise error
         if total:
-            raise DriftError("another process of this run could not attach; its message says why")
+            raise DriftError("another process of this run failed here; its message says why")
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
