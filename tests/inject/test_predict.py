@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import math
+import statistics
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -36,6 +40,42 @@ def test_the_prediction_is_within_a_tenth_of_what_was_measured(alpha: float, c: 
     absolute = alpha / 2 * 1e-3 / 0.02
     found = predict_progress(absolute, 1e-2, 0.02, scale="absolute", gradient_rms=1e-3)
     assert found == expected
+
+
+RUNS = Path(__file__).parents[2] / "examples" / "miniature" / "full" / "results.jsonl.gz"
+
+
+@pytest.mark.parametrize(
+    ("way", "scale", "schedule", "count"),
+    [
+        ("", "adaptive", None, 144),
+        ("_gradnorm", "gradnorm", None, 16),
+        ("_window", "adaptive", "window(0, 0.3)", 86),
+    ],
+)
+def test_published_runs_at_rates_of_fine_tuning_ended_where_it_is_predicted(
+    way: str, scale: Scale, schedule: str | None, count: int
+) -> None:
+    shares = []
+    for line in map(json.loads, gzip.decompress(RUNS.read_bytes()).splitlines()):
+        prior = {f"drift{way}": "multimodal", f"drift_base{way}": "base"}.get(line.get("method"))
+        if prior is None or line["regime"] == "lora" or line["settings"]["lr"] > 3e-4:
+            continue
+        # 200 steps of a cosine after 10 of warm-up, as many as their sum shows.
+        shape = [
+            step / 10 if step < 10 else (1 + math.cos(math.pi * (step - 10) / 190)) / 2
+            for step in range(200)
+        ]
+        rates = [line["rates"] * factor / math.fsum(shape) for factor in shape]
+        found = line["progress"][prior]
+        expected = predict_progress(
+            line["settings"]["alpha"], rates, found["rms"], scale=scale, schedule=schedule
+        )
+        shares.append(found["all"] / expected)
+    assert len(shares) == count
+    assert 0.92 < statistics.median(shares) < 1.03
+    assert min(shares) > 0.82
+    assert max(shares) < 1.2
 
 
 STEPS = 150
