@@ -38,11 +38,14 @@ _WORDS = {
 }
 # Types of which nothing inside is checked: JSON has no keys but text.
 _PLAIN = (bool, int, str, dict[str, Any])
-_LFS = b"version https://git-lfs"
-_LFS_REMEDY = (
-    "this is a git-lfs pointer, which stands for a file that was not downloaded: run "
-    "`git lfs pull` in its repository"
-)
+# What a file is that is not JSON, by its first bytes.
+_KINDS = {
+    b"version https://git-lfs": (
+        "this is a git-lfs pointer, which stands for a file that was not downloaded: run "
+        "`git lfs pull` in its repository"
+    ),
+    b"<": "this is a web page, as a server answers in place of a file",
+}
 _MISMATCH = re.compile(r"Expected (?P<expected>.+?)(?:, got `(?P<found>.+?)`)?$")
 
 
@@ -117,15 +120,19 @@ class JsonFile:
         return self.error(f"{self.path}: {problem}; {self.remedy}")
 
     def _not_json(self, text: bytes, problem: Exception) -> DriftError:
-        if text.startswith(_LFS):
-            return self.wrong(_LFS_REMEDY)
-        return self.wrong(f"not valid JSON ({problem})")
+        for start, told in _KINDS.items():
+            if text.lstrip().startswith(start):
+                return self.wrong(told)
+        return self.wrong(f"not valid JSON ({problem})" if text.strip() else "the file is empty")
 
     def _read_bytes(self) -> bytes:
         try:
             return read_regular(self.path, self.limit_nbytes)
         except FileNotFoundError:
-            raise
+            # A copy without what it links to is not a directory without the file.
+            if not self.path.is_symlink():
+                raise
+            raise self.wrong(f"a link to {self.path.readlink()}, which is not there") from None
         except OSError as error:
             raise self.wrong(f"cannot be read: {os.strerror(error.errno or 0)}") from error
         except ValueError as error:

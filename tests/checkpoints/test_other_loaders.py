@@ -143,6 +143,13 @@ def unnamed_weight(directory: Path) -> None:
     sharded(directory, TENSORS, {WEIGHT: SHARD})
 
 
+def exchanged(directory: Path) -> None:
+    """Write two shards, each of which holds what the index places in the other."""
+    for file, name in (("one.safetensors", WEIGHT), ("two.safetensors", OTHER)):
+        write_file(directory / file, {name: TENSORS[name]})
+    write_index(directory, {OTHER: "one.safetensors", WEIGHT: "two.safetensors"})
+
+
 def single_beside_an_index(directory: Path) -> None:
     stale = {name: stored(np.full(tensor.shape, 7.0)) for name, tensor in TENSORS.items()}
     sharded(directory, stale, dict.fromkeys(TENSORS, SHARD))
@@ -177,6 +184,7 @@ def adapter_beside(directory: Path) -> None:
         (promised, ["names a tensor that no shard holds", "mtp.fc.weight", SHARD]),
         (unnamed, ["hold a tensor that the index does not name", "inv_freq"]),
         (unnamed_weight, ["hold a tensor that the index does not name", OTHER]),
+        (exchanged, ["places 2 tensors in another shard", WEIGHT, "it is read from there"]),
         (single_beside_an_index, ["the single file is read", "remove the one", "give the index"]),
         (single_beside_a_broken_index, ["the single file is read"]),
         (without_index, ["is missing", "all 2 shards are there", "download it"]),
@@ -203,6 +211,7 @@ def test_where_loaders_may_differ_it_is_read_with_a_warning(
         promised,
         unnamed,
         unnamed_weight,
+        exchanged,
         single_beside_an_index,
     ],
 )

@@ -329,7 +329,7 @@ def test_a_plain_url_gets_no_token_password_or_cookie(
     opened = open_url(f"{server.url}/m", cache=tmp_path / "cache")
     opened.fetch({SINGLE: [(1_000_000, 1_001_000)]})
     opened.optional_file("config.json")
-    assert len(server.requests) == 3
+    assert len(server.requests) == 4
     for request in server.requests:
         assert not {"authorization", "cookie"} & set(request.headers)
         assert request.headers["accept-encoding"] == "identity"

@@ -13,7 +13,7 @@ import pytest
 from drift_fast._core import Checkpoint
 from drift_fast.checkpoints.remote import RemoteCheckpoint, open_url
 from drift_fast.checkpoints.remote.hub import open_hub
-from drift_fast.errors import CheckpointError, DriftError
+from drift_fast.errors import CheckpointError, DriftError, DriftWarning
 from support.processes import python
 from support.range_server import Fault, RangeServer
 from support.remote import (
@@ -41,8 +41,10 @@ def test_opening_downloads_the_start_of_the_file_and_opens_as_a_checkpoint(
         ("b", [2_000_000]),
     ]
     assert held(opened.directory) == [(0, START_NBYTES)]
-    assert [request.headers["range"] for request in server.requests] == ["bytes=0-262143"]
-    assert server.nbytes == START_NBYTES
+    first, index = server.requests
+    assert first.headers["range"] == "bytes=0-262143"
+    assert first.nbytes == START_NBYTES
+    assert (index.path, index.status) == (f"/m/{INDEX}", 404)
     check_held(opened.directory, {SINGLE: FILE})
 
 
@@ -96,6 +98,36 @@ def test_a_directory_that_becomes_one_of_shards_no_longer_opens_as_the_single_fi
     server.files = {f"/m/{SINGLE}": FILE}
     third = open_url(f"{server.url}/m", cache=tmp_path)
     assert len(Checkpoint(third.directory).tensors()) == 2
+
+
+def test_a_single_file_beside_an_index_is_read_with_a_warning_as_on_a_disk(
+    server: RangeServer, tmp_path: Path
+) -> None:
+    server.files = {**SHARDED, f"/m/{SINGLE}": FILE}
+    with pytest.warns(DriftWarning, match=f"{server.url}/m/{INDEX} is beside {SINGLE}: the single"):
+        opened = open_url(f"{server.url}/m", cache=tmp_path)
+    assert len(Checkpoint(opened.directory).tensors()) == 2
+    # As the warning advises.
+    opened = open_url(f"{server.url}/m/{INDEX}", cache=tmp_path)
+    assert len(Checkpoint(opened.directory).tensors()) == 3
+    server.files[f"/m/{INDEX}"] = b"<html>"
+    with pytest.warns(DriftWarning, match="the single file is read"):
+        open_url(f"{server.url}/m", cache=tmp_path)
+
+
+@pytest.mark.parametrize("place", ["/m", f"/m/{INDEX}"])
+def test_an_index_that_names_the_single_file_among_others_is_read_as_on_a_disk(
+    server: RangeServer, tmp_path: Path, place: str
+) -> None:
+    other = shard_of(5, z=10)
+    server.files = {
+        f"/m/{SINGLE}": FILE,
+        "/m/x.safetensors": other,
+        f"/m/{INDEX}": index_of(a=SINGLE, b=SINGLE, z="x.safetensors"),
+    }
+    opened = open_url(server.url + place, cache=tmp_path)
+    assert len(Checkpoint(opened.directory).tensors()) == 3
+    check_held(opened.directory, {SINGLE: FILE, "x.safetensors": other})
 
 
 def test_a_query_is_sent_but_neither_shown_nor_stored(
@@ -208,7 +240,6 @@ def test_an_index_of_pickles_says_convert(server: RangeServer, tmp_path: Path) -
         b'{"weight_map": []}',
         b'{"weight_map": {}}',
         b"[" * 100_000,
-        index_of(a=SINGLE, b="x.safetensors"),
     ],
 )
 def test_what_is_no_index_is_refused(server: RangeServer, tmp_path: Path, index: bytes) -> None:

@@ -17,6 +17,8 @@ SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{1,9})-of-(?P<count>\d{1,9})\.saf
 # More names than these say no more about what a directory is.
 _NAMES_LIMIT = 10_000
 FOLDERS_LIMIT = 100
+# macOS writes its own notes on a file beside it, where a disk has no place for them.
+_MACOS = "._"
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,8 @@ class Place:
             OSError: it cannot be listed.
         """
         with os.scandir(path) as entries:
-            kinds = {entry.name: entry.is_dir() for entry in islice(entries, _NAMES_LIMIT)}
+            some = (entry for entry in entries if not entry.name.startswith(_MACOS))
+            kinds = {entry.name: entry.is_dir() for entry in islice(some, _NAMES_LIMIT)}
         return cls(
             str(path),
             sorted(name for name, is_folder in kinds.items() if not is_folder),
@@ -53,7 +56,7 @@ class Place:
     @classmethod
     def on_the_hub(cls, repo: str, paths: Iterable[str], called: str = "") -> Place:
         """Return a repository of the Hub, given the paths of its files."""
-        paths = list(paths)
+        paths = [path for path in paths if not path.startswith(_MACOS)]
 
         def inside(folder: str) -> Place:
             start = f"{folder}/"

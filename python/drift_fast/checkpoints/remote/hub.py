@@ -27,6 +27,7 @@ from drift_fast.checkpoints.remote.shards import (
     open_indexed,
     open_single,
     shard_names,
+    single_wins,
 )
 from drift_fast.checkpoints.remote.sparse import locked, make_directory
 from drift_fast.checkpoints.remote.tasks import run_together
@@ -64,10 +65,10 @@ def open_hub(repo: str, revision: str | None, *, cache: Path | None = None) -> R
         readable = f"{repo}-{hub.revision}"
         directory = make_directory(cache, readable, hub.url_of(""))
         with locked(directory):
-            if single is not None:
+            index = hub.small_file(client, INDEX)
+            if single is not None and single_wins(index, shown(hub.url_of(INDEX))):
                 files = open_single(client, directory, hub.file(SINGLE, single))
             else:
-                index = hub.small_file(client, INDEX)
                 if index is None:
                     raise CheckpointError(f"{hub}: {INDEX} has disappeared; try again")
                 names = shard_names(index, f"{hub}/{INDEX}")

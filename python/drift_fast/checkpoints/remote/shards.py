@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from drift_fast.checkpoints.remote.sparse import SparseShard, require_space, wri
 from drift_fast.checkpoints.remote.tasks import run_together
 from drift_fast.checkpoints.remote.transfer import RangesIgnored, RemoteFile, Sink
 from drift_fast.config_files import convert, parse_json
-from drift_fast.errors import CheckpointError
+from drift_fast.errors import CheckpointError, DriftWarning
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +63,29 @@ def is_plain_name(name: str) -> bool:
 def open_single(client: Client, directory: Path, file: RemoteFile) -> dict[str, RemoteFile]:
     """Put the header of a single file in the directory; it wins over an older index."""
     _open_shard(client, directory / SINGLE, file)
+    (directory / INDEX).unlink(missing_ok=True)
     return {SINGLE: file}
+
+
+def single_wins(index: bytes | None, place: str) -> bool:
+    """Whether a single file is read where a server has an index too, by the rule for a directory.
+
+    It does unless the index names it. A warning says so where the index may be the one to read.
+    """
+    if index is None:
+        return True
+    try:
+        if SINGLE in shard_names(index, place):
+            return False
+    except CheckpointError:
+        pass
+    warnings.warn(
+        f"{place} is beside {SINGLE}: the single file is read, as transformers does. If that one "
+        "is stale, give the URL of the index to read its shards",
+        DriftWarning,
+        stacklevel=2,
+    )
+    return True
 
 
 def open_indexed(
@@ -124,11 +147,6 @@ def shard_names(index: bytes, place: str) -> list[str]:
         raise CheckpointError(
             f"{place}: the index names {len(names):,} shards, expected at most {_SHARDS:,}; check "
             "the URL"
-        )
-    if SINGLE in names and len(names) > 1:
-        raise CheckpointError(
-            f"{place}: the index names {SINGLE} among others, which alone would be taken for the "
-            "whole checkpoint; save the checkpoint again"
         )
     return names
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
@@ -17,6 +18,7 @@ from drift_fast.checkpoints.remote.shards import (
     is_pickle,
     open_indexed,
     open_single,
+    single_wins,
 )
 from drift_fast.checkpoints.remote.sparse import locked, make_directory
 from drift_fast.checkpoints.remote.transfer import Forbidden, RemoteFile
@@ -77,20 +79,23 @@ def _open_directory(
     client: Client, directory: Path, file_named: Callable[[str], RemoteFile], place: str
 ) -> dict[str, RemoteFile]:
     refused: Forbidden | None = None
+    single = None
     try:
-        return open_single(client, directory, file_named(SINGLE))
+        single = open_single(client, directory, file_named(SINGLE))
     except FileNotFoundError:
         pass
     except Forbidden as error:
         refused = error
     index = file_named(INDEX)
-    try:
+    text = None
+    with contextlib.suppress(FileNotFoundError, Forbidden):
         text = index.read_whole(client, INDEX_NBYTES)
-    except (FileNotFoundError, Forbidden):
-        if refused is not None:
-            raise refused from None
-    else:
+    if single is not None and single_wins(text, index.shown):
+        return single
+    if text is not None:
         return open_indexed(client, directory, text, index.shown, file_named)
+    if refused is not None:
+        raise refused
     for pickled in PICKLES:
         if file_named(pickled).exists(client):
             raise CheckpointError(f"{place}: found {pickled} and no safetensors: {CONVERT}")

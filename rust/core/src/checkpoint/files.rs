@@ -98,15 +98,7 @@ impl Files {
         }
         for (file, path) in &files {
             if !exists(path)? {
-                return Err(Error::NotFound {
-                    path: path.clone(),
-                    message: format!(
-                        "no such file, although {} names the shard {:?}; \
-                         download or copy the checkpoint again",
-                        index.display(),
-                        file.to_string_lossy()
-                    ),
-                });
+                return Err(missing(index, file, path));
             }
         }
         let positions: BTreeMap<_, _> = files.keys().zip(0..).collect();
@@ -127,7 +119,12 @@ impl Files {
         let read = Error::io(directory, "list the directory");
         for entry in std::fs::read_dir(directory).map_err(read)? {
             let entry = entry.map_err(Error::io(directory, "list the directory"))?;
-            if let Some((stem, number, count)) = numbering(&entry.file_name().to_string_lossy()) {
+            let name = entry.file_name();
+            // macOS writes its own notes on a file beside it, where a disk has no place for them.
+            if name.as_encoded_bytes().starts_with(b"._") {
+                continue;
+            }
+            if let Some((stem, number, count)) = numbering(&name.to_string_lossy()) {
                 series.entry((stem.to_owned(), count)).or_default().insert(number, entry.path());
             }
         }
@@ -154,6 +151,23 @@ impl Files {
             }),
         }
     }
+}
+
+/// The error for a shard that an index names and that is not there, or is a link to nothing.
+fn missing(index: &Path, file: &Path, path: &Path) -> Error {
+    let (index, file) = (index.display(), file.to_string_lossy());
+    let message = match path.read_link() {
+        Ok(target) => format!(
+            "a link to {}, which is not there; copy the directory again with `cp -rL`, which copies \
+             what links lead to, or download it",
+            target.display()
+        ),
+        Err(_) => format!(
+            "no such file, although {index} names the shard {file:?}; download or copy the \
+             checkpoint again, or remove the index where it is older than the shards"
+        ),
+    };
+    Error::NotFound { path: path.to_owned(), message }
 }
 
 /// Whether a file is there; a link that leads nowhere is not.

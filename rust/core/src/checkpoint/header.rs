@@ -17,6 +17,7 @@ use super::magic;
 use crate::error::{Error, Result};
 
 const LENGTH_NBYTES: u64 = 8;
+const REMEDY: &str = "download the file again, or save it again with the safetensors library";
 
 /// One tensor as its header describes it.
 #[derive(Debug, Clone)]
@@ -75,7 +76,8 @@ fn read_bytes(file: &File, path: &Path, file_nbytes: u64) -> Result<Vec<u8>> {
         return Err(Error::checkpoint(
             path,
             format!(
-                "expected at least {LENGTH_NBYTES} bytes, found {file_nbytes}: not a safetensors file"
+                "expected at least {LENGTH_NBYTES} bytes, found {file_nbytes}: a download or a copy \
+                 was cut off, or a disk was full; {REMEDY}"
             ),
         ));
     }
@@ -84,8 +86,11 @@ fn read_bytes(file: &File, path: &Path, file_nbytes: u64) -> Result<Vec<u8>> {
     let header_nbytes = u64::from_le_bytes(length);
     let available = file_nbytes - LENGTH_NBYTES;
     if header_nbytes > available || header_nbytes > HEADER_NBYTES {
-        let hint = magic::describe(&length)
-            .unwrap_or("the file is truncated or is not a safetensors file");
+        let hint = magic::describe_length(&length).unwrap_or(if header_nbytes > available {
+            "the file is truncated or is not a safetensors file: download or copy it again"
+        } else {
+            "save the tensors in several files"
+        });
         return Err(Error::checkpoint(
             path,
             format!(
@@ -103,7 +108,7 @@ fn parse(path: &Path, bytes: Vec<u8>, data_start: u64, file_nbytes: u64) -> Resu
     let header: Header = serde_json::from_slice(&bytes).map_err(|error| {
         let hint = if bytes.is_empty() { magic::describe(&[0; 8]) } else { None };
         let reason = hint.map_or_else(|| error.to_string(), str::to_owned);
-        Error::checkpoint(path, format!("the header is not valid: {reason}"))
+        Error::checkpoint(path, format!("the header is not valid: {reason}; {REMEDY}"))
     })?;
     drop(bytes);
     let mut entries = header.0;
@@ -143,7 +148,7 @@ fn check_entry(path: &Path, name: &str, entry: &HeaderEntry, expected_start: usi
         return Err(Error::tensor(
             path,
             name,
-            format!("its offsets run backwards: {start} to {end}"),
+            format!("its offsets run backwards: {start} to {end}; {REMEDY}"),
         ));
     }
     if start != expected_start {
@@ -151,7 +156,9 @@ fn check_entry(path: &Path, name: &str, entry: &HeaderEntry, expected_start: usi
         return Err(Error::tensor(
             path,
             name,
-            format!("its offsets {start} to {end} {what}: expected to start at {expected_start}"),
+            format!(
+                "its offsets {start} to {end} {what}: expected to start at {expected_start}; {REMEDY}"
+            ),
         ));
     }
     let nbits = entry
@@ -164,7 +171,8 @@ fn check_entry(path: &Path, name: &str, entry: &HeaderEntry, expected_start: usi
             path,
             name,
             format!(
-                "shape {:?} of dtype {} takes {}, but its offsets {start} to {end} hold {} bytes",
+                "shape {:?} of dtype {} takes {}, but its offsets {start} to {end} hold {} bytes; \
+                 {REMEDY}",
                 entry.shape,
                 entry.dtype,
                 nbits.map_or("more than can be addressed".to_owned(), |n| format!(

@@ -1,7 +1,7 @@
 //! A checkpoint: one safetensors file, or a directory of shards with or without an index.
 //!
 //! Owns where each tensor is; which files belong together is [`files`]', and what is inside one is
-//! [`shard`]'s. No tensor is in two shards, nor in another one than the index names.
+//! [`shard`]'s. No tensor is in two shards; one in another shard than the index names is noted.
 
 pub mod block_scales;
 mod files;
@@ -117,7 +117,7 @@ impl Checkpoint {
             absent: Vec::new(),
         };
         let mut stated = Stated::default();
-        let mut unnamed = Vec::new();
+        let (mut unnamed, mut misplaced) = (Vec::new(), Vec::new());
         for (number, file) in files.paths.iter().enumerate() {
             interrupt::poll()?;
             let shard = Shard::open(file, reader)?;
@@ -126,30 +126,30 @@ impl Checkpoint {
             for (position, tensor) in shard.tensors().iter().enumerate() {
                 let named = files.index.as_ref().map(|index| index.places.get(&tensor.name));
                 let held = opened.places.insert(tensor.name.clone(), (number, position));
-                let other = match named {
-                    Some(Some(&named)) if named != number => Some(named),
-                    _ => held.map(|(shard, _)| shard),
-                };
-                if let Some(other) = other {
-                    return Err(held_twice(&files, &tensor.name, (number, other)));
+                if let Some((other, _)) = held {
+                    return Err(held_twice(&files, &tensor.name, (other, number)));
                 }
-                if named == Some(None) {
-                    unnamed.push(tensor.name.clone());
+                match named {
+                    Some(None) => unnamed.push(tensor.name.clone()),
+                    Some(Some(&named)) if named != number => {
+                        misplaced.push((tensor.name.clone(), named, number));
+                    }
+                    _ => {}
                 }
             }
             opened.shards.push(shard);
         }
         if let Some(index) = &files.index {
-            opened.compare(index, &unnamed);
+            opened.compare(index, &unnamed, &misplaced);
         }
         if opened.places.is_empty() {
-            return Err(Error::checkpoint(path, "the checkpoint holds no tensor"));
+            return Err(Error::checkpoint(path, HOLDS_NOTHING));
         }
         Ok(opened)
     }
 
     /// Note where the index and the shards disagree on which tensors there are.
-    fn compare(&mut self, index: &Index, unnamed: &[String]) {
+    fn compare(&mut self, index: &Index, unnamed: &[String], misplaced: &[(String, usize, usize)]) {
         let file = |number: usize| {
             self.shards[number].path().file_name().unwrap_or_default().to_string_lossy()
         };
@@ -168,6 +168,16 @@ impl Checkpoint {
                 counted(unnamed.len())
             ));
         }
+        if let Some((first, named, held_by)) = misplaced.first() {
+            self.notes.push(format!(
+                "{path}: the index places {} in another shard than the one that holds it: {first:?} \
+                 in {:?}, found in {:?}. It is read from there, as transformers does; other loaders \
+                 may not find it. Save the checkpoint again for an index that is right",
+                counted(misplaced.len()),
+                file(*named),
+                file(*held_by),
+            ));
+        }
         if let Some((first, held_by)) = self.absent.first() {
             self.notes.push(format!(
                 "{path}: the index names {} that no shard holds, {first:?} of {held_by:?} first; \
@@ -178,11 +188,14 @@ impl Checkpoint {
     }
 }
 
+const HOLDS_NOTHING: &str = "the checkpoint holds no tensor, as one that was saved under ZeRO-3 or FSDP \
+    without gathering the weights; save it again with them, or download it again";
+
 fn counted(tensors: usize) -> String {
     if tensors == 1 { "a tensor".to_owned() } else { format!("{tensors} tensors") }
 }
 
-/// The error for a tensor that two files hold, the second of which the index names if there is one.
+/// The error for a tensor that two files hold.
 fn held_twice(files: &Files, tensor: &str, (first, second): (usize, usize)) -> Error {
     let [first, second] = [first, second].map(|number| files.paths[number].display());
     match &files.index {
@@ -190,15 +203,15 @@ fn held_twice(files: &Files, tensor: &str, (first, second): (usize, usize)) -> E
             &index.path,
             tensor,
             format!(
-                "{first} holds it too, although the index places it in {second}; one of the two is \
-                 stale: save the checkpoint again"
+                "{first} and {second} hold it, and loaders differ in which they take, whatever the \
+                 index says: save the checkpoint again"
             ),
         ),
         None => Error::tensor(
             files.paths[0].parent().unwrap_or(Path::new(".")),
             tensor,
             format!(
-                "{second} and {first} hold it, and the index is missing that says which counts: \
+                "{first} and {second} hold it, and the index is missing that says which counts: \
                  download the checkpoint again"
             ),
         ),
