@@ -74,12 +74,11 @@ class Beside:
                 "model.merge_and_unload() returns"
             )
         if self.codes:
-            # Both spellings, for whoever searches for one of them.
             texts.append(
-                f"{where} is quantized (quantised): {_listed(self.codes, side.dtypes)}. Its "
-                "weights are codes together with their scales, which cannot be subtracted as "
-                f"{', '.join(_FLOATS)} can. Take the unquantized checkpoint"
-                f"{unquantized_name(side.source)}{_how(self.codes)}"
+                f"{where} is quantized: {_listed(self.codes, side.dtypes)}. Its weights are codes "
+                f"together with their scales, which cannot be subtracted as {', '.join(_FLOATS)} "
+                f"can. Take the unquantized checkpoint{unquantized_name(side.source)}"
+                f"{_how(self.codes)} (quantized is also spelled quantised)"
             )
         if self.unknown:
             texts.append(
