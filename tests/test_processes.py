@@ -19,6 +19,10 @@ child = subprocess.Popen([sys.executable, "-c", {SLEEPS!r}], stdout=subprocess.D
 print(child.pid, flush=True)
 child.wait()
 """
+# The same, of a child that does not end when it is asked to, which it has from its parent.
+STUBBORN = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n{PARENT}".replace(
+    "print(child.pid", "signal.signal(signal.SIGTERM, signal.SIG_DFL); print(child.pid"
+)
 INTERRUPTS = f"""
 import signal, sys
 from support.processes import Child
@@ -45,8 +49,9 @@ def test_a_child_can_be_interrupted_where_its_parent_cannot() -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux's list of processes")
-def test_a_time_limit_ends_a_process_with_all_that_it_started() -> None:
-    parent = Child(sys.executable, "-c", PARENT)
+@pytest.mark.parametrize("program", [PARENT, STUBBORN], ids=["willing", "stubborn"])
+def test_a_time_limit_ends_a_process_with_all_that_it_started(program: str) -> None:
+    parent = Child(sys.executable, "-c", program)
     parent.wait_until(lambda: parent.stdout.endswith("\n"))
     started = int(parent.stdout)
     assert is_running(started)

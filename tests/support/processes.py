@@ -107,11 +107,14 @@ class Child:
 
     def end(self) -> None:
         """End it, with all that it started. Launchers end their workers when they are asked to."""
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            if self.running:
-                with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
-                    os.killpg(self.pid, number)
-                    self._process.wait(3)
+        if self.running:
+            with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                os.killpg(self.pid, signal.SIGTERM)
+                self._process.wait(3)
+        # What it started may outlive it, and keeps the group, whose number nobody else has then.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self._process.wait(30)
 
 
 def _read(file: int) -> str:
