@@ -587,8 +587,9 @@ PAIR = [
 
 @pytest.fixture(scope="module")
 def pair_reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Report]]:
-    # Without a backend, as a script of one's own may have it, torch names none for the group.
-    return run(tmp_path_factory.mktemp("two"), PAIR, Joined(2, None, PATIENCE))
+    # Stated by device: the group's name is not "gloo". No backend at all would mean NCCL alone
+    # where there is CUDA, and the mesh is on the CPU.
+    return run(tmp_path_factory.mktemp("two"), PAIR, Joined(2, "cpu:gloo", PATIENCE))
 
 
 def test_bfloat16_shards_lose_steps_and_float32_ones_do_not(

@@ -34,7 +34,7 @@ class Joined:
     """How processes are joined: over which backend, and how long one waits for another."""
 
     processes: int
-    backend: str | None = "gloo"
+    backend: str = "gloo"
     patience: timedelta = timedelta(minutes=10)
 
 
