@@ -109,6 +109,18 @@ def fsdp2(folder: Path) -> Report:
     return run(folder, wrap)
 
 
+def hybrid(folder: Path) -> Report:
+    """FSDP2 within pairs of processes that are replicas of each other."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    def wrap() -> tuple[Any, nn.Module]:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+        return fully_shard(Scaled(), mesh=mesh), Scaled()
+
+    return run(folder, wrap)
+
+
 def fsdp1(folder: Path) -> Report:
     from torch.distributed.fsdp import FullyShardedDataParallel
     from torch.distributed.fsdp.wrap import ModuleWrapPolicy
@@ -252,6 +264,14 @@ def test_what_processes_do_not_share_is_refused(reports: list[dict[str, Report]]
     for case in ("nan", "nan in a replica"):
         assert "the loss of batch 0 is nan" in second[case]
         assert "another process" in first[case]
+
+
+@pytest.mark.slow
+def test_replicas_of_shards(tmp_path: Path) -> None:
+    for report in launch(tmp_path, {"hybrid": (hybrid, (tmp_path / "out",))}, Joined(4)):
+        assert report["hybrid"]["error"] < 2e-6
+        assert report["hybrid"]["nothing"] > 1e-2
+        assert "protected" in report["hybrid"]["path"]
 
 
 @pytest.mark.slow

@@ -41,9 +41,9 @@ class Way:
         # What the loss is given.
         self.model: Any = model
         self.replicas = Reduction(replicas)
-        self.sharded = Reduction(process_groups_of(model))
+        self.sharded = Reduction(_meshed(model) or process_groups_of(model))
         self.everyone = Reduction(tuple(dict.fromkeys(replicas + self.sharded.process_groups)))
-        self.is_first = not self.everyone.process_groups or dist.get_rank() == 0
+        self.is_first = all(dist.get_rank(one) == 0 for one in self.everyone.process_groups)
 
     def shards(self, targets: Sequence[Target]) -> list[Shard]:
         """Return how the gradient of each target is reached."""
@@ -104,6 +104,13 @@ class Way:
         """Add up what replicas of the model found."""
         for some in vectors:
             some[:] = [self.replicas.sum(one) for one in some]
+
+
+def _meshed(model: nn.Module) -> tuple[Any, ...]:
+    """Return the groups of the meshes that DTensors are on, over which nothing may be sharded."""
+    meshes = (getattr(parameter, "device_mesh", None) for parameter in model.parameters())
+    groups = (one.get_all_groups() for one in meshes if one is not None)
+    return tuple(dict.fromkeys(group for some in groups for group in some))
 
 
 class EngineWay(Way):
