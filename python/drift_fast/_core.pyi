@@ -144,6 +144,7 @@ class Moments(TypedDict):
     nonfinite_reasoning: int
     nonfinite_multimodal: int
     overflow: int
+    rounding_sq: float
 
 def stream(
     reasoning: Checkpoint,
@@ -188,6 +189,8 @@ class Found(TypedDict):
     kept_reasoning: int | None
     kept_multimodal: int | None
     cosine: float | None
+    shift_sq: float
+    rounding_sq: float
 
 def merge(
     models: _Models,

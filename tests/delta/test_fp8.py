@@ -177,6 +177,7 @@ def pair_in_fp8(
     return pair, values
 
 
+@pytest.mark.filterwarnings("ignore:.* is rounding:drift_fast.DriftWarning")
 @pytest.mark.parametrize("both", [False, True])
 def test_scales_are_no_weights_and_are_not_left_over(tmp_path: Path, both: bool) -> None:
     pair, values = pair_in_fp8(tmp_path, both=both, config=False)

@@ -39,6 +39,8 @@ def run(given: argparse.Namespace) -> int:
         return 0
     kinds = Counter(tensor.kind for tensor in merged.tensors if tensor.sources)
     print(f"{merged}\nmerged: {', '.join(f'{count} {kind}' for kind, count in kinds.items())}")
+    if merged.rounding_share is not None:
+        print(f"rounding to the output's dtype: {merged.rounding_share:.1%} of the shift")
     if merged.left_behind:
         print(f"left behind: {', '.join(merged.left_behind)}")
     print(f"written to {given.out}; {peak(merged.peak_nbytes)}")

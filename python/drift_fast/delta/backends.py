@@ -16,6 +16,7 @@ from drift_fast._core import DeltaWriter, StoredDelta, stream, subtract_into
 from drift_fast.alignment.model_pair import AlignedPair
 from drift_fast.delta.format import DESCRIPTION, INDEX, stored_names
 from drift_fast.delta.options import StreamOptions
+from drift_fast.delta.rounding import warn_of_rounding
 from drift_fast.delta.statistics import Statistics, row_from_moments
 from drift_fast.dtypes import COMPRESSED, INT8_BLOCK, STORED_DTYPES, share_lost, tensor_dtype
 from drift_fast.errors import CheckpointError, DriftWarning, NonFiniteError
@@ -133,6 +134,7 @@ class Streamed:
         )
         if stats.total.delta_sq == 0:
             warn_of_zero(self._pair)
+        warn_of_rounding(stats, self._pair.paths)
         return stats
 
     def _check(self, moments: list[tuple[str, Moments]], dtype: str) -> None:

@@ -30,6 +30,7 @@ class StoredRow(msgspec.Struct, frozen=True):
     max_abs: float | None = None
     zeros: int | None = None
     agreeing: int | None = None
+    rounding_sq: float | None = None
     stored_sq: float | None = None
     stored_dot: float | None = None
     flushed: int | None = None

@@ -27,7 +27,9 @@ class Row:
 
     `layer` is None outside the layers and for rows over several; `shape` is empty there. `max_abs`
     is the largest |Δ|, `zeros` counts elements that do not differ, `agreeing` those where neither
-    side is zero and both have the same sign; a delta written before they were taken has None.
+    side is zero and both have the same sign. `rounding_sq` is the part of `delta_sq` that is
+    rounding of the sources, estimated from a sample. A delta written before they were taken has
+    None, as has a sum of deltas.
 
     For a compressed Δ, as decoded: `stored_sq` is ‖stored‖², `stored_dot` its product with the
     exact Δ, and `flushed` counts differences other than zero that are stored as zero. For any other
@@ -49,6 +51,7 @@ class Row:
     max_abs: float | None = None
     zeros: int | None = None
     agreeing: int | None = None
+    rounding_sq: float | None = None
     stored_sq: float | None = None
     stored_dot: float | None = None
     flushed: int | None = None
@@ -99,6 +102,13 @@ class Row:
         return _share(self.agreeing, self.numel)
 
     @property
+    def rounding_share(self) -> float:
+        """The share of ‖Δ‖ that is rounding of the sources; NaN where unknown, 0 where Δ is."""
+        if self.delta_sq == 0:
+            return 0.0
+        return math.sqrt(_float_or_nan(self.rounding_sq) / self.delta_sq)
+
+    @property
     def stored_norm(self) -> float:
         """‖stored‖ of a compressed Δ, else NaN."""
         return math.sqrt(_float_or_nan(self.stored_sq))
@@ -122,12 +132,13 @@ _DERIVED = (
     "cosine",
     "zero_share",
     "agreeing_share",
+    "rounding_share",
     "stored_norm",
     "stored_cosine",
 )
 _SUMS = ("delta_sq", "reasoning_sq", "multimodal_sq", "dot")
 # What a delta need not have: written by an earlier version, or not compressed.
-_OPTIONAL_SUMS = ("max_abs", "stored_sq", "stored_dot")
+_OPTIONAL_SUMS = ("max_abs", "rounding_sq", "stored_sq", "stored_dot")
 _OPTIONAL_COUNTS = ("zeros", "agreeing", "flushed")
 _COUNTS = ("nonfinite", "overflow")
 _STORED = (*_SUMS, *_COUNTS)
@@ -140,7 +151,8 @@ def row_from_moments(
     """Return the row of one tensor; `compressed` says that it was stored in eight bits."""
     columns: dict[str, Any] = {**moments, "stored_sq": moments["written_sq"]}
     columns["nonfinite"] = moments["nonfinite_reasoning"] + moments["nonfinite_multimodal"]
-    kept = (*_STORED, "max_abs", "zeros", "agreeing", *(_COMPRESSED if compressed else ()))
+    taken = ("max_abs", "zeros", "agreeing", "rounding_sq")
+    kept = (*_STORED, *taken, *(_COMPRESSED if compressed else ()))
     return Row.of(name, shape, **{column: columns[column] for column in kept})
 
 
@@ -260,7 +272,15 @@ class Statistics(Sequence[Row]):
 
     def table(self) -> str:
         """Return the rows as aligned text, norms with four significant digits."""
-        norms = ("‖Δ‖", "‖W_reason‖", "‖W_multimodal‖", "‖Δ‖/‖W‖")
+        columns = (
+            "elements",
+            "‖Δ‖",
+            "‖W_reason‖",
+            "‖W_multimodal‖",
+            "‖Δ‖/‖W‖",
+            "rounding",
+            "cosine",
+        )
         rows = [
             (
                 row.name,
@@ -269,11 +289,12 @@ class Statistics(Sequence[Row]):
                 f"{row.reasoning_norm:.4g}",
                 f"{row.multimodal_norm:.4g}",
                 _number(row.relative, ".4f"),
+                _number(row.rounding_share, ".1%"),
                 _number(row.cosine, ".6f"),
             )
             for row in self._rows
         ]
-        return render(("", "elements", *norms, "cosine"), rows, "<>>>>>>")
+        return render(("", *columns), rows, "<>>>>>>>")
 
     @property
     def compression(self) -> Compression | None:
@@ -349,6 +370,9 @@ def _together(name: str, module: str, layer: int | None, rows: Sequence[Row]) ->
         shape=(),
         numel=sum(row.numel for row in rows),
         max_abs=total("max_abs", lambda values: max(values, default=0.0)),
-        **{column: total(column, math.fsum) for column in (*_SUMS, "stored_sq", "stored_dot")},
+        **{
+            column: total(column, math.fsum)
+            for column in (*_SUMS, "rounding_sq", "stored_sq", "stored_dot")
+        },
         **{column: total(column, sum) for column in (*_COUNTS, *_OPTIONAL_COUNTS)},
     )

@@ -29,7 +29,13 @@ from drift_fast.merging.exclusions import LEFT_OUT_AS_TIED
 from drift_fast.merging.given_delta import align_delta, given_delta
 from drift_fast.merging.layout import Alignments, MergeLayout
 from drift_fast.merging.method_options import ChosenMethod
-from drift_fast.merging.outcome import MergedTensor, outcome_of, refuse_nonfinite
+from drift_fast.merging.outcome import (
+    MergedTensor,
+    outcome_of,
+    refuse_nonfinite,
+    rounding_share,
+    warn_of_rounding,
+)
 from drift_fast.merging.selected import selection_of
 from drift_fast.merging.side_files import SideFiles, find_side_files, warn_of_what_stays
 from drift_fast.options import takes
@@ -53,7 +59,8 @@ class Merged:
     """What `merge` wrote, and from what.
 
     `peak_nbytes` is the most that buffers took at any time. `files` are the side files that were
-    copied, `left_behind` the other files beside the multimodal model.
+    copied, `left_behind` the other files beside the multimodal model. `rounding_share` is how large
+    rounding to the output's dtype is beside the shift from the multimodal model, over all tensors.
     """
 
     path: Path
@@ -65,6 +72,7 @@ class Merged:
     left_behind: tuple[str, ...]
     sources: Mapping[str, Any]
     peak_nbytes: int
+    rounding_share: float | None = None
 
     @property
     def merged(self) -> list[str]:
@@ -239,7 +247,11 @@ class _Run:
             for name in self.side_files.files:
                 writer.add(name, self.side_files.read(name))
             description["tensors"] = [tensor.to_dict() for tensor in tensors]
+            share = description["rounding_share"] = rounding_share(found)
             writer.commit(json.dumps(description, indent=1) + "\n")
+        warn_of_rounding(
+            share, tensors, {blended.dtype for blended in self.layout.blended.values()}
+        )
         return Merged(
             path=out.absolute(),
             method=self.layout.chosen.method.name,
@@ -250,6 +262,7 @@ class _Run:
             left_behind=tuple(self.side_files.left_behind),
             sources=description["sources"],
             peak_nbytes=peak_nbytes,
+            rounding_share=share,
         )
 
     def _description(self) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Whether two models fit each other and what their Δ will cost, from configurations and headers.
 
-Owns `check` and how its result is shown. It reads samples of weights if a base is given, and never
-torch. A pair that cannot be
-aligned is a finding here, not an error; what differences mean is for `rules` to say.
+Owns `check` and how its result is shown. It imports no torch and reads weights only as samples. A
+pair that cannot be aligned is a finding here, not an error; what differences mean is for `rules` to
+say.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from drift_fast.preflight.cost import DeltaCost, estimate_cost
 from drift_fast.preflight.fact import STATED, Fact
 from drift_fast.preflight.findings import Finding, ModelSide
 from drift_fast.preflight.options import CheckOptions, parse_rate
+from drift_fast.preflight.rounding import SampledRounding, sample_rounding
 from drift_fast.preflight.rules import compare
 from drift_fast.tables import render
 
@@ -43,7 +44,8 @@ class Preflight:
     """What `check` found; `coverage`, `prefixes` and `plan` are None if nothing matches.
 
     `selected` has the modules of each kind that is selected, with how many tensors each has.
-    `lineage` says who comes from whom and which Δ to take, None without a base.
+    `rounding` is the share of ‖Δ‖ that is rounding of the two, None where no weights could be
+    sampled. `lineage` says who comes from whom and which Δ to take, None without a base.
     """
 
     findings: list[Finding]
@@ -53,6 +55,7 @@ class Preflight:
     prefixes: tuple[str, str] | None
     plan: DeltaCost | None
     selected: dict[str, dict[str, int]] = field(default_factory=dict)
+    rounding: SampledRounding | None = None
     lineage: Lineage | None = None
 
     @property
@@ -88,6 +91,7 @@ class Preflight:
                 f"{self.selection}: {self.coverage}",
                 *(printable(line, 200) for line in selects),
             ]
+            about += [] if self.rounding is None else [printable(str(self.rounding), 200)]
             blocks.append("\n".join([*about, *self.plan.lines()]))
         return "\n\n".join([*blocks, self._verdict()])
 
@@ -112,6 +116,7 @@ class Preflight:
             "prefixes": None if self.prefixes is None else list(self.prefixes),
             "coverage": None if self.coverage is None else self.coverage.to_dict(),
             "selected": self.selected,
+            "rounding": None if self.rounding is None else asdict(self.rounding),
             "plan": None if self.plan is None else asdict(self.plan),
         }
 
@@ -127,7 +132,8 @@ def check(
 
     With `model`, the first two are an expert and its reference, both text models, and Δ is to be
     attached to the third: facts are compared from each to the next. A pair that cannot be aligned
-    is a finding that breaks, not an error.
+    is a finding that breaks, not an error. If both checkpoints of Δ are on this machine, samples
+    of their weights show how much of it is rounding.
 
     With `base`, samples of the weights of all three are compared, at most 256 tensors with 2,048
     elements each (24 with 4,096 of checkpoints on a server): `Preflight.lineage` says who comes
@@ -165,6 +171,9 @@ def check(
         findings.append(lineage.finding())
     if not is_usable(why_not(pair)):
         return Preflight(findings, str(pair.selection), 0, None, None, None, lineage=lineage)
+    rounding = sample_rounding(pair)
+    if rounding is not None:
+        findings += rounding.findings((roles[0], roles[1]))
     return Preflight(
         findings,
         str(pair.selection),
@@ -173,6 +182,7 @@ def check(
         pair.alignment.prefixes,
         estimate_cost(pair, chosen.dtype, parse_rate(chosen.read_rate)),
         _selected(pair),
+        rounding,
         lineage,
     )
 

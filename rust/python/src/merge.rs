@@ -101,6 +101,8 @@ dictionary! {
         kept_reasoning: Option<u64>,
         kept_multimodal: Option<u64>,
         cosine: Option<f64>,
+        shift_sq: f64,
+        rounding_sq: f64,
     }
 }
 

@@ -30,6 +30,7 @@ dictionary! {
         nonfinite_reasoning: u64,
         nonfinite_multimodal: u64,
         overflow: u64,
+        rounding_sq: f64,
     }
 }
 

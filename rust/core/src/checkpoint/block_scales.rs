@@ -11,6 +11,7 @@ use super::{Shard, Tensor};
 use crate::dtype::{Dtype, Fp8};
 use crate::error::{Error, Result};
 use crate::kernel::dequantize;
+use crate::kernel::rounding::Grid;
 
 /// The suffix that turns the name of codes into that of their scales.
 const SUFFIX: &str = "_scale_inv";
@@ -173,6 +174,21 @@ impl<'a> BlockScales<'a> {
             element = stop;
         }
         Ok(())
+    }
+
+    /// The grid that the value of code number `element` of those at hand was rounded to.
+    ///
+    /// # Errors
+    /// A failed read.
+    pub(crate) fn grid(&self, element: usize) -> Result<Grid> {
+        let (nbits, lowest, one) = match self.format {
+            Fp8::E4M3 => (4, -6, 0x38),
+            Fp8::E5M2 => (3, -14, 0x3c),
+        };
+        let (mut scales, mut value) = (Vec::new(), Vec::new());
+        self.dequantize(&[one], element, &mut scales, &mut value)?;
+        let scale = value.first_chunk().map_or(1.0, |bytes| f32::from_le_bytes(*bytes));
+        Ok(Grid::of_codes(nbits, lowest, f64::from(scale)))
     }
 
     fn read<'b>(

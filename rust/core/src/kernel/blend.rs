@@ -27,7 +27,7 @@ impl Environment {
 
 /// Instruction sets that the functions below are compiled for, the widest last.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Level {
+pub(super) enum Level {
     Baseline,
     #[cfg(target_arch = "x86_64")]
     Avx2,
@@ -54,7 +54,7 @@ impl Level {
 
     /// The widest to use; a test can lower it on its own thread.
     #[inline(always)]
-    fn used() -> Self {
+    pub(super) fn used() -> Self {
         #[cfg(test)]
         return Self::of_processor().min(tests::WIDEST.get().unwrap_or(Self::of_processor()));
         #[cfg(not(test))]
@@ -77,21 +77,23 @@ macro_rules! vectorised {
                 #[cfg(target_arch = "x86_64")]
                 #[target_feature(enable = "avx2")]
                 fn avx2($($arg: $type),*) $(-> $result)? { inner($($arg),*) }
-                match Level::used() {
+                match $crate::kernel::blend::Level::used() {
                     // SAFETY: the processor has all that the function asks for.
                     #[cfg(target_arch = "x86_64")]
                     #[allow(unsafe_code)]
-                    Level::Avx512 => unsafe { avx512($($arg),*) },
+                    $crate::kernel::blend::Level::Avx512 => unsafe { avx512($($arg),*) },
                     // SAFETY: as above.
                     #[cfg(target_arch = "x86_64")]
                     #[allow(unsafe_code)]
-                    Level::Avx2 => unsafe { avx2($($arg),*) },
-                    Level::Baseline => inner($($arg),*),
+                    $crate::kernel::blend::Level::Avx2 => unsafe { avx2($($arg),*) },
+                    $crate::kernel::blend::Level::Baseline => inner($($arg),*),
                 }
             }
         )*
     };
 }
+
+pub(super) use vectorised;
 
 #[inline(always)]
 fn load_all<T: Narrow>(bytes: &[u8], out: &mut [f64]) {
@@ -275,14 +277,14 @@ pub(crate) fn magnitude(value: f64) -> u64 {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::cell::Cell;
 
     use super::*;
 
     thread_local! {
         /// The widest level that this thread uses; None means the processor's widest.
-        pub(super) static WIDEST: Cell<Option<Level>> = const { Cell::new(None) };
+        pub(in crate::kernel) static WIDEST: Cell<Option<Level>> = const { Cell::new(None) };
     }
 
     /// Values of every kind, a few of them again and again, in an odd number.

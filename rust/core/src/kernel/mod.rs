@@ -15,6 +15,7 @@ mod f16c;
 mod fp8;
 mod ieee;
 mod int8;
+pub(crate) mod rounding;
 mod scalar;
 mod scaled;
 mod wide;
@@ -89,6 +90,9 @@ pub struct Moments {
     pub nonfinite_multimodal: u64,
     /// Differences of finite values that became infinite in the output dtype.
     pub overflow: u64,
+    /// The part of `delta_sq` that is rounding of both sides, estimated from a sample of the elements
+    /// where a whole tensor is streamed; zero elsewhere.
+    pub rounding_sq: f64,
 }
 
 impl Moments {
@@ -108,6 +112,7 @@ impl Moments {
         self.nonfinite_reasoning += later.nonfinite_reasoning;
         self.nonfinite_multimodal += later.nonfinite_multimodal;
         self.overflow += later.overflow;
+        self.rounding_sq += later.rounding_sq;
     }
 }
 

@@ -84,6 +84,11 @@ pub struct Found {
     pub kept_multimodal: Option<u64>,
     /// The cosine between the two models' tensors.
     pub cosine: Option<f64>,
+    /// Σ of the squared differences between the results, before they are rounded, and the multimodal
+    /// model's values, over every eighth block.
+    pub shift_sq: f64,
+    /// Σ of the squares of what rounding to the result's dtype adds, over the same blocks.
+    pub rounding_sq: f64,
 }
 
 /// The key of a model's random numbers in a tensor: the first eight bytes of the SHA-256 of the seed,
@@ -170,5 +175,7 @@ impl Found {
         self.overflow += other.overflow;
         self.kept_reasoning = sum(self.kept_reasoning, other.kept_reasoning);
         self.kept_multimodal = sum(self.kept_multimodal, other.kept_multimodal);
+        self.shift_sq += other.shift_sq;
+        self.rounding_sq += other.rounding_sq;
     }
 }

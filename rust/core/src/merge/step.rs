@@ -96,6 +96,18 @@ impl Widened {
         values.iter().enumerate().filter(lost).count() as u64
     }
 
+    /// Σ of the squares of the shift from the multimodal model to the results, and of what rounding
+    /// them to `written` added. The task vectors are lost.
+    fn rounding(&mut self, len: usize, written: Elements<'_>) -> [f64; 2] {
+        let Self { m, out, b, tasks: [shift, added], .. } = self;
+        let (shift, added, rounded) = (&mut shift[..len], &mut added[..len], &mut b[..len]);
+        blend::difference(&out[..len], &m[..len], shift);
+        blend::widen(written, rounded);
+        blend::difference(rounded, &out[..len], added);
+        let [shift_sq, rounding_sq, _] = blend::products(shift, added);
+        [shift_sq, rounding_sq]
+    }
+
     /// Count the results that are not finite although all their inputs are.
     pub(super) fn overflow(&self, len: usize, has_base: bool, written: Elements<'_>) -> u64 {
         (0..len)
@@ -107,6 +119,9 @@ impl Widened {
             .count() as u64
     }
 }
+
+/// One block of so many shows how much of a merge its output's dtype loses.
+const MEASURED: usize = 8;
 
 /// How the blocks of a tensor are merged.
 pub(super) struct Step<'a, 'b> {
@@ -167,6 +182,8 @@ impl Step<'_, '_> {
         let largest = blend::largest(out);
         if inputs > 0 || largest.is_nan() || largest > dtype.max_finite() {
             found.overflow = values.overflow(len, has_base, Elements { dtype, bytes });
+        } else if (element / BLOCK).is_multiple_of(MEASURED) {
+            [found.shift_sq, found.rounding_sq] = values.rounding(len, Elements { dtype, bytes });
         }
         found
     }

@@ -12,6 +12,7 @@ mod engine;
 mod options;
 mod order;
 mod read;
+mod sample;
 pub mod stored;
 
 pub(crate) use account::Account;
@@ -25,12 +26,14 @@ pub(crate) use read::{ReadDemand, SideBuffer};
 use crate::align::pair::{Pair, Source};
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
+use crate::kernel::rounding::Rounding;
 use crate::kernel::{self, Moments};
 use crate::output::Writer;
 use budget::{Demand, WorkerBudget};
 use chunk::Chunk;
 use encode::Encoded;
 use order::{Order, Taken};
+use sample::sample;
 
 /// Where the differences go.
 pub enum Sink<'a> {
@@ -186,12 +189,13 @@ impl<'a> Work for Subtraction<'a> {
     }
 
     fn work(&self, taken: &mut Taken<'a>, scratch: &mut Scratch) -> Result<u64> {
-        let (moments, nbytes) = if taken.chunk.is_stored {
+        let (moments, rounding, nbytes) = if taken.chunk.is_stored {
             self.subtract(taken, scratch)?
         } else {
-            (Moments::default(), self.fill_with_zeros(taken, &mut scratch.out)?)
+            let nbytes = self.fill_with_zeros(taken, &mut scratch.out)?;
+            (Moments::default(), Rounding::default(), nbytes)
         };
-        self.order.fold(taken, moments);
+        self.order.fold(taken, moments, rounding);
         Ok(nbytes)
     }
 
@@ -214,7 +218,11 @@ impl Subtraction<'_> {
         }
     }
 
-    fn subtract(&self, taken: &mut Taken<'_>, scratch: &mut Scratch) -> Result<(Moments, u64)> {
+    fn subtract(
+        &self,
+        taken: &mut Taken<'_>,
+        scratch: &mut Scratch,
+    ) -> Result<(Moments, Rounding, u64)> {
         let Chunk { pair: index, ref elements, .. } = taken.chunk;
         let pair = &self.pairs[index];
         let (reasoning, first) = scratch.reasoning.read(&pair.reasoning, elements)?;
@@ -231,9 +239,10 @@ impl Subtraction<'_> {
                 kernel::subtract(reasoning, multimodal, Some((dtype, &mut *taken.memory)))
             }
         };
+        let rounding = sample(pair, elements, reasoning, multimodal)?;
         pair.reasoning.release(elements);
         pair.multimodal.release(elements);
-        Ok((moments, first + second))
+        Ok((moments, rounding, first + second))
     }
 
     /// Rows that the reasoning model does not store: Δ is zero there.

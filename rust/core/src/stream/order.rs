@@ -10,6 +10,7 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use super::chunk::{Chunk, Chunks};
 use crate::align::pair::Pair;
 use crate::kernel::Moments;
+use crate::kernel::rounding::Rounding;
 
 /// How many chunks per worker may be done before an earlier one is.
 const WINDOW_PER_WORKER: usize = 16;
@@ -37,6 +38,7 @@ pub(crate) struct Order<'a> {
 struct Done {
     pair: usize,
     moments: Moments,
+    rounding: Rounding,
     /// Whether it is the last of its pair.
     last: bool,
 }
@@ -55,6 +57,8 @@ struct State<'a> {
     folded: usize,
     pending: VecDeque<Option<Done>>,
     moments: Vec<Moments>,
+    /// The sample of the pair whose moments are being added up.
+    rounding: Rounding,
     /// Pairs whose moments are complete.
     tensors: usize,
     stopped: bool,
@@ -85,6 +89,7 @@ impl<'a> Order<'a> {
                 folded: 0,
                 pending: VecDeque::with_capacity(window),
                 moments: vec![Moments::default(); pairs.len()],
+                rounding: Rounding::default(),
                 tensors: pairs.iter().filter(empty).count(),
                 stopped: false,
             }),
@@ -134,8 +139,8 @@ impl<'a> Order<'a> {
         Some(chunk)
     }
 
-    /// Give back the moments of a chunk.
-    pub(crate) fn fold(&self, taken: &Taken<'_>, moments: Moments) {
+    /// Give back the moments of a chunk and its part of the sample.
+    pub(crate) fn fold(&self, taken: &Taken<'_>, moments: Moments, rounding: Rounding) {
         let Chunk { pair, ref elements, .. } = taken.chunk;
         let last = elements.end == self.pairs[pair].multimodal.tensor.numel();
         let mut state = self.state();
@@ -144,10 +149,16 @@ impl<'a> Order<'a> {
         while state.pending.len() <= place {
             state.pending.push_back(None);
         }
-        state.pending[place] = Some(Done { pair, moments, last });
+        state.pending[place] = Some(Done { pair, moments, rounding, last });
         while let Some(&Some(done)) = state.pending.front() {
             state.pending.pop_front();
             state.moments[done.pair].add(&done.moments);
+            state.rounding.add(&done.rounding);
+            if done.last {
+                let rounding = std::mem::take(&mut state.rounding);
+                let sum = &mut state.moments[done.pair];
+                sum.rounding_sq = rounding.part_of(sum);
+            }
             state.tensors += usize::from(done.last);
             state.folded += 1;
         }
@@ -251,7 +262,7 @@ mod tests {
                 taken.push(order.take().unwrap());
             }
             while let Some(chunk) = taken.pop() {
-                order.fold(&chunk, sum(value(chunk.index)));
+                order.fold(&chunk, sum(value(chunk.index)), Rounding::default());
                 if taken.is_empty() {
                     taken.extend((0..WINDOW_PER_WORKER).map_while(|_| order.take()));
                 }
@@ -274,11 +285,11 @@ mod tests {
             let first = order.take().unwrap();
             while order.state().taken < WINDOW_PER_WORKER {
                 let chunk = order.take().unwrap();
-                order.fold(&chunk, sum(1.0));
+                order.fold(&chunk, sum(1.0), Rounding::default());
             }
             std::thread::scope(|scope| {
                 let next = scope.spawn(|| order.take().map(|taken| taken.index));
-                order.fold(&first, sum(1.0));
+                order.fold(&first, sum(1.0), Rounding::default());
                 assert_eq!(next.join().unwrap(), Some(WINDOW_PER_WORKER));
             });
             order.stop();
@@ -314,14 +325,14 @@ mod tests {
             assert_eq!((first.chunk.pair, first.chunk.elements.end), (1, 3));
             assert_eq!(places(), [(2, 0), (2, 1), (2, 2)]);
             assert_eq!(places(), []);
-            order.fold(&first, sum(0.0));
+            order.fold(&first, sum(0.0), Rounding::default());
             for next in 3..=5 {
-                order.fold(&order.take().unwrap(), sum(0.0));
+                order.fold(&order.take().unwrap(), sum(0.0), Rounding::default());
                 assert_eq!(places(), [(2, next)]);
             }
             // If it has fallen behind, it skips what has been read already.
             for _ in 0..5 {
-                order.fold(&order.take().unwrap(), sum(0.0));
+                order.fold(&order.take().unwrap(), sum(0.0), Rounding::default());
             }
             assert_eq!(places(), [(2, 8), (2, 9), (2, 10)]);
         });
