@@ -731,18 +731,6 @@ def test_options_without_meaning_for_adapters_are_refused(
         drift_fast.Injection(adapted(Backbone()), delta, **options)
 
 
-@pytest.mark.parametrize(
-    ("mark", "by"), [("ds_id", "ZeRO"), ("_hp_mapping", "ZeRO"), ("device_mesh", "FSDP")]
-)
-def test_factors_that_are_sharded_are_refused(delta: drift_fast.Delta, mark: str, by: str) -> None:
-    model = adapted(Backbone())
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            setattr(parameter, mark, 0)
-    with pytest.raises(drift_fast.DriftError, match=f"sharded by {by}"):
-        drift_fast.Injection(model, delta)
-
-
 # --- 4 bits -----------------------------------------------------------------------------------
 
 

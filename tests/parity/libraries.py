@@ -133,7 +133,7 @@ def trainer(cell: Cell) -> Gradients:
 
     with _folder() as folder, _fsdp_without_accelerators():
         arguments = TrainingArguments(**_training_arguments(cell, folder))
-        owner = Trainer(model=cell.world.model(), args=arguments, train_dataset=cell.samples)
+        owner = Trainer(model=cell.model(), args=arguments, train_dataset=cell.samples)
         cell.attach(owner)
         owner.train()
     if "fsdp" in cell.options:

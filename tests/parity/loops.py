@@ -32,9 +32,14 @@ def accumulate(cell: Cell, model: Any, context: Any = contextlib.nullcontext) ->
         loss.backward()
 
 
+def trained(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
 def plain(cell: Cell) -> Gradients:
-    model = cell.world.model()
-    optimizer = sgd(model.parameters(), **cell.options)
+    model = cell.model()
+    options = {key: value for key, value in cell.options.items() if key != "adapter"}
+    optimizer = sgd(trained(model), **options)
     injection = cell.injection(model, optimizer=optimizer)
     accumulate(cell, model)
     injection.step()

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from parity.loops import accumulate, sgd, weights_of
+from parity.loops import accumulate, sgd, trained, weights_of
 from parity.stacks import Cell
 from parity.world import LEARNING_RATE, Gradients, canonical
 
@@ -22,13 +22,18 @@ def without_sync(cell: Cell, model: Any) -> None:
 
 
 def ddp(cell: Cell) -> Gradients:
-    model = torch.nn.parallel.DistributedDataParallel(cell.world.model())
-    optimizer = sgd(model.parameters())
+    model = torch.nn.parallel.DistributedDataParallel(cell.model())
+    optimizer = sgd(trained(model))
     injection = cell.injection(model)
     without_sync(cell, model)
     injection.step()
     optimizer.step()
     return weights_of(model)
+
+
+def decoder_of(model: Any) -> Any:
+    """Return what has the layers, also where PEFT has wrapped the model."""
+    return next(module for module in model.modules() if hasattr(module, "layers"))
 
 
 def shard(model: Any, decoder: Any, size: int, **options: Any) -> Any:
@@ -61,9 +66,9 @@ def fsdp2(cell: Cell) -> Gradients:
         )
     if cell.options.get("offload"):
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=False)
-    model = cell.world.model()
-    shard(model, model.model, cell.size, **options)
-    optimizer = sgd(model.parameters())
+    model = cell.model()
+    shard(model, decoder_of(model), cell.size, **options)
+    optimizer = sgd(trained(model))
     injection = cell.injection(model)
     accumulate(cell, model)
     injection.step()
@@ -77,15 +82,15 @@ def fsdp1(cell: Cell) -> Gradients:
     from torch.distributed.fsdp import FullyShardedDataParallel
     from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
-    model = cell.world.model()
+    model = cell.model()
     whole = sum(parameter.numel() for parameter in model.parameters())
-    layer = type(model.model.layers[0])
+    layer = type(decoder_of(model).layers[0])
     policy = functools.partial(transformer_auto_wrap_policy, transformer_layer_cls={layer})
     model = FullyShardedDataParallel(
         model, auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu")
     )
     assert sum(parameter.numel() for parameter in model.parameters()) < 0.8 * whole
-    optimizer = sgd(model.parameters())
+    optimizer = sgd(trained(model))
     injection = cell.injection(model)
     without_sync(cell, model)
     injection.step()
@@ -130,10 +135,10 @@ def zero(cell: Cell) -> Gradients:
 
     deepspeed.init_distributed(dist_backend="gloo")
     stage = cell.options["stage"]
-    model = cell.world.model()
+    model = cell.model()
     engine, *_ = deepspeed.initialize(
         model=model,
-        optimizer=torch.optim.SGD(model.parameters(), lr=LEARNING_RATE),
+        optimizer=torch.optim.SGD(trained(model), lr=LEARNING_RATE),
         config=zero_configuration(cell, stage),
     )
     cell.attach(engine)

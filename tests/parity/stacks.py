@@ -1,7 +1,7 @@
 """The stacks: one row of the matrix each, in the order in which the table shows them.
 
 Owns: the names, how many processes, which tolerance and why. How a stack is driven is in loops.py,
-sharded.py, libraries.py and adapters.py.
+sharded.py and libraries.py.
 Invariant: `train` takes one optimizer step from the stack's own entry point and returns every
 trained parameter, whole, on the first process at least.
 """
@@ -59,22 +59,26 @@ class Cell:
     options: Mapping[str, Any] = field(default_factory=dict)
     attached: list[Any] = field(default_factory=list)
 
+    def model(self) -> Any:
+        """Load the model, with the adapter that the stack's options name."""
+        adapter = self.options.get("adapter")
+        return self.world.model() if adapter is None else self.world.adapted(adapter)
+
     def injection(self, model: Any, **options: Any) -> Any:
         """Attach to a model, or return what does nothing."""
-        if self.alpha is None:
-            return Absent()
-        injection = drift_fast.Injection(
-            model, self.world.delta(), alpha=self.alpha, scale=self.scale, **options
-        )
-        self.attached.append(injection)
-        return injection
+        return self._attach(drift_fast.Injection, model, options)
 
     def attach(self, owner: Any, **options: Any) -> Any:
         """Attach to a trainer or an engine, or return what does nothing."""
+        return self._attach(drift_fast.attach, owner, options)
+
+    def _attach(self, how: Any, owner: Any, options: Mapping[str, Any]) -> Any:
         if self.alpha is None:
             return Absent()
-        injection = drift_fast.attach(
-            owner, self.world.delta(), alpha=self.alpha, scale=self.scale, **options
+        # A frozen bias has no factors that a delta could move.
+        weights = {"modules": r"re:\.weight$"} if "adapter" in self.options else {}
+        injection = how(
+            owner, self.world.delta(), alpha=self.alpha, scale=self.scale, **weights, **options
         )
         self.attached.append(injection)
         return injection
@@ -134,6 +138,32 @@ def _lossy(name: str, where: str, **options: Any) -> tuple[Stack, Stack]:
 
 _DEEPSPEED = {"DS_ACCELERATOR": "cpu"}
 
+
+def _lora(
+    name: str,
+    where: str,
+    processes: int = 1,
+    shapes: str = "even",
+    *,
+    adapter: str = "lora",
+    fast: bool = False,
+    **options: Any,
+) -> Stack:
+    """A stack that trains the factors of an adapter."""
+    zero = not {"stage", "zero"}.isdisjoint(options)
+    return Stack(
+        name,
+        where,
+        processes,
+        shapes,
+        kind=adapter,
+        environment=_DEEPSPEED if zero else {},
+        options={"adapter": adapter, **options},
+        needs=("peft", "deepspeed") if zero else ("peft",),
+        fast=fast,
+    )
+
+
 STACKS = (
     Stack("plain loop", "loops:plain", fast=True),
     Stack("plain loop, fused SGD", "loops:plain", options={"fused": True}, fast=True),
@@ -183,20 +213,39 @@ STACKS = (
     Stack("Trainer", "libraries:trainer", fast=True),
     Stack("SFTTrainer (TRL)", "libraries:sft_trainer", needs=("trl", "datasets")),
     Stack("Lightning", "libraries:lightning", needs=("lightning",)),
-    Stack("LoRA (PEFT)", "adapters:lora", kind="lora", needs=("peft",)),
-    Stack(
-        "LoRA (PEFT), rsLoRA",
-        "adapters:lora",
-        kind="rslora",
-        options={"adapter": "rslora"},
-        needs=("peft",),
+    _lora("LoRA (PEFT)", "loops:plain"),
+    _lora("LoRA (PEFT), rsLoRA", "loops:plain", adapter="rslora"),
+    _lora("LoRA (PEFT), DDP, 2 processes", "sharded:ddp", 2),
+    _lora("LoRA (PEFT), FSDP2, 2 processes", "sharded:fsdp2", 2, fast=True),
+    _lora("LoRA (PEFT), FSDP2, 4 processes, uneven shards", "sharded:fsdp2", 4, "uneven"),
+    _lora("LoRA (PEFT), rsLoRA, FSDP2, 2 processes", "sharded:fsdp2", 2, adapter="rslora"),
+    *(
+        _lora(f"LoRA (PEFT), DeepSpeed ZeRO-{stage}, 2 processes", "sharded:zero", 2, stage=stage)
+        for stage in (1, 2, 3)
     ),
-    Stack(
-        "LoRA (PEFT), DDP, 2 processes",
-        "adapters:lora_ddp",
+    _lora(
+        "LoRA (PEFT), DeepSpeed ZeRO-3, 2 processes, uneven shards",
+        "sharded:zero",
         2,
-        kind="lora",
-        needs=("peft",),
+        "uneven",
+        stage=3,
+    ),
+    *(
+        _lora(
+            f"LoRA (PEFT), Trainer, DeepSpeed ZeRO-{stage}, 2 processes",
+            "libraries:trainer",
+            2,
+            zero=stage,
+        )
+        for stage in (2, 3)
+    ),
+    _lora("LoRA (PEFT), Trainer, FSDP2, 2 processes", "libraries:trainer", 2, fsdp=2),
+    _lora("LoRA (PEFT), FSDP1 use_orig_params, 2 processes", "sharded:fsdp1", 2),
+    _lora(
+        "LoRA (PEFT), FSDP1 use_orig_params, 4 processes, uneven shards",
+        "sharded:fsdp1",
+        4,
+        "uneven",
     ),
     Stack("DDP, 2 processes", "sharded:ddp", 2),
     Stack("Accelerate, DDP, 2 processes", "libraries:accelerate", 2),

@@ -7,6 +7,7 @@ subclass in `drift_fast.integrations`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -15,6 +16,7 @@ from torch import nn
 
 from drift_fast.errors import DriftError
 from drift_fast.inject.config import InjectionConfig
+from drift_fast.inject.lora.shard import shards_of_targets
 from drift_fast.inject.optimizer_watch import OptimizerWatch
 from drift_fast.inject.scope import Scope
 from drift_fast.inject.shards.base import Shard
@@ -58,8 +60,7 @@ class Driver:
 
     def shards(self, model: nn.Module, targets: Sequence[Target]) -> list[Shard]:
         """Return how the local gradient and weights of each target are reached."""
-        names = [target.name for target in targets]
-        return shards_of(names, [target.parameter for target in targets], model)
+        return shards_of_targets(targets, functools.partial(shards_of, model=model))
 
     @property
     def stepping(self) -> torch.optim.Optimizer | None:

@@ -404,10 +404,7 @@ class TargetGroup:
 
     def accumulated(self) -> list[tuple[torch.Tensor, ...]]:
         """Return the tensors into which autograd accumulates each target's gradient."""
-        return [
-            shard.accumulated if target.adapted is None else target.trained
-            for target, shard in zip(self.targets, self.shards, strict=True)
-        ]
+        return [shard.accumulated for shard in self.shards]
 
     def squares(self) -> list[float]:
         """Return ‖Δ‖² of each target."""

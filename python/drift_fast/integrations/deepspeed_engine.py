@@ -8,6 +8,7 @@ clips before that, in `clip_fp32_gradients`, which is wrapped instead where clip
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -20,6 +21,7 @@ from drift_fast.errors import DriftError
 from drift_fast.inject.config import ConfigLike, InjectionConfig
 from drift_fast.inject.driver import Driver, Handle
 from drift_fast.inject.injection import Injection
+from drift_fast.inject.lora.shard import shards_of_targets
 from drift_fast.inject.optimizer_watch import OptimizerWatch
 from drift_fast.inject.scope import Scope
 from drift_fast.inject.shards import zero
@@ -59,8 +61,8 @@ class EngineDriver(Driver):
             )
 
     def shards(self, model: nn.Module, targets: Sequence[Target]) -> list[Shard]:
-        names = [target.name for target in targets]
-        return zero.shards(names, [target.parameter for target in targets], self._engine_optimizer)
+        find = functools.partial(zero.shards, optimizer=self._engine_optimizer)
+        return shards_of_targets(targets, find)
 
     def loss_scale(self, device: torch.device) -> torch.Tensor | float | None:
         factor = zero.gradient_factor(self._engine_optimizer)

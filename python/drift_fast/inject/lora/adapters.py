@@ -12,10 +12,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
 
-from drift_fast.inject.shards.fsdp1 import is_fsdp1
+from drift_fast.inject.shards.fsdp1 import is_fsdp1, unwrapped
 
 # Why a tensor of the delta is left out of an injection into a model with adapters.
 FROZEN_BIAS = "a frozen bias beside an adapted weight: LoRA trains no biases unless asked to"
@@ -28,6 +27,7 @@ class Factors:
 
     a: nn.Parameter
     b: nn.Parameter
+    rank: int
     adapter: str
     scalings: Mapping[str, float]
 
@@ -45,6 +45,17 @@ class Adapted:
     shape: tuple[int, int]
     transposed: bool
     trained: tuple[nn.Parameter, ...]
+
+    @property
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        """A and B of every adapter, trained or not."""
+        return tuple(p for one in self.factors for p in (one.a, one.b))
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int], ...]:
+        """Shapes of `parameters` before any sharding."""
+        height, width = self.shape[:: -1 if self.transposed else 1]
+        return tuple(s for one in self.factors for s in ((one.rank, width), (height, one.rank)))
 
 
 @dataclass
@@ -104,16 +115,7 @@ def _model_refusal(modules: Iterator[nn.Module]) -> str:
         kind = type(module)
         if kind.__module__.startswith("peft.tuners.xlora"):
             return "X-LoRA scales its adapters for each token, so there is no single weight"
-        if is_fsdp1(module):
-            return _sharded("FSDP")
     return ""
-
-
-def _sharded(by: str) -> str:
-    return (
-        f"its factors are sharded by {by}, and Δ is pulled back onto whole factors only; train "
-        "adapters with DDP or on one device"
-    )
 
 
 def _add_copies(found: Adapters, path: str, module: Any) -> None:
@@ -139,6 +141,9 @@ def _add_layer(
     while hasattr(inner, "base_layer"):
         base, inner = f"{base}.base_layer", inner.base_layer
         found._dropped.add(base)
+        if is_fsdp1(inner):
+            base, inner = f"{base}._fsdp_wrapped_module", unwrapped(inner)
+            found._dropped.add(base)
     if path.endswith(".token_adapter"):
         found._dropped.add(path)
     for name, _ in module.named_parameters(path, remove_duplicate=False):
@@ -167,9 +172,6 @@ def _follow(module: Any, base: Any) -> Adapted | str:
             "none of its adapters is active and trained; load adapters with is_trainable=True, and "
             "choose with set_adapter(…)"
         )
-    sharded = _sharding([*trained, *base.parameters()])
-    if sharded:
-        return _sharded(sharded)
     if any(p.requires_grad for name, p in base.named_parameters() if name != "bias"):
         return "the weight trains beside its adapters; freeze one of them"
     kept = tuple(one for one in factors if one.a.requires_grad or one.b.requires_grad)
@@ -210,7 +212,8 @@ def _active_factors(module: Any) -> list[Factors] | str:
             )
         if variant:
             return f"the adapter {adapter} is of the variant {variant}; use plain LoRA"
-        factors.append(Factors(a_of[adapter], b_of[adapter], adapter, module.scaling))
+        rank = int(module.r[adapter])
+        factors.append(Factors(a_of[adapter], b_of[adapter], rank, adapter, module.scaling))
     return factors
 
 
@@ -218,15 +221,16 @@ def _tables(module: Any) -> tuple[dict[str, Any], dict[str, Any]] | None:
     """Return A and B by adapter, None for layers of other factors."""
     if _is_embedding(module):
         return dict(module.lora_embedding_A), dict(module.lora_embedding_B)
-    layers = [*module.lora_A.values(), *module.lora_B.values()]
-    plain = all(isinstance(layer, nn.Linear) for layer in layers)
-    if not plain or type(module).__name__ in ("ParamWrapper", "MultiheadAttention"):
-        return None
     a, b = (
-        {adapter: layer.weight for adapter, layer in table.items()}
+        {adapter: unwrapped(layer) for adapter, layer in table.items()}
         for table in (module.lora_A, module.lora_B)
     )
-    return a, b
+    plain = all(isinstance(layer, nn.Linear) for layer in (*a.values(), *b.values()))
+    if not plain or type(module).__name__ in ("ParamWrapper", "MultiheadAttention"):
+        return None
+    return {key: layer.weight for key, layer in a.items()}, {
+        key: layer.weight for key, layer in b.items()
+    }
 
 
 def _is_embedding(module: Any) -> bool:
@@ -244,12 +248,3 @@ def _variant(module: Any, adapter: str) -> str:
         return "DoRA"
     variant = getattr(module, "lora_variant", {}).get(adapter)
     return "" if variant is None else type(variant).__name__
-
-
-def _sharding(parameters: list[torch.Tensor]) -> str:
-    for parameter in parameters:
-        if hasattr(parameter, "device_mesh"):
-            return "FSDP or tensor parallelism"
-        if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
-            return "ZeRO"
-    return ""

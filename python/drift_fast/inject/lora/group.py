@@ -8,14 +8,16 @@ factors do, so each step computes it; it is as large as the factors.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from drift_fast.inject.compute.base import Sums, flattened
+from drift_fast.inject.compute.base import Arithmetic, Sums, flat, flattened
 from drift_fast.inject.compute.vectors import pick, put
-from drift_fast.inject.lora.adapters import Adapted
 from drift_fast.inject.lora.pull_back import along, pull_back
+from drift_fast.inject.lora.shard import FactorShard, add_up, gather
 from drift_fast.inject.target import Target
 from drift_fast.inject.target_group import Bucket, Push, TargetGroup
 
@@ -24,7 +26,7 @@ _ROOM = 1 << 24
 
 
 class FactorGroup(TargetGroup):
-    """Adapted weights on one device, each with all of its factors; none is sharded.
+    """Adapted weights on one device, each with all of its factors, whole or sharded.
 
     `norms` and progress are those of the weights along Δ, as in any group. What a step measures,
     `last`, is of the joint vectors: ‖g̃‖, ⟨g̃, Δ̃⟩ and ‖Δ̃‖.
@@ -38,11 +40,14 @@ class FactorGroup(TargetGroup):
     def missing(self) -> list[int]:
         return [at for at in range(len(self.targets)) if self._factor_gradients(at) is None]
 
+    def _shard(self, at: int) -> FactorShard:
+        shard = self.shards[at]
+        assert isinstance(shard, FactorShard)
+        return shard
+
     def _factor_gradients(self, at: int) -> list[torch.Tensor] | None:
         """Return the gradients of a target's factors, None unless all are there and train."""
-        found = [p.grad if p.requires_grad else None for p in self.targets[at].trained]
-        gradients = [gradient for gradient in found if gradient is not None]
-        return gradients if len(gradients) == len(found) else None
+        return self._shard(at).gradients() if self.targets[at].trains else None
 
     def _process(self, bucket: Bucket) -> None:
         for first, last in _runs(self.targets, bucket.start, bucket.stop):
@@ -53,24 +58,133 @@ class FactorGroup(TargetGroup):
 
     def _process_run(self, bucket: Bucket, held: dict[int, list[torch.Tensor]]) -> None:
         """Change the gradients of targets that all have equally many factors."""
-        assert self.last is not None
-        arithmetic, members = bucket.arithmetic, list(held)
-        each = len(held[members[0]])
+        members = list(held)
+        shards = {at: self._shard(at) for at in members}
         pulled = [
-            part for at in members for part in pull_back(bucket.delta(at), _adapted(self, at))
+            part
+            for at, shard in shards.items()
+            for part in pull_back(bucket.delta(at), shard.adapted, shard.weights())
         ]
+        each = len(held[members[0]])
         with flattened([gradient for some in held.values() for gradient in some]) as flats:
-            sums = arithmetic.measure(flats, pulled if self.last.angles else None)
-            length = _joint(arithmetic.measure(pulled, None).norm, each)
-            dot = sums.dot.view(-1, each).sum(1)
-            # Where Δ̃ is zero it has no angle.
-            dot = torch.where(length > 0, dot, torch.full_like(dot, torch.nan))
-            self._note(Sums(_joint(sums.norm, each), dot), members)
-            put(self.last.delta, members, length)
+            self._measure(members, flats, pulled, bucket.arithmetic)
+            self._measure_pulled(members, pulled, bucket.arithmetic)
             c = self._decide(bucket.start, bucket.stop, members, bucket.push)
             c = pick(c, [at - bucket.start for at in members])
-            of_factors = c.unsqueeze(1).expand(-1, each).reshape(-1)
-            arithmetic.subtract(flats, pulled, of_factors)
+            bucket.arithmetic.subtract(flats, pulled, _for_each(c, each))
+        for at, gradients in held.items():
+            shards[at].write_gradients(gradients)
+
+    def _measure(
+        self,
+        members: Sequence[int],
+        flats: Sequence[torch.Tensor],
+        pulled: Sequence[torch.Tensor],
+        arithmetic: Arithmetic,
+    ) -> None:
+        """Note ‖g̃‖ and ⟨g̃, Δ̃⟩ of targets with equally many factors."""
+        assert self.last is not None
+        each = len(flats) // len(members)
+        sums = arithmetic.measure(flats, pulled if self.last.angles else None)
+        self._note(Sums(_joint(sums.norm, each), sums.dot.view(-1, each).sum(1)), members)
+
+    def _measure_pulled(
+        self, members: Sequence[int], pulled: Sequence[torch.Tensor], arithmetic: Arithmetic
+    ) -> None:
+        """Note ‖Δ̃‖ of targets with equally many factors."""
+        assert self.last is not None
+        norms = arithmetic.measure(pulled, None).norm
+        put(self.last.delta, members, _joint(norms, len(pulled) // len(members)))
+
+    # Where the factors are sharded.
+
+    def _inject_sharded(self, push: Push, *, refused: bool) -> None:
+        # Every process pulls its rows of every Δ back, whatever gradients it has.
+        pulled = self._pulled_apart()
+        found = {at: self._factor_gradients(at) for at in range(len(self.targets))}
+        held = {at: gradients for at, gradients in found.items() if gradients is not None}
+        runs = [range(*run) for run in _runs(self.targets, 0, len(self.targets))]
+        for run in runs:
+            self._measure_counted(run, held, pulled)
+        self._add_up_measures(refused=refused)
+        c = self._decide(0, len(self.targets), list(held), push)
+        for run in runs:
+            inside = [at for at in run if at in held]
+            if not inside:
+                continue
+            with flattened([gradient for at in inside for gradient in held[at]]) as flats:
+                parts = [part for at in inside for part in pulled[at]]
+                each = len(flats) // len(inside)
+                self.arithmetic.subtract(flats, parts, _for_each(pick(c, inside), each))
+        for at, gradients in held.items():
+            self._shard(at).write_gradients(gradients)
+
+    def _pulled_apart(self) -> list[list[torch.Tensor]]:
+        """Return this process's part of Δ̃ of every target, flat; every process must call it."""
+        parts: list[list[torch.Tensor]] = []
+        for shards, wholes, deltas in self._chunks():
+            pulled = [
+                pull_back(delta, shard.adapted, whole, shard.rows)
+                for shard, whole, delta in zip(shards, wholes, deltas, strict=True)
+            ]
+            parts += add_up(shards, pulled, self.reduction)
+        return parts
+
+    def _measure_counted(
+        self,
+        run: range,
+        held: Mapping[int, list[torch.Tensor]],
+        pulled: Sequence[Sequence[torch.Tensor]],
+    ) -> None:
+        """Measure this process's parts, leaving out what is counted in another one."""
+
+        def counted(at: int, parts: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+            for part, counts in zip(parts, self._shard(at).counted, strict=True):
+                yield flat(part) if counts else flat(part)[:0]
+
+        inside = [at for at in run if at in held]
+        ours = {at: list(counted(at, pulled[at])) for at in run}
+        if inside:
+            flats = [part for at in inside for part in counted(at, held[at])]
+            those = [part for at in inside for part in ours[at]]
+            self._measure(inside, flats, those, self.arithmetic)
+        self._measure_pulled(run, [part for at in run for part in ours[at]], self.arithmetic)
+
+    def _add_up_measures(self, *, refused: bool) -> None:
+        """Make the measures those of whole factors, with one sum over the processes."""
+        assert self.last is not None
+        last, count = self.last, len(self.targets)
+        norms = torch.cat([last.norm, last.delta])
+        dots = torch.cat([last.dot, torch.zeros_like(last.dot)])
+        sums = self._sum(Sums(norms, dots), refused=refused)
+        last.norm, last.delta, last.dot = sums.norm[:count], sums.norm[count:], sums.dot[:count]
+
+    def _chunks(
+        self,
+    ) -> Iterator[tuple[list[FactorShard], list[list[torch.Tensor]], Iterator[torch.Tensor]]]:
+        """Yield runs of targets that are not too large together: shards, whole factors, and Δ.
+
+        The runs do not depend on how much of Δ a process holds, so all processes gather the same
+        factors at a time. The Δ of a run must be used up before the next one.
+        """
+        deltas = (delta for *_, some in self.store.batches() for delta in some)
+        for first, last in _runs(self.targets, 0, len(self.targets)):
+            shards = [self._shard(at) for at in range(first, last)]
+            wholes = (
+                gather(shards, self.reduction)
+                if self.sharded
+                else [shard.weights() for shard in shards]
+            )
+            yield shards, wholes, itertools.islice(deltas, last - first)
+        # The store is told that the last Δ is no longer needed.
+        next(deltas, None)
+
+    def _decide(self, start: int, stop: int, members: Sequence[int], push: Push) -> torch.Tensor:
+        assert self.last is not None
+        dot, length = self.last.dot[start:stop], self.last.delta[start:stop]
+        # Where Δ̃ is zero it has no angle.
+        dot.copy_(torch.where(length > 0, dot, torch.full_like(dot, torch.nan)))
+        return super()._decide(start, stop, members, push)
 
     def _coefficients(
         self, sums: Sums, delta: torch.Tensor, run: slice, push: Push
@@ -86,26 +200,29 @@ class FactorGroup(TargetGroup):
     def _weights(self, *, wide: bool) -> Sums:
         """Return Σ s·⟨B·A, Δ⟩, the part of ⟨W, Δ⟩ that changes; ‖W‖ is not known."""
         dots = []
-        for start, stop, deltas in self.store.batches():
-            for first, last in _runs(self.targets, start, stop):
-                pairs = [along(deltas[at - start], _adapted(self, at)) for at in range(first, last)]
-                left, right = zip(*pairs, strict=True)
-                dots.append(self.arithmetic.measure(left, right, wide=wide).dot)
+        for shards, wholes, deltas in self._chunks():
+            pairs = [
+                along(delta, shard.adapted, whole, shard.rows)
+                for shard, whole, delta in zip(shards, wholes, deltas, strict=True)
+            ]
+            left, right = zip(*pairs, strict=True)
+            dots.append(self.arithmetic.measure(left, right, wide=wide).dot)
         dot = torch.cat(dots)
-        return Sums(torch.full_like(dot, torch.nan), dot)
+        return self._sum(Sums(torch.full_like(dot, torch.nan), dot))
 
 
-def _adapted(group: TargetGroup, at: int) -> Adapted:
-    adapted = group.targets[at].adapted
-    assert adapted is not None
-    return adapted
+def _for_each(c: torch.Tensor, each: int) -> torch.Tensor:
+    """Return the coefficient of every factor, of targets with equally many."""
+    return c.unsqueeze(1).expand(-1, each).reshape(-1)
 
 
 def _runs(targets: Sequence[Target], start: int, stop: int) -> Iterator[tuple[int, int]]:
     """Yield runs of targets with equally many factors, which are not too large together."""
     first, numel = start, 0
     for at in range(start, stop):
-        size = sum(parameter.numel() for parameter in targets[at].trained)
+        adapted = targets[at].adapted
+        assert adapted is not None
+        size = sum(math.prod(shape) for shape in adapted.shapes)
         other = len(targets[at].trained) != len(targets[first].trained)
         if at > first and (other or numel + size > _ROOM):
             yield first, at

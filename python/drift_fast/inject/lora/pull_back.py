@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,22 +18,33 @@ logger = logging.getLogger(__name__)
 _BLOCK_ON_CPU, _BLOCK = 1 << 18, 1 << 24
 
 
-def pull_back(delta: torch.Tensor, adapted: Adapted) -> list[torch.Tensor]:
+def pull_back(
+    delta: torch.Tensor,
+    adapted: Adapted,
+    weights: Sequence[torch.Tensor],
+    rows: tuple[int, int] | None = None,
+) -> list[torch.Tensor]:
     """Return Δ̃ of every trained factor, flat, in their order; at least float32.
 
-    `delta` is flat, of any dtype, on the factors' device.
+    `delta` is flat, of any dtype, on the factors' device; `weights` are the whole `parameters` of
+    `adapted`. Of Δ's rows [start, stop) alone the result is what they add to Δ̃.
     """
     trained = {id(parameter) for parameter in adapted.trained}
     a = any(id(one.a) in trained for one in adapted.factors)
     b = any(id(one.b) in trained for one in adapted.factors)
-    rows, columns = _stacked(adapted)
+    asks_rows, asks_columns = (a, b) if adapted.transposed else (b, a)
+    beside_rows, beside_columns = _stacked(adapted, weights)
     onto_rows, onto_columns = _products(
-        delta.view(adapted.shape),
-        rows,
-        columns,
-        onto_rows=a if adapted.transposed else b,
-        onto_columns=b if adapted.transposed else a,
+        delta.view(-1, adapted.shape[1]),
+        beside_rows if rows is None else beside_rows[slice(*rows)],
+        beside_columns,
+        onto_rows=asks_rows,
+        onto_columns=asks_columns,
     )
+    if rows is not None and asks_rows:
+        whole = onto_rows.new_zeros(beside_rows.shape)
+        whole[slice(*rows)] = onto_rows
+        onto_rows = whole
     onto_a, onto_b = (onto_rows, onto_columns)[:: 1 if adapted.transposed else -1]
     parts = []
     for one, run in _adapters(adapted):
@@ -43,21 +54,33 @@ def pull_back(delta: torch.Tensor, adapted: Adapted) -> list[torch.Tensor]:
     return parts
 
 
-def along(delta: torch.Tensor, adapted: Adapted) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return two flat tensors whose dot product is Σ s·⟨B·A, Δ⟩."""
-    rows, columns = _stacked(adapted)
+def along(
+    delta: torch.Tensor,
+    adapted: Adapted,
+    weights: Sequence[torch.Tensor],
+    rows: tuple[int, int] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return two flat tensors whose dot product is Σ s·⟨B·A, Δ⟩, over the given rows of Δ."""
+    beside_rows, beside_columns = _stacked(adapted, weights)
+    if rows is not None:
+        beside_rows = beside_rows[slice(*rows)]
     onto_rows, _ = _products(
-        delta.view(adapted.shape), rows, columns, onto_rows=True, onto_columns=False
+        delta.view(-1, adapted.shape[1]),
+        beside_rows,
+        beside_columns,
+        onto_rows=True,
+        onto_columns=False,
     )
     for one, run in _adapters(adapted):
         onto_rows[:, run] *= one.scaling
-    return rows.to(onto_rows.dtype).contiguous().view(-1), onto_rows.view(-1)
+    return beside_rows.to(onto_rows.dtype).contiguous().view(-1), onto_rows.view(-1)
 
 
-def _stacked(adapted: Adapted) -> tuple[torch.Tensor, torch.Tensor]:
+def _stacked(
+    adapted: Adapted, weights: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the factors of all adapters side by side, as [rows, ranks] and [columns, ranks]."""
-    a = [one.a.detach().mT for one in adapted.factors]
-    b = [one.b.detach() for one in adapted.factors]
+    a, b = [one.mT for one in weights[::2]], list(weights[1::2])
     sides = (a, b) if adapted.transposed else (b, a)
     rows, columns = (side[0] if len(side) == 1 else torch.cat(side, 1) for side in sides)
     return rows, columns
@@ -67,8 +90,8 @@ def _adapters(adapted: Adapted) -> Iterator[tuple[Factors, slice]]:
     """Yield each adapter with where its ranks are among those of all."""
     start = 0
     for one in adapted.factors:
-        yield one, slice(start, start + len(one.a))
-        start += len(one.a)
+        yield one, slice(start, start + one.rank)
+        start += one.rank
 
 
 def _products(
@@ -93,7 +116,7 @@ def _products(
     first = empty.new_empty(rows.shape) if onto_rows else empty
     second = empty.new_zeros(columns.shape) if onto_columns else empty
     block = _BLOCK_ON_CPU if matrix.device.type == "cpu" else _BLOCK
-    step = height if matrix.dtype == dtype else max(1, block // matrix.shape[1])
+    step = max(1, height if matrix.dtype == dtype else block // matrix.shape[1])
     with _full_precision(matrix.device):
         for start in range(0, height, step):
             part = matrix[start : start + step].to(dtype)

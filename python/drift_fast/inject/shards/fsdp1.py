@@ -9,7 +9,7 @@ model that it wraps has imported it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,12 @@ def find_fsdp1(model: nn.Module) -> list[nn.Module]:
 def is_fsdp1(module: nn.Module) -> bool:
     """Whether a module is FSDP1's wrapper."""
     return any(base.__name__ == "FullyShardedDataParallel" for base in type(module).__mro__)
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """Return the module that FSDP1 wraps, or the module itself."""
+    inside: Any = module.module if is_fsdp1(module) else module
+    return cast(nn.Module, inside)
 
 
 def full_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

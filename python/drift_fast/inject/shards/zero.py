@@ -72,6 +72,10 @@ def shards(names: Sequence[str], parameters: Sequence[nn.Parameter], optimizer: 
     make = _KINDS.get(type(optimizer).__name__)
     result: list[Shard] = []
     for name, parameter in zip(names, parameters, strict=True):
+        if id(parameter) not in places and not parameter.requires_grad:
+            # A factor that stays as it is beside one that trains.
+            result.append(_Frozen(parameter) if hasattr(parameter, "ds_id") else Whole(parameter))
+            continue
         if id(parameter) not in places:
             raise DriftError(
                 f"{name} is not in the DeepSpeed optimizer: give the optimizer this model's "
@@ -311,6 +315,30 @@ class _FullyPartitioned(_Run):
         held = self._parameter.ds_tensor.detach().view(-1).narrow(0, 0, self._numel)
         if held.data_ptr() != flat.data_ptr():
             held.copy_(weight)
+
+
+class _Frozen(_Run):
+    """A parameter that ZeRO-3 partitions and no optimizer holds."""
+
+    sharding = "DeepSpeed ZeRO-3"
+
+    def __init__(self, parameter: Any) -> None:
+        group, size = parameter.ds_process_group, int(parameter.partition_numel())
+        start = min(dist.get_rank(group) * size, int(parameter.ds_numel))
+        super().__init__((start, min(start + size, int(parameter.ds_numel))), 0, group)
+        self._parameter = parameter
+
+    def gradient(self) -> torch.Tensor | None:
+        return None
+
+    def write_gradient(self, gradient: torch.Tensor) -> None:
+        pass
+
+    def weight(self) -> torch.Tensor:
+        return self.of(self._parameter.ds_tensor)
+
+    def write_weight(self, weight: torch.Tensor) -> None:
+        self.weight().copy_(weight)
 
 
 class _Replicated(Whole):

@@ -1,0 +1,184 @@
+"""The part of an adapted weight that a process holds: rows of its Δ, and shards of its factors.
+
+Owns which process holds which rows, and the two collectives that whole factors and Δ̃ take. Rows
+of Δ are spread evenly over all processes that share the factors, however these are cut themselves.
+Only what is as large as the factors travels, never Δ.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from drift_fast.inject.lora.adapters import Adapted
+from drift_fast.inject.shards.base import Shard
+from drift_fast.inject.shards.reduction import Reduction
+from drift_fast.inject.target import Target
+
+Find = Callable[[Sequence[str], Sequence[nn.Parameter]], Sequence[Shard]]
+
+
+def shards_of_targets(targets: Sequence[Target], find: Find) -> list[Shard]:
+    """Return the part of each target that this process holds.
+
+    find: returns the shards of named parameters.
+    """
+    named = [(t.name, p) for t in targets for p in _parameters(t)]
+    found = iter(find([name for name, _ in named], [parameter for _, parameter in named]))
+    return [
+        next(found)
+        if target.adapted is None
+        else FactorShard(target.adapted, [next(found) for _ in target.adapted.parameters])
+        for target in targets
+    ]
+
+
+def _parameters(target: Target) -> tuple[nn.Parameter, ...]:
+    return (target.parameter,) if target.adapted is None else target.adapted.parameters
+
+
+class FactorShard:
+    """Rows of a weight's Δ, and the shards of its factors; all of both where nothing is sharded.
+
+    shards: those of `adapted.parameters`, in their order.
+    """
+
+    def __init__(self, adapted: Adapted, shards: Sequence[Shard]) -> None:
+        self.adapted = adapted
+        self._shards = list(shards)
+        groups = dict.fromkeys(one for shard in shards for one in shard.process_groups)
+        self.process_groups: tuple[Any, ...] = tuple(groups)
+        self.rows: tuple[int, int] | None = None
+        self.span: tuple[int, int] | None = None
+        if self.process_groups:
+            self.rows = _share(adapted.shape[0], self.process_groups)
+            self.span = self.rows[0] * adapted.shape[1], self.rows[1] * adapted.shape[1]
+        trained = {id(parameter) for parameter in adapted.trained}
+        self._trained = [
+            at for at, parameter in enumerate(adapted.parameters) if id(parameter) in trained
+        ]
+        # Which factors count here, where several processes hold the same part of them.
+        self._counts = [
+            all(
+                dist.get_rank(group) == 0
+                for group in self.process_groups
+                if group not in shard.process_groups
+            )
+            for shard in shards
+        ]
+
+    @property
+    def sharding(self) -> str:
+        """What spread the factors over processes, for messages."""
+        return self._shards[0].sharding
+
+    @property
+    def accumulated(self) -> tuple[torch.Tensor, ...]:
+        """Tensors into which autograd accumulates."""
+        return tuple(one for at in self._trained for one in self._shards[at].accumulated)
+
+    def cut(self, whole: torch.Tensor) -> torch.Tensor:
+        """Return the rows of Δ that this process holds."""
+        return whole if self.rows is None else whole[slice(*self.rows)]
+
+    def gradient(self) -> torch.Tensor | None:
+        raise TypeError("an adapted weight has gradients of its factors only")
+
+    def write_gradient(self, gradient: torch.Tensor) -> None:
+        raise TypeError("an adapted weight has gradients of its factors only")
+
+    def write_weight(self, weight: torch.Tensor) -> None:
+        raise TypeError("an adapted weight moves through its factors only")
+
+    def weight(self) -> torch.Tensor:
+        """Return the first factor's local weights, to see where they are and of which dtype."""
+        return self._shards[0].weight()
+
+    def gradients(self) -> list[torch.Tensor] | None:
+        """Return the local gradients of what trains; None unless all are there."""
+        found = [self._shards[at].gradient() for at in self._trained]
+        gradients = [gradient for gradient in found if gradient is not None]
+        return gradients if len(gradients) == len(found) else None
+
+    def write_gradients(self, gradients: Sequence[torch.Tensor]) -> None:
+        """Take back what `gradients` returned, after it was changed."""
+        for at, gradient in zip(self._trained, gradients, strict=True):
+            self._shards[at].write_gradient(gradient)
+
+    def weights(self) -> list[torch.Tensor]:
+        """Return all factors, where this process holds them whole."""
+        return [
+            shard.weight().view(shape)
+            for shard, shape in zip(self._shards, self.adapted.shapes, strict=True)
+        ]
+
+    def put(self, wholes: Sequence[torch.Tensor]) -> None:
+        """Write this process's part of every factor into whole ones that are zero elsewhere."""
+        for shard, whole, counts in zip(self._shards, wholes, self._counts, strict=True):
+            if counts:
+                part = shard.cut(whole)
+                part.copy_(shard.weight().view(part.shape))
+
+    def own(self, wholes: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Return this process's part of tensors like the factors that train, flat copies."""
+        return [
+            self._shards[at].cut(whole.view(self.adapted.shapes[at])).reshape(-1).clone()
+            for at, whole in zip(self._trained, wholes, strict=True)
+        ]
+
+    @property
+    def counted(self) -> list[bool]:
+        """Whether sums count this process's part, for each factor that trains."""
+        return [self._counts[at] for at in self._trained]
+
+
+def gather(shards: Sequence[FactorShard], reduction: Reduction) -> list[list[torch.Tensor]]:
+    """Return the whole factors of some targets; all processes must call it with the same ones."""
+    device = shards[0].weight().device
+    dtype = functools.reduce(torch.promote_types, (shard.weight().dtype for shard in shards))
+    shapes = [shard.adapted.shapes for shard in shards]
+    numel = sum(math.prod(shape) for some in shapes for shape in some)
+    flat = torch.zeros(numel, dtype=dtype, device=device)
+    for shard, wholes in zip(shards, _views(flat, shapes), strict=True):
+        shard.put(wholes)
+    # Each element is that of one process and zero in the others, so the sum is exact.
+    return _views(reduction.sum(flat), shapes)
+
+
+def add_up(
+    shards: Sequence[FactorShard], pulled: Sequence[Sequence[torch.Tensor]], reduction: Reduction
+) -> list[list[torch.Tensor]]:
+    """Add up what the rows of all processes are pulled back to; return this process's parts."""
+    shapes = [[part.shape for part in parts] for parts in pulled]
+    flat = torch.cat([part.view(-1) for parts in pulled for part in parts])
+    wholes = _views(reduction.sum(flat), shapes)
+    return [shard.own(parts) for shard, parts in zip(shards, wholes, strict=True)]
+
+
+def _views(
+    flat: torch.Tensor, shapes: Sequence[Sequence[tuple[int, ...]]]
+) -> list[list[torch.Tensor]]:
+    views: list[list[torch.Tensor]] = []
+    start = 0
+    for some in shapes:
+        views.append([])
+        for shape in some:
+            numel = math.prod(shape)
+            views[-1].append(flat[start : start + numel].view(shape))
+            start += numel
+    return views
+
+
+def _share(height: int, groups: Sequence[Any]) -> tuple[int, int]:
+    """Return the rows [start, stop) that this process holds, by its place in each group."""
+    start, stop = 0, height
+    for group in groups:
+        count, rank, size = dist.get_world_size(group), dist.get_rank(group), stop - start
+        start, stop = start + size * rank // count, start + size * (rank + 1) // count
+    return start, stop
