@@ -1,0 +1,548 @@
+"""LoRA whose factors are sharded: each process pulls its own rows of Δ back, as one would all.
+
+Four processes, so that a factor of three rows leaves one of them nothing. Each check runs on every
+rank, beside a copy of the model that trains on the whole batch in one piece; what it found travels
+to the tests as JSON. tests/parity compares the same ways of training with float64.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib.util
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from drift_fast import Delta, Injection
+from support import reference
+from support.injection_models import (
+    ATTENTION,
+    MLP,
+    Backbone,
+    delta_towards,
+    regression_batch,
+    regression_loss,
+)
+from support.joined import Joined, Report, launch
+from support.sharded_workers import gathered
+
+peft = pytest.importorskip("peft")
+
+SCALES = ("absolute", "gradnorm", "adaptive", "project")
+SHAPES: dict[str, dict[str, int]] = {
+    "even": {"width": 8, "inner": 12},
+    "uneven": {"width": 7, "inner": 5},
+    "empty": {"width": 6, "inner": 1},
+}
+WEIGHTS = r"re:\.weight$"
+PATIENCE = timedelta(seconds=60)
+COUNT, LEARNING_RATE = 8, 0.1
+
+Wrap = Callable[[Any], Any]
+
+
+def adapted(shape: str, **options: Any) -> Any:
+    """A model with adapters whose factors are not zero."""
+    options = {"r": 3, "lora_alpha": 6, "target_modules": [*ATTENTION, *MLP]} | options
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(4)
+        config = peft.LoraConfig(init_lora_weights=False, **options)
+        return peft.get_peft_model(Backbone(**SHAPES[shape]), config)
+
+
+def mesh_of(*sizes: int, names: tuple[str, ...] | None = None) -> Any:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh("cpu", sizes, mesh_dim_names=names)
+
+
+def fsdp2(model: Any, mesh: Any = None, **options: Any) -> Any:
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = mesh_of(dist.get_world_size()) if mesh is None else mesh
+    for layer in model.base_model.model.model.layers:
+        fully_shard(layer, mesh=mesh, **options)
+    return fully_shard(model, mesh=mesh, **options)
+
+
+def fsdp1(model: Any) -> Any:
+    """Wrap as PEFT advises: what trains apart from what is frozen."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.fsdp.wrap import _or_policy, lambda_auto_wrap_policy
+
+    def trains(module: nn.Module) -> bool:
+        weight = getattr(module, "weight", None)
+        return weight is not None and weight.requires_grad and not list(module.children())
+
+    policy = functools.partial(
+        _or_policy, policies=[functools.partial(lambda_auto_wrap_policy, lambda_fn=trains)]
+    )
+    return FullyShardedDataParallel(
+        model, auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu")
+    )
+
+
+def both(model: Any) -> Any:
+    """Tensor parallelism of two with FSDP2 of two: the thin factors are whole or sharded."""
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        parallelize_module,
+    )
+
+    mesh = mesh_of(2, 2, names=("data", "model"))
+    plan: dict[str, Any] = {}
+    for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", *_UP):
+        plan |= {
+            f"{name}.base_layer": ColwiseParallel(),
+            f"{name}.lora_B.default": ColwiseParallel(),
+        }
+    for name in ("self_attn.o_proj", "mlp.down_proj"):
+        plan |= {
+            f"{name}.base_layer": RowwiseParallel(),
+            f"{name}.lora_A.default": RowwiseParallel(),
+        }
+    for layer in model.base_model.model.model.layers:
+        parallelize_module(layer, mesh["model"], plan)
+    return fsdp2(model, mesh["data"])
+
+
+_UP = ("mlp.gate_proj", "mlp.up_proj")
+
+
+class Twins:
+    """A sharded model and one that is not, each with an injection of the same options."""
+
+    def __init__(
+        self,
+        folder: Path,
+        shape: str,
+        wrap: Wrap = fsdp2,
+        *,
+        change: Callable[[Any], None] | None = None,
+        dtype: torch.dtype = torch.float32,
+        adapter: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        self.plain = adapted(shape, **(adapter or {})).to(dtype)
+        if change is not None:
+            change(self.plain)
+        self.model = wrap(copy.deepcopy(self.plain))
+        delta = Delta.open(folder / shape / "delta")
+        options = {"modules": WEIGHTS} | options
+        elsewhere = {"residency", "prefetch"} if options.get("residency") == "disk" else set()
+        self.alone = Injection(
+            self.plain, delta, **{key: v for key, v in options.items() if key not in elsewhere}
+        )
+        self.injection = Injection(self.model, delta, **options)
+        self.optimizers = [
+            torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE)
+            for model in (self.plain, self.model)
+        ]
+
+    def backward(self, step: int = 0, *, share: int | None = None, shares: int = 0) -> None:
+        share = dist.get_rank() if share is None else share
+        width = SHAPES[self.shape_of()]["width"]
+        batch = regression_batch(COUNT, width=width, seed=30 + step)
+        for model, parts in ((self.model, shares or dist.get_world_size()), (self.plain, 1)):
+            model.zero_grad()
+            which = share if parts > 1 else 0
+            regression_loss(model, tuple(t.chunk(parts)[which] for t in batch)).backward()
+
+    def shape_of(self) -> str:
+        width = self.plain.base_model.model.head.in_features
+        return next(name for name, shape in SHAPES.items() if shape["width"] == width)
+
+    def inject(self) -> None:
+        self.injection.step()
+        self.alone.step()
+
+    def update(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def remove(self) -> None:
+        self.injection.remove()
+        self.alone.remove()
+
+    def error(self) -> float:
+        """The largest relative error of a trained weight; every process must call it."""
+        worst = 0.0
+        wanted = dict(self.plain.named_parameters())
+        for name, found in wholes(self.model).items():
+            if wanted[name].requires_grad:
+                error = float((found.double() - wanted[name].double()).norm() / wanted[name].norm())
+                # NaN is no smaller than anything.
+                worst = worst if error <= worst else error
+        return worst
+
+    def nbytes(self) -> tuple[int, int]:
+        """Bytes of Δ on this process, and without sharding."""
+        here, alone = (
+            sum(group.store.nbytes for group in injection._groups)
+            for injection in (self.injection, self.alone)
+        )
+        return here, alone
+
+
+def wholes(model: Any) -> dict[str, torch.Tensor]:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    if isinstance(model, FullyShardedDataParallel):
+        with FullyShardedDataParallel.summon_full_params(model, writeback=False):
+            return {
+                name.replace("_fsdp_wrapped_module.", ""): p.detach().clone()
+                for name, p in model.named_parameters()
+            }
+    return {
+        name: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
+        for name, p in model.named_parameters()
+    }
+
+
+def refusal(call: Callable[[], Any]) -> str:
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def followed(twins: Twins, steps: int = 2, **share: int) -> Report:
+    """Train with both for some steps; return how far apart they end, and what they tell."""
+    for step in range(steps):
+        twins.backward(step, **share)
+        twins.inject()
+        twins.update()
+    report = {
+        "error": twins.error(),
+        "metrics": [twins.injection.metrics(), twins.alone.metrics()],
+        "counts": [[one.injected, one.skipped] for one in (twins.injection, twins.alone)],
+        "nbytes": twins.nbytes(),
+        "groups": sorted(len(group.shards[0].process_groups) for group in twins.injection._groups),
+    }
+    twins.remove()
+    return report
+
+
+BF16 = {"bf16": {"enabled": True}}
+FLOAT32_SUMS = {"data_types": {"grad_accum_dtype": "fp32"}}
+ZERO: dict[str, dict[str, Any]] = {
+    "stage 1, accumulation 4": {"stage": 1, "config": {"gradient_accumulation_steps": 4}},
+    "stage 2, bfloat16": {"stage": 2, "config": BF16},
+    "stage 1, bfloat16, float32 sums": {"stage": 1, "config": BF16 | FLOAT32_SUMS},
+    "stage 2, float16": {"stage": 2, "config": {"fp16": {"enabled": True, "loss_scale": 128}}},
+    "stage 2, offloaded": {"stage": 2, "section": {"offload_optimizer": {"device": "cpu"}}},
+    "stage 3": {"stage": 3, "section": {"stage3_param_persistence_threshold": 0}},
+    "stage 3, small parameters kept, bfloat16": {"stage": 3, "config": BF16},
+    "stage 3, frozen A": {"stage": 3, "frozen": "lora_A"},
+    "stage 2, frozen B": {"stage": 2, "frozen": "lora_B"},
+    "stage 0, bfloat16": {"stage": 0, "config": BF16},
+}
+
+
+# --- what every rank does ----------------------------------------------------------------------
+
+
+def check_scales(folder: Path) -> Report:
+    cells = [("even", "adaptive"), ("empty", "adaptive")] + [("uneven", s) for s in SCALES]
+    return {
+        f"{shape}, {scale}": followed(Twins(folder, shape, scale=scale, alpha=0.5))
+        for shape, scale in cells
+    }
+
+
+def check_ways(folder: Path) -> Report:
+    hybrid = functools.partial(fsdp2, mesh=mesh_of(2, 2, names=("replicate", "shard")))
+    return {
+        "FSDP1": followed(Twins(folder, "uneven", fsdp1)),
+        "hybrid": followed(Twins(folder, "uneven", hybrid)),
+        "tensor parallel": followed(
+            Twins(folder, "even", both), share=dist.get_rank() // 2, shares=2
+        ),
+    }
+
+
+def check_variants(folder: Path) -> Report:
+    """Few factors at a time, Δ on disk, one frozen factor, 16 bits, copies of whole modules."""
+
+    def freeze(model: Any) -> None:
+        for name, parameter in model.named_parameters():
+            if "lora_A" in name:
+                parameter.requires_grad_(False)
+
+    report: Report = {}
+    with mock.patch("drift_fast.inject.lora.group._ROOM", 40):
+        report["in parts"] = followed(Twins(folder, "uneven"))
+    with mock.patch("drift_fast.inject.placement.load.SMALL", 1):
+        report["on disk"] = followed(Twins(folder, "uneven", residency="disk", prefetch=1), 3)
+    report["frozen"] = followed(Twins(folder, "uneven", change=freeze))
+    report["frozen, FSDP1"] = followed(Twins(folder, "uneven", fsdp1, change=freeze))
+    report["bfloat16"] = followed(Twins(folder, "uneven", dtype=torch.bfloat16), 1)
+    report["float16"] = followed(Twins(folder, "uneven", dtype=torch.float16), 1)
+    mixed = {"target_modules": list(ATTENTION), "modules_to_save": ["up_proj"]}
+    report["copies"] = followed(Twins(folder, "even", adapter=mixed, strict=False), 2)
+    return report
+
+
+def check_faults(folder: Path) -> Report:
+    """A gradient that one process lacks, and one that is not finite there alone."""
+    twins = Twins(folder, "even")
+    twins.backward()
+    name = "base_model.model.model.layers.0.mlp.gate_proj.lora_B.default.weight"
+    if dist.get_rank() == 1:
+        twins.model.get_parameter(name).grad = None
+    report: Report = {"lacking": refusal(twins.injection.step)}
+    twins.backward()
+    if dist.get_rank() == 1:
+        twins.model.get_parameter(name).grad.to_local()[0, 0] = torch.nan
+    twins.plain.get_parameter(name).grad.fill_(torch.nan)
+    twins.inject()
+    report["not finite"] = [twins.injection.skipped, twins.injection.injected]
+    twins.remove()
+    return report
+
+
+def check_state(folder: Path) -> Report:
+    """A run that goes on from a saved state."""
+    twins = Twins(folder, "uneven")
+    twins.backward()
+    twins.inject()
+    twins.update()
+    state, before = twins.injection.state_dict(), twins.injection.metrics()["progress"]
+    twins.injection.remove()
+    again = Injection(twins.model, Delta.open(folder / "uneven" / "delta"), modules=WEIGHTS)
+    zero = again.metrics()["progress"]
+    again.load_state_dict(state)
+    report = {"before": before, "zero": zero, "after": again.metrics()["progress"]}
+    again.remove()
+    twins.alone.remove()
+    return report
+
+
+def check_zero(folder: Path) -> Report:
+    """The gradients that DeepSpeed steps, against the equations with the master weights."""
+    from drift_fast import attach
+    from support.sharded_workers import quiet_deepspeed
+
+    deepspeed = quiet_deepspeed()
+    delta = Delta.open(folder / "uneven" / "delta")
+    report: Report = {}
+    for name, options in ZERO.items():
+        model = adapted("uneven")
+        for key, parameter in model.named_parameters():
+            parameter.requires_grad_(
+                parameter.requires_grad and options.get("frozen", "-") not in key
+            )
+        trained = [p for p in model.parameters() if p.requires_grad]
+        config = {
+            "train_micro_batch_size_per_gpu": 2,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "zero_optimization": {"stage": options["stage"]} | options.get("section", {}),
+        } | options.get("config", {})
+        engine, *_ = deepspeed.initialize(
+            model=model, optimizer=torch.optim.SGD(trained, lr=LEARNING_RATE), config=config
+        )
+        report[name] = {"error": 0.0}
+        for scale in SCALES:
+            injection = attach(engine, delta, modules=WEIGHTS, alpha=0.5, scale=scale)
+            report[name]["nbytes"] = sum(group.store.nbytes for group in injection._groups)
+            error = _zero_step(engine, injection, delta, scale)
+            report[name]["error"] = max(report[name]["error"], error)
+            injection.remove()
+        engine.destroy()
+    return report
+
+
+def _zero_step(engine: Any, injection: Any, delta: Delta, scale: str) -> float:
+    """Take a step of two micro-batches; return the largest error of what was injected."""
+    inject, errors = injection._scope.step, []
+
+    def watched() -> None:
+        targets = [
+            (target, shard)
+            for group in injection._groups
+            for target, shard in zip(group.targets, group.shards, strict=True)
+        ]
+        before = [_joint(shard) for _, shard in targets]
+        factor = injection._driver.loss_scale(torch.device("cpu")) or 1.0
+        inject()
+        for (target, shard), start in zip(targets, before, strict=True):
+            pulled = _pulled_back(shard, delta[target.delta_name].double())
+            expected = reference.inject(start / factor, pulled, alpha=0.5, scale=scale)
+            found = _joint(shard) / factor
+            size = start.norm() / factor + (start / factor - torch.from_numpy(expected)).norm()
+            errors.append(float((found - torch.from_numpy(expected)).norm() / size))
+
+    with mock.patch.object(injection._scope, "step", watched):
+        for step in range(int(engine.gradient_accumulation_steps())):
+            batch = regression_batch(COUNT, width=7, seed=60 + step)
+            share = tuple(part.chunk(dist.get_world_size())[dist.get_rank()] for part in batch)
+            engine.backward(regression_loss(engine.module, share))
+            engine.step()
+    assert errors
+    return max(errors)
+
+
+def _joint(shard: Any) -> torch.Tensor:
+    """The gradients of a weight's trained factors, whole, as one vector."""
+    whole = []
+    for at in shard._trained:
+        own, shape = shard._shards[at], shard.adapted.shapes[at]
+        gradient = own.gradient()
+        assert gradient is not None
+        whole.append(gathered(own, gradient, shape).reshape(-1))
+    return torch.cat(whole)
+
+
+def _pulled_back(shard: Any, delta: torch.Tensor) -> torch.Tensor:
+    a, b = (
+        gathered(own, own.weight(), shape)
+        for own, shape in zip(shard._shards, shard.adapted.shapes, strict=True)
+    )
+    both_sides = [2.0 * b.T @ delta, 2.0 * delta @ a.T]
+    return torch.cat([both_sides[at].reshape(-1) for at in shard._trained])
+
+
+CHECKS = [
+    check_scales,
+    check_ways,
+    check_variants,
+    check_faults,
+    check_state,
+]
+
+
+# --- what is expected of it --------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Report]]:
+    return run(tmp_path_factory.mktemp("four"), CHECKS)
+
+
+@pytest.fixture(scope="module")
+def of_deepspeed(tmp_path_factory: pytest.TempPathFactory) -> list[Report]:
+    return run(tmp_path_factory.mktemp("zero"), [check_zero])["check_zero"]
+
+
+def run(folder: Path, checks: Sequence[Callable[[Path], Report]]) -> dict[str, list[Report]]:
+    """Run checks in joined processes; return what each rank reports, by check."""
+    for name, shape in SHAPES.items():
+        delta = delta_towards(folder / name, Backbone(**shape), dtype="float32")
+        delta.save(folder / name / "delta")
+    jobs = {check.__name__: (check, (folder,)) for check in checks}
+    found = launch(folder, jobs, Joined(4, patience=PATIENCE))
+    return {name: [report[name] for report in found] for name in jobs}
+
+
+def assert_followed(row: Report, bound: float = 1e-6) -> None:
+    assert row["error"] <= bound
+    (injected, skipped), alone = row["counts"]
+    assert [injected, skipped] == alone
+    assert injected > 0
+    here, one = row["metrics"]
+    here = {name.replace("_fsdp_wrapped_module.", ""): value for name, value in here.items()}
+    assert here.keys() == one.keys()
+    for name, value in one.items():
+        assert here[name] == pytest.approx(value, rel=max(1e-4, bound), abs=max(1e-6, bound)), name
+
+
+def test_factors_move_as_those_of_one_process(reports: dict[str, list[Report]]) -> None:
+    for report in reports["check_scales"]:
+        for key, row in report.items():
+            assert_followed(row), key
+            assert row["groups"] == [1]
+
+
+def test_each_process_holds_its_share_of_delta(reports: dict[str, list[Report]]) -> None:
+    found = reports["check_scales"]
+    alone = found[0]["even, adaptive"]["nbytes"][1]
+    held = [report["even, adaptive"]["nbytes"][0] for report in found]
+    assert sum(held) == alone
+    assert max(held) <= 1.05 * alone / 4
+    for shape in SHAPES:
+        held = [report[f"{shape}, adaptive"]["nbytes"][0] for report in found]
+        assert sum(held) == found[0][f"{shape}, adaptive"]["nbytes"][1]
+
+
+@pytest.mark.parametrize(
+    ("way", "groups"), [("FSDP1", [1]), ("hybrid", [1]), ("tensor parallel", [2])]
+)
+def test_other_ways_of_sharding_are_followed(
+    reports: dict[str, list[Report]], way: str, groups: Sequence[int]
+) -> None:
+    for report in reports["check_ways"]:
+        assert_followed(report[way])
+        assert report[way]["groups"] == groups
+    held = [report[way]["nbytes"] for report in reports["check_ways"]]
+    # Of a hybrid's two replicas each has all of it.
+    assert sum(here for here, _ in held) == held[0][1] * (2 if way == "hybrid" else 1)
+
+
+@pytest.mark.parametrize(
+    ("variant", "bound"),
+    [
+        ("in parts", 1e-6),
+        ("on disk", 1e-6),
+        ("frozen", 1e-6),
+        ("frozen, FSDP1", 1e-6),
+        # Gradients of half a batch each, rounded before they are added up.
+        ("bfloat16", 2.0**-7),
+        ("float16", 2.0**-10),
+        ("copies", 1e-6),
+    ],
+)
+def test_variants_of_sharded_factors_are_followed(
+    reports: dict[str, list[Report]], variant: str, bound: float
+) -> None:
+    for report in reports["check_variants"]:
+        if bound < 1e-3:
+            assert_followed(report[variant], bound)
+        else:
+            assert report[variant]["error"] <= bound
+            assert report[variant]["counts"][0] == report[variant]["counts"][1]
+
+
+def test_what_one_process_lacks_stops_all(reports: dict[str, list[Report]]) -> None:
+    for rank, report in enumerate(reports["check_faults"]):
+        reason = "1 of 14 targets have no gradient" if rank == 1 else "another process"
+        assert reason in report["lacking"]
+        skipped, injected = report["not finite"]
+        assert (skipped, injected) == (1, 13)
+
+
+def test_progress_goes_on_from_a_saved_state(reports: dict[str, list[Report]]) -> None:
+    for report in reports["check_state"]:
+        assert report["zero"] == 0.0
+        assert report["before"] != 0.0
+        assert report["after"] == pytest.approx(report["before"], rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed")
+@pytest.mark.parametrize("variant", ZERO)
+def test_what_deepspeed_steps_follows_the_equations(
+    of_deepspeed: list[Report], variant: str
+) -> None:
+    rows = [report[variant] for report in of_deepspeed]
+    rounds = "16" in variant and "float32" not in variant
+    assert max(row["error"] for row in rows) <= (2.0**-8 if rounds else 1e-6)
+    held = [row["nbytes"] for row in rows]
+    if "stage 0" in variant or "float32 sums" in variant:
+        # Gradients are whole on every process, and so is Δ.
+        assert min(held) == max(held)
+    else:
+        whole = of_deepspeed[0]["stage 0, bfloat16"]["nbytes"]
+        assert sum(held) == whole
+        # Parts differ by a row of each weight at most.
+        assert max(held) <= whole / 4 + 4 * 7 * 14
