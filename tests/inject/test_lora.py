@@ -720,6 +720,52 @@ def test_adapters_of_bare_parameters_are_refused_by_name(tmp_path: Path) -> None
         drift_fast.Injection(model, delta)
 
 
+def both_active(model: Any) -> None:
+    model.base_model.set_adapter(["default", "other"])
+
+
+def switched(model: Any) -> None:
+    model.set_adapter("other")
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (merged, r"up_proj.*unmerge_adapter"),
+        (disabled, r"up_proj.*enable_adapter_layers"),
+        (switched, r"up_proj.*\['default'\] when .* \['other'\] now.*set_adapter"),
+        (both_active, r"up_proj.*\['default', 'other'\] now"),
+    ],
+)
+def test_an_adapter_that_is_changed_after_attaching_is_refused(
+    tmp_path: Path, change: Callable[[Any], None], match: str
+) -> None:
+    options: dict[str, Any] = {"target_modules": ["up_proj"]}
+    model = adapted(Backbone(), **options)
+    model.add_adapter("other", peft.LoraConfig(r=2, init_lora_weights=False, **options))
+    injection = drift_fast.Injection(
+        model, delta_towards(tmp_path, Backbone(), modules="re:up_proj")
+    )
+    change(model)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    with pytest.raises(drift_fast.DriftError, match=match):
+        injection.step()
+
+
+@pytest.mark.parametrize("first", ["LoraConfig", "LoHaConfig"])
+def test_adapters_of_two_kinds_on_one_weight_are_refused(tmp_path: Path, first: str) -> None:
+    kinds = ["LoraConfig", "LoHaConfig"]
+    kinds.remove(first)
+    made = [getattr(peft, kind)(target_modules=["up_proj"]) for kind in (first, *kinds)]
+    model = peft.PeftMixedModel(Backbone(), made[0])
+    model.add_adapter("other", made[1])
+    model.set_adapter(["default", "other"])
+    delta = delta_towards(tmp_path, Backbone(), modules="re:up_proj")
+    with pytest.raises(drift_fast.DriftError, match=r"up_proj.*of loha.*use LoRA"):
+        drift_fast.Injection(model, delta)
+
+
 @pytest.mark.parametrize(
     "options",
     [{"scope": "microbatch"}, {"overlap": True}, {"scale": "absolute", "rescale": "weight"}],

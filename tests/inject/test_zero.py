@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from drift_fast import DriftError
 from support import sharded_workers
 from support.joined import Joined, launch
 from support.processes import python
@@ -267,6 +268,50 @@ def test_what_cannot_be_reached_is_refused_by_name_with_a_remedy(
     for report in more_reports:
         for name, (_, message) in REFUSED.items():
             assert message in report["refused"][name], name
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"fp16": {"enabled": True}}, "use stage 1"),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, "NVMe"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}}, "NVMe"),
+        ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}, "hpz_partition_size"),
+        ({"zero_optimization": {"stage": 3, "mics_shard_size": 2}}, "MiCS"),
+        ({"zero_optimization": {"stage": 2, "zenflow": {"topk_ratio": 0.1}}}, "ZenFlow"),
+        ({"optimizer": {"type": "Muon"}, "zero_optimization": {"stage": 2}}, "Adam or SGD"),
+        ({"tensor_parallel": {"autotp_size": 2}}, "tensor parallelism"),
+        ({"compile": {"deepcompile": True}}, "DeepCompile"),
+    ],
+)
+def test_a_configuration_is_refused_before_there_is_an_engine(
+    section: dict[str, Any], message: str
+) -> None:
+    from drift_fast.inject.shards.zero_support import check_configuration
+
+    with pytest.raises(DriftError, match=message):
+        check_configuration(section)
+
+
+def test_a_configuration_that_is_supported_is_taken() -> None:
+    from drift_fast.inject.shards.zero_support import check_configuration
+
+    check_configuration({})
+    check_configuration(
+        {
+            "fp16": {"enabled": "auto"},
+            "bf16": {"enabled": True},
+            "optimizer": {"type": "AdamW"},
+            "zero_optimization": {
+                "stage": 3,
+                "zero_hpz_partition_size": 1,
+                "mics_shard_size": -1,
+                "reduce_bucket_size": "auto",
+                "offload_optimizer": {"device": "cpu"},
+                "offload_param": {"device": "none"},
+            },
+        }
+    )
 
 
 def test_something_that_is_no_engine_is_refused() -> None:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import os
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import drift_fast
+from drift_fast.integrations.trainer_run import check_ahead
 from support.injection_models import moved_text, saved, text_samples, tiny_qwen2
 from support.joined import Joined, Report, launch
 
@@ -140,3 +142,46 @@ def test_a_second_run_is_injected_over_its_own_length(
         assert 0 < first[0] < first[1] < second[0] < second[-1]
         # With this scale, α is how large the push is beside the gradient.
         assert report["4"]["relative_push"] == pytest.approx(report["4"]["alpha"], rel=1e-3)
+
+
+class _Owner(SimpleNamespace):
+    """What is looked at of a trainer before it has wrapped its model."""
+
+    def __init__(self, *, deepspeed: Any = None, fsdp: Any = None) -> None:
+        state = SimpleNamespace(
+            deepspeed_plugin=SimpleNamespace(deepspeed_config=deepspeed), fsdp_plugin=fsdp
+        )
+        super().__init__(
+            accelerator=SimpleNamespace(state=state),
+            is_deepspeed_enabled=deepspeed is not None,
+            is_fsdp_enabled=fsdp is not None,
+        )
+
+
+@pytest.mark.parametrize(
+    ("owner", "options", "message"),
+    [
+        (
+            _Owner(fsdp=SimpleNamespace(fsdp_version=1, use_orig_params=False)),
+            {},
+            "fsdp_use_orig_params",
+        ),
+        (_Owner(fsdp=SimpleNamespace(fsdp_version=2)), {"overlap": True}, "overlap=False"),
+        (_Owner(fsdp=SimpleNamespace(fsdp_version=2)), {"scope": "microbatch"}, 'scope="step"'),
+        (_Owner(deepspeed={}), {"scope": "microbatch"}, 'scope="step"'),
+        (_Owner(deepspeed={"optimizer": {"type": "Muon"}}), {}, "Muon"),
+    ],
+)
+def test_what_a_trainer_is_set_to_is_refused_before_it_trains(
+    owner: Any, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(drift_fast.DriftError, match=message):
+        check_ahead(owner, drift_fast.InjectionConfig(**options))
+
+
+def test_a_supported_way_of_sharding_is_taken() -> None:
+    config = drift_fast.InjectionConfig()
+    check_ahead(_Owner(), config)
+    check_ahead(_Owner(deepspeed={"zero_optimization": {"stage": 3}}), config)
+    for plugin in ({"fsdp_version": 2}, {"fsdp_version": 1, "use_orig_params": True}):
+        check_ahead(_Owner(fsdp=SimpleNamespace(**plugin)), config)

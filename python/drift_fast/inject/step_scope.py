@@ -122,6 +122,9 @@ class StepScope(Scope):
             missing.update(first + at for at in group.missing())
             first += len(group.targets)
         for target in self._targets:
+            changed = "" if target.adapted is None else target.adapted.changed()
+            if changed:
+                return missing, DriftError(f"{target.name} cannot be injected into: {changed}")
             gradients = [p.grad for p in target.trained if p.grad is not None]
             if any(gradient.layout != torch.strided for gradient in gradients):
                 return missing, DriftError(

@@ -55,10 +55,7 @@ class EngineDriver(Driver):
         return inner if isinstance(inner, torch.optim.Optimizer) else None
 
     def check(self, config: InjectionConfig) -> None:
-        if config.scope != "step" or config.overlap:
-            raise DriftError(
-                'DeepSpeed takes gradients away during backward: use scope="step" and overlap=False'
-            )
+        check_step_scope(config)
 
     def shards(self, model: nn.Module, targets: Sequence[Target]) -> list[Shard]:
         find = functools.partial(zero.shards, optimizer=self._engine_optimizer)
@@ -107,6 +104,18 @@ class EngineDriver(Driver):
         else:
             method = WrappedMethod(self._engine_optimizer, "step", inject)
         return [OptimizerWatch(before_step), method]
+
+
+def check_step_scope(config: InjectionConfig) -> None:
+    """Refuse options that need gradients inside backward.
+
+    Raises:
+        DriftError: such an option.
+    """
+    if config.scope != "step" or config.overlap:
+        raise DriftError(
+            'DeepSpeed takes gradients away during backward: use scope="step" and overlap=False'
+        )
 
 
 def attach_engine(

@@ -22,16 +22,22 @@ from drift_fast.alignment.coverage import Coverage
 from drift_fast.delta.delta import open_delta
 from drift_fast.delta.protocol import DeltaLike
 from drift_fast.errors import DriftError, DriftWarning
+from drift_fast.inject.claims import refuse_second
 from drift_fast.inject.config import InjectionConfig
 from drift_fast.inject.driver import Driver, scale_of
 from drift_fast.inject.forecast import Forecast
 from drift_fast.inject.injection import Injection
-from drift_fast.inject.refusals import check_trainable
+from drift_fast.inject.refusals import check_adapted, check_trainable, check_trained
 from drift_fast.inject.targets import find_targets
 from drift_fast.inject.telemetry import append_rows
 from drift_fast.integrations.attached import AttachedInjection
 from drift_fast.integrations.deepspeed_engine import EngineDriver
-from drift_fast.integrations.trainer_run import CheckpointedState, bare_model, engine_of
+from drift_fast.integrations.trainer_run import (
+    CheckpointedState,
+    bare_model,
+    check_ahead,
+    engine_of,
+)
 from drift_fast.integrations.wrapped_method import WrappedMethod
 
 logger = logging.getLogger(__name__)
@@ -99,9 +105,13 @@ class TrainerInjection(AttachedInjection):
             or getattr(trainer, "model_init", None)
             or (config.needs_total_steps and not length)
         ):
-            # What names, shapes and kinds of parameters show is refused now.
+            # What the model and the trainer's arguments show is refused now.
+            check_ahead(trainer, config)
             targets, self._foreseen = find_targets(trainer.model, self._delta, config)
             check_trainable(targets, trainer.model, loaded=not sharded)
+            check_trained(targets)
+            check_adapted(targets, config)
+            refuse_second(targets)
         else:
             self._start(trainer.model, length or None)
         self._step_method = WrappedMethod(trainer, "training_step", self._training_step)

@@ -9,7 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from drift_fast.inject.shards.zero_support import is_engine
+from drift_fast.errors import DriftError
+from drift_fast.inject.config import InjectionConfig
+from drift_fast.inject.shards.fsdp1 import flattened
+from drift_fast.inject.shards.zero_support import check_configuration, is_engine
+from drift_fast.integrations.deepspeed_engine import check_step_scope
 from drift_fast.integrations.wrapped_method import WrappedMethod
 
 
@@ -25,6 +29,27 @@ def engine_of(trainer: Any) -> Any:
         # Accelerate forgets an engine that a second run goes on with.
         return trainer.model_wrapped if is_engine(trainer.model_wrapped) else None
     return held.engine
+
+
+def check_ahead(trainer: Any, config: InjectionConfig) -> None:
+    """Refuse what a trainer is set to do to the model when training starts.
+
+    Raises:
+        DriftError: a way of sharding that is not supported, or options that it does not allow.
+    """
+    state = trainer.accelerator.state
+    if trainer.is_deepspeed_enabled:
+        check_step_scope(config)
+        check_configuration(state.deepspeed_plugin.deepspeed_config)
+    elif trainer.is_fsdp_enabled:
+        if config.scope != "step" or config.overlap:
+            raise DriftError(
+                'FSDP shards gradients before they are whole: use scope="step" and '
+                "overlap=False, or train with DDP or on one device"
+            )
+        plugin = state.fsdp_plugin
+        if getattr(plugin, "fsdp_version", 1) == 1 and not plugin.use_orig_params:
+            raise flattened("all parameters of each block")
 
 
 class CheckpointedState:

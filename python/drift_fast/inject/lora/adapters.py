@@ -45,6 +45,20 @@ class Adapted:
     shape: tuple[int, int]
     transposed: bool
     trained: tuple[nn.Parameter, ...]
+    layer: Any = field(compare=False, repr=False)
+    # Which adapters of the layer were active when it was looked at.
+    active: tuple[str, ...] = ()
+
+    def changed(self) -> str:
+        """Return why the layer does not compute with these factors any longer, or nothing."""
+        active = tuple(self.layer.active_adapters)
+        if active != self.active:
+            return (
+                f"its active adapters were {list(self.active)} when the injection was attached and "
+                f"are {list(active)} now; call set_adapter(…) before attaching, or remove() the "
+                "injection and attach again"
+            )
+        return _out_of_use(self.layer)
 
     @property
     def parameters(self) -> tuple[nn.Parameter, ...]:
@@ -157,8 +171,16 @@ def _add_layer(
         owners.setdefault(id(factor), id(module)) != id(module) for factor in adapted.trained
     ):
         adapted = "it shares a factor with another layer, so both would push it"
+    if name in found.weights:
+        adapted = _nested(found.weights[name], adapted)
     found.weights[name] = adapted
     found.runtime[name] = weight
+
+
+def _nested(outer: Adapted | str, inner: Adapted | str) -> str:
+    """Return why a weight inside two layers of adapters cannot be followed."""
+    refused = next((one for one in (outer, inner) if isinstance(one, str)), None)
+    return refused or "it is inside two adapters, one within the other; use one LoraConfig for it"
 
 
 def _follow(module: Any, base: Any) -> Adapted | str:
@@ -177,7 +199,8 @@ def _follow(module: Any, base: Any) -> Adapted | str:
     kept = tuple(one for one in factors if one.a.requires_grad or one.b.requires_grad)
     height, width = module.out_features, module.in_features
     transposed = _is_transposed(module)
-    return Adapted(kept, (width, height) if transposed else (height, width), transposed, trained)
+    shape = (width, height) if transposed else (height, width)
+    return Adapted(kept, shape, transposed, trained, module, tuple(module.active_adapters))
 
 
 def _active_factors(module: Any) -> list[Factors] | str:
@@ -189,10 +212,8 @@ def _active_factors(module: Any) -> list[Factors] | str:
     if not issubclass(kind, LoraLayer) or package[:3] != ["peft", "tuners", "lora"]:
         tuner = package[2] if package[:2] == ["peft", "tuners"] else kind.__module__
         return f"its adapter is {kind.__name__} of {tuner}, not a sum W₀ + s·B·A; use LoRA"
-    if module.merged:
-        return "its adapter is merged into the weight; call unmerge_adapter() first"
-    if module.disable_adapters:
-        return "its adapters are disabled; enable them first"
+    if unused := _out_of_use(module):
+        return unused
     tables = _tables(module)
     if tables is None:
         return (
@@ -215,6 +236,15 @@ def _active_factors(module: Any) -> list[Factors] | str:
         rank = int(module.r[adapter])
         factors.append(Factors(a_of[adapter], b_of[adapter], rank, adapter, module.scaling))
     return factors
+
+
+def _out_of_use(module: Any) -> str:
+    """Return why a layer does not compute with its adapters, or nothing."""
+    if module.merged:
+        return "its adapter is merged into the weight; call unmerge_adapter() first"
+    if module.disable_adapters:
+        return "its adapters are disabled; call enable_adapter_layers() first"
+    return ""
 
 
 def _tables(module: Any) -> tuple[dict[str, Any], dict[str, Any]] | None:

@@ -99,14 +99,19 @@ def _places(model: nn.Module) -> dict[int, tuple[Any, int]]:
             continue
         if not handle._use_orig_params:
             names = ", ".join(handle.flat_param._fqns[:2])
-            raise DriftError(
-                f"FSDP1 has flattened {names} and others into one parameter, so they have no "
-                "gradients of their own: wrap with use_orig_params=True (Accelerate and Trainer: "
-                "fsdp_use_orig_params), or use FSDP2 (fully_shard)"
-            )
+            raise flattened(f"{names} and others")
         for index, parameter in enumerate(handle.flat_param._params):
             places[id(parameter)] = (handle, index)
     return places
+
+
+def flattened(what: str) -> DriftError:
+    """Return the refusal of parameters that have no gradients of their own."""
+    return DriftError(
+        f"FSDP1 flattens {what} into one parameter, so they have no gradients of their own: wrap "
+        "with use_orig_params=True (Accelerate and Trainer: fsdp_use_orig_params), or use FSDP2 "
+        "(fully_shard)"
+    )
 
 
 class _Flattened:

@@ -5,6 +5,7 @@ Knows the optimizers by their class names, since DeepSpeed itself is never impor
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from drift_fast.errors import DriftError
 PARTITIONED = "DeepSpeedZeroOptimizer"
 FULLY_PARTITIONED = "DeepSpeedZeroOptimizer_Stage3"
 REPLICATED = "BF16_Optimizer"
+_OFFLOADS = ("offload_optimizer", "offload_param")
 STAGE_0 = ("FP16_Optimizer", "FP16_UnfusedOptimizer")
 
 
@@ -52,6 +54,48 @@ def optimizer_of(engine: Any) -> Any:
     return optimizer
 
 
+def check_configuration(configuration: Mapping[str, Any]) -> None:
+    """Refuse what a DeepSpeed configuration asks for and gradients cannot be reached in.
+
+    An engine is looked at by `optimizer_of`; this is for one that is yet to be built.
+
+    Raises:
+        DriftError: named, with a remedy.
+    """
+
+    def section(*keys: str) -> Mapping[str, Any]:
+        found: Any = configuration
+        for key in keys:
+            found = found.get(key) if isinstance(found, Mapping) else None
+        return found if isinstance(found, Mapping) else {}
+
+    zero = section("zero_optimization")
+    stage = zero.get("stage", 0)
+    optimizer = str(section("optimizer").get("type", ""))
+    devices = [section("zero_optimization", key).get("device") for key in _OFFLOADS]
+    if _more(section("tensor_parallel").get("autotp_size"), 1):
+        raise _refused("its tensor parallelism", "train with ZeRO alone")
+    if section("compile").get("deepcompile"):
+        raise _refused("DeepCompile", "leave compile.deepcompile out of the configuration")
+    if "muon" in optimizer.lower():
+        raise _refused("Muon, whose buffers hold updates and not gradients", "use Adam or SGD")
+    if zero.get("zenflow"):
+        raise _refused("ZenFlow", "leave zenflow out of the configuration")
+    if zero.get("mics_shard_size") and _more(zero["mics_shard_size"], 0):
+        raise _refused("MiCS", "use plain ZeRO-1, 2 or 3")
+    if "nvme" in devices:
+        raise _refused("offloading to NVMe", 'offload to device "cpu"')
+    if _more(zero.get("zero_hpz_partition_size"), 1):
+        raise _refused("zero_hpz_partition_size", "leave it out of the configuration")
+    if stage == 0 and section("fp16").get("enabled") is True:
+        raise _stage_0_in_fp16()
+
+
+def _more(value: Any, than: int) -> bool:
+    """Whether a setting is a number above another; "auto" is none."""
+    return isinstance(value, int) and value > than
+
+
 def check_optimizer(optimizer: Any) -> None:
     """Refuse optimizers whose gradients are elsewhere, or whose buffers hold something else.
 
@@ -81,14 +125,18 @@ def check_optimizer(optimizer: Any) -> None:
         raise _refused("zero_hpz_partition_size", "leave it out of the configuration")
     if kind in STAGE_0 and optimizer.loss_scale_config.use_grad_scaling:
         # `DeepSpeedEngine.backward` scales the loss for a ZeROOptimizer only.
-        raise DriftError(
-            "at ZeRO stage 0 in fp16 DeepSpeed 0.19 divides gradients by a loss scale that its "
-            "backward did not apply, so neither they nor an injection move the weights as they "
-            "should: use stage 1, or bf16"
-        )
+        raise _stage_0_in_fp16()
 
 
 def _refused(what: str, remedy: str) -> DriftError:
     return DriftError(
         f"DeepSpeed runs {what}, where this version cannot reach the gradients: {remedy}"
+    )
+
+
+def _stage_0_in_fp16() -> DriftError:
+    return DriftError(
+        "at ZeRO stage 0 in fp16 DeepSpeed 0.19 divides gradients by a loss scale that its "
+        "backward did not apply, so neither they nor an injection move the weights as they "
+        "should: use stage 1, or bf16"
     )
