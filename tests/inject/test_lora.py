@@ -37,6 +37,7 @@ from support.injection_models import (
     tiny_qwen2,
     tiny_qwen2_5_vl,
     weights_of,
+    with_experts,
 )
 from support.reference import Array, exact
 
@@ -331,6 +332,74 @@ def test_every_residency_gives_the_same_gradients(
     assert error < (2e-2 if "int8" in residency else 2e-6)
     if "int8" in residency:
         assert error > 1e-5
+
+
+# --- parameters of their own, and experts ------------------------------------------------------
+
+
+def stacked(weights: Mapping[str, Any], name: str, *, turned: bool) -> tuple[Any, list[str]]:
+    """Return W − W₀ of a parameter of experts [experts, out, in], in float64, by its factors.
+
+    Of PEFT's factors the experts are the slowest index of A's rows and the fastest of B's columns.
+    """
+    names = [next(n for n in weights if re.search(rf"{name}\.lora_{side}\.", n)) for side in "AB"]
+    a, b = (weights[one].detach().double().requires_grad_() for one in names)
+    count = a.shape[0] // RANK
+    each = [b[:, at::count] @ a[at * RANK : (at + 1) * RANK] for at in range(count)]
+    moved = 2.0 * torch.stack([one.mT if turned else one for one in each])
+    return (moved, (a, b)), names
+
+
+@pytest.mark.parametrize("bound", [None, 1])
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("scale", SCALES)
+def test_stacked_experts_are_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scale: str, turned: bool, bound: int | None
+) -> None:
+    if bound is not None:
+        monkeypatch.setattr("drift_fast.inject.lora.experts._BLOCK", bound)
+    delta = delta_towards(tmp_path, with_experts(Backbone(), turned=turned), modules="re:experts")
+    model = adapted(
+        with_experts(Backbone(), turned=turned),
+        target_modules=[],
+        target_parameters=["experts.gate_up_proj", "experts.down_proj"],
+    )
+    gradients = backward(model)
+    injection = drift_fast.Injection(model, delta, scale=scale, alpha=0.7)
+    start = injection.metrics()["progress"]
+    injection.step()
+    assert injection.injected == 4
+    weights, along, total = dict(model.named_parameters()), 0.0, 0.0
+    for weight in delta:
+        # PEFT puts the wrapper of one parameter around that of the other.
+        wrapper = "experts" if weight.endswith("down_proj") else "experts.base_layer"
+        inside = re.escape(f"{weight.partition('experts')[0]}{wrapper}")
+        (moved, factors), names = stacked(weights, inside, turned=turned)
+        own = delta[weight].double()
+        pulled = torch.autograd.grad((moved * own).sum(), factors)
+        g = np.concatenate([exact(gradients[name]).ravel() for name in names])
+        d = np.concatenate([exact(part).ravel() for part in pulled])
+        found = np.concatenate([exact(gradients_of(model)[name]).ravel() for name in names])
+        c = coefficient(g, d, alpha=0.7, scale=scale)
+        assert reference.norm(found - (g - c * d)) < 2e-6 * (reference.norm(g) + reference.norm(d))
+        assert scale == "project" or abs(c) * reference.norm(d) > 1e-2 * reference.norm(g)
+        along += float((moved * own).sum().detach())
+        total += float(own.square().sum())
+    assert start == 0.0
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data *= 1.5
+    assert injection.metrics()["progress"] == pytest.approx(0.5 * along / total, rel=1e-4)
+
+
+def test_a_matrix_that_is_targeted_as_a_parameter_is_followed(tmp_path: Path) -> None:
+    model = adapted(Backbone(), target_modules=[], target_parameters=["up_proj.weight"])
+    delta = delta_towards(tmp_path, Backbone(), modules="re:up_proj")
+    gradients = backward(model)
+    with drift_fast.Injection(model, delta) as injection:
+        injection.step()
+        assert injection.injected == 2
+    assert worst_error(model, expected_gradients(model, gradients, weights_in(delta))) < 2e-6
 
 
 # --- what else an adapted model trains --------------------------------------------------------
@@ -709,15 +778,6 @@ def test_other_adapters_are_refused_by_name(delta: drift_fast.Delta, kind: str) 
     model = peft.get_peft_model(Backbone(), getattr(peft, f"{kind}Config")(**options))
     with pytest.raises(drift_fast.DriftError, match=rf"(?i){kind}.*use LoRA"):
         drift_fast.Injection(model, delta, modules="mlp", strict=False)
-
-
-def test_adapters_of_bare_parameters_are_refused_by_name(tmp_path: Path) -> None:
-    model = peft.get_peft_model(
-        Backbone(), peft.LoraConfig(target_modules=[], target_parameters=["up_proj.weight"])
-    )
-    delta = delta_towards(tmp_path, Backbone(), modules="re:up_proj")
-    with pytest.raises(drift_fast.DriftError, match="ParamWrapper"):
-        drift_fast.Injection(model, delta)
 
 
 def both_active(model: Any) -> None:

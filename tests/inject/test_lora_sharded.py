@@ -30,6 +30,7 @@ from support.injection_models import (
     delta_towards,
     regression_batch,
     regression_loss,
+    with_experts,
 )
 from support.joined import Joined, Report, launch
 from support.sharded_workers import gathered
@@ -50,12 +51,18 @@ Wrap = Callable[[Any], Any]
 
 
 def adapted(shape: str, **options: Any) -> Any:
-    """A model with adapters whose factors are not zero."""
+    """A model with adapters whose factors are not zero; `experts` in place of its MLPs if asked."""
+    experts = options.pop("experts", False)
     options = {"r": 3, "lora_alpha": 6, "target_modules": [*ATTENTION, *MLP]} | options
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(4)
         config = peft.LoraConfig(init_lora_weights=False, **options)
-        return peft.get_peft_model(Backbone(**SHAPES[shape]), config)
+        return peft.get_peft_model(base(shape, experts=experts), config)
+
+
+def base(shape: str, *, experts: bool = False) -> Backbone:
+    model = Backbone(**SHAPES[shape])
+    return with_experts(model) if experts else model
 
 
 def mesh_of(*sizes: int, names: tuple[str, ...] | None = None) -> Any:
@@ -130,19 +137,21 @@ class Twins:
         change: Callable[[Any], None] | None = None,
         dtype: torch.dtype = torch.float32,
         adapter: dict[str, Any] | None = None,
+        delta: str = "delta",
         **options: Any,
     ) -> None:
         self.plain = adapted(shape, **(adapter or {})).to(dtype)
         if change is not None:
             change(self.plain)
         self.model = wrap(copy.deepcopy(self.plain))
-        delta = Delta.open(folder / shape / "delta")
+        self.shape = shape
+        given = Delta.open(folder / shape / delta)
         options = {"modules": WEIGHTS} | options
         elsewhere = {"residency", "prefetch"} if options.get("residency") == "disk" else set()
         self.alone = Injection(
-            self.plain, delta, **{key: v for key, v in options.items() if key not in elsewhere}
+            self.plain, given, **{key: v for key, v in options.items() if key not in elsewhere}
         )
-        self.injection = Injection(self.model, delta, **options)
+        self.injection = Injection(self.model, given, **options)
         self.optimizers = [
             torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE)
             for model in (self.plain, self.model)
@@ -150,16 +159,12 @@ class Twins:
 
     def backward(self, step: int = 0, *, share: int | None = None, shares: int = 0) -> None:
         share = dist.get_rank() if share is None else share
-        width = SHAPES[self.shape_of()]["width"]
+        width = SHAPES[self.shape]["width"]
         batch = regression_batch(COUNT, width=width, seed=30 + step)
         for model, parts in ((self.model, shares or dist.get_world_size()), (self.plain, 1)):
             model.zero_grad()
             which = share if parts > 1 else 0
             regression_loss(model, tuple(t.chunk(parts)[which] for t in batch)).backward()
-
-    def shape_of(self) -> str:
-        width = self.plain.base_model.model.head.in_features
-        return next(name for name, shape in SHAPES.items() if shape["width"] == width)
 
     def inject(self) -> None:
         self.injection.step()
@@ -290,7 +295,18 @@ def check_variants(folder: Path) -> Report:
     report["float16"] = followed(Twins(folder, "uneven", dtype=torch.float16), 1)
     mixed = {"target_modules": list(ATTENTION), "modules_to_save": ["up_proj"]}
     report["copies"] = followed(Twins(folder, "even", adapter=mixed, strict=False), 2)
+    for where in ("even", "uneven"):
+        report[f"experts, {where}"] = followed(
+            Twins(folder, where, adapter=EXPERTS, delta="experts", modules="re:experts")
+        )
     return report
+
+
+EXPERTS = {
+    "experts": True,
+    "target_modules": [],
+    "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
+}
 
 
 def check_faults(folder: Path) -> Report:
@@ -437,9 +453,10 @@ def of_deepspeed(tmp_path_factory: pytest.TempPathFactory) -> list[Report]:
 
 def run(folder: Path, checks: Sequence[Callable[[Path], Report]]) -> dict[str, list[Report]]:
     """Run checks in joined processes; return what each rank reports, by check."""
-    for name, shape in SHAPES.items():
-        delta = delta_towards(folder / name, Backbone(**shape), dtype="float32")
-        delta.save(folder / name / "delta")
+    for name in SHAPES:
+        for experts, kept in ((False, "delta"), (True, "experts")):
+            where = folder / name
+            delta_towards(where / f"of {kept}", base(name, experts=experts)).save(where / kept)
     jobs = {check.__name__: (check, (folder,)) for check in checks}
     found = launch(folder, jobs, Joined(4, patience=PATIENCE))
     return {name: [report[name] for report in found] for name in jobs}
@@ -500,6 +517,8 @@ def test_other_ways_of_sharding_are_followed(
         ("bfloat16", 2.0**-7),
         ("float16", 2.0**-10),
         ("copies", 1e-6),
+        ("experts, even", 1e-6),
+        ("experts, uneven", 1e-6),
     ],
 )
 def test_variants_of_sharded_factors_are_followed(

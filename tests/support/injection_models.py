@@ -55,6 +55,37 @@ class FeedForward(nn.Module):
         return lowered
 
 
+class Experts(nn.Module):
+    """Stacked experts, of which each takes its share of every input.
+
+    turned: whether weights are stored as [experts, in, out].
+    """
+
+    def __init__(self, width: int, inner: int, *, count: int = 3, turned: bool = False) -> None:
+        super().__init__()
+        self.is_transposed = turned
+        up, down = (count, inner, width), (count, width, inner)
+        self.gate_up_proj = nn.Parameter(torch.randn(down if turned else up) / width)
+        self.down_proj = nn.Parameter(torch.randn(up if turned else down) / width)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        sides = "ehi" if self.is_transposed else "eih", "eih" if self.is_transposed else "ehi"
+        inside = torch.einsum(f"bh,{sides[0]}->bei", hidden, self.gate_up_proj)
+        outside = torch.einsum(f"bei,{sides[1]}->beh", nn.functional.silu(inside), self.down_proj)
+        mixed: torch.Tensor = outside.mean(1)
+        return mixed
+
+
+class Mixture(nn.Module):
+    def __init__(self, width: int, inner: int, *, turned: bool) -> None:
+        super().__init__()
+        self.experts = Experts(width, inner, turned=turned)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        mixed: torch.Tensor = self.experts(hidden)
+        return mixed
+
+
 class Layer(nn.Module):
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()
@@ -92,6 +123,16 @@ class Backbone(nn.Module):
             hidden = layer(hidden)
         predicted: torch.Tensor = self.head(hidden)
         return predicted
+
+
+def with_experts(model: Backbone, *, turned: bool = False, seed: int = 7) -> Backbone:
+    """Put stacked experts in the place of every feed-forward block."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for layer in model.model.layers:
+            inner, width = layer.mlp.up_proj.weight.shape
+            layer.mlp = Mixture(width, inner, turned=turned)
+    return model
 
 
 def regression_batch(

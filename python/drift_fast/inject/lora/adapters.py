@@ -7,6 +7,7 @@ weight is refused by name.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -23,7 +24,11 @@ FROZEN = "frozen: no adapter trains it"
 
 @dataclass(frozen=True)
 class Factors:
-    """One adapter of one weight: W += s·B·A, with A of shape [rank, in] and B of [out, rank]."""
+    """One adapter of one weight: W += s·B·A, with A of shape [rank, in] and B of [out, rank].
+
+    Of a weight of several experts A is [experts·rank, in] and B is [out, rank·experts], the experts
+    being its fastest index.
+    """
 
     a: nn.Parameter
     b: nn.Parameter
@@ -39,10 +44,13 @@ class Factors:
 
 @dataclass(frozen=True)
 class Adapted:
-    """A weight of shape [out, in], or [in, out] if `transposed`, that moves through its factors."""
+    """A weight of shape [out, in], or [in, out] if `transposed`, that moves through its factors.
+
+    A weight of several experts has one more dimension in front, and factors of its own for each.
+    """
 
     factors: tuple[Factors, ...]
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     transposed: bool
     trained: tuple[nn.Parameter, ...]
     layer: Any = field(compare=False, repr=False)
@@ -66,10 +74,16 @@ class Adapted:
         return tuple(p for one in self.factors for p in (one.a, one.b))
 
     @property
+    def experts(self) -> int:
+        """How many matrices the weight is made of."""
+        return math.prod(self.shape[:-2])
+
+    @property
     def shapes(self) -> tuple[tuple[int, int], ...]:
         """Shapes of `parameters` before any sharding."""
-        height, width = self.shape[:: -1 if self.transposed else 1]
-        return tuple(s for one in self.factors for s in ((one.rank, width), (height, one.rank)))
+        height, width = self.shape[-2:][:: -1 if self.transposed else 1]
+        ranks = [self.experts * one.rank for one in self.factors]
+        return tuple(shape for rank in ranks for shape in ((rank, width), (height, rank)))
 
 
 @dataclass
@@ -194,12 +208,13 @@ def _follow(module: Any, base: Any) -> Adapted | str:
             "none of its adapters is active and trained; load adapters with is_trainable=True, and "
             "choose with set_adapter(…)"
         )
-    if any(p.requires_grad for name, p in base.named_parameters() if name != "bias"):
+    own = getattr(module, "parameter_name", None)
+    beside = (p for name, p in base.named_parameters() if name != "bias" and own in (None, name))
+    if any(p.requires_grad for p in beside):
         return "the weight trains beside its adapters; freeze one of them"
     kept = tuple(one for one in factors if one.a.requires_grad or one.b.requires_grad)
-    height, width = module.out_features, module.in_features
     transposed = _is_transposed(module)
-    shape = (width, height) if transposed else (height, width)
+    shape = _stored_shape(module, transposed=transposed)
     return Adapted(kept, shape, transposed, trained, module, tuple(module.active_adapters))
 
 
@@ -256,11 +271,23 @@ def _tables(module: Any) -> tuple[dict[str, Any], dict[str, Any]] | None:
         for table in (module.lora_A, module.lora_B)
     )
     plain = all(isinstance(layer, nn.Linear) for layer in (*a.values(), *b.values()))
-    if not plain or type(module).__name__ in ("ParamWrapper", "MultiheadAttention"):
+    if not plain or type(module).__name__ == "MultiheadAttention":
         return None
     return {key: layer.weight for key, layer in a.items()}, {
         key: layer.weight for key, layer in b.items()
     }
+
+
+def _stored_shape(module: Any, *, transposed: bool) -> tuple[int, ...]:
+    height, width = module.out_features, module.in_features
+    experts = (module.num_experts,) if _is_stacked(module) else ()
+    return (*experts, width, height) if transposed else (*experts, height, width)
+
+
+def _is_stacked(module: Any) -> bool:
+    """Whether this is a parameter [experts, …], which PEFT adapts by `target_parameters`."""
+    experts = getattr(module, "num_experts", 0)
+    return experts > 0 and getattr(module, "_param_ndim", 3 if experts > 1 else 2) == 3
 
 
 def _is_embedding(module: Any) -> bool:
@@ -268,7 +295,12 @@ def _is_embedding(module: Any) -> bool:
 
 
 def _is_transposed(module: Any) -> bool:
-    """Whether the weight is stored as [in, out]; an embedding's rows are its inputs."""
+    """Whether the weight is stored as [in, out]; an embedding's rows are its inputs.
+
+    What PEFT calls the features of stacked experts it swaps where they are stored as [out, in].
+    """
+    if _is_stacked(module):
+        return not module._did_swap_in_out_features
     return _is_embedding(module) or bool(getattr(module, "fan_in_fan_out", False))
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 
+from drift_fast.inject.lora import experts
 from drift_fast.inject.lora.adapters import Adapted, Factors
+from drift_fast.inject.lora.precision import full_precision
 
 logger = logging.getLogger(__name__)
 
@@ -29,13 +29,15 @@ def pull_back(
     `delta` is flat, of any dtype, on the factors' device; `weights` are the whole `parameters` of
     `adapted`. Of Δ's rows [start, stop) alone the result is what they add to Δ̃.
     """
+    if adapted.experts > 1:
+        return experts.pull_back(delta, adapted, weights, rows)
     trained = {id(parameter) for parameter in adapted.trained}
     a = any(id(one.a) in trained for one in adapted.factors)
     b = any(id(one.b) in trained for one in adapted.factors)
     asks_rows, asks_columns = (a, b) if adapted.transposed else (b, a)
     beside_rows, beside_columns = _stacked(adapted, weights)
     onto_rows, onto_columns = _products(
-        delta.view(-1, adapted.shape[1]),
+        delta.view(-1, adapted.shape[-1]),
         beside_rows if rows is None else beside_rows[slice(*rows)],
         beside_columns,
         onto_rows=asks_rows,
@@ -61,11 +63,13 @@ def along(
     rows: tuple[int, int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return two flat tensors whose dot product is Σ s·⟨B·A, Δ⟩, over the given rows of Δ."""
+    if adapted.experts > 1:
+        return experts.along(delta, adapted, weights, rows)
     beside_rows, beside_columns = _stacked(adapted, weights)
     if rows is not None:
         beside_rows = beside_rows[slice(*rows)]
     onto_rows, _ = _products(
-        delta.view(-1, adapted.shape[1]),
+        delta.view(-1, adapted.shape[-1]),
         beside_rows,
         beside_columns,
         onto_rows=True,
@@ -117,7 +121,7 @@ def _products(
     second = empty.new_zeros(columns.shape) if onto_columns else empty
     block = _BLOCK_ON_CPU if matrix.device.type == "cpu" else _BLOCK
     step = max(1, height if matrix.dtype == dtype else block // matrix.shape[1])
-    with _full_precision(matrix.device):
+    with full_precision(matrix.device):
         for start in range(0, height, step):
             part = matrix[start : start + step].to(dtype)
             if onto_rows:
@@ -160,22 +164,3 @@ def _multiplies_parts(device: torch.device) -> bool:
     except (RuntimeError, TypeError) as error:
         logger.info("no wide product on %s, widening Δ instead: %s", device, error)
         return False
-
-
-@contextlib.contextmanager
-def _full_precision(device: torch.device) -> Iterator[None]:
-    """Keep a float32 product from being rounded to TF32, whatever training has chosen."""
-    if device.type != "cuda":
-        yield
-        return
-    settings: Any = torch.backends.cuda.matmul
-    # Before torch 2.9 the setting has another name, and later the two must not be mixed.
-    name, exact = ("fp32_precision", "ieee")
-    if not hasattr(torch._C, "_get_fp32_precision_getter"):
-        name, exact = "allow_tf32", False  # type: ignore[assignment]
-    before = getattr(settings, name)
-    setattr(settings, name, exact)
-    try:
-        yield
-    finally:
-        setattr(settings, name, before)

@@ -57,8 +57,9 @@ class FactorShard:
         self.rows: tuple[int, int] | None = None
         self.span: tuple[int, int] | None = None
         if self.process_groups:
-            self.rows = _share(adapted.shape[0], self.process_groups)
-            self.span = self.rows[0] * adapted.shape[1], self.rows[1] * adapted.shape[1]
+            height, width = math.prod(adapted.shape[:-1]), adapted.shape[-1]
+            self.rows = _share(height, self.process_groups)
+            self.span = self.rows[0] * width, self.rows[1] * width
         trained = {id(parameter) for parameter in adapted.trained}
         self._trained = [
             at for at, parameter in enumerate(adapted.parameters) if id(parameter) in trained
@@ -85,7 +86,9 @@ class FactorShard:
 
     def cut(self, whole: torch.Tensor) -> torch.Tensor:
         """Return the rows of Δ that this process holds."""
-        return whole if self.rows is None else whole[slice(*self.rows)]
+        if self.rows is None:
+            return whole
+        return whole.reshape(-1, self.adapted.shape[-1])[slice(*self.rows)]
 
     def gradient(self) -> torch.Tensor | None:
         raise TypeError("an adapted weight has gradients of its factors only")
