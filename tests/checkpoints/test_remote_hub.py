@@ -68,6 +68,7 @@ REPOS: dict[str, dict[str, dict[str, Content]]] = {
         FIRST: {**SHARDS, INDEX: SHARDED[f"/m/{INDEX}"]},
         SECOND: {**SHARDS, INDEX: SHARDED[f"/m/{INDEX}"]},
     },
+    "org/both": {FIRST: {**SHARDS, INDEX: SHARDED[f"/m/{INDEX}"], SINGLE: FILE}},
     "org/odd": {"..%2Fno-commit": {SINGLE: FILE}},
     "org/pickled": {FIRST: {"pytorch_model.bin": b"x"}},
     "org/empty": {FIRST: {"README.md": b"x"}},
@@ -166,6 +167,13 @@ def test_a_hub_model_is_read_in_part_at_its_commit_and_the_token_stays_with_the_
     lines = [line for line in hub.log.splitlines() if ":httpcore" not in line]
     assert any("/blob/" in line for line in lines)
     assert not any(hub.server.signature in line for line in lines)
+
+
+def test_a_single_file_beside_an_index_is_read_with_a_warning(hub: Hub) -> None:
+    (both,) = hub.run({"repo": "org/both"})
+    assert list(both["etags"]) == [SINGLE]
+    place = f"{hub.server.url}/org/both/resolve/{FIRST}/{INDEX}"
+    assert f"{place} is beside {SINGLE}: the single file is read" in hub.log
 
 
 def test_a_hub_model_is_gone_on_with_and_another_commit_is_another_directory(

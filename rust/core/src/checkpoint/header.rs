@@ -107,8 +107,13 @@ fn read_bytes(file: &File, path: &Path, file_nbytes: u64) -> Result<Vec<u8>> {
 fn parse(path: &Path, bytes: Vec<u8>, data_start: u64, file_nbytes: u64) -> Result<Vec<Tensor>> {
     let header: Header = serde_json::from_slice(&bytes).map_err(|error| {
         let hint = if bytes.is_empty() { magic::describe(&[0; 8]) } else { None };
-        let reason = hint.map_or_else(|| error.to_string(), str::to_owned);
-        Error::checkpoint(path, format!("the header is not valid: {reason}; {REMEDY}"))
+        let reason = match hint {
+            Some(hint) => hint.to_owned(),
+            // Of a limit or a type that nobody knows, another download is no remedy.
+            None if error.is_data() => error.to_string(),
+            None => format!("{error}; {REMEDY}"),
+        };
+        Error::checkpoint(path, format!("the header is not valid: {reason}"))
     })?;
     drop(bytes);
     let mut entries = header.0;
@@ -211,7 +216,9 @@ impl<'de> Deserialize<'de> for Header {
                         if std::mem::replace(&mut has_metadata, true) {
                             return Err(M::Error::custom("__metadata__ is there twice"));
                         }
-                        map.next_value::<Option<Notes>>()?;
+                        map.next_value::<Option<Notes>>().map_err(|error| {
+                            M::Error::custom(format!("__metadata__: {error}; {REMEDY}"))
+                        })?;
                         continue;
                     }
                     stated.take(&name).map_err(M::Error::custom)?;
@@ -222,7 +229,9 @@ impl<'de> Deserialize<'de> for Header {
                 }
                 let mut seen = HashSet::with_capacity(entries.len());
                 if let Some((name, _)) = entries.iter().find(|(name, _)| !seen.insert(name)) {
-                    return Err(M::Error::custom(format!("tensor {name:?} is named twice")));
+                    return Err(M::Error::custom(format!(
+                        "tensor {name:?} is named twice; {REMEDY}"
+                    )));
                 }
                 Ok(Header(entries))
             }
