@@ -452,6 +452,19 @@ def test_copies_of_modules_to_save_are_injected_into_plainly(
     assert worst_error(model, expected) < 2e-5
 
 
+def test_trained_tokens_are_beside_the_injection(text_delta: drift_fast.Delta) -> None:
+    model = adapted(tiny_qwen2(), trainable_token_indices=[5, 7])
+    text_loss(model).backward()
+    gradients = gradients_of(model)
+    with drift_fast.Injection(model, text_delta, modules=r"re:_proj\.weight$") as injection:
+        injection.step()
+        assert injection.injected == 14
+    (tokens,) = (name for name in gradients if "trainable_tokens" in name)
+    assert torch.equal(gradients_of(model)[tokens], gradients[tokens])
+    with pytest.raises(drift_fast.DriftError, match=r"embed_tokens.*modules_to_save"):
+        drift_fast.Injection(model, text_delta, modules="embed")
+
+
 def test_frozen_biases_beside_adapted_weights_are_left_out_and_listed(
     delta: drift_fast.Delta,
 ) -> None:

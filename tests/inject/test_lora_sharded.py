@@ -371,6 +371,7 @@ def check_zero(folder: Path) -> Report:
         report[name] = {"error": 0.0}
         for scale in SCALES:
             injection = attach(engine, delta, modules=WEIGHTS, alpha=0.5, scale=scale)
+            report[name]["lost"] = injection.lost_steps.cause
             report[name]["nbytes"] = sum(group.store.nbytes for group in injection._groups)
             error = _zero_step(engine, injection, delta, scale)
             report[name]["error"] = max(report[name]["error"], error)
@@ -556,6 +557,8 @@ def test_what_deepspeed_steps_follows_the_equations(
     rows = [report[variant] for report in of_deepspeed]
     rounds = "16" in variant and "float32" not in variant
     assert max(row["error"] for row in rows) <= (2.0**-8 if rounds else 1e-6)
+    # There are float32 masters.
+    assert {row["lost"] for row in rows} == {""}
     held = [row["nbytes"] for row in rows]
     if "stage 0" in variant or "float32 sums" in variant:
         # Gradients are whole on every process, and so is Δ.

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from drift_fast.errors import DriftWarning
+from drift_fast.inject.lora.shard import FactorShard
 from drift_fast.inject.motion.master_weights import copy_key
 from drift_fast.inject.motion.optimizer_steps import parameters_of_optimizer
 from drift_fast.inject.motion.rounding import is_narrow, units
@@ -128,13 +129,14 @@ def is_bounded(optimizer: Any) -> bool:
 def _narrow_weights(group: TargetGroup) -> Iterator[_Weight]:
     """Yield the 16-bit weights of a group whose optimizer has no float32 copies by its shards."""
     for target, shard in zip(group.targets, group.shards, strict=True):
-        if target.adapted is not None:
-            yield from ((p, p.detach) for p in target.trained if is_narrow(p.dtype))
-        elif is_narrow(target.parameter.dtype):
+        own = [(target.parameter, shard.weight)]
+        for parameter, read in shard.trained if isinstance(shard, FactorShard) else own:
+            if not is_narrow(parameter.dtype):
+                continue
             # All shards of a group are of one kind, and some gather what they read.
-            if not is_narrow(shard.weight().dtype):
+            if not is_narrow(read().dtype):
                 return
-            yield target.parameter, shard.weight
+            yield parameter, read
 
 
 def _keeps_more(optimizer: Any, stepped: Sequence[nn.Parameter]) -> bool:

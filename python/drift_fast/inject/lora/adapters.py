@@ -226,6 +226,11 @@ def _active_factors(module: Any) -> list[Factors] | str:
     package = kind.__module__.split(".")
     if not issubclass(kind, LoraLayer) or package[:3] != ["peft", "tuners", "lora"]:
         tuner = package[2] if package[:2] == ["peft", "tuners"] else kind.__module__
+        if tuner == "trainable_tokens":
+            return (
+                "of this weight only the rows of trainable_token_indices train; leave it out with "
+                "modules=…, or list it in modules_to_save of the LoraConfig to train all of it"
+            )
         return f"its adapter is {kind.__name__} of {tuner}, not a sum W₀ + s·B·A; use LoRA"
     if unused := _out_of_use(module):
         return unused

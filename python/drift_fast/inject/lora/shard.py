@@ -103,6 +103,12 @@ class FactorShard:
         """Return the first factor's local weights, to see where they are and of which dtype."""
         return self._shards[0].weight()
 
+    @property
+    def trained(self) -> list[tuple[nn.Parameter, Callable[[], torch.Tensor]]]:
+        """Each factor that trains, with what returns its local weights as `Shard.weight` does."""
+        parameters = self.adapted.parameters
+        return [(parameters[at], self._shards[at].weight) for at in self._trained]
+
     def gradients(self) -> list[torch.Tensor] | None:
         """Return the local gradients of what trains; None unless all are there."""
         found = [self._shards[at].gradient() for at in self._trained]
