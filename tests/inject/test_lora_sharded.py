@@ -21,15 +21,19 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from drift_fast import Delta, Injection
+from drift_fast import Delta, Injection, compute_delta
 from support import reference
 from support.injection_models import (
     ATTENTION,
     MLP,
     Backbone,
     delta_towards,
+    perturbed,
     regression_batch,
     regression_loss,
+    saved,
+    text_batch,
+    tiny_qwen2,
     with_experts,
 )
 from support.joined import Joined, Report, launch
@@ -380,6 +384,75 @@ def check_zero(folder: Path) -> Report:
     return report
 
 
+def check_quantized(folder: Path) -> Report:
+    """A base in 4 bits under FSDP2 and ZeRO-2, beside one process; the movement of every factor."""
+    from drift_fast import attach
+    from support.sharded_workers import quiet_deepspeed
+
+    deepspeed = quiet_deepspeed()
+    batch, rank, size = text_batch(8), dist.get_rank(), dist.get_world_size()
+    share = {key: rows.chunk(size)[rank] for key, rows in batch.items()}
+    options: dict[str, Any] = {"modules": r"re:_proj\.weight$", "scale": "gradnorm"}
+    delta = Delta.open(folder / "quantized" / "delta")
+
+    def in_four_bits() -> tuple[Any, torch.optim.Optimizer]:
+        model = _in_four_bits(folder / "quantized" / "base")
+        # Far enough that float32 weights tell how far.
+        return model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=10.0)
+
+    plain, optimizer = in_four_bits()
+    start = {name: p.detach().clone() for name, p in plain.named_parameters()}
+    with Injection(plain, delta, **options) as injection:
+        plain(**batch).loss.backward()
+        injection.step()
+        optimizer.step()
+
+    def error(model: Any) -> float:
+        found = wholes(model)
+        moved = {n: p.detach() - start[n] for n, p in plain.named_parameters() if p.requires_grad}
+        return max(float((found[n] - start[n] - m).norm() / m.norm()) for n, m in moved.items())
+
+    model = fsdp2(in_four_bits()[0])
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=10.0)
+    with Injection(model, delta, **options) as injection:
+        model(**share).loss.backward()
+        injection.step()
+        optimizer.step()
+    report: Report = {"FSDP2": error(model)}
+    model, optimizer = in_four_bits()
+    config = {
+        "train_micro_batch_size_per_gpu": len(share["labels"]),
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        # It would clip otherwise.
+        "gradient_clipping": 0.0,
+        "zero_optimization": {"stage": 2},
+    }
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    attach(engine, delta, **options)
+    engine.backward(engine(**share).loss)
+    engine.step()
+    report["ZeRO-2"] = error(engine.module)
+    return report
+
+
+def _in_four_bits(base: Path) -> Any:
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        base, quantization_config=settings, dtype=torch.float32, device_map={"": "cpu"}
+    )
+    model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(4)
+        targets = [*ATTENTION, *MLP]
+        config = peft.LoraConfig(r=3, target_modules=targets, init_lora_weights=False)
+        return peft.get_peft_model(model, config)
+
+
 def _zero_step(engine: Any, injection: Any, delta: Delta, scale: str) -> float:
     """Take a step of two micro-batches; return the largest error of what was injected."""
     inject, errors = injection._scope.step, []
@@ -450,6 +523,16 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Report]]
 @pytest.fixture(scope="module")
 def of_deepspeed(tmp_path_factory: pytest.TempPathFactory) -> list[Report]:
     return run(tmp_path_factory.mktemp("zero"), [check_zero])["check_zero"]
+
+
+@pytest.fixture(scope="module")
+def in_four_bits(tmp_path_factory: pytest.TempPathFactory) -> list[Report]:
+    folder = tmp_path_factory.mktemp("four-bits")
+    text, moved = (tiny_qwen2(hidden_size=64, intermediate_size=128) for _ in range(2))
+    moved.load_state_dict(perturbed(dict(text.state_dict()), seed=11))
+    base = saved(text, folder / "quantized" / "base")
+    compute_delta(saved(moved, folder / "expert"), base, folder / "quantized" / "delta")
+    return run(folder, [check_quantized])["check_quantized"]
 
 
 def run(folder: Path, checks: Sequence[Callable[[Path], Report]]) -> dict[str, list[Report]]:
@@ -568,3 +651,14 @@ def test_what_deepspeed_steps_follows_the_equations(
         assert sum(held) == whole
         # Parts differ by a row of each weight at most.
         assert max(held) <= whole / 4 + 4 * 7 * 14
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["FSDP2", "ZeRO-2"])
+def test_adapters_of_a_base_in_four_bits_are_followed(
+    request: pytest.FixtureRequest, way: str
+) -> None:
+    for package in ("bitsandbytes", "deepspeed"):
+        pytest.importorskip(package)
+    for report in request.getfixturevalue("in_four_bits"):
+        assert report[way] < 1e-5
