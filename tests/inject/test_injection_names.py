@@ -258,3 +258,34 @@ def test_gradients_reduced_by_ddp_are_injected(tmp_path: Path) -> None:
         expected = reference.inject(before[name], delta[name], alpha=1.0, scale="adaptive")
         assert reference.norm(reference.exact(found) - expected) < 1e-5 * reference.norm(expected)
     assert injection.injected == TEXT_TARGETS
+
+
+def test_a_mapping_may_hold_its_tensors_on_a_device() -> None:
+    class OnDevice(torch.Tensor):
+        """A tensor that only `cpu()` makes one of host memory."""
+
+        def numpy(self, *, force: bool = False) -> Any:
+            raise TypeError("can't convert a device's tensor to numpy")
+
+        def cpu(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+            return self.as_subclass(torch.Tensor)
+
+    class Held(dict[str, torch.Tensor]):
+        @property
+        def shapes(self) -> dict[str, tuple[int, ...]]:
+            return {name: tuple(tensor.shape) for name, tensor in self.items()}
+
+    model = tiny_qwen2()
+    shapes = {n: p.shape for n, p in model.named_parameters() if "proj.weight" in n}
+    host = Held((name, torch.full(shape, 0.01)) for name, shape in shapes.items())
+    device = Held((name, tensor.as_subclass(OnDevice)) for name, tensor in host.items())
+    found = []
+    for delta in (host, device):
+        model.zero_grad()
+        with drift_fast.Injection(model, delta) as injection:
+            text_loss(model).backward()
+            injection.step()
+        found.append(gradients_of(model))
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        assert torch.equal(gradient, found[1][name]), name

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class DeltaLike(Protocol):
-    """A mapping of tensor name to Δ; each tensor that is read is a fresh one on the CPU."""
+    """A mapping of tensor name to Δ; each tensor that is read is a fresh one, of any device."""
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]: ...

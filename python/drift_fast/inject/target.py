@@ -34,7 +34,7 @@ class DeltaReader:
 
     def whole(self, name: str) -> torch.Tensor:
         """Return a tensor for the caller to keep."""
-        return self._delta[name]
+        return self._read(name)
 
     def run(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Return elements [start, stop) of a tensor in row-major order, for the caller to keep."""
@@ -42,7 +42,7 @@ class DeltaReader:
             tensor = torch.empty(stop - start, dtype=getattr(torch, self._delta.dtype))
             self._delta.read_into(name, tensor, start=start)
             return tensor
-        return self._delta[name].reshape(-1)[start:stop].clone()
+        return self._read(name).reshape(-1)[start:stop].clone()
 
     def into(self, name: str, start: int, out: torch.Tensor) -> bool:
         """Fill a flat tensor with elements from `start` on; say whether the delta can do that."""
@@ -56,8 +56,12 @@ class DeltaReader:
         if name not in self._kept:
             while len(self._kept) >= 2:
                 del self._kept[next(iter(self._kept))]
-            self._kept[name] = self._delta[name]
+            self._kept[name] = self._read(name)
         return self._kept[name]
+
+    def _read(self, name: str) -> torch.Tensor:
+        """Return a tensor in host memory, also of a mapping that holds its own on a device."""
+        return self._delta[name].cpu()
 
 
 @dataclass(frozen=True)

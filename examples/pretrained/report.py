@@ -1,0 +1,233 @@
+"""Tables and pictures from the lines of results alone.
+
+Owns what is published: means, intervals, paired differences, and how λ compares with its forecast.
+Knows nothing of training.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from choosing import Form
+from methods import METHODS
+
+Line = dict[str, Any]
+
+# Two-sided 95 % quantiles of Student's t by degrees of freedom.
+_T: Final = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179)
+# Against what others are compared.
+_BEATEN: Final = ("sft", "merge", "merge_two", "adaptive")
+
+
+def write(out: Path, form: Form, lines: Sequence[Line]) -> None:
+    """Write results.md and the pictures into a directory."""
+    tests = [line for line in lines if line["stage"] == "test"]
+    parts = [
+        "# Results\n",
+        f"{len(tests)} tests, {sum(line['stage'] in ('tune', 'again') for line in lines)} trials. "
+        "Answers are stories of 3 to 5 steps with their numbers in an image, reading is the share "
+        "of numbers that are read. Both are means with 95 % intervals over pairs and seeds; "
+        "differences are paired.\n",
+        _checkpoints(lines),
+    ]
+    if tests:
+        parts += [_methods(form, tests), _differences(form, tests), _pairs(form, tests)]
+        parts += [
+            _forecasts([line for line in lines if "foreseen" in line]),
+            _settings(form, tests),
+        ]
+        _pareto(out / "pareto.png", form, tests)
+    (out / "results.md").write_text("\n".join(parts), encoding="utf-8")
+
+
+def interval(values: Sequence[float]) -> float:
+    """Return half of the 95 % interval of a mean; not a number of a single value."""
+    if len(values) < 2:
+        return math.nan
+    freedom = len(values) - 1
+    t = _T[freedom - 1] if freedom <= len(_T) else 1.96 + 2.5 / freedom
+    return t * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def paired(tests: Sequence[Line], method: str, other: str, measure: str) -> list[float]:
+    """Return the differences of two methods on the same pairs and seeds."""
+
+    def by_place(name: str) -> dict[tuple[int, int], float]:
+        return {(t["pair"], t["seed"]): t[measure] for t in tests if t["method"] == name}
+
+    mine, theirs = by_place(method), by_place(other)
+    return [mine[place] - theirs[place] for place in sorted(mine.keys() & theirs.keys())]
+
+
+def _checkpoints(lines: Sequence[Line]) -> str:
+    rows = [
+        (
+            line["method"],
+            line["pair"],
+            line["curve"][-1][0],
+            f"{line['curve'][-1][1]:.3f}",
+            f"{line['seconds']:.0f}",
+        )
+        for line in lines
+        if line["stage"] == "checkpoint"
+    ]
+    return _table("Checkpoints", ("checkpoint", "pair", "steps", "right", "seconds"), rows)
+
+
+def _methods(form: Form, tests: Sequence[Line]) -> str:
+    rows = []
+    for name in form.methods:
+        mine = [test for test in tests if test["method"] == name]
+        if not mine:
+            continue
+        method = METHODS[name]
+        along = [test["progress"]["along"] for test in mine]
+        rows.append(
+            (
+                method.label,
+                method.delta if method.family != "reference" else "",
+                _mean([test["answers"] for test in mine]),
+                _mean([test["reading"] for test in mine]),
+                f"{statistics.mean(along):.2f}",
+                f"{statistics.mean(t['progress']['cosine'] for t in mine):.2f}",
+                len(mine),
+            )
+        )
+    heads = ("method", "Δ", "answers", "reading", "λ", "cos(motion, Δ)", "runs")
+    return _table("Tests", heads, rows)
+
+
+def _differences(form: Form, tests: Sequence[Line]) -> str:
+    rows = []
+    for other in _BEATEN:
+        for name in form.methods:
+            answers = paired(tests, name, other, "answers")
+            if name == other or not answers:
+                continue
+            reading = paired(tests, name, other, "reading")
+            rows.append(
+                (
+                    f"{METHODS[name].label} ({METHODS[name].delta})",
+                    METHODS[other].label,
+                    _signed(answers),
+                    f"{sum(d > 0 for d in answers)} of {len(answers)}",
+                    _signed(reading),
+                )
+            )
+    heads = ("method", "minus", "answers", "more in", "reading")
+    return _table("Differences", heads, rows)
+
+
+def _pairs(form: Form, tests: Sequence[Line]) -> str:
+    pairs = sorted({test["pair"] for test in tests})
+    rows = []
+    for name in form.methods:
+        cells: list[str] = []
+        for pair in pairs:
+            mine = [t for t in tests if t["method"] == name and t["pair"] == pair]
+            cells.append(
+                f"{statistics.mean(t['answers'] for t in mine):.3f} / "
+                f"{statistics.mean(t['reading'] for t in mine):.3f}"
+                if mine
+                else ""
+            )
+        rows.append((METHODS[name].label, METHODS[name].delta, *cells))
+    return _table("Answers / reading by pair", ("method", "Δ", *(f"pair {p}" for p in pairs)), rows)
+
+
+def _forecasts(tests: Sequence[Line]) -> str:
+    rows = []
+    for name in dict.fromkeys(test["method"] for test in tests):
+        ratios = [
+            test["progress"]["along"] / test["foreseen"]
+            for test in tests
+            if test["method"] == name and test.get("foreseen")
+        ]
+        if ratios:
+            rows.append(
+                (
+                    METHODS[name].label,
+                    METHODS[name].delta,
+                    f"{min(ratios):.2f}",
+                    f"{statistics.median(ratios):.2f}",
+                    f"{max(ratios):.2f}",
+                )
+            )
+    heads = ("method", "Δ", "least", "median", "largest")
+    return _table("λ measured, over λ foreseen", heads, rows)
+
+
+def _settings(form: Form, tests: Sequence[Line]) -> str:
+    rows = []
+    for name in form.methods:
+        mine = [test for test in tests if test["method"] == name]
+        if mine and METHODS[name].like is None and METHODS[name].space:
+            rows.append((METHODS[name].label, METHODS[name].delta, str(mine[0]["settings"])))
+    return _table("Settings that were chosen", ("method", "Δ", "settings"), rows)
+
+
+def _pareto(path: Path, form: Form, tests: Sequence[Line]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(9, 6), layout="constrained")
+    colors = {
+        "reference": "black",
+        "merge, then SFT": "tab:blue",
+        "injection": "tab:red",
+        "motion": "tab:purple",
+        "mixed": "tab:green",
+        "control": "tab:gray",
+    }
+    for name in form.methods:
+        mine = [test for test in tests if test["method"] == name]
+        if not mine:
+            continue
+        x, y = ([test[m] for test in mine] for m in ("reading", "answers"))
+        method = METHODS[name]
+        axes.errorbar(
+            statistics.mean(x),
+            statistics.mean(y),
+            xerr=_known(interval(x)),
+            yerr=_known(interval(y)),
+            fmt="s" if method.protection else "o",
+            color=colors[method.family],
+            capsize=2,
+            alpha=0.8,
+        )
+        axes.annotate(
+            name.replace("_", " "),
+            (statistics.mean(x), statistics.mean(y)),
+            fontsize=7,
+            xytext=(4, 3),
+            textcoords="offset points",
+        )
+    axes.set_xlabel("numbers read right")
+    axes.set_ylabel("answers right, stories of 3 to 5 steps")
+    axes.set_title("Answers and reading: means and 95 % intervals; squares have a protected Δ")
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _known(value: float) -> float:
+    return 0.0 if math.isnan(value) else value
+
+
+def _mean(values: Sequence[float]) -> str:
+    return f"{statistics.mean(values):.3f} ± {interval(values):.3f}"
+
+
+def _signed(values: Sequence[float]) -> str:
+    return f"{statistics.mean(values):+.3f} ± {interval(values):.3f}"
+
+
+def _table(title: str, heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    text = [f"## {title}\n", f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    return "\n".join([*text, *(f"| {' | '.join(map(str, row))} |" for row in rows)]) + "\n"

@@ -1,0 +1,130 @@
+"""The study of a pre-trained model, without one: its problems, jobs and published lines."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+if any(importlib.util.find_spec(name) is None for name in ("sklearn", "transformers")):
+    pytest.skip("the study needs sklearn and transformers", allow_module_level=True)
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+STUDY = EXAMPLES / "pretrained"
+
+
+@pytest.fixture(scope="module")
+def study() -> Iterator[Any]:
+    """The example's modules, which it imports by bare names, and none of them left behind."""
+    before, path = set(sys.modules), list(sys.path)
+    sys.path.insert(0, str(STUDY))
+    try:
+        yield importlib.import_module("run")
+    finally:
+        sys.path[:] = path
+        ours = (str(STUDY), str(EXAMPLES / "miniature"))
+        for name in set(sys.modules) - before:
+            if str(getattr(sys.modules[name], "__file__", "")).startswith(ours):
+                del sys.modules[name]
+
+
+@pytest.mark.parametrize("image", [False, True])
+def test_each_line_of_a_chain_is_right_and_the_last_is_the_result(study: Any, image: bool) -> None:
+    problems = study.training.problems
+    rng = np.random.default_rng(0)
+    for steps in (1, 3, 6) * 20:
+        story = problems.story(rng, steps, image=image)
+        sums = re.findall(r"(\d+)([+-])(\d+)=(\d+)", story.answer)
+        assert len(sums) == steps
+        for left, sign, right, result in sums:
+            assert int(result) == int(left) + (1 if sign == "+" else -1) * int(right)
+        assert sums[-1][3] == str(story.result) == story.answer.split()[-1]
+        assert problems.result_of(story.answer) == story.result
+        assert (story.numbers is not None) == image
+
+
+def test_no_digit_of_training_is_shown_in_a_test(study: Any) -> None:
+    digits = study.training.problems._digits
+    for train, test in zip(digits("train"), digits("test"), strict=True):
+        assert len(train)
+        assert len(test)
+        assert not {d.tobytes() for d in train} & {d.tobytes() for d in test}
+
+
+def test_an_image_has_one_token_for_each_digit(study: Any) -> None:
+    problems, batches = study.training.problems, study.training.batches
+    shown = problems.image([12] * 8, np.random.default_rng(0), "train")
+    assert shown.shape == (3, problems.SIDE, problems.SIDE)
+    assert 2 * len(problems.LETTERS) == batches.IMAGE_TOKENS
+
+
+def test_trials_take_each_value_about_equally_often_and_merges_have_more(study: Any) -> None:
+    methods = study.METHODS
+    for method in methods.values():
+        if not method.space:
+            continue
+        trials = method.trials(8)
+        assert trials == method.trials(8)
+        for name, values in method.space.items():
+            assert set(Counter(trial[name] for trial in trials)) <= set(values)
+    assert len(methods["merge"].trials(8)) > len(methods["adaptive"].trials(8))
+
+
+def test_a_test_waits_for_the_trials_of_the_method_it_is_like(study: Any, tmp_path: Path) -> None:
+    choosing = study.choosing
+    form = replace(choosing.Form(), methods=("adaptive", "gradnorm"), trials=2)
+    jobs = choosing.jobs(form)
+    for job in jobs:
+        if job.stage == "checkpoint":
+            place = choosing.lessons.directory(tmp_path, job.pair, job.method)
+            place.mkdir(parents=True)
+            (place / "config.json").touch()
+    test = next(job for job in jobs if job.stage == "test" and job.method == "gradnorm")
+    lines: list[dict[str, Any]] = []
+    assert not choosing.ready(test, tmp_path, form, lines)
+    for job in jobs:
+        if job.stage in ("tune", "again"):
+            assert choosing.ready(job, tmp_path, form, lines)
+            settings = choosing.settings(job, form, lines, {})
+            answers = (
+                0.5
+                if settings["alpha"]
+                == min(trial["alpha"] for trial in study.METHODS["adaptive"].trials(2))
+                else 0.1
+            )
+            lines.append(
+                {
+                    "method": job.method,
+                    "stage": job.stage,
+                    "settings": settings,
+                    "answers": answers,
+                    "reading": 0.9,
+                }
+            )
+    assert choosing.ready(test, tmp_path, form, lines)
+    best = choosing.settings(test, form, lines, {})
+    assert best == min(study.METHODS["adaptive"].trials(2), key=lambda trial: trial["alpha"])
+
+
+def test_what_is_published_says_what_the_page_says(study: Any) -> None:
+    lines = [json.loads(text) for text in (STUDY / "first.jsonl").read_text().splitlines()]
+    assert sum(line["stage"] != "checkpoint" for line in lines) == 132
+    ratios = sorted(
+        line["progress"]["along"] / line["foreseen"] for line in lines if line.get("foreseen")
+    )
+    page = (STUDY / "README.md").read_text()
+    middle = (ratios[22] + ratios[23]) / 2
+    assert f"Of {len(ratios)} injections" in page
+    assert f"median {middle:.2f} and lies between {ratios[0]:.2f} and {ratios[-1]:.2f}".replace(
+        "0.", "."
+    ) in " ".join(page.split())
