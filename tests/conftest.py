@@ -21,6 +21,16 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes more than ten seconds")
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave tests of a pre-trained model out of every run that does not name their marker."""
+    if "pretrained" in config.getoption("markexpr"):
+        return
+    left_out = [item for item in items if item.get_closest_marker("pretrained")]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
 def pytest_runtest_teardown() -> None:
     processes.end_all()
 
