@@ -203,7 +203,8 @@ def test_a_saved_delta_is_merged_as_its_models_are(files: Files, tmp_path: Path)
     first, second = Stored(tmp_path / "by-delta"), Stored(tmp_path / "by-models")
     assert first.names.keys() == second.names.keys()
     for name in first.names:
-        assert torch.allclose(first[name], second[name], rtol=3e-7, atol=0), name
+        # Δ is rounded to float32 once, and the result once more.
+        assert torch.allclose(first[name], second[name], rtol=3e-7, atol=3e-8), name
 
 
 @pytest.mark.parametrize("shell", SHELLS)
@@ -217,7 +218,7 @@ def test_a_plan_counts_the_parameters_that_there_are(files: Files, shell: str) -
         warnings.simplefilter("ignore")
         found = plan(files.expert, path, samples=64, tokens=64, max_tokens=128)
     numels = {p: p.numel() for p in model.parameters()}
-    assert found["parameters"].value == sum(numels.values())
+    assert found["multimodal: all"].value == sum(numels.values())
 
 
 def test_statistics_of_real_weights_are_those_of_float64(files: Files) -> None:
