@@ -11,6 +11,7 @@ import os
 import re
 import stat
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast, get_origin
 
@@ -213,6 +214,36 @@ def parse_json(text: bytes, *, unique_keys: bool = False) -> Any:
         return json.loads(text)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
+
+
+def json_text(value: object) -> bytes:
+    """Return JSON to be kept in a file, with a line for each entry and for each item of a list.
+
+    What an item of a list holds, and objects in more than two others, are on one line. NaN and
+    infinity become null.
+    """
+    import msgspec
+
+    encode = msgspec.json.Encoder().encode
+    text = BytesIO()
+
+    def write(value: object, indent: bytes) -> None:
+        inner = b"\n " + indent
+        if isinstance(value, dict) and value and len(indent) < 3:
+            for at, (key, part) in enumerate(value.items()):
+                text.write(b"%b%b%b: " % (b"," if at else b"{", inner, encode(key)))
+                write(part, indent + b" ")
+            text.write(b"\n%b}" % indent)
+        elif isinstance(value, list) and value:
+            for at, item in enumerate(value):
+                text.write(b"%b%b%b" % (b"," if at else b"[", inner, encode(item)))
+            text.write(b"\n%b]" % indent)
+        else:
+            text.write(encode(value))
+
+    write(value, b"")
+    text.write(b"\n")
+    return text.getvalue()
 
 
 def convert(value: object, kind: type[T], key: str = "") -> T:

@@ -2,6 +2,9 @@
 
 Module kinds follow the names of Hugging Face text models and, where those do not decide, the place
 of a tensor within its layer. Reads no checkpoint and knows no family.
+
+A name is parsed once, by `parsed`. Names of a model differ mostly in the numbers of layers and
+experts, so what does not depend on these is found out once for each form of a name.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Collection, Iterable
+from typing import NamedTuple
 
 # Components that wrappers insert and that say nothing about the model.
 _WRAPPERS = frozenset(
@@ -40,7 +44,8 @@ _KINDS: dict[str, re.Pattern[str]] = {
         r"|(^|\.)linear_attn\.(in_proj\w*|out_proj)\.(weight|bias)$"
     ),
     "mlp": re.compile(
-        r"(^|\.)(mlp|feed_forward|block_sparse_moe)\.(.+\.)?"
+        # The first such part: an attempt at each would take time quadratic in a stranger's name.
+        r"^(?>[\s\S]*?(^|\.)(mlp|feed_forward|block_sparse_moe)\.)(.+\.)?"
         r"((gate|up|down|gate_up)_proj|w[123]|fc[12])(\.(weight|bias)|_bias)?$"
     ),
 }
@@ -67,17 +72,61 @@ _OTHER_MODALITY = re.compile(
     r"(^|\.)(visual|vision\w*|vit\w*|image_\w+|audio\w*|speech\w*|\w*projector|connector"
     r"|perceiver\w*|resampler|merger)(\.|$)"
 )
-# As many as the largest models have on both sides, since each is asked about many times.
-_NAMES = 1 << 18
+# As many as three of the largest models have, since each is asked about many times.
+_NAMES = 1 << 20
+# Remembers what a function finds of the forms of names. A model has some hundreds; each of a
+# stranger's names may have its own.
+by_form = functools.lru_cache(maxsize=1 << 14)
 # More digits than any layer has are part of a name, and may be more than Python converts.
 _NUMBERED = re.compile(r"(?:^|\.)(\d{1,9})(?=\.|$)")
+_NUMBER = re.compile(r"(?<![^.])\d{1,9}(?=\.|$)")
 # Experts that a router chooses from, as `experts.3`, `experts.expert_3` or fused, as `experts`.
 _EXPERT = re.compile(r"(?:^|\.)(?!shared)\w*(?:experts|expert_?\d+)(?:\.|$)")
 
 
+class Parsed(NamedTuple):
+    """What a name says; tensors of one module of one layer, such as its experts, share it.
+
+    `form` is the name with 0 for every number. `container` is the part before the number of the
+    layer, which is `layer`; both are None outside the layers. `kind` is the preset that selects the
+    tensor, or "other". `module` is the module within its layer, such as `self_attn.q_proj`, without
+    numbers of experts.
+    """
+
+    form: str
+    container: str | None
+    layer: int | None
+    kind: str
+    module: str
+    is_other_modality: bool
+
+
+@functools.cache
+def parsed(name: str) -> Parsed:
+    """Return what a name says."""
+    if parsed.cache_info().currsize >= _NAMES:
+        parsed.cache_clear()
+    found = _NUMBERED.search(name)
+    if found is None:
+        return _parsed(name, None, None)
+    return _parsed(_NUMBER.sub("0", name), name[: found.start()], int(found[1]))
+
+
+@by_form
+def _parsed(form: str, container: str | None, layer: int | None) -> Parsed:
+    return Parsed(form, container, layer, *_facts_of_form(form))
+
+
+@by_form
+def _facts_of_form(form: str) -> tuple[str, str, bool]:
+    name = bare(form)
+    other = _OTHER_MODALITY.search(name) is not None
+    return "other" if other else _kind(name), _module(name), other
+
+
 def is_other_modality(name: str) -> bool:
     """Whether a tensor belongs to a vision or audio tower or a projector, by its name."""
-    return _OTHER_MODALITY.search(name) is not None
+    return parsed(name).is_other_modality
 
 
 def bare(name: str) -> str:
@@ -86,12 +135,12 @@ def bare(name: str) -> str:
     return name if _WRAPPERS.isdisjoint(parts) else ".".join(p for p in parts if p not in _WRAPPERS)
 
 
-@functools.lru_cache(maxsize=_NAMES)
 def kind_of(name: str) -> str:
     """Return the preset that selects a tensor, or "other"."""
-    name = bare(name)
-    if _OTHER_MODALITY.search(name):
-        return "other"
+    return parsed(name).kind
+
+
+def _kind(name: str) -> str:
     found = (kind for kind, pattern in _KINDS.items() if pattern.search(name))
     return next(found, None) or _kind_by_place(name)
 
@@ -128,11 +177,9 @@ def may_be_missed(name: str, kinds: Collection[str]) -> bool:
     return bool(wanted & {block} if block else wanted) and not any(map(_ASIDE.search, inside))
 
 
-@functools.lru_cache(maxsize=_NAMES)
 def layer_of(name: str) -> int | None:
     """Return the number of the layer that a tensor is in, None outside the layers."""
-    found = _NUMBERED.search(name)
-    return int(found.group(1)) if found else None
+    return parsed(name).layer
 
 
 def is_expert(name: str) -> bool:
@@ -140,11 +187,20 @@ def is_expert(name: str) -> bool:
     return _EXPERT.search(name) is not None
 
 
-@functools.lru_cache(maxsize=_NAMES)
 def container_of(name: str) -> str | None:
     """Return the part of a name before the layer number, None outside the layers."""
-    found = _NUMBERED.search(name)
-    return name[: found.start()] if found else None
+    return parsed(name).container
+
+
+def containers_of(names: Iterable[str]) -> set[str | None]:
+    """Return the containers of the layers that any of these tensors are in."""
+    return {found.container for found in set(map(parsed, names))} - {None}
+
+
+def place_of(name: str) -> str:
+    """Return the part of a name after the layer number, or all of it outside the layers."""
+    container = container_of(name)
+    return name if container is None else name[len(container) :].lstrip(".").partition(".")[2]
 
 
 def common_prefixes(pairs: Iterable[tuple[str, str]]) -> tuple[str, str] | None:
@@ -161,13 +217,15 @@ def common_prefixes(pairs: Iterable[tuple[str, str]]) -> tuple[str, str] | None:
     return None
 
 
-@functools.lru_cache(maxsize=_NAMES)
 def module_of(name: str) -> str:
     """Return the module within its layer, such as `self_attn.q_proj`, without expert numbers."""
-    name = bare(name)
+    return parsed(name).module or bare(name)
+
+
+def _module(name: str) -> str:
     found = _NUMBERED.search(name)
     inside = name[found.end() + 1 :] if found else name.rpartition(".")[0].rpartition(".")[2]
     parts = [part for part in inside.split(".") if not part.isdigit()]
     if found and len(parts) > 1 and parts[-1] in ("weight", "bias"):
         parts.pop()
-    return ".".join(parts) or name
+    return ".".join(parts)

@@ -10,16 +10,16 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import islice
 
 from drift_fast.names import (
     MODULE_KINDS,
     bare,
-    is_other_modality,
     kind_of,
-    layer_of,
     may_be_missed,
     module_of,
+    parsed,
 )
 
 Modules = str | Sequence[str]
@@ -83,7 +83,8 @@ class Selection:
         Raises:
             ValueError: a selected layer does not exist; the message says which do.
         """
-        present = {layer for name in names if (layer := layer_of(name)) is not None}
+        found = set(map(parsed, names))
+        present = {one.layer for one in found if one.layer is not None}
         # A range may be far longer than any model is deep, so it is not expanded.
         absent = [
             layer
@@ -133,23 +134,25 @@ class Selection:
 
     def named_by_pattern(self, name: str) -> bool:
         """Whether a pattern, and not only a preset, selects a tensor."""
-        patterns = tuple(one for one in self.modules if one.startswith("re:"))
-        return bool(patterns) and name in replace(self, modules=patterns)
+        return bool(self._patterns) and name in self._of_patterns
 
     def __contains__(self, name: str) -> bool:
-        if self.layers is not None:
-            layer = layer_of(name)
-            if layer is None or not any(layer in layers for layers in self.layers):
-                return False
-        return any(self._matches(module, name) for module in self.modules)
+        found = parsed(name)
+        if self.layers is not None and (
+            found.layer is None or not any(found.layer in layers for layers in self.layers)
+        ):
+            return False
+        if found.kind in self.modules or ("all" in self.modules and not found.is_other_modality):
+            return True
+        return any(one.search(bare(name)) or one.search(name) for one in self._patterns)
 
-    @staticmethod
-    def _matches(module: str, name: str) -> bool:
-        if module.startswith("re:"):
-            return any(re.search(module[3:], form) for form in dict.fromkeys((bare(name), name)))
-        if module == "all":
-            return not is_other_modality(name)
-        return kind_of(name) == module
+    @cached_property
+    def _patterns(self) -> list[re.Pattern[str]]:
+        return [re.compile(module[3:]) for module in self.modules if module.startswith("re:")]
+
+    @cached_property
+    def _of_patterns(self) -> Selection:
+        return replace(self, modules=tuple(one for one in self.modules if one.startswith("re:")))
 
     def __str__(self) -> str:
         text = f"modules={','.join(self.modules)}"

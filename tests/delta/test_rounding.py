@@ -173,7 +173,7 @@ def test_the_estimate_is_kept_added_up_and_independent_of_threads(tmp_path: Path
     assert total.rounding_sq == math.fsum(row.rounding_sq or 0 for row in delta.stats)
     assert total.rounding_share == pytest.approx(0.51, rel=0.1)
     assert f"{total.rounding_share:.1%}" in Statistics([total]).table()
-    assert delta.stats.to_rows()[0]["rounding_sq"] == delta.stats[0].rounding_sq
+    assert delta.stats.to_rows()[0].rounding_sq == delta.stats[0].rounding_sq
     assert total.to_dict()["rounding_share"] == total.rounding_share
 
 

@@ -82,7 +82,7 @@ def stream(
     limits: Any = options
     try:
         moments, peak_nbytes = stream_pairs(a, b, pairs, limits, writer=writer)
-        writer.commit("{}")
+        writer.commit(b"{}")
     finally:
         writer.abort()
     return contents(out), moments, peak_nbytes

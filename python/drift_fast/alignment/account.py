@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -9,14 +10,12 @@ from dataclasses import dataclass, replace
 from drift_fast.alignment.coverage import (
     NOT_SELECTED,
     Coverage,
-    backbone_numel,
-    layer_in,
-    layers_numel,
+    count_beyond,
 )
 from drift_fast.alignment.embeddings import TIED
 from drift_fast.alignment.name_alignment import NameAlignment, Pair, Unmatched
 from drift_fast.checkpoints.opened import Opened
-from drift_fast.names import bare, container_of, kind_of, layer_of
+from drift_fast.names import bare, container_of, containers_of, kind_of, layer_of
 from drift_fast.selection import Selection
 
 
@@ -42,7 +41,8 @@ def account_for(
         _missing(found.unmatched_reasoning, selection),
         [item for item in _missing(found.unmatched_multimodal, selection) if belongs(item[0])],
     )
-    numel = sum(pair.numel(multimodal.shapes) for pair in pairs)
+    numel_of = {pair.name: pair.numel(multimodal.shapes) for pair in pairs}
+    numel = sum(numel_of.values())
     # Rows of an embedding that only the multimodal vocabulary has.
     rows_numel = sum(math.prod(multimodal.shapes[pair.name]) for pair in pairs) - numel
     # A pair whose shapes differ is missing on both sides but is one parameter of the model.
@@ -50,9 +50,6 @@ def account_for(
         sum(math.prod(side.shapes[name]) for name, _ in items)
         for side, items in zip((reasoning, multimodal), missing, strict=True)
     )
-    backbone = _backbone(found)
-    layers = {layer_in(pair.name) for pair in found.pairs if layer_of(pair.name) is not None}
-    numel_of = {pair.name: (pair.numel(multimodal.shapes),) for pair in pairs}
     unselected = _not_selected(found, pairs)
     coverage = Coverage(
         matched=[(source, pair.name) for pair in pairs for source in pair.sources],
@@ -64,11 +61,8 @@ def account_for(
         + list(multimodal.unloaded.items()),
         matched_numel=numel,
         selected_numel=numel + rows_numel + missing_numel,
-        backbone_numel=backbone_numel(multimodal.shapes, backbone),
-        backbone_matched_numel=backbone_numel(numel_of, backbone),
-        layers_numel=layers_numel(multimodal.shapes, layers),
-        layers_matched_numel=layers_numel(numel_of, layers),
         unclaimed=_unclaimed(found, selection, multimodal),
+        **count_beyond((pair.name for pair in found.pairs), multimodal.shapes, numel_of),
     )
     return Account(pairs, coverage, *missing)
 
@@ -108,14 +102,10 @@ def _unclaimed(found: NameAlignment, selection: Selection, multimodal: Opened) -
     ]
 
 
-def _backbone(found: NameAlignment) -> set[str | None]:
-    """Return the containers of matched layers: other towers have attention too."""
-    return {container_of(pair.name) for pair in found.pairs} - {None}
-
-
 def _backbone_test(found: NameAlignment, multimodal: Opened) -> Callable[[str], bool]:
     """Return a function that says whether a multimodal tensor belongs to the language backbone."""
-    backbone = _backbone(found)
+    # Other towers have attention too.
+    backbone = containers_of(pair.name for pair in found.pairs)
     heads = [name for name in multimodal.shapes if kind_of(name) == "head"]
     below = f"{found.prefixes[1]}." if found.prefixes[1] else ""
 
@@ -130,11 +120,12 @@ def _backbone_test(found: NameAlignment, multimodal: Opened) -> Callable[[str], 
     return belongs
 
 
-def _is_number(part: str) -> bool:
-    # Python converts no more than some thousand digits.
-    return part.isdecimal() and len(part) <= 9
-
-
-def _order(name: str) -> list[tuple[int, str]]:
+def _order(name: str) -> tuple[tuple[int, str], ...]:
     """Sort layer 2 before layer 10, whatever order the files have."""
-    return [(int(part), "") if _is_number(part) else (-1, part) for part in name.split(".")]
+    return tuple(map(_order_of_component, name.split(".")))
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _order_of_component(part: str) -> tuple[int, str]:
+    # Python converts no more than some thousand digits.
+    return (int(part), "") if part.isdecimal() and len(part) <= 9 else (-1, part)

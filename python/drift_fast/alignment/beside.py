@@ -8,14 +8,13 @@ it is, changes it. Only the wording of the remedy knows families.
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from drift_fast.checkpoints.opened import ITEMSIZE, Opened
 from drift_fast.checkpoints.source import Source
-from drift_fast.names import container_of, is_other_modality, kind_of
+from drift_fast.names import container_of, containers_of, is_other_modality, kind_of, place_of
 
 # What wraps a weight, or is added to it, in PEFT's names.
 _ADAPTER = re.compile(
@@ -46,6 +45,9 @@ _FLOATS = ("BF16", "F16", "F32", "F64")
 _NO_WEIGHTS = ("I64", "U64", "BOOL")
 # How far above a tensor its weight may be: `q_proj.weight.quant_state.bitsandbytes__nf4`.
 _DEPTH = 5
+
+# Names of tensors by the container of their layer, place in the layer and dtype.
+Groups = dict[tuple[str | None, str, str], list[str]]
 
 _QUANTIZED_NAME = re.compile(
     r"[-_.](?:AWQ|GPTQ|(?:GPTQ-)?Int[48]|FP8|NVFP4|MXFP4|bnb|4bit|8bit|w4a16|w8a8)\b.*$", re.I
@@ -90,15 +92,26 @@ class Beside:
         return texts
 
 
-def find_beside(side: Opened, other: Opened, matched: Collection[str]) -> Beside:
-    """Return what changes weights of the backbone of `side`, selected or not.
+def find_beside(
+    sides: tuple[Opened, Opened], matched: tuple[Collection[str], Collection[str]]
+) -> tuple[Beside, Beside]:
+    """Return what changes weights of the backbone of either side, selected or not.
 
-    `matched` are the names of `side` that have a match. The backbone is the layers that they are
-    in, with norm, embeddings and head; where nothing matches, all layers but those of towers.
+    `matched` are the names of either side that have a match. The backbone is the layers that they
+    are in, with norm, embeddings and head; where nothing matches, all layers but those of towers.
     """
-    containers = {container_of(name) for name in matched} - {None}
-    own = _Places.of(side, containers)
-    weights = own.weights | _Places.of(other, set()).weights
+    first, second = (_grouped(side) for side in sides)
+    return (
+        _beside(sides[0], first, _Places.of(sides[1], second).weights, matched[0]),
+        _beside(sides[1], second, _Places.of(sides[0], first).weights, matched[1]),
+    )
+
+
+def _beside(side: Opened, groups: Groups, others: set[str], matched: Collection[str]) -> Beside:
+    """Return what changes weights of one side; `others` are the places of those of the other."""
+    containers = containers_of(matched) or {container for container, _, _ in groups}
+    own = _Places.of(side, {key: groups[key] for key in groups if key[0] in {None, *containers}})
+    weights = own.weights | others
     kinds: dict[str, str] = {}
     for (place, dtype), names in own.names.items():
         kind = _kind(place, dtype, own.weights, weights, kind_of(names[0]))
@@ -128,29 +141,29 @@ class _Places:
     weights: set[str] = field(default_factory=set)
 
     @classmethod
-    def of(cls, side: Opened, containers: Collection[str | None]) -> _Places:
+    def of(cls, side: Opened, groups: Groups) -> _Places:
         found = cls()
-        # Layers repeat, so few parts of names are looked at.
-        is_aside = functools.lru_cache(maxsize=None)(is_other_modality)
-        for name, shape in side.shapes.items():
-            container = container_of(name)
-            if container is None:
-                place = name
-                if is_aside(name) or not any(_is_vocabulary(one) for one, _ in _above(name)):
-                    continue
-            else:
-                place = name[len(container) :].lstrip(".").partition(".")[2]
-                if containers and container not in containers:
-                    continue
-                if is_aside(container) or is_aside(place):
-                    continue
-            found.names.setdefault((place, side.dtypes[name]), []).append(name)
+        for (_, place, dtype), names in groups.items():
+            found.names.setdefault((place, dtype), []).extend(names)
             module, _, leaf = place.rpartition(".")
             if leaf == "weight":
                 found.weights.add(module)
-            elif len(shape) > 1 and leaf != "bias":
+            elif leaf != "bias" and any(len(side.shapes[name]) > 1 for name in names):
                 found.weights.add(place)
         return found
+
+
+def _grouped(side: Opened) -> Groups:
+    """Return the tensors that may be of a backbone. Layers repeat, so there are few groups."""
+    found: Groups = {}
+    for name, dtype in side.dtypes.items():
+        found.setdefault((container_of(name), place_of(name), dtype), []).append(name)
+    return {key: names for key, names in found.items() if not _is_aside(key[0], names[0])}
+
+
+def _is_aside(container: str | None, name: str) -> bool:
+    outside = container is None and not any(_is_vocabulary(one) for one, _ in _above(name))
+    return outside or is_other_modality(name)
 
 
 def _is_vocabulary(module: str) -> bool:

@@ -7,18 +7,16 @@ selected". Nothing is left out in silence.
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Iterable, Mapping, Set
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, TypedDict
 
 from drift_fast.config_files import convert
-from drift_fast.names import container_of, kind_of, layer_of, module_of
+from drift_fast.names import Parsed, module_of, parsed
+from drift_fast.shapes import Shape
 
 NOT_SELECTED = "not selected"
-
-# The container and the number of a layer.
-Layer = tuple[str | None, int | None]
 
 
 @dataclass(frozen=True)
@@ -106,16 +104,6 @@ class Coverage:
         )
 
 
-def layers_numel(shapes: Mapping[str, tuple[int, ...]], layers: Set[Layer]) -> int:
-    """Return the parameters in layers, given by container and number."""
-    return sum(math.prod(shape) for name, shape in shapes.items() if layer_in(name) in layers)
-
-
-def layer_in(name: str) -> Layer:
-    """Return the container and the number of the layer that a tensor is in, if any."""
-    return container_of(name), layer_of(name)
-
-
 def modules_in(names: Iterable[str], limit: int = 8) -> str:
     """Return modules and how many tensors each has, the first few, for a message."""
     counts = Counter(map(module_of, names))
@@ -123,17 +111,47 @@ def modules_in(names: Iterable[str], limit: int = 8) -> str:
     return ", ".join(found) + (f" and {len(counts) - limit} more" if len(counts) > limit else "")
 
 
-def backbone_numel(shapes: Mapping[str, tuple[int, ...]], containers: Iterable[str | None]) -> int:
-    """Return the parameters of a language backbone: its layers, and norm, embedding and head.
+class Beyond(TypedDict):
+    """What a coverage counts beyond the selection, under its names there."""
 
-    `containers` hold the layers, as `names.container_of` names them.
+    backbone_numel: int
+    backbone_matched_numel: int
+    layers_numel: int
+    layers_matched_numel: int
+
+
+def count_beyond(
+    paired: Iterable[str], shapes: Mapping[str, Shape], matched: Mapping[str, int]
+) -> Beyond:
+    """Count the parameters of the backbone and of the paired layers, in all and with a match.
+
+    `paired` are the names that have a match, selected or not, `shapes` those of the whole model,
+    and `matched` the numbers of elements that are matched. The backbone is the containers of paired
+    layers, with norm, embedding and head.
     """
-    held = set(containers)
-    return sum(
-        math.prod(shape)
-        for name, shape in shapes.items()
-        if (container_of(name) in held if layer_of(name) is not None else kind_of(name) != "other")
-    )
+    layers = {(one.container, one.layer) for one in map(parsed, paired) if one.layer is not None}
+    containers = {container for container, _ in layers}
+
+    def count(items: Iterable[tuple[str, int]]) -> tuple[int, int]:
+        by_place: dict[Parsed, int] = defaultdict(int)
+        for name, numel in items:
+            by_place[parsed(name)] += numel
+        backbone = in_layers = 0
+        for one, numel in by_place.items():
+            if one.container in containers if one.layer is not None else one.kind != "other":
+                backbone += numel
+            if (one.container, one.layer) in layers:
+                in_layers += numel
+        return backbone, in_layers
+
+    backbone, in_layers = count((name, math.prod(shape)) for name, shape in shapes.items())
+    backbone_matched, in_layers_matched = count(matched.items())
+    return {
+        "backbone_numel": backbone,
+        "backbone_matched_numel": backbone_matched,
+        "layers_numel": in_layers,
+        "layers_matched_numel": in_layers_matched,
+    }
 
 
 def listed(items: list[tuple[str, str]], limit: int = 8) -> str:

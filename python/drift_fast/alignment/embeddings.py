@@ -63,17 +63,14 @@ def align_rows(
     Raises:
         CheckpointError: a tokenizer that is not valid.
     """
-    for side in (reasoning, multimodal):
-        if any(kind_of(n) in ("embed", "head") and n in selection for n in side.shapes):
+    held, here = _vocabulary(reasoning), _vocabulary(multimodal)
+    for side, names in ((reasoning, held), (multimodal, here)):
+        if any(name in selection for name in names):
             side.download_files(TOKENIZER_FILES)
     reasoning_ties, multimodal_ties = ties
-    has_embedding = bool(_of_kind("embed", multimodal.shapes))
-    chosen = [
-        name
-        for name in multimodal.shapes
-        if name in selection and _is_vocabulary(name, multimodal.shapes)
-    ]
-    sources = _sources(found, reasoning.shapes, multimodal.shapes, tied=reasoning_ties.tied)
+    has_embedding = bool(_of_kind("embed", here))
+    chosen = [name for name, shape in here.items() if name in selection and len(shape) in (1, 2)]
+    sources = _sources(found, reasoning, multimodal, tied=reasoning_ties.tied)
     pairs = {pair.name: pair for pair in found.pairs if pair.name not in chosen}
     maps: dict[str, RowMap] = {}
     problems: dict[str, str] = {}
@@ -96,7 +93,7 @@ def align_rows(
     reasons_of_reasoning = dict(found.unmatched_reasoning)
     if reasoning_ties.tied or multimodal_ties.unknown:
         reason = TIED if reasoning_ties.tied else NO_HEAD
-        reasons_of_reasoning |= {n: reason for n in reasoning.shapes if kind_of(n) == "head"}
+        reasons_of_reasoning |= {n: reason for n in held if kind_of(n) == "head"}
     taken = {source for pair in pairs.values() for source in pair.sources}
     alignment = replace(
         found,
@@ -124,16 +121,13 @@ def _match(source: str, name: str, reasoning: Opened, multimodal: Opened, rows: 
         raise CoverageError(f"{source} {list(here)} and {name} {list(there)}: {error}") from error
 
 
-def _is_vocabulary(name: str, shapes: Mapping[str, Shape]) -> bool:
-    return kind_of(name) in ("embed", "head") and len(shapes[name]) in (1, 2)
+def _vocabulary(side: Opened) -> dict[str, Shape]:
+    """Return the embeddings and heads, and everything else whose name says that it is one."""
+    return {n: shape for n, shape in side.shapes.items() if kind_of(n) in ("embed", "head")}
 
 
 def _sources(
-    found: NameAlignment,
-    reasoning: Mapping[str, Shape],
-    multimodal: Mapping[str, Shape],
-    *,
-    tied: bool,
+    found: NameAlignment, reasoning: Opened, multimodal: Opened, *, tied: bool
 ) -> dict[str, str]:
     """Return the reasoning tensor of each multimodal embedding and head that has one.
 
@@ -142,32 +136,35 @@ def _sources(
     placed only if it is the only one of its kind on either side. Where the reasoning model ties
     them, its embedding is its head and its head its embedding.
     """
+    held, here = (
+        {name: shape for name, shape in _vocabulary(side).items() if len(shape) in (1, 2)}
+        for side in (reasoning, multimodal)
+    )
     placed = found.vocabularies | {
         pair.name: pair.source
         for pair in found.pairs
-        if isinstance(pair.source, str) and _is_vocabulary(pair.name, multimodal)
+        if pair.name in here and isinstance(pair.source, str)
     }
     first, second = (f"{prefix}." if prefix else "" for prefix in found.prefixes)
-    stored = {bare(name): name for name in multimodal}
-    for source in reasoning:
+    stored = {bare(name): name for name in multimodal.shapes}
+    for source in held:
         plain = bare(source)
         name = stored.get(second + plain.removeprefix(first), "")
-        fits = name and _is_vocabulary(source, reasoning)
-        if fits and plain.startswith(first) and name not in placed:
+        if name and plain.startswith(first) and name not in placed:
             placed[name] = source
     for kind, tied_kind in (("embed", "head"), ("head", "embed")):
-        free = _of_kind(kind, multimodal)
+        free = _of_kind(kind, here)
         if any(name in placed for name in free):
             continue
-        candidates = _of_kind(kind, reasoning)
+        candidates = _of_kind(kind, held)
         if tied and not candidates:
-            candidates = _of_kind(tied_kind, reasoning)
+            candidates = _of_kind(tied_kind, held)
         if len(free) == len(candidates) == 1:
             placed[free[0]] = candidates[0]
     return {
         name: source
         for name, source in placed.items()
-        if reasoning[source][1:] == multimodal[name][1:]
+        if reasoning.shapes[source][1:] == multimodal.shapes[name][1:]
     }
 
 

@@ -59,9 +59,9 @@ def canonical_layouts(
 
 def is_unoriented(name: str, tensors: Mapping[str, Shape]) -> bool:
     """Whether nothing shows if fused experts are transposed: square, without their other weight."""
-    match = _FUSED_EXPERTS.match(name)
     shape = tensors[name]
-    if match is None or len(shape) != 3 or shape[1] != shape[2]:
+    match = _FUSED_EXPERTS.match(name) if len(shape) == 3 and shape[1] == shape[2] else None
+    if match is None:
         return False
     other = "down_proj" if match["name"] == "gate_up_proj" else "gate_up_proj"
     ending = match[3] or ""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from drift_fast._core import Aligned
@@ -91,7 +91,8 @@ def _match_as_named(
     failure: AlignmentError | None = None
     plain: NameAlignment | None = None
     try:
-        plain = _as_stored(_align(reasoning.shapes, multimodal.shapes, prefer_equal_names))
+        found = _align(reasoning.shapes, multimodal.shapes, prefer_equal_names)
+        plain = _as_stored(found, reasoning.shapes, multimodal.shapes)
         if not _leftover(plain):
             return plain
     except AlignmentError as error:
@@ -115,9 +116,13 @@ def _align(
     )
 
 
-def _as_stored(aligned: Aligned) -> NameAlignment:
+def _as_stored(
+    aligned: Aligned, reasoning: Iterable[str], multimodal: Iterable[str]
+) -> NameAlignment:
+    # The names that are there already, since copies of all would take as much memory again.
+    first, second = ({name: name for name in side} for side in (reasoning, multimodal))
     return NameAlignment(
-        [Pair(name, source) for source, name in aligned.pairs],
+        [Pair(second[name], first[source]) for source, name in aligned.pairs],
         aligned.unmatched_reasoning,
         aligned.unmatched_multimodal,
         aligned.prefixes,
@@ -130,9 +135,12 @@ def _refuse_unoriented(
     found: NameAlignment, reasoning: TensorIndex, multimodal: TensorIndex
 ) -> None:
     """Refuse square fused experts if nothing shows whether one of them is transposed."""
-    for pair in found.pairs:
-        sides = [(name, reasoning.shapes) for name in pair.sources]
-        for name, shapes in [*sides, (pair.name, multimodal.shapes)]:
+    sides = (
+        ((name for pair in found.pairs for name in pair.sources), reasoning.shapes),
+        ((pair.name for pair in found.pairs), multimodal.shapes),
+    )
+    for names, shapes in sides:
+        for name in names:
             if is_unoriented(name, shapes):
                 raise AmbiguousAlignmentError(
                     f"two alignments fit: {name} {list(shapes[name])} is square, so its shape does "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from drift_fast.alignment.account import Account
@@ -81,14 +82,15 @@ class AlignedPair(ModelPair):
         """Which selected tensors have a match, and which have none."""
         return self.account.coverage
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """How many bytes the selected pairs take in both checkpoints."""
         return sum(map(self.nbytes_of, self.pairs))
 
     def nbytes_of(self, pair: Pair) -> int:
         """Return how many bytes one pair takes in both checkpoints."""
-        itemsize = ITEMSIZE.get(self.reasoning.dtypes[pair.sources[0]], 1)
+        source = pair.source if isinstance(pair.source, str) else pair.source[0].source
+        itemsize = ITEMSIZE.get(self.reasoning.dtypes[source], 1)
         return self.multimodal.nbytes(pair.name) + pair.numel(self.shapes) * itemsize
 
     def needed(self) -> tuple[set[str], set[str]]:

@@ -26,7 +26,7 @@ class TensorIndex:
     convert: Callable[[], dict[str, Layout] | None] = lambda: None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Pair:
     """A multimodal tensor, and the reasoning tensor or the parts of several that match it."""
 

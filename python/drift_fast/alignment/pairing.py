@@ -19,7 +19,7 @@ from drift_fast.alignment.missed import warn_of_missed
 from drift_fast.alignment.model_pair import AlignedPair, ModelPair
 from drift_fast.alignment.name_alignment import NameAlignment, TensorIndex
 from drift_fast.alignment.options import PairOptions
-from drift_fast.alignment.refusals import refuse
+from drift_fast.alignment.refusals import OF_WEIGHTS, refuse
 from drift_fast.alignment.similarity import compare_weights, warn_if_unrelated
 from drift_fast.alignment.tied import check_ties, find_ties, warn_if_presumed
 from drift_fast.alignment.transformers_layout import convert_checkpoint
@@ -219,6 +219,6 @@ def verify(pair: AlignedPair) -> AlignedPair:
         pair.reasoning.checkpoint, pair.multimodal.checkpoint, compared, pair.shapes
     )
     verified = replace(pair, similarity=similarity)
-    refuse(verified, strict=pair.options.strict)
+    refuse(verified, strict=pair.options.strict, rules=OF_WEIGHTS)
     warn_if_unrelated(similarity, *pair.paths)
     return verified

@@ -57,10 +57,16 @@ class Refusal:
 Rule = Callable[[ModelPair], Refusal | None]
 
 
-def why_not(pair: ModelPair, *, strict: bool = True) -> list[Refusal]:
-    """Return every reason to refuse a pair, as far as it is known; the first one is the cause."""
+def why_not(
+    pair: ModelPair, *, strict: bool = True, rules: Sequence[Rule] | None = None
+) -> list[Refusal]:
+    """Return every reason to refuse a pair, as far as it is known; the first one is the cause.
+
+    `rules` are all, or those of `OF_WEIGHTS` where the others found nothing before weights were
+    compared.
+    """
     found: list[Refusal] = []
-    for rule in RULES:
+    for rule in RULES if rules is None else rules:
         refusal = rule(pair)
         if refusal is not None and (strict or not refusal.strict_only):
             found.append(refusal)
@@ -72,13 +78,13 @@ def is_usable(refusals: Sequence[Refusal]) -> bool:
     return all(refusal.strict_only for refusal in refusals)
 
 
-def refuse(pair: ModelPair, *, strict: bool = True) -> None:
-    """Raise the first reason to refuse a pair.
+def refuse(pair: ModelPair, *, strict: bool = True, rules: Sequence[Rule] | None = None) -> None:
+    """Raise the first reason to refuse a pair; `rules` are those of `why_not`.
 
     Raises:
         AlignmentError, CoverageError, CheckpointError: there is one.
     """
-    for refusal in why_not(pair, strict=strict):
+    for refusal in why_not(pair, strict=strict, rules=rules):
         raise refusal.error
 
 
@@ -88,9 +94,9 @@ def _changed_beside(pair: ModelPair) -> Refusal | None:
         {source for one in pair.alignment.pairs for source in one.sources},
         {one.name for one in pair.alignment.pairs},
     )
-    texts = []
-    for at, role in enumerate(("reasoning", "multimodal")):
-        texts += find_beside(sides[at], sides[1 - at], matched[at]).explain(sides[at], role)
+    roles = "reasoning", "multimodal"
+    found = zip(find_beside(sides, matched), sides, roles, strict=True)
+    texts = [text for beside, side, role in found for text in beside.explain(side, role)]
     return Refusal("changed beside", CheckpointError("; ".join(texts))) if texts else None
 
 
@@ -261,6 +267,7 @@ def _is_matched(pair: ModelPair) -> TypeGuard[AlignedPair]:
     )
 
 
+OF_WEIGHTS: tuple[Rule, ...] = (_shifted, _unlike)
 # In this order; the cause of what comes after it comes first.
 RULES: tuple[Rule, ...] = (
     _changed_beside,
@@ -274,6 +281,5 @@ RULES: tuple[Rule, ...] = (
     _nothing_selected,
     _idle_preset,
     _low_coverage,
-    _shifted,
-    _unlike,
+    *OF_WEIGHTS,
 )

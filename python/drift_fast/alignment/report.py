@@ -16,7 +16,7 @@ from drift_fast.alignment.inserted import find_inserted_layers
 from drift_fast.alignment.mapping import MappingLike, write_map
 from drift_fast.alignment.model_pair import ModelPair
 from drift_fast.alignment.pairing import match_checkpoints
-from drift_fast.alignment.refusals import why_not
+from drift_fast.alignment.refusals import OF_WEIGHTS, why_not
 from drift_fast.alignment.similarity import Similarity, compare_weights
 from drift_fast.checkpoints.opened import PathLike
 from drift_fast.errors import AlignmentError
@@ -164,7 +164,7 @@ def align(
     local = pair.reasoning.is_local and pair.multimodal.is_local
     if check_weights and local and (problem is None or proposed):
         pair = _compared(pair)
-        unlike = why_not(pair)
+        unlike = why_not(pair, rules=None if proposed else OF_WEIGHTS)
         problem = str(unlike[0]) if unlike else problem
     return _report(pair, problem, proposed)
 

@@ -8,7 +8,6 @@ does, from a thousand elements of each tensor. What is refused because of it is 
 from __future__ import annotations
 
 import math
-import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from typing import Any
 from drift_fast._core import Checkpoint, correlate_samples
 from drift_fast.alignment.name_alignment import Pair
 from drift_fast.errors import DriftWarning
-from drift_fast.names import kind_of, layer_of, module_of
+from drift_fast.names import container_of, kind_of, layer_of, module_of, place_of
 from drift_fast.shapes import Shape
 
 # Two unrelated tensors correlate by chance with a deviation of 1/√n; six of them is never chance.
@@ -127,7 +126,7 @@ def _groups(pairs: Sequence[Pair], shapes: Mapping[str, Shape]) -> list[list[Pai
         shape, layer = shapes[pair.name], layer_of(pair.name)
         if layer is None or len(shape) < 2 or kind_of(pair.name) == "norm":
             continue
-        module = re.sub(rf"(^|\.){layer}(?=\.|$)", r"\1*", pair.name, count=1)
+        module = f"{container_of(pair.name)}.*.{place_of(pair.name)}"
         found.setdefault((module_of(pair.name), module, shape), []).append(pair)
     chosen: dict[tuple[str, Shape], list[list[Pair]]] = {}
     for (kind, _, shape), members in sorted(found.items()):

@@ -50,7 +50,10 @@ def find_ties(side: Opened, selection: Selection) -> Ties:
         CheckpointError: a config.json that is not valid.
     """
     configuration = side.configuration
-    heads, embeddings = _matrices("head", side), _matrices("embed", side)
+    matrices = {name: kind_of(name) for name, shape in side.shapes.items() if len(shape) == 2}
+    heads, embeddings = (
+        [name for name, kind in matrices.items() if kind == wanted] for wanted in ("head", "embed")
+    )
     if not heads:
         tied = configuration.is_tied or not configuration.found
         return Ties(tied, unknown=not tied)
@@ -110,12 +113,6 @@ def differing(side: Opened, head: str, embedding: str) -> CheckpointError:
         "the embedding; without embeddings and head, modules=('attn', 'mlp', 'norm'), it makes no "
         "difference"
     )
-
-
-def _matrices(kind: str, side: Opened) -> list[str]:
-    return [
-        name for name, shape in side.shapes.items() if kind_of(name) == kind and len(shape) == 2
-    ]
 
 
 def _equal(side: Opened, first: str, second: str, *, sampled: bool) -> bool:

@@ -125,7 +125,7 @@ class Opened:
             CheckpointError: a server that fails, or a file that changed there.
             OSError: the disk is full.
         """
-        return self._with_ranges(self._places(names), on_progress)
+        return self if self.is_local else self._with_ranges(self._places(names), on_progress)
 
     def download_elements(self, spans: Mapping[str, Sequence[tuple[int, int]]]) -> Opened:
         """Return the checkpoint with spans of elements of stored tensors on this machine.
@@ -133,23 +133,24 @@ class Opened:
         Raises:
             CheckpointError, OSError: as `download`.
         """
-        ranges: dict[Path, list[tuple[int, int]]] = {}
+        if self.is_local:
+            return self
+        ranges: dict[str, list[tuple[int, int]]] = {}
         for name, elements in spans.items():
             path, begin, end = self.checkpoint.place(name)
             itemsize = (end - begin) // max(math.prod(self.shapes[name]), 1)
-            ranges.setdefault(Path(path), []).extend(
+            ranges.setdefault(path, []).extend(
                 (begin + start * itemsize, begin + stop * itemsize) for start, stop in elements
             )
         return self._with_ranges(ranges, None)
 
     def _with_ranges(
         self,
-        ranges: Mapping[Path, list[tuple[int, int]]],
+        ranges: Mapping[str, list[tuple[int, int]]],
         on_progress: Callable[[int, int], object] | None,
     ) -> Opened:
-        if self.source.remote is None:
-            return self
-        wanted = {path.name: sorted(places) for path, places in ranges.items()}
+        assert self.source.remote is not None
+        wanted = {os.path.basename(path): sorted(places) for path, places in ranges.items()}
         self.source.transfers.append(self.source.remote.fetch(wanted, progress=on_progress))
         checkpoint = Checkpoint(self.source.path, reader=self.reader, block=self.block)
         return replace(self, checkpoint=checkpoint)
@@ -160,14 +161,15 @@ class Opened:
             return 0
         from drift_fast.checkpoints.remote.sparse import missing_nbytes
 
-        return sum(missing_nbytes(path, places) for path, places in self._places(names).items())
+        ranges = self._places(names).items()
+        return sum(missing_nbytes(Path(path), places) for path, places in ranges)
 
-    def _places(self, names: Iterable[str]) -> dict[Path, list[tuple[int, int]]]:
+    def _places(self, names: Iterable[str]) -> dict[str, list[tuple[int, int]]]:
         """Return the byte ranges of stored tensors in each shard."""
-        ranges: dict[Path, list[tuple[int, int]]] = {}
+        ranges: dict[str, list[tuple[int, int]]] = {}
         for name in sorted(names):
             path, start, end = self.checkpoint.place(name)
-            ranges.setdefault(Path(path), []).append((start, end))
+            ranges.setdefault(path, []).append((start, end))
         return ranges
 
 
@@ -186,7 +188,12 @@ def open_checkpoint(source: PathLike, reader: str = "auto") -> Opened:
         block = Configuration.read(found.path).weight_block
         checkpoint = Checkpoint(found.path, reader=reader, block=block)
     codes = checkpoint.scales()
-    tensors = {name: (dtype, tuple(shape)) for name, dtype, shape in checkpoint.tensors()}
+    # Tensors of the same dtype and shape share them.
+    kinds: dict[tuple[str, Shape], tuple[str, Shape]] = {}
+    tensors = {}
+    for name, dtype, shape in checkpoint.tensors():
+        kind = (dtype, tuple(shape))
+        tensors[name] = kinds.setdefault(kind, kind)
     scales = {name: scale for name, scale, _ in codes if scale in tensors}
     held = set(scales.values())
     opened = Opened(

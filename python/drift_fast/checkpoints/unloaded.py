@@ -12,7 +12,7 @@ from pathlib import Path
 
 from drift_fast.checkpoints.config_json import Configuration
 from drift_fast.errors import CheckpointError
-from drift_fast.names import bare, container_of, kind_of, layer_of
+from drift_fast.names import bare, by_form, container_of, kind_of, layer_of, parsed
 from drift_fast.shapes import Shape
 
 FURTHER_TOKENS = "left out: predicts further tokens, and is not loaded with the model"
@@ -41,16 +41,14 @@ Stored = tuple[str, Shape]
 
 def find_unloaded(tensors: Mapping[str, Stored], directory: Path) -> dict[str, str]:
     """Return the tensors of the checkpoint in a directory that no model loads, by name, and why."""
-    places = {name: (container_of(name), layer_of(name)) for name in tensors}
-    further = {places[name] for name in tensors if _FURTHER_LAYER.search(name)}
+    late = [name for name in tensors if _is_of_further_layer(parsed(name).form)]
     if any(_stated(directory, key) for key in _FURTHER_COUNTS):
-        beyond = layers_beyond(tensors, stated_layers(directory))
-        further |= {places[name] for name in beyond}
+        late += layers_beyond(tensors, stated_layers(directory))
+    further = {(container_of(name), layer_of(name)) for name in late}
     found = {}
     for name, (dtype, shape) in tensors.items():
-        if (places[name][1] is not None and places[name] in further) or _FURTHER_MODULE.search(
-            name
-        ):
+        form, container, layer, *_ = parsed(name)
+        if (layer is not None and (container, layer) in further) or _is_of_further_module(form):
             found[name] = FURTHER_TOKENS
         elif is_computed(name, dtype, shape) and not _is_beside_weight(name, tensors):
             found[name] = BUFFER
@@ -59,13 +57,27 @@ def find_unloaded(tensors: Mapping[str, Stored], directory: Path) -> dict[str, s
 
 def is_computed(name: str, dtype: str, shape: Shape) -> bool:
     """Whether a tensor is a buffer that a model computes: position frequencies, masks, indices."""
-    name = bare(name)
     square = len(shape) == 4 and shape[:2] == (1, 1) and shape[2] == shape[3]
     return (
         dtype == "BOOL"
-        or _COMPUTED.search(name) is not None
-        or (square and _MASK.search(name) is not None)
+        or _is_named_as_computed(parsed(name).form)
+        or (square and _MASK.search(bare(name)) is not None)
     )
+
+
+@by_form
+def _is_of_further_layer(form: str) -> bool:
+    return _FURTHER_LAYER.search(form) is not None
+
+
+@by_form
+def _is_of_further_module(form: str) -> bool:
+    return _FURTHER_MODULE.search(form) is not None
+
+
+@by_form
+def _is_named_as_computed(form: str) -> bool:
+    return _COMPUTED.search(bare(form)) is not None
 
 
 def _is_beside_weight(name: str, names: Collection[str]) -> bool:

@@ -46,7 +46,7 @@ class Backend(Protocol):
         places: Sequence[int],
         on_progress: ProgressCallback,
         memory: int | None,
-    ) -> tuple[Sequence[Mapping[str, Any]], int | None]:
+    ) -> tuple[list[Any], int | None]:
         """Write the tensors of these places, the writer's first to last.
 
         Returns a row for each, and the most bytes that buffers took, where that is known.
@@ -96,7 +96,7 @@ class Streamed:
         places: Sequence[int],
         on_progress: ProgressCallback,
         memory: int | None,
-    ) -> tuple[list[Moments], int]:
+    ) -> tuple[list[Any], int]:
         return self._stream(places, on_progress, writer, memory)
 
     def statistics(self, on_progress: ProgressCallback = unreported) -> tuple[Statistics, int]:
@@ -109,9 +109,10 @@ class Streamed:
         on_progress: ProgressCallback,
         writer: DeltaWriter | None = None,
         memory: int | None = None,
-    ) -> tuple[list[Moments], int]:
+    ) -> tuple[list[Any], int]:
         pairs = [self._pair.pairs[place] for place in places]
-        total_nbytes = sum(map(self._pair.nbytes_of, pairs))
+        everything = len(pairs) == len(self._pairs)
+        total_nbytes = self._pair.nbytes if everything else sum(map(self._pair.nbytes_of, pairs))
 
         def report(tensors: int, nbytes: int) -> None:
             on_progress(Progress(tensors, len(pairs), nbytes, total_nbytes))
@@ -132,7 +133,7 @@ class Streamed:
         stats = Statistics(
             [row_from_moments(n, self.shapes[n], row, compressed=compressed) for n, row in named]
         )
-        if stats.total.delta_sq == 0:
+        if not any(row.delta_sq for row in stats):
             warn_of_zero(self._pair)
         warn_of_rounding(stats, self._pair.paths)
         return stats
@@ -238,7 +239,7 @@ class Stored:
         places: Sequence[int],
         on_progress: ProgressCallback,
         memory: int | None,
-    ) -> tuple[list[Mapping[str, Any]], int]:
+    ) -> tuple[list[Any], int]:
         # Bytes are copied as stored: nothing is decoded, so nothing is rounded again.
         rows = [self._stats[place] for place in places]
         names = [stored_names(row.name, self._dtype) for row in rows]

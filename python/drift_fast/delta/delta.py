@@ -94,7 +94,7 @@ class Delta(Mapping[str, "torch.Tensor"]):
         directory = local_path(path)
         found = Description.read(directory)
         try:
-            stats = Statistics.from_rows(found.rows)
+            stats = Statistics.from_rows(found.statistics)
             coverage = Coverage.from_dict(found.coverage)
         except (ValueError, TypeError, KeyError) as error:
             raise CheckpointError(

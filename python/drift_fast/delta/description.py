@@ -12,12 +12,15 @@ from drift_fast.delta.format import DESCRIPTION, FORMAT_VERSION
 from drift_fast.dtypes import RETIRED, check_stored_dtype
 from drift_fast.errors import CheckpointError
 
-# A 671B pair has 45,395 tensors, of about 700 bytes each.
-_MAX_NBYTES = 100_000_000
+# 262,144 tensors, the limit of a checkpoint, take about 600 bytes each.
+_MAX_NBYTES = 256_000_000
 
 
-class StoredRow(msgspec.Struct, frozen=True):
-    """The statistics of one tensor: sums of squares and counts, from which the rest follows."""
+class StoredRow(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The statistics of one tensor: sums of squares and counts, from which the rest follows.
+
+    The columns of `Row` that do not follow from the name and the shape, in the same order.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -75,11 +78,6 @@ class Description(msgspec.Struct, frozen=True):
     statistics: list[StoredRow]
     # A delta of an earlier version has none.
     checksums: StoredChecksums | None = None
-
-    @property
-    def rows(self) -> list[dict[str, Any]]:
-        """The statistics as plain values."""
-        return [msgspec.structs.asdict(row) for row in self.statistics]
 
     @property
     def checksums_of_tensors(self) -> dict[str, str] | None:

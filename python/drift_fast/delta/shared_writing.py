@@ -73,7 +73,7 @@ def write_together(
         if group.rank == 0:
             text = content.text(_in_order(shares, plan, found))
             writer.commit(text)
-            group.share(_digest(text.encode()))
+            group.share(_digest(text))
         else:
             _look_for(group, destination.path, group.share())
     except BaseException as error:

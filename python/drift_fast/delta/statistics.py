@@ -7,11 +7,12 @@ Norms are Frobenius norms of the exact Δ, before it is rounded for storage.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, overload
 
-from drift_fast.names import kind_of, layer_of, module_of
+from drift_fast.names import module_of, parsed
 from drift_fast.tables import render
 
 if TYPE_CHECKING:
@@ -19,9 +20,10 @@ if TYPE_CHECKING:
     import pyarrow
 
     from drift_fast._core import Moments
+    from drift_fast.delta.description import StoredRow
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
     """Moments of one tensor, or of several taken together.
 
@@ -57,10 +59,11 @@ class Row:
     flushed: int | None = None
 
     @classmethod
-    def of(cls, name: str, shape: Sequence[int], **moments: Any) -> Row:
+    def of(cls, name: str, shape: Sequence[int], *moments: Any, **named: Any) -> Row:
         """Return the row of one tensor, with the columns that follow from its name and shape."""
-        place = module_of(name), layer_of(name), kind_of(name)
-        return cls(name, *place, tuple(shape), math.prod(shape), **moments)
+        found = parsed(name)
+        place = module_of(name), found.layer, found.kind
+        return cls(name, *place, tuple(shape), math.prod(shape), *moments, **named)
 
     @property
     def delta_norm(self) -> float:
@@ -141,19 +144,28 @@ _SUMS = ("delta_sq", "reasoning_sq", "multimodal_sq", "dot")
 _OPTIONAL_SUMS = ("max_abs", "rounding_sq", "stored_sq", "stored_dot")
 _OPTIONAL_COUNTS = ("zeros", "agreeing", "flushed")
 _COUNTS = ("nonfinite", "overflow")
-_STORED = (*_SUMS, *_COUNTS)
-_COMPRESSED = ("stored_sq", "stored_dot", "flushed")
 
 
 def row_from_moments(
     name: str, shape: Sequence[int], moments: Moments, *, compressed: bool = False
 ) -> Row:
     """Return the row of one tensor; `compressed` says that it was stored in eight bits."""
-    columns: dict[str, Any] = {**moments, "stored_sq": moments["written_sq"]}
-    columns["nonfinite"] = moments["nonfinite_reasoning"] + moments["nonfinite_multimodal"]
-    taken = ("max_abs", "zeros", "agreeing", "rounding_sq")
-    kept = (*_STORED, *taken, *(_COMPRESSED if compressed else ()))
-    return Row.of(name, shape, **{column: columns[column] for column in kept})
+    of_stored = moments["written_sq"], moments["stored_dot"], moments["flushed"]
+    return Row.of(
+        name,
+        shape,
+        moments["delta_sq"],
+        moments["reasoning_sq"],
+        moments["multimodal_sq"],
+        moments["dot"],
+        moments["nonfinite_reasoning"] + moments["nonfinite_multimodal"],
+        moments["overflow"],
+        moments["max_abs"],
+        moments["zeros"],
+        moments["agreeing"],
+        moments["rounding_sq"],
+        *(of_stored if compressed else ()),
+    )
 
 
 @dataclass(frozen=True)
@@ -236,38 +248,31 @@ class Statistics(Sequence[Row]):
 
         return pyarrow.Table.from_pylist([row.to_dict() for row in self._rows])
 
-    def to_rows(self) -> list[dict[str, Any]]:
+    def to_rows(self) -> list[StoredRow]:
         """Return what `drift.json` stores: names, shapes and sums, from which the rest follows."""
-        return [
-            {"name": row.name, "shape": list(row.shape)}
-            | {
-                column: _finite_or_none(getattr(row, column))
-                for column in (*_STORED, *_OPTIONAL_SUMS, *_OPTIONAL_COUNTS)
-                if getattr(row, column) is not None
-            }
-            for row in self._rows
-        ]
+        # Loaded here, so that measuring stays light.
+        from drift_fast.delta.description import StoredRow
+
+        stored = attrgetter(*StoredRow.__struct_fields__)
+        return [StoredRow(*stored(row)) for row in self._rows]
 
     @classmethod
-    def from_rows(cls, rows: Sequence[Mapping[str, Any]]) -> Statistics:
-        """Restore what `to_rows` returned, its types already checked.
+    def from_rows(cls, rows: Iterable[StoredRow]) -> Statistics:
+        """Restore what `to_rows` returned.
 
         Raises:
             ValueError: a negative square.
         """
         restored = []
         for row in rows:
-            name = row["name"]
-            sums = {column: _float_or_nan(row[column]) for column in _SUMS}
-            sums |= {
-                column: float(row[column])
-                for column in _OPTIONAL_SUMS
-                if row.get(column) is not None
-            }
-            if min(sums[key] for key in sums if key.endswith("_sq")) < 0:
-                raise ValueError(f"the statistics of {name} hold a negative square")
-            counts = {column: row.get(column) for column in (*_COUNTS, *_OPTIONAL_COUNTS)}
-            restored.append(Row.of(name, row["shape"], **sums, **counts))
+            squares = row.delta_sq, row.reasoning_sq, row.multimodal_sq
+            optional = row.rounding_sq, row.stored_sq
+            if min(square or 0.0 for square in squares + optional) < 0:
+                raise ValueError(f"the statistics of {row.name} hold a negative square")
+            sums = map(_float_or_nan, (*squares, row.dot))
+            counts = row.nonfinite, row.overflow, row.max_abs, row.zeros, row.agreeing
+            compressed = row.rounding_sq, row.stored_sq, row.stored_dot, row.flushed
+            restored.append(Row.of(row.name, row.shape, *sums, *counts, *compressed))
         return cls(restored)
 
     def table(self) -> str:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from drift_fast._core import DeltaWriter
+from drift_fast.config_files import json_text
 from drift_fast.delta.backends import Backend
 from drift_fast.delta.format import BLOCK_NBYTES
 from drift_fast.progress_bar import ProgressCallback
@@ -23,7 +23,7 @@ _CHECKSUM_NBYTES = 8
 # Of the widest type that a delta is stored as.
 _ITEMSIZE = 4
 
-Rows: TypeAlias = Sequence[Mapping[str, Any]]
+Rows: TypeAlias = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,17 @@ class Content:
         """Name and shape of each tensor, in order."""
         return [(name, list(shape)) for name, shape in self.backend.shapes.items()]
 
-    def text(self, rows: Rows) -> str:
-        """Return the text of `drift.json`."""
-        return json.dumps(self.describe(rows), indent=1) + "\n"
+    def text(self, rows: Rows) -> bytes:
+        """Return the text of `drift.json`, and empty `rows`, which may take much memory."""
+        described = self.describe(rows)
+        rows.clear()
+        return json_text(described)
 
     def description_nbytes(self) -> int:
         """Return what `drift.json` will take at most, before there are statistics to put in."""
-        fixed = len(json.dumps(self.describe(None), indent=1))
-        rows = sum(3 * len(json.dumps(name)) + _ROW_NBYTES for name in self.backend.shapes)
+        fixed = len(json_text(self.describe(None)))
+        names = list(self.backend.shapes)
+        rows = 3 * len(json_text(names)) + len(names) * _ROW_NBYTES
         nbytes = _ITEMSIZE * sum(map(math.prod, self.backend.shapes.values()))
         return fixed + rows + nbytes // BLOCK_NBYTES * _CHECKSUM_NBYTES
 
@@ -94,10 +97,10 @@ def write_alone(
     return peak_nbytes
 
 
-def with_checksums(rows: Rows, writer: DeltaWriter) -> list[dict[str, Any]]:
-    """Return the rows of a writer's tensors, each with the checksums of what holds it on disk."""
+def with_checksums(rows: Rows, writer: DeltaWriter) -> Rows:
+    """Add to the rows of a writer's tensors the checksums of what holds each on disk."""
     checksums = writer.checksums()
     each = len(checksums) // max(1, len(rows))
-    return [
-        {**row, "checksums": checksums[each * at : each * (at + 1)]} for at, row in enumerate(rows)
-    ]
+    for at, row in enumerate(rows):
+        row["checksums"] = checksums[each * at : each * (at + 1)]
+    return rows

@@ -17,9 +17,7 @@ from torch import nn
 from drift_fast.alignment.coverage import (
     NOT_SELECTED,
     Coverage,
-    backbone_numel,
-    layer_in,
-    layers_numel,
+    count_beyond,
     listed,
 )
 from drift_fast.alignment.layout import Layout
@@ -44,7 +42,6 @@ from drift_fast.inject.refusals import packing_of
 from drift_fast.inject.shards.find import parameters_of
 from drift_fast.inject.target import Target
 from drift_fast.inject.tied import refuse_untied, without_tied
-from drift_fast.names import container_of, layer_of
 
 _REMEDY = (
     "Compute the delta from the checkpoint that this model was loaded from, state the pairs with "
@@ -103,10 +100,7 @@ def find_targets(
         for name in wanted
         if name not in used and name not in tied
     ]
-    matched_numel = sum(math.prod(candidates.shapes[pair.name]) for pair in pairs)
-    backbone = {container_of(pair.name) for pair in found.pairs}
-    layers = {layer_in(pair.name) for pair in found.pairs if layer_of(pair.name) is not None}
-    targeted = {pair.name: candidates.shapes[pair.name] for pair in pairs}
+    numel_of = {pair.name: math.prod(candidates.shapes[pair.name]) for pair in pairs}
     coverage = Coverage(
         matched=[
             (source, candidates.names[pair.name]) for pair in pairs for source in pair.sources
@@ -115,12 +109,9 @@ def find_targets(
         + list(tied.items())
         + [(name, NOT_SELECTED) for name in delta.shapes if name not in wanted],
         unmatched_multimodal=candidates.others(pairs, dict(found.unmatched_multimodal) | frozen),
-        matched_numel=matched_numel,
-        selected_numel=matched_numel + sum(math.prod(wanted[name]) for name, _ in missing),
-        backbone_numel=backbone_numel(candidates.shapes, backbone),
-        backbone_matched_numel=backbone_numel(targeted, backbone),
-        layers_numel=layers_numel(candidates.shapes, layers),
-        layers_matched_numel=layers_numel(targeted, layers),
+        matched_numel=sum(numel_of.values()),
+        selected_numel=sum(numel_of.values()) + sum(math.prod(wanted[name]) for name, _ in missing),
+        **count_beyond((pair.name for pair in found.pairs), candidates.shapes, numel_of),
     )
     # What a mapping leaves out was stated, and is in the coverage; LoRA leaves biases out.
     refused = [item for item in missing if item[1] not in (LEFT_OUT, FROZEN_BIAS)]

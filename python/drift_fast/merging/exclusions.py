@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
+from itertools import accumulate
 
 from drift_fast.alignment.model_pair import AlignedPair
 from drift_fast.alignment.name_alignment import Pair
 from drift_fast.errors import DriftWarning
 from drift_fast.merging.method_options import REST
 from drift_fast.names import kind_of
-from drift_fast.selection import Selection
 
 # Integers and booleans, as the format names them.
 _WHOLE = re.compile(r"[IU]\d+|BOOL")
@@ -23,8 +23,7 @@ LEFT_OUT_AS_TIED = "left out: tied by the configuration to the embedding, which 
 def why_a_buffer(pair: Pair, aligned: AlignedPair) -> str:
     """Return why a pair is not a weight, or nothing; a pattern that names it overrides this."""
     name = pair.name
-    patterns = [one for one in aligned.selection.modules if one.startswith("re:")]
-    if any(name in Selection((one,), None) for one in patterns):
+    if aligned.selection.named_by_pattern(name):
         return ""
     if name.rpartition(".")[2] in _POSITIONS:
         return "a buffer of position frequencies, not a weight"
@@ -36,6 +35,10 @@ def why_a_buffer(pair: Pair, aligned: AlignedPair) -> str:
     return "" if whole is None else f"a buffer of {whole}, not a weight"
 
 
+def _modules_around(name: str) -> Iterable[str]:
+    return accumulate(name.split(".")[:-1], "{}.{}".format)
+
+
 def warn_of_routers(merged: Collection[str], names: Collection[str]) -> None:
     """Warn of routers that stay the multimodal model's while the experts they choose are merged."""
     blocks = {name.partition(".experts.")[0] for name in merged if ".experts." in name}
@@ -44,7 +47,7 @@ def warn_of_routers(merged: Collection[str], names: Collection[str]) -> None:
         for name in names
         if name not in merged
         and kind_of(name) == "other"
-        and any(name.startswith(f"{block}.") for block in blocks)
+        and any(module in blocks for module in _modules_around(name))
     ]
     if routers:
         warnings.warn(

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from drift_fast._core import _Blended as Job
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Blended:
     """A tensor to merge: where its values come from, and its weight."""
 

@@ -7,7 +7,6 @@ all. `methods` says what each method takes, the core computes it; docs/merging.m
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from drift_fast.alignment.mapping import MappingLike, resolve
 from drift_fast.alignment.model_pair import AlignedPair
 from drift_fast.alignment.pairing import align_checkpoints, fetch, verify
 from drift_fast.checkpoints.opened import Opened, PathLike, open_checkpoint
+from drift_fast.config_files import json_text
 from drift_fast.delta.backends import describe_sources
 from drift_fast.delta.delta import Delta
 from drift_fast.errors import AlignmentError
@@ -248,7 +248,7 @@ class _Run:
                 writer.add(name, self.side_files.read(name))
             description["tensors"] = [tensor.to_dict() for tensor in tensors]
             share = description["rounding_share"] = rounding_share(found)
-            writer.commit(json.dumps(description, indent=1) + "\n")
+            writer.commit(json_text(description))
         warn_of_rounding(
             share, tensors, {blended.dtype for blended in self.layout.blended.values()}
         )
@@ -288,13 +288,14 @@ class _Run:
     @contextmanager
     def _writer(self, out: Path, description: Mapping[str, Any]) -> Iterator[ModelWriter]:
         """Reserve the files of the result, and remove them if anything fails."""
-        rows = sum(2 * len(json.dumps(name)) + _ROW_NBYTES for name in self.layout.names)
+        names = self.layout.names
+        rows = 2 * len(json_text(names)) + len(names) * _ROW_NBYTES
         writer = ModelWriter(
             {
                 "target": out,
                 "overwrite": self.given.overwrite,
                 "max_shard_nbytes": parse_size(self.given.max_shard_size),
-                "description_nbytes": len(json.dumps(description, indent=1)) + rows,
+                "description_nbytes": len(json_text(description)) + rows,
             },
             self.found.reasoning.multimodal.checkpoint,
             self.layout.slots(),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ _MUCH = 0.25
 COPIED_SCALES = "block scales of a tensor that is copied"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class MergedTensor:
     """What became of one tensor.
 
@@ -52,12 +52,11 @@ class MergedTensor:
 
     def to_dict(self) -> dict[str, Any]:
         """Return what is known, for `merge.json`; kind and layer follow from the name."""
-        derived = {"kind", "layer"}
-        return {
-            key: value
-            for key, value in asdict(self).items()
-            if key not in derived and value not in (None, "", (), 0)
-        }
+        values = ((key, getattr(self, key)) for key in _KEPT)
+        return {key: value for key, value in values if value not in (None, "", (), 0)}
+
+
+_KEPT = [one.name for one in fields(MergedTensor) if one.name not in ("kind", "layer")]
 
 
 def outcome_of(

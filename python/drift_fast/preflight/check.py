@@ -17,7 +17,7 @@ from drift_fast.alignment.missed import describe_missed, missed
 from drift_fast.alignment.model_pair import AlignedPair
 from drift_fast.alignment.options import PairOptions, SelectionOptions
 from drift_fast.alignment.pairing import survey_checkpoints
-from drift_fast.alignment.refusals import is_usable, why_not
+from drift_fast.alignment.refusals import Refusal, is_usable, why_not
 from drift_fast.checkpoints.opened import PathLike, open_checkpoint
 from drift_fast.config_files import printable
 from drift_fast.names import kind_of, module_of
@@ -159,17 +159,18 @@ def check(
         ModelSide(role, open_checkpoint(source)) for source, role in zip(given, roles, strict=True)
     ]
     pair = survey_checkpoints(sides[0].opened, sides[1].opened, pairing)
-    findings = _findings(sides[0], sides[1], pair)
+    refusals = why_not(pair)
+    findings = _findings(sides[0], sides[1], pair, refusals)
     if model is not None:
         # A Δ meets a parameter of its own shape, row i with row i.
         by_index = replace(pairing, mapping=None, rows="index")
         attached = survey_checkpoints(sides[1].opened, sides[2].opened, by_index)
-        findings += _findings(sides[1], sides[2], attached, attaches=True)
+        findings += _findings(sides[1], sides[2], attached, why_not(attached), attaches=True)
     lineage = None
     if chosen.base is not None:
         lineage = _lineage(sides[0], chosen.base, pair)
         findings.append(lineage.finding())
-    if not is_usable(why_not(pair)):
+    if not is_usable(refusals):
         return Preflight(findings, str(pair.selection), 0, None, None, None, lineage=lineage)
     rounding = sample_rounding(pair)
     if rounding is not None:
@@ -203,10 +204,14 @@ def _selected(pair: AlignedPair) -> dict[str, dict[str, int]]:
 
 
 def _findings(
-    first: ModelSide, second: ModelSide, pair: AlignedPair, *, attaches: bool = False
+    first: ModelSide,
+    second: ModelSide,
+    pair: AlignedPair,
+    refusals: Sequence[Refusal],
+    *,
+    attaches: bool = False,
 ) -> list[Finding]:
     first, second = replace(first, opened=pair.reasoning), replace(second, opened=pair.multimodal)
-    refusals = why_not(pair)
     prefixes = pair.alignment.prefixes if is_usable(refusals) else (None, None)
     reasoning, multimodal = (
         Fact("no prefix" if prefix == "" else prefix, STATED) for prefix in prefixes

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from drift_fast.names import container_of, kind_of, layer_of
+from drift_fast.names import Parsed, container_of, containers_of, kind_of, parsed
 from drift_fast.shapes import Shape
 
 Shapes = Mapping[str, Shape]
@@ -46,6 +46,8 @@ class _Seen:
     """What was collected of the backbone's tensors: dtypes, and shapes by what has them."""
 
     layers: set[int | None] = field(default_factory=set)
+    # Forms of names with dtype and shape, which repeat in every layer and expert.
+    forms: set[tuple[str, str, Shape]] = field(default_factory=set)
     stored: set[str] = field(default_factory=set)
     biases: set[str] = field(default_factory=set)
     experts: set[int] = field(default_factory=set)
@@ -53,13 +55,18 @@ class _Seen:
     latent: bool = False
     qk_norm: bool = False
 
-    def add(self, name: str, dtype: str, shape: Shape) -> None:
-        self.layers.add(layer_of(name))
+    def add(self, name: str, found: Parsed, dtype: str, shape: Shape) -> None:
+        self.layers.add(found.layer)
+        if (found.form, dtype, shape) not in self.forms:
+            self.forms.add((found.form, dtype, shape))
+            self._add_form(found.form, dtype, shape)
+        if ".experts." in found.form and (expert := _EXPERT.search(name)):
+            self.experts.add(int(expert[1]) + 1 if expert[1] else next(iter(shape), 0))
+
+    def _add_form(self, name: str, dtype: str, shape: Shape) -> None:
         # Indices and masks are not what weights are packed into.
         if len(shape) > 1 and dtype not in ("I64", "BOOL"):
             self.stored.add(dtype)
-        if expert := _EXPERT.search(name):
-            self.experts.add(int(expert[1]) + 1 if expert[1] else next(iter(shape), 0))
         self.latent = self.latent or "kv_a_proj" in name
         projection = _PROJECTION.search(name)
         if projection and projection[2] == "weight":
@@ -90,11 +97,12 @@ def read_headers(shapes: Shapes, dtypes: Mapping[str, str], matched: Iterable[st
     `matched` are names known to be in the backbone. If none of them is in a layer, the backbone is
     the container of layers with most elements outside towers and projectors.
     """
-    containers = {container_of(name) for name in matched} - {None} or _largest(shapes)
+    containers = containers_of(matched) or _largest(shapes)
     seen = _Seen()
     for name, shape in shapes.items():
-        if container_of(name) in containers:
-            seen.add(name, dtypes[name], shape)
+        found = parsed(name)
+        if found.container in containers:
+            seen.add(name, found, dtypes[name], shape)
     attention, key_value, head_dimension = seen.heads()
     return Headers(
         layers=len(seen.layers),

@@ -1,5 +1,6 @@
 //! An open checkpoint: what it contains, and reading its tensors.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 
 use drift_fast_core::checkpoint::{self, Operand, block_scales};
@@ -91,9 +92,9 @@ impl Checkpoint {
     }
 
     /// The file that a tensor is in, and where its bytes begin and end there.
-    fn place(&self, name: &str) -> PyResult<(PathBuf, u64, u64)> {
+    fn place(&self, name: &str) -> PyResult<(OsString, u64, u64)> {
         let (shard, tensor) = self.inner.tensor(name).map_err(to_py)?;
-        Ok((shard.path().to_owned(), tensor.range.start, tensor.range.end))
+        Ok((shard.path().as_os_str().to_owned(), tensor.range.start, tensor.range.end))
     }
 
     /// Name, bytes and digest of each shard.

@@ -29,7 +29,7 @@ impl Output {
         work(self.hold()?.as_ref().ok_or_else(finished)?)
     }
 
-    fn commit(&self, py: Python<'_>, description: &str) -> PyResult<()> {
+    fn commit(&self, py: Python<'_>, description: &[u8]) -> PyResult<()> {
         let writer = self.hold()?.take().ok_or_else(finished)?;
         detached(py, || writer.commit(description))
     }
@@ -140,7 +140,7 @@ impl DeltaWriter {
     }
 
     /// Flush, add `drift.json` with this text, and give the directory its name.
-    fn commit(&self, py: Python<'_>, description: &str) -> PyResult<()> {
+    fn commit(&self, py: Python<'_>, description: &[u8]) -> PyResult<()> {
         self.output.commit(py, description)
     }
 
@@ -191,7 +191,7 @@ impl ModelWriter {
     }
 
     /// Flush, add `merge.json` with this text, and give the directory its name.
-    fn commit(&self, py: Python<'_>, description: &str) -> PyResult<()> {
+    fn commit(&self, py: Python<'_>, description: &[u8]) -> PyResult<()> {
         self.output.commit(py, description)
     }
 

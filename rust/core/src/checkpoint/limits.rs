@@ -19,7 +19,7 @@ pub(super) const TENSORS: usize = 1 << 18;
 /// Names of all tensors together.
 pub(super) const NAMES_NBYTES: usize = 24 << 20;
 /// Several times what the longest names of models take.
-const NAME_NBYTES: usize = 8192;
+const NAME_NBYTES: usize = 512;
 const NAME_COMPONENTS: usize = 64;
 /// Digits of a number in a name, which then has a value in every language.
 const NAME_DIGITS: usize = 18;

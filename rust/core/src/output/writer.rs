@@ -232,7 +232,7 @@ impl Writer {
     ///
     /// # Errors
     /// A failed flush or rename, or a target that was created meanwhile; nothing is left behind.
-    pub fn commit(mut self, description: &str) -> Result<()> {
+    pub fn commit(mut self, description: impl AsRef<[u8]>) -> Result<()> {
         if self.staging.is_joined() {
             let message = "only the process that created a delta can commit it".to_owned();
             return Err(Error::Argument(message));
@@ -248,7 +248,7 @@ impl Writer {
         }
         let Naming { index, description: description_name, .. } = self.naming;
         let path = self.staging.path.join(description_name);
-        write_new(&path, description.as_bytes())
+        write_new(&path, description.as_ref())
             .map_err(|error| self.failed(&path, "write the description", error))?;
         sync_directory(&self.staging.path)?;
         let shards = self.files.iter().filter_map(|(path, _)| path.file_name());
