@@ -106,7 +106,8 @@ THETA_PAIR = (
     "the two descend from different bases, as DeepSeek-R1-Distill-Qwen-7B (from Qwen2.5-Math, "
     "θ = 10,000) and Qwen2.5-VL-7B (θ = 1,000,000) do, so Δ also carries the difference of the "
     "bases; Δ of {a} − its own base leaves that out, and with it what that base had learned, so "
-    "compare both in short runs: drift-fast check REASONING BASE MULTIMODAL"
+    "compare both in short runs; drift-fast check REASONING MULTIMODAL --base BASE says from the "
+    "weights which model comes from which"
 )
 THETA_REFERENCE = (
     "{b} may not be the base that {a} was trained from, or long context was trained in between, "
