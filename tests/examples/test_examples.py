@@ -31,7 +31,7 @@ def run(command: list[str]) -> str:
 
 
 def assert_moved(output: str) -> None:
-    found = re.findall(r"λ(?: after [^:\n]*:)? (-?[0-9]+[.][0-9]+)", output)
+    found = re.findall(r"λ(?: after [^:\n]*(?::| is))? (-?[0-9]+[.][0-9]+)", output)
     progress = [float(value) for value in found]
     assert progress, output
     assert all(0.0 < value < 2.0 for value in progress), output
@@ -60,6 +60,18 @@ def test_an_example_runs_and_moves_along_the_delta(name: str) -> None:
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed")
     assert_moved(run([f"{name}.py"]))
+
+
+def test_sixteen_bits_take_away_what_the_example_shows() -> None:
+    pytest.importorskip("transformers")
+    output = run(["sixteen_bits.py"])
+    assert_moved(output)
+    rounded, whole = (float(value) for value in re.findall(r"λ after .* is ([0-9.]+)", output))
+    assert rounded < 0.3 * whole, output
+    shares = [float(value) for value in re.findall(r"([0-9.]+)% of", output) if "." in value]
+    assert shares[2:] == [0.0, 0.0], output
+    assert min(shares[0] - 15, shares[1] - 25) > 0, output
+    assert output.count("warning:") == 2, output
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp1", "deepspeed_zero"])
