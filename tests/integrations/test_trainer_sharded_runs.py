@@ -147,11 +147,14 @@ def test_a_second_run_is_injected_over_its_own_length(
 class _Owner(SimpleNamespace):
     """What is looked at of a trainer before it has wrapped its model."""
 
-    def __init__(self, *, deepspeed: Any = None, fsdp: Any = None) -> None:
+    def __init__(
+        self, *, deepspeed: Any = None, fsdp: Any = None, optim: str = "adamw_torch"
+    ) -> None:
         state = SimpleNamespace(
             deepspeed_plugin=SimpleNamespace(deepspeed_config=deepspeed), fsdp_plugin=fsdp
         )
         super().__init__(
+            args=SimpleNamespace(optim=optim),
             accelerator=SimpleNamespace(state=state),
             is_deepspeed_enabled=deepspeed is not None,
             is_fsdp_enabled=fsdp is not None,
@@ -170,6 +173,8 @@ class _Owner(SimpleNamespace):
         (_Owner(fsdp=SimpleNamespace(fsdp_version=2)), {"scope": "microbatch"}, 'scope="step"'),
         (_Owner(deepspeed={}), {"scope": "microbatch"}, 'scope="step"'),
         (_Owner(deepspeed={"optimizer": {"type": "Muon"}}), {}, "Muon"),
+        (_Owner(optim="adalomo"), {}, "inside backward"),
+        (_Owner(optim="galore_adamw_layerwise"), {}, "inside backward"),
     ],
 )
 def test_what_a_trainer_is_set_to_is_refused_before_it_trains(

@@ -97,6 +97,7 @@ class TrainerInjection(AttachedInjection):
         self._checked = self._removed = False
         self._model: Any = None
         self._engine: Any = None
+        check_ahead(trainer, config)
         # As far as it is known; each start of training has its own.
         length = config.total_steps or (trainer.args.max_steps if trainer.args.max_steps > 0 else 0)
         sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
@@ -105,8 +106,7 @@ class TrainerInjection(AttachedInjection):
             or getattr(trainer, "model_init", None)
             or (config.needs_total_steps and not length)
         ):
-            # What the model and the trainer's arguments show is refused now.
-            check_ahead(trainer, config)
+            # What the model shows is refused now.
             targets, self._foreseen = find_targets(trainer.model, self._delta, config)
             check_trainable(targets, trainer.model, loaded=not sharded)
             check_trained(targets)

@@ -38,6 +38,12 @@ def check_ahead(trainer: Any, config: InjectionConfig) -> None:
         DriftError: a way of sharding that is not supported, or options that it does not allow.
     """
     state = trainer.accelerator.state
+    optimizer = str(getattr(trainer.args.optim, "value", trainer.args.optim))
+    if "lomo" in optimizer or "layerwise" in optimizer:
+        raise DriftError(
+            f"optim={optimizer!r} steps inside backward, before a gradient is complete and can be "
+            "injected into; use another, such as adamw_torch or paged_adamw_8bit"
+        )
     if trainer.is_deepspeed_enabled:
         check_step_scope(config)
         check_configuration(state.deepspeed_plugin.deepspeed_config)

@@ -7,6 +7,7 @@ weight is refused by name.
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 from collections.abc import Iterator, Mapping
@@ -68,17 +69,17 @@ class Adapted:
             )
         return _out_of_use(self.layer)
 
-    @property
+    @functools.cached_property
     def parameters(self) -> tuple[nn.Parameter, ...]:
         """A and B of every adapter, trained or not."""
         return tuple(p for one in self.factors for p in (one.a, one.b))
 
-    @property
+    @functools.cached_property
     def experts(self) -> int:
         """How many matrices the weight is made of."""
         return math.prod(self.shape[:-2])
 
-    @property
+    @functools.cached_property
     def shapes(self) -> tuple[tuple[int, int], ...]:
         """Shapes of `parameters` before any sharding."""
         height, width = self.shape[-2:][:: -1 if self.transposed else 1]
