@@ -1072,7 +1072,7 @@ def test_an_entry_that_a_delta_needs_is_refused_naming_file_and_key(
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (b"", ("not valid JSON",)),
+        (b"", ("the file is empty",)),
         (b"{", ("not valid JSON",)),
         (b'{"hidden_size": 16, "hidden_size": 16}', ("'hidden_size' occurs twice",)),
         (b'{"text_config": {"a": 1, "a": 2}}', ("'a' occurs twice",)),
