@@ -575,8 +575,8 @@ def test_the_published_tables_follow_from_the_published_lines(
     assert written[0] == written[1]
 
 
-def test_the_readme_quotes_the_published_table() -> None:
-    """Every pair of answers and digits in the project's README, against results.md."""
+def test_the_documentation_quotes_the_published_table() -> None:
+    """Every pair of answers and digits in the page on whether to use it, against results.md."""
     text = (HERE / "full" / "results.md").read_text(encoding="utf-8")
     main = text.partition("## An expert and a multimodal model from one base")[2]
     found = {}
@@ -594,10 +594,10 @@ def test_the_readme_quotes_the_published_table() -> None:
         "the best merge without fine-tuning": ["merge: linear (BR2V)", "merge: task arithmetic"],
         "DRIFT with the Δ of an expert for something else": ["DRIFT adaptive, unrelated Δ"] * 2,
     }
-    readme = (HERE.parent.parent / "README.md").read_text(encoding="utf-8")
-    assert f"| SFT, without Δ | {found['SFT', '']} | |" in readme
+    page = (HERE.parents[1] / "docs" / "should_i_use_it.md").read_text(encoding="utf-8")
+    assert f"| SFT, without Δ | {found['SFT', '']} | |" in page
     for label, (mm, base) in quoted.items():
-        assert f"| {label} | {found[mm, 'exp−mm']} | {found[base, 'exp−base']} |" in readme
+        assert f"| {label} | {found[mm, 'exp−mm']} | {found[base, 'exp−base']} |" in page
 
 
 def test_the_report_names_the_hardware_once_and_that_it_was_tuned_on_its_test_world(

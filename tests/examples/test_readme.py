@@ -1,4 +1,4 @@
-"""The README's Python blocks run as printed, on the demo's checkpoints in place of the 7B pair."""
+"""The Python blocks of README and of the pages behind it run as printed, on the demo's checkpoints in place of the 7B pair."""
 
 from __future__ import annotations
 
@@ -15,9 +15,15 @@ import drift_fast
 
 transformers = pytest.importorskip("transformers")
 
-README = Path(__file__).parents[2] / "README.md"
+ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
+PAGES = (README, ROOT / "docs" / "injecting.md")
 CHECKPOINTS = Path(drift_fast.__file__).parent / "demo" / "checkpoints"
-BLOCKS = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.M | re.S)
+BLOCKS = [
+    block
+    for page in PAGES
+    for block in re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
+]
 
 
 def batches() -> list[list[dict[str, torch.Tensor]]]:
@@ -32,7 +38,7 @@ def loss(model: torch.nn.Module, part: dict[str, torch.Tensor]) -> torch.Tensor:
     return found
 
 
-def test_every_python_block_of_the_readme_runs(
+def test_every_python_block_of_the_first_pages_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -70,7 +76,7 @@ def test_every_python_block_of_the_readme_runs(
         "multimodal": CHECKPOINTS / "multimodal",
         "text_base": CHECKPOINTS / "base",
     }
-    assert len(BLOCKS) == 4
+    assert len(BLOCKS) == 3
     for block in BLOCKS:
         # Each block begins with a model that nothing is attached to.
         space["model"] = model = transformers.LlavaForConditionalGeneration.from_pretrained(
@@ -89,5 +95,14 @@ def test_every_python_block_of_the_readme_runs(
             warnings.simplefilter("ignore", drift_fast.DriftWarning)
             exec(compile(local, str(README), "exec"), space)
     assert space["injection"].targets
-    assert (tmp_path / "merged" / "merge.json").is_file()
     assert "verdict" in capsys.readouterr().out
+
+
+def test_the_readme_stays_short_and_its_links_lead_somewhere() -> None:
+    text = README.read_text(encoding="utf-8")
+    assert text.count("\n") <= 120
+    for page in (README, *sorted((ROOT / "docs").glob("*.md"))):
+        written = page.read_text(encoding="utf-8")
+        for link in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", written):
+            if "://" not in link:
+                assert (page.parent / link).exists(), f"{page.name}: {link}"
