@@ -1,4 +1,4 @@
-"""The Python blocks of README and of the pages behind it run as printed, on the demo's checkpoints in place of the 7B pair."""
+"""The Python blocks of README and the pages behind it run, on the demo's checkpoints."""
 
 from __future__ import annotations
 
