@@ -84,7 +84,8 @@ def _model(reader: Any, dequantize: Any) -> LlamaForCausalLM:
         num_attention_heads=stated("attention.head_count"),
         num_key_value_heads=stated("attention.head_count_kv"),
         max_position_embeddings=stated("context_length"),
-        rms_norm_eps=stated("attention.layer_norm_rms_epsilon"),
+        # The float32 of the file, as the decimal number that was meant.
+        rms_norm_eps=float(str(np.float32(stated("attention.layer_norm_rms_epsilon")))),
         rope_parameters={"rope_type": "default", "rope_theta": stated("rope.freq_base")},
         tie_word_embeddings=True,
         bos_token_id=1,
