@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
+
+from drift_fast.config_files import json_text
 
 if TYPE_CHECKING:
     from drift_fast.delta.compute import Report
@@ -13,9 +14,13 @@ if TYPE_CHECKING:
 
 
 def print_json(value: Any) -> None:
-    """Print plain values as JSON."""
-    json.dump(value, sys.stdout, indent=1)
-    print()
+    """Print plain values as JSON, in UTF-8 whatever the terminal's encoding is."""
+    text = json_text(value)
+    sys.stdout.flush()
+    if (buffer := getattr(sys.stdout, "buffer", None)) is not None:
+        buffer.write(text)
+    else:
+        sys.stdout.write(text.decode())
 
 
 def remark(text: str) -> None:
