@@ -141,7 +141,7 @@ METHODS: Final[dict[str, Method]] = {
         options={"modules": "attn"},
         like="adaptive",
     ),
-    # Half of Δ merged, and the injection goes on to where the merge alone would be.
+    # A merge moves the weights by half of λ, and the injection by the other half.
     "half": Method(
         label="merge half of λ, inject to λ",
         family="mixed",

@@ -168,7 +168,7 @@ def _block(name: str) -> tuple[str | None, list[str]]:
 def may_be_missed(name: str, kinds: Collection[str]) -> bool:
     """Whether a tensor of a layer that has no kind may be what these presets are meant to select.
 
-    Routers, convolutions and the like are known to be neither attention nor MLP.
+    Routers and convolutions never are: they are neither attention nor MLP.
     """
     if kind_of(name) != "other" or is_other_modality(name) or layer_of(name) is None:
         return False

@@ -27,8 +27,8 @@ FROZEN = "frozen: no adapter trains it"
 class Factors:
     """One adapter of one weight: W += s·B·A, with A of shape [rank, in] and B of [out, rank].
 
-    Of a weight of several experts A is [experts·rank, in] and B is [out, rank·experts], the experts
-    being its fastest index.
+    For a weight of several experts, A is [experts·rank, in] and B is [out, rank·experts]; in B the
+    expert is the fastest index.
     """
 
     a: nn.Parameter

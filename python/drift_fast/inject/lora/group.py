@@ -176,7 +176,7 @@ class FactorGroup(TargetGroup):
                 else [shard.weights() for shard in shards]
             )
             yield shards, wholes, itertools.islice(deltas, last - first)
-        # The store is told that the last Δ is no longer needed.
+        # This lets the store free the last Δ.
         next(deltas, None)
 
     def _decide(self, start: int, stop: int, members: Sequence[int], push: Push) -> torch.Tensor:

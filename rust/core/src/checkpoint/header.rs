@@ -109,7 +109,7 @@ fn parse(path: &Path, bytes: Vec<u8>, data_start: u64, file_nbytes: u64) -> Resu
         let hint = if bytes.is_empty() { magic::describe(&[0; 8]) } else { None };
         let reason = match hint {
             Some(hint) => hint.to_owned(),
-            // Of a limit or a type that nobody knows, another download is no remedy.
+            // Another download does not help against a limit or an unknown type.
             None if error.is_data() => error.to_string(),
             None => format!("{error}; {REMEDY}"),
         };

@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 pub(super) const HEADER_NBYTES: u64 = 100_000_000;
 /// An index has less to say of a tensor than a header.
 pub(super) const INDEX_NBYTES: u64 = 64 << 20;
-/// Of a shard that was downloaded in part; each range is a tensor or several.
+/// The list of ranges of a partly downloaded shard; each range holds one tensor or several.
 pub(super) const RANGES_NBYTES: u64 = 8 << 20;
 /// Tensors of a checkpoint. A mixture of 384 experts in 61 layers with scales and shapes of its
 /// packed weights has 210,000.

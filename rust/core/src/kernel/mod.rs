@@ -15,6 +15,7 @@ mod f16c;
 mod fp8;
 mod ieee;
 mod int8;
+mod mixture;
 pub(crate) mod rounding;
 mod scalar;
 mod scaled;

@@ -195,7 +195,7 @@ pub(super) fn widen(halves: &[u8], values: &mut [f32]) {
     }
 }
 
-/// Round float32 differences to the output dtype, which is no wider.
+/// Round float32 differences to the output dtype, which is float32 or narrower.
 #[inline(always)]
 pub(super) fn store(difference: &[f32], out: Dtype, bytes: &mut [u8]) {
     match out {
