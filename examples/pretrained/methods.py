@@ -6,7 +6,7 @@ settings of the method they are `like`, so that only their Δ differs.
 
 from __future__ import annotations
 
-import math
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal
@@ -65,13 +65,18 @@ class Method:
         """
         if self.family == "merge, then SFT":
             number += number // 2
-        number = min(number, math.prod(map(len, self.space.values())))
+        grid = list(itertools.product(*self.space.values()))
         rng = np.random.default_rng(sum(map(ord, self.label)))
-        columns = [
-            rng.permutation([values[at % len(values)] for at in range(number)]).tolist()
-            for values in self.space.values()
-        ]
-        rows = dict.fromkeys(zip(*columns, strict=True))
+        rows = set(grid)
+        # Columns that hold each value equally often are put in a random order until no row repeats.
+        while number < len(grid):
+            columns = [
+                rng.permutation([values[at % len(values)] for at in range(number)]).tolist()
+                for values in self.space.values()
+            ]
+            rows = set(zip(*columns, strict=True))
+            if len(rows) == number:
+                break
         return [dict(zip(self.space, row, strict=True)) for row in sorted(rows)]
 
 

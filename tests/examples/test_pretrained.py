@@ -75,8 +75,12 @@ def test_trials_take_each_value_about_equally_often_and_merges_have_more(study: 
             continue
         trials = method.trials(8)
         assert trials == method.trials(8)
+        assert len({tuple(trial.values()) for trial in trials}) == len(trials)
         for name, values in method.space.items():
-            assert set(Counter(trial[name] for trial in trials)) <= set(values)
+            often = Counter(trial[name] for trial in trials)
+            assert set(often) == set(values)
+            assert max(often.values()) - min(often.values()) <= 1
+    assert len(methods["adaptive"].trials(8)) == 8
     assert len(methods["merge"].trials(8)) > len(methods["adaptive"].trials(8))
 
 
