@@ -11,8 +11,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from drift_fast import _core
 from drift_fast._core import __version__
-from drift_fast.errors import (
+
+# What the compiled module takes and returns, and what it means. Raise it with every change, here
+# and in rust/python/src/lib.rs: a module of another number would misread what it is given.
+_INTERFACE = 1
+if (_found := getattr(_core, "interface", None)) != _INTERFACE:
+    raise ImportError(
+        f"{_core.__file__} has interface {_found}, but {__file__} needs interface {_INTERFACE}: "
+        "the two are of different versions of drift_fast. Install both together, with "
+        "`pip install --force-reinstall --no-deps drift-fast`, or in a checkout with "
+        "`pip install --no-deps --editable .`, which compiles the first anew"
+    )
+
+from drift_fast.errors import (  # noqa: E402
     AlignmentError,
     CheckpointError,
     CoverageError,

@@ -20,6 +20,7 @@ __all__ = [
     "align",
     "correlate_samples",
     "debug_build",
+    "interface",
     "is_side_file",
     "json_memory",
     "measure",
@@ -34,6 +35,8 @@ __all__ = [
 
 __version__: str
 debug_build: bool
+# Raised with every change of what follows: `INTERFACE` in rust/python/src/lib.rs.
+interface: int
 
 # Errors: rust/python/src/errors.rs.
 

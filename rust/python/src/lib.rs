@@ -17,6 +17,10 @@ mod writers;
 
 use pyo3::prelude::*;
 
+/// The version of what this module takes and returns, and what it means. Raise it with every change,
+/// here and in `python/drift_fast/__init__.py`, which refuses to be imported beside another number.
+const INTERFACE: u32 = 1;
+
 /// The compiled half of drift_fast.
 #[pymodule(gil_used = false)]
 mod _core {
@@ -49,6 +53,7 @@ mod _core {
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
         module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+        module.add("interface", super::INTERFACE)?;
         // Timings of an unoptimized build mean nothing; the benchmarks refuse one.
         module.add("debug_build", cfg!(debug_assertions))
     }
