@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import multiprocessing
 import os
 import sys
 import warnings
@@ -82,10 +83,13 @@ class Work:
         return {**line, "key": job.key}
 
 
-def begin(threads: int) -> None:
-    """Set a process up: its threads, and silence."""
+def begin(threads: int, device: str) -> None:
+    """Set a process up: its threads, its GPU where there are several, and silence."""
     import transformers
 
+    if device == "cuda":
+        number = multiprocessing.current_process().name.rpartition("-")[2]
+        torch.cuda.set_device(int(number) % torch.cuda.device_count() if number.isdigit() else 0)
     torch.set_num_threads(threads)
     torch.set_float32_matmul_precision("high")
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -128,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         done=partial(_add, results),
         ready=lambda job: choosing.ready(job, out, form, results.lines()),
         cost=lambda job: _COST.get(job.method, 3.0) if job.stage == "checkpoint" else 1.0,
-        begin=partial(begin, 1 if stated.processes > 1 else os.cpu_count() or 1),
+        begin=partial(begin, 1 if stated.processes > 1 else os.cpu_count() or 1, stated.device),
         title="run",
     )
     report.write(out, form, results.lines())
