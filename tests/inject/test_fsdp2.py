@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from drift_fast import Delta, DriftWarning, Injection
+from drift_fast import Delta, DriftWarning, Injection, PlannedMotion
 from drift_fast.inject.shards.dtensor import DTensorShard
 from support.injection_models import Backbone, delta_towards, regression_batch, regression_loss
 from support.joined import Joined, Report, launch
@@ -557,7 +557,9 @@ def check_lost_steps(folder: Path) -> Report:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            Injection(model, saved(folder, "even"), optimizer=optimizer).remove()
+            delta = saved(folder, "even")
+            Injection(model, delta, optimizer=optimizer).remove()
+            PlannedMotion(model, delta, progress=0.5, steps=2, optimizer=optimizer).remove()
         said = [str(one.message) for one in caught if one.category is DriftWarning]
         report[str(dtype)] = said
     return report
@@ -596,8 +598,9 @@ def test_bfloat16_shards_lose_steps_and_float32_ones_do_not(
     pair_reports: dict[str, list[Report]],
 ) -> None:
     for report in found(pair_reports, check_lost_steps):
-        (text,) = report["torch.bfloat16"]
-        assert "MixedPrecisionPolicy(param_dtype=torch.bfloat16)" in text
+        injected, moved = report["torch.bfloat16"]
+        assert "MixedPrecisionPolicy(param_dtype=torch.bfloat16)" in injected
+        assert moved == injected.replace(", that along Δ included", "; the planned motion is not")
         assert report["torch.float32"] == []
 
 

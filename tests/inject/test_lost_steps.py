@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 import drift_fast
+from drift_fast.inject.motion.motion import PlannedMotion
 from support import reference
 from support.injection_models import Backbone, delta_towards, train, weights_of
 
@@ -206,6 +207,29 @@ def test_an_optimizer_that_was_not_given_is_seen_when_it_steps(
 
     (text,) = said_by(steps)
     assert "AdamW" in text
+
+
+def test_planned_motion_beside_such_an_optimizer_warns_of_the_same_share(
+    model: Backbone, delta: drift_fast.Delta
+) -> None:
+    model.to(BF16)
+    optimizer = adamw(model)
+    (known,) = said_by(lambda: drift_fast.Injection(model, delta, optimizer=optimizer).remove())
+
+    def move(optimizer: Any = None) -> None:
+        with PlannedMotion(model, delta, progress=0.5, steps=2, optimizer=optimizer) as motion:
+            train(model, 1, optimizer=optimizer or adamw(model), loss=loss_of)
+            if optimizer is None:
+                motion.step()
+
+    (given,) = said_by(lambda: move(optimizer))
+    (seen,) = said_by(move)
+    assert given == known.replace(", that along Δ included", "; the planned motion is not") != known
+    assert stated(seen) == pytest.approx(stated(given), abs=0.01)
+    model.float()
+    assert said_by(lambda: move(adamw(model))) == []
+    model.to(BF16)
+    assert said_by(lambda: move(adamw(model, 1e-2))) == []
 
 
 def test_a_warm_up_that_starts_at_zero_is_looked_at_by_the_rate_it_rises_to(

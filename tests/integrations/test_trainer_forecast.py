@@ -48,9 +48,10 @@ def trained(
     folder: Path,
     delta: drift_fast.Delta,
     options: dict[str, Any] | None = None,
+    attach: Callable[..., Any] = drift_fast.attach,
     **arguments: Any,
 ) -> tuple[list[str], list[dict[str, float]]]:
-    """Train with an injection; return what was warned of, and the logged rows."""
+    """Train with what is attached; return what was warned of, and the logged rows."""
     settings: dict[str, Any] = {
         "output_dir": str(folder / "runs"),
         "per_device_train_batch_size": 2,
@@ -72,7 +73,7 @@ def trained(
     )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        drift_fast.attach(trainer, delta, **(options or {}))
+        attach(trainer, delta, **(options or {}))
         trainer.train()
     said = [str(one.message) for one in caught if one.category is drift_fast.DriftWarning]
     return said, [row for row in trainer.state.log_history if "loss" in row]
@@ -90,6 +91,21 @@ def test_weights_as_they_are_stored_lose_steps_and_the_remedy_keeps_them(
     (only,), wide = trained(load(dtype=torch.float32), tmp_path, delta, bf16=True)
     assert "times Σ learning rate would reach 0.05" in only
     assert low[-1]["drift/progress"] < 0.5 * wide[-1]["drift/progress"]
+
+
+def test_planned_motion_says_so_too_with_the_same_remedy(
+    tmp_path: Path, load: Callable[..., torch.nn.Module], delta: drift_fast.Delta
+) -> None:
+    def said(model: torch.nn.Module, **arguments: Any) -> list[str]:
+        plan = {"progress": 0.5, "steps": 1}
+        attach = drift_fast.attach_motion
+        return trained(model, tmp_path, delta, plan, attach, max_steps=2, **arguments)[0]
+
+    (low,) = said(load())
+    assert "the weights are bfloat16" in low
+    assert "the planned motion is not" in low
+    assert "TrainingArguments" in low
+    assert said(load(dtype=torch.float32), bf16=True) == []
 
 
 def test_the_end_that_is_predicted_is_about_that_which_comes(

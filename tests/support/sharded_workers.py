@@ -486,6 +486,7 @@ def engine_injections(variants: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 def lost_steps(variants: dict[str, dict[str, Any]]) -> dict[str, str]:
     """Attach to an engine and report what it says of steps that its weights lose."""
+    from drift_fast.inject.motion.motion import PlannedMotion
     from drift_fast.integrations.deepspeed_engine import attach_engine
 
     report = {}
@@ -496,8 +497,14 @@ def lost_steps(variants: dict[str, dict[str, Any]]) -> dict[str, str]:
         if narrow:
             copies = training.optimizer.single_partition_of_fp32_groups
             copies[:] = [one.bfloat16() for one in copies]
-        with attach_engine(training.engine, given_delta(training.plain)) as injection:
+        delta = given_delta(training.plain)
+        with attach_engine(training.engine, delta) as injection:
             report[name] = injection.lost_steps.cause
+        moved = PlannedMotion(
+            training.engine.module, delta, progress=0.5, steps=2, optimizer=training.engine
+        )
+        with moved as motion:
+            assert motion._lost_steps.cause == report[name]
         training.engine.destroy()
     return report
 

@@ -54,16 +54,18 @@ class LostSteps:
     """Looks at the optimizer of 16-bit weights once, as soon as what it keeps can be seen.
 
     stack: how float32 weights are had in this training stack, empty for a loop's or the shards'.
+    along: whether what moves weights along Δ is part of the optimizer's steps, and so lost too.
 
     `cause` is what is wrong and what helps, empty as long as nothing is known to be wrong. `share`
     is the part of the steps that is lost at the least, None where it is not known.
     """
 
-    def __init__(self, groups: Sequence[TargetGroup], stack: str) -> None:
+    def __init__(self, groups: Sequence[TargetGroup], stack: str, *, along: bool = True) -> None:
         self.cause = ""
         self.share: float | None = None
         self._weights = [weight for group in groups for weight in _narrow_weights(group)]
         self._remedy = _remedy(groups, stack)
+        self._along = ", that along Δ included" if along else "; the planned motion is not"
         self._watch = OptimizerWatch(self._use) if self._weights else None
 
     def see(self, optimizer: torch.optim.Optimizer) -> None:
@@ -109,7 +111,7 @@ class LostSteps:
         self.cause = (
             f"{kept}. At a learning rate of {largest:.2g} a step of {type(optimizer).__name__} is "
             f"below half a unit in the last place of {self.share:.0%} of them (estimated from "
-            "samples), so that this much of its motion is lost or more, that along Δ included. "
+            f"samples), so that this much of its motion is lost or more{self._along}. "
             f"{self._remedy}{_OPTIMIZER}"
         )
         if self.share >= _NOTICEABLE:

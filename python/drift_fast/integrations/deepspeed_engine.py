@@ -26,7 +26,7 @@ from drift_fast.inject.optimizer_watch import OptimizerWatch
 from drift_fast.inject.scope import Scope
 from drift_fast.inject.shards import zero
 from drift_fast.inject.shards.base import Shard
-from drift_fast.inject.shards.zero_support import optimizer_of
+from drift_fast.inject.shards.zero_support import WIDER, optimizer_of
 from drift_fast.inject.step_scope import StepScope
 from drift_fast.inject.target import Target
 from drift_fast.integrations.wrapped_method import WrappedMethod
@@ -39,10 +39,7 @@ class EngineDriver(Driver):
         "under DeepSpeed the injection runs by itself inside engine.step(); do not call step()"
     )
 
-    wider = (
-        "Leave bf16_master_weights_and_grads and fp16_master_weights_and_grads out of DeepSpeed's "
-        "configuration, so that it keeps float32 copies; without bf16.enabled, set it"
-    )
+    wider = WIDER
 
     def __init__(self, engine: Any) -> None:
         super().__init__()

@@ -19,11 +19,16 @@ from drift_fast.errors import DriftError, DriftWarning
 from drift_fast.inject.motion.motion import PlannedMotion
 from drift_fast.inject.motion.options import MotionOptions
 from drift_fast.inject.strength.per_module import PerModule, number
+from drift_fast.integrations.hf_trainer import TrainerDriver
 from drift_fast.integrations.trainer_run import CheckpointedState, bare_model, engine_of
 from drift_fast.integrations.wrapped_method import WrappedMethod
 
 # Where the trainer's state, which every checkpoint holds, keeps that of the motion.
 _KEY = "drift_fast.PlannedMotion"
+
+
+class _Motion(PlannedMotion):
+    _wider = TrainerDriver.wider
 
 
 class TrainerMotion(TrainerCallback):  # type: ignore[misc, unused-ignore]
@@ -79,7 +84,7 @@ class TrainerMotion(TrainerCallback):  # type: ignore[misc, unused-ignore]
             self.motion.remove()
         steps = self._length(state.max_steps, saved)
         engine = engine_of(self._trainer)
-        self.motion = PlannedMotion(
+        self.motion = _Motion(
             engine or self._trainer.model_wrapped,
             self._delta,
             progress=self._progress,

@@ -24,6 +24,7 @@ from drift_fast.errors import DriftError, DriftWarning
 from drift_fast.inject.attachment import Attachment
 from drift_fast.inject.claims import Claim, refuse_second
 from drift_fast.inject.driver import unwrap_optimizer
+from drift_fast.inject.lost_steps import LostSteps
 from drift_fast.inject.motion.master_weights import reach_master_weights
 from drift_fast.inject.motion.moved_group import MovedGroup
 from drift_fast.inject.motion.optimizer_steps import EngineSteps, OptimizerSteps
@@ -36,7 +37,7 @@ from drift_fast.inject.shards import zero
 from drift_fast.inject.shards.base import Shard
 from drift_fast.inject.shards.find import process_groups_of, shards_of
 from drift_fast.inject.shards.reduction import Reduction
-from drift_fast.inject.shards.zero_support import is_engine, optimizer_of
+from drift_fast.inject.shards.zero_support import WIDER, is_engine, optimizer_of
 from drift_fast.inject.strength.per_module import PerModule, per_target
 from drift_fast.inject.target import Target
 from drift_fast.inject.targets import find_targets
@@ -63,7 +64,8 @@ class PlannedMotion(Attachment):
 
     A float32 weight moves by plain addition. A 16-bit weight moves through its float32 copy where
     the optimizer (or DeepSpeed) keeps one, and elsewhere by increments whose rounding loses nothing
-    on average: see `drift_fast.inject.motion.rounding`. Attach after the model was wrapped.
+    on average: see `drift_fast.inject.motion.rounding`. What an optimizer adds to such weights may
+    be lost as under an injection, which is warned of. Attach after the model was wrapped.
 
     Args:
         model, delta: as those of `Injection`.
@@ -83,6 +85,9 @@ class PlannedMotion(Attachment):
         TypeError: an unknown or retired keyword.
         ValueError: an argument without meaning.
     """
+
+    # How to train float32 weights in a training library; empty for a loop's or the shards' way.
+    _wider = ""
 
     def __init__(
         self,
@@ -130,8 +135,7 @@ class PlannedMotion(Attachment):
         self._taken = 0
         # Optimizers whose state was searched for copies of weights.
         self._searched: Any = weakref.WeakSet()
-        self._steps.start()
-        self._claim = Claim(self._targets, self, contextlib.ExitStack()).take(model)
+        self._attach(model, optimizer)
 
     @property
     def targets(self) -> list[str]:
@@ -226,6 +230,7 @@ class PlannedMotion(Attachment):
         """Detach from the model and free Δ; weights stay where they are. May be called twice."""
         if self._groups and not self.finished:
             logger.info("planned motion removed after %d of %d steps", self._taken, self.steps)
+        self._lost_steps.remove()
         self._steps.release()
         self._claim.release()
         for moved in self._groups:
@@ -239,6 +244,17 @@ class PlannedMotion(Attachment):
         )
 
     # One step.
+
+    def _attach(self, model: nn.Module, optimizer: Any) -> None:
+        """Follow the optimizer's steps from now on, and warn of those that are lost."""
+        groups = [moved.group for moved in self._groups]
+        wider = WIDER if is_engine(optimizer) else self._wider
+        self._lost_steps = LostSteps(groups, wider, along=False)
+        stepping = getattr(self._steps.given, "optimizer", self._steps.given)
+        if isinstance(stepping, torch.optim.Optimizer):
+            self._lost_steps.see(stepping)
+        self._steps.start()
+        self._claim = Claim(self._targets, self, contextlib.ExitStack()).take(model)
 
     def _follow(
         self, model: nn.Module, targets: Sequence[Target], optimizer: Any

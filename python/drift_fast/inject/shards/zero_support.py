@@ -16,6 +16,11 @@ PARTITIONED = "DeepSpeedZeroOptimizer"
 FULLY_PARTITIONED = "DeepSpeedZeroOptimizer_Stage3"
 REPLICATED = "BF16_Optimizer"
 _OFFLOADS = ("offload_optimizer", "offload_param")
+# How to train float32 weights under DeepSpeed.
+WIDER = (
+    "Leave bf16_master_weights_and_grads and fp16_master_weights_and_grads out of DeepSpeed's "
+    "configuration, so that it keeps float32 copies; without bf16.enabled, set it"
+)
 STAGE_0 = ("FP16_Optimizer", "FP16_UnfusedOptimizer")
 
 
