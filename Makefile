@@ -10,8 +10,8 @@ OLDEST_TESTS := $(addprefix tests/,alignment/test_families.py alignment/test_ali
 	inject/test_injection_names.py integrations/test_trainer.py) \
 	$(wildcard tests/checkpoints/test_remote_*.py)
 
-.PHONY: demo test test-slow test-pretrained fuzz test-oldest test-wheel families parity options lint bench reproduce \
-	reproduce-full format clean
+.PHONY: demo test test-slow test-pretrained fuzz test-oldest test-wheel families parity options docs lint bench \
+	reproduce reproduce-full format clean
 
 demo: .venv/demo
 	$(BIN)/drift-fast demo --out demo-output
@@ -82,6 +82,17 @@ parity: .venv/built
 # Writes what follows from the option dataclasses again: keyword types, docs/options.md, the schema.
 options: .venv/built
 	$(BIN)/python docs/make_options.py
+
+# The documentation site, build/site/index.html, without a network. It needs neither torch nor Rust.
+docs: build/docs/installed
+	build/docs/bin/python docs/make_site.py
+
+build/docs/installed: pyproject.toml
+	rm -rf build/docs
+	$(PYTHON) -m venv build/docs
+	build/docs/bin/python -m pip install --quiet --upgrade pip
+	build/docs/bin/python -m pip install --quiet --group docs
+	touch $@
 
 # Three minutes; BENCH='--size 1.5B --cold' or '--scaling 1,2,4,8,16' for others.
 bench: .venv/built

@@ -228,7 +228,7 @@ class InjectionConfig(TargetOptions, ResidencyOptions, StrengthOptions):
         Raises:
             TypeError: an unknown or retired keyword, or a config of another type.
             ValueError: a value without meaning.
-            As `from_file`.
+            Exception: as `from_file`.
         """
         if isinstance(config, str | os.PathLike):
             config = cls.from_file(config)

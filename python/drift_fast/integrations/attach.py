@@ -63,7 +63,7 @@ def attach(
 
     Raises:
         TypeError: none of these.
-        As `Injection`.
+        Exception: as `Injection`.
     """
     config = InjectionConfig.resolve(config, options, function="attach")
     owner = trainer_or_optimizer

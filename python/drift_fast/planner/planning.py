@@ -43,7 +43,8 @@ def plan(
     nothing but a config.json is enough. Every figure says where it comes from.
 
     Args:
-        reasoning, multimodal: as in `compute_delta`, or a directory with a config.json.
+        reasoning: as in `compute_delta`, or a directory with a config.json.
+        multimodal: the same.
         config: a training configuration in YAML or JSON, with the names of the options, the
             Trainer or LLaMA-Factory; options override it. Without `delta` and `rms`, λ is predicted
             from the delta that its section drift_fast names, if that exists.

@@ -68,7 +68,8 @@ class PlannedMotion(Attachment):
     be lost as under an injection, which is warned of. Attach after the model was wrapped.
 
     Args:
-        model, delta: as those of `Injection`.
+        model: as that of `Injection`.
+        delta: as that of `Injection`.
         progress: λ at the end, one number or one by module, such as {"attn": 0.8, "mlp": 1.25}:
             the share of Δ by which the weights are moved.
         steps: the number of optimizer steps over which they move.
