@@ -1,16 +1,18 @@
 """Measure injection over several GPUs: DDP, FSDP2 and DeepSpeed ZeRO, with NCCL or with gloo.
 
     python benches/multi_gpu.py [--gpus 2] [--stacks ddp fsdp2 zero2 zero3] [--out results.md]
+    python benches/multi_gpu.py --lora [--minutes 4]
     python benches/multi_gpu.py --device cpu --gpus 2 --size tiny --layers 2 --tokens 32
 
 Qwen2.5-VL-7B's text backbone with random weights, in bfloat16. A pair of checkpoints is written to
 --directory (a memory-backed one by default), its delta computed there, and every rank reads its own
-rows of it. First every stack takes one step of a shrunken model in float32, and what its optimizer
+rows of it. First every stack takes steps of a shrunken model in float32, and what its optimizer
 received is compared with a float64 restatement of the whole batch in one process. Then whole
 optimizer steps are timed, injected ones in turn with those that are not.
 
-DDP and ZeRO hold more than a shard on every GPU, so they run at a smaller depth, and with the first
-of --tokens only. NVLink multicast is left off.
+Of whole weights, DDP and ZeRO hold more than a shard on every GPU, so they run at a smaller depth,
+and with the first of --tokens only. With --lora all stacks have all layers, and one process alone
+is timed too. NVLink multicast is left off.
 """
 
 from __future__ import annotations
@@ -19,7 +21,6 @@ import argparse
 import contextlib
 import gc
 import json
-import math
 import os
 import platform
 import shutil
@@ -30,304 +31,28 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from lora_steps import render_lora, time_lora
+from stacks import ALONE, SCALES, STACKS, Clock, check
 
 import drift_fast
-from drift_fast import Delta, Injection
+from drift_fast import Delta
 from drift_fast.bench.pair import SIZES, make_pair
 
-STACKS = ("ddp", "fsdp2", "zero2", "zero3")
-SCALES = ("absolute", "gradnorm", "adaptive")
-# Large beside the weights, so that their difference is the gradient to float32's precision.
-LEARNING_RATE = 1e4
+# By importance, should the time not suffice.
+ORDER = ("ddp", "fsdp2", ALONE, "zero3", "zero2")
 
 
 # --- what runs on every rank -----------------------------------------------------------------
 
 
-def build(size: str, layers: int, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """Return the text backbone with random weights, the same on every rank."""
-    shape = SIZES[size]
-    config = Qwen2Config(
-        vocab_size=shape.vocab,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.inner,
-        num_hidden_layers=layers,
-        num_attention_heads=shape.hidden // shape.head,
-        num_key_value_heads=shape.keys // shape.head,
-        tie_word_embeddings=shape.tied,
-    )
-    torch.manual_seed(0)
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with device:
-            return Qwen2ForCausalLM(config)
-    finally:
-        torch.set_default_dtype(default)
-
-
-class Stack:
-    """A model as one stack trains it: `backward` on a batch, `step` of the optimizer."""
-
-    def __init__(
-        self, stack: str, model: nn.Module, device: torch.device, optimizer: Any, accumulation: int
-    ) -> None:
-        self.stack, self.device, self.accumulation = stack, device, accumulation
-        self.zero = stack.startswith("zero")
-        if self.zero:
-            self._engine(model, optimizer)
-            return
-        if stack == "ddp":
-            ids = [device.index] if device.type == "cuda" else None
-            self.model: Any = nn.parallel.DistributedDataParallel(
-                model, device_ids=ids, gradient_as_bucket_view=True
-            )
-        else:
-            from torch.distributed.fsdp import fully_shard
-
-            backbone: Any = model
-            for layer in backbone.model.layers:
-                fully_shard(layer)
-            self.model = fully_shard(model)
-        self.optimizer = optimizer([p for p in self.model.parameters() if p.requires_grad])
-
-    def _engine(self, model: nn.Module, optimizer: Any) -> None:
-        import deepspeed
-
-        low = next(model.parameters()).dtype == torch.bfloat16
-        config = {
-            "train_micro_batch_size_per_gpu": 1,
-            "gradient_accumulation_steps": self.accumulation,
-            "gradient_clipping": 0.0,
-            "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,
-            "bf16": {"enabled": low},
-            "zero_optimization": {"stage": int(self.stack[-1])},
-            "steps_per_print": 10**9,
-        }
-        self.model, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer(list(model.parameters())), config=config
-        )
-
-    def attach(self, delta: Delta, **options: Any) -> Injection:
-        """Attach an injection where this stack wants it."""
-        if self.zero:
-            return drift_fast.attach(self.model, delta, **options)
-        return Injection(self.model, delta, optimizer=self.optimizer, **options)
-
-    def step(self, batches: list[torch.Tensor], injection: Injection | None) -> None:
-        """Take one optimizer step over some micro-batches of one sequence each."""
-        for number, tokens in enumerate(batches):
-            last = number == len(batches) - 1
-            if self.zero:
-                self.model.backward(self.model(input_ids=tokens, labels=tokens).loss)
-                self.model.step()
-                continue
-            if self.stack == "fsdp2":
-                self.model.set_requires_gradient_sync(last)
-                context: Any = contextlib.nullcontext()
-            else:
-                context = contextlib.nullcontext() if last else self.model.no_sync()
-            pause: Any = contextlib.nullcontext()
-            if injection is not None and not last:
-                pause = injection.accumulating()
-            with context, pause:
-                loss = self.model(input_ids=tokens, labels=tokens).loss
-                (loss / len(batches)).backward()
-        if not self.zero:
-            if injection is not None:
-                injection.step()
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-
-    def weights(self) -> dict[str, torch.Tensor]:
-        """Return every parameter whole, in float64."""
-        module: Any = self.model.module if self.zero or self.stack == "ddp" else self.model
-        found = {}
-        for name, parameter in module.named_parameters():
-            if self.stack == "fsdp2":
-                found[name] = parameter.full_tensor().detach().double()
-            elif self.stack == "zero3":
-                import deepspeed
-
-                with deepspeed.zero.GatheredParameters([parameter]):
-                    found[name] = parameter.detach().double().clone()
-            else:
-                found[name] = parameter.detach().double().clone()
-        return found
-
-
-def sgd(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    return torch.optim.SGD(parameters, lr=LEARNING_RATE)
-
-
-def adamw(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    # Weights stay where they are, so that every variant times the same numbers.
-    return torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0, fused=parameters[0].is_cuda)
-
-
-def restated(
-    model: nn.Module, batches: list[torch.Tensor], delta: Delta, scale: str
-) -> dict[str, torch.Tensor]:
-    """Return the method's gradients over the whole batch, in one process and in float64."""
-    plain = model.double()
-    plain.zero_grad()
-    for tokens in batches:
-        (plain(input_ids=tokens, labels=tokens).loss / len(batches)).backward()
-    theirs = {name.replace("model.language_model.", "model."): name for name in delta}
-    found = {}
-    for name, parameter in plain.named_parameters():
-        g = parameter.grad
-        assert g is not None, name
-        if name in theirs:
-            d = delta[theirs[name]].to(g.device).double()
-            c = {
-                "absolute": g.new_ones(()),
-                "gradnorm": g.norm() / d.norm(),
-                "adaptive": (1 + (g * d).sum() / (g.norm() * d.norm())) / 2 * g.norm() / d.norm(),
-            }[scale]
-            g = g - c * d
-        found[name] = g
-    return found
-
-
-def check(stack: str, device: torch.device, delta: Delta) -> dict[str, float]:
-    """Return, by scale, the largest relative error of what a stack's optimizer received."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    accumulation = 2
-    generator = torch.Generator().manual_seed(1)
-    batches = [
-        torch.randint(4, SIZES["tiny"].vocab - 8, (1, 24), generator=generator).to(device)
-        for _ in range(accumulation * world)
-    ]
-    worst = {}
-    for scale in SCALES:
-        model = build("tiny", SIZES["tiny"].layers, torch.float32, device)
-        exact = restated(
-            build("tiny", SIZES["tiny"].layers, torch.float32, device), batches, delta, scale
-        )
-        trained = Stack(stack, model, device, sgd, accumulation)
-        before = trained.weights()
-        with trained.attach(delta, scale=scale, residency="device") as injection:
-            trained.step(batches[rank::world], injection)
-            if not injection.injected:
-                raise AssertionError(f"{stack}: nothing was injected")
-        after = trained.weights()
-        errors = []
-        for name, expected in exact.items():
-            received = (before[name] - after[name]) / LEARNING_RATE
-            errors.append(float((received - expected).norm() / expected.norm()))
-        worst[scale] = max(errors)
-        if not worst[scale] <= 1e-5:
-            raise AssertionError(f"{stack}, {scale}: a gradient is off by {worst[scale]:.1e}")
-    return worst
-
-
-@contextlib.contextmanager
-def collectives() -> Iterator[list[int]]:
-    """Count the numbers in every sum over processes that this library asks for."""
-    original, counted = dist.all_reduce, []
-
-    def all_reduce(tensor: torch.Tensor, *arguments: Any, **keywords: Any) -> Any:
-        if str(sys._getframe(1).f_globals.get("__name__", "")).startswith("drift_fast"):
-            counted.append(tensor.numel())
-        return original(tensor, *arguments, **keywords)
-
-    dist.all_reduce = all_reduce
-    try:
-        yield counted
-    finally:
-        dist.all_reduce = original
-
-
-class Clock:
-    """Times steps of one stack at full width."""
-
-    def __init__(self, options: argparse.Namespace, stack: str, device: torch.device) -> None:
-        self.options, self.device, self.cuda = options, device, device.type == "cuda"
-        self.layers = options.layers if stack == "fsdp2" else options.smaller_layers
-        model = build(options.size, self.layers, torch.bfloat16, device)
-        self.checkpointed: Any = model
-        self.stack = Stack(stack, model, device, adamw, 1)
-        self.tokens = torch.zeros(1, 1, dtype=torch.long, device=device)
-
-    def wait(self) -> None:
-        if self.cuda:
-            torch.cuda.synchronize()
-        dist.barrier()
-
-    def memory(self) -> float:
-        return torch.cuda.memory_allocated() / 1e9 if self.cuda else math.nan
-
-    def use(self, tokens: int) -> bool:
-        """Choose the length of a sequence; return whether activations are recomputed."""
-        recomputed = tokens > 4096
-        module = self.checkpointed
-        if recomputed:
-            module.gradient_checkpointing_enable({"use_reentrant": False})
-        else:
-            module.gradient_checkpointing_disable()
-        generator = torch.Generator().manual_seed(dist.get_rank())
-        most = SIZES[self.options.size].vocab - 8
-        self.tokens = torch.randint(4, most, (1, tokens), generator=generator).to(self.device)
-        return recomputed
-
-    def run(self, injection: Injection | None) -> float:
-        """Return the milliseconds of a step, the mean of several in a row."""
-        self.wait()
-        start = time.perf_counter()
-        for _ in range(self.options.steps):
-            self.stack.step([self.tokens], injection)
-        self.wait()
-        return (time.perf_counter() - start) * 1e3 / int(self.options.steps)
-
-    def attached(self, delta: Delta, **options: Any) -> tuple[Injection, dict[str, float]]:
-        """Attach; return the injection, the seconds that took and the memory it holds."""
-        gc.collect()
-        if self.cuda:
-            torch.cuda.empty_cache()
-        self.wait()
-        before, start = self.memory(), time.perf_counter()
-        injection = self.stack.attach(delta, residency="device", **options)
-        self.wait()
-        seconds = time.perf_counter() - start
-        return injection, {"seconds": seconds, "memory": self.memory() - before}
-
-    def compare(self, delta: Delta, label: str, **options: Any) -> dict[str, Any]:
-        """Time injected steps in turn with those of the same stack without an injection."""
-        base, times = [], []
-        attaching: dict[str, float] = {}
-        sums: list[int] = []
-        for round_ in range(self.options.repeats):
-            for _ in range(3):
-                self.stack.step([self.tokens], None)
-            base.append(self.run(None))
-            injection, found = self.attached(delta, **options)
-            if round_ == 0:
-                attaching = found
-            # Recordings and the allocator settle.
-            for _ in range(3):
-                with collectives() as counted:
-                    self.stack.step([self.tokens], injection)
-                sums = counted
-            times.append(self.run(injection))
-            if injection.injected != len(injection.targets):
-                raise AssertionError(f"{injection.injected} of {len(injection.targets)} injected")
-            injection.remove()
-        return {"label": label, "base": base, "times": times, "sums": sums, **attaching}
-
-
 def enter(options: argparse.Namespace) -> None:
-    """Check and time one stack on this rank; rank 0 writes what was found."""
-    stack = options.worker
+    """Check and time some stacks on this rank; rank 0 writes what was found."""
     rank = int(os.environ["LOCAL_RANK"])
     device = torch.device("cuda", rank) if options.device == "cuda" else torch.device("cpu")
     if device.type == "cuda":
@@ -337,42 +62,112 @@ def enter(options: argparse.Namespace) -> None:
     backend = "nccl" if device.type == "cuda" else "gloo"
     # With CPU tensors too, for what is no tensor on a GPU.
     dist.init_process_group("cpu:gloo,cuda:nccl" if backend == "nccl" else "gloo")
-    report: dict[str, Any] = {"stack": stack, "world": dist.get_world_size(), "rows": []}
-    directory = Path(options.directory)
-    try:
-        if stack.startswith("zero"):
-            start_deepspeed(backend)
-        report["errors"] = check(stack, device, Delta.open(directory / "shrunken"))
-        if not options.check_only:
-            time_stack(options, stack, device, report)
-    except Exception:
-        report["failure"] = traceback.format_exc()
-        print(f"rank {rank}: {report['failure']}", file=sys.stderr, flush=True)
-    if rank == 0:
-        Path(options.report).write_text(json.dumps(report))
-    if "failure" in report:
-        # Others may wait for this rank in a sum that it never reaches.
-        os._exit(1)
-    dist.barrier()
+
+    def late() -> bool:
+        """Whether the time is over, by the clock of rank 0."""
+        over = torch.tensor(float(time.time() > options.deadline))
+        dist.broadcast(over, 0)
+        return bool(over)
+
+    for stack in options.worker:
+        if late():
+            break
+        # One process works alone, and the others must not ask it anything.
+        if stack != ALONE or rank == 0:
+            alone = stack == ALONE
+            until = (lambda: time.time() > options.deadline) if alone else late
+            run_stack(options, stack, device, until)
+        dist.barrier()
     dist.destroy_process_group()
 
 
-def start_deepspeed(backend: str) -> None:
+def run_stack(
+    options: argparse.Namespace, stack: str, device: torch.device, late: Callable[[], bool]
+) -> None:
+    """Check and time one stack; on rank 0, write its report whenever a figure is there."""
+    world = 1 if stack == ALONE else dist.get_world_size()
+    report: dict[str, Any] = {"stack": stack, "world": world, "rows": []}
+    directory = Path(options.directory)
+    began = time.perf_counter()
+
+    def write() -> None:
+        if dist.get_rank() == 0:
+            write_report(directory, report)
+
+    def note(kind: str, row: dict[str, Any]) -> None:
+        report.setdefault(kind, []).append(row)
+        write()
+        if dist.get_rank() == 0:
+            short = {key: row[key] for key in ("label", "seconds", "memory") if key in row}
+            if "times" in row:
+                added = statistics.median(row["times"]) / statistics.median(row["base"]) - 1
+                short["added"] = f"{added:+.1%}"
+            print(f"{stack}, {world} processes: {short}", flush=True)
+
+    try:
+        if stack.startswith("zero"):
+            start_deepspeed(device)
+        shrunken = wait_for(directory / "shrunken")
+        report["errors"] = check(stack, device, shrunken, rank=8 if options.lora else 0)
+        report["checked"] = time.perf_counter() - began
+        write()
+        if not options.check_only:
+            delta = wait_for(directory / "delta")
+            time_stack(options, stack, device, report, note, late, delta)
+        if device.type == "cuda":
+            report["peak"] = torch.cuda.max_memory_allocated() / 1e9
+    except Exception:
+        report["failure"] = traceback.format_exc()
+        print(f"rank {dist.get_rank()}: {report['failure']}", file=sys.stderr, flush=True)
+    report["took"] = time.perf_counter() - began
+    write()
+    if "failure" in report:
+        # Others may wait for this rank in a sum that it never reaches.
+        os._exit(1)
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def start_deepspeed(device: torch.device) -> None:
     """Let DeepSpeed join the processes; on a CPU without compiling a kernel of its own."""
     import deepspeed
 
-    if backend == "gloo":
+    if device.type == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend=backend)
+    deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo")
+
+
+def wait_for(directory: Path) -> Delta:
+    """Open a delta that another process may still be computing; it is named when it is whole."""
+    while not directory.is_dir():
+        time.sleep(0.2)
+    return Delta.open(directory)
 
 
 def time_stack(
-    options: argparse.Namespace, stack: str, device: torch.device, report: dict[str, Any]
+    options: argparse.Namespace,
+    stack: str,
+    device: torch.device,
+    report: dict[str, Any],
+    note: Callable[[str, dict[str, Any]], None],
+    late: Callable[[], bool],
+    whole: Delta,
 ) -> None:
-    """Attach and time one stack, adding to the report as figures come."""
-    clock = Clock(options, stack, device)
-    report["layers"] = clock.layers
-    whole = Delta.open(Path(options.directory) / "delta")
+    """Attach and time one stack, noting figures as they come."""
+    few = not options.lora and stack != "fsdp2"
+    report["layers"] = options.smaller_layers if few else options.layers
+    clock = Clock(
+        stack,
+        device,
+        size=options.size,
+        layers=report["layers"],
+        rank=options.rank if options.lora else 0,
+    )
+    if options.lora:
+        time_lora(clock, whole, options, note, late)
+        return
     layers = range(clock.layers)
     lengths = options.tokens if stack == "fsdp2" else options.tokens[:1]
     for tokens in lengths if report["world"] > 1 else ():
@@ -382,48 +177,132 @@ def time_stack(
             ("attention + MLP, gradnorm", ("attn", "mlp"), "gradnorm"),
             ("attention only, adaptive", ("attn",), "adaptive"),
         ):
-            row = clock.compare(whole, label, modules=modules, scale=scale, layers=layers)
-            report["rows"].append({**row, "tokens": tokens, "recomputed": recomputed})
-            if dist.get_rank() == 0:
-                added = statistics.median(row["times"]) / statistics.median(row["base"]) - 1
-                print(f"{stack}, {tokens} tokens, {label}: {added:+.1%}", flush=True)
+            if late():
+                return
+            what = {"modules": modules, "scale": scale, "layers": layers}
+            row = clock.compare(whole, label, repeats=options.repeats, steps=options.steps, **what)
+            note("rows", {**row, "tokens": tokens, "recomputed": recomputed})
     if report["world"] == 1:
         clock.use(options.tokens[0])
         injection, found = clock.attached(whole, layers=layers)
-        report["rows"].append({"label": "attached", **found, "tokens": 0})
+        note("rows", {"label": "attached", **found, "tokens": 0})
         injection.remove()
-    if device.type == "cuda":
-        report["peak"] = torch.cuda.max_memory_allocated() / 1e9
 
 
 # --- what starts them ------------------------------------------------------------------------
 
 
-def launch(options: argparse.Namespace, stack: str, processes: int, directory: Path) -> Any:
-    """Run one stack in processes of its own; return its report."""
-    file = directory / f"{stack}-{processes}.json"
+def report_file(directory: Path, stack: str, world: int) -> Path:
+    return directory / f"{stack}-{world}.json"
+
+
+def write_report(directory: Path, report: dict[str, Any]) -> None:
+    """Write a report under a name that only whole ones have."""
+    file = report_file(directory, report["stack"], report["world"])
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(report))
+    part.replace(file)
+
+
+def launch(
+    options: argparse.Namespace, stacks: Sequence[str], processes: int, directory: Path
+) -> subprocess.Popen[bytes]:
+    """Start some stacks, one after the other, in processes of their own."""
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-        *("--nproc-per-node", str(processes), __file__, "--worker", stack),
+        *("--nproc-per-node", str(processes), __file__, "--worker", *stacks),
         *("--device", options.device, "--size", options.size, "--layers", str(options.layers)),
         *("--smaller-layers", str(options.smaller_layers), "--steps", str(options.steps)),
         *("--repeats", str(options.repeats), "--directory", str(directory)),
-        *("--report", str(file), "--tokens", *map(str, options.tokens)),
+        *("--deadline", str(options.deadline), "--tokens", *map(str, options.tokens)),
+        *("--rank", str(options.rank), "--attach-layers", str(options.attach_layers)),
         *(("--check-only",) if options.check_only else ()),
+        *(("--lora",) if options.lora else ()),
     ]
     environment = {**os.environ, "NCCL_NVLS_ENABLE": "0", "TOKENIZERS_PARALLELISM": "false"}
+    environment["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
     if options.device == "cpu":
         environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment, start_new_session=True)
-    try:
-        process.wait(options.limit)
-    except subprocess.TimeoutExpired:
-        # Its workers too: they would hold the GPUs while the next stack is timed.
+    return subprocess.Popen(command, env=environment, start_new_session=True)
+
+
+def kill(process: subprocess.Popen[bytes]) -> None:
+    """End a launcher, and its workers too: they would hold the GPUs."""
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    if not file.is_file():
-        return {"stack": stack, "world": processes, "rows": [], "failure": "no report"}
-    return json.loads(file.read_text())
+    process.wait()
+
+
+class Run:
+    """The stacks that are still to be run, and what was found so far."""
+
+    def __init__(self, options: argparse.Namespace, directory: Path) -> None:
+        self.options, self.directory = options, directory
+        self.made: dict[str, float] = {}
+        # Stacks that share a launch: of LoRA all, which saves imports.
+        self.turns = [[*options.stacks]] if options.lora else [[one] for one in options.stacks]
+        self.turns = [turn for turn in self.turns if turn]
+        self.expected = [(stack, self.world(stack)) for turn in self.turns for stack in turn]
+        if "fsdp2" in options.stacks and not (options.lora or options.check_only):
+            # What one process alone holds, to compare a rank's share with.
+            self.expected += [("fsdp2", 1)] if options.gpus > 1 else []
+
+    def world(self, stack: str) -> int:
+        return 1 if stack == ALONE else int(self.options.gpus)
+
+    def everything(self) -> None:
+        """Run all stacks, the first ones while the large delta is made."""
+        first: Any = launch(self.options, self.turns[0], self.options.gpus, self.directory)
+        try:
+            self.made = make_deltas(self.options, self.directory)
+            while self.turns:
+                turn = self.turns.pop(0)
+                process = first or launch(self.options, turn, self.options.gpus, self.directory)
+                first = None
+                self.wait(process)
+                self.again(turn)
+            if ("fsdp2", 1) in self.expected and self.options.gpus > 1:
+                self.wait(launch(self.options, ["fsdp2"], 1, self.directory))
+        finally:
+            if first is not None:
+                kill(first)
+
+    def wait(self, process: subprocess.Popen[bytes]) -> None:
+        """Wait for a launch to end, and write what there is now and then."""
+        try:
+            while process.poll() is None:
+                if time.time() > self.options.deadline + 30:
+                    break
+                time.sleep(1)
+                self.write()
+        finally:
+            kill(process)
+        self.write()
+
+    def again(self, turn: Sequence[str]) -> None:
+        """Run what follows a stack that failed, and ended all processes, in new ones."""
+        failed = [
+            at
+            for at, stack in enumerate(turn)
+            if "failure" in self.report(stack, self.world(stack))
+        ]
+        rest = turn[failed[-1] + 1 :] if failed else ()
+        if rest and time.time() < self.options.deadline:
+            self.turns.insert(0, list(rest))
+
+    def report(self, stack: str, world: int) -> dict[str, Any]:
+        file = report_file(self.directory, stack, world)
+        if file.is_file():
+            found: dict[str, Any] = json.loads(file.read_text())
+            return found
+        return {"stack": stack, "world": world, "rows": [], "missing": "not run"}
+
+    def reports(self) -> list[dict[str, Any]]:
+        return [self.report(*one) for one in self.expected]
+
+    def write(self) -> None:
+        if self.options.out:
+            self.options.out.write_text(render(self.options, self.reports(), self.made))
 
 
 def make_deltas(options: argparse.Namespace, directory: Path) -> dict[str, float]:
@@ -445,26 +324,44 @@ def render(options: argparse.Namespace, reports: list[dict[str, Any]], made: Any
     """Return the results as Markdown."""
     cuda = options.device == "cuda"
     name = torch.cuda.get_device_name() if cuda else f"CPU ({platform.machine()})"
+    what = "LoRA" if options.lora else "Injection"
     lines = [
-        f"# Injection over {options.gpus} × {name}",
+        f"# {what} over {options.gpus} × {name}",
         "",
         f"`python benches/multi_gpu.py {' '.join(sys.argv[1:])}`, {time.strftime('%Y-%m')}, torch "
         f"{torch.__version__}, drift_fast {drift_fast.__version__}.",
         "",
         "## What each optimizer received, against float64 in one process",
         "",
-        "A shrunken model in float32, accumulation 2, every rank its own micro-batches: the "
-        "largest relative error of any parameter's gradient.",
+        "A shrunken model in float32, accumulation 2, every rank its own micro-batches, the fourth "
+        "step: the largest relative error of any parameter's gradient.",
         "",
         f"| | processes | {' | '.join(SCALES)} |",
         "|---|---|" + "---|" * len(SCALES),
     ]
     for report in reports:
         errors = report.get("errors")
-        cells = [f"{errors[scale]:.1e}" for scale in SCALES] if errors else ["failed"] * 3
+        missing = report.get("missing", "failed" if "failure" in report else "not yet")
+        cells = [f"{errors[scale]:.1e}" for scale in SCALES] if errors else [missing] * 3
         lines.append(f"| {report['stack']} | {report['world']} | {' | '.join(cells)} |")
-    lines += [
-        "",
+    lines += ["", *(render_lora if options.lora else render_whole)(reports, options), ""]
+    if made:
+        lines.append(
+            f"The pair was written in {made['pair']:.0f} s and its delta in {made['delta']:.1f} s."
+        )
+    took = [f"{r['stack']} {r['took']:.0f}" for r in reports if "took" in r]
+    if took:
+        lines.append(f"Seconds of each stack, with the check: {', '.join(took)}.")
+    for report in reports:
+        if "failure" in report:
+            last = report["failure"].strip().splitlines()[-1]
+            lines.append(f"\n{report['stack']} with {report['world']} processes failed: {last}")
+    return "\n".join(lines) + "\n"
+
+
+def render_whole(reports: list[dict[str, Any]], options: argparse.Namespace) -> list[str]:
+    """Return the steps of whole weights as lines of Markdown."""
+    lines = [
         "## What an injection adds to an optimizer step",
         "",
         f"{options.size} in bfloat16, one sequence for each process, forward, backward and AdamW. "
@@ -491,16 +388,7 @@ def render(options: argparse.Namespace, reports: list[dict[str, Any]], made: Any
                 f"{start}| {tokens} | {row['label']} | {spread} | {base:.1f} "
                 f"| {time_ / base - 1:+.1%} | {sums} | {end}"
             )
-    lines.append("")
-    if made:
-        lines.append(
-            f"The pair was written in {made['pair']:.0f} s and its delta in {made['delta']:.1f} s."
-        )
-    for report in reports:
-        if "failure" in report:
-            last = report["failure"].strip().splitlines()[-1]
-            lines.append(f"\n{report['stack']} with {report['world']} processes failed: {last}")
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def main() -> None:
@@ -508,37 +396,39 @@ def main() -> None:
     cuda = torch.cuda.is_available()
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if cuda else "cpu")
     parser.add_argument("--gpus", type=int, default=max(1, torch.cuda.device_count()))
-    parser.add_argument("--stacks", nargs="+", choices=STACKS, default=STACKS)
+    parser.add_argument("--lora", action="store_true", help="train LoRA's factors")
+    parser.add_argument("--rank", type=int, default=64, help="of LoRA")
+    parser.add_argument("--stacks", nargs="+", choices=ORDER)
     parser.add_argument("--size", choices=tuple(SIZES), default="7B")
-    parser.add_argument("--layers", type=int, default=28, help="of FSDP2")
+    parser.add_argument("--layers", type=int, default=28, help="of FSDP2, and of all with --lora")
     parser.add_argument("--smaller-layers", type=int, default=8, help="of DDP and ZeRO")
+    parser.add_argument("--attach-layers", type=int, default=8, help="for times of attaching")
     parser.add_argument("--tokens", type=int, nargs="+", default=(2048, 8192))
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--limit", type=float, default=600, help="seconds for one stack")
+    parser.add_argument("--minutes", type=float, default=60, help="start nothing after these")
     parser.add_argument("--check-only", action="store_true")
     parser.add_argument("--directory", help="for the pair and its delta; default in memory")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--worker", choices=STACKS, help=argparse.SUPPRESS)
-    parser.add_argument("--report", help=argparse.SUPPRESS)
+    parser.add_argument("--worker", nargs="+", choices=ORDER, help=argparse.SUPPRESS)
+    parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    options.smaller_layers = min(options.smaller_layers, options.layers)
     if options.worker:
         enter(options)
         return
+    options.smaller_layers = min(options.smaller_layers, options.layers)
+    options.deadline = time.time() + 60 * options.minutes
+    if options.stacks is None:
+        every = ORDER if options.lora else STACKS
+        options.stacks = [ALONE] if options.lora and options.gpus == 1 else list(every)
     memory = Path("/dev/shm")
     home = options.directory or (memory if memory.is_dir() else None)
     with tempfile.TemporaryDirectory(dir=home) as folder:
-        made = make_deltas(options, Path(folder))
-        reports = []
-        for stack in options.stacks:
-            reports.append(launch(options, stack, options.gpus, Path(folder)))
-            if stack == "fsdp2" and options.gpus > 1 and not options.check_only:
-                # What one process alone holds, to compare a rank's share with.
-                reports.append(launch(options, stack, 1, Path(folder)))
-            if options.out:
-                options.out.write_text(render(options, reports, made))
-    print(render(options, reports, made))
+        run = Run(options, Path(folder))
+        run.everything()
+        run.write()
+        reports = run.reports()
+        print(render(options, reports, run.made))
     if any("failure" in report for report in reports):
         raise SystemExit(1)
 
