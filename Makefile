@@ -10,8 +10,8 @@ OLDEST_TESTS := $(addprefix tests/,alignment/test_families.py alignment/test_ali
 	inject/test_injection_names.py integrations/test_trainer.py) \
 	$(wildcard tests/checkpoints/test_remote_*.py)
 
-.PHONY: demo test test-slow test-pretrained fuzz test-oldest test-wheel families parity options docs lint bench \
-	reproduce reproduce-full format clean
+.PHONY: demo test test-slow test-pretrained test-stacks fuzz test-oldest test-wheel families parity options docs lint \
+	bench reproduce reproduce-full format clean
 
 demo: .venv/demo
 	$(BIN)/drift-fast demo --out demo-output
@@ -56,6 +56,11 @@ test-wheel: .venv/built
 	$(PYTHON) -m venv build/clean
 	build/clean/bin/python -m pip install --quiet build/wheel/*.whl
 	cd build/clean && bin/python -I ../../tests/use_wheel.py
+
+# One training stack as people install it, in an environment of its own that is removed afterwards: writes its
+# row of docs/stacks.md. Some minutes and up to 8 GB of disk; torch is linked from .venv where it fits.
+test-stacks: .venv/built
+	$(BIN)/python tests/stacks/run.py $(or $(STACK),trl) --torch-from .venv
 
 lint: .venv/built
 	cargo fmt --all --check

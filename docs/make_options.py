@@ -53,6 +53,7 @@ CLASSES = (
     "drift_fast.planner.training.Training",
     "drift_fast.planner.options.PlanOptions",
     "drift_fast.bench.options.BenchOptions",
+    "drift_fast.cli.setup.SetupOptions",
 )
 # What trains: the options of a file that names its delta.
 INJECTION = "Settings"

@@ -253,3 +253,13 @@ class BenchKeywords(TypedDict, total=False):
     beside: Path | None
     directory: Path | None
     command: str
+
+
+class SetupKeywords(SelectionKeywords, total=False):
+    """The keywords of `SetupOptions`."""
+
+    tuning: str | None
+    gpu_memory: int | str | None
+    data: str
+    delta: str
+    overwrite: bool

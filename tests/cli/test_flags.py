@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from drift_fast.bench.options import BenchOptions
+from drift_fast.cli.setup import SetupOptions
 from drift_fast.delta.options import DeltaOptions, InspectOptions
 from drift_fast.merging.config import MergeConfig
 from drift_fast.options import Options, about_of
@@ -31,6 +32,7 @@ from support.synthetic import Pair
         ("protect", ProtectOptions),
         ("plan", PlanOptions),
         ("bench", BenchOptions),
+        ("setup", SetupOptions),
     ],
 )
 def test_every_option_of_a_command_is_a_flag_with_its_help(

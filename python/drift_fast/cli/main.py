@@ -29,6 +29,7 @@ _COMMANDS = {
     "merge": "merge a reasoning model into a multimodal one and write the result",
     "protect": "take gradients on samples of what must be kept out of a delta",
     "plan": "estimate memory, disk, hours and λ of a training run; reads no weights",
+    "setup": "print or write a ready configuration of a training stack for a model pair",
     "demo": "run all steps on two tiny trained models: delta, fine-tuning, comparison, pictures",
     "bench": "time statistics and Δ of a synthetic pair, beside rivals and the machine's limit",
 }

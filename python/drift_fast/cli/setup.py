@@ -1,0 +1,295 @@
+"""The command `drift-fast setup`: a ready configuration of a training stack for a model pair.
+
+Owns what each stack's files are made of and the values that fill them. The text is in setups/:
+a line that begins with @full or @lora is for that tuning only, and $name is a value.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+
+from drift_fast.alignment.options import SelectionOptions
+from drift_fast.checkpoints.opened import open_checkpoint
+from drift_fast.cli.options import add_options, add_sources, given_flags
+from drift_fast.cli.output import remark
+from drift_fast.errors import DriftError
+from drift_fast.inject.config import InjectionConfig
+from drift_fast.options import option
+from drift_fast.paths import local_path
+from drift_fast.planner.planning import plan
+from drift_fast.preflight.check import Preflight, check
+from drift_fast.sizes import parse_size
+
+TUNINGS = ("full", "lora")
+# Adapters of rank 64 take larger steps than whole weights.
+_LEARNING_RATES = {"full": "1.0e-6", "lora": "1.0e-4"}
+
+
+@dataclass(frozen=True)
+class Stack:
+    """What a stack's files are made of, how they are run, and what their imports are."""
+
+    title: str
+    run: str
+    parts: Mapping[str, tuple[str, ...]]
+    imports: str = ""
+
+
+def _script(
+    title: str, own: str, imports: str = "from PIL import Image\n", *, run: str = "python train.py"
+) -> Stack:
+    """Return a stack whose one file is a script that loads the model and makes batches itself."""
+    parts = ("model.py.txt", *(() if own == "trl" else ("batches.py.txt",)), f"{own}.py.txt")
+    return Stack(title, run, {"train.py": parts}, imports)
+
+
+_PICTURES = "from PIL import Image\n"
+STACKS = {
+    "trainer": _script("The Hugging Face Trainer", "trainer"),
+    "trl": _script("TRL's SFTTrainer", "trl", "import datasets\nimport trl\n"),
+    "accelerate": _script(
+        "Accelerate",
+        "accelerate",
+        f"from accelerate import Accelerator\n{_PICTURES}",
+        run="accelerate launch train.py",
+    ),
+    "lightning": _script(
+        "Lightning",
+        "lightning",
+        f"import lightning.pytorch as pl\n{_PICTURES}"
+        "from drift_fast.integrations.lightning import DriftCallback\n",
+    ),
+    "deepspeed": _script(
+        "DeepSpeed",
+        "deepspeed",
+        f"import deepspeed\n{_PICTURES}",
+        run="deepspeed --num_gpus 8 train.py",
+    ),
+    "loop": _script("A loop of your own", "loop"),
+    "llamafactory": Stack(
+        "LLaMA-Factory's own configuration, with one more section",
+        "python -m drift_fast.integrations.llamafactory train.yaml",
+        {"train.yaml": ("llamafactory.yaml",), "dataset_info.json": ("dataset_info.json",)},
+    ),
+    "swift": Stack(
+        "ms-swift, with a callback",
+        "bash train.sh",
+        {"train.sh": ("swift.sh",), "drift.yaml": ("drift.yaml",), "plugin.py": ("plugin.py.txt",)},
+    ),
+    "axolotl": Stack(
+        "Axolotl's own configuration, with the plugin and its section",
+        "axolotl train train.yaml",
+        {"train.yaml": ("axolotl.yaml",)},
+    ),
+    "verl": Stack(
+        "verl, with an engine that injects",
+        "bash train.sh",
+        {"train.sh": ("verl.sh",), "drift.yaml": ("drift.yaml",)},
+    ),
+}
+
+# By model_type of config.json: LLaMA-Factory's template, and ms-swift's model type and template.
+_NAMES = {
+    "gemma3": ("gemma3", "gemma3_vision"),
+    "internvl": ("intern_vl", "internvl_hf"),
+    "llava": ("llava", "llava1_5_hf"),
+    "llava_next": ("llava_next", "llava1_6_mistral_hf"),
+    "qwen2_vl": ("qwen2_vl", "qwen2_vl"),
+    "qwen2_5_vl": ("qwen2_vl", "qwen2_5_vl"),
+    "qwen3_vl": ("qwen3_vl", "qwen3_vl"),
+}
+# Both frameworks refuse this name, and say which they have.
+_UNKNOWN = "FILL_IN"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetupOptions(SelectionOptions):
+    """The options of `setup`."""
+
+    tuning: str | None = option(
+        None,
+        "train all weights of the language model, or adapters; full by default, and lora where "
+        "the plan does not fit into gpu_memory",
+        choices=TUNINGS,
+    )
+    gpu_memory: int | str | None = option(
+        None,
+        "memory of one GPU, such as 80GB, to choose the tuning and where Δ lives",
+        check=lambda value: value is None or parse_size(value),
+        metavar="SIZE",
+    )
+    data: str = option(
+        "train.jsonl", "the samples, with messages and images in each row", metavar="FILE"
+    )
+    delta: str = option("delta", "the directory of Δ", metavar="DIR")
+    overwrite: bool = option(False, "replace files of an earlier setup")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the command and add its arguments."""
+    parser.description = (
+        "Print a ready configuration of a training stack for a model pair, or write it. A pair "
+        "that does not fit is refused as by `check`."
+    )
+    parser.add_argument("stack", choices=STACKS, help="the training stack")
+    add_sources(parser)
+    parser.add_argument("--out", "-o", type=Path, metavar="DIR", help="directory to write")
+    add_options(parser, SetupOptions)
+    parser.set_defaults(run=run, value_error_status=2)
+
+
+def run(given: argparse.Namespace) -> int:
+    """Check, plan, and print or write."""
+    options = SetupOptions(**given_flags(given, SetupOptions))
+    chosen = {name: getattr(options, name) for name in SelectionOptions.names()}
+    report = check(given.reasoning, given.multimodal, **chosen)
+    if not report.ok:
+        print(report.table())
+        return 1
+    notes = sum(finding.severity == "note" for finding in report.findings)
+    if notes:
+        remark(f"`drift-fast check` has {notes} note{'s' if notes > 1 else ''} on this pair")
+    stack = STACKS[given.stack]
+    values, tuning = _values(given, options, report)
+    texts = render(stack, values, tuning)
+    if given.out is None:
+        for name, text in texts.items():
+            print(text if len(texts) == 1 else f"# ---- {name}\n{text}", end="")
+        return 0
+    _write(local_path(given.out), texts, overwrite=options.overwrite)
+    remark(f"wrote {', '.join(texts)} to {given.out}; compute Δ: {values['compute']}")
+    remark(f"then, in that directory: {stack.run}")
+    return 0
+
+
+def render(stack: Stack, values: Mapping[str, str], tuning: str) -> dict[str, str]:
+    """Return the text of each file of a stack."""
+    filled = {"title": stack.title, "imports": stack.imports, **values}
+    texts = {}
+    for name, parts in stack.parts.items():
+        whole = "".join((files(__package__) / "setups" / part).read_text() for part in parts)
+        kept = [
+            line.removeprefix(f"@{tuning} ")
+            for line in whole.splitlines(keepends=True)
+            if not line.startswith("@") or line.startswith(f"@{tuning} ")
+        ]
+        texts[name] = Template("".join(kept)).substitute(filled)
+    return texts
+
+
+def values_for(
+    multimodal: str,
+    model_type: str | None,
+    tuning: str,
+    *,
+    adapted: Collection[str] = (),
+    compute: str = "drift-fast delta REASONING MULTIMODAL --out delta",
+    **more: str,
+) -> dict[str, str]:
+    """Return the values that fill the text of every stack.
+
+    Args:
+        multimodal: the model that trains, a path or a Hub id.
+        model_type: that of its config.json.
+        adapted: the modules that Δ reaches, which adapters must reach too.
+        compute: the command that computes Δ.
+        more: values in the place of the defaults.
+    """
+    template, swift = _NAMES.get(model_type or "", (_UNKNOWN, _UNKNOWN))
+    defaults = InjectionConfig()
+    return {
+        "multimodal": multimodal,
+        "llamafactory_template": template,
+        "swift_type": swift,
+        "axolotl_template": template,
+        "learning_rate": _LEARNING_RATES[tuning],
+        "adapted": rf".*language_model.*\.({'|'.join(sorted(adapted))})",
+        "compute": compute,
+        "alpha": str(defaults.alpha),
+        "scale": defaults.scale,
+        "residency": defaults.residency,
+        **more,
+    }
+
+
+def _values(
+    given: argparse.Namespace, options: SetupOptions, report: Preflight
+) -> tuple[dict[str, str], str]:
+    """Return the values of a checked pair, and what is tuned."""
+    tuning, residency = _planned(given, options)
+    reasoning, multimodal = map(_from_anywhere, (given.reasoning, given.multimodal))
+    model_type = open_checkpoint(given.multimodal).configuration.around[-1].text("model_type")
+    modules = options.modules if isinstance(options.modules, str) else ",".join(options.modules)
+    flags = {
+        "modules": modules,
+        "layers": options.layers,
+        "mapping": options.mapping,
+        "rows": options.rows,
+    }
+    words = ["drift-fast", "delta", reasoning, multimodal, "--out", options.delta]
+    for name, flag in flags.items():
+        words += [] if flag is None else [f"--{name}", str(flag)]
+    return (
+        values_for(
+            multimodal,
+            model_type,
+            tuning,
+            adapted={module for kinds in report.selected.values() for module in kinds},
+            compute=shlex.join(words),
+            delta=options.delta,
+            data=options.data,
+            modules=modules,
+            residency=residency,
+        ),
+        tuning,
+    )
+
+
+def _from_anywhere(source: str) -> str:
+    """Return a path whole, since the files may lie in another directory; a Hub id stays."""
+    path = local_path(source)
+    return str(path.resolve()) if path.exists() else source
+
+
+def _planned(given: argparse.Namespace, options: SetupOptions) -> tuple[str, str]:
+    """Return what is tuned and where Δ lives, as far as the plan decides it."""
+    residency = InjectionConfig().residency
+    if options.gpu_memory is None or options.tuning == "lora":
+        return options.tuning or "full", residency
+    found = plan(
+        given.reasoning,
+        given.multimodal,
+        steps=1,
+        modules=options.modules,
+        layers=None if options.layers is None else str(options.layers),
+        gradient_checkpointing=True,
+        gpu_memory=options.gpu_memory,
+    )
+    if found.fits:
+        place = str(found["residency of Δ"].value)
+        return "full", residency if place == "device" else place
+    remedies = "; ".join(found.remedies)
+    if options.tuning == "full":
+        remark(f"all weights do not fit into {options.gpu_memory} of one GPU; it fits {remedies}")
+        return "full", residency
+    remark(
+        f"LoRA, since all weights do not fit into {options.gpu_memory}; all would fit {remedies}"
+    )
+    return "lora", residency
+
+
+def _write(folder: Path, texts: Mapping[str, str], *, overwrite: bool) -> None:
+    there = [name for name in texts if (folder / name).exists()]
+    if there and not overwrite:
+        raise DriftError(
+            f"{folder} has {', '.join(there)} already; pass --overwrite, or another --out"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")

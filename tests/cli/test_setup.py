@@ -1,0 +1,130 @@
+"""`drift-fast setup`: what it prints fits the pair, and the examples are what it prints."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from drift_fast.alignment.options import SelectionOptions
+from drift_fast.cli.setup import STACKS, TUNINGS, render, values_for
+from drift_fast.integrations.settings import Settings
+from support.commands import run, succeeds
+from support.synthetic import Pair, contents
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+# The pair that the examples are for.
+SEVEN = {
+    "multimodal": "Qwen/Qwen2.5-VL-7B-Instruct",
+    "model_type": "qwen2_5_vl",
+    "tuning": "full",
+    "adapted": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    "delta": "delta",
+    "data": "train.jsonl",
+    "modules": "attn,mlp",
+}
+
+
+def texts_of(stack: str, **changes: Any) -> dict[str, str]:
+    given = {**SEVEN, **changes}
+    return render(STACKS[stack], values_for(**given), given["tuning"])
+
+
+@pytest.mark.parametrize("stack", ["llamafactory", "swift", "axolotl", "verl"])
+def test_the_examples_of_frameworks_are_what_setup_writes(stack: str) -> None:
+    folder = EXAMPLES / stack
+    texts = texts_of(stack)
+    assert {file.name for file in folder.iterdir()} == {*texts, "README.md"}
+    for name, text in texts.items():
+        assert (folder / name).read_text(encoding="utf-8") == text, (
+            f"{folder / name} differs from what cli/setups makes; copy the one to the other"
+        )
+
+
+@pytest.mark.parametrize("tuning", TUNINGS)
+@pytest.mark.parametrize("stack", STACKS)
+def test_every_file_is_whole_and_its_settings_exist(stack: str, tuning: str) -> None:
+    yaml = pytest.importorskip("yaml")
+    sections = 0
+    for name, text in texts_of(stack, tuning=tuning).items():
+        assert not re.search(r"^@|\$[a-z{]", text, re.MULTILINE), text
+        assert "FILL_IN" not in text
+        assert max(map(len, text.splitlines())) <= 120
+        if name.endswith(".py"):
+            tree = ast.parse(text)
+            calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+            named = {word.arg for node in calls for word in node.keywords}
+            sections += {"alpha", "scale", "modules", "residency"} <= named
+        elif name.endswith(".json"):
+            json.loads(text)
+        elif name.endswith(".yaml"):
+            content = yaml.safe_load(text)
+            section = content if name == "drift.yaml" else content["drift_fast"]
+            assert Settings.from_mapping(section, origin=name).modules == "attn,mlp"
+            sections += 1
+    assert sections == 1
+
+
+def test_a_model_type_that_is_not_known_is_left_to_fill_in() -> None:
+    (text, _) = texts_of("llamafactory", model_type="new_vl").values()
+    assert "template: FILL_IN\n" in text
+
+
+def written(pair: Pair, out: Path, *more: object) -> str:
+    succeeds("setup", "llamafactory", pair.reasoning, pair.multimodal, "--out", out, *more)
+    return (out / "train.yaml").read_text(encoding="utf-8")
+
+
+def test_what_is_asked_of_the_pair_is_in_the_file_and_in_the_command(
+    pair: Pair, tmp_path: Path
+) -> None:
+    yaml = pytest.importorskip("yaml")
+    text = written(pair, tmp_path / "a", "--modules", "attn", "--layers", "0", "--delta", "there")
+    content = yaml.safe_load(text)
+    assert content["model_name_or_path"] == str(pair.multimodal.resolve())
+    assert content["drift_fast"]["delta"] == "there"
+    assert content["drift_fast"]["modules"] == "attn"
+    command = f"{pair.multimodal.resolve()} --out there --modules attn --layers 0\n"
+    assert command in text
+
+
+def test_the_plan_chooses_adapters_where_whole_weights_do_not_fit(
+    pair: Pair, tmp_path: Path
+) -> None:
+    assert "finetuning_type: full\n" in written(pair, tmp_path / "a", "--gpu-memory", "80GB")
+    assert "finetuning_type: lora\n" in written(pair, tmp_path / "b", "--gpu-memory", "100kB")
+    forced = ("--gpu-memory", "100kB", "--tuning", "full")
+    assert "finetuning_type: full\n" in written(pair, tmp_path / "c", *forced)
+
+
+def test_a_file_that_is_there_stays_unless_it_may_be_replaced(pair: Pair, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "train.yaml").write_text("mine")
+    before = contents(out)
+    words = ("setup", "llamafactory", pair.reasoning, pair.multimodal, "--out", out)
+    refused = run(*words)
+    assert refused.returncode == 1
+    assert "train.yaml already" in refused.stderr
+    assert contents(out) == before
+    succeeds(*words, "--overwrite")
+    assert "drift_fast:" in (out / "train.yaml").read_text()
+
+
+def test_a_pair_that_does_not_fit_is_refused_as_by_check(pair: Pair, tmp_path: Path) -> None:
+    words = (pair.multimodal, pair.reasoning)
+    checked = run("check", *words)
+    assert checked.returncode == 1
+    refused = run("setup", "trl", *words, "--out", tmp_path / "out")
+    assert refused.returncode == 1
+    assert refused.stdout == checked.stdout
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_option_of_a_selection_reaches_the_command_for_delta() -> None:
+    # `setup` hands these on by name.
+    assert set(SelectionOptions.names()) == {"modules", "layers", "mapping", "rows"}

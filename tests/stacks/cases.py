@@ -1,0 +1,235 @@
+"""How each stack is run from what `drift-fast setup` writes for it.
+
+Owns what is changed in those files: nothing but the length of the run, and what a machine without
+an accelerator needs.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ACCUMULATION = 4
+CLIP = 0.01
+RATE = 1e-3
+SAVED = 2
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: with an injection or as the stack's own, how hard, how long, and from where."""
+
+    injected: bool = True
+    alpha: float = 1.0
+    steps: int = 2
+    resume: bool = False
+
+
+RUNS = {
+    "plain": Run(injected=False),
+    "zero": Run(alpha=0.0),
+    "injected": Run(steps=4),
+    "resumed": Run(steps=4, resume=True),
+}
+Prepare = Callable[[Path, Run, str], list[str]]
+
+
+def _replaced(path: Path, changes: dict[str, str]) -> None:
+    """Replace by patterns, each of which must occur."""
+    text = path.read_text(encoding="utf-8")
+    for pattern, new in changes.items():
+        text, count = re.subn(pattern, lambda _, new=new: new, text)
+        assert count, f"{path}: {pattern} does not occur"
+    path.write_text(text, encoding="utf-8")
+
+
+def _trainer_script(folder: Path, run: Run, python: str) -> list[str]:
+    """The Trainer's and TRL's."""
+    short = f"max_steps={run.steps}, save_steps={SAVED}, max_grad_norm={CLIP}, use_cpu=True"
+    changes = {
+        r"num_train_epochs=3,": f"{short}, report_to='none',",
+        r"learning_rate=[^,]*,": f"learning_rate={RATE},",
+        r'lr_scheduler_type="cosine",': "lr_scheduler_type='constant',",
+        r"warmup_steps=0.05,": "",
+        r"bf16=True": "bf16=False",
+        r"gradient_accumulation_steps=8": f"gradient_accumulation_steps={ACCUMULATION}",
+        r"alpha=1.0": f"alpha={run.alpha}",
+    }
+    if run.resume:
+        changes[r"trainer.train\(\)"] = (
+            f"trainer.train(resume_from_checkpoint='saves/drift/checkpoint-{SAVED}')"
+        )
+    _replaced(folder / "train.py", changes)
+    return [python, "train.py"]
+
+
+def _loop_script(folder: Path, run: Run, python: str) -> list[str]:
+    """A loop of one's own and Accelerate's: two epochs of 8 samples are 4 steps, or one is 2."""
+    changes = {
+        r"lr=[\d.e-]+": f"lr={RATE}",
+        r"range\(3\)": f"range({run.steps // 2})",
+        r"(?<=_|, )(trained|model.parameters\(\)), 1\.0": "trained, " + str(CLIP),
+        r"shuffle=True": "shuffle=False",
+        r"alpha=1.0": f"alpha={run.alpha}",
+    }
+    text = (folder / "train.py").read_text()
+    if "ACCUMULATION = 8" in text:
+        changes |= {"ACCUMULATION = 8": f"ACCUMULATION = {ACCUMULATION}", "bfloat16": "float32"}
+        changes[r"with torch.autocast\(device, dtype=torch.bfloat16\)"] = "if True"
+        changes.pop("bfloat16")
+    else:
+        changes[r'mixed_precision="bf16", gradient_accumulation_steps=8'] = (
+            f"cpu=True, gradient_accumulation_steps={ACCUMULATION}"
+        )
+    _replaced(folder / "train.py", changes)
+    return [python, "train.py"]
+
+
+def _lightning_script(folder: Path, run: Run, python: str) -> list[str]:
+    changes = {
+        r"lr=[\d.e-]+": f"lr={RATE}",
+        r"max_epochs=3": f"max_steps={run.steps}, accelerator='cpu', logger=False",
+        r"accumulate_grad_batches=8": f"accumulate_grad_batches={ACCUMULATION}",
+        r"gradient_clip_val=1.0": f"gradient_clip_val={CLIP}",
+        r'precision="bf16-mixed"': "precision='32-true'",
+        r"shuffle=True": "shuffle=False",
+        r"alpha=1.0": f"alpha={run.alpha}",
+        r"callbacks=\[drift\]": (
+            "callbacks=[drift, pl.callbacks.ModelCheckpoint('saves', filename='{step}', "
+            f"every_n_train_steps={SAVED}, save_top_k=-1)]"
+        ),
+    }
+    if run.resume:
+        changes[r"fit\(Module\(\), loader\)"] = (
+            f"fit(Module(), loader, ckpt_path='saves/step={SAVED}.ckpt')"
+        )
+    _replaced(folder / "train.py", changes)
+    return [python, "train.py"]
+
+
+def _llamafactory(folder: Path, run: Run, python: str) -> list[str]:
+    given = yaml.safe_load((folder / "train.yaml").read_text())
+    given |= {
+        "max_steps": run.steps,
+        "save_steps": SAVED,
+        "logging_steps": 1,
+        "learning_rate": RATE,
+        "lr_scheduler_type": "constant",
+        "warmup_ratio": 0.0,
+        "gradient_accumulation_steps": ACCUMULATION,
+        "max_grad_norm": CLIP,
+        "bf16": False,
+        "infer_dtype": "float32",
+        "use_cpu": True,
+        "report_to": "none",
+        "image_max_pixels": 1024,
+        "image_min_pixels": 64,
+    }
+    if run.resume:
+        given["resume_from_checkpoint"] = f"saves/drift/checkpoint-{SAVED}"
+        if given["finetuning_type"] == "full":
+            # examples/llamafactory says why.
+            given["model_name_or_path"] = f"saves/drift/checkpoint-{SAVED}"
+    if not run.injected:
+        del given["drift_fast"]
+    else:
+        given["drift_fast"]["alpha"] = run.alpha
+    (folder / "train.yaml").write_text(yaml.safe_dump(given))
+    own = "from llamafactory.train.tuner import run_exp; run_exp()"
+    module = ["-m", "drift_fast.integrations.llamafactory"]
+    return [python, *(module if run.injected else ["-c", own]), "train.yaml"]
+
+
+def _swift(folder: Path, run: Run, python: str) -> list[str]:
+    changes = {r"--torch_dtype \w+": "--torch_dtype float32", r"--bf16 true": "--bf16 false"}
+    if not run.injected:
+        changes |= {
+            r"DRIFT_FAST_CONFIG=drift.yaml ": "",
+            r" \\\n *--external_plugins plugin.py": "",
+            r" \\\n *--callbacks drift_fast": "",
+        }
+    _replaced(folder / "train.sh", changes)
+    _replaced(folder / "drift.yaml", {r"alpha: 1.0": f"alpha: {run.alpha}"})
+    more: dict[str, Any] = {
+        "max_steps": run.steps,
+        "save_steps": SAVED,
+        "logging_steps": 1,
+        "learning_rate": RATE,
+        "lr_scheduler_type": "constant",
+        "warmup_ratio": 0,
+        "gradient_accumulation_steps": ACCUMULATION,
+        "max_grad_norm": CLIP,
+        "use_cpu": "true",
+        "report_to": "none",
+        "dataloader_num_workers": 0,
+        "use_hf": "true",
+        "gradient_checkpointing": "false",
+        "attn_impl": "eager",
+        "add_version": "false",
+    }
+    if run.resume:
+        more["resume_from_checkpoint"] = f"saves/drift/checkpoint-{SAVED}"
+    words = [word for key, value in more.items() for word in (f"--{key}", str(value))]
+    return ["bash", "train.sh", *words]
+
+
+def _axolotl(folder: Path, run: Run, python: str) -> list[str]:
+    given = yaml.safe_load((folder / "train.yaml").read_text())
+    given |= {
+        "max_steps": run.steps,
+        "save_steps": SAVED,
+        "logging_steps": 1,
+        "learning_rate": RATE,
+        "lr_scheduler": "constant",
+        "warmup_steps": 0,
+        "gradient_accumulation_steps": ACCUMULATION,
+        "max_grad_norm": CLIP,
+        "optimizer": "adamw_torch",
+        "bf16": False,
+        "tf32": False,
+        "use_cpu": True,
+        "attn_implementation": "eager",
+    }
+    given.pop("warmup_ratio", None)
+    if run.resume:
+        given["resume_from_checkpoint"] = f"saves/drift/checkpoint-{SAVED}"
+    if run.injected:
+        given["drift_fast"]["alpha"] = run.alpha
+    else:
+        del given["drift_fast"], given["plugins"]
+    (folder / "train.yaml").write_text(yaml.safe_dump(given))
+    return [python, "-m", "axolotl.cli.train", "train.yaml"]
+
+
+STACKS: dict[str, Prepare] = {
+    "trl": _trainer_script,
+    "trainer": _trainer_script,
+    "accelerate": _loop_script,
+    "loop": _loop_script,
+    "lightning": _lightning_script,
+    "llamafactory": _llamafactory,
+    "swift": _swift,
+    "axolotl": _axolotl,
+}
+# They write no checkpoint in the middle of a run.
+WITHOUT_RESUMING = {"accelerate", "loop"}
+# Scripts, whose own run is the same file beside a stand-in of drift_fast.
+SCRIPTS = {"trl", "trainer", "accelerate", "loop", "lightning"}
+
+
+def rows(world: Path, *, images: bool, count: int) -> None:
+    """Write train.jsonl beside the pictures of the recipe's stand-in."""
+    given = json.loads((world / "data" / "train.json").read_text())[:count]
+    for row in given:
+        if not images:
+            row["images"] = []
+            for turn in row["messages"]:
+                turn["content"] = turn["content"].replace("<image>", "")
+    name = "images.jsonl" if images else "text.jsonl"
+    (world / "data" / name).write_text("".join(json.dumps(row) + "\n" for row in given))

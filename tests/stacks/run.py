@@ -1,0 +1,226 @@
+"""Install one training stack, run what the documentation says of it, and note what ran.
+
+    python tests/stacks/run.py STACK [--torch-from ENVIRONMENT] [--keep]
+
+Owns the environment, the matrix of runs and the row of docs/stacks.md. Each case is the stack's own
+command on what `drift-fast setup` writes: whole weights and LoRA, text and images, four
+micro-batches a step. Checked are the first gradient against float64, two steps with α = 0 against
+the stack's own run, bit by bit, and a resumed run against one that was not interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+BUILD = ROOT / "build" / "stacks"
+PAGE = ROOT / "docs" / "stacks.md"
+# What an environment may take from another in the place of an install of several gigabytes.
+HEAVY = (
+    "torch",
+    "torchgen",
+    "functorch",
+    "torchvision",
+    "torchvision.libs",
+    "triton",
+    "nvidia",
+    "cuda",
+)
+ALWAYS = ("msgspec", "rich", "numpy", "safetensors", "pyyaml", "pillow")
+LIMIT = 600
+
+
+def install(stack: str, torch_from: Path | None) -> Path:
+    """Make the environment of a stack, and return its interpreter."""
+    given = tomllib.loads((HERE / "versions.toml").read_text())[stack]
+    place = BUILD / stack
+    shutil.rmtree(place, ignore_errors=True)
+    start = [given.get("python", sys.executable), "-m", "venv", str(place)]
+    subprocess.run(start, check=True)
+    python = place / "bin" / "python"
+    pins = []
+    if torch_from is not None and given.get("torch") != "own":
+        pins = borrow(place, torch_from)
+    quiet = [str(python), "-m", "pip", "install", "--quiet"]
+    subprocess.run([*quiet, "--upgrade", "pip"], check=True)
+    subprocess.run([*quiet, *given["packages"], *ALWAYS, "torch", "torchvision", *pins], check=True)
+    return python
+
+
+def borrow(place: Path, other: Path) -> list[str]:
+    """Link torch and what it needs of another environment; return the pins that keep it."""
+    (packages,) = other.glob("lib/python*/site-packages")
+    (own,) = place.glob("lib/python*/site-packages")
+    borrowed = place / "borrowed"
+    borrowed.mkdir()
+    pins = []
+    for each in packages.iterdir():
+        name, _, version = each.name.removesuffix(".dist-info").partition("-")
+        described = each.name.endswith(".dist-info") and name.startswith(
+            ("torch", "triton", "nvidia_", "cuda_")
+        )
+        if each.name in HEAVY or described:
+            (borrowed / each.name).symlink_to(each)
+        if described and name in ("torch", "torchvision"):
+            pins.append(f"{name}=={version}")
+    (own / "borrowed.pth").write_text(f"{borrowed}\n")
+    return pins
+
+
+def call(words: list[str], folder: Path, python: Path, *, plain: bool = False, **more: str) -> str:
+    """Run a command in the environment of a stack; return what it printed."""
+    path = [HERE / "spy", *([HERE / "without"] if plain else []), ROOT / "python"]
+    environment = {
+        **os.environ,
+        "PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": os.pathsep.join(map(str, path)),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        **more,
+    }
+    environment.pop("PYTEST_CURRENT_TEST", None)
+    ended = subprocess.run(
+        words, cwd=folder, env=environment, text=True, timeout=LIMIT,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    (folder / f"{folder.name}.log").write_text(ended.stdout)
+    if ended.returncode:
+        raise RuntimeError(f"{' '.join(words)} in {folder}\n{ended.stdout[-3000:]}")
+    return ended.stdout
+
+
+def case(stack: str, python: Path, world: Path, tuning: str, kind: str) -> str:
+    """Run and compare one case; return what was found."""
+    import cases
+    import checks
+
+    folder = BUILD / "runs" / stack / f"{tuning}-{kind}"
+    shutil.rmtree(folder, ignore_errors=True)
+    for name, run in cases.RUNS.items():
+        if run.resume and stack in cases.WITHOUT_RESUMING:
+            continue
+        here = folder / name
+        here.mkdir(parents=True)
+        (here / "train.jsonl").symlink_to(world / "data" / f"{kind}.jsonl")
+        (here / "images").symlink_to(world / "data" / "images")
+        if run.resume:
+            shutil.copytree(folder / "injected" / "saves", here / "saves", symlinks=True)
+        setup = [
+            *(str(python), "-m", "drift_fast", "setup", stack),
+            *(str(world / "reasoning"), str(world / "multimodal")),
+            *("--tuning", tuning, "--delta", str(world / "delta")),
+            *("--out", "."),
+        ]
+        call(setup, here, python, STACKS_RECORD="")
+        words = cases.STACKS[stack](here, run, str(python))
+        plain = not run.injected and stack in cases.SCRIPTS
+        call(words, here, python, plain=plain, STACKS_RECORD=str(here / "record"))
+    records = {name: folder / name / "record" for name in cases.RUNS}
+    error = checks.parity(records["plain"], records["injected"], world / "delta", clip=cases.CLIP)
+    found = [f"parity {error:.0e}"]
+    assert error <= checks.TOLERANCE, found
+    own, zero = checks.steps(records["plain"]), checks.steps(records["zero"])
+    assert len(own) == 2, own
+    found.append("α = 0 same bits" if own == zero else "**α = 0 differs**")
+    if stack not in cases.WITHOUT_RESUMING:
+        whole, resumed = checks.steps(records["injected"]), checks.steps(records["resumed"])
+        assert len(whole) == 4, whole
+        same = whole[cases.SAVED :] == resumed
+        found.append("resumed, same bits" if same else "**resumed, differs**")
+    return ", ".join(found)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("stack")
+    parser.add_argument("--torch-from", type=Path, help="environment whose torch is linked")
+    parser.add_argument("--keep", action="store_true", help="keep the environment, or take it")
+    parser.add_argument("--only", default="", help="cases to run, such as lora-images")
+    given = parser.parse_args()
+    sys.path[:0] = [str(HERE), str(ROOT / "tests"), str(ROOT / "python")]
+    python = BUILD / given.stack / "bin" / "python"
+    if not (given.keep and python.exists()):
+        python = install(given.stack, given.torch_from and given.torch_from.resolve())
+    import cases
+
+    world = BUILD / "world"
+    if not (world / "delta").is_dir():
+        shutil.rmtree(world, ignore_errors=True)
+        world.mkdir(parents=True)
+        stand_in = ROOT / "examples" / "qwen2_5_vl_7b" / "stand_in.py"
+        code = (
+            f"import runpy; runpy.run_path({str(stand_in)!r})['write']({str(world)!r}, samples=16)"
+        )
+        # With the tool's own packages: every stack is given the same models.
+        call([sys.executable, "-c", code], world, Path(sys.executable), STACKS_RECORD="")
+        for images in (False, True):
+            cases.rows(world, images=images, count=16)
+        words = [sys.executable, "-m", "drift_fast", "delta", "reasoning", "multimodal"]
+        call([*words, "--out", "delta"], world, Path(sys.executable), STACKS_RECORD="")
+    found, failed = {}, False
+    for tuning in ("full", "lora"):
+        for kind in ("text", "images"):
+            name = f"{tuning}-{kind}"
+            if given.only and given.only != name:
+                continue
+            try:
+                found[name] = case(given.stack, python, world, tuning, kind)
+            except Exception as error:
+                failed, found[name] = True, "**failed**"
+                print(f"{name}: {error}", file=sys.stderr)
+            print(f"{given.stack} {name}: {found[name]}", flush=True)
+    if not given.only:
+        write_row(given.stack, versions(python, given.stack), found)
+    if not given.keep:
+        shutil.rmtree(BUILD / given.stack)
+    return int(failed)
+
+
+def versions(python: Path, stack: str) -> str:
+    """Return the versions of the stack and of what it stands on."""
+    pinned = tomllib.loads((HERE / "versions.toml").read_text())[stack]["packages"][0]
+    names = dict.fromkeys([re.split("[=<>]", pinned)[0], "transformers", "torch"])
+    code = (
+        "import importlib.metadata as m, sys\n"
+        "print(', '.join(f'{name} {m.version(name)}' for name in sys.argv[1:]))"
+    )
+    words = [str(python), "-c", code, *names]
+    return subprocess.run(words, check=True, text=True, stdout=subprocess.PIPE).stdout.strip()
+
+
+COLUMNS = ("full-text", "full-images", "lora-text", "lora-images")
+START, END = "<!-- make test-stacks writes this table -->", "<!-- end of the table -->"
+
+
+def write_row(stack: str, version: str, found: dict[str, str]) -> None:
+    """Put a stack's row into the table of docs/stacks.md."""
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(START)
+    table, _, after = rest.partition(END)
+    rows = {line.split("|")[1].strip(): line for line in table.splitlines() if "|" in line}
+    header = "| stack | versions | whole weights, text | with images | LoRA, text | with images |"
+    for heading in ("stack", "---"):
+        rows.pop(heading, None)
+    rows[stack] = f"| {stack} | {version} | {' | '.join(found[name] for name in COLUMNS)} |"
+    lines = [
+        START,
+        "",
+        header,
+        "|---|---|---|---|---|---|",
+        *(rows[name] for name in sorted(rows)),
+        "",
+        END,
+    ]
+    PAGE.write_text(before + "\n".join(lines) + after, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
