@@ -60,7 +60,7 @@ test-wheel: .venv/built
 # One training stack as people install it, in an environment of its own that is removed afterwards: writes its
 # row of docs/stacks.md. Some minutes and up to 8 GB of disk; torch is linked from .venv where it fits.
 test-stacks: .venv/built
-	$(BIN)/python tests/stacks/run.py $(or $(STACK),trl) --torch-from .venv
+	$(BIN)/python tests/installed_stacks/run.py $(or $(STACK),trl) --torch-from .venv
 
 lint: .venv/built
 	cargo fmt --all --check

@@ -1,6 +1,6 @@
 """Install one training stack, run what the documentation says of it, and note what ran.
 
-    python tests/stacks/run.py STACK [--torch-from ENVIRONMENT] [--keep]
+    python tests/installed_stacks/run.py STACK [--torch-from ENVIRONMENT] [--keep]
 
 Owns the environment, the matrix of runs and the row of docs/stacks.md. Each case is the stack's own
 command on what `drift-fast setup` writes: whole weights and LoRA, text and images, four
