@@ -80,13 +80,13 @@ LESSONS: Final[dict[Name, Lesson]] = {
         every=200,
     ),
     "other_base": Lesson(
-        source="base", draw=problems.single, test=problems.single, enough=0.97, steps=200
+        source="base", draw=problems.single, test=problems.single, enough=0.97, steps=3000
     ),
     "other_expert": Lesson(
         source="other_base", draw=_stories, test=_stories, enough=0.95, steps=1000
     ),
     "unrelated": Lesson(
-        source="base", draw=problems.sorting, test=problems.sorting, enough=0.97, steps=100
+        source="base", draw=problems.sorting, test=problems.sorting, enough=0.97, steps=300
     ),
 }
 # Learning rate of the vision tower and the projector, which start from nothing.

@@ -81,9 +81,9 @@ class Method:
 
 
 _RATES: Final = (5e-6, 1e-5, 2e-5, 4e-5, 8e-5, 1.6e-4)
-_FINE: Final = (1e-5, 2e-5, 3e-5, 5e-5, 8e-5, 1.2e-4)
 _WEIGHTS: Final = (0.25, 0.5, 0.75, 1.0)
-_INJECTION: Final = {"rate": (2e-5, 4e-5, 8e-5, 1.6e-4), "alpha": (0.25, 0.5, 1.0, 2.0, 4.0)}
+_INJECTION: Final = {"rate": _RATES, "alpha": (0.25, 0.5, 1.0, 2.0, 4.0)}
+_CAPPED: Final = {"rate": _RATES, "cap": (0.3, 0.5, 0.7, 0.9)}
 
 METHODS: Final[dict[str, Method]] = {
     "as_is": Method(label="multimodal model as is", family="reference"),
@@ -92,26 +92,26 @@ METHODS: Final[dict[str, Method]] = {
         label="merge, then SFT: one λ",
         family="merge, then SFT",
         merges=True,
-        space={"rate": _FINE, "weight": _WEIGHTS},
+        space={"rate": _RATES, "weight": _WEIGHTS},
     ),
     "merge_two": Method(
         label="merge, then SFT: λ of attention and of MLP",
         family="merge, then SFT",
         merges=True,
-        space={"rate": _FINE[1:5], "attn": (0.3, 0.6, 0.9), "mlp": (0.4, 0.7, 1.0)},
+        space={"rate": _RATES, "attn": (0.3, 0.6, 0.9), "mlp": (0.4, 0.7, 1.0)},
     ),
     "merge_rv": Method(
         label="merge, then SFT: one λ",
         family="merge, then SFT",
         delta="R-V",
         merges=True,
-        space={"rate": _FINE, "weight": _WEIGHTS},
+        space={"rate": _RATES, "weight": _WEIGHTS},
     ),
     "motion": Method(
         label="planned motion, first 10 %",
         family="motion",
         moves=True,
-        space={"rate": _FINE, "weight": _WEIGHTS},
+        space={"rate": _RATES, "weight": _WEIGHTS},
     ),
     "adaptive": Method(label="DRIFT adaptive", family="injection", injects=True, space=_INJECTION),
     "adaptive_rv": Method(
@@ -129,7 +129,7 @@ METHODS: Final[dict[str, Method]] = {
         family="injection",
         injects=True,
         options={"alpha": 2.0},
-        space={"rate": (2e-5, 4e-5, 8e-5, 1.6e-4), "cap": (0.3, 0.5, 0.7, 0.9)},
+        space=_CAPPED,
     ),
     # At cos(g, Δ) = 0 adaptive is this with half of its α.
     "gradnorm": Method(
@@ -153,7 +153,7 @@ METHODS: Final[dict[str, Method]] = {
         merges=True,
         injects=True,
         options={"alpha": 2.0},
-        like="capped",
+        space=_CAPPED,
     ),
 }
 
@@ -197,16 +197,13 @@ def _add_variants() -> None:
     for name in ("adaptive", "merge"):
         _variant(name, "ov", "expert of another lineage − multimodal", delta="O-V")
         _variant(name, "oob", "expert of another lineage − its base", delta="O-OB")
-    for name in ("sft", "merge", "adaptive", "window"):
-        _variant(name, "reading", "a quarter of reading", reading=0.25)
-    for name in ("merge", "adaptive"):
-        _variant(
-            name,
-            "protected_reading",
-            "Δ protected, a quarter of reading",
-            reading=0.25,
-            protection=Protection(),
+    # What reading in the set saves, other settings can use: these are tuned for themselves.
+    for name in ("sft", "merge", "adaptive", "window", "motion", "half"):
+        METHODS[f"{name}_reading"] = replace(
+            METHODS[name], label=f"{METHODS[name].label}, a quarter of reading", reading=0.25
         )
+    for name in ("merge", "adaptive", "half"):
+        _variant(f"{name}_reading", "protected", "Δ protected", protection=Protection())
     for name in ("sft", "adaptive"):
         _variant(name, "bf16", "bfloat16 weights", dtype="bfloat16")
     for name in ("sft", "merge", "adaptive"):

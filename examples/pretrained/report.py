@@ -6,6 +6,7 @@ Knows nothing of training.
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Sequence
@@ -20,7 +21,12 @@ Line = dict[str, Any]
 # Two-sided 95 % quantiles of Student's t by degrees of freedom.
 _T: Final = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179)
 # Against what others are compared.
-_BEATEN: Final = ("sft", "merge", "merge_two", "adaptive")
+_BEATEN: Final = ("sft", "merge", "adaptive")
+# Fewer runs have no interval worth printing.
+_ENOUGH: Final = 3
+
+# Shares of reading that a trial keeps.
+_KEPT: Final = (0.85, 0.7, 0.55, 0.4)
 
 
 def write(out: Path, form: Form, lines: Sequence[Line]) -> None:
@@ -39,14 +45,15 @@ def write(out: Path, form: Form, lines: Sequence[Line]) -> None:
         parts += [
             _forecasts([line for line in lines if "foreseen" in line]),
             _settings(form, tests),
+            _trials(form, [line for line in lines if line["stage"] == "tune"]),
         ]
         _pareto(out / "pareto.png", form, tests)
     (out / "results.md").write_text("\n".join(parts), encoding="utf-8")
 
 
 def interval(values: Sequence[float]) -> float:
-    """Return half of the 95 % interval of a mean; not a number of a single value."""
-    if len(values) < 2:
+    """Return half of the 95 % interval of a mean; not a number of one or two values."""
+    if len(values) < _ENOUGH:
         return math.nan
     freedom = len(values) - 1
     t = _T[freedom - 1] if freedom <= len(_T) else 1.96 + 2.5 / freedom
@@ -106,7 +113,7 @@ def _differences(form: Form, tests: Sequence[Line]) -> str:
     for other in _BEATEN:
         for name in form.methods:
             answers = paired(tests, name, other, "answers")
-            if name == other or not answers:
+            if name == other or len(answers) < _ENOUGH:
                 continue
             reading = paired(tests, name, other, "reading")
             rows.append(
@@ -126,6 +133,8 @@ def _pairs(form: Form, tests: Sequence[Line]) -> str:
     pairs = sorted({test["pair"] for test in tests})
     rows = []
     for name in form.methods:
+        if not any(test["method"] == name for test in tests):
+            continue
         cells: list[str] = []
         for pair in pairs:
             mine = [t for t in tests if t["method"] == name and t["pair"] == pair]
@@ -170,13 +179,32 @@ def _settings(form: Form, tests: Sequence[Line]) -> str:
     return _table("Settings that were chosen", ("method", "Δ", "settings"), rows)
 
 
+def _trials(form: Form, trials: Sequence[Line]) -> str:
+    rows = []
+    for name in form.methods:
+        mine = [trial for trial in trials if trial["method"] == name]
+        if not mine:
+            continue
+        cells = []
+        for kept in _KEPT:
+            best = max(
+                (trial for trial in mine if trial["reading"] >= kept),
+                key=lambda trial: trial["answers"],
+                default=None,
+            )
+            cells.append(f"{best['answers']:.3f} (λ {best['progress']['along']:.2f})" if best else "")
+        rows.append((METHODS[name].label, METHODS[name].delta, len(mine), *cells))
+    heads = ("method", "Δ", "trials", *(f"reading ≥ {kept}" for kept in _KEPT))
+    return _table("The most answers of any trial on the first tuning pair", heads, rows)
+
+
 def _pareto(path: Path, form: Form, tests: Sequence[Line]) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(9, 6), layout="constrained")
+    figure, axes = plt.subplots(figsize=(11, 6), layout="constrained")
     colors = {
         "reference": "black",
         "merge, then SFT": "tab:blue",
@@ -185,47 +213,45 @@ def _pareto(path: Path, form: Form, tests: Sequence[Line]) -> None:
         "mixed": "tab:green",
         "control": "tab:gray",
     }
+    numbers = itertools.count(1)
     for name in form.methods:
         mine = [test for test in tests if test["method"] == name]
-        if not mine:
+        if len(mine) < _ENOUGH:
             continue
         x, y = ([test[m] for test in mine] for m in ("reading", "answers"))
-        method = METHODS[name]
+        method, number = METHODS[name], next(numbers)
+        at = statistics.mean(x), statistics.mean(y)
         axes.errorbar(
-            statistics.mean(x),
-            statistics.mean(y),
-            xerr=_known(interval(x)),
-            yerr=_known(interval(y)),
+            *at,
+            xerr=interval(x),
+            yerr=interval(y),
             fmt="s" if method.protection else "o",
             color=colors[method.family],
             capsize=2,
-            alpha=0.8,
+            alpha=0.7,
+            label=f"{number} {method.label}",
         )
-        axes.annotate(
-            name.replace("_", " "),
-            (statistics.mean(x), statistics.mean(y)),
-            fontsize=7,
-            xytext=(4, 3),
-            textcoords="offset points",
-        )
+        axes.annotate(str(number), at, fontsize=8, xytext=(4, 3), textcoords="offset points")
     axes.set_xlabel("numbers read right")
     axes.set_ylabel("answers right, stories of 3 to 5 steps")
     axes.set_title("Answers and reading: means and 95 % intervals; squares have a protected Δ")
     axes.grid(alpha=0.3)
+    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1))
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
-def _known(value: float) -> float:
-    return 0.0 if math.isnan(value) else value
-
-
 def _mean(values: Sequence[float]) -> str:
-    return f"{statistics.mean(values):.3f} ± {interval(values):.3f}"
+    return f"{statistics.mean(values):.3f}{_plus_minus(values)}"
 
 
 def _signed(values: Sequence[float]) -> str:
-    return f"{statistics.mean(values):+.3f} ± {interval(values):.3f}"
+    return f"{statistics.mean(values):+.3f}{_plus_minus(values)}"
+
+
+def _plus_minus(values: Sequence[float]) -> str:
+    half = interval(values)
+    return "" if math.isnan(half) else f" ± {half:.3f}"
 
 
 def _table(title: str, heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -198,7 +198,9 @@ def foreseen(
     method: Method, settings: Mapping[str, float], rates: list[float], progress: Mapping[str, float]
 ) -> float | None:
     """Return the λ that `predict_progress` says of a run by injection, None of other runs."""
-    simple = method.injects and not method.merges and not method.lora and not method.control
+    # λ along the whole Δ is foreseen, not along a part of it.
+    whole = not method.first_layer and not method.control
+    simple = method.injects and not method.merges and not method.lora and whole
     if not simple or "cap" in settings or method.dtype != "float32":
         return None
     options = _strength(method, settings)

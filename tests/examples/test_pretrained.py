@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib
 import importlib.util
+import gzip
 import json
+import statistics
 import re
 import sys
 from collections import Counter
@@ -121,14 +124,34 @@ def test_a_test_waits_for_the_trials_of_the_method_it_is_like(study: Any, tmp_pa
 
 
 def test_what_is_published_says_what_the_page_says(study: Any) -> None:
-    lines = [json.loads(text) for text in (STUDY / "first.jsonl").read_text().splitlines()]
-    assert sum(line["stage"] != "checkpoint" for line in lines) == 132
+    with gzip.open(STUDY / "full" / "results.jsonl.gz", "rt", encoding="utf-8") as file:
+        lines = [json.loads(text) for text in file]
+    tests = [line for line in lines if line["stage"] == "test"]
+    page = " ".join((STUDY / "README.md").read_text().split()).replace("**", "")
+    assert f"{len(lines)} lines" in page
+    assert f"{len(tests)} tests" in page
+    for name, label in (
+        ("sft", "SFT"),
+        ("merge", "merge, then SFT"),
+        ("adaptive", "DRIFT, adaptive"),
+        ("half", "half merged, half injected"),
+    ):
+        mine = [line for line in tests if line["method"] == name]
+        cells = [_cell(study, [line[measure] for line in mine]) for measure in ("answers", "reading")]
+        assert f"| {label} | {cells[0]} | {cells[1]} |" in page
+    above = study.report.paired(tests, "adaptive", "merge", "answers")
+    assert f"+{_cell(study, above)} and reading" in page
+    assert min(above) > 0
+    assert len(above) == 10
     ratios = sorted(
         line["progress"]["along"] / line["foreseen"] for line in lines if line.get("foreseen")
     )
-    page = (STUDY / "README.md").read_text()
-    middle = (ratios[22] + ratios[23]) / 2
-    assert f"Of {len(ratios)} injections" in page
-    assert f"median {middle:.2f} and lies between {ratios[0]:.2f} and {ratios[-1]:.2f}".replace(
-        "0.", "."
-    ) in " ".join(page.split())
+    told = f"of {len(ratios)} injections the ratio of measured to predicted λ has the median "
+    least, middle, most = (f"{ratios[at]:.2f}".removeprefix("0") for at in (0, len(ratios) // 2, -1))
+    assert f"{told}{middle} and lies between {least} and {most}" in page
+    assert f"{sum(0.85 <= ratio <= 1.15 for ratio in ratios)} of them within 15 %" in page
+
+
+def _cell(study: Any, values: list[float]) -> str:
+    half = study.report.interval(values)
+    return f"{statistics.mean(values):.3f} ± {half:.3f}".replace("0.", ".")
