@@ -192,7 +192,9 @@ def _trials(form: Form, trials: Sequence[Line]) -> str:
                 key=lambda trial: trial["answers"],
                 default=None,
             )
-            cells.append(f"{best['answers']:.3f} (λ {best['progress']['along']:.2f})" if best else "")
+            cells.append(
+                f"{best['answers']:.3f} (λ {best['progress']['along']:.2f})" if best else ""
+            )
         rows.append((METHODS[name].label, METHODS[name].delta, len(mine), *cells))
     heads = ("method", "Δ", "trials", *(f"reading ≥ {kept}" for kept in _KEPT))
     return _table("The most answers of any trial on the first tuning pair", heads, rows)

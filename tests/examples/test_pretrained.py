@@ -5,10 +5,9 @@ from __future__ import annotations
 import gzip
 import importlib
 import importlib.util
-import gzip
 import json
-import statistics
 import re
+import statistics
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -137,7 +136,9 @@ def test_what_is_published_says_what_the_page_says(study: Any) -> None:
         ("half", "half merged, half injected"),
     ):
         mine = [line for line in tests if line["method"] == name]
-        cells = [_cell(study, [line[measure] for line in mine]) for measure in ("answers", "reading")]
+        cells = [
+            _cell(study, [line[measure] for line in mine]) for measure in ("answers", "reading")
+        ]
         assert f"| {label} | {cells[0]} | {cells[1]} |" in page
     above = study.report.paired(tests, "adaptive", "merge", "answers")
     assert f"+{_cell(study, above)} and reading" in page
@@ -147,7 +148,9 @@ def test_what_is_published_says_what_the_page_says(study: Any) -> None:
         line["progress"]["along"] / line["foreseen"] for line in lines if line.get("foreseen")
     )
     told = f"of {len(ratios)} injections the ratio of measured to predicted λ has the median "
-    least, middle, most = (f"{ratios[at]:.2f}".removeprefix("0") for at in (0, len(ratios) // 2, -1))
+    least, middle, most = (
+        f"{ratios[at]:.2f}".removeprefix("0") for at in (0, len(ratios) // 2, -1)
+    )
     assert f"{told}{middle} and lies between {least} and {most}" in page
     assert f"{sum(0.85 <= ratio <= 1.15 for ratio in ratios)} of them within 15 %" in page
 
