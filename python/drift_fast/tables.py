@@ -1,12 +1,113 @@
-"""Text in aligned columns, for `table()` methods and the command line.
+"""Results as blocks of text and tables: printed in aligned columns, and in a notebook as HTML.
 
-The text is the same on a terminal, in a pipe and in a file: no color, and no line is cut.
+The text is the same on a terminal, in a pipe and in a file: no color, and no line is cut. In HTML
+every text is escaped, since names come from files of unknown origin.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from html import escape
+from textwrap import indent
+from typing import TYPE_CHECKING, Any, TypeAlias
 from unicodedata import east_asian_width
+
+if TYPE_CHECKING:
+    import pandas
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows under the headers of their columns, indented under a title if there is one.
+
+    align: as for `render`.
+    """
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    align: str = ""
+    title: str = ""
+
+    def __str__(self) -> str:
+        text = render(self.columns, self.rows, self.align)
+        return f"{self.title}\n{indent(text, '  ')}" if self.title else text
+
+    def to_html(self) -> str:
+        """Return the table as HTML, in a box that scrolls where it is long or wide."""
+        sides = self.align.ljust(len(self.columns), "<")
+
+        def row(tag: str, cells: Sequence[str]) -> str:
+            return "".join(
+                f'<{tag} style="text-align:{"right" if side == ">" else "left"}">'
+                f"{escape(cell)}</{tag}>"
+                for cell, side in zip(cells, sides, strict=True)
+            )
+
+        title = f"<caption>{escape(self.title)}</caption>" if self.title else ""
+        head = f"<thead><tr>{row('th', self.columns)}</tr></thead>" if any(self.columns) else ""
+        body = "".join(f"<tr>{row('td', cells)}</tr>" for cells in self.rows)
+        return (
+            '<div class="drift-table" style="max-height:36em;overflow:auto"><table>'
+            f"{title}{head}<tbody>{body}</tbody></table></div>"
+        )
+
+
+Block: TypeAlias = str | Table
+
+
+class Shown(ABC):
+    """A result with a short `repr`, a whole report as `str`, and the same as HTML in notebooks."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def headline(self) -> str:
+        """Return what is most worth knowing, in a line."""
+
+    @abstractmethod
+    def blocks(self) -> list[Block]:
+        """Return the report, paragraph by paragraph."""
+
+    @abstractmethod
+    def records(self) -> list[dict[str, Any]]:
+        """Return one row of plain values for each thing that this is about."""
+
+    def table(self) -> str:
+        """Return the whole report as text."""
+        return "\n\n".join(map(str, self.blocks()))
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """Return a data frame with one row for each thing that this is about.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise ImportError("to_pandas() needs pandas: pip install pandas") from error
+        return pandas.DataFrame(self.records())
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.headline()})"
+
+    def _repr_html_(self) -> str:
+        return to_html(self.blocks())
+
+
+def to_html(blocks: Iterable[Block]) -> str:
+    """Return blocks as HTML, with every text escaped."""
+    return "\n".join(
+        block.to_html()
+        if isinstance(block, Table)
+        else f'<p style="white-space:pre-wrap;overflow-wrap:anywhere">{escape(block)}</p>'
+        for block in blocks
+    )
 
 
 def render(columns: Sequence[str], rows: Iterable[Sequence[str]], align: str = "") -> str:

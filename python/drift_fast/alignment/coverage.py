@@ -15,12 +15,13 @@ from typing import Any, TypedDict
 from drift_fast.config_files import convert
 from drift_fast.names import Parsed, module_of, parsed
 from drift_fast.shapes import Shape
+from drift_fast.tables import Block, Shown, Table
 
 NOT_SELECTED = "not selected"
 
 
-@dataclass(frozen=True)
-class Coverage:
+@dataclass(frozen=True, repr=False)
+class Coverage(Shown):
     """Pairs of (reasoning, multimodal) names, leftovers of (name, reason), the share covered.
 
     `unclaimed` are the matrices in paired layers that are selected by no preset and by nothing
@@ -83,6 +84,38 @@ class Coverage:
             raise ValueError(f"coverage has no {min(absent)}")
         # Deltas written before backbone and layers were counted have no numbers of them.
         return convert(stored, cls, "coverage")
+
+    def headline(self) -> str:
+        """Return the sentence that every command prints."""
+        return str(self)
+
+    def blocks(self) -> list[Block]:
+        """Return the sentence, and why tensors have no match."""
+        counts: dict[tuple[str, str], list[str]] = {}
+        for side, items in self._unmatched.items():
+            for name, reason in items:
+                counts.setdefault((side, reason), []).append(name)
+        rows = [
+            (side, reason, f"{len(names):,}", modules_in(names, 4))
+            for (side, reason), names in counts.items()
+        ]
+        without = Table(("without a match", "reason", "tensors", "modules"), rows, "<<>")
+        return [str(self), without] if rows else [str(self)]
+
+    def records(self) -> list[dict[str, Any]]:
+        """Return a row for each match, and for each tensor without one, with the reason."""
+        found = [{"reasoning": one, "multimodal": other} for one, other in self.matched]
+        left = [
+            {side: name, "reason": reason}
+            for side, items in self._unmatched.items()
+            for name, reason in items
+        ]
+        empty = {"reasoning": None, "multimodal": None, "reason": None}
+        return [empty | row for row in found + left]
+
+    @property
+    def _unmatched(self) -> dict[str, list[tuple[str, str]]]:
+        return {"reasoning": self.unmatched_reasoning, "multimodal": self.unmatched_multimodal}
 
     def __str__(self) -> str:
         reasoning = sum(reason != NOT_SELECTED for _, reason in self.unmatched_reasoning)

@@ -11,7 +11,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from drift_fast.alignment.coverage import listed
+from drift_fast.alignment.coverage import Coverage, listed
 from drift_fast.alignment.inserted import find_inserted_layers
 from drift_fast.alignment.mapping import MappingLike, write_map
 from drift_fast.alignment.model_pair import ModelPair
@@ -22,10 +22,11 @@ from drift_fast.checkpoints.opened import PathLike
 from drift_fast.errors import AlignmentError
 from drift_fast.names import kind_of
 from drift_fast.selection import EVERYTHING, Selection
+from drift_fast.tables import Block, Shown
 
 
-@dataclass(frozen=True)
-class Alignment:
+@dataclass(frozen=True, repr=False)
+class Alignment(Shown):
     """How the tensors of two checkpoints match, by names, shapes and samples of the weights.
 
     `pairs` are (reasoning, multimodal) names; a fused tensor is in as many pairs as it has sources.
@@ -51,12 +52,19 @@ class Alignment:
         """Whether `compute_delta` would take these pairs."""
         return self.problem is None
 
-    def __str__(self) -> str:
-        return self.table()
-
-    def __repr__(self) -> str:
+    def headline(self) -> str:
+        """Return how many pairs there are, and whether `compute_delta` would take them."""
         state = "ok" if self.ok else "refused"
-        return f"Alignment({len(self.pairs)} pairs by {self.by}, {state}; print it for the report)"
+        return f"{len(self.pairs)} pairs by {self.by}, {state}; print it for the report"
+
+    def blocks(self) -> list[Block]:
+        """Return the report, with the first of the leftovers."""
+        return [self.table()]
+
+    def records(self) -> list[dict[str, Any]]:
+        """Return a row for each pair, and for each tensor without one, with the reason."""
+        left = self.unmatched_reasoning, self.unmatched_multimodal
+        return Coverage(self.pairs, *left).records()
 
     def save(self, path: PathLike) -> None:
         """Write a map file to edit, for `mapping=`.

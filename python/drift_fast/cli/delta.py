@@ -37,8 +37,5 @@ def run(given: argparse.Namespace) -> int:
     if given.json:
         print_json(statistics_json(delta, str(given.out)))
         return 0
-    print(delta.stats.by_module().table())
-    if delta.compression is not None:
-        print(f"\n{delta.compression}")
-    print(f"\n{delta.coverage}\nwritten to {given.out}; {peak(delta.peak_nbytes)}")
+    print(f"{delta}\nwritten to {given.out}; {peak(delta.peak_nbytes)}")
     return 0

@@ -8,7 +8,6 @@ from drift_fast.cli.options import add_config, add_json, add_options, add_source
 from drift_fast.cli.output import peak, print_json, report_transfers, statistics_json
 from drift_fast.delta.compute import inspect
 from drift_fast.delta.options import InspectOptions
-from drift_fast.delta.statistics import Statistics
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,8 +34,6 @@ def run(given: argparse.Namespace) -> int:
     if given.json:
         print_json(statistics_json(report, None))
         return 0
-    stats = report.stats
-    rows = {"module": stats.by_module(), "layer": stats.by_layer(), "tensor": stats}[given.by]
-    print(Statistics([*rows, stats.total]).table())
-    print(f"\n{report.coverage}\n{peak(report.peak_nbytes)}")
+    print("\n\n".join(map(str, report.blocks(given.by))))
+    print(peak(report.peak_nbytes))
     return 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 from drift_fast.alignment.coverage import Coverage
 from drift_fast.alignment.model_pair import AlignedPair
@@ -21,6 +21,7 @@ from drift_fast.paths import local_path
 from drift_fast.preflight.warn import warn_of_configurations
 from drift_fast.progress_bar import Progress, ProgressCallback, reported
 from drift_fast.sizes import parse_size
+from drift_fast.tables import Block, Shown
 
 if TYPE_CHECKING:
     from drift_fast._keywords import DeltaKeywords, InspectKeywords
@@ -96,8 +97,8 @@ def compute_delta(
         return delta.write(destination, report, group)
 
 
-@dataclass(frozen=True)
-class Report:
+@dataclass(frozen=True, repr=False)
+class Report(Shown):
     """What `inspect` found: statistics and coverage; nothing was written.
 
     `peak_nbytes` is the most that the stream's buffers took at a time.
@@ -109,6 +110,20 @@ class Report:
     nbytes: int
     alignment: dict[str, Any]
     peak_nbytes: int
+
+    def headline(self) -> str:
+        """Return how many tensors were measured, and ‖Δ‖/‖W‖."""
+        return self.stats.headline()
+
+    def blocks(self, by: Literal["module", "layer", "tensor"] = "module") -> list[Block]:
+        """Return the statistics, one row for each module, layer or tensor, and the coverage."""
+        stats = self.stats
+        rows = {"module": stats.by_module, "layer": stats.by_layer, "tensor": lambda: stats}[by]()
+        return [*Statistics([*rows, stats.total]).blocks(), str(self.coverage)]
+
+    def records(self) -> list[dict[str, Any]]:
+        """Return the statistics of each tensor."""
+        return self.stats.records()
 
 
 @takes(InspectOptions)

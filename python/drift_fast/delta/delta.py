@@ -38,6 +38,7 @@ from drift_fast.errors import CheckpointError
 from drift_fast.paths import local_path
 from drift_fast.progress_bar import ProgressCallback, reported
 from drift_fast.sizes import parse_size
+from drift_fast.tables import Block, Shown
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
     from drift_fast.delta.process_group import ProcessGroup
 
 
-class Delta(Mapping[str, "torch.Tensor"]):
+class Delta(Mapping[str, "torch.Tensor"], Shown):
     """A mapping of tensor name to Δ, layer by layer, read or subtracted when asked for.
 
     `delta[name]` is a fresh tensor on the CPU each time; nothing is cached. What is read from disk
@@ -207,9 +208,29 @@ class Delta(Mapping[str, "torch.Tensor"]):
     @property
     def compression(self) -> Compression | None:
         """What storing Δ in eight bits cost; None where it is not (yet) stored like that."""
-        if self.path is None and self._stats is None:
-            return None
-        return self.stats.compression
+        return self.stats.compression if self._is_measured else None
+
+    @property
+    def _is_measured(self) -> bool:
+        """Whether the statistics are known without a pass over both checkpoints."""
+        return self.path is not None or self._stats is not None
+
+    def headline(self) -> str:
+        """Return how many tensors there are, how they are stored, and where."""
+        unchecked = "" if self.has_checksums else " without checksums"
+        where = f" at {self.path}{unchecked}" if self.path else ""
+        return f"{len(self)} tensors, {self.stored_dtype}, {self.selection}{where}"
+
+    def blocks(self) -> list[Block]:
+        """Return the statistics by module, where they are known, and the coverage."""
+        if not self._is_measured:
+            return [self.headline(), str(self.coverage)]
+        stored = [] if self.compression is None else [str(self.compression)]
+        return [*self.stats.by_module().blocks(), *stored, str(self.coverage)]
+
+    def records(self) -> list[dict[str, Any]]:
+        """Return the statistics of each tensor; see `stats`."""
+        return self.stats.records()
 
     def read_into(self, name: str, tensor: torch.Tensor, *, start: int | None = None) -> None:
         """Fill a contiguous CPU tensor of this delta's dtype (pinned or not) with Δ.
@@ -309,11 +330,6 @@ class Delta(Mapping[str, "torch.Tensor"]):
     # Tensors have no single truth value, so a comparison of their mappings has none either.
     __eq__ = object.__eq__
     __hash__ = object.__hash__
-
-    def __repr__(self) -> str:
-        unchecked = "" if self.has_checksums else " without checksums"
-        where = f" at {self.path}{unchecked}" if self.path else ""
-        return f"Delta({len(self)} tensors, {self.stored_dtype}, {self.selection}{where})"
 
     def _describe(self, rows: Rows | None) -> dict[str, Any]:
         """Return `drift.json` as plain values; with rows, they become the statistics."""

@@ -13,10 +13,9 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any, overload
 
 from drift_fast.names import module_of, parsed
-from drift_fast.tables import render
+from drift_fast.tables import Block, Shown, Table
 
 if TYPE_CHECKING:
-    import pandas
     import pyarrow
 
     from drift_fast._core import Moments
@@ -191,7 +190,7 @@ class Compression:
         )
 
 
-class Statistics(Sequence[Row]):
+class Statistics(Sequence[Row], Shown):
     """Rows in the multimodal checkpoint's order; `stats["name"]` finds one by name."""
 
     def __init__(self, rows: Sequence[Row]) -> None:
@@ -228,15 +227,9 @@ class Statistics(Sequence[Row]):
         """Return one row for each module of each layer, weights and biases together."""
         return self._grouped(lambda row: (row.module, row.layer))
 
-    def to_pandas(self) -> pandas.DataFrame:
-        """Return a data frame of all columns.
-
-        Raises:
-            ImportError: pandas is not installed.
-        """
-        import pandas
-
-        return pandas.DataFrame([row.to_dict() for row in self._rows])
+    def records(self) -> list[dict[str, Any]]:
+        """Return all columns of each row; NaN and infinity are None."""
+        return [row.to_dict() for row in self._rows]
 
     def to_arrow(self) -> pyarrow.Table:
         """Return an Arrow table of all columns.
@@ -246,7 +239,7 @@ class Statistics(Sequence[Row]):
         """
         import pyarrow
 
-        return pyarrow.Table.from_pylist([row.to_dict() for row in self._rows])
+        return pyarrow.Table.from_pylist(self.records())
 
     def to_rows(self) -> list[StoredRow]:
         """Return what `drift.json` stores: names, shapes and sums, from which the rest follows."""
@@ -275,8 +268,12 @@ class Statistics(Sequence[Row]):
             restored.append(Row.of(row.name, row.shape, *sums, *counts, *compressed))
         return cls(restored)
 
-    def table(self) -> str:
-        """Return the rows as aligned text, norms with four significant digits."""
+    def headline(self) -> str:
+        """Return how many rows there are, and ‖Δ‖/‖W‖ of all."""
+        return f"{len(self)} rows, ‖Δ‖/‖W‖ {_number(self.total.relative, '.4f')}"
+
+    def blocks(self) -> list[Block]:
+        """Return the rows as a table, norms with four significant digits."""
         columns = (
             "elements",
             "‖Δ‖",
@@ -299,7 +296,7 @@ class Statistics(Sequence[Row]):
             )
             for row in self._rows
         ]
-        return render(("", *columns), rows, "<>>>>>>>")
+        return [Table(("", *columns), rows, "<>>>>>>>")]
 
     @property
     def compression(self) -> Compression | None:

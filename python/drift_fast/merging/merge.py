@@ -7,9 +7,10 @@ all. `methods` says what each method takes, the core computes it; docs/merging.m
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -44,6 +45,7 @@ from drift_fast.preflight.warn import warn_of_configurations
 from drift_fast.progress_bar import Progress, ProgressCallback, reported
 from drift_fast.selection import Selection
 from drift_fast.sizes import parse_size, thread_count
+from drift_fast.tables import Block, Shown, Table
 
 if TYPE_CHECKING:
     from drift_fast._core import Found
@@ -54,8 +56,8 @@ FORMAT_VERSION = 1
 _ROW_NBYTES = 640
 
 
-@dataclass(frozen=True)
-class Merged:
+@dataclass(frozen=True, repr=False)
+class Merged(Shown):
     """What `merge` wrote, and from what.
 
     `peak_nbytes` is the most that buffers took at any time. `files` are the side files that were
@@ -90,6 +92,20 @@ class Merged:
             for tensor in self.tensors
             if not tensor.sources and tensor.reason != LEFT_OUT_AS_TIED
         ]
+
+    def headline(self) -> str:
+        """Return the method, and how many tensors were merged and copied, and where they are."""
+        return f"{self.method}, {len(self.merged)} merged, {len(self.copied)} copied, {self.path}"
+
+    def blocks(self) -> list[Block]:
+        """Return what was done, and what became of tensors of each kind."""
+        counts = Counter((row.kind, row.reason or "merged") for row in self.tensors)
+        rows = [(kind, fate, f"{count:,}") for (kind, fate), count in counts.items()]
+        return [str(self), Table(("kind", "", "tensors"), rows, "<<>")]
+
+    def records(self) -> list[dict[str, Any]]:
+        """Return what became of each tensor."""
+        return [asdict(row) for row in self.tensors]
 
     def __str__(self) -> str:
         weights = self.parameters.get("weight", {})

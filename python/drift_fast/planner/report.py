@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from textwrap import indent
 from typing import Any, Literal
 
 from drift_fast.config_files import printable
-from drift_fast.tables import render
+from drift_fast.tables import Block, Shown, Table
 
 Origin = Literal["configuration", "headers", "given", "measured", "estimated", "assumed", "unknown"]
 Unit = Literal["bytes", "seconds", "elements", "tokens", "steps", "operations", "share", ""]
@@ -53,8 +52,8 @@ class Figure:
         return f"{text} {self.unit}".strip()
 
 
-@dataclass(frozen=True)
-class TrainingPlan:
+@dataclass(frozen=True, repr=False)
+class TrainingPlan(Shown):
     """What `plan` found: figures in the order of the table, warnings, and what would help.
 
     `fits` is None if no GPU memory was given. `remedies` are changes that make the run fit.
@@ -78,19 +77,25 @@ class TrainingPlan:
                 return figure
         raise KeyError(name)
 
-    def __str__(self) -> str:
-        return self.table()
+    def headline(self) -> str:
+        """Return how many figures and warnings there are, and whether the run fits."""
+        fits = {True: "it fits", False: "it does not fit", None: "no GPU memory given"}[self.fits]
+        return f"{len(self.figures)} figures, {len(self.warnings)} warnings, {fits}"
 
-    def table(self) -> str:
-        """Return the whole plan as text."""
-        blocks = []
+    def records(self) -> list[dict[str, Any]]:
+        """Return every figure with its origin."""
+        return [asdict(figure) for figure in self.figures]
+
+    def blocks(self) -> list[Block]:
+        """Return the figures, section by section, then warnings and remedies."""
+        blocks: list[Block] = []
         for section in dict.fromkeys(figure.section for figure in self.figures):
             rows = [figure for figure in self.figures if figure.section == section]
             cells = [
                 (row.name, row.shown(), f"{row.origin}: {printable(row.source, _SOURCE_WIDTH)}")
                 for row in rows
             ]
-            blocks.append(f"{section}\n{indent(render(('', '', ''), cells, '<><'), '  ')}")
+            blocks.append(Table(("", "", ""), cells, "<><", section))
         notes = [f"warning: {text}" for text in self.warnings]
         if self.remedies:
             notes += ["It would fit", *(f"  {text}" for text in self.remedies)]
@@ -98,12 +103,12 @@ class TrainingPlan:
             notes.append(f"not used here: {printable(', '.join(self.unused), 400)}")
         if notes:
             blocks.append("\n".join(notes))
-        return "\n\n".join(blocks)
+        return blocks
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
         return {
-            "figures": [asdict(figure) for figure in self.figures],
+            "figures": self.records(),
             "warnings": list(self.warnings),
             "fits": self.fits,
             "remedies": list(self.remedies),

@@ -28,7 +28,7 @@ from drift_fast.preflight.findings import Finding, ModelSide
 from drift_fast.preflight.options import CheckOptions, parse_rate
 from drift_fast.preflight.rounding import SampledRounding, sample_rounding
 from drift_fast.preflight.rules import compare
-from drift_fast.tables import render
+from drift_fast.tables import Block, Shown, Table
 
 if TYPE_CHECKING:
     from drift_fast._keywords import CheckKeywords
@@ -39,8 +39,8 @@ __all__ = ["Finding", "Preflight", "check"]
 _VALUE_WIDTH = 44
 
 
-@dataclass(frozen=True)
-class Preflight:
+@dataclass(frozen=True, repr=False)
+class Preflight(Shown):
     """What `check` found; `coverage`, `prefixes` and `plan` are None if nothing matches.
 
     `selected` has the modules of each kind that is selected, with how many tensors each has.
@@ -63,12 +63,16 @@ class Preflight:
         """Whether nothing breaks the method; notes are allowed."""
         return all(finding.severity != "breaks" for finding in self.findings)
 
-    def __str__(self) -> str:
-        return self.table()
+    def records(self) -> list[dict[str, Any]]:
+        """Return what was found of each subject; values without their origin."""
+        rows = [finding.to_dict() for finding in self.findings]
+        return [
+            row | {side: row[side]["value"] for side in ("reasoning", "multimodal")} for row in rows
+        ]
 
-    def table(self) -> str:
-        """Return the facts side by side, what the differences mean, and the plan, as text."""
-        blocks = []
+    def blocks(self) -> list[Block]:
+        """Return the facts side by side, what the differences mean, the plan and the verdict."""
+        blocks: list[Block] = []
         for between in dict.fromkeys(finding.between for finding in self.findings):
             rows = [finding for finding in self.findings if finding.between == between]
             blocks.append(_facts(rows, between))
@@ -93,17 +97,18 @@ class Preflight:
             ]
             about += [] if self.rounding is None else [printable(str(self.rounding), 200)]
             blocks.append("\n".join([*about, *self.plan.lines()]))
-        return "\n\n".join([*blocks, self._verdict()])
+        return [*blocks, f"verdict: {self.headline()}"]
 
-    def _verdict(self) -> str:
+    def headline(self) -> str:
+        """Return whether the models fit each other."""
         count = {
             severity: sum(finding.severity == severity for finding in self.findings)
             for severity in ("breaks", "note")
         }
         notes = f"{count['note']} note{'' if count['note'] == 1 else 's'}"
         if self.ok:
-            return f"verdict: the models fit each other, {notes}"
-        return f"verdict: the models do not fit each other ({count['breaks']} breaks, {notes})"
+            return f"the models fit each other, {notes}"
+        return f"the models do not fit each other ({count['breaks']} breaks, {notes})"
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
@@ -250,7 +255,7 @@ def _left_out(
     return found
 
 
-def _facts(rows: Sequence[Finding], between: tuple[str, str]) -> str:
+def _facts(rows: Sequence[Finding], between: tuple[str, str]) -> Table:
     cells = [
         (
             "" if row.severity == "same" else row.severity,
@@ -262,7 +267,7 @@ def _facts(rows: Sequence[Finding], between: tuple[str, str]) -> str:
         # What neither model has, such as experts, is in the JSON only.
         if row.severity != "same" or row.reasoning.known or row.multimodal.known
     ]
-    return render(("", "", *between), cells)
+    return Table(("", "", *between), cells)
 
 
 def _indented(message: str) -> str:
