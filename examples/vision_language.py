@@ -140,31 +140,6 @@ def right(model: Any, samples: list[dict[str, torch.Tensor]]) -> float:
     return float((guess == labels).float().mean())
 
 
-def draw(history: list[dict[str, float]], path: Path) -> None:
-    from matplotlib import pyplot
-
-    rows = [row for row in history if "drift/progress" in row]
-    figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.2), constrained_layout=True)
-    steps = [row["step"] for row in rows]
-    kinds = sorted({k for row in rows for k in row if k.startswith("drift/progress/")})
-    for kind in kinds:
-        if kind.endswith("_proj"):
-            axes[0].plot(steps, [row[kind] for row in rows], label=kind.split("/")[-1], lw=1)
-    axes[0].plot(steps, [row["drift/progress"] for row in rows], "k", lw=2, label="all")
-    axes[0].set(title="progress λ along Δ", xlabel="optimizer step")
-    axes[0].legend(fontsize=7, frameon=False, ncols=2)
-    axes[1].plot(steps, [row["loss"] for row in rows])
-    axes[1].set(title="training loss", xlabel="optimizer step")
-    for name in ("cosine", "relative_push", "alpha"):
-        points = [(row["step"], row[f"drift/{name}"]) for row in rows if f"drift/{name}" in row]
-        axes[2].plot(*zip(*points, strict=True), label=name)
-    axes[2].set(title="cos(g, Δ), ‖c·Δ‖/‖g‖ and α", xlabel="optimizer step")
-    axes[2].legend(fontsize=7, frameon=False, loc="center right", bbox_to_anchor=(1.0, 0.68))
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=130)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=20)
@@ -193,7 +168,7 @@ def main() -> None:
             run = trainer(model, few, out, options.steps, 5e-4)
             if label == "DRIFT":
                 (out / "metrics.csv").unlink(missing_ok=True)
-                drift_fast.attach(run, delta, alpha=1.0, csv=out / "metrics.csv")
+                injection = drift_fast.attach(run, delta, alpha=1.0, csv=out / "metrics.csv")
             run.train()
             print(f"{label}: {right(model, test):.0%} of sums right, of 1,024 new images")
         history = run.state.log_history
@@ -203,7 +178,7 @@ def main() -> None:
             print(f"{sum(1 for _ in csv.reader(file)) - 1} values in metrics.csv")
         (out / "log_history.json").write_text(json.dumps(history))
         if options.out and importlib.util.find_spec("matplotlib"):
-            draw(history, out / "telemetry.png")
+            injection.plot(out / "telemetry.png")
 
 
 if __name__ == "__main__":

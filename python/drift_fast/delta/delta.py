@@ -42,6 +42,7 @@ from drift_fast.tables import Block, Shown
 
 if TYPE_CHECKING:
     import torch
+    from matplotlib.figure import Figure
 
     from drift_fast._keywords import SaveKeywords
     from drift_fast.delta.process_group import ProcessGroup
@@ -300,8 +301,10 @@ class Delta(Mapping[str, "torch.Tensor"], Shown):
             self._backend.read_scales(name, scales.view(torch.uint8).numpy(), blocks)
         return codes, scales
 
-    def plot(self, path: PathLike) -> Path:
-        """Draw ‖Δ‖/‖W‖ and the cosine over layers × modules as a PNG.
+    def plot(self, path: PathLike | None = None) -> Figure:
+        """Draw ‖Δ‖/‖W‖ and the cosine over layers × modules, and write the picture to a path.
+
+        A figure of Matplotlib, which a notebook shows.
 
         Raises:
             ImportError: matplotlib is not installed.

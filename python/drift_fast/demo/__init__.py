@@ -101,7 +101,8 @@ def _compute_deltas(source: Path, out: Path) -> dict[str, Delta]:
     of_base = compute_delta(expert, source / "base")
     _print_statistics("Δ = expert − multimodal", delta)
     _print_statistics("Δ = expert − text base", of_base)
-    print(f"wrote {delta.path} and {delta.plot(out / 'delta.png')}\n", flush=True)
+    delta.plot(out / "delta.png")
+    print(f"wrote {delta.path} and {out / 'delta.png'}\n", flush=True)
     return {"expert - multimodal": delta, "expert - base": of_base}
 
 

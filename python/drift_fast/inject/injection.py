@@ -50,13 +50,23 @@ from drift_fast.inject.step_scope import StepScope
 from drift_fast.inject.strength.control import Control
 from drift_fast.inject.strength.per_module import PerModule
 from drift_fast.inject.targets import find_targets
-from drift_fast.inject.telemetry import AngleHint, append_rows, measure, summarize
+from drift_fast.inject.telemetry import (
+    AngleHint,
+    append_rows,
+    keep,
+    measure,
+    module_table,
+    summarize,
+)
 from drift_fast.inject.watchdog import Watchdog
 from drift_fast.options import takes
 from drift_fast.sizes import parse_size
+from drift_fast.tables import Block, Shown
 
 if TYPE_CHECKING:
     from typing import Unpack
+
+    from matplotlib.figure import Figure
 
     from drift_fast._keywords import InjectionKeywords
 
@@ -66,7 +76,7 @@ _STATE_VERSION = 1
 
 
 @takes(InjectionConfig)
-class Injection(Attachment):
+class Injection(Attachment, Shown):
     """Bias a model's gradients along a delta while it trains.
 
     With `scope="step"` call `step()` once per optimizer step, after the last backward and before
@@ -141,6 +151,7 @@ class Injection(Attachment):
         self._control.place(home.device, home.norms.dtype)
         self._missing = MissingAccount(self._targets, self._config.missing_gradients)
         self._hint = AngleHint(self._config.scale)
+        self.history: dict[int, dict[str, float]] = {}
         self._attach(model)
 
     def _attach(self, model: nn.Module) -> None:
@@ -321,9 +332,25 @@ class Injection(Attachment):
         """Return a few dozen metrics for a log; waits for the device, as `metrics` does.
 
         Overall, by kind and by module (`progress/attn`, `progress/q_proj`, …): λ, cos(g, Δ),
-        `relative_push`, α in force, and what was skipped or stopped.
+        `relative_push`, α in force, and what was skipped or stopped. What is returned is kept in
+        `history`, by step, for `plot`: of long runs every second one, then every fourth, and so on.
         """
-        return summarize(self.metrics(), self._groups)
+        found = summarize(self.metrics(), self._groups)
+        keep(self.history, self.steps, found)
+        return found
+
+    def plot(self, path: str | os.PathLike[str] | None = None) -> Figure:
+        """Draw λ by module with its forecast, cos(g, Δ), push and α, as `history` has them.
+
+        A figure of Matplotlib, which a notebook shows; it is written to a path if that is given.
+
+        Raises:
+            DriftError: no summary was taken.
+            ImportError: matplotlib is not installed.
+        """
+        from drift_fast.inject.plot import plot_history
+
+        return plot_history(self.history, path)
 
     def write_csv(self, path: str | os.PathLike[str]) -> None:
         """Append the summary to a CSV file of the columns step, metric and value."""
@@ -387,11 +414,21 @@ class Injection(Attachment):
         check_optimized(self._targets, optimizer)
         self._lost_steps.see(optimizer)
 
-    def __repr__(self) -> str:
+    def headline(self) -> str:
+        """Return how many parameters are injected into, and how."""
         return (
-            f"Injection({len(self._targets)} parameters, scale={self._config.scale}, "
-            f"alpha={self.alpha}, scope={self._config.scope}, residency={self.residency})"
+            f"{len(self._targets)} parameters, scale={self._config.scale}, "
+            f"alpha={self.alpha}, scope={self._config.scope}, residency={self.residency}"
         )
+
+    def blocks(self) -> list[Block]:
+        """Return what is injected into, by module, and what the last summary said."""
+        now = f"{self.headline()}; {self.steps} steps"
+        return [now, module_table(self._targets, self.history), str(self.coverage)]
+
+    def records(self) -> list[dict[str, Any]]:
+        """Return the summary of each step that has one."""
+        return [{"step": step, **found} for step, found in sorted(self.history.items())]
 
     def _require_attached(self) -> None:
         if not self._groups:

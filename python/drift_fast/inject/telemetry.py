@@ -14,15 +14,19 @@ from collections.abc import Mapping, Sequence
 
 from drift_fast.inject.strength.control import Control
 from drift_fast.inject.strength.formula import Scale
+from drift_fast.inject.target import Target
 from drift_fast.inject.target_group import TargetGroup
 from drift_fast.names import kind_of, module_of
 from drift_fast.paths import local_path
+from drift_fast.tables import Table
 
 logger = logging.getLogger(__name__)
 
 # At so many logging steps the mean |cos(g, Δ)| is below this before a hint is given: the factor
 # (1 + cos)/2 of "adaptive" is then within 5 % of a half.
 _LOOKS, _FLAT = 3, 0.05
+# Summaries of a run that are kept at most; each takes some kilobytes.
+_KEPT = 1024
 
 # What a log has one number of.
 _SINGLE = (
@@ -97,6 +101,43 @@ def summarize(metrics: Mapping[str, float], groups: Sequence[TargetGroup]) -> di
         for kind, (dot, gradient, delta) in angle.items()
     }
     return result
+
+
+def keep(
+    history: dict[int, dict[str, float]], step: int, summary: dict[str, float]
+) -> None:
+    """Keep the summary of a step, fewer where there are many, and none of a run before this one."""
+    if history and step < max(history):
+        history.clear()
+    if len(history) >= _KEPT:
+        for each in list(history)[1::2]:
+            del history[each]
+    history[step] = summary
+
+
+def module_table(
+    targets: Sequence[Target], history: Mapping[int, Mapping[str, float]]
+) -> Table:
+    """Return how many parameters and elements each module has, and its last λ and cosine."""
+    modules: dict[str, list[Target]] = {}
+    for target in targets:
+        modules.setdefault(module_of(target.delta_name), []).append(target)
+    last = history[max(history)] if history else {}
+
+    def shown(key: str) -> str:
+        return f"{last[key]:.3g}" if key in last else "–"
+
+    rows = [
+        (
+            name,
+            str(len(found)),
+            f"{sum(math.prod(target.shape) for target in found):,}",
+            shown(f"progress/{name}"),
+            shown(f"cosine/{name}"),
+        )
+        for name, found in modules.items()
+    ]
+    return Table(("module", "parameters", "elements", "λ", "cos(g, Δ)"), rows, "<>>>>")
 
 
 class AngleHint:

@@ -8,13 +8,17 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from drift_fast.alignment.coverage import Coverage
 from drift_fast.errors import DriftError
 from drift_fast.inject.attachment import Attachment
 from drift_fast.inject.injection import Injection
 from drift_fast.inject.strength.per_module import PerModule
+from drift_fast.tables import to_html
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class AttachedInjection(Attachment):
@@ -78,6 +82,18 @@ class AttachedInjection(Attachment):
     def summary(self) -> dict[str, float]:
         """As `Injection.summary`."""
         return self._started().summary()
+
+    @property
+    def history(self) -> dict[int, dict[str, float]]:
+        """As `Injection.history`; empty before training starts."""
+        return {} if self.injection is None else self.injection.history
+
+    def plot(self, path: str | os.PathLike[str] | None = None) -> Figure:
+        """As `Injection.plot`."""
+        return self._started().plot(path)
+
+    def _repr_html_(self) -> str:
+        return to_html([repr(self)] if self.injection is None else self.injection.blocks())
 
     def write_csv(self, path: str | os.PathLike[str]) -> None:
         """As `Injection.write_csv`."""

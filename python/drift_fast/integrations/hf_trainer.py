@@ -309,10 +309,10 @@ class TrainerInjection(AttachedInjection):
     def _log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         # Evaluation and the closing summary are logged through the same method.
         if "loss" in logs and self._is_active:
-            logs = logs | self._logged_summary()
+            logs = logs | self._logged_summary(logs["loss"])
         self._log_method.original(logs, *args, **kwargs)
 
-    def _logged_summary(self) -> dict[str, float]:
+    def _logged_summary(self, loss: float) -> dict[str, float]:
         metrics = self.summary()
         step = self._trainer.state.global_step
         if self._forecast is not None and 0 < step <= len(self._drive):
@@ -320,9 +320,12 @@ class TrainerInjection(AttachedInjection):
             final = self._forecast.see(metrics["progress"], self._drive[step - 1], lost=lost)
             if final is not None:
                 metrics["predicted_progress"] = final
+        logged = {f"drift/{key}": value for key, value in metrics.items()}
+        # The file and the picture have it too, since they are looked at without the log.
+        metrics["loss"] = loss
         if self._csv is not None and self._trainer.is_world_process_zero():
             append_rows(self._csv, step, metrics)
-        return {f"drift/{key}": value for key, value in metrics.items()}
+        return logged
 
 
 def _scaler_of(trainer: Any) -> torch.amp.GradScaler | None:
