@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from drift_fast.planner.report import TrainingPlan
     from drift_fast.preflight.check import Preflight, check
     from drift_fast.protection.protect import protect
+    from drift_fast.report.write import write_report
 
 __all__ = [
     "Alignment",
@@ -83,6 +84,7 @@ __all__ = [
     "protect",
     "rms",
     "schedule",
+    "write_report",
 ]
 
 # Where each name is, loaded on first use (PEP 562).
@@ -109,6 +111,7 @@ _LAZY = {
     "TrainingPlan": "drift_fast.planner.report",
     "plan": "drift_fast.planner.planning",
     "protect": "drift_fast.protection.protect",
+    "write_report": "drift_fast.report.write",
 }
 
 

@@ -71,9 +71,7 @@ class Grid:
         modules = list(dict.fromkeys(module for module, _ in within))
         layers = sorted({layer or 0 for _, layer in within})
         found = {(module, layer or 0): value for (module, layer), value in within.items()}
-        values = [
-            [found.get((module, layer), math.nan) for layer in layers] for module in modules
-        ]
+        values = [[found.get((module, layer), math.nan) for layer in layers] for module in modules]
         return cls(modules, layers, values)
 
     def scale(self) -> tuple[float, float, str]:

@@ -94,7 +94,7 @@ class Coverage(Shown):
         counts: dict[tuple[str, str], list[str]] = {}
         for side, items in self._unmatched.items():
             for name, reason in items:
-                counts.setdefault((side, reason), []).append(name)
+                counts.setdefault((side, _without_name(reason, name)), []).append(name)
         rows = [
             (side, reason, f"{len(names):,}", modules_in(names, 4))
             for (side, reason), names in counts.items()
@@ -135,6 +135,12 @@ class Coverage(Shown):
             f"{within}; without a match: {reasoning} in the reasoning checkpoint, {multimodal} "
             f"in the multimodal one{unclaimed}"
         )
+
+
+def _without_name(reason: str, name: str) -> str:
+    """Return a reason without the name that it is about, so that those of one kind are the same."""
+    end = ".".join(name.split(".")[-2:])
+    return " ".join("…" if word.endswith(end) else word for word in reason.split(" "))
 
 
 def modules_in(names: Iterable[str], limit: int = 8) -> str:

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 from drift_fast.bench.measure import Sample
 from drift_fast.bench.report import GROUPS
 from drift_fast.bench.results import Results, Row
+from drift_fast.pictures import new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
+_WIDTH = 8.6
 _OURS, _CONTROL, _RIVAL = "#1b7f5c", "#9aa0a6", "#4a6fa5"
 
 
@@ -26,13 +27,6 @@ def draw(results: Results, path: Path) -> Path:
     return _lines(results, path) if results.kind == "scaling" else _bars(results, path)
 
 
-def _figure(height: float) -> Figure:
-    # Not pyplot, which has global state and looks for a window system.
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(8.6, height), dpi=150, layout="constrained")
-
-
 def _bars(results: Results, path: Path) -> Path:
     groups = {
         group: rows
@@ -41,7 +35,7 @@ def _bars(results: Results, path: Path) -> Path:
         and any(row.who == "ours" for row in rows)
     }
     counts = [len(rows) for rows in groups.values()]
-    figure = _figure(1.1 + 0.62 * len(counts) + 0.34 * sum(counts))
+    figure = new_figure(_WIDTH, 1.1 + 0.62 * len(counts) + 0.34 * sum(counts))
     axes = figure.subplots(len(groups), 1, squeeze=False, height_ratios=counts, sharex=True)[:, 0]
     for (group, rows), ax in zip(groups.items(), axes, strict=True):
         _group(ax, group, rows)
@@ -88,7 +82,7 @@ def _group(ax: Axes, group: str, rows: list[Row]) -> None:
 def _lines(results: Results, path: Path) -> Path:
     titles = {"statistics": "statistics", "delta": "Δ written"}
     parts = results.timed_inside()
-    figure = _figure(3.6)
+    figure = new_figure(_WIDTH, 3.6)
     axes = figure.subplots(1, max(1, len(parts)), squeeze=False)[0]
     for ax, part in zip(axes, parts, strict=False):
         for who, label, color in (("ours", "drift_fast", _OURS), ("xor", "XOR control", _CONTROL)):
@@ -118,7 +112,7 @@ def draw_trace(traces: Mapping[str, Sequence[Sample]], baseline: int, path: Path
     Raises:
         ImportError: matplotlib is not installed.
     """
-    figure = _figure(2.6 * len(traces))
+    figure = new_figure(_WIDTH, 2.6 * len(traces))
     axes = figure.subplots(len(traces), 1, squeeze=False)[:, 0]
     for ax, (label, samples) in zip(axes, traces.items(), strict=True):
         seconds = [sample.seconds for sample in samples]

@@ -117,9 +117,10 @@ class Report(Shown):
 
     def blocks(self, by: Literal["module", "layer", "tensor"] = "module") -> list[Block]:
         """Return the statistics, one row for each module, layer or tensor, and the coverage."""
-        stats = self.stats
-        rows = {"module": stats.by_module, "layer": stats.by_layer, "tensor": lambda: stats}[by]()
-        return [*Statistics([*rows, stats.total]).blocks(), str(self.coverage)]
+        rows = self.stats
+        if by != "tensor":
+            rows = rows.by_module() if by == "module" else rows.by_layer()
+        return [*Statistics([*rows, self.stats.total]).blocks(), str(self.coverage)]
 
     def records(self) -> list[dict[str, Any]]:
         """Return the statistics of each tensor."""

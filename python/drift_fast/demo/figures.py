@@ -1,29 +1,24 @@
 """The demo's picture of its runs: loss and progress along each delta, by optimizer step.
 
-Each line is the mean over seeds; its band spans the seeds. The colors are Okabe and Ito's, which
-people with any color vision can distinguish; line styles differ too.
+Each line is the mean over seeds; its band spans the seeds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
+
+from drift_fast.pictures import COLORS, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Curve = Sequence[Mapping[str, float]]
 
-_STYLES: Final = (
-    ("#000000", "-"),
-    ("#D55E00", "-"),
-    ("#0072B2", "--"),
-    ("#009E73", "-."),
-    ("#CC79A7", ":"),
-)
+_STYLES: Final = tuple(zip(COLORS, ("-", "-", "--", "-.", ":"), strict=False))
 _PANELS: Final = (
     ("loss", "training loss (log scale)"),
     ("progress_multimodal", "progress λ along expert − multimodal"),
@@ -40,16 +35,9 @@ def plot_curves(curves: Mapping[str, Sequence[Curve]], path: Path) -> Path:
         ImportError: matplotlib is not installed.
         ValueError: there is nothing to draw, or a method's points are at different steps.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "the demo draws with matplotlib: pip install 'drift-fast[demo]'"
-        ) from error
-
     if not curves:
         raise ValueError("no curves to draw")
-    figure: Any = Figure(figsize=(12.0, 4.4), dpi=150, layout="constrained")
+    figure = new_figure(12.0, 4.4)
     panels = figure.subplots(1, len(_PANELS))
     for axes, (column, title) in zip(panels, _PANELS, strict=True):
         for (label, runs), (color, style) in zip(curves.items(), _STYLES, strict=False):

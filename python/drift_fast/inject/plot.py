@@ -1,10 +1,10 @@
-"""Pictures of a run: λ by module with its forecast, and what each step did, over optimizer steps."""
+"""Pictures of a run: λ by module with its forecast, and what each optimizer step did."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from drift_fast.errors import DriftError
 from drift_fast.inject.predict import USEFUL
@@ -26,6 +26,8 @@ PANELS = {
     "relative_push": "push ‖c·Δ‖ / ‖g‖",
     "alpha": "α in force",
 }
+# What is compared with zero, so that a small change does not look large.
+FROM_ZERO = ("relative_push", "alpha")
 
 
 def plot_history(history: History, path: str | os.PathLike[str] | None = None) -> Figure:
@@ -46,6 +48,8 @@ def plot_history(history: History, path: str | os.PathLike[str] | None = None) -
     for key, title in shown.items():
         panels[key].plot(*line_of(history, key), color=COLORS[2], linewidth=1.4)
         panels[key].set_title(title, fontsize=10, loc="left")
+        if key in FROM_ZERO:
+            panels[key].set_ylim(bottom=min(0.0, panels[key].dataLim.y0))
     for axes in panels.values():
         axes.set_xlabel("optimizer step", fontsize=8)
         axes.tick_params(labelsize=8)
@@ -92,7 +96,7 @@ def _draw_progress(axes: Axes, history: History) -> None:
     axes.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
-def _mosaic(keys: list[str]) -> list[list[str]]:
+def _mosaic(keys: list[str]) -> list[Any]:
     """Return λ at the left, over both rows, and the others beside it, two above each other."""
     columns = [(*keys[at : at + 2], *keys[at : at + 2])[:2] for at in range(0, len(keys), 2)]
     return [[PROGRESS, *(column[row] for column in columns)] for row in range(2)]

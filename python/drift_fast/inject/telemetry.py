@@ -103,9 +103,7 @@ def summarize(metrics: Mapping[str, float], groups: Sequence[TargetGroup]) -> di
     return result
 
 
-def keep(
-    history: dict[int, dict[str, float]], step: int, summary: dict[str, float]
-) -> None:
+def keep(history: dict[int, dict[str, float]], step: int, summary: dict[str, float]) -> None:
     """Keep the summary of a step, fewer where there are many, and none of a run before this one."""
     if history and step < max(history):
         history.clear()
@@ -115,9 +113,7 @@ def keep(
     history[step] = summary
 
 
-def module_table(
-    targets: Sequence[Target], history: Mapping[int, Mapping[str, float]]
-) -> Table:
+def module_table(targets: Sequence[Target], history: Mapping[int, Mapping[str, float]]) -> Table:
     """Return how many parameters and elements each module has, and its last λ and cosine."""
     modules: dict[str, list[Target]] = {}
     for target in targets:
