@@ -53,9 +53,9 @@ def test_a_result_is_short_in_a_line_whole_in_print_and_escaped_in_a_notebook() 
     assert repr(wall) == "Wall(two things)"
     assert str(wall) == wall.table() == "a <b>text</b>\n\ntitle <u>\n  name  n\n  <i>&  1"
     html = wall._repr_html_()
-    for text in ("a &lt;b&gt;text", "<caption>title &lt;u&gt;", "&lt;i&gt;&amp;</td>"):
+    for text in ("a &lt;b&gt;text", ">title &lt;u&gt;</caption>", "&lt;i&gt;&amp;</td>"):
         assert text in html
-    assert 'text-align:right">1</td>' in html
+    assert 'text-align:right;white-space:nowrap">1</td>' in html
     assert wall.to_pandas().to_dict("records") == wall.records()
 
 

@@ -28,13 +28,14 @@ sys.path.append(str(Path(__file__).parent.parent / "miniature"))
 import choosing
 import lessons
 import model
-import report
 import torch
 import training
 from choosing import Form
 from methods import METHODS
 from pool import Clock, Results, execute
 from training import Job, Protocol
+
+import report
 
 FULL: Final = Form()
 # One pair, settings that nobody tuned, and so few steps that nothing is learned.

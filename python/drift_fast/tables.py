@@ -17,6 +17,9 @@ from unicodedata import east_asian_width
 if TYPE_CHECKING:
     import pandas
 
+_TITLE = 'style="text-align:left;font-weight:600"'
+_SIDES = {"<": "left", ">": "right;white-space:nowrap"}
+
 
 @dataclass(frozen=True)
 class Table:
@@ -40,12 +43,11 @@ class Table:
 
         def row(tag: str, cells: Sequence[str]) -> str:
             return "".join(
-                f'<{tag} style="text-align:{"right" if side == ">" else "left"}">'
-                f"{escape(cell)}</{tag}>"
+                f'<{tag} style="text-align:{_SIDES[side]}">{escape(cell)}</{tag}>'
                 for cell, side in zip(cells, sides, strict=True)
             )
 
-        title = f"<caption>{escape(self.title)}</caption>" if self.title else ""
+        title = f"<caption {_TITLE}>{escape(self.title)}</caption>" if self.title else ""
         head = f"<thead><tr>{row('th', self.columns)}</tr></thead>" if any(self.columns) else ""
         body = "".join(f"<tr>{row('td', cells)}</tr>" for cells in self.rows)
         return (
