@@ -128,6 +128,67 @@ def test_an_optimizer_moves_weights_as_with_the_restated_gradient(
     assert differs > len(delta.shapes) // 2
 
 
+def test_muon_moves_matrices_as_with_the_restated_gradient(
+    network: torch.nn.Module, delta: drift_fast.Delta
+) -> None:
+    # It takes matrices only; another optimizer has the rest.
+    def build(of: torch.nn.Module) -> list[torch.optim.Optimizer]:
+        matrices = [p for p in of.parameters() if p.ndim == 2]
+        rest = [p for p in of.parameters() if p.ndim != 2]
+        return [muon(matrices, lr=0.1), torch.optim.AdamW(rest, lr=1e-2)]
+
+    muon = getattr(torch.optim, "Muon", None)
+    if muon is None:
+        pytest.skip("this torch has no Muon")
+    options: dict[str, Any] = {"alpha": 0.7, "scale": "adaptive"}
+    by_hand, plain = copy.deepcopy(network), copy.deepcopy(network)
+    start = weights_of(network)
+    optimizers = {of: build(of) for of in (network, by_hand, plain)}
+    with drift_fast.Injection(network, delta, **options) as injection:
+        for step in range(3):
+            for of, both in optimizers.items():
+                backward(of, seed=step)
+                if of is network:
+                    injection.step()
+                elif of is by_hand:
+                    inject_by_hand(of, delta, **options)
+                for optimizer in both:
+                    optimizer.step()
+    expected, unmoved = weights_of(by_hand), weights_of(plain)
+    for key, weight in weights_of(network).items():
+        moved = reference.norm(reference.exact(expected[key]) - reference.exact(start[key]))
+        error = reference.norm(reference.exact(weight) - reference.exact(expected[key]))
+        # Muon orthogonalizes in bfloat16.
+        assert error <= 2e-2 * moved, key
+        if key in delta.shapes:
+            gap = reference.norm(reference.exact(unmoved[key]) - reference.exact(expected[key]))
+            assert gap > 0.2 * moved, key
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("options", [{}, {"scope": "microbatch"}, {"overlap": True}], ids=str)
+def test_torchs_optimizer_in_backward_fails(
+    network: torch.nn.Module, delta: drift_fast.Delta, options: dict[str, Any], when: str
+) -> None:
+    from torch.distributed.optim import _apply_optimizer_in_backward
+
+    def apply() -> None:
+        _apply_optimizer_in_backward(torch.optim.SGD, network.parameters(), {"lr": 1.0})
+
+    start = weights_of(network)
+    if when == "before":
+        apply()
+    with drift_fast.Injection(network, delta, **options):
+        if when == "after":
+            apply()
+        with pytest.raises(drift_fast.DriftError, match="SGD steps inside backward"):
+            backward(network, seed=0)
+    reached = [
+        name for name in delta.shapes if not torch.equal(start[name], weights_of(network)[name])
+    ]
+    assert not reached
+
+
 def test_an_optimizer_that_steps_inside_backward_fails(
     network: torch.nn.Module, delta: drift_fast.Delta
 ) -> None:

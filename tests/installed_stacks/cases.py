@@ -62,9 +62,11 @@ def _trainer_script(folder: Path, run: Run, python: str) -> list[str]:
         r"alpha=1.0": f"alpha={run.alpha}",
     }
     if run.resume:
-        changes[r"trainer.train\(\)"] = (
-            f"trainer.train(resume_from_checkpoint='saves/drift/checkpoint-{SAVED}')"
+        changes[r"\ntrainer.train\(\)"] = (
+            f"\ntrainer.train(resume_from_checkpoint='saves/drift/checkpoint-{SAVED}')"
         )
+        if "peft" not in (folder / "train.py").read_text():
+            changes[r'MODEL = ".*"'] = f"MODEL = 'saves/drift/checkpoint-{SAVED}'"
     _replaced(folder / "train.py", changes)
     return [python, "train.py"]
 

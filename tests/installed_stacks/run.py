@@ -64,8 +64,8 @@ def borrow(place: Path, other: Path) -> list[str]:
     pins = []
     for each in packages.iterdir():
         name, _, version = each.name.removesuffix(".dist-info").partition("-")
-        described = each.name.endswith(".dist-info") and name.startswith(
-            ("torch", "triton", "nvidia_", "cuda_")
+        described = each.name.endswith(".dist-info") and (
+            name in HEAVY or name.startswith(("nvidia_", "cuda_"))
         )
         if each.name in HEAVY or described:
             (borrowed / each.name).symlink_to(each)
@@ -105,22 +105,23 @@ def case(stack: str, python: Path, world: Path, tuning: str, kind: str) -> str:
 
     folder = BUILD / "runs" / stack / f"{tuning}-{kind}"
     shutil.rmtree(folder, ignore_errors=True)
+    template = folder / "setup"
+    template.mkdir(parents=True)
+    setup = [
+        *(str(python), "-m", "drift_fast", "setup", stack),
+        *(str(world / "reasoning"), str(world / "multimodal")),
+        *("--tuning", tuning, "--delta", str(world / "delta"), "--out", "."),
+    ]
+    call(setup, template, python, STACKS_RECORD="")
+    (template / "train.jsonl").symlink_to(world / "data" / f"{kind}.jsonl")
+    (template / "images").symlink_to(world / "data" / "images")
     for name, run in cases.RUNS.items():
         if run.resume and stack in cases.WITHOUT_RESUMING:
             continue
         here = folder / name
-        here.mkdir(parents=True)
-        (here / "train.jsonl").symlink_to(world / "data" / f"{kind}.jsonl")
-        (here / "images").symlink_to(world / "data" / "images")
+        shutil.copytree(template, here, symlinks=True)
         if run.resume:
             shutil.copytree(folder / "injected" / "saves", here / "saves", symlinks=True)
-        setup = [
-            *(str(python), "-m", "drift_fast", "setup", stack),
-            *(str(world / "reasoning"), str(world / "multimodal")),
-            *("--tuning", tuning, "--delta", str(world / "delta")),
-            *("--out", "."),
-        ]
-        call(setup, here, python, STACKS_RECORD="")
         words = cases.STACKS[stack](here, run, str(python))
         plain = not run.injected and stack in cases.SCRIPTS
         call(words, here, python, plain=plain, STACKS_RECORD=str(here / "record"))

@@ -148,13 +148,22 @@ class Watchdog:
         """Return whether an optimizer that is about to step holds any target.
 
         Raises:
-            DriftError: it would use gradients without the injection, or targets were replaced or
-                frozen after attaching.
+            DriftError: it would use gradients without the injection or inside backward, or targets
+                were replaced or frozen after attaching.
         """
         held = self._held_by(optimizer)
         if not held:
             self._stepped |= self._look_at_foreign(optimizer)
             return False
+        # torch calls a running backward pass a graph task.
+        if torch._C._current_graph_task_id() != -1:
+            raise DriftError(
+                f"{type(optimizer).__name__} steps inside backward, so that nothing was injected "
+                "into whole gradients, and each parameter would be a step of its own: let the "
+                "optimizer step after backward (leave hooks that step, "
+                "_apply_optimizer_in_backward and layer-wise optimizers out), or call "
+                "injection.remove() to train without it"
+            )
         self._present.check()
         self._settle()
         plain = [at for at in held if self._is_plain(at)]
