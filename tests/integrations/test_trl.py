@@ -10,6 +10,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -145,3 +146,108 @@ def test_the_optimizer_uses_the_accumulated_gradient_injected_then_clipped(
         error = reference.norm(gradient - expected[name])
         assert error <= 1e-5 * reference.norm(expected[name]) + 1e-9, name
     assert any("drift/progress" in row for row in log)
+
+
+# --- trainers beyond SFT -------------------------------------------------------------------------
+
+
+def preferences() -> Any:
+    rows_of = rows()
+    rejected = [text.replace("w4", "w5") + " w6" for text in rows_of["completion"]]
+    return rows_of.rename_column("completion", "chosen").add_column("rejected", rejected)
+
+
+def judged() -> Any:
+    return rows().add_column("label", [bool(at % 2) for at in range(8)])
+
+
+def reward(completions: list[str], **_: Any) -> list[float]:
+    return [float(sum(map(ord, text)) % 7) for text in completions]
+
+
+# The trainer, its rows, and what is particular to it.
+OTHERS: dict[str, tuple[str, Any, dict[str, Any], dict[str, Any]]] = {
+    "DPO": ("DPO", preferences, {"max_length": 32}, {}),
+    "KTO": ("KTO", judged, {"max_length": 32}, {}),
+    "Reward": ("Reward", preferences, {"max_length": 32}, {}),
+    "GRPO": (
+        "GRPO",
+        lambda: rows().remove_columns("completion"),
+        {"num_generations": 4, "max_completion_length": 6, "temperature": 1.0},
+        {"reward_funcs": reward},
+    ),
+}
+
+
+def one_step_of(
+    kind: str, start: torch.nn.Module, folder: Path, delta: Any = None, *, clip: float = 0.0
+) -> dict[str, Any]:
+    """Return the gradient that one step of SGD used in another of TRL's trainers."""
+    name, rows_of, own, objects = OTHERS[kind]
+    trainer_class = getattr(trl, f"{name}Trainer", None)
+    if trainer_class is None:
+        pytest.skip(f"this TRL has no {name}Trainer")
+    transformers = pytest.importorskip("transformers")
+    start.save_pretrained(folder / "model")
+    tokenizer().save_pretrained(folder / "model")
+    if kind == "Reward":
+        torch.manual_seed(3)
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(
+            folder / "model", num_labels=1, dtype=torch.float32
+        )
+    else:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder / "model", dtype=torch.float32
+        )
+    before = {name: reference.exact(p) for name, p in model.named_parameters()}
+    settings: dict[str, Any] = {
+        "output_dir": str(folder / "runs"),
+        "max_steps": 1,
+        "learning_rate": RATE,
+        "lr_scheduler_type": "constant",
+        "optim": "sgd",
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "max_grad_norm": clip,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        **own,
+    }
+    trainer = trainer_class(
+        model=model,
+        args=getattr(trl, f"{name}Config")(**settings),
+        train_dataset=rows_of(),
+        processing_class=tokenizer(),
+        **objects,
+    )
+    if delta is not None:
+        drift_fast.attach(trainer, delta, alpha=0.7)
+    trainer.train()
+    after = {name: reference.exact(p) for name, p in model.named_parameters()}
+    return {name: (before[name] - after[name]) / RATE for name in before}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", OTHERS)
+def test_the_other_trainers_of_trl_are_injected_before_clipping(
+    tmp_path: Path, start: torch.nn.Module, delta: drift_fast.Delta, kind: str
+) -> None:
+    plain = one_step_of(kind, start, tmp_path)
+    clip = 0.5 * reference.norm(np.array([reference.norm(g) for g in plain.values()]))
+    found = one_step_of(kind, start, tmp_path, delta, clip=clip)
+    expected = {
+        name: reference.inject(gradient, delta[name], alpha=0.7, scale="adaptive")
+        if name in delta.shapes
+        else gradient
+        for name, gradient in plain.items()
+    }
+    assert delta.shapes.keys() <= expected.keys()
+    total, expected = reference.clip(expected, clip)
+    assert total > clip > 0.0
+    for name, gradient in found.items():
+        error = reference.norm(gradient - expected[name])
+        assert error <= 1e-5 * reference.norm(expected[name]) + 1e-9, name
