@@ -118,7 +118,7 @@ format: .venv/built
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv build dist target demo-output bench-results
+	rm -rf .venv build dist target demo-output
 
 .venv/demo: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -28,6 +28,7 @@ from support.synthetic import refused
 def reaching(pair: Pair, factor: float) -> Results:
     """Return results that reach every aim `factor` times over."""
     results = empty_results(pair)
+    results.size = "1.5B"
     for key, wall in {
         "inside/statistics/xor": 0.9,
         "inside/statistics/ours": 1.0,
@@ -83,12 +84,39 @@ def test_every_aim_is_met_or_missed_by_its_own_figures(
 
 def test_the_report_holds_every_aim_even_those_not_measured(tiny: Pair) -> None:
     results = empty_results(tiny)
+    results.size = "1.5B"
     results.aims = aims.evaluate(results, None)
     report = markdown(results)
     for aim in (*aims.AIMS, "peak memory, difference"):
         text = aim if isinstance(aim, str) else aim.text
         line = next(line for line in report.splitlines() if line.startswith(f"| {text}"))
         assert line.endswith("| not measured |  |")
+
+
+def test_the_report_begins_with_the_result(tiny: Pair) -> None:
+    results = reaching(tiny, 1.0)
+    results.nbytes = 5_000_000_000
+    for each in results.rows:
+        each.cpus = each.walls
+    assert markdown(results).splitlines()[2] == (
+        "**The pair was read for its statistics in 1 s (5.0 GB/s), 4.5 times as fast as tuned "
+        "PyTorch; the pair was turned into Δ in 1 s (5.0 GB/s), 1.8 times as fast as tuned "
+        "PyTorch; all of it is right against float64.**"
+    )
+    row = results.row("process/delta/ours")
+    assert row is not None
+    row.wrong = "Δ differs"
+    assert "WRONG RESULTS: process/delta/ours.**" in markdown(results)
+    assert "right against" not in markdown(results).split("## ")[0]
+
+
+def test_without_a_directory_nothing_is_written_where_it_runs(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    only = ["--only", "statistics", "--only", "inside", "--repeats", "1", *NO_RIVALS]
+    assert main(["bench", "--size", "tiny", "--directory", str(directory), *only]) == 0
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_result_of_something_else_is_no_comparison(tmp_path: Path) -> None:
@@ -144,7 +172,8 @@ def test_a_run_without_rivals_leaves_a_table_json_and_a_picture(
     assert table.read_text() == report.removesuffix("\n")
     assert picture.read_bytes().startswith(b"\x89PNG")
     for aim in aims.AIMS:
-        assert f"| {aim.text} |" in report
+        assert (f"| {aim.text} |" in report) == (aim.size is None)
+    assert "all of it is right against float64." in report.splitlines()[2]
     assert "| tuned PyTorch streaming | left out |" in report
     found = json.loads(stored.read_bytes())
     assert found["command"].startswith("drift-fast bench --size tiny")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from drift_fast.bench import bench
 from drift_fast.bench.options import BenchOptions
@@ -18,10 +19,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Write a seeded synthetic pair, check every result against float64, and time drift-fast, "
         "an XOR of both files, and whatever is installed of PyTorch, transformers and mergekit. "
-        "Writes a table, JSON and a picture to --out."
+        "Prints a table, and writes it with JSON and a picture to --out."
     )
     parser.add_argument(
-        "--out", "-o", type=local_path, default=Path("bench-results"), help="directory for results"
+        "--out", "-o", type=local_path, help="directory for results; none are kept without it"
     )
     add_options(parser, BenchOptions)
     parser.set_defaults(run=run)
@@ -31,7 +32,9 @@ def run(given: argparse.Namespace) -> int:
     """Run the suite and print its report."""
     command = shlex.join(["drift-fast", *given.arguments])
     options = BenchOptions(**given_flags(given, BenchOptions), command=command)
-    report, paths = bench(options, given.out, remark)
+    with TemporaryDirectory() as unkept:
+        report, paths = bench(options, given.out or Path(unkept), remark)
     print(report)
-    remark(f"written to {', '.join(map(str, paths))}")
+    if given.out is not None:
+        remark(f"written to {', '.join(map(str, paths))}")
     return 0
