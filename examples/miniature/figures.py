@@ -7,12 +7,11 @@ markers differ as well.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from matplotlib.figure import Figure
-from matplotlib.transforms import Bbox
 from methods import METHODS, REGIMES
 from pool import Line, by_key
 
@@ -36,16 +35,9 @@ _LABELED: Final = (
     "drift_base_cap",
     "motion_base",
 )
-# Where a label may lie about its point, the first that is free taken: points right and up.
-_PLACES: Final = tuple(
-    (right, up)
-    for far in (7, 40, 80)
-    for up in (4, -9, 14, -19, 25, -30, 37, -42, 50, -55, 64, -69)
-    for right in (far, -far)
-)
+# Numbers of points that are nearer than so many pixels would cover each other.
+_NEAR: Final = (30, 18)
 _SHORT: Final = {"multimodal": "exp−mm", "base": "exp−base"}
-# What leads from a label that lies apart to its point.
-_LEADER: Final = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.6}
 
 
 def write(lines: Sequence[Line], out: Path) -> list[Path]:
@@ -66,17 +58,26 @@ def write(lines: Sequence[Line], out: Path) -> list[Path]:
 
 
 def _pareto(regimes: dict[str, list[Line]], path: Path) -> Path:
-    """Draw each method's mean answers over its mean digits, and the front of both."""
+    """Draw each method's mean answers over its mean digits, and the front of both.
+
+    Methods that are named have a number, the same in every panel, and the key has their names:
+    names beside the points would cover each other.
+    """
     columns = min(2, len(regimes))
     rows = -(-len(regimes) // columns)
-    figure: Any = Figure(figsize=(7.5 * columns, 5.4 * rows), dpi=130, layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).ravel()
-    labeled: dict[Any, tuple[dict[str, tuple[float, ...]], list[str]]] = {}
-    for axes, (regime, lines) in zip(panels, regimes.items(), strict=False):
-        points = {
-            name: tuple(statistics.fmean(row[m] for row in rows) for m in ("digits", "answers"))
-            for (name,), rows in by_key(lines, "method").items()
+    means = {
+        regime: {
+            name: tuple(statistics.fmean(row[m] for row in mine) for m in ("digits", "answers"))
+            for (name,), mine in by_key(lines, "method").items()
         }
+        for regime, lines in regimes.items()
+    }
+    numbers = _numbers(means.values())
+    width = 7.5 * columns if columns > 1 else 10.5
+    figure: Any = Figure(figsize=(width, 5.4 * rows + 0.8), dpi=130, layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes, (regime, lines) in zip(panels, regimes.items(), strict=False):
+        points = means[regime]
         for name, (digits, answers) in points.items():
             color, marker = _FAMILIES[METHODS[name].family]
             axes.plot(digits, answers, marker, color=color, markersize=6)
@@ -85,10 +86,10 @@ def _pareto(regimes: dict[str, list[Line]], path: Path) -> Path:
             [points[n][0] for n in front], [points[n][1] for n in front], where="pre",
             color="0.7", linewidth=1, zorder=0,
         )  # fmt: skip
-        named = [name for name in front if METHODS[name].control is None]
-        labeled[axes] = (points, list(dict.fromkeys([*named, *_LABELED])))
         pairs = len({(line["world"], line["set"]) for line in lines})
         axes.set_title(f"{REGIMES[regime].label}\npairs: {pairs}", fontsize=8, loc="left")
+        # Room for the numbers at the right.
+        axes.margins(x=0.09)
         axes.set_xlabel("digits read right")
         axes.set_ylabel("answers right")
         axes.grid(color="0.93")
@@ -96,50 +97,51 @@ def _pareto(regimes: dict[str, list[Line]], path: Path) -> Path:
         axes.spines[["top", "right"]].set_visible(False)
     for axes in panels[len(regimes) :]:
         axes.set_visible(False)
-    present = {METHODS[line["method"]].family for lines in regimes.values() for line in lines}
+    for name, number in numbers.items():
+        color, marker = _FAMILIES[METHODS[name].family]
+        panels[0].plot([], [], marker, color=color, label=f"{number}  {_name(name)}")
+    named = {METHODS[name].family for name in numbers}
+    present = {METHODS[name].family for points in means.values() for name in points}
     for family, (color, marker) in _FAMILIES.items():
-        if family in present:
+        if family in present - named:
             panels[0].plot([], [], marker, color=color, label=family)
-    figure.legend(loc="outside lower center", ncols=6, frameon=False, fontsize=8)
+    figure.legend(loc="outside lower center", ncols=2 * columns, frameon=False, fontsize=8)
     # Only a figure that has been laid out knows where its points lie.
     figure.draw_without_rendering()
-    for axes, (points, names) in labeled.items():
-        _label(axes, points, names)
+    for axes, points in zip(panels, means.values(), strict=False):
+        _number(axes, points, numbers)
     figure.savefig(path)
     return path
 
 
-def _label(axes: Any, points: dict[str, tuple[float, ...]], names: Sequence[str]) -> None:
-    """Name points, each where its label covers no other point or label, if there is a place."""
+def _numbers(panels: Iterable[dict[str, tuple[float, ...]]]) -> dict[str, int]:
+    """Return a number for each method of a front, and each that is always named."""
+    found = [name for points in panels for name in (*_front(points), *_LABELED) if name in points]
+    named = dict.fromkeys(name for name in found if METHODS[name].control is None)
+    families = list(_FAMILIES)
+    ordered = sorted(named, key=lambda name: families.index(METHODS[name].family))
+    return {name: at for at, name in enumerate(ordered, 1)}
 
-    def write(name: str, place: tuple[int, int], **line: Any) -> Any:
-        return axes.annotate(
-            _name(name), points[name], xytext=place, textcoords="offset points", fontsize=7,
-            ha="left" if place[0] > 0 else "right", in_layout=False, **line,
+
+def _number(axes: Any, points: dict[str, tuple[float, ...]], numbers: Mapping[str, int]) -> None:
+    """Write numbers beside points of a figure that is laid out; near ones are written together."""
+    groups: list[list[str]] = []
+    pixels = {name: axes.transData.transform(points[name]) for name in numbers if name in points}
+    for name, (x, y) in sorted(pixels.items(), key=lambda item: tuple(item[1])):
+        for group in groups:
+            before, above = pixels[group[-1]]
+            if abs(x - before) < _NEAR[0] and abs(y - above) < _NEAR[1]:
+                group.append(name)
+                break
+        else:
+            groups.append([name])
+    for group in groups:
+        text = ", ".join(str(number) for number in sorted(numbers[name] for name in group))
+        last = max(group, key=lambda name: pixels[name][0])
+        axes.annotate(
+            text, points[last], xytext=(5, 4), textcoords="offset points", fontsize=8,
+            in_layout=False,
         )  # fmt: skip
-
-    pixels = axes.transData.transform(list(points.values()))
-    taken = [Bbox.from_bounds(x - 7, y - 7, 14, 14) for x, y in pixels]
-    named: set[tuple[float, ...]] = set()
-    for name in sorted(names, key=lambda name: METHODS[name].like is not None):
-        # Methods of equal settings share a point, and the name of the tuned one says enough.
-        if name not in points or points[name] in named:
-            continue
-        named.add(points[name])
-        covered: dict[tuple[int, int], tuple[int, Bbox]] = {}
-        for place in _PLACES:
-            text = write(name, place)
-            box = text.get_window_extent()
-            text.remove()
-            outside = not (
-                axes.bbox.x0 <= box.x0 <= box.x1 <= axes.bbox.x1
-                and axes.bbox.y0 <= box.y0 <= box.y1 <= axes.bbox.y1
-            )
-            covered[place] = (box.count_overlaps(taken) + 100 * outside, box)
-        place = min(covered, key=lambda at: covered[at][0])
-        far = abs(place[1]) > 9 or abs(place[0]) > 7
-        write(name, place, arrowprops=_LEADER if far else None)
-        taken.append(covered[place][1])
 
 
 def _front(points: dict[str, tuple[float, ...]]) -> list[str]:
