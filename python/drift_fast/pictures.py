@@ -23,6 +23,9 @@ COLORS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56
 STYLES = ("-", "--", "-.", ":")
 # Values that are farther from the quartiles than so many times their distance are outliers.
 _FAR = 3.0
+# More than any model has, and what a picture of this size still shows.
+_MODULES, _LAYERS = 96, 256
+_LARGEST = 40.0
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -36,7 +39,8 @@ def new_figure(width: float, height: float) -> Figure:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("pictures need matplotlib: pip install 'drift-fast[plot]'") from error
-    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    size = min(width, _LARGEST), min(height, _LARGEST)
+    figure = Figure(figsize=size, dpi=150, layout="constrained")
 
     def as_png() -> bytes:
         buffer = BytesIO()
@@ -58,21 +62,28 @@ def save(figure: Figure, path: str | os.PathLike[str] | None) -> Figure:
 
 @dataclass(frozen=True)
 class Grid:
-    """Values over layers × modules, NaN where there is none."""
+    """Values over layers × modules, NaN where there is none.
+
+    A file of unknown origin may have a module and a layer for every tensor. No more than a picture
+    can show are kept, the first ones; `left_out` counts the others.
+    """
 
     modules: list[str]
     layers: list[int]
     values: list[list[float]]
+    left_out: int = 0
 
     @classmethod
     def of(cls, cells: Mapping[tuple[str, int | None], float]) -> Grid:
         """Return the values by module and layer; those outside the layers only where all are."""
         within = {at: value for at, value in cells.items() if at[1] is not None} or cells
-        modules = list(dict.fromkeys(module for module, _ in within))
-        layers = sorted({layer or 0 for _, layer in within})
+        modules = list(dict.fromkeys(module for module, _ in within))[:_MODULES]
+        layers = sorted({layer or 0 for _, layer in within})[:_LAYERS]
         found = {(module, layer or 0): value for (module, layer), value in within.items()}
         values = [[found.get((module, layer), math.nan) for layer in layers] for module in modules]
-        return cls(modules, layers, values)
+        shown = set(modules), set(layers)
+        kept = sum(module in shown[0] and layer in shown[1] for module, layer in found)
+        return cls(modules, layers, values, len(found) - kept)
 
     def scale(self) -> tuple[float, float, str]:
         """Return the ends of a color scale that outliers do not stretch, and what to say of these.
@@ -87,8 +98,11 @@ class Grid:
         reach = _FAR * (high - low) or math.inf
         near = [value for value in finite if low - reach <= value <= high + reach]
         beyond = len(finite) - len(near)
-        remark = f"{beyond} beyond the colors; all are {finite[0]:.3g} to {finite[-1]:.3g}"
-        return near[0], near[-1], remark if beyond else ""
+        remarks = [f"{self.left_out} are left out"] if self.left_out else []
+        if beyond:
+            all_of_them = f"all are {finite[0]:.3g} to {finite[-1]:.3g}"
+            remarks += [f"{beyond} beyond the colors", all_of_them]
+        return near[0], near[-1], "; ".join(remarks)
 
 
 def draw_grid(axes: Axes, grid: Grid, title: str, colors: str) -> None:

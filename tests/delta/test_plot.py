@@ -60,6 +60,13 @@ def test_cells_that_are_not_there_are_left_empty() -> None:
     assert Grid.of({("norm", None): 3.0}).values == [[3.0]]
 
 
+def test_a_module_and_a_layer_for_every_tensor_take_no_more_than_a_picture() -> None:
+    found = Grid.of({(f"module {at}", at): float(at % 7) for at in range(100_000)})
+    assert len(found.modules) * len(found.layers) < 30_000
+    assert found.left_out == 100_000 - len(found.modules)
+    assert found.scale()[2] == f"{found.left_out} are left out"
+
+
 def test_a_name_with_a_dollar_is_no_formula(tmp_path: Path) -> None:
     tensors = {"model.layers.0.$\\frac.weight": stored([1.0, 2.0])}
     first = write_file(tmp_path / "a.safetensors", tensors)

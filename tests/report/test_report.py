@@ -277,6 +277,8 @@ def test_a_page_may_fetch_nothing(tmp_path: Path, page: Callable[..., Page]) -> 
         (CSV + "1,loss,much\n", "line 2: .* remove the line"),
         (CSV + "1,accuracy,2\n", "neither a loss nor progress"),
         ("\xff", "not a CSV file"),
+        (CSV + "1," + "x" * 200_000 + ",1\n", "line 2: expected step"),
+        (CSV + f"{'9' * 5_000},loss,1\n", "line 2: expected step"),
     ],
 )
 def test_a_csv_file_that_is_none_of_a_run_is_named(tmp_path: Path, content: str, said: str) -> None:
@@ -304,6 +306,26 @@ def test_what_is_given_and_does_not_do_is_said(pair: Pair, tmp_path: Path) -> No
     with pytest.raises(CheckpointError, match=r"merge.json: .*merge again"):
         write_report(page, tmp_path)
     assert not page.exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("weight", [1]), ("tensors", [{"name": 1}]), ("coverage", {}), ("format_version", 2)],
+)
+def test_a_merge_json_of_something_else_is_refused(tmp_path: Path, key: str, value: object) -> None:
+    content = {"format_version": 1, "method": "linear", "tensors": [], "coverage": {}, "files": [],
+               "left_behind": [], "sources": {}, "weight": {"all": 0.5}}  # fmt: skip
+    (tmp_path / "merge.json").write_text(json.dumps(content | {key: value}))
+    with pytest.raises(CheckpointError, match=r"merge.json: .*merge again"):
+        write_report(tmp_path / "page.html", tmp_path)
+
+
+def test_a_trainers_state_may_hold_what_is_no_number(
+    tmp_path: Path, page: Callable[..., Page]
+) -> None:
+    rows = '{"step": 1, "loss": NaN, "grad_norm": NaN}, {"step": 2, "loss": 1, "epoch": 1e999}'
+    (tmp_path / "trainer_state.json").write_text(f'{{"log_history": [{rows}]}}')
+    assert page(tmp_path).table("loss")[0]["loss"] == 1.0
 
 
 def test_a_delta_without_statistics_is_named_with_a_remedy(pair: Pair, tmp_path: Path) -> None:

@@ -31,6 +31,11 @@ class _Written(msgspec.Struct):
     left_behind: list[str]
     sources: dict[str, Any]
     rounding_share: float | None = None
+    weight: dict[str, float] | None = None
+    multimodal_weight: float | None = None
+    density: float | None = None
+    seed: int | None = None
+    keep_layers: int | None = None
 
 
 def open_merged(path: str | os.PathLike[str]) -> Merged:
@@ -42,8 +47,7 @@ def open_merged(path: str | os.PathLike[str]) -> Merged:
     """
     directory = local_path(path)
     file = JsonFile(directory / DESCRIPTION, _MAX_NBYTES, "merge again")
-    content = file.read(dict[str, Any])
-    found = file.convert(content, _Written)
+    found = file.read(_Written)
     if found.format_version != FORMAT_VERSION:
         raise file.wrong(f"format version {found.format_version}, expected {FORMAT_VERSION}")
     names = [file.convert(row.get("name"), str, "tensors.name") for row in found.tensors]
@@ -58,7 +62,9 @@ def open_merged(path: str | os.PathLike[str]) -> Merged:
     return Merged(
         path=directory.absolute(),
         method=found.method,
-        parameters={name: content[name] for name in _NUMBERS if name in content},
+        parameters={
+            name: value for name in _NUMBERS if (value := getattr(found, name)) is not None
+        },
         tensors=file.convert(rows, tuple[MergedTensor, ...], "tensors"),
         coverage=coverage,
         files=tuple(found.files),

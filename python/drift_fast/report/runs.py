@@ -70,22 +70,20 @@ def _from_csv(path: Path, name: str) -> Run:
         lines = read_regular(path, _MAX_NBYTES).decode().splitlines()
     except ValueError as error:
         raise DriftError(f"{path}: not a CSV file of metrics ({error}); {_LOG}") from error
-    rows = csv.reader(lines)
-    header = next(rows, [])
-    if header != _HEADER:
-        found = printable(", ".join(header), 120) or "nothing"
+    if not lines or lines[0].split(",") != _HEADER:
+        found = printable(lines[0], 120) if lines else "nothing"
         raise DriftError(
             f"{path}: expected the columns {', '.join(_HEADER)}, which attach(…, csv=…) and "
             f"Injection.write_csv(…) write, found {found}"
         )
     values: list[tuple[int, str, float]] = []
-    for row in rows:
+    for number, line in enumerate(lines[1:], 2):
         try:
-            step, metric, value = row
+            step, metric, value = next(csv.reader([line]))
             values.append((int(step), metric, float(value)))
-        except ValueError:
-            shown = printable(",".join(row), 80)
-            message = f"{path}, line {rows.line_num}: expected step, metric, value, found {shown!r}"
+        except (ValueError, csv.Error, StopIteration):
+            shown = printable(line, 80)
+            message = f"{path}, line {number}: expected step, metric, value, found {shown!r}"
             raise DriftError(f"{message}; remove the line") from None
     return _in_order(name, values)
 
@@ -101,7 +99,7 @@ def _from_state(path: Path, name: str) -> Run:
             # The summary at the end of training, and evaluations, have other keys.
             if isinstance(row.get("step"), int)
             for key, value in row.items()
-            if (key == "loss" or key.startswith("drift/")) and isinstance(value, int | float)
+            if (key == "loss" or key.startswith("drift/")) and _is_number(value)
         ),
     )
 
@@ -121,6 +119,11 @@ def _in_order(name: str, values: Iterable[tuple[int, str, float]]) -> Run:
         last = step
     remark = f"{replaced} steps that were logged more than once are shown as the last time"
     return Run(name, history, remark if replaced else "")
+
+
+def _is_number(value: object) -> bool:
+    # An int may be larger than a float can be.
+    return isinstance(value, float) or (type(value) is int and abs(value) < 1 << 63)
 
 
 def _folders(path: Path) -> list[Path]:
