@@ -271,7 +271,7 @@ def test_a_page_may_fetch_nothing(tmp_path: Path, page: Callable[..., Page]) -> 
     ("content", "said"),
     [
         ("", "found nothing"),
-        ("a,b\n1,2\n", "expected the columns step, metric, value, .* found a, b"),
+        ("a,b\n1,2\n", "expected the columns step, metric, value, .* found a,b"),
         (CSV, "neither a loss nor progress in this log; log at least once"),
         (CSV + "1,loss,2\n1,loss\n", "line 3: expected step, metric, value, found '1,loss'"),
         (CSV + "1,loss,much\n", "line 2: .* remove the line"),
