@@ -236,6 +236,28 @@ vectorised! {
         kept
     }
 
+    /// Put the magnitudes from `low` to `high` into `within`, in order. Returns how many those are, how
+    /// many are below them, and how many finite ones above.
+    fn sift(values: &[f64], low: u64, high: u64, within: &mut [u64; BLOCK]) -> (usize, u64, u64) {
+        let (mut below, mut above, mut nonfinite) = (0u64, 0u64, 0u64);
+        for &value in values {
+            let magnitude = magnitude(value);
+            below += u64::from(magnitude < low);
+            above += u64::from(magnitude > high);
+            nonfinite += u64::from(magnitude > LARGEST);
+        }
+        let mut count = 0;
+        if below + above < values.len() as u64 {
+            // One comparison and no branch, which would be mispredicted for one value in two.
+            for &value in values {
+                let magnitude = magnitude(value);
+                within[count % BLOCK] = magnitude;
+                count += usize::from(magnitude.wrapping_sub(low) <= high - low);
+            }
+        }
+        (count, below, above - nonfinite)
+    }
+
     /// (Σx², Σy², Σxy), summed in eight lanes.
     fn products(x: &[f64], y: &[f64]) -> [f64; 3] {
         let mut sums = [[0f64; 8]; 3];
@@ -269,6 +291,9 @@ pub(crate) fn random(key: u64, index: u64) -> u64 {
     z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     (z ^ (z >> 31)) >> (64 - RANDOM_NBITS)
 }
+
+/// The largest finite magnitude.
+pub(crate) const LARGEST: u64 = f64::MAX.to_bits();
 
 /// A number that sorts as magnitudes do: the bits of a float64 without its sign.
 #[inline(always)]
@@ -331,6 +356,12 @@ pub(super) mod tests {
         let dropped = drop_out(&mut out, key, 3, 1 << 52, 0.5);
         keep(&out);
         keep(&products(&x, &y));
+        let (mut within, [low, high]) = ([0; BLOCK], [0.3, 0.6].map(f64::to_bits));
+        for x in x.chunks(BLOCK) {
+            let (count, below, above) = sift(x, low, high, &mut within);
+            keep(&within[..count].iter().map(|&bits| f64::from_bits(bits)).collect::<Vec<_>>());
+            keep(&[below as f64, above as f64]);
+        }
         keep(&[largest(&x), largest(&x[..1])]);
         keep(&[trimmed as f64, dropped as f64, nonfinite(&x) as f64]);
         for dtype in [Dtype::BF16, Dtype::F16, Dtype::F32, Dtype::F64] {
@@ -362,6 +393,18 @@ pub(super) mod tests {
         assert_eq!(largest(&[1.0, f64::NEG_INFINITY]), f64::INFINITY);
         assert!(largest(&[f64::INFINITY, -f64::NAN, 1.0]).is_nan());
         assert_eq!(largest(&[]), 0.0);
+    }
+
+    #[test]
+    fn magnitudes_are_sifted_in_order_and_what_is_not_finite_is_in_no_part() {
+        let values = [0.5, -1.0, f64::NAN, 2.0, -2.0, f64::NEG_INFINITY, 3.0, 0.0, 1.5];
+        let (low, high) = (1f64.to_bits(), 2f64.to_bits());
+        let mut within = [0; BLOCK];
+        assert_eq!(sift(&values, low, high, &mut within), (4, 2, 1));
+        assert_eq!(within[..4], [1.0, 2.0, 2.0, 1.5].map(f64::to_bits));
+        assert_eq!(sift(&values, 0, LARGEST, &mut within), (7, 0, 0));
+        assert_eq!(sift(&[1.0; BLOCK], low, high, &mut within), (BLOCK, 0, 0));
+        assert_eq!(sift(&[], low, high, &mut within), (0, 0, 0));
     }
 
     #[test]

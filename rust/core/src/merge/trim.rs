@@ -6,6 +6,8 @@
 //! answer is a value of the tensor, whatever the guess was and in whichever order chunks are counted.
 //! NaN and infinities are ignored.
 
+use crate::kernel::blend::{self, BLOCK, LARGEST};
+
 /// Bins of one pass.
 const BINS: usize = 2048;
 /// The number of values in a sample, and of the runs that they are taken in.
@@ -47,7 +49,7 @@ fn rank(density: f64, numel: u64) -> u64 {
 
 impl Interval {
     /// Every finite magnitude.
-    pub(super) const ALL: Interval = Interval { low: 0, high: f64::MAX.to_bits(), counted: false };
+    pub(super) const ALL: Interval = Interval { low: 0, high: LARGEST, counted: false };
 
     /// Where the smallest of the largest values (a share of `density`) probably is, judging by a sample
     /// of magnitudes.
@@ -118,19 +120,18 @@ impl Counts {
         self.above + self.below + self.bins.iter().map(|bin| bin.count).sum::<u64>()
     }
 
-    pub(super) fn count(&mut self, within: Interval, magnitudes: impl Iterator<Item = u64>) {
+    /// Count the magnitudes of a block of values.
+    pub(super) fn count(&mut self, within: Interval, values: &[f64]) {
+        let mut sifted = [0; BLOCK];
+        let (count, below, above) = blend::sift(values, within.low, within.high, &mut sifted);
+        self.below += below;
+        self.above += above;
         let shift = within.shift();
-        for magnitude in magnitudes {
-            if magnitude > within.high {
-                self.above += u64::from(magnitude <= Interval::ALL.high);
-            } else if magnitude >= within.low {
-                let bin = &mut self.bins[((magnitude - within.low) >> shift) as usize];
-                bin.count += 1;
-                bin.least = bin.least.min(magnitude);
-                bin.greatest = bin.greatest.max(magnitude);
-            } else {
-                self.below += 1;
-            }
+        for &magnitude in &sifted[..count] {
+            let bin = &mut self.bins[((magnitude - within.low) >> shift) as usize];
+            bin.count += 1;
+            bin.least = bin.least.min(magnitude);
+            bin.greatest = bin.greatest.max(magnitude);
         }
     }
 
@@ -148,7 +149,6 @@ impl Counts {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernel::blend::magnitude;
 
     /// The answer as the passes find it: they, too, ask before anything is counted.
     fn kth(values: &[u64], density: f64, mut interval: Interval) -> (u64, usize) {
@@ -158,7 +158,10 @@ mod tests {
                 return (value, passes);
             }
             let mut counts = Counts::new();
-            counts.count(interval, values.iter().copied());
+            for block in values.chunks(BLOCK) {
+                let block: Vec<f64> = block.iter().map(|&bits| f64::from_bits(bits)).collect();
+                counts.count(interval, &block);
+            }
             interval = interval.narrowed(&counts, density);
             passes += 1;
             assert!(passes <= 9, "an interval that does not shrink");
@@ -212,7 +215,7 @@ mod tests {
 
     #[test]
     fn what_is_not_finite_is_neither_counted_nor_an_answer() {
-        let mut values = vec![magnitude(f64::NAN), magnitude(f64::INFINITY)];
+        let mut values = vec![(-f64::NAN).to_bits(), f64::NEG_INFINITY.to_bits()];
         assert_eq!(kth(&values, 0.5, Interval::ALL).0, 0);
         values.extend(1..=10);
         for guess in [Interval::ALL, guessed(5, 5), guessed(20, 30)] {

@@ -227,8 +227,7 @@ fn count(
         }
         sides.each(present, values, |values, _, len| {
             values.task(task, len, has_base);
-            let vector = &values.tasks[task][..len];
-            counts.count(*interval, vector.iter().map(|&value| blend::magnitude(value)));
+            counts.count(*interval, &values.tasks[task][..len]);
         });
     }
 }
