@@ -357,9 +357,12 @@ click(0); const names = column(0); click(0); const backwards = column(0);
 click(4); const norms = column(4);
 const field = document.querySelector("input"); field.value = "Q_PROJ 1";
 field.dispatchEvent(new Event("input"));
-const found = { names, backwards, norms, filtered: column(0), errors,
-  title: document.title, charts: document.querySelectorAll(".main-svg").length,
-  wide: document.documentElement.scrollWidth <= innerWidth };
+const wide = document.documentElement.scrollWidth <= innerWidth;
+dispatchEvent(new Event("beforeprint"));
+const printed = [...document.querySelectorAll(".main-svg")]
+  .map((each) => +each.getAttribute("width"));
+const found = { printed, wide, names, backwards, norms, filtered: column(0), errors,
+  title: document.title, charts: printed.length };
 document.body.replaceChildren(Object.assign(document.createElement("pre"),
   { textContent: "FOUND" + JSON.stringify(found) + "END" }));
 """
@@ -392,6 +395,7 @@ def test_it_opens_sorts_and_filters_in_a_browser(
     assert found["title"] == "drift_fast report"
     assert found["charts"] >= 4
     assert found["wide"], "the page is wider than the window"
+    assert set(found["printed"]) == {690}, "a chart does not fit on paper"
     assert sorted(found["names"]) == sorted(delta.names)
     assert found["backwards"] == found["names"][::-1]
     norms = [float(value) for value in found["norms"]]

@@ -2,16 +2,19 @@
 "use strict";
 
 const FEW = 100;
+const counted = new Intl.NumberFormat("en");
 
 function shown(value, kind) {
   if (value === null) return "–";
-  if (kind === "count") return value.toLocaleString("en");
+  if (kind === "count") return counted.format(value);
   if (kind === "number") return Math.abs(value) >= 1e-4 || value === 0 ? String(+value.toPrecision(5)) : value.toExponential(2);
   return value;
 }
 
+const inOrder = new Intl.Collator("en", { numeric: true }).compare;
+
 function compare(a, b) {
-  return typeof a === "number" ? a - b : a.localeCompare(b, "en", { numeric: true });
+  return typeof a === "number" ? a - b : inOrder(a, b);
 }
 
 for (const place of document.querySelectorAll(".sortable")) {
@@ -42,7 +45,7 @@ for (const place of document.querySelectorAll(".sortable")) {
       });
       return line;
     }));
-    count.textContent = `${some.length.toLocaleString("en")} of ${rows.length.toLocaleString("en")}`;
+    count.textContent = `${counted.format(some.length)} of ${counted.format(rows.length)}`;
     more.hidden = some.length === found.length;
     heads.forEach((head, at) => {
       if (at === by) head.setAttribute("aria-sort", sign > 0 ? "ascending" : "descending");
