@@ -23,13 +23,13 @@ __all__ = [
     "interface",
     "is_side_file",
     "json_memory",
+    "load_differences",
     "measure",
     "merge",
     "output_paths",
     "shards",
     "side_file_names",
     "stream",
-    "subtract_into",
     "subtract_scaled",
 ]
 
@@ -58,6 +58,10 @@ _Source: TypeAlias = str | Sequence[_Rectangle]
 _Tensor: TypeAlias = tuple[Any, str]
 # Called with the tensors and the bytes that are done.
 _OnProgress: TypeAlias = Callable[[int, int], object]
+# Buffers of bytes, one for each run, or one as a ring for all; and whether it is a ring.
+_LoadInto: TypeAlias = tuple[Sequence[Any], bool]
+# Called with what came into memory: run, first element, end element, offset in the ring.
+_OnLanded: TypeAlias = Callable[[list[tuple[int, int, int, int]]], int]
 
 @type_check_only
 class Limits(TypedDict):
@@ -91,16 +95,16 @@ class Checkpoint:
 class StoredDelta:
     def __new__(cls, index: _Path, checksums: dict[str, str] | None) -> StoredDelta: ...
     def tensors(self) -> list[tuple[str, str, list[int]]]: ...
-    def read_into(
+    def load(
         self,
-        name: str,
-        buffer: Any,
+        runs: Sequence[tuple[str, int, int, bool]],
+        into: _LoadInto,
         *,
-        elements: tuple[int, int] | None = None,
-        compared: bool = True,
-    ) -> None: ...
+        threads: int,
+        landed: _OnLanded | None = None,
+    ) -> list[float]: ...
+    def copy_into(self, name: str, buffer: Any, elements: tuple[int, int]) -> None: ...
     def compare(self, name: str, checksums: str) -> None: ...
-    def decode_into(self, name: str, buffer: Any, *, elements: tuple[int, int]) -> None: ...
 
 # align.rs
 
@@ -158,15 +162,17 @@ def stream(
     writer: DeltaWriter | None = None,
     progress: _OnProgress | None = None,
 ) -> tuple[list[Moments], int]: ...
-def subtract_into(
+def load_differences(
     reasoning: Checkpoint,
     multimodal: Checkpoint,
-    pair: tuple[_Source, str],
-    out: _Tensor,
+    runs: Sequence[tuple[_Source, str, tuple[int, int] | None]],
+    dtype: str,
+    into: _LoadInto,
     limits: Limits,
     *,
-    elements: tuple[int, int] | None = None,
-) -> Moments: ...
+    sampled: bool = False,
+    landed: _OnLanded | None = None,
+) -> list[tuple[float, Moments]]: ...
 
 # merge.rs
 

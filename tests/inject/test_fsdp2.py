@@ -210,13 +210,13 @@ def check_reads(folder: Path) -> Report:
         model = fully_sharded(plain(shape))
         delta = saved(folder, shape)
         read: list[int] = []
-        original = Delta.read_into
+        original = Delta.load
 
-        def counted(self: Delta, name: str, tensor: torch.Tensor, **options: Any) -> None:
-            read.append(tensor.nbytes)  # noqa: B023
-            original(self, name, tensor, **options)  # noqa: B023
+        def counted(self: Delta, runs: Any, into: Any, *landed: Any) -> list[float]:
+            read.extend(tensor.nbytes for tensor in into)  # noqa: B023
+            return original(self, runs, into, *landed)  # noqa: B023
 
-        with mock.patch.object(Delta, "read_into", counted):
+        with mock.patch.object(Delta, "load", counted):
             injection = Injection(model, delta, residency="device")
         report[shape] = [sum(read), injection._groups[0].store.nbytes]
         injection.remove()

@@ -187,7 +187,7 @@ def test_a_stored_int8_delta_is_injected_without_another_rounding(
 ) -> None:
     expected, told = injected("device", int8_deltas["int8"])
     monkeypatch.setattr(
-        "drift_fast.inject.placement.load.quantize", lambda *a: pytest.fail("rounded")
+        "drift_fast.inject.placement.places.quantize", lambda *a: pytest.fail("rounded")
     )
     found, metrics = injected(where, int8_deltas["int8"])
     for one, other in zip(found, expected, strict=True):

@@ -12,10 +12,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from drift_fast._core import DeltaWriter, StoredDelta, stream, subtract_into
+from drift_fast._core import DeltaWriter, StoredDelta, load_differences, stream
 from drift_fast.alignment.model_pair import AlignedPair
 from drift_fast.delta.format import DESCRIPTION, INDEX, stored_names
 from drift_fast.delta.options import StreamOptions
+from drift_fast.delta.protocol import LoadInto, OnLanded, Run
 from drift_fast.delta.rounding import warn_of_rounding
 from drift_fast.delta.statistics import Statistics, row_from_moments
 from drift_fast.dtypes import COMPRESSED, INT8_BLOCK, STORED_DTYPES, share_lost, tensor_dtype
@@ -32,9 +33,9 @@ class Backend(Protocol):
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
-    def read_into(
-        self, name: str, buffer: Any, elements: tuple[int, int] | None = None
-    ) -> None: ...
+    def read_into(self, name: str, buffer: Any, elements: tuple[int, int]) -> None:
+        """Fill a buffer with elements [start, stop) of a tensor."""
+
     def statistics(
         self, on_progress: ProgressCallback = unreported
     ) -> tuple[Statistics, int | None]:
@@ -71,24 +72,25 @@ class Streamed:
         self._pairs = {pair.name: pair for pair in pair.pairs}
         self.shapes = {name: pair.shapes[name] for name in self._pairs}
 
-    def read_into(self, name: str, buffer: Any, elements: tuple[int, int] | None = None) -> None:
-        source = self._pairs[name].source
-        if elements is not None and not isinstance(source, str):
-            # A tensor of several blocks is gathered whole.
-            size = len(buffer) // max(1, elements[1] - elements[0])
-            whole = bytearray(math.prod(self.shapes[name]) * size)
-            self.read_into(name, whole)
-            memoryview(buffer)[:] = whole[elements[0] * size : elements[1] * size]
-            return
-        moments = subtract_into(
+    def read_into(self, name: str, buffer: Any, elements: tuple[int, int]) -> None:
+        self.load([Run(name, *elements)], ([buffer], False))
+
+    def load(
+        self, runs: Sequence[Run], into: LoadInto, landed: OnLanded | None = None
+    ) -> list[float]:
+        """Subtract runs into memory and return their squares, as `Stored.load`."""
+        dtype = tensor_dtype(self._dtype)
+        found = load_differences(
             self._pair.reasoning.checkpoint,
             self._pair.multimodal.checkpoint,
-            (source, name),
-            (buffer, tensor_dtype(self._dtype)),
+            [(self._pairs[one.name].source, one.name, (one.start, one.stop)) for one in runs],
+            dtype,
+            into,
             {"threads": self._threads, "memory": self._memory},
-            elements=elements,
+            landed=landed,
         )
-        self._check([(name, moments)], tensor_dtype(self._dtype))
+        self._check([(one.name, row) for one, (_, row) in zip(runs, found, strict=True)], dtype)
+        return [square for square, _ in found]
 
     def write(
         self,
@@ -171,6 +173,8 @@ class Streamed:
 
 # A few mebibytes; more at a time copies no faster.
 _COPY_NBYTES = 1 << 22
+# Memory for the pieces that threads compare with their checksums.
+_CHECK_NBYTES = 1 << 25
 # Bytes of an element of the types that a delta is stored as, and of the widest.
 _ITEMSIZES = {"BF16": 2, "F16": 2, "F32": 4, "I8": 1}
 _ITEMSIZE = max(_ITEMSIZES.values())
@@ -203,30 +207,24 @@ class Stored:
             )
         self.shapes = {row.name: row.shape for row in stats}
 
-    def read_into(self, name: str, buffer: Any, elements: tuple[int, int] | None = None) -> None:
-        if self._dtype not in COMPRESSED:
-            self._files.read_into(name, buffer, elements=elements)
-            return
-        self._files.decode_into(name, buffer, elements=elements or (0, self._stats[name].numel))
+    def read_into(self, name: str, buffer: Any, elements: tuple[int, int]) -> None:
+        self.load([Run(name, *elements)], ([buffer], False))
 
-    def read_codes(self, name: str, buffer: Any, elements: tuple[int, int]) -> None:
-        """Fill a buffer with the int8 codes of some elements as they are stored."""
-        self._files.read_into(name, buffer, elements=elements)
+    def load(
+        self, runs: Sequence[Run], into: LoadInto, landed: OnLanded | None = None
+    ) -> list[float]:
+        """Read runs into memory and return their squares, NaN where one is not finite.
 
-    def read_scales(self, name: str, buffer: Any, blocks: tuple[int, int]) -> None:
-        """Fill a buffer with the float16 scales of some blocks of an int8 Δ."""
-        self._files.read_into(f"{name}.scale", buffer, elements=blocks)
+        into: buffers of bytes, one for each run, or a ring for all of them, and whether it is one.
+        landed: called with (run, first element, end element, offset in the ring) of what came into
+            memory, in order; answers how many of its calls concern memory that is free again.
+        """
+        return self._files.load(runs, into, threads=thread_count(None), landed=landed)
 
     def check(self) -> None:
         """Read everything, and so compare it with its checksums."""
-        buffer = memoryview(bytearray(_COPY_NBYTES))
-        for name, kind, shape in self._files.tensors():
-            numel, itemsize = math.prod(shape), _ITEMSIZES[kind]
-            step = len(buffer) // itemsize
-            for start in range(0, numel, step):
-                stop = min(numel, start + step)
-                piece = buffer[: (stop - start) * itemsize]
-                self._files.read_into(name, piece, elements=(start, stop))
+        runs = [Run(name, 0, math.prod(shape), True) for name, _, shape in self._files.tensors()]
+        self.load(runs, ([bytearray(_CHECK_NBYTES)], True))
 
     def statistics(
         self, on_progress: ProgressCallback = unreported
@@ -260,7 +258,7 @@ class Stored:
                 for start in range(0, max(1, numel), step):
                     stop = min(numel, start + step)
                     piece = buffer[: (stop - start) * itemsize]
-                    self._files.read_into(name, piece, elements=(start, stop), compared=False)
+                    self._files.copy_into(name, piece, (start, stop))
                     writer.write(slot, piece, offset=start * itemsize)
                     done += len(piece)
                     on_progress(Progress(index, len(rows), done, total))

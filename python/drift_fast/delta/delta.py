@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, Unpack
@@ -18,7 +18,7 @@ from drift_fast._core import __version__
 from drift_fast.alignment.coverage import Coverage
 from drift_fast.checkpoints.opened import PathLike
 from drift_fast.delta.allocation import empty_tensor
-from drift_fast.delta.backends import Backend, Stored
+from drift_fast.delta.backends import Backend, Stored, Streamed
 from drift_fast.delta.combined import Combined
 from drift_fast.delta.format import (
     BLOCK_NBYTES,
@@ -29,7 +29,7 @@ from drift_fast.delta.format import (
 )
 from drift_fast.delta.options import SaveOptions
 from drift_fast.delta.parallel import together
-from drift_fast.delta.protocol import DeltaLike
+from drift_fast.delta.protocol import DeltaLike, OnLanded, Run
 from drift_fast.delta.statistics import Compression, Statistics
 from drift_fast.delta.summed import Summed
 from drift_fast.delta.writing import Content, Destination, Rows, write_alone
@@ -258,12 +258,48 @@ class Delta(Mapping[str, "torch.Tensor"], Shown):
             )
         if not tensor.is_contiguous():
             raise ValueError(f"{name}: the tensor to fill must be contiguous")
-        elements = None if start is None else (start, start + tensor.numel())
-        if elements is not None and not 0 <= elements[0] <= elements[1] <= math.prod(shape):
+        first = 0 if start is None else start
+        elements = first, first + tensor.numel()
+        if not 0 <= first <= elements[1] <= math.prod(shape):
             raise ValueError(f"{name} has {math.prod(shape)} elements, not {elements}")
-        # numpy has no bfloat16, so Rust gets a window of bytes onto the tensor's own memory.
-        window = tensor.detach().reshape(-1).view(torch.uint8).numpy()
-        self._backend.read_into(name, window, elements)
+        self._backend.read_into(name, _window(tensor), elements)
+
+    @property
+    def has_runs(self) -> bool:
+        """Whether `load` reads it: Δ is on disk or subtracted, and not summed."""
+        return isinstance(self._backend, Stored | Streamed)
+
+    def load(
+        self,
+        runs: Sequence[Run],
+        into: Sequence[torch.Tensor] | torch.Tensor,
+        landed: OnLanded | None = None,
+    ) -> list[float]:
+        """Read many runs of elements at once, on all threads, and return ‖Δ‖² of each.
+
+        Args:
+            runs: what to read; codes and scales of an int8 delta where `has_codes`.
+            into: a flat CPU tensor for each run, or one of uint8 as a ring for all. Nobody else
+                may use them until the call returns, but for parts of a ring that have landed.
+            landed: called in order with (run, first element, end element, offset in the ring in
+                bytes) of what is in memory; answers how many of its calls so far concern memory
+                that may be filled again. None: all do.
+
+        Returns:
+            Float64 sums of float32 blocks, to a millionth; NaN where Δ is not finite.
+
+        Raises:
+            CheckpointError: bytes on disk that are not those that were written, after the call has
+                filled what it was given.
+            NonFiniteError: as `compute_delta`, of a delta that is not on disk.
+        """
+        import torch
+
+        assert isinstance(self._backend, Stored | Streamed)
+        is_ring = isinstance(into, torch.Tensor)
+        buffers = [into] if isinstance(into, torch.Tensor) else into
+        memory = [_window(one) for one in buffers], is_ring
+        return self._backend.load(runs, memory, landed)
 
     @property
     def has_checksums(self) -> bool:
@@ -292,13 +328,11 @@ class Delta(Mapping[str, "torch.Tensor"], Shown):
         """
         import torch
 
-        assert isinstance(self._backend, Stored)
-        blocks = start // INT8_BLOCK, -(-stop // INT8_BLOCK)
         codes = torch.empty(stop - start, dtype=torch.int8)
+        blocks = start // INT8_BLOCK, -(-stop // INT8_BLOCK)
         scales = torch.empty(blocks[1] - blocks[0], dtype=torch.float16)
-        if codes.numel():
-            self._backend.read_codes(name, codes.view(torch.uint8).numpy(), (start, stop))
-            self._backend.read_scales(name, scales.view(torch.uint8).numpy(), blocks)
+        runs = Run(name, start, stop, True), Run(f"{name}.scale", *blocks, True)
+        self.load(runs, (codes, scales))
         return codes, scales
 
     def plot(self, path: PathLike | None = None) -> Figure:
@@ -363,6 +397,13 @@ class Delta(Mapping[str, "torch.Tensor"], Shown):
             stored = stored_names(name, self.stored_dtype)
             found |= zip(stored, row["checksums"], strict=True)
         return found
+
+
+def _window(tensor: torch.Tensor) -> Any:
+    """Return a window of bytes onto a CPU tensor's own memory; numpy has no bfloat16."""
+    import torch
+
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy()
 
 
 def open_delta(delta: DeltaLike | PathLike) -> DeltaLike:

@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias, cast
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
+
+
+class Run(NamedTuple):
+    """Elements [start, stop) of a tensor in row-major order, by its name in the delta.
+
+    as_stored: the codes of an int8 delta as they are; `<name>.scale` are then their scales.
+    """
+
+    name: str
+    start: int
+    stop: int
+    as_stored: bool = False
+
+
+# What `_core.StoredDelta.load` takes.
+LoadInto: TypeAlias = tuple[Sequence[Any], bool]
+OnLanded: TypeAlias = Callable[[list[tuple[int, int, int, int]]], int]
 
 
 class DeltaLike(Protocol):

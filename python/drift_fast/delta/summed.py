@@ -24,10 +24,10 @@ class Summed:
         self._combined = combined
         self.shapes = combined.shapes
 
-    def read_into(self, name: str, buffer: Any, elements: tuple[int, int] | None = None) -> None:
+    def read_into(self, name: str, buffer: Any, elements: tuple[int, int]) -> None:
         import torch
 
-        begin = 0 if elements is None else elements[0]
+        begin, _ = elements
         for start, _, piece in self._combined.pieces(name, elements):
             window = torch.frombuffer(buffer, dtype=piece.dtype)
             window[start - begin : start - begin + piece.numel()] = piece

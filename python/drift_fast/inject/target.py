@@ -15,7 +15,7 @@ from torch import nn
 
 from drift_fast.alignment.layout import Rectangle
 from drift_fast.delta.delta import Delta
-from drift_fast.delta.protocol import DeltaLike
+from drift_fast.delta.protocol import DeltaLike, Run
 from drift_fast.errors import DriftError
 from drift_fast.inject.lora.adapters import Adapted
 from drift_fast.inject.shards.base import Cut, Shard
@@ -116,14 +116,20 @@ class Target:
             return local.reshape(-1)
         return local.clone(memory_format=torch.contiguous_format).view(-1)
 
+    def run(self, shard: Shard) -> Run | None:
+        """Return the part that this process holds as elements of one tensor of the delta.
+
+        None where it is not a run of them.
+        """
+        if self.parts or (shard.span is None and shard.process_groups):
+            return None
+        return Run(self.delta_name, *(shard.span or (0, math.prod(self.shape))))
+
     def read_into(self, delta: DeltaReader, shard: Shard, out: torch.Tensor) -> None:
         """Fill a flat CPU tensor, page-locked or not, with the part that this process holds."""
-        whole = shard.span is None and not shard.process_groups
-        if not self.parts and (whole or shard.span is not None):
-            start = 0 if shard.span is None else shard.span[0]
-            if delta.into(self.delta_name, start, out):
-                return
-        out.copy_(self.read(delta, shard))
+        run = self.run(shard)
+        if run is None or not delta.into(run.name, run.start, out):
+            out.copy_(self.read(delta, shard))
 
     def _assembled(self, delta: DeltaReader) -> torch.Tensor:
         result: torch.Tensor | None = None

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from drift_fast._core import subtract_into
+from drift_fast._core import load_differences
 from drift_fast.alignment.model_pair import AlignedPair
 from drift_fast.alignment.name_alignment import Pair
 from drift_fast.checkpoints.opened import Opened
@@ -203,8 +203,11 @@ def _difference(
 ) -> tuple[Any, Mapping[str, Any]]:
     out = np.empty(span[1] - span[0])
     checkpoints = side.checkpoint, multimodal.checkpoint
-    into = out.view(np.uint8), "float64"
-    return out, subtract_into(*checkpoints, (source, name), into, _LIMITS, elements=span)
+    into = [out.view(np.uint8)], False
+    ((_, moments),) = load_differences(
+        *checkpoints, [(source, name, span)], "float64", into, _LIMITS
+    )
+    return out, moments
 
 
 def _rounding(dtype: str) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from drift_fast._core import subtract_into
+from drift_fast._core import load_differences
 from drift_fast.alignment.model_pair import AlignedPair
 from drift_fast.alignment.name_alignment import Pair
 from drift_fast.names import layer_of, module_of
@@ -98,14 +98,14 @@ def _sampled(pair: AlignedPair, one: Pair) -> list[Any]:
     if not length:
         return []
     starts = {index * (numel - length) // (_RUNS - 1) for index in range(_RUNS)}
-    return [
-        subtract_into(
-            pair.reasoning.checkpoint,
-            pair.multimodal.checkpoint,
-            (one.source, one.name),
-            (bytearray(4 * length), "float32"),
-            {"threads": 1},
-            elements=(start, start + length),
-        )
-        for start in sorted(starts)
-    ]
+    runs = [(one.source, one.name, (start, start + length)) for start in sorted(starts)]
+    found = load_differences(
+        pair.reasoning.checkpoint,
+        pair.multimodal.checkpoint,
+        runs,
+        "float32",
+        ([bytearray(4 * length) for _ in runs], False),
+        {"threads": 1},
+        sampled=True,
+    )
+    return [moments for _, moments in found]

@@ -5,21 +5,32 @@
 //! result forever.
 
 use std::ops::ControlFlow;
-use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::thread;
 use std::time::Duration;
 
-/// Run `work` on `count` threads until all have returned; return whether `tick` broke it off.
+/// Makes the thread that watches the workers tick at once.
+pub(crate) struct Waker(Sender<()>);
+
+impl Waker {
+    pub(crate) fn wake(&self) {
+        // It fails only if nobody watches any longer.
+        let _ = self.0.send(());
+    }
+}
+
+/// Run `work` on `count` threads, or on this one if that is zero, until all have returned; return
+/// whether `tick` broke it off.
 ///
-/// `tick` runs on this thread, at least every `every` and once at the end. `stop` must make every
-/// `work` return soon, and may be called more than once and from any thread.
+/// `tick` runs on this thread, at least every `every`, when a worker wakes it and once at the end.
+/// `stop` must make every `work` return soon, and may be called more than once and from any thread.
 ///
 /// # Panics
 /// If a worker panicked, once all have returned.
 pub(crate) fn run(
     count: usize,
     every: Duration,
-    work: &(dyn Fn() + Sync),
+    work: &(dyn Fn(&Waker) + Sync),
     stop: &(dyn Fn() + Sync),
     mut tick: impl FnMut() -> ControlFlow<()>,
 ) -> bool {
@@ -27,11 +38,11 @@ pub(crate) fn run(
         let (done, finished) = mpsc::channel::<()>();
         let mut spawned = 0;
         for _ in 0..count {
-            let done = done.clone();
+            let waker = Waker(done.clone());
             let worker = move || {
                 let guard = StopOnPanic(stop);
-                work();
-                drop((guard, done));
+                work(&waker);
+                drop((guard, waker));
             };
             // If the system allows no more threads, the existing ones do all the work.
             match thread::Builder::new().spawn_scoped(scope, worker) {
@@ -39,13 +50,16 @@ pub(crate) fn run(
                 Err(_) => break,
             }
         }
+        let waker = Waker(done);
         if spawned == 0 {
-            work();
+            work(&waker);
         }
-        drop(done);
+        drop(waker);
         // The channel closes when the last worker has gone, even if one panicked.
         loop {
             let ended = matches!(finished.recv_timeout(every), Err(RecvTimeoutError::Disconnected));
+            // One tick answers to all who woke this thread so far.
+            while finished.try_recv().is_ok() {}
             if tick().is_break() {
                 stop();
                 return true;
@@ -85,7 +99,7 @@ mod tests {
     #[test]
     fn a_worker_that_panics_stops_those_that_wait_for_it() {
         let (stopped, started) = (AtomicBool::new(false), AtomicUsize::new(0));
-        let work = || {
+        let work = |_: &Waker| {
             if started.fetch_add(1, Ordering::SeqCst) == 0 {
                 panic!("as one in a kernel would");
             }
@@ -106,7 +120,7 @@ mod tests {
         let stopped = AtomicBool::new(false);
         let stop = || stopped.store(true, Ordering::SeqCst);
         let mut ticks = 0;
-        let broken = run(2, EVERY, &|| wait_for(&stopped), &stop, || {
+        let broken = run(2, EVERY, &|_| wait_for(&stopped), &stop, || {
             ticks += 1;
             if ticks == 3 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
         });
@@ -116,7 +130,7 @@ mod tests {
     #[test]
     fn work_that_ends_is_not_broken_off_and_ticks_at_least_once() {
         let (count, mut ticks) = (AtomicUsize::new(0), 0);
-        let work = || {
+        let work = |_: &Waker| {
             count.fetch_add(1, Ordering::SeqCst);
         };
         let broken = run(4, Duration::from_secs(60), &work, &|| {}, || {

@@ -9,7 +9,7 @@ use drift_fast_core::align::compose::{Block, Blocks};
 use drift_fast_core::align::pair::{Pair, Source};
 use drift_fast_core::checkpoint::Checkpoint;
 use drift_fast_core::checkpoint::Operand;
-use drift_fast_core::stream::{Options, Sink, run};
+use drift_fast_core::stream::{Difference, Landed, Memory, Options, load_differences};
 use drift_fast_core::{Dtype, Error, Reader};
 use proptest::prelude::*;
 
@@ -39,8 +39,10 @@ fn operand<'a>(checkpoint: &'a Checkpoint, name: &str) -> Operand<'a> {
 /// Δ of one pair in float32.
 fn difference(pair: Pair<'_>, numel: usize, threads: usize) -> drift_fast_core::Result<Vec<f32>> {
     let mut bytes = vec![0xff; numel * 4];
-    let sink = Sink::Memory(Dtype::F32, &mut bytes);
-    run(&[pair], sink, &Options::new(threads), &mut |_| ControlFlow::Continue(()))?;
+    let wanted = [Difference { pair, elements: 0..numel }];
+    let memory = Memory::Each(vec![&mut bytes]);
+    let landed: Landed<'_> = &mut |_| ControlFlow::Continue(0);
+    load_differences(&wanted, Dtype::F32, memory, &Options::new(threads), false, landed)?;
     Ok(bytes.as_chunks::<4>().0.iter().map(|value| f32::from_le_bytes(*value)).collect())
 }
 

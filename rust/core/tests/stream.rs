@@ -12,7 +12,9 @@ use drift_fast_core::checkpoint::Checkpoint;
 use drift_fast_core::checkpoint::Operand;
 use drift_fast_core::kernel::{self, Elements};
 use drift_fast_core::output::{OutputSpec, Slot, Storage};
-use drift_fast_core::stream::{CHUNK, Options, Outcome, Sink, run};
+use drift_fast_core::stream::{
+    CHUNK, Difference, Memory, Options, Outcome, Part, Sink, load_differences, run,
+};
 use drift_fast_core::{Dtype, Error, Moments, Reader, Writer};
 
 /// Two sides of float32 tensors of many shapes; `w` is stored transposed in `a`, after one element.
@@ -211,17 +213,81 @@ fn a_pair_s_sums_are_those_of_its_chunks_in_order() {
     }
 }
 
+/// What is loaded of some elements of every pair, through a ring of so many bytes or directly.
+fn loaded(
+    wanted: &[Difference<'_>],
+    ring: Option<usize>,
+    threads: usize,
+) -> (Vec<Vec<u8>>, Vec<u64>) {
+    let mut found: Vec<Vec<u8>> =
+        wanted.iter().map(|one| vec![0xff; one.elements.len() * 4]).collect();
+    let mut memory = vec![0xff; ring.unwrap_or(0)];
+    // Copied while the call lasts, as a device does, hence by the address.
+    let address = memory.as_ptr();
+    let (mut calls, mut copies) = (0, Vec::new());
+    let mut landed = |parts: &[Part]| {
+        for part in parts {
+            let nbytes = part.elements.len() * 4;
+            if ring.is_some() {
+                // SAFETY: the core fills no part of a ring that landed until it is freed.
+                #[allow(unsafe_code)]
+                let bytes = unsafe { std::slice::from_raw_parts(address.add(part.offset), nbytes) }
+                    .to_vec();
+                copies.push((part.clone(), bytes));
+            }
+        }
+        calls += 1;
+        ControlFlow::Continue(calls)
+    };
+    let options = Options::new(threads);
+    let memory = match ring {
+        Some(_) => Memory::Ring(&mut memory),
+        None => Memory::Each(found.iter_mut().map(Vec::as_mut_slice).collect()),
+    };
+    let sums = load_differences(wanted, Dtype::F32, memory, &options, false, &mut landed).unwrap();
+    for (part, bytes) in copies {
+        found[part.run][part.elements.start * 4..part.elements.end * 4].copy_from_slice(&bytes);
+    }
+    (found, sums.iter().map(|one| one.square.to_bits()).collect())
+}
+
 #[test]
-fn an_output_in_memory_is_that_of_the_files() {
+fn what_is_loaded_is_what_the_files_have_with_its_squares_whatever_the_memory_and_the_threads() {
     let files = Files::new();
     let (a, b) = files.open(Reader::Pread);
-    let pairs = pairs(&a, &b, true);
     let (_, shards) = written(&files, Reader::Pread, &Options::new(1));
-    for pair in pairs {
-        let mut bytes = vec![0xff; pair.multimodal.tensor.numel() * 4];
-        let whole = bytes.is_empty();
-        stream(&[pair], Sink::Memory(Dtype::F32, &mut bytes), &Options::new(3)).unwrap();
-        assert!(whole || shards.iter().any(|s| s.windows(bytes.len()).any(|w| w == bytes)));
+    let all: Vec<_> = pairs(&a, &b, true)
+        .into_iter()
+        .map(|pair| Difference { elements: 0..pair.multimodal.tensor.numel(), pair })
+        .collect();
+    let (bytes, squares) = loaded(&all, None, 1);
+    for (bytes, square) in bytes.iter().zip(&squares) {
+        assert!(
+            bytes.is_empty() || shards.iter().any(|s| s.windows(bytes.len()).any(|w| w == bytes))
+        );
+        let mut expected = 0.0;
+        for chunk in bytes.chunks(CHUNK * 4) {
+            let chunk = Elements::new(Dtype::F32, chunk).unwrap();
+            expected += kernel::subtract(chunk, chunk, None).reasoning_sq;
+        }
+        assert_eq!(f64::from_bits(*square), expected);
+    }
+    for ring in [None, Some(4 << 20), Some(40 << 20)] {
+        assert_eq!(loaded(&all, ring, 3), (bytes.clone(), squares.clone()));
+    }
+    // Runs that begin and end anywhere, also inside rows that are put together from blocks.
+    let some: Vec<_> = pairs(&a, &b, true)
+        .into_iter()
+        .map(|pair| {
+            let numel = pair.multimodal.tensor.numel();
+            Difference { elements: numel / 3..numel - numel / 5, pair }
+        })
+        .collect();
+    for ring in [None, Some(5 << 20)] {
+        let (parts, _) = loaded(&some, ring, 2);
+        for ((part, one), whole) in parts.iter().zip(&some).zip(&bytes) {
+            assert_eq!(part, &whole[one.elements.start * 4..one.elements.end * 4]);
+        }
     }
 }
 

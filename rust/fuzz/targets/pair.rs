@@ -8,7 +8,7 @@ use std::ops::ControlFlow;
 use drift_fast_core::align::pair::{Pair, Source};
 use drift_fast_core::align::{Named, Ties, align};
 use drift_fast_core::checkpoint::Operand;
-use drift_fast_core::stream::{Options, Sink, run};
+use drift_fast_core::stream::{Difference, Landed, Memory, Options, load_differences};
 use drift_fast_core::{Checkpoint, Dtype};
 use drift_fast_fuzz::{Read, file, official, open};
 
@@ -51,8 +51,11 @@ fn subtract(
         multimodal: operand(multimodal, name),
     };
     let mut out = vec![0; b.len()];
-    let sink = Sink::Memory(Dtype::F32, &mut out);
-    run(&[pair], sink, &Options::new(1), &mut |_| ControlFlow::Continue(())).expect("a difference");
+    let wanted = [Difference { elements: 0..pair.multimodal.tensor.numel(), pair }];
+    let memory = Memory::Each(vec![&mut out]);
+    let landed: Landed<'_> = &mut |_| ControlFlow::Continue(0);
+    load_differences(&wanted, Dtype::F32, memory, &Options::new(1), false, landed)
+        .expect("a difference");
     let values = |bytes: &[u8]| -> Vec<f32> {
         bytes.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect()
     };

@@ -3,7 +3,7 @@
 use std::ops::ControlFlow;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use drift_fast_core::stream::Progress;
+use drift_fast_core::stream::{Part, Progress};
 use drift_fast_core::{Error, Result, interrupt};
 use pyo3::prelude::*;
 
@@ -42,17 +42,53 @@ pub(crate) fn interruptible<T: Send>(
     progress: Option<Callback>,
     work: impl FnOnce(&mut dyn FnMut(Progress) -> ControlFlow<()>) -> Result<T> + Send,
 ) -> PyResult<T> {
+    let call = |py: Python<'_>, state: Progress| match &progress {
+        None => Ok(()),
+        Some(progress) => progress.call1(py, (state.tensors, state.nbytes)).map(drop),
+    };
+    answered(py, call, |tick| work(tick))
+}
+
+/// As [`interruptible`], with a callback that takes what came into memory and answers which of its
+/// calls are over; without one, all are at once.
+pub(crate) fn landing<T: Send>(
+    py: Python<'_>,
+    landed: Option<Callback>,
+    work: impl FnOnce(&mut dyn FnMut(&[Part]) -> ControlFlow<(), usize>) -> Result<T> + Send,
+) -> PyResult<T> {
+    let mut calls = 0;
+    let call = |py: Python<'_>, parts: Vec<PartFields>| {
+        calls += 1;
+        match &landed {
+            None => Ok(calls),
+            Some(landed) => landed.call1(py, (parts,))?.extract(py),
+        }
+    };
+    answered(py, call, |tick| {
+        work(&mut |parts| {
+            let fields =
+                |part: &Part| (part.run, part.elements.start, part.elements.end, part.offset);
+            tick(parts.iter().map(fields).collect())
+        })
+    })
+}
+
+/// Run, first and end element, and offset in the ring.
+type PartFields = (usize, usize, usize, usize);
+
+fn answered<T: Send, S: Send, A: Send>(
+    py: Python<'_>,
+    mut call: impl FnMut(Python<'_>, S) -> PyResult<A> + Send,
+    work: impl FnOnce(&mut dyn FnMut(S) -> ControlFlow<(), A>) -> Result<T> + Send,
+) -> PyResult<T> {
     let mut raised: Option<PyErr> = None;
-    let mut tick = |state: Progress| {
+    let mut tick = |state: S| {
         let answer = Python::attach(|py| {
             py.check_signals()?;
-            if let Some(progress) = &progress {
-                progress.call1(py, (state.tensors, state.nbytes))?;
-            }
-            Ok(())
+            call(py, state)
         });
         match answer {
-            Ok(()) => ControlFlow::Continue(()),
+            Ok(answer) => ControlFlow::Continue(answer),
             Err(error) => {
                 raised = Some(error);
                 ControlFlow::Break(())

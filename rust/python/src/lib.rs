@@ -19,7 +19,7 @@ use pyo3::prelude::*;
 
 /// The version of what this module takes and returns, and what it means. Raise it with every change,
 /// here and in `python/drift_fast/__init__.py`, which refuses to be imported beside another number.
-const INTERFACE: u32 = 1;
+const INTERFACE: u32 = 2;
 
 /// The compiled half of drift_fast.
 #[pymodule(gil_used = false)]
@@ -44,7 +44,7 @@ mod _core {
     #[pymodule_export]
     use super::stored::StoredDelta;
     #[pymodule_export]
-    use super::stream::{stream, subtract_into};
+    use super::stream::{load_differences, stream};
     #[pymodule_export]
     use super::writers::{
         DeltaWriter, ModelWriter, is_side_file, output_paths, shards, side_file_names,

@@ -3,12 +3,12 @@
 use std::collections::HashMap;
 use std::path::PathBuf;
 
-use drift_fast_core::stream::stored;
+use drift_fast_core::stream::stored::{self, Wanted};
 use pyo3::prelude::*;
 
-use crate::buffers::Writable;
+use crate::buffers::{Exported, LoadInto, Writable};
 use crate::checkpoint::{TensorEntry, entries};
-use crate::detach::detached;
+use crate::detach::{Callback, detached, landing};
 use crate::errors::to_py;
 
 /// An open delta.
@@ -36,31 +36,31 @@ impl StoredDelta {
         entries(self.inner.checkpoint())
     }
 
-    /// Fill a buffer with all of a tensor, or with elements [start, stop) of it, as they are stored;
-    /// compared with its checksums, or as part of a copy for which `compare` is called.
-    #[pyo3(signature = (name, buffer, *, elements = None, compared = true))]
-    fn read_into(
+    /// Load runs into memory and return their squares: (name, first element, end element, whether
+    /// codes of int8 are wanted as they are instead of their values). `landed` is called with what
+    /// came into memory as (run, first element, end element, offset in the ring), and answers how many
+    /// of its calls concern memory that is free again.
+    #[pyo3(signature = (runs, into, *, threads, landed = None))]
+    fn load(
         &self,
         py: Python<'_>,
-        name: &str,
-        buffer: &Bound<'_, PyAny>,
-        elements: Option<(usize, usize)>,
-        compared: bool,
-    ) -> PyResult<()> {
-        let mut buffer = Writable::new(buffer)?;
-        let elements = elements.map(|(start, stop)| start..stop);
-        detached(py, || self.inner.read(name, elements, buffer.bytes(), compared))
+        runs: Vec<(String, usize, usize, bool)>,
+        into: LoadInto<'_>,
+        threads: usize,
+        landed: Option<Callback>,
+    ) -> PyResult<Vec<f64>> {
+        let wanted =
+            |(name, start, stop, as_stored)| Wanted { name, elements: start..stop, as_stored };
+        let wanted: Vec<Wanted> = runs.into_iter().map(wanted).collect();
+        let mut into = Exported::new(&into)?;
+        let found =
+            landing(py, landed, |landed| self.inner.load(&wanted, into.memory(), threads, landed))?;
+        Ok(found.iter().map(|one| one.square).collect())
     }
 
-    /// Compare the checksums of a copy of a tensor, as `DeltaWriter.checksums` gives them, with
-    /// those that it has here.
-    fn compare(&self, name: &str, checksums: &str) -> PyResult<()> {
-        self.inner.compare(name, checksums).map_err(to_py)
-    }
-
-    /// Fill a buffer with elements [start, stop) of an int8 Δ as bfloat16.
-    #[pyo3(signature = (name, buffer, *, elements))]
-    fn decode_into(
+    /// Fill a buffer with elements [start, stop) of a tensor as they are stored, as part of a copy for
+    /// which `compare` is called.
+    fn copy_into(
         &self,
         py: Python<'_>,
         name: &str,
@@ -69,6 +69,12 @@ impl StoredDelta {
     ) -> PyResult<()> {
         let mut buffer = Writable::new(buffer)?;
         let (start, stop) = elements;
-        detached(py, || self.inner.decode(name, start..stop, buffer.bytes()))
+        detached(py, || self.inner.copy(name, start..stop, buffer.bytes()))
+    }
+
+    /// Compare the checksums of a copy of a tensor, as `DeltaWriter.checksums` gives them, with
+    /// those that it has here.
+    fn compare(&self, name: &str, checksums: &str) -> PyResult<()> {
+        self.inner.compare(name, checksums).map_err(to_py)
     }
 }

@@ -1,17 +1,13 @@
 //! Subtracting two checkpoints, tensor by tensor: into a delta's files, into memory, or nowhere.
 
 use drift_fast_core::Moments;
-use drift_fast_core::align::pair::{Pair, Source};
-use drift_fast_core::checkpoint::Operand;
-use drift_fast_core::stream::{Sink, run};
-use pyo3::exceptions::PyValueError;
+use drift_fast_core::stream::{Difference, Sink, load_differences as core_load, run};
 use pyo3::prelude::*;
 
-use crate::buffers::Writable;
+use crate::buffers::{Exported, LoadInto};
 use crate::checkpoint::Checkpoint;
-use crate::convert::{Limits, SourceNames, Tensor, dictionary, parse_dtype, resolve};
-use crate::detach::{Callback, interruptible};
-use crate::errors::to_py;
+use crate::convert::{Limits, SourceNames, dictionary, parse_dtype, resolve};
+use crate::detach::{Callback, interruptible, landing};
 use crate::writers::DeltaWriter;
 
 dictionary! {
@@ -60,56 +56,40 @@ pub(crate) fn stream(
     Ok((outcome.moments.iter().map(MomentsRow::from).collect(), outcome.peak_nbytes))
 }
 
-/// Fill a writable tensor with one difference or with its elements [start, stop), and return their
-/// moments. A tensor made of blocks can only be subtracted as a whole.
+/// A pair, and elements [start, stop) of it if not all are wanted.
+type Run = (SourceNames, String, Option<(usize, usize)>);
+
+/// Load differences of pairs, or of runs of their elements, into memory in a dtype, and return their
+/// squares there and their moments; `sampled` asks for the part of these that is rounding.
+/// `landed` is that of `StoredDelta.load`.
 #[pyfunction]
-#[pyo3(signature = (reasoning, multimodal, pair, out, limits, *, elements = None))]
-pub(crate) fn subtract_into(
+#[pyo3(signature = (
+    reasoning, multimodal, runs, dtype, into, limits, *, sampled = false, landed = None
+))]
+pub(crate) fn load_differences(
     py: Python<'_>,
     reasoning: &Checkpoint,
     multimodal: &Checkpoint,
-    pair: (SourceNames, String),
-    out: Tensor<'_>,
+    runs: Vec<Run>,
+    dtype: &str,
+    into: LoadInto<'_>,
     limits: Limits,
-    elements: Option<(usize, usize)>,
-) -> PyResult<MomentsRow> {
-    let (mut buffer, dtype) = (Writable::new(&out.0)?, parse_dtype(&out.1)?);
-    let mut pairs = resolve(reasoning, multimodal, &[pair])?;
-    let tensors;
-    if let Some((start, stop)) = elements {
-        let (reasoning, multimodal) = whole_tensors(&pairs[0])?;
-        let slice = |operand: &Operand<'_>| operand.tensor.elements(start, stop).map_err(to_py);
-        tensors = (slice(&reasoning)?, slice(&multimodal)?);
-        pairs[0] = Pair {
-            reasoning: Source::Whole(Operand {
-                tensor: &tensors.0,
-                scales: reasoning.scales.map(|scales| scales.from_element(start)),
-                ..reasoning
-            }),
-            multimodal: Operand {
-                tensor: &tensors.1,
-                scales: multimodal.scales.map(|scales| scales.from_element(start)),
-                ..multimodal
-            },
-        };
-    }
-    let sink = Sink::Memory(dtype, buffer.bytes());
-    let options = limits.into();
-    let outcome = interruptible(py, None, |tick| run(&pairs, sink, &options, tick))?;
-    Ok(MomentsRow::from(&outcome.moments[0]))
-}
-
-/// Both tensors of a pair whose elements can be subtracted by range.
-fn whole_tensors<'a>(pair: &Pair<'a>) -> PyResult<(Operand<'a>, Operand<'a>)> {
-    let Source::Whole(reasoning) = pair.reasoning else {
-        return Err(PyValueError::new_err(
-            "a tensor made of blocks can only be subtracted as a whole",
-        ));
-    };
-    if reasoning.tensor.shape != pair.multimodal.tensor.shape {
-        return Err(PyValueError::new_err(
-            "elements of tensors with different shapes cannot be subtracted by range",
-        ));
-    }
-    Ok((reasoning, pair.multimodal))
+    sampled: bool,
+    landed: Option<Callback>,
+) -> PyResult<Vec<(f64, MomentsRow)>> {
+    let (dtype, options) = (parse_dtype(dtype)?, limits.into());
+    let (pairs, elements): (Vec<_>, Vec<_>) =
+        runs.into_iter().map(|(source, name, elements)| ((source, name), elements)).unzip();
+    let pairs = resolve(reasoning, multimodal, &pairs)?.into_iter().zip(elements);
+    let wanted: Vec<Difference<'_>> = pairs
+        .map(|(pair, elements)| {
+            let (start, stop) = elements.unwrap_or((0, pair.multimodal.tensor.numel()));
+            Difference { pair, elements: start..stop }
+        })
+        .collect();
+    let mut into = Exported::new(&into)?;
+    let found = landing(py, landed, |landed| {
+        core_load(&wanted, dtype, into.memory(), &options, sampled, landed)
+    })?;
+    Ok(found.iter().map(|one| (one.square, MomentsRow::from(&one.moments))).collect())
 }

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from drift_fast.inject.placement.page_locked import page_locked
+from drift_fast.inject.placement.page_locked import lock
 
 
 class Held(Protocol):
@@ -26,12 +26,12 @@ class Held(Protocol):
 
 
 class InHostMemory:
-    """Δ as it is, in (page-locked) host memory."""
+    """Δ as it is, in host memory that is page-locked: `tensor` is one of `page_locked.pages`."""
 
     lead = 0
 
     def __init__(self, tensor: torch.Tensor) -> None:
-        self.tensor = page_locked(self, tensor)
+        self.tensor = lock(self, tensor)
         self.numel = tensor.numel()
         self.dtype = tensor.dtype
 

@@ -91,7 +91,10 @@ def quantize(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def _in_blocks(tensor: torch.Tensor) -> torch.Tensor:
     """Return the elements as rows of one block each, the last one padded with zeros."""
     flat = tensor.reshape(-1)
-    return torch.nn.functional.pad(flat, (0, -flat.numel() % INT8_BLOCK)).view(-1, INT8_BLOCK)
+    missing = -flat.numel() % INT8_BLOCK
+    # Padding with nothing would copy.
+    padded = torch.nn.functional.pad(flat, (0, missing)) if missing else flat
+    return padded.view(-1, INT8_BLOCK)
 
 
 def _least_scale(largest: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from drift_fast.delta.delta import Delta
-from drift_fast.delta.protocol import DeltaLike
+from drift_fast.delta.protocol import DeltaLike, Run
 from drift_fast.dtypes import INT8_BLOCK
 from drift_fast.inject.shards.base import Cut, Shard
 from drift_fast.inject.target import DeltaReader, Target
@@ -50,6 +50,21 @@ class Int8Blocks:
         first = start // INT8_BLOCK * INT8_BLOCK
         last = min(-(-stop // INT8_BLOCK) * INT8_BLOCK, math.prod(target.shape))
         return cls(target, _Run((first, last)), (first, last), slice(start - first, stop - first))
+
+    def runs(self, *, codes: bool) -> list[Run] | None:
+        """Return what the blocks are read from, or None where they are not a run of one tensor.
+
+        codes: of the codes and of their scales, as an int8 delta stores both. If not, of values:
+        those before the part that this process holds, that part, and those behind it.
+        """
+        if self.target.parts or self.span is None:
+            return None
+        name, (start, stop) = self.target.delta_name, self.span
+        if codes:
+            scales = start // INT8_BLOCK, -(-stop // INT8_BLOCK)
+            return [Run(name, start, stop, True), Run(f"{name}.scale", *scales, True)]
+        own = start + self.run.start, start + self.run.stop
+        return [Run(name, start, own[0]), Run(name, *own), Run(name, own[1], stop)]
 
     def values(self, delta: DeltaReader) -> torch.Tensor:
         """Return Δ of the blocks, flat, in the delta's dtype."""

@@ -1,14 +1,15 @@
 """From targets to target groups: read the local part of each Δ to where it is kept.
 
-Owns the order of targets in a group, and which are left out because their Δ is zero. Host memory
-holds one tensor at a time, unless Δ is kept there.
+Owns the order of targets in a group, and which are left out because their Δ is zero. `places` has
+what becomes of the Δ of each, `pipeline` how it is read.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -16,18 +17,26 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from drift_fast.delta.delta import Delta
 from drift_fast.delta.protocol import DeltaLike
 from drift_fast.dtypes import share_lost
 from drift_fast.errors import DriftError, NonFiniteError
 from drift_fast.inject.compute.base import SMALL, Arithmetic
 from drift_fast.inject.compute.device import DeviceArithmetic
-from drift_fast.inject.compute.host import HostArithmetic, norm_of
+from drift_fast.inject.compute.host import HostArithmetic
 from drift_fast.inject.compute.shortcuts import prepare
 from drift_fast.inject.config import Residency
 from drift_fast.inject.lora.group import FactorGroup
-from drift_fast.inject.placement.held import Held, InHostMemory, OnDisk
-from drift_fast.inject.placement.int8 import Int8, quantize
-from drift_fast.inject.placement.int8_blocks import Int8Blocks
+from drift_fast.inject.placement.pipeline import load
+from drift_fast.inject.placement.places import (
+    Beside,
+    Loaded,
+    OnHost,
+    Place,
+    Rounded,
+    Rounding,
+    Unread,
+)
 from drift_fast.inject.placement.residency import choose
 from drift_fast.inject.placement.stores import Resident, Ring, Store
 from drift_fast.inject.shards.base import Shard
@@ -35,6 +44,7 @@ from drift_fast.inject.shards.reduction import Reduction
 from drift_fast.inject.target import DeltaReader, Target
 from drift_fast.inject.target_group import TargetGroup
 from drift_fast.names import layer_of
+from drift_fast.progress_bar import reported
 
 logger = logging.getLogger(__name__)
 
@@ -133,18 +143,6 @@ def _is_small(target: Target, shard: Shard) -> bool:
     return math.prod(target.shape) <= SMALL * parts
 
 
-@dataclass
-class _Loaded:
-    """One target with its Δ where it is kept, and ‖Δ‖: of this process, later of all of them."""
-
-    target: Target
-    shard: Shard
-    delta: Held | torch.Tensor
-    norm: float
-    # ‖Δ‖ before it was rounded to int8 here; the same where it was not.
-    exact_norm: float
-
-
 class _Loader:
     """Reads the Δ of one device's targets, which are all sharded in one way."""
 
@@ -157,16 +155,16 @@ class _Loader:
         self._residency = residency
         self._int8 = residency in ("device-int8", "host-int8")
         self._everyone = everyone
-        self._scratch = torch.empty(0, dtype=Int8.dtype, device=arithmetic.device)
+        self._rounding = Rounding(arithmetic, to_host=residency == "host-int8")
 
-    def load(self, members: Sequence[Member]) -> list[_Loaded]:
+    def load(self, members: Sequence[Member]) -> list[Loaded]:
         """Return the targets whose Δ is not zero, with norms over all processes.
 
         Raises:
             NonFiniteError, DriftError: as `load_groups`, on every process if on one.
         """
         with self._everyone.together():
-            loaded = [self._load(*member) for member in members]
+            loaded = self._read([self._place(*member) for member in members])
         reduction = Reduction(members[0][1].process_groups)
 
         def total(norms: list[float]) -> list[float]:
@@ -182,7 +180,7 @@ class _Loader:
                 self._check(one)
             return [one for one in loaded if one.norm > 0]
 
-    def store(self, kept: Sequence[_Loaded], prefetch_nbytes: int) -> Store:
+    def store(self, kept: Sequence[Loaded], prefetch_nbytes: int) -> Store:
         """Return a store of what was loaded.
 
         Raises:
@@ -199,7 +197,22 @@ class _Loader:
                 return Resident(resident, _by_layer(kept))
             return Ring(elsewhere, resident, device, prefetch_nbytes)
 
-    def _load(self, target: Target, shard: Shard) -> _Loaded:
+    def _read(self, places: Sequence[Place]) -> list[Loaded]:
+        """Read all runs of elements together, and what is not a run one after the other."""
+        delta, quick, slow = self._delta, [], places
+        if isinstance(delta, Delta) and delta.has_runs:
+            found = [(place, place.wanted(delta)) for place in places]
+            quick = [one for _, some in found if some is not None for one in some]
+            slow = [place for place, some in found if some is None]
+            # Launchers number the processes of a host, which share its terminal.
+            bar = None if os.environ.get("LOCAL_RANK", "0") == "0" else False
+            with reported(bar, None) as report:
+                load(delta, quick, report)
+        for place in slow:
+            place.take(self._recent)
+        return [place.loaded() for place in places]
+
+    def _place(self, target: Target, shard: Shard) -> Place:
         device = self.arithmetic.device
         if device.type != "cpu" and shard.weight().dtype == torch.float64:
             raise DriftError(
@@ -208,55 +221,16 @@ class _Loader:
             )
         small = _is_small(target, shard)
         if self._int8 and not small:
-            return self._load_int8(target, shard)
-        tensor = target.read(self._recent, shard)
-        norm = norm_of(tensor)
-        held: Held | torch.Tensor
-        in_place = self._residency == "host" and device.type == "cpu"
-        if small or self._residency == "device" or in_place:
-            held = tensor.to(device)
-        elif self._residency == "host":
-            held = InHostMemory(tensor)
-        else:
-            held = OnDisk(tensor.numel(), tensor.dtype, self._reader(target, shard))
-        return _Loaded(target, shard, held, norm, norm)
+            return Rounded(target, shard, self._delta, self._rounding)
+        if small or self._residency == "device":
+            return Beside(target, shard, device)
+        if self._residency == "host":
+            # Beside gradients in host memory nothing is gained by copying.
+            make = Beside if device.type == "cpu" else OnHost
+            return make(target, shard, device)
+        return Unread(target, shard, self._recent)
 
-    def _load_int8(self, target: Target, shard: Shard) -> _Loaded:
-        device = self.arithmetic.device
-        blocks = Int8Blocks.around(target, shard)
-        stored = blocks.stored(self._delta)
-        exact = None
-        if stored is None:
-            values = blocks.values(self._recent)
-            exact = norm_of(values[blocks.run])
-            stored = quantize(values.to(device))
-        held = Int8(*stored, blocks.run).to(device)
-        numel = held.codes.numel()
-        if self._scratch.numel() < numel:
-            self._scratch = torch.empty(numel, dtype=held.dtype, device=device)
-        held.fill(self._scratch[:numel])
-        # What is injected is what was rounded, so its norm counts.
-        norm = float(self.arithmetic.measure([self._scratch[blocks.run]], None).norm.item())
-        if self._residency == "host-int8":
-            held.to("cpu")
-        return _Loaded(target, shard, held, norm, norm if exact is None else exact)
-
-    def _reader(self, target: Target, shard: Shard) -> Callable[[torch.Tensor], None]:
-        recent = self._recent
-
-        def read(out: torch.Tensor) -> None:
-            try:
-                target.read_into(recent, shard, out)
-            except (OSError, DriftError) as error:
-                raise DriftError(
-                    f"{target.delta_name}: Δ could not be read again, as residency='disk' does in "
-                    f"every step: {error}. Keep the files of the delta, or of both checkpoints, as "
-                    "they are until training ends, or attach with residency='host' or 'device'"
-                ) from error
-
-        return read
-
-    def _check(self, one: _Loaded) -> None:
+    def _check(self, one: Loaded) -> None:
         """Refuse a Δ that is not finite, or that int8 has no room for."""
         if not math.isfinite(one.norm) or not math.isfinite(one.exact_norm):
             raise NonFiniteError(
@@ -272,7 +246,7 @@ class _Loader:
             )
 
 
-def _by_layer(kept: Sequence[_Loaded]) -> list[tuple[int, int]]:
+def _by_layer(kept: Sequence[Loaded]) -> list[tuple[int, int]]:
     """Return runs of targets of one layer, small tensors at the end as one run."""
     marks = [
         None if _is_small(one.target, one.shard) else layer_of(one.target.delta_name)

@@ -102,6 +102,11 @@ impl<'a> Blocks<'a> {
         self.dtype
     }
 
+    /// Elements of one row.
+    pub(crate) fn columns(&self) -> usize {
+        self.columns
+    }
+
     /// The stored tensors that the blocks are part of, each once for every block.
     pub fn sources(&self) -> impl Iterator<Item = Operand<'a>> + '_ {
         self.bands.iter().flatten().map(|block| block.source)

@@ -46,6 +46,11 @@ pub(super) fn sums<A: Narrow, B: Narrow, const STORE: bool>(
 }
 
 #[target_feature(enable = "avx2,f16c")]
+pub(super) fn squares(elements: &[u8]) -> f64 {
+    scalar::squares::<F16c>(elements)
+}
+
+#[target_feature(enable = "avx2,f16c")]
 pub(super) fn odd<A: Narrow, B: Narrow>(a: &[u8], b: &[u8], difference: &mut [f32]) {
     scalar::odd::<A, B>(a, b, difference);
 }

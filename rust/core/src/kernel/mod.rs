@@ -187,6 +187,25 @@ pub fn subtract(
     total
 }
 
+/// ‖x‖², to the bit what [`subtract`] finds of either side; NaN where an element is not finite.
+pub fn square(elements: Elements<'_>) -> f64 {
+    let _ieee = ieee::DefaultFloat::enter();
+    let numel = elements.numel();
+    let mut total = 0.0;
+    for start in (0..numel).step_by(BLOCK) {
+        let block = elements.slice(start, numel.min(start + BLOCK));
+        let sum = if block.dtype == Dtype::F64 { f64::NAN } else { squares(block) };
+        total += if faithful(sum as f32) { sum } else { wide::finite_square(block) };
+    }
+    total
+}
+
+/// Whether a sum of squares in float32 lost nothing: below this, some may have underflowed, and
+/// beyond float32 it is infinite.
+fn faithful(sum: f32) -> bool {
+    sum.is_finite() && sum > 1e-20
+}
+
 /// Whether a float32 subtraction followed by one rounding equals the float64 one rounded once.
 ///
 /// Float32 has more than twice the bits of either half type plus two, which makes the second
@@ -251,8 +270,6 @@ fn measured<const STORE: bool>(
         wide::moments(a, b)
     } else {
         let sums = sums::<STORE>(a, b, difference);
-        // Below this, squares may have been lost to underflow; beyond float32, they are infinite.
-        let faithful = |sum: f32| sum.is_finite() && sum > 1e-20;
         // A block without any difference (a frozen layer, for example) needs no second look.
         if (faithful(sums.delta_sq) || sums.unchanged)
             && faithful(sums.reasoning_sq)
@@ -355,6 +372,36 @@ fn sums<const STORE: bool>(
     by_dtypes!(a, b, F16, |A, B| scalar::sums::<A, B, STORE>(a.bytes, b.bytes, difference))
 }
 
+/// The sum of the squares of a block whose type is no wider than float32.
+fn squares(block: Elements<'_>) -> f64 {
+    #[cfg(target_arch = "x86_64")]
+    {
+        if has_f16c() && block.dtype == Dtype::F16 {
+            // SAFETY: the processor has both instruction sets that the function asks for.
+            #[allow(unsafe_code)]
+            unsafe {
+                return f16c::squares(block.bytes);
+            }
+        }
+        if std::arch::is_x86_feature_detected!("avx2") {
+            // SAFETY: the processor has AVX2, which the function asks for.
+            #[allow(unsafe_code)]
+            unsafe {
+                return match block.dtype {
+                    Dtype::BF16 => avx2::squares::<Bf16>(block.bytes),
+                    Dtype::F16 => avx2::squares::<F16>(block.bytes),
+                    _ => avx2::squares::<F32>(block.bytes),
+                };
+            }
+        }
+    }
+    match block.dtype {
+        Dtype::BF16 => scalar::squares::<Bf16>(block.bytes),
+        Dtype::F16 => scalar::squares::<F16>(block.bytes),
+        _ => scalar::squares::<F32>(block.bytes),
+    }
+}
+
 /// The scalar source compiled for AVX2, which gives the bits of [`scalar`].
 #[cfg(target_arch = "x86_64")]
 mod avx2 {
@@ -368,6 +415,11 @@ mod avx2 {
         difference: &mut [f32],
     ) -> scalar::Sums {
         scalar::sums::<A, B, STORE>(a, b, difference)
+    }
+
+    #[target_feature(enable = "avx2")]
+    pub(super) fn squares<A: Narrow>(elements: &[u8]) -> f64 {
+        scalar::squares::<A>(elements)
     }
 
     #[target_feature(enable = "avx2")]

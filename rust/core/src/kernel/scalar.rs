@@ -125,6 +125,25 @@ pub(super) fn sums<A: Narrow, B: Narrow, const STORE: bool>(
     }
 }
 
+/// The squares of at most `BLOCK` elements, added up as [`sums`] does.
+#[inline(always)]
+pub(super) fn squares<A: Narrow>(elements: &[u8]) -> f64 {
+    let mut sums = [0f32; LANES];
+    let lanes = elements.chunks_exact(A::NBYTES * LANES);
+    let rest = lanes.remainder();
+    for x in lanes {
+        let x = A::lanes::<LANES>(x);
+        for i in 0..LANES {
+            sums[i] += x[i] * x[i];
+        }
+    }
+    for i in 0..rest.len() / A::NBYTES {
+        let x = A::load(rest, i);
+        sums[i] += x * x;
+    }
+    fold(&sums)
+}
+
 /// Count elements of one sign by their bits, since a product of tiny ones can underflow.
 #[inline(always)]
 fn agreeing<A: Narrow, B: Narrow>(a: &[u8], b: &[u8]) -> u64 {

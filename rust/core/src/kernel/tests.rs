@@ -350,3 +350,25 @@ fn a_difference_that_leaves_half_precision_is_counted() {
     );
     assert_eq!(moments.overflow, 5);
 }
+
+proptest! {
+    #[test]
+    fn a_square_has_the_bits_of_the_sum_that_a_subtraction_takes(
+        values in prop::collection::vec(any::<u8>(), 0..3 * 8 * BLOCK),
+        scale in prop_oneof![Just(0u8), Just(0x0f), Just(0xff)],
+    ) {
+        // Ordinary values, subnormal ones and zeros, and what is not finite.
+        let bytes: Vec<u8> = values.iter().map(|byte| byte & scale).collect();
+        for dtype in DTYPES {
+            let whole = bytes.len() / dtype.nbytes() * dtype.nbytes();
+            let elements = Elements { dtype, bytes: &bytes[..whole] };
+            let moments = subtract(elements, elements, None);
+            let found = square(elements);
+            if moments.nonfinite_reasoning > 0 {
+                prop_assert!(found.is_nan());
+            } else {
+                prop_assert_eq!(found.to_bits(), moments.reasoning_sq.to_bits());
+            }
+        }
+    }
+}

@@ -38,6 +38,12 @@ pub(super) fn moments(a: Elements<'_>, b: Elements<'_>) -> Moments {
     moments
 }
 
+/// Σ of the squares in order; NaN where an element is not finite.
+pub(super) fn finite_square(elements: Elements<'_>) -> f64 {
+    let values = (0..elements.numel()).map(|i| load(&elements, i));
+    values.fold(0.0, |sum, value| if value.is_finite() { sum + value * value } else { f64::NAN })
+}
+
 /// Subtract in float64 and round once.
 pub(super) fn difference(a: Elements<'_>, b: Elements<'_>, out: Dtype, bytes: &mut [u8]) {
     for i in 0..a.numel() {

@@ -40,13 +40,13 @@ pub fn parse(text: &str, nbytes: usize) -> Option<Vec<u32>> {
 
 /// The checksums of a tensor that is being written.
 #[derive(Debug)]
-pub(super) struct Checksums {
+pub(crate) struct Checksums {
     nbytes: usize,
     blocks: Vec<AtomicU32>,
 }
 
 impl Checksums {
-    pub(super) fn new(nbytes: usize) -> Self {
+    pub(crate) fn new(nbytes: usize) -> Self {
         let blocks = (0..nbytes.div_ceil(BLOCK_NBYTES)).map(|_| AtomicU32::new(0)).collect();
         Self { nbytes, blocks }
     }
@@ -54,7 +54,7 @@ impl Checksums {
     /// Take in bytes that begin at `offset`. Each byte of the tensor is to be taken once, in any
     /// order: the CRC of a block is the exclusive or of those of its pieces, each moved past the
     /// bytes that follow it.
-    pub(super) fn take(&self, mut offset: usize, mut bytes: &[u8]) {
+    pub(crate) fn take(&self, mut offset: usize, mut bytes: &[u8]) {
         while !bytes.is_empty() {
             let number = offset / BLOCK_NBYTES;
             let end = block(number, self.nbytes).end;
@@ -63,6 +63,11 @@ impl Checksums {
             (offset, bytes) = (offset + piece.len(), rest);
             sum.fetch_xor(followed(checksum(piece), end - offset), Ordering::Relaxed);
         }
+    }
+
+    /// The checksum of block number `number`.
+    pub(crate) fn of_block(&self, number: usize) -> Option<u32> {
+        self.blocks.get(number).map(|sum| sum.load(Ordering::Relaxed))
     }
 
     /// Eight hexadecimal digits for each block, in order.

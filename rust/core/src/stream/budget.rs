@@ -25,8 +25,8 @@ pub(crate) struct Demand {
 }
 
 impl Demand {
-    fn of(pair: &Pair<'_>, out: Option<Storage>) -> Self {
-        let longest = longest(pair);
+    /// The demand of chunks of up to `longest` elements.
+    pub(crate) fn of_length(pair: &Pair<'_>, longest: usize, out: Option<Storage>) -> Self {
         Self {
             reasoning: ReadDemand::of(&pair.reasoning, longest, 0),
             multimodal: ReadDemand::of_operand(&pair.multimodal, longest),
@@ -35,11 +35,11 @@ impl Demand {
         }
     }
 
-    fn nbytes(&self) -> usize {
+    pub(crate) fn nbytes(&self) -> usize {
         self.reasoning.nbytes() + self.multimodal.nbytes() + self.out
     }
 
-    fn most(self, other: Self) -> Self {
+    pub(crate) fn most(self, other: Self) -> Self {
         Self {
             reasoning: self.reasoning.most(other.reasoning),
             multimodal: self.multimodal.most(other.multimodal),
@@ -65,7 +65,7 @@ impl WorkerBudget {
         let mut demand = Demand::default();
         let mut largest: (usize, &str) = (0, "");
         for pair in pairs {
-            let one = Demand::of(pair, out);
+            let one = Demand::of_length(pair, longest(pair), out);
             if one.nbytes() > largest.0 {
                 largest = (one.nbytes(), &pair.multimodal.tensor.name);
             }

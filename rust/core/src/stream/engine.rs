@@ -13,7 +13,7 @@ use super::account::Account;
 use super::options::Progress;
 use crate::checkpoint::{Operand, Shard};
 use crate::error::{Error, Result};
-use crate::workers;
+use crate::workers::{self, Waker};
 
 /// How often the calling thread wakes up while it waits.
 const TICK: Duration = Duration::from_millis(50);
@@ -42,6 +42,11 @@ pub(crate) trait Work: Sync {
     /// Work on a chunk, give back what was found, and return how many bytes were read.
     fn work(&self, chunk: &mut Self::Chunk, scratch: &mut Self::Scratch) -> Result<u64>;
 
+    /// Whether the calling thread is to tick now that a chunk is done, and not only in its time.
+    fn is_awaited(_chunk: &Self::Chunk) -> bool {
+        false
+    }
+
     /// Hand out no more chunks, and release the workers that wait.
     fn stop(&self);
 
@@ -63,8 +68,9 @@ pub(crate) fn run<W: Work>(
     let engine = Engine { work, account, nbytes: AtomicU64::new(0), failure: Mutex::new(None) };
     let progress =
         || Progress { tensors: work.tensors(), nbytes: engine.nbytes.load(Ordering::Relaxed) };
-    let stopped =
-        workers::run(workers, TICK, &|| engine.run(), &|| work.stop(), || tick(progress()));
+    let stopped = workers::run(workers, TICK, &|waker| engine.run(waker), &|| work.stop(), || {
+        tick(progress())
+    });
     match engine.failure.into_inner().unwrap_or_else(PoisonError::into_inner) {
         Some((_, error)) => Err(error),
         None if stopped => Err(Error::Interrupted),
@@ -80,7 +86,7 @@ struct Engine<'a, W> {
 }
 
 impl<W: Work> Engine<'_, W> {
-    fn run(&self) {
+    fn run(&self, waker: &Waker) {
         let mut scratch = self.work.scratch();
         let mut held = W::held_nbytes(&scratch);
         self.account.add(held);
@@ -88,6 +94,9 @@ impl<W: Work> Engine<'_, W> {
             match self.work.work(&mut chunk, &mut scratch) {
                 Ok(nbytes) => {
                     self.nbytes.fetch_add(nbytes, Ordering::Relaxed);
+                    if W::is_awaited(&chunk) {
+                        waker.wake();
+                    }
                 }
                 Err(error) => self.fail(W::place(&chunk), error),
             }

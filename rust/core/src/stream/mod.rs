@@ -7,8 +7,10 @@
 mod account;
 mod budget;
 mod chunk;
+mod difference;
 mod encode;
 mod engine;
+mod load;
 mod options;
 mod order;
 mod read;
@@ -18,13 +20,14 @@ pub mod stored;
 pub(crate) use account::Account;
 pub(crate) use budget::workers_within;
 pub use chunk::CHUNK;
+pub use difference::{Difference, load_differences};
 pub use engine::Tick;
 pub(crate) use engine::{Work, check_unchanged, run as run_workers};
+pub use load::{Found, Landed, Memory, Part};
 pub use options::{Options, Progress};
 pub(crate) use read::{ReadDemand, SideBuffer};
 
 use crate::align::pair::{Pair, Source};
-use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::kernel::rounding::Rounding;
 use crate::kernel::{self, Moments};
@@ -41,8 +44,6 @@ pub enum Sink<'a> {
     None,
     /// The files of a delta, whose differences are those of the pairs, in order.
     Files(&'a Writer),
-    /// One pair's difference into memory of exactly its size.
-    Memory(Dtype, &'a mut [u8]),
 }
 
 /// What a run found.
@@ -73,20 +74,12 @@ pub fn run(
     }
     let out = if let Sink::Files(writer) = &sink { Some(writer.storage()) } else { None };
     let budget = WorkerBudget::new(pairs, out, options)?;
-    let (output, memory): (_, (&mut [u8], usize)) = match sink {
-        Sink::None => (Output::None, (&mut [], 0)),
-        Sink::Files(writer) => (Output::Files(writer), (&mut [], 0)),
-        Sink::Memory(dtype, buffer) => {
-            check_buffer(pairs, dtype, buffer)?;
-            (Output::Memory(dtype), (buffer, dtype.nbytes()))
-        }
-    };
     let account = Account::default();
     account.add(Order::window_nbytes(budget.workers));
     let work = Subtraction {
         pairs,
-        output,
-        order: Order::new(pairs, memory, budget.workers, options.prefetch_nbytes),
+        sink,
+        order: Order::new(pairs, budget.workers, options.prefetch_nbytes),
         demand: budget.demand,
     };
     run_workers(&work, budget.workers, &account, tick)?;
@@ -120,31 +113,9 @@ fn check(pair: &Pair<'_>, sink: &Sink<'_>) -> Result<()> {
     ))
 }
 
-fn check_buffer(pairs: &[Pair<'_>], dtype: Dtype, buffer: &[u8]) -> Result<()> {
-    let numel: usize = pairs.iter().map(|pair| pair.multimodal.tensor.numel()).sum();
-    if pairs.len() == 1 && buffer.len() == numel * dtype.nbytes() {
-        return Ok(());
-    }
-    Err(Error::Argument(format!(
-        "the buffer has {} bytes, expected {} for {numel} elements of {}",
-        buffer.len(),
-        numel * dtype.nbytes(),
-        dtype.name()
-    )))
-}
-
-/// Where Δ goes.
-#[derive(Clone, Copy)]
-enum Output<'a> {
-    None,
-    Files(&'a Writer),
-    /// Into memory: each chunk has its own part of it.
-    Memory(Dtype),
-}
-
 struct Subtraction<'a> {
     pairs: &'a [Pair<'a>],
-    output: Output<'a>,
+    sink: Sink<'a>,
     order: Order<'a>,
     demand: Demand,
 }
@@ -155,17 +126,17 @@ struct Scratch {
     out: Encoded,
 }
 
-impl<'a> Work for Subtraction<'a> {
-    type Chunk = Taken<'a>;
+impl Work for Subtraction<'_> {
+    type Chunk = Taken;
     type Scratch = Scratch;
 
     fn scratch(&self) -> Scratch {
         Scratch {
             reasoning: SideBuffer::with_room(&self.demand.reasoning),
             multimodal: SideBuffer::with_room(&self.demand.multimodal),
-            out: match self.output {
-                Output::Files(writer) => Encoded::with_room(writer.storage(), self.demand.longest),
-                _ => Encoded::default(),
+            out: match self.sink {
+                Sink::Files(writer) => Encoded::with_room(writer.storage(), self.demand.longest),
+                Sink::None => Encoded::default(),
             },
         }
     }
@@ -176,7 +147,7 @@ impl<'a> Work for Subtraction<'a> {
             + scratch.out.held_nbytes()
     }
 
-    fn take(&self) -> Option<Taken<'a>> {
+    fn take(&self) -> Option<Taken> {
         let taken = self.order.take()?;
         while let Some(chunk) = self.order.ahead() {
             self.prefetch(&chunk);
@@ -184,11 +155,11 @@ impl<'a> Work for Subtraction<'a> {
         Some(taken)
     }
 
-    fn place(taken: &Taken<'a>) -> usize {
+    fn place(taken: &Taken) -> usize {
         taken.index
     }
 
-    fn work(&self, taken: &mut Taken<'a>, scratch: &mut Scratch) -> Result<u64> {
+    fn work(&self, taken: &mut Taken, scratch: &mut Scratch) -> Result<u64> {
         let (moments, rounding, nbytes) = if taken.chunk.is_stored {
             self.subtract(taken, scratch)?
         } else {
@@ -218,43 +189,36 @@ impl Subtraction<'_> {
         }
     }
 
-    fn subtract(
-        &self,
-        taken: &mut Taken<'_>,
-        scratch: &mut Scratch,
-    ) -> Result<(Moments, Rounding, u64)> {
+    fn subtract(&self, taken: &Taken, scratch: &mut Scratch) -> Result<(Moments, Rounding, u64)> {
         let Chunk { pair: index, ref elements, .. } = taken.chunk;
         let pair = &self.pairs[index];
         let (reasoning, first) = scratch.reasoning.read(&pair.reasoning, elements)?;
         let (multimodal, second) = scratch.multimodal.read_operand(&pair.multimodal, elements)?;
-        let moments = match self.output {
-            Output::None => kernel::subtract(reasoning, multimodal, None),
-            Output::Files(writer) => {
+        let moments = match self.sink {
+            Sink::None => kernel::subtract(reasoning, multimodal, None),
+            Sink::Files(writer) => {
                 let out = &mut scratch.out;
                 let moments = out.subtract(writer.storage(), reasoning, multimodal);
                 out.write(writer, index, elements.start)?;
                 moments
             }
-            Output::Memory(dtype) => {
-                kernel::subtract(reasoning, multimodal, Some((dtype, &mut *taken.memory)))
-            }
         };
-        let rounding = sample(pair, elements, reasoning, multimodal)?;
+        let all = 0..pair.multimodal.tensor.numel();
+        let rounding = sample(pair, &all, elements, reasoning, multimodal)?;
         pair.reasoning.release(elements);
         pair.multimodal.release(elements);
         Ok((moments, rounding, first + second))
     }
 
     /// Rows that the reasoning model does not store: Δ is zero there.
-    fn fill_with_zeros(&self, taken: &mut Taken<'_>, out: &mut Encoded) -> Result<u64> {
+    fn fill_with_zeros(&self, taken: &Taken, out: &mut Encoded) -> Result<u64> {
         let Chunk { pair, ref elements, .. } = taken.chunk;
-        match self.output {
-            Output::None => {}
-            Output::Files(writer) => {
+        match self.sink {
+            Sink::None => {}
+            Sink::Files(writer) => {
                 out.clear(writer.storage(), elements.len());
                 out.write(writer, pair, elements.start)?;
             }
-            Output::Memory(_) => taken.memory.fill(0),
         }
         let range = self.pairs[pair].multimodal.byte_range(elements);
         Ok(range.end - range.start)

@@ -16,12 +16,10 @@ use crate::kernel::rounding::Rounding;
 const WINDOW_PER_WORKER: usize = 16;
 
 /// A chunk that a worker has.
-pub(crate) struct Taken<'a> {
+pub(crate) struct Taken {
     /// Its place in the order.
     pub(crate) index: usize,
     pub(crate) chunk: Chunk,
-    /// Its part of the output, if that is in memory.
-    pub(crate) memory: &'a mut [u8],
 }
 
 /// The order of one run.
@@ -51,8 +49,6 @@ struct State<'a> {
     scouted: usize,
     /// Bytes between the two.
     ahead_nbytes: u64,
-    /// What is left of an output in memory, and the bytes of one of its elements.
-    memory: (&'a mut [u8], usize),
     /// How many chunks' moments are added up, and the moments of later chunks that are done.
     folded: usize,
     pending: VecDeque<Option<Done>>,
@@ -65,14 +61,9 @@ struct State<'a> {
 }
 
 impl<'a> Order<'a> {
-    /// The order of `pairs` for `workers` workers. `memory` is an output in memory and the bytes of one
-    /// of its elements; `prefetch_nbytes` says how far ahead of them [`Order::ahead`] is.
-    pub(crate) fn new(
-        pairs: &'a [Pair<'a>],
-        memory: (&'a mut [u8], usize),
-        workers: usize,
-        prefetch_nbytes: u64,
-    ) -> Self {
+    /// The order of `pairs` for `workers` workers; `prefetch_nbytes` says how far ahead of them
+    /// [`Order::ahead`] is.
+    pub(crate) fn new(pairs: &'a [Pair<'a>], workers: usize, prefetch_nbytes: u64) -> Self {
         let window = workers * WINDOW_PER_WORKER;
         let empty = |pair: &&Pair<'_>| pair.multimodal.tensor.numel() == 0;
         Self {
@@ -85,7 +76,6 @@ impl<'a> Order<'a> {
                 scout: Chunks::new(pairs),
                 scouted: 0,
                 ahead_nbytes: 0,
-                memory,
                 folded: 0,
                 pending: VecDeque::with_capacity(window),
                 moments: vec![Moments::default(); pairs.len()],
@@ -103,7 +93,7 @@ impl<'a> Order<'a> {
     }
 
     /// The next chunk; none once all are taken or the run was stopped.
-    pub(crate) fn take(&self) -> Option<Taken<'a>> {
+    pub(crate) fn take(&self) -> Option<Taken> {
         let mut state = self.state();
         while !state.stopped && state.taken - state.folded >= self.window {
             // The worker that has the earliest chunk comes here only once that chunk is folded.
@@ -116,10 +106,7 @@ impl<'a> Order<'a> {
         let index = state.taken;
         state.taken += 1;
         state.ahead_nbytes = state.ahead_nbytes.saturating_sub(self.nbytes(&chunk));
-        let (rest, nbytes) = (std::mem::take(&mut state.memory.0), state.memory.1);
-        let (memory, rest) = rest.split_at_mut(chunk.elements.len() * nbytes);
-        state.memory.0 = rest;
-        Some(Taken { index, chunk, memory })
+        Some(Taken { index, chunk })
     }
 
     /// The next chunk to ask the disk for; none while enough of them are.
@@ -140,7 +127,7 @@ impl<'a> Order<'a> {
     }
 
     /// Give back the moments of a chunk and its part of the sample.
-    pub(crate) fn fold(&self, taken: &Taken<'_>, moments: Moments, rounding: Rounding) {
+    pub(crate) fn fold(&self, taken: &Taken, moments: Moments, rounding: Rounding) {
         let Chunk { pair, ref elements, .. } = taken.chunk;
         let last = elements.end == self.pairs[pair].multimodal.tensor.numel();
         let mut state = self.state();
@@ -245,7 +232,7 @@ mod tests {
         let path = sparse(directory.path(), &SIZES);
         let checkpoint = Checkpoint::open(&path, Reader::Pread).unwrap();
         let pairs = pairs(&checkpoint, &SIZES);
-        then(&Order::new(&pairs, (&mut [], 0), 1, prefetch_nbytes))
+        then(&Order::new(&pairs, 1, prefetch_nbytes))
     }
 
     fn sum(value: f64) -> Moments {

@@ -17,14 +17,16 @@ const OF_TENSOR: usize = 6144;
 const LEAST: usize = 256;
 const MOST: usize = 2048;
 
-/// Sample a chunk: `elements` of a pair, which both sides hold.
+/// Sample a chunk of the elements `all` of a pair; `elements` count from the first of those, and both
+/// sides hold them.
 pub(super) fn sample(
     pair: &Pair<'_>,
+    all: &Range<usize>,
     elements: &Range<usize>,
     reasoning: Elements<'_>,
     multimodal: Elements<'_>,
 ) -> Result<Rounding> {
-    let chunks = pair.multimodal.tensor.numel().div_ceil(CHUNK).max(1);
+    let chunks = all.len().div_ceil(CHUNK).max(1);
     let runs = runs(elements, (OF_TENSOR / chunks).clamp(LEAST, MOST) / RUN);
     let (mut left, mut right) = ([0.0; MOST], [0.0; MOST]);
     values(reasoning, elements.start, &runs, &mut left);
@@ -39,7 +41,8 @@ pub(super) fn sample(
     for ((run, left), right) in
         runs.iter().zip(left.as_chunks::<RUN>().0).zip(right.as_chunks::<RUN>().0)
     {
-        let grids = (first.at(run.start)?, second.at(run.start)?);
+        let element = all.start + run.start;
+        let grids = (first.at(element)?, second.at(element)?);
         found.sample((left, right), run.len(), grids);
     }
     Ok(found)

@@ -1,19 +1,20 @@
 //! The tensors of a delta on disk, whose bytes are compared with their checksums as they are read.
 //!
-//! Owns the reading of whole blocks where only parts of them are wanted, and the decoding of int8.
+//! Owns which bytes are read with those that are wanted, since a checksum is one of a whole block, and
+//! the decoding of int8.
 
 use std::collections::HashMap;
 use std::ops::Range;
 use std::path::Path;
 
+use super::chunk::CHUNK;
+use super::load::{Found, Landed, Memory, Origin, Piece, Run, load};
 use crate::checkpoint::{Checkpoint, Reader, Shard, Tensor};
+use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::kernel::{INT8_BLOCK, decode_int8};
-use crate::output::checksums::{BLOCK_NBYTES, block, checksum, parse};
+use crate::output::checksums::{BLOCK_NBYTES, Checksums, block, parse};
 use crate::output::format::SCALE;
-
-/// Elements that are decoded at a time: those of one block of codes.
-const DECODED: usize = BLOCK_NBYTES;
 
 /// An open delta.
 #[derive(Debug)]
@@ -39,30 +40,21 @@ impl StoredDelta {
         &self.checkpoint
     }
 
-    /// Fill `out` with all of a tensor, or with some of its elements, as they are stored; `compared`
-    /// with its checksums, or as part of a copy that [`StoredDelta::compare`] is called for.
+    /// Fill `out` with elements of a tensor as they are stored, as part of a copy that
+    /// [`StoredDelta::compare`] is called for.
     ///
     /// # Errors
-    /// A tensor or elements that are not there, `out` of another size, a failed read, or bytes that
-    /// are not those that were written.
-    pub fn read(
-        &self,
-        name: &str,
-        elements: Option<Range<usize>>,
-        out: &mut [u8],
-        compared: bool,
-    ) -> Result<()> {
-        let mut reader = self.reader(name)?;
-        let tensor = reader.tensor;
-        let range = match elements {
-            None => tensor.range.clone(),
-            Some(elements) => tensor.elements(elements.start, elements.end)?.range,
-        };
-        check_room(name, out, (range.end - range.start) as usize)?;
-        if !compared {
-            return reader.shard.read_exact_at(out, range.start);
+    /// A tensor or elements that are not there, `out` of another size, or a failed read.
+    pub fn copy(&self, name: &str, elements: Range<usize>, out: &mut [u8]) -> Result<()> {
+        let (shard, tensor) = self.checkpoint.tensor(name)?;
+        let range = tensor.elements(elements.start, elements.end)?.range;
+        if out.len() as u64 != range.end - range.start {
+            let expected = range.end - range.start;
+            let message =
+                format!("the buffer for {name} has {} bytes, expected {expected}", out.len());
+            return Err(Error::Argument(message));
         }
-        reader.read((range.start - tensor.range.start) as usize, out)
+        shard.read_exact_at(out, range.start)
     }
 
     /// Compare the checksums of a copy of a tensor, as [`crate::output::Writer::checksums`] gives them, with
@@ -71,125 +63,259 @@ impl StoredDelta {
     /// # Errors
     /// Bytes that are not those that were written.
     pub fn compare(&self, name: &str, copied: &str) -> Result<()> {
-        let reader = self.reader(name)?;
-        let copied = parse(copied, reader.nbytes()).unwrap_or_default();
-        let known = reader.checksums.unwrap_or(&copied);
-        for number in 0..known.len() {
-            reader.check(number, copied.get(number).copied())?;
-        }
-        Ok(())
+        let (shard, tensor) = self.checkpoint.tensor(name)?;
+        let copied = parse(copied, nbytes(tensor)).unwrap_or_default();
+        let known = self.known(name).unwrap_or(&copied);
+        known.iter().enumerate().try_for_each(|(number, expected)| {
+            check(shard, tensor, number, copied.get(number).copied(), Some(*expected))
+        })
     }
 
-    /// Fill `out` with elements of an int8 Δ as bfloat16; memory does not grow with how many.
+    /// Load elements of tensors into memory, on up to `threads` threads, and return what was found:
+    /// of numbers, as they come into memory, also the squares.
     ///
     /// # Errors
-    /// Those of [`StoredDelta::read`], or a tensor of another type.
-    pub fn decode(&self, name: &str, elements: Range<usize>, out: &mut [u8]) -> Result<()> {
-        let mut codes = self.reader(name)?;
-        let (path, numel) = (codes.shard.path(), codes.tensor.numel());
-        if codes.tensor.dtype != safetensors::Dtype::I8 {
-            let message = format!("dtype {}, expected codes of I8", codes.tensor.dtype);
-            return Err(Error::tensor(path, name, message));
-        }
-        if elements.start > elements.end || elements.end > numel {
-            let message = format!("{name} has {numel} elements, not {elements:?}");
-            return Err(Error::Argument(message));
-        }
-        check_room(name, out, 2 * elements.len())?;
-        let mut scales = self.reader(&format!("{name}{SCALE}"))?;
-        check_scales(&scales, numel)?;
-        let (mut bytes, mut stored) = (Vec::new(), Vec::new());
-        let mut start = elements.start;
-        while start < elements.end {
-            let end = elements.end.min((start / DECODED + 1) * DECODED);
-            let piece = &mut out[2 * (start - elements.start)..2 * (end - elements.start)];
-            bytes.resize(end - start, 0);
-            codes.read(start, &mut bytes)?;
-            let blocks = start / INT8_BLOCK..end.div_ceil(INT8_BLOCK);
-            stored.resize(2 * blocks.len(), 0);
-            scales.read(2 * blocks.start, &mut stored)?;
-            decode_int8(&bytes, &stored, start % INT8_BLOCK, piece);
-            start = end;
-        }
-        Ok(())
+    /// A tensor or elements that are not there, memory of another size, a failed read, bytes that are
+    /// not those that were written, or an interruption by `landed`.
+    pub fn load(
+        &self,
+        wanted: &[Wanted],
+        memory: Memory<'_>,
+        threads: usize,
+        landed: Landed<'_>,
+    ) -> Result<Vec<Found>> {
+        let sources: Vec<Source<'_>> =
+            wanted.iter().map(|one| self.source(one)).collect::<Result<_>>()?;
+        let cell = sources.iter().map(Source::least_nbytes).max().unwrap_or(0);
+        let runs = sources.iter().map(|source| source.run(cell)).collect();
+        let files = Files { sources, runs };
+        let (found, _) = load(&files, memory, threads, landed)?;
+        let read = files.sources.iter().filter(|source| !source.elements.is_empty());
+        read.flat_map(Source::stored).try_for_each(Stored::check)?;
+        Ok(found)
     }
 
-    fn reader(&self, name: &str) -> Result<TensorReader<'_>> {
+    fn source(&self, wanted: &Wanted) -> Result<Source<'_>> {
+        let Wanted { name, elements, as_stored } = wanted;
+        let main = self.stored(name, elements.clone())?;
+        let is_plain = *as_stored || main.tensor.dtype != safetensors::Dtype::I8;
+        let scales = if is_plain {
+            None
+        } else {
+            let blocks = elements.start / INT8_BLOCK..elements.end.div_ceil(INT8_BLOCK);
+            let scales = self.stored(&format!("{name}{SCALE}"), blocks)?;
+            check_scales(&scales, main.tensor.numel())?;
+            Some(scales)
+        };
+        let dtype = match scales {
+            Some(_) => Some(Dtype::BF16),
+            None if *as_stored => None,
+            None => Dtype::from_header(main.tensor.dtype),
+        };
+        let stored = nbytes(main.tensor).checked_div(main.tensor.numel()).unwrap_or(1);
+        let nbytes = dtype.map_or(stored, Dtype::nbytes);
+        Ok(Source { main, scales, elements: elements.clone(), dtype, nbytes })
+    }
+
+    fn stored(&self, name: &str, elements: Range<usize>) -> Result<Stored<'_>> {
         let (shard, tensor) = self.checkpoint.tensor(name)?;
-        let checksums =
-            self.checksums.as_ref().map(|all| all.get(name).map_or(&[][..], Vec::as_slice));
-        Ok(TensorReader { shard, tensor, checksums, kept: Vec::new(), kept_number: None })
+        let range = tensor.elements(elements.start, elements.end)?.range;
+        let start = tensor.range.start;
+        Ok(Stored {
+            shard,
+            tensor,
+            wanted: (range.start - start) as usize..(range.end - start) as usize,
+            sums: self.known(name).map(|known| (known, Checksums::new(nbytes(tensor)))),
+        })
+    }
+
+    fn known(&self, name: &str) -> Option<&[u32]> {
+        self.checksums.as_ref().map(|all| all.get(name).map_or(&[][..], Vec::as_slice))
     }
 }
 
-/// Reads bytes of one tensor.
-struct TensorReader<'a> {
+/// Elements of a tensor that are asked for.
+#[derive(Debug, Clone)]
+pub struct Wanted {
+    /// The tensor's name in the delta's files.
+    pub name: String,
+    /// Which ones.
+    pub elements: Range<usize>,
+    /// The codes of an int8 Δ as they are, instead of their values.
+    pub as_stored: bool,
+}
+
+struct Files<'a> {
+    sources: Vec<Source<'a>>,
+    runs: Vec<Run>,
+}
+
+/// Buffers of one worker: of blocks that share a checksum with what is wanted, of codes and scales.
+#[derive(Default)]
+struct Scratch {
+    aside: Vec<u8>,
+    codes: Vec<u8>,
+    scales: Vec<u8>,
+}
+
+impl Origin for Files<'_> {
+    type Scratch = Scratch;
+
+    fn runs(&self) -> &[Run] {
+        &self.runs
+    }
+
+    fn scratch(&self) -> Scratch {
+        Scratch::default()
+    }
+
+    fn held_nbytes(scratch: &Scratch) -> usize {
+        scratch.aside.capacity() + scratch.codes.capacity() + scratch.scales.capacity()
+    }
+
+    fn read(
+        &self,
+        run: usize,
+        elements: Range<usize>,
+        out: &mut [u8],
+        scratch: &mut Scratch,
+    ) -> Result<Piece> {
+        self.sources[run].read(elements, out, scratch)
+    }
+}
+
+/// What one run is read from.
+struct Source<'a> {
+    main: Stored<'a>,
+    /// If codes are decoded.
+    scales: Option<Stored<'a>>,
+    elements: Range<usize>,
+    /// Of what comes into memory, if it is numbers.
+    dtype: Option<Dtype>,
+    /// Bytes of one element in memory.
+    nbytes: usize,
+}
+
+impl<'a> Source<'a> {
+    fn stored(&self) -> impl Iterator<Item = &Stored<'a>> {
+        std::iter::once(&self.main).chain(&self.scales)
+    }
+
+    /// The least bytes of a piece.
+    fn least_nbytes(&self) -> usize {
+        CHUNK * self.nbytes
+    }
+
+    /// Pieces of about so many bytes.
+    fn run(&self, nbytes: usize) -> Run {
+        Run { numel: self.elements.len(), nbytes: self.nbytes, piece: nbytes / self.nbytes }
+    }
+
+    fn read(&self, elements: Range<usize>, out: &mut [u8], scratch: &mut Scratch) -> Result<Piece> {
+        let Scratch { aside, codes, scales: stored } = scratch;
+        let mut piece = Piece { nbytes: out.len() as u64, ..Piece::default() };
+        let first = self.elements.start + elements.start;
+        let elements = first..first + elements.len();
+        let Some(scales) = &self.scales else {
+            let bytes = elements.start * self.nbytes..elements.end * self.nbytes;
+            self.main.read(bytes.clone(), bytes, out, aside)?;
+            if let Some(dtype) = self.dtype {
+                piece.measure(dtype, out);
+            }
+            return Ok(piece);
+        };
+        codes.resize(elements.len(), 0);
+        self.main.read(elements.clone(), elements.clone(), codes, aside)?;
+        let blocks = elements.start / INT8_BLOCK..elements.end.div_ceil(INT8_BLOCK);
+        stored.resize(2 * blocks.len(), 0);
+        // Two pieces may have elements of one block; the earlier one counts its scale.
+        let is_first = elements.start == self.elements.start;
+        let counted = if is_first { blocks.start } else { elements.start.div_ceil(INT8_BLOCK) };
+        let bytes = 2 * blocks.start..2 * blocks.end;
+        scales.read(bytes, 2 * counted..2 * blocks.end, stored, aside)?;
+        decode_int8(codes, stored, elements.start % INT8_BLOCK, out);
+        piece.measure(Dtype::BF16, out);
+        Ok(piece)
+    }
+}
+
+/// Bytes of one tensor that are wanted.
+struct Stored<'a> {
     shard: &'a Shard,
     tensor: &'a Tensor,
-    /// One for each block; none where they are not known.
-    checksums: Option<&'a [u32]>,
-    /// The block that was last read for a part of it, and its number.
-    kept: Vec<u8>,
-    kept_number: Option<usize>,
+    /// Counted from the tensor's first.
+    wanted: Range<usize>,
+    /// The checksums that are known, and those of what is read.
+    sums: Option<(&'a [u32], Checksums)>,
 }
 
-impl TensorReader<'_> {
-    /// Fill `out` with the bytes from `start` on, which the tensor has.
-    fn read(&mut self, mut start: usize, mut out: &mut [u8]) -> Result<()> {
-        if self.checksums.is_none() {
-            return self.shard.read_exact_at(out, self.tensor.range.start + start as u64);
-        }
-        while !out.is_empty() {
-            let number = start / BLOCK_NBYTES;
-            let block = block(number, self.nbytes());
-            let length = out.len().min(block.end - start);
-            let (piece, rest) = out.split_at_mut(length);
-            if length == block.len() {
-                self.read_block(number, piece)?;
-            } else {
-                if self.kept_number != Some(number) {
-                    let mut kept = std::mem::take(&mut self.kept);
-                    kept.resize(block.len(), 0);
-                    self.read_block(number, &mut kept)?;
-                    (self.kept, self.kept_number) = (kept, Some(number));
-                }
-                let from = start - block.start;
-                piece.copy_from_slice(&self.kept[from..from + length]);
+impl Stored<'_> {
+    /// Read bytes of the tensor, and those around what is wanted that share a checksum with it.
+    /// Checksums take in the bytes that are `counted`; of all pieces these are each byte once.
+    fn read(
+        &self,
+        bytes: Range<usize>,
+        counted: Range<usize>,
+        out: &mut [u8],
+        aside: &mut Vec<u8>,
+    ) -> Result<()> {
+        let at = |start: usize| self.tensor.range.start + start as u64;
+        self.shard.read_exact_at(out, at(bytes.start))?;
+        let Some((_, sums)) = &self.sums else { return Ok(()) };
+        sums.take(counted.start, &out[counted.start - bytes.start..]);
+        let around = |start: usize| block(start / BLOCK_NBYTES, nbytes(self.tensor));
+        let before = around(counted.start).start..counted.start;
+        let after = counted.end..around(counted.end.saturating_sub(1)).end;
+        let edges =
+            [(before, counted.start == self.wanted.start), (after, counted.end == self.wanted.end)];
+        for (rest, is_edge) in edges {
+            if is_edge && !rest.is_empty() {
+                aside.resize(rest.len(), 0);
+                self.shard.read_exact_at(aside, at(rest.start))?;
+                sums.take(rest.start, aside);
             }
-            (start, out) = (start + length, rest);
         }
         Ok(())
     }
 
-    fn read_block(&self, number: usize, out: &mut [u8]) -> Result<()> {
-        let start = block(number, self.nbytes()).start;
-        self.shard.read_exact_at(out, self.tensor.range.start + start as u64)?;
-        self.check(number, Some(checksum(out)))
+    /// Compare the checksums of what was read.
+    fn check(&self) -> Result<()> {
+        let Some((known, sums)) = &self.sums else { return Ok(()) };
+        let blocks = self.wanted.start / BLOCK_NBYTES..self.wanted.end.div_ceil(BLOCK_NBYTES);
+        blocks.into_iter().try_for_each(|number| {
+            let expected = known.get(number).copied();
+            check(self.shard, self.tensor, number, sums.of_block(number), expected)
+        })
     }
+}
 
-    fn check(&self, number: usize, found: Option<u32>) -> Result<()> {
-        let expected = self.checksums.and_then(|sums| sums.get(number).copied());
-        if self.checksums.is_none() || (found.is_some() && found == expected) {
-            return Ok(());
-        }
-        let Range { start, end } = block(number, self.nbytes());
-        let shown = |sum: Option<u32>| sum.map_or("none".to_owned(), |sum| format!("{sum:08x}"));
-        Err(Error::tensor(
-            self.shard.path(),
-            &self.tensor.name,
-            format!(
-                "its bytes {start} to {end} are not those that were written (checksum {}, expected \
-                 {}): the file was damaged or edited; copy the delta again from where it is whole, \
-                 or compute it again",
-                shown(found),
-                shown(expected)
-            ),
-        ))
+fn check(
+    shard: &Shard,
+    tensor: &Tensor,
+    number: usize,
+    found: Option<u32>,
+    expected: Option<u32>,
+) -> Result<()> {
+    if found.is_some() && found == expected {
+        return Ok(());
     }
+    let Range { start, end } = block(number, nbytes(tensor));
+    let shown = |sum: Option<u32>| sum.map_or("none".to_owned(), |sum| format!("{sum:08x}"));
+    Err(Error::tensor(
+        shard.path(),
+        &tensor.name,
+        format!(
+            "its bytes {start} to {end} are not those that were written (checksum {}, expected \
+             {}): the file was damaged or edited; copy the delta again from where it is whole, \
+             or compute it again",
+            shown(found),
+            shown(expected)
+        ),
+    ))
+}
 
-    fn nbytes(&self) -> usize {
-        (self.tensor.range.end - self.tensor.range.start) as usize
-    }
+fn nbytes(tensor: &Tensor) -> usize {
+    (tensor.range.end - tensor.range.start) as usize
 }
 
 fn parse_all(
@@ -208,15 +334,7 @@ fn parse_all(
     checkpoint.tensors().map(|(shard, tensor)| of(shard, tensor)).collect()
 }
 
-fn check_room(name: &str, out: &[u8], expected: usize) -> Result<()> {
-    if out.len() == expected {
-        return Ok(());
-    }
-    let message = format!("the buffer for {name} has {} bytes, expected {expected}", out.len());
-    Err(Error::Argument(message))
-}
-
-fn check_scales(scales: &TensorReader<'_>, numel: usize) -> Result<()> {
+fn check_scales(scales: &Stored<'_>, numel: usize) -> Result<()> {
     let expected = [numel.div_ceil(INT8_BLOCK)];
     let tensor = scales.tensor;
     if tensor.dtype == safetensors::Dtype::F16 && tensor.shape == expected {

@@ -1,0 +1,262 @@
+"""What becomes of the Δ of one target on loading, for each way of keeping it.
+
+Owns the memory that Δ is loaded into and the norm of what will be injected. Every place takes runs
+of elements from `pipeline`, or a tensor that is not a run of the delta's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from typing import Protocol
+
+import torch
+
+from drift_fast.delta.delta import Delta
+from drift_fast.delta.protocol import DeltaLike, Run
+from drift_fast.errors import DriftError
+from drift_fast.inject.compute.base import Arithmetic
+from drift_fast.inject.compute.host import norm_of
+from drift_fast.inject.placement.held import Held, InHostMemory, OnDisk
+from drift_fast.inject.placement.int8 import Int8, quantize
+from drift_fast.inject.placement.int8_blocks import Int8Blocks
+from drift_fast.inject.placement.page_locked import pages
+from drift_fast.inject.placement.pipeline import Wanted
+from drift_fast.inject.shards.base import Shard
+from drift_fast.inject.target import DeltaReader, Target
+
+
+@dataclass
+class Loaded:
+    """One target with its Δ where it is kept, and ‖Δ‖: of this process, later of all of them."""
+
+    target: Target
+    shard: Shard
+    delta: Held | torch.Tensor
+    norm: float
+    # ‖Δ‖ before it was rounded to int8 here; the same where it was not.
+    exact_norm: float
+
+
+class Place(Protocol):
+    """Where the Δ of one target goes."""
+
+    def wanted(self, delta: Delta) -> list[Wanted] | None:
+        """Return the runs to load, or None where `take` has to read what is not a run."""
+
+    def take(self, delta: DeltaReader) -> None:
+        """Read what is not a run."""
+
+    def loaded(self) -> Loaded:
+        """Return what was loaded; it may wait for the device."""
+
+
+class _Exact:
+    """A Δ that is kept as it is."""
+
+    def __init__(self, target: Target, shard: Shard, device: torch.device | None) -> None:
+        self._target, self._shard, self._device = target, shard, device
+        self._run: Wanted | None = None
+        self._dtype = torch.float32
+        self._norm = 0.0
+
+    def wanted(self, delta: Delta) -> list[Wanted] | None:
+        run = self._target.run(self._shard)
+        if run is None:
+            return None
+        self._dtype = getattr(torch, delta.dtype)
+        nbytes = (run.stop - run.start) * self._dtype.itemsize
+        self._run = Wanted(run, nbytes, self._device, self._make, self._done)
+        return [self._run]
+
+    def take(self, delta: DeltaReader) -> None:
+        tensor = self._target.read(delta, self._shard)
+        self._dtype, self._norm = tensor.dtype, norm_of(tensor)
+        made = self._make()
+        if made is not None:
+            made.copy_(tensor)
+        self._done()
+
+    def loaded(self) -> Loaded:
+        norm = self._norm if self._run is None else self._run.square**0.5
+        return Loaded(self._target, self._shard, self._held(), norm, norm)
+
+    def _make(self) -> torch.Tensor | None:
+        raise NotImplementedError
+
+    def _done(self) -> None:
+        pass
+
+    def _held(self) -> Held | torch.Tensor:
+        raise NotImplementedError
+
+    @property
+    def _numel(self) -> int:
+        return self._target.numel(self._shard)
+
+
+class Beside(_Exact):
+    """Δ on the gradients' device."""
+
+    def _make(self) -> torch.Tensor:
+        self._tensor = torch.empty(self._numel, dtype=self._dtype, device=self._device)
+        return self._tensor
+
+    def _held(self) -> torch.Tensor:
+        return self._tensor
+
+
+class OnHost(_Exact):
+    """Δ in page-locked memory, which is locked while the next ones are read."""
+
+    def __init__(self, target: Target, shard: Shard, device: torch.device) -> None:
+        super().__init__(target, shard, torch.device("cpu"))
+        self._gpu = device
+
+    def _make(self) -> torch.Tensor:
+        self._tensor = pages(self._numel, self._dtype)
+        return self._tensor
+
+    def _done(self) -> None:
+        self._locked: Future[InHostMemory] = _lockers(self._gpu).submit(InHostMemory, self._tensor)
+
+    def _held(self) -> Held:
+        return self._locked.result()
+
+
+@cache
+def _lockers(device: torch.device) -> ThreadPoolExecutor:
+    """Return threads that lock memory; on another device each would start a context there."""
+    start = torch.cuda.set_device if device.type == "cuda" else str
+    return ThreadPoolExecutor(4, "drift-fast-lock", start, (device,))
+
+
+class Unread(_Exact):
+    """Δ in its files, to be read again whenever it is needed; now only its norm is taken."""
+
+    def __init__(self, target: Target, shard: Shard, delta: DeltaReader) -> None:
+        super().__init__(target, shard, None)
+        self._delta = delta
+
+    def _make(self) -> None:
+        return None
+
+    def _held(self) -> Held:
+        return OnDisk(self._numel, self._dtype, self._read)
+
+    def _read(self, out: torch.Tensor) -> None:
+        try:
+            self._target.read_into(self._delta, self._shard, out)
+        except (OSError, DriftError) as error:
+            raise DriftError(
+                f"{self._target.delta_name}: Δ could not be read again, as residency='disk' does "
+                f"in every step: {error}. Keep the files of the delta, or of both checkpoints, as "
+                "they are until training ends, or attach with residency='host' or 'device'"
+            ) from error
+
+
+class Rounding:
+    """What all targets share that are rounded to int8: the arithmetic, and memory to decode in."""
+
+    def __init__(self, arithmetic: Arithmetic, *, to_host: bool) -> None:
+        self.arithmetic = arithmetic
+        self.to_host = to_host
+        self._scratch = torch.empty(0, dtype=Int8.dtype, device=arithmetic.device)
+
+    def norm(self, held: Int8, run: slice) -> torch.Tensor:
+        """Return ‖Δ‖ of the elements of a run, a vector of one element on the device."""
+        numel = held.codes.numel()
+        if self._scratch.numel() < numel:
+            device = self.arithmetic.device
+            self._scratch = torch.empty(numel, dtype=held.dtype, device=device)
+        held.fill(self._scratch[:numel])
+        return self.arithmetic.measure([self._scratch[run]], None).norm
+
+
+class Rounded:
+    """Δ as int8: the codes of an int8 delta, or values that are rounded here."""
+
+    def __init__(self, target: Target, shard: Shard, delta: DeltaLike, rounding: Rounding) -> None:
+        self._target, self._shard, self._delta, self._rounding = target, shard, delta, rounding
+        self._device = rounding.arithmetic.device
+        self._blocks = Int8Blocks.around(target, shard)
+        # What is loaded into, until it is rounded or decoded.
+        self._parts: dict[str, torch.Tensor] = {}
+        self._exact: Wanted | None = None
+        self._exact_norm: float | None = None
+
+    def wanted(self, delta: Delta) -> list[Wanted] | None:
+        runs = self._blocks.runs(codes=delta.has_codes)
+        if runs is None:
+            return None
+        if delta.has_codes:
+            codes, scales = runs
+            return [
+                self._part(codes, "codes", torch.int8),
+                self._part(scales, "scales", torch.float16, done=self._decode),
+            ]
+        own, first = runs[1], runs[0].start
+        some = [run for run in runs if run.start < run.stop] or [own]
+        dtype = getattr(torch, delta.dtype)
+        numel = runs[-1].stop - first
+        found = [self._part(run, "values", dtype, first=first, numel=numel) for run in some]
+        found[-1].done = self._round
+        self._exact = found[some.index(own)]
+        return found
+
+    def take(self, delta: DeltaReader) -> None:
+        stored = self._blocks.stored(self._delta)
+        if stored is not None:
+            self._parts = dict(zip(("codes", "scales"), stored, strict=True))
+            self._decode()
+            return
+        values = self._blocks.values(delta)
+        self._exact_norm = norm_of(values[self._blocks.run])
+        self._parts = {"values": values.to(self._device)}
+        self._round()
+
+    def loaded(self) -> Loaded:
+        # What is injected is what was rounded, so its norm counts.
+        norm = float(self._norm.item())
+        if self._exact is not None:
+            self._exact_norm = self._exact.square**0.5
+        exact = norm if self._exact_norm is None else self._exact_norm
+        return Loaded(self._target, self._shard, self._held, norm, exact)
+
+    def _part(
+        self,
+        run: Run,
+        what: str,
+        dtype: torch.dtype,
+        *,
+        first: int | None = None,
+        numel: int | None = None,
+        done: Callable[[], None] | None = None,
+    ) -> Wanted:
+        """Return a run that fills all of a tensor, or that part of it which begins at `first`."""
+        length = run.stop - run.start
+        at = 0 if first is None else run.start - first
+
+        def make() -> torch.Tensor:
+            if what not in self._parts:
+                size = length if numel is None else numel
+                self._parts[what] = torch.empty(size, dtype=dtype, device=self._device)
+            return self._parts[what][at : at + length]
+
+        nbytes = length * dtype.itemsize
+        return Wanted(run, nbytes, self._device, make, done, for_a_while=what == "values")
+
+    def _round(self) -> None:
+        self._keep(*quantize(self._parts["values"]))
+
+    def _decode(self) -> None:
+        self._keep(self._parts["codes"], self._parts["scales"])
+
+    def _keep(self, codes: torch.Tensor, scales: torch.Tensor) -> None:
+        self._parts = {}
+        self._held = Int8(codes, scales, self._blocks.run).to(self._device)
+        self._norm = self._rounding.norm(self._held, self._blocks.run)
+        if self._rounding.to_host:
+            self._held.to("cpu")
