@@ -52,6 +52,22 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Refuse a picture that could not be written, before the work that it is to show.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        FileNotFoundError: there is no directory to write to.
+        ValueError: a format that it does not draw.
+    """
+    known = new_figure(1, 1).canvas.get_supported_filetypes()
+    target = local_path(path)
+    if not target.absolute().parent.is_dir():
+        raise FileNotFoundError(f"{target.parent}: there is no such directory to write to")
+    if target.suffix[1:].lower() not in {"", *known}:
+        raise ValueError(f"{target}: expected the ending of a picture, {', '.join(sorted(known))}")
+
+
 def save(figure: Figure, path: str | os.PathLike[str] | None) -> Figure:
     """Write a figure where a path is given, in the format of its ending, and return it."""
     if path is not None:

@@ -16,7 +16,7 @@ import pytest
 import drift_fast
 from drift_fast import Delta
 from support import processes
-from support.commands import drawn_by, rows_of, run, strict, succeeds, without
+from support.commands import PROGRAM, drawn_by, rows_of, run, strict, succeeds, without
 from support.synthetic import Pair, contents, stored, write_file
 
 
@@ -72,6 +72,28 @@ def test_json_is_valid_json_and_nothing_else(pair: Pair, out: Path, command: str
             assert row[key] == getattr(expected[name], key)
         assert tuple(row["shape"]) == tuple(expected[name].shape)
     assert result.stderr == ""
+
+
+def test_a_picture_that_cannot_be_drawn_is_refused_before_anything_is_read(
+    pair: Pair, tmp_path: Path
+) -> None:
+    command = ("delta", pair.reasoning, pair.multimodal, "--out", tmp_path / "delta", "--plot")
+    for picture, program, said in (
+        (
+            "a.png",
+            without("matplotlib"),
+            "pictures need matplotlib: pip install 'drift-fast[plot]'",
+        ),
+        ("none/a.png", PROGRAM, "there is no such directory"),
+        ("a.xyz", PROGRAM, "expected the ending of a picture"),
+    ):
+        refused = run(*command, tmp_path / picture, program=program)
+        assert refused.returncode == 1
+        assert said in refused.stderr
+    assert not list(tmp_path.iterdir())
+    done = succeeds(*command, tmp_path / "a.png")
+    assert f"drawn to {tmp_path / 'a.png'}" in done.stdout
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_json_of_undefined_ratios_is_still_valid(tmp_path: Path) -> None:

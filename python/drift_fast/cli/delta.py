@@ -9,6 +9,7 @@ from drift_fast.cli.options import add_config, add_json, add_options, add_source
 from drift_fast.cli.output import peak, print_json, report_transfers, statistics_json
 from drift_fast.delta.compute import compute_delta
 from drift_fast.delta.options import DeltaOptions
+from drift_fast.pictures import check_writable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,6 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(given: argparse.Namespace) -> int:
     """Compute, write and report."""
     options = from_flags(given, DeltaOptions, "delta")
+    if given.plot is not None:
+        check_writable(given.plot)
     delta = compute_delta(given.reasoning, given.multimodal, given.out, **options.to_dict())
     if not options.is_first():
         return 0
@@ -37,5 +40,6 @@ def run(given: argparse.Namespace) -> int:
     if given.json:
         print_json(statistics_json(delta, str(given.out)))
         return 0
-    print(f"{delta}\nwritten to {given.out}; {peak(delta.peak_nbytes)}")
+    drawn = "" if given.plot is None else f", drawn to {given.plot}"
+    print(f"{delta}\nwritten to {given.out}{drawn}; {peak(delta.peak_nbytes)}")
     return 0
