@@ -107,8 +107,8 @@ def _of_delta(delta: Delta, name: str) -> list[Section]:
     facts = [delta.headline(), *([str(delta.compression)] if delta.compression else [])]
     return [
         Section(f"Δ {name}", [to_html(facts), *_statistics(delta.stats)]),
-        _coverage(delta.coverage, name),
-        _sources(delta.sources, name),
+        _coverage(delta.coverage, _short(name)),
+        _sources(delta.sources, _short(name)),
     ]
 
 
@@ -116,10 +116,12 @@ def _of_pair(reasoning: Any, multimodal: Any, given: InspectOptions) -> list[Sec
     both = {name: getattr(given, name) for name in CheckOptions.names() if name in given.names()}
     preflight = check(reasoning, multimodal, **both)
     found = inspect(reasoning, multimodal, **given.to_dict())
-    name = f"{reasoning} − {multimodal}"
+    name = f"{_short(reasoning)} − {_short(multimodal)}"
     verdict, *facts = preflight.blocks()[::-1]
     return [
-        Section(f"Pair {name}", [to_html([verdict]), *_statistics(found.stats)]),
+        Section(
+            f"Pair {reasoning} − {multimodal}", [to_html([verdict]), *_statistics(found.stats)]
+        ),
         Section("Do they fit each other?", [to_html([verdict, *facts[::-1]])]),
         _coverage(found.coverage, name),
         _sources(found.sources, name),
@@ -179,8 +181,8 @@ def _of_merge(merged: Merged, name: str) -> list[Section]:
             to_html(merged.blocks()), *maps, heading("Tensors"),
             sortable(columns, rows, "tensors, such as q_proj 12"),
         ]),
-        _coverage(merged.coverage, name),
-        _sources(merged.sources, name),
+        _coverage(merged.coverage, _short(name)),
+        _sources(merged.sources, _short(name)),
     ]  # fmt: skip
 
 
@@ -201,6 +203,11 @@ def _of_runs(runs: Sequence[Run]) -> list[Section]:
             *(each + panels if len(runs) == 1 else panels + each),
         ])
     ]  # fmt: skip
+
+
+def _short(source: Any) -> str:
+    """Return the end of a path or an id, which is enough below the heading that has it whole."""
+    return str(source).rstrip("/").rpartition("/")[2]
 
 
 def _coverage(coverage: Coverage, name: str) -> Section:
