@@ -18,6 +18,7 @@ from drift_fast.inject.strength.per_module import PerModule
 from drift_fast.tables import to_html
 
 if TYPE_CHECKING:
+    import pandas
     from matplotlib.figure import Figure
 
 
@@ -91,6 +92,10 @@ class AttachedInjection(Attachment):
     def plot(self, path: str | os.PathLike[str] | None = None) -> Figure:
         """As `Injection.plot`."""
         return self._started().plot(path)
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """As `Injection.to_pandas`."""
+        return self._started().to_pandas()
 
     def _repr_html_(self) -> str:
         return to_html([repr(self)] if self.injection is None else self.injection.blocks())
