@@ -66,6 +66,8 @@ type Run = (SourceNames, String, Option<(usize, usize)>);
 #[pyo3(signature = (
     reasoning, multimodal, runs, dtype, into, limits, *, sampled = false, landed = None
 ))]
+// Python's keywords are what a struct of options would be.
+#[allow(clippy::too_many_arguments)]
 pub(crate) fn load_differences(
     py: Python<'_>,
     reasoning: &Checkpoint,
