@@ -11,12 +11,14 @@ import copy
 import importlib
 import importlib.metadata
 import importlib.util
+import itertools
 import json
+import os
 import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -342,27 +344,45 @@ def test_axolotls_plugin_attaches_and_checks_its_section(
 
 
 def verl_stand_in(monkeypatch: pytest.MonkeyPatch, network: torch.nn.Module) -> Any:
-    """Return verl's engine, the registry's entries, and a way to train one step."""
-    registered: dict[str, Any] = {}
+    """Return verl's registry and what logs its metrics, with the engine of drift_fast registered."""
 
+    # Of 0.9.1: an engine is looked up by (device, vendor), then by the device alone.
     class EngineRegistry:
-        @staticmethod
-        def register(**where: Any) -> Callable[[Any], Any]:
+        engines: ClassVar[dict[Any, Any]] = {}
+
+        @classmethod
+        def register(
+            cls, model_type: str, backend: list[str], device: list[str], vendor: str | None = None
+        ) -> Callable[[Any], Any]:
             def decorator(engine: Any) -> Any:
-                registered.update(where, engine=engine)
+                for key in itertools.product([model_type], backend, device, [vendor]):
+                    cls.engines[key] = engine
                 return engine
 
             return decorator
 
-    # Of 0.9.1: initialize() builds module and optimizer, optimizer_step() clips and steps.
+        @classmethod
+        def get_engine_cls(cls, model_type: str, backend: str) -> Any:
+            own = (model_type, backend, "cpu", os.environ["VERL_ENGINE_VENDOR"])
+            return cls.engines.get(own) or cls.engines[model_type, backend, "cpu", None]
+
+    # initialize() builds module and optimizer, optimizer_step() clips and steps.
     class FSDPEngineWithLMHead:
         rank = 0
         scaler = None
         optimizer_config = types.SimpleNamespace(clip_grad=0.01, total_training_steps=4)
+        engine_config = types.SimpleNamespace(
+            strategy="fsdp2", use_orig_params=False, forward_only=False
+        )
 
         def initialize(self) -> None:
             self.module = network
             self.optimizer = torch.optim.SGD(network.parameters(), lr=RATE)
+
+        def train_batch(self, data: Any, loss_function: Any) -> Any:
+            self.optimizer.zero_grad()
+            loss_function(self.module, data).backward()
+            return {"metrics": {"grad_norm": self.optimizer_step()}}
 
         def optimizer_step(self) -> Any:
             clip = self.optimizer_config.clip_grad
@@ -370,8 +390,42 @@ def verl_stand_in(monkeypatch: pytest.MonkeyPatch, network: torch.nn.Module) -> 
             self.optimizer.step()
             return norm.item()
 
+        def is_mp_src_rank_with_outputs(self) -> bool:
+            return True
+
+        def save_checkpoint(self, local_path: str, **options: Any) -> None:
+            Path(local_path).mkdir()
+            torch.save(self.module.state_dict(), Path(local_path) / "model.pt")
+
+        def load_checkpoint(self, local_path: str, **options: Any) -> None:
+            self.module.load_state_dict(torch.load(Path(local_path) / "model.pt"))
+
+    class Other:
+        pass
+
+    for model_type, backend in itertools.product(
+        ["language_model", "value_model"], ["fsdp", "fsdp2", "fsdp_turbo", "megatron", "veomni"]
+    ):
+        EngineRegistry.register(model_type, [backend], ["cpu"])(Other)
+
+    class Metric:
+        def __init__(self, aggregation: str, value: float) -> None:
+            self.value = value
+
+        @staticmethod
+        def aggregate_dp(metrics: list[Any]) -> float:
+            return sum(metric.value for metric in metrics) / len(metrics)
+
+    class Tracking:
+        logged: ClassVar[dict[str, Any]] = {}
+
+        def log(self, data: Any, step: int) -> None:
+            self.logged.update(data)
+
     stand_in(
         monkeypatch,
+        verl__utils__metric={"Metric": Metric},
+        verl__utils__tracking={"Tracking": Tracking},
         verl__workers__engine={"EngineRegistry": EngineRegistry},
         verl__workers__engine__fsdp__transformer_impl={
             "FSDPEngineWithLMHead": FSDPEngineWithLMHead
@@ -380,7 +434,13 @@ def verl_stand_in(monkeypatch: pytest.MonkeyPatch, network: torch.nn.Module) -> 
     # setdefault in the module would outlive the test.
     monkeypatch.setenv("VERL_ENGINE_VENDOR", "drift_fast")
     fresh(monkeypatch, "verl")
-    return registered
+    return types.SimpleNamespace(registry=EngineRegistry, tracking=Tracking())
+
+
+def verl_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
+    options = {"delta": "delta", "schedule": "linear", **OPTIONS, **options}
+    (tmp_path / "drift.json").write_text(json.dumps(options))
+    monkeypatch.setenv("DRIFT_FAST_CONFIG", str(tmp_path / "drift.json"))
 
 
 def test_verls_engine_injects_before_it_clips(
@@ -388,44 +448,99 @@ def test_verls_engine_injects_before_it_clips(
 ) -> None:
     network = Backbone()
     delta = delta_towards(tmp_path, network, out=tmp_path / "delta")
-    registered = verl_stand_in(monkeypatch, network)
-    assert registered["vendor"] == "drift_fast"
-    assert registered["backend"] == ["fsdp", "fsdp2"]
-    (tmp_path / "drift.json").write_text(
-        json.dumps(
-            {
-                "delta": "delta",
-                "schedule": "linear",
-                "csv": str(tmp_path / "drift.csv"),
-                **OPTIONS,
-            }
-        )
-    )
-    monkeypatch.setenv("DRIFT_FAST_CONFIG", str(tmp_path / "drift.json"))
-    engine = registered["engine"]()
+    verl = verl_stand_in(monkeypatch, network)
+    verl_settings(tmp_path, monkeypatch, csv=str(tmp_path / "drift.csv"))
+    engine = verl.registry.get_engine_cls("language_model", "fsdp2")()
     engine.initialize()
     before = {name: reference.exact(p) for name, p in network.named_parameters()}
     regression_loss(network, regression_batch()).backward()
     plain = {name: reference.exact(p.grad) for name, p in network.named_parameters()}
-    engine.optimizer_step()
+    outputs = engine.train_batch(regression_batch(), loss_function=regression_loss)
     found = {
         name: (before[name] - reference.exact(p)) / RATE for name, p in network.named_parameters()
     }
     assert_injected(found, plain, delta, clip=0.01)
     assert engine.injection.steps == 1
     assert "1,progress," in (tmp_path / "drift.csv").read_text()
+    # verl's SFT trainer logs what every process has found, as a list.
+    metrics = {key: [value, value] for key, value in outputs["metrics"].items() if "/" in key}
+    verl.tracking.log(data={"train/loss": 1.0, "other": [1, 2], **metrics}, step=1)
+    expected = engine.injection.summary()["progress"]
+    assert expected != 0
+    assert verl.tracking.logged["drift/progress"] == pytest.approx(expected)
+    assert verl.tracking.logged["train/loss"] == 1.0
+    assert verl.tracking.logged["other"] == [1, 2]
     engine.injection.remove()
 
 
+def test_verls_checkpoints_hold_the_state_of_the_injection(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = Backbone()
+    delta_towards(tmp_path, network, out=tmp_path / "delta")
+    verl = verl_stand_in(monkeypatch, network)
+    verl_settings(tmp_path, monkeypatch)
+    engine_class = verl.registry.get_engine_cls("language_model", "fsdp")
+    engine_class.engine_config.use_orig_params = True
+    first = engine_class()
+    first.initialize()
+    first.train_batch(regression_batch(), loss_function=regression_loss)
+    first.save_checkpoint(str(tmp_path / "saved"), global_step=1)
+    first.train_batch(regression_batch(), loss_function=regression_loss)
+    expected = first.injection.summary()
+    first.injection.remove()
+    resumed = engine_class()
+    resumed.initialize()
+    resumed.load_checkpoint(str(tmp_path / "saved"))
+    resumed.train_batch(regression_batch(), loss_function=regression_loss)
+    assert resumed.injection.steps == 2
+    assert resumed.injection.summary() == expected
+    resumed.injection.remove()
+    (tmp_path / "saved/drift_fast_rank_0.json").write_text("{")
+    with pytest.raises(drift_fast.DriftError, match=r"drift_fast_rank_0\.json.*delete the file"):
+        engine_class().load_checkpoint(str(tmp_path / "saved"))
+    (tmp_path / "saved/drift_fast_rank_0.json").unlink()
+    resumed = engine_class()
+    resumed.initialize()
+    with pytest.warns(drift_fast.DriftWarning, match="schedules start anew"):
+        resumed.load_checkpoint(str(tmp_path / "saved"))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "backend"),
+    [
+        ("language_model", "fsdp_turbo"),
+        ("language_model", "megatron"),
+        ("language_model", "veomni"),
+        ("value_model", "fsdp2"),
+    ],
+)
+def test_verls_engines_that_do_not_inject_are_refused(
+    monkeypatch: pytest.MonkeyPatch, model_type: str, backend: str
+) -> None:
+    verl = verl_stand_in(monkeypatch, Backbone())
+    with pytest.raises(
+        drift_fast.DriftError, match=f"Other .a {model_type} .*{backend}.*strategy=fsdp2"
+    ):
+        verl.registry.get_engine_cls(model_type, backend)
+
+
 def test_verl_refuses_what_it_cannot_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = verl_stand_in(monkeypatch, Backbone())["engine"]()
+    verl = verl_stand_in(monkeypatch, Backbone())
+    engine = verl.registry.get_engine_cls("language_model", "fsdp")()
     monkeypatch.delenv("DRIFT_FAST_CONFIG", raising=False)
     with pytest.raises(drift_fast.DriftError, match="DRIFT_FAST_CONFIG is not set"):
         engine.initialize()
-    (tmp_path / "drift.json").write_text('{"delta": "d", "scope": "microbatch"}')
-    monkeypatch.setenv("DRIFT_FAST_CONFIG", str(tmp_path / "drift.json"))
+    verl_settings(tmp_path, monkeypatch, scope="microbatch")
     with pytest.raises(drift_fast.DriftError, match='only scope="step"'):
         engine.initialize()
+    verl_settings(tmp_path, monkeypatch)
+    engine.engine_config.strategy = "fsdp"
+    with pytest.raises(drift_fast.DriftError, match=r"set engine\.use_orig_params=true, or"):
+        engine.initialize()
+    # A reference model does not train.
+    engine.engine_config.forward_only = True
+    engine.initialize()
 
 
 def test_another_vendors_engine_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:

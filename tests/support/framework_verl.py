@@ -2,20 +2,23 @@
 
     python framework_verl.py FOLDER
 
-Owns: that verl finds the engine through the environment alone, and that its `optimizer_step`
-injects before it clips. verl builds and shards models on accelerators only, so the engine is given
+Owns: that verl finds the engine through the environment alone and none that does not inject, that
+its `optimizer_step` injects before it clips, and that its log takes the metrics. verl builds and shards models on accelerators only, so the engine is given
 a whole module and an optimizer here instead of `initialize()`. FOLDER holds delta/, and the
 environment is as docs/stacks.md says.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import types
 from pathlib import Path
 
 import torch
 import verl  # noqa: F401
+from verl.utils.metric import Metric
+from verl.utils.tracking import Tracking
 from verl.workers.engine import EngineRegistry
 
 import drift_fast
@@ -53,3 +56,19 @@ for name, parameter in network.named_parameters():
     found = (before[name] - reference.exact(parameter)) / RATE
     error = reference.norm(found - expected[name])
     assert error <= 1e-5 * reference.norm(expected[name]), (name, error)
+
+logged: dict[str, float] = {}
+tracking = Tracking.__new__(Tracking)
+tracking.logger = {"test": types.SimpleNamespace(log=lambda data, step: logged.update(data))}
+tracking.log(data={"drift/progress": [Metric("mean", 0.5), Metric("mean", 0.5)]}, step=1)
+assert logged == {"drift/progress": 0.5}, logged
+
+# Its other engines are registered for accelerators only.
+os.environ["VERL_ENGINE_DEVICE"] = "cuda"
+for refused in (("language_model", "fsdp_turbo"), ("value_model", "fsdp2")):
+    try:
+        found = EngineRegistry.get_engine_cls(*refused)
+    except drift_fast.DriftError as error:
+        assert "would train without Δ" in str(error)
+    else:
+        raise AssertionError(f"{refused}: {found}")
