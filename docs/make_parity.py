@@ -51,7 +51,9 @@ residency: a model whose weights are not among the small tensors, which stay bes
 whatever is asked for; int8 must be off by at least {int8:.0e}, and both int8 and disk must be read
 within the step. There is no row for pinned host memory, which on the CPU is the device's, and
 *CPU offload* moves nothing there either: it shows that the policy is accepted, no more.
-Accelerate and Trainer keep FSDP for accelerators; that rule is lifted for their rows.
+Accelerate, Trainer and Lightning keep FSDP for accelerators, Lightning DeepSpeed too; that rule is
+lifted for their rows. Lightning 2.6 and DeepSpeed both divide the loss by the number of
+micro-batches, which the rows of DeepSpeedStrategy take back.
 """
 
 

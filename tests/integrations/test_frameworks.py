@@ -344,7 +344,7 @@ def test_axolotls_plugin_attaches_and_checks_its_section(
 
 
 def verl_stand_in(monkeypatch: pytest.MonkeyPatch, network: torch.nn.Module) -> Any:
-    """Return verl's registry and what logs its metrics, with the engine of drift_fast registered."""
+    """Return verl's registry, with the engine of drift_fast, and what logs its metrics."""
 
     # Of 0.9.1: an engine is looked up by (device, vendor), then by the device alone.
     class EngineRegistry:

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import tempfile
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
 import torch
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.utils.data import DataLoader
 
-from parity.loops import sgd, weights_of
-from parity.sharded import full_weights, zero_configuration, zero_weights
+from parity.loops import sgd, trained, weights_of
+from parity.sharded import (
+    decoder_of,
+    full_weights,
+    shard,
+    zero_configuration,
+    zero_weights,
+)
 from parity.stacks import Cell
 from parity.world import LEARNING_RATE, SEQUENCES, Gradients
 
@@ -178,37 +186,112 @@ def sft_trainer(cell: Cell) -> Gradients:
     return weights_of(owner.model)
 
 
+def _strategy(cell: Cell) -> Any:
+    """Return the Lightning strategy that the options name, on processes that are started here."""
+    from lightning.pytorch import strategies
+
+    name = cell.options.get("strategy", "auto")
+    if name == "fsdp1":
+        from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+
+        layer = type(decoder_of(cell.model()).layers[0])
+        policy = functools.partial(transformer_auto_wrap_policy, transformer_layer_cls={layer})
+        return strategies.FSDPStrategy(auto_wrap_policy=policy, process_group_backend="gloo")
+    if name == "fsdp2":
+        return strategies.ModelParallelStrategy(
+            data_parallel_size=cell.size, tensor_parallel_size=1, process_group_backend="gloo"
+        )
+    if name == "deepspeed":
+        configuration = zero_configuration(cell, cell.options["zero"])
+        # Lightning states these itself.
+        for key in ("gradient_accumulation_steps", "gradient_clipping", "train_batch_size"):
+            del configuration[key]
+        return strategies.DeepSpeedStrategy(config=configuration, process_group_backend="gloo")
+    return name
+
+
+@contextlib.contextmanager
+def _lightning_without_accelerators() -> Iterator[None]:
+    """Lift Lightning's rules that FSDPStrategy and DeepSpeedStrategy are for CUDA."""
+
+    def shard_on_the_cpu(self: Any, module: Any, **options: Any) -> None:
+        shard_anywhere(self, module, **{**options, "device_id": torch.device("cpu")})
+
+    shard_anywhere = FullyShardedDataParallel.__init__
+    from lightning.pytorch.strategies import DeepSpeedStrategy, deepspeed
+    from lightning.pytorch.trainer.connectors import accelerator_connector
+
+    connector = accelerator_connector._AcceleratorConnector
+    with (
+        mock.patch.object(connector, "_check_strategy_and_fallback"),
+        mock.patch.object(DeepSpeedStrategy, "setup_environment", _set_up_on_the_cpu),
+        mock.patch.object(DeepSpeedStrategy, "root_device", torch.device("cpu", 0)),
+        mock.patch.object(deepspeed, "_validate_device_index_selection"),
+        mock.patch.object(FullyShardedDataParallel, "__init__", shard_on_the_cpu),
+    ):
+        yield
+
+
+def _set_up_on_the_cpu(strategy: Any) -> None:
+    from lightning.pytorch.strategies import DeepSpeedStrategy
+
+    super(DeepSpeedStrategy, strategy).setup_environment()
+
+
 def lightning(cell: Cell) -> Gradients:
     from lightning.pytorch import LightningModule, Trainer
 
     from drift_fast.integrations.lightning import DriftCallback
+
+    name = cell.options.get("strategy")
 
     class Module(LightningModule):
         def __init__(self, model: torch.nn.Module) -> None:
             super().__init__()
             self.model = model
 
+        def configure_model(self) -> None:
+            if name == "fsdp2":
+                shard(self.model, decoder_of(self.model), cell.size)
+
         def training_step(self, batch: dict[str, torch.Tensor], index: int) -> torch.Tensor:
             loss: torch.Tensor = self.model(**batch).loss
-            return loss
+            # Both Lightning 2.6 and DeepSpeed divide it by the number of micro-batches.
+            return loss * cell.accumulation if name == "deepspeed" else loss
 
         def configure_optimizers(self) -> torch.optim.Optimizer:
-            return sgd(self.parameters())
+            return sgd(trained(self))
 
-    module = Module(cell.world.model())
-    callbacks = []
-    if cell.alpha is not None:
-        callbacks.append(DriftCallback(cell.world.delta(), alpha=cell.alpha, scale=cell.scale))
-    owner = Trainer(
-        callbacks=callbacks,
-        accelerator="cpu",
-        devices=1,
-        max_steps=1,
-        accumulate_grad_batches=cell.accumulation,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    owner.fit(module, DataLoader(cell.samples, batch_size=_per_process(cell)))
-    return weights_of(module.model)
+        def on_train_end(self) -> None:
+            logged = self.trainer.callback_metrics
+            assert cell.alpha is None or "drift/progress" in logged, list(logged)
+            # Before Lightning puts the strategy away.
+            if name == "fsdp1":
+                with FullyShardedDataParallel.summon_full_params(
+                    self.trainer.strategy.model, writeback=False
+                ):
+                    found.update(weights_of(self.model))
+            elif name == "deepspeed":
+                found.update(zero_weights(self.model, cell.options["zero"]))
+            else:
+                found.update((full_weights if name == "fsdp2" else weights_of)(self.model))
+
+    found: Gradients = {}
+    module = Module(cell.model())
+    callbacks = [] if cell.alpha is None else [cell.callback(DriftCallback)]
+    with _lightning_without_accelerators():
+        owner = Trainer(
+            callbacks=callbacks,
+            accelerator="cpu",
+            devices=cell.size,
+            strategy=_strategy(cell),
+            max_steps=1,
+            log_every_n_steps=1,
+            accumulate_grad_batches=cell.accumulation,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        owner.fit(module, DataLoader(cell.samples, batch_size=_per_process(cell)))
+    return found

@@ -72,6 +72,10 @@ class Cell:
         """Attach to a trainer or an engine, or return what does nothing."""
         return self._attach(drift_fast.attach, owner, options)
 
+    def callback(self, made_by: Any) -> Any:
+        """Return a callback that attaches by itself."""
+        return self._attach(lambda _, *given, **options: made_by(*given, **options), None, {})
+
     def _attach(self, how: Any, owner: Any, options: Mapping[str, Any]) -> Any:
         if self.alpha is None:
             return Absent()
@@ -164,6 +168,21 @@ def _lora(
     )
 
 
+def _lightning(name: str, kind: str, **options: Any) -> Stack:
+    """A strategy of Lightning's that shards."""
+    adapter = {} if kind == "weights" else {"adapter": kind}
+    zero = "zero" in options
+    return Stack(
+        name,
+        "libraries:lightning",
+        2,
+        kind=kind,
+        environment=_DEEPSPEED if zero else {},
+        options={**adapter, **options},
+        needs=("lightning", *(["peft"] if adapter else []), *(["deepspeed"] if zero else [])),
+    )
+
+
 STACKS = (
     Stack("plain loop", "loops:plain", fast=True),
     Stack("plain loop, fused SGD", "loops:plain", options={"fused": True}, fast=True),
@@ -213,6 +232,16 @@ STACKS = (
     Stack("Trainer", "libraries:trainer", fast=True),
     Stack("SFTTrainer (TRL)", "libraries:sft_trainer", needs=("trl", "datasets")),
     Stack("Lightning", "libraries:lightning", needs=("lightning",)),
+    *(
+        _lightning(f"{adapter}Lightning, {name}, 2 processes", kind, **options)
+        for adapter, kind in (("", "weights"), ("LoRA (PEFT), ", "lora"))
+        for name, options in (
+            ("FSDPStrategy", {"strategy": "fsdp1"}),
+            ("ModelParallelStrategy (FSDP2)", {"strategy": "fsdp2"}),
+            ("DeepSpeedStrategy ZeRO-2", {"strategy": "deepspeed", "zero": 2}),
+            ("DeepSpeedStrategy ZeRO-3", {"strategy": "deepspeed", "zero": 3}),
+        )
+    ),
     _lora("LoRA (PEFT)", "loops:plain"),
     _lora("LoRA (PEFT), rsLoRA", "loops:plain", adapter="rslora"),
     _lora("LoRA (PEFT), DDP, 2 processes", "sharded:ddp", 2),

@@ -59,11 +59,12 @@ SHAPES: dict[str, dict[str, int]] = {
         "num_key_value_heads": 4,
     },
 }
+# One that is the end of another comes after it.
 _WRAPPERS = (
-    "module.",
     "_orig_mod.",
     "_fsdp_wrapped_module.",
     "_checkpoint_wrapped_module.",
+    "module.",
 )
 
 Gradients = dict[str, torch.Tensor]

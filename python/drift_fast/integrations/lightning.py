@@ -9,8 +9,11 @@ Lightning runs forward, backward and clipping in a closure inside `optimizer.ste
 With manual optimization that hook runs inside `optimizer.step()`, after any clipping that
 `training_step` does itself; call `callback.injection.step()` there before clipping instead.
 
-Tested with lightning and pytorch-lightning 2.6.6: one device and DDP, accumulation, clipping,
-bf16-mixed, a loss scaler, manual optimization.
+Under DeepSpeedStrategy the engine clips and steps, and the injection runs inside `engine.step()`.
+
+Tested with lightning and pytorch-lightning 2.6.6: one device, DDP, FSDPStrategy,
+ModelParallelStrategy and DeepSpeedStrategy, accumulation, clipping, bf16-mixed, a loss scaler,
+manual optimization.
 """
 
 from __future__ import annotations
@@ -31,7 +34,9 @@ from drift_fast.inject.config import ConfigLike, InjectionConfig
 from drift_fast.inject.driver import Driver
 from drift_fast.inject.injection import Injection
 from drift_fast.inject.scope import Scope
+from drift_fast.inject.shards.zero_support import is_engine
 from drift_fast.inject.telemetry import append_rows
+from drift_fast.integrations.deepspeed_engine import EngineDriver
 from drift_fast.options import takes
 
 logger = logging.getLogger(__name__)
@@ -102,18 +107,12 @@ class DriftCallback(Callback):
         # The Trainer and the module that `_last` is of, and the number of steps then.
         self._ended: tuple[Any, Any, int] | None = None
         self.injection: Injection | None = None
-        self._driver = ClosureDriver()
+        self._driver: ClosureDriver | EngineDriver = ClosureDriver()
         # Steps of the injection that the optimizer's hook has seen.
         self._seen = 0
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Attach; parameters are on their device, wrapped, and restored from a checkpoint."""
-        strategy = type(trainer.strategy).__name__
-        if "DeepSpeed" in strategy:
-            raise DriftError(
-                f"{strategy} keeps gradients in buffers of its own, which Lightning's hooks do not "
-                "show; train with the Hugging Face Trainer on DeepSpeed, or with DDP or FSDP here"
-            )
         self.remove()
         config = self._config
         changing = (type(each).__name__ for each in trainer.callbacks)
@@ -146,7 +145,10 @@ class DriftCallback(Callback):
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """Inject, if this is the optimizer that holds the targets, unless that was done by hand."""
-        if self.injection is None or not self._driver.is_about_to_use(optimizer):
+        driver = self._driver
+        if self.injection is None or isinstance(driver, EngineDriver):
+            return
+        if not driver.is_about_to_use(optimizer):
             return
         if self._config.scope == "step":
             if self.injection.steps == self._seen:
@@ -158,7 +160,12 @@ class DriftCallback(Callback):
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log, after the steps at which the Trainer logs."""
-        if self.injection is None or self._steps == self._logged:
+        if self.injection is None:
+            return
+        if isinstance(self._driver, EngineDriver):
+            self._steps += self.injection.steps - self._seen
+            self._seen = self.injection.steps
+        if self._steps == self._logged:
             return
         self._logged = self._steps
         every = trainer.log_every_n_steps
@@ -199,7 +206,11 @@ class DriftCallback(Callback):
         self._saved = dict(state_dict) or None
 
     def _attach(self, trainer: Any, config: InjectionConfig) -> Injection:
-        """Attach with the optimizer that holds every target."""
+        """Attach to DeepSpeed's engine, or with the optimizer that holds every target."""
+        model = trainer.strategy.model
+        if is_engine(model):
+            self._driver = EngineDriver(model)
+            return Injection(model.module, self._delta, config, driver=self._driver)
         if not trainer.optimizers:
             raise DriftError(
                 "the module trains without an optimizer, so nothing steps along Δ: return one from "
@@ -209,7 +220,7 @@ class DriftCallback(Callback):
         drivers = [ClosureDriver(_inner(optimizer), scaler) for optimizer in trainer.optimizers]
         for driver in drivers:
             try:
-                found = Injection(trainer.strategy.model, self._delta, config, driver=driver)
+                found = Injection(model, self._delta, config, driver=driver)
             except DriftError:
                 # Another of several may hold the targets; what else is wrong, it finds again.
                 if driver is drivers[-1]:

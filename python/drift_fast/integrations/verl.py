@@ -16,8 +16,8 @@ so that a resumed run goes on with its schedule.
 
 Tested with verl 0.9.1 without a GPU, where verl builds and shards no model: its registry finds the
 engine and no other, its own `optimizer_step` on a whole module steps with the injected, clipped
-gradient, and its log takes the metrics. The rest is tested against a stand-in of the engine. Not run:
-`sft_trainer` on accelerators, sharded. FSDP2 and FSDP1 are tested without verl.
+gradient, and its log takes the metrics. The rest is tested against a stand-in of the engine. Not
+run: `sft_trainer` on accelerators, sharded. FSDP2 and FSDP1 are tested without verl.
 """
 
 from __future__ import annotations
