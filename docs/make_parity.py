@@ -45,7 +45,8 @@ expected‖ / ‖expected‖, of any trained parameter, those outside the delta 
 *Uneven shards*: the model's width and that of its feed-forward are odd, and the last of four
 processes holds nothing of the keys' biases. *From its own gradient*: the row above it computes in
 bfloat16, so its distance from float64 is that of bfloat16; here the injection alone is restated in
-float64, from the gradient of a run without one. *LoRA*: the gradients of the factors, with the
+float64, from the gradient of a run without one. DeepSpeed holds bfloat16 gradients, and so rounds
+the injected one. *LoRA*: the gradients of the factors, with the
 delta pulled back to them. *Large tensors*, and the rows of
 residency: a model whose weights are not among the small tensors, which stay beside the gradients
 whatever is asked for; int8 must be off by at least {int8:.0e}, and both int8 and disk must be read

@@ -25,7 +25,8 @@ def ddp(cell: Cell) -> Gradients:
     model = torch.nn.parallel.DistributedDataParallel(cell.model())
     optimizer = sgd(trained(model))
     injection = cell.injection(model)
-    without_sync(cell, model)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=cell.options.get("mixed", False)):
+        without_sync(cell, model)
     injection.step()
     optimizer.step()
     return weights_of(model)
@@ -134,15 +135,22 @@ def zero(cell: Cell) -> Gradients:
     import deepspeed
 
     deepspeed.init_distributed(dist_backend="gloo")
-    stage = cell.options["stage"]
+    stage, mixed = cell.options["stage"], cell.options.get("mixed", False)
     model = cell.model()
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=torch.optim.SGD(trained(model), lr=LEARNING_RATE),
-        config=zero_configuration(cell, stage),
+        config=zero_configuration(cell, stage) | {"bf16": {"enabled": mixed}},
     )
     cell.attach(engine)
     for batch in cell.micro_batches():
         engine.backward(engine(**batch).loss)
         engine.step()
+    if mixed:
+        # The masters; the weights that compute have eight bits.
+        return {
+            canonical(name): deepspeed.utils.safe_get_full_fp32_param(parameter).clone()
+            for name, parameter in engine.module.named_parameters()
+            if parameter.requires_grad
+        }
     return zero_weights(engine.module, stage)

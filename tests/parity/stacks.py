@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,8 @@ FLOAT32 = 1e-5
 # large terms. The injection itself is as exact as ever, which the row's twin "…, from its own
 # gradient" shows.
 BFLOAT16 = 0.2
+# DeepSpeed holds the gradients that it steps in bfloat16, the injected ones too.
+BFLOAT16_GRADIENT = 2.0**-8
 # Eight bits for each element of Δ, with one step for every 64: about 1/127/√12 of their largest.
 INT8 = 0.02
 # Less than this and nothing was rounded to eight bits.
@@ -132,12 +134,14 @@ class Stack:
         return weights
 
 
-def _lossy(name: str, where: str, **options: Any) -> tuple[Stack, Stack]:
-    """A stack that computes in bfloat16, against float64 and against its own gradient."""
-    return (
-        Stack(name, where, tolerance=BFLOAT16, **options),
-        Stack(f"{name}, from its own gradient", where, own_gradient=True, scales=SCALES, **options),
-    )
+def _lossy(name: str, where: str, *, own: float = FLOAT32, **options: Any) -> tuple[Stack, Stack]:
+    """A stack that computes in bfloat16, against float64 and against its own gradient.
+
+    own: the tolerance of the latter.
+    """
+    stack = Stack(name, where, tolerance=BFLOAT16, **options)
+    twin = f"{name}, from its own gradient"
+    return stack, replace(stack, name=twin, tolerance=own, own_gradient=True, scales=SCALES)
 
 
 _DEEPSPEED = {"DS_ACCELERATOR": "cpu"}
@@ -166,6 +170,15 @@ def _lora(
         needs=("peft", "deepspeed") if zero else ("peft",),
         fast=fast,
     )
+
+
+def _lossy_lora(
+    name: str, where: str, *, own: float = FLOAT32, **options: Any
+) -> tuple[Stack, Stack]:
+    """As `_lossy`, of float32 factors that compute in bfloat16."""
+    stack = _lora(f"LoRA (PEFT), {name}", where, 2, mixed=True, **options)
+    fields = {key: getattr(stack, key) for key in ("kind", "environment", "options", "needs")}
+    return _lossy(stack.name, where, own=own, processes=2, **fields)
 
 
 def _lightning(name: str, kind: str, **options: Any) -> Stack:
@@ -275,6 +288,28 @@ STACKS = (
         "sharded:fsdp1",
         4,
         "uneven",
+    ),
+    *_lossy_lora("DDP, 2 processes, autocast bfloat16", "sharded:ddp"),
+    *_lossy_lora("FSDP2, 2 processes, bfloat16 with float32 reduction", "sharded:fsdp2"),
+    *(
+        row
+        for stage in (1, 2, 3)
+        for row in _lossy_lora(
+            f"DeepSpeed ZeRO-{stage}, 2 processes, bfloat16 with float32 masters",
+            "sharded:zero",
+            own=BFLOAT16_GRADIENT,
+            stage=stage,
+        )
+    ),
+    *(
+        _lora(f"LoRA (PEFT), modules_to_save, {name}", where, 2, adapter="copies", **options)
+        for name, where, options in (
+            ("FSDP2, 2 processes", "sharded:fsdp2", {}),
+            ("FSDP1 use_orig_params, 2 processes", "sharded:fsdp1", {}),
+            ("DeepSpeed ZeRO-1, 2 processes", "sharded:zero", {"stage": 1}),
+            ("DeepSpeed ZeRO-2, 2 processes", "sharded:zero", {"stage": 2}),
+            ("DeepSpeed ZeRO-3, 2 processes", "sharded:zero", {"stage": 3}),
+        )
     ),
     Stack("DDP, 2 processes", "sharded:ddp", 2),
     Stack("Accelerate, DDP, 2 processes", "libraries:accelerate", 2),

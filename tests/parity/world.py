@@ -194,7 +194,8 @@ def build(folder: Path, shapes: str, *, adapters: Sequence[str] = ()) -> World:
 
     for adapter in adapters:
         factors = {
-            name: 0.1 * torch.randn(parameter.shape, generator=generator)
+            # Exact in bfloat16, which float32 masters start from.
+            name: (0.1 * torch.randn(parameter.shape, generator=generator)).bfloat16().float()
             for name, parameter in with_lora(world.model(), adapter).named_parameters()
             if parameter.requires_grad
         }
@@ -269,19 +270,26 @@ def _injected(
 # --- LoRA: the formula on the pair of factors, with the delta pulled back to them ----------------
 
 RANK, LORA_ALPHA = 4, 8
-# The factor s in W = W₀ + s·BA, restated: α/r, or α/√r for rsLoRA.
-ADAPTERS = {"lora": LORA_ALPHA / RANK, "rslora": LORA_ALPHA / RANK**0.5}
+# The factor s in W = W₀ + s·BA, restated: α/r, or α/√r for rsLoRA. With "copies" the last
+# projection of each MLP trains whole.
+ADAPTERS = {
+    "lora": LORA_ALPHA / RANK,
+    "rslora": LORA_ALPHA / RANK**0.5,
+    "copies": LORA_ALPHA / RANK,
+}
 
 
 def with_lora(model: Any, adapter: str) -> Any:
     """Wrap all linear layers of the blocks with PEFT."""
     from peft import LoraConfig, get_peft_model
 
+    copies = ["down_proj"] if adapter == "copies" else []
     config = LoraConfig(
         r=RANK,
         lora_alpha=LORA_ALPHA,
         lora_dropout=0.0,
-        target_modules=[*ATTENTION, *MLP],
+        target_modules=sorted({*ATTENTION, *MLP} - {*copies}),
+        modules_to_save=copies or None,
         use_rslora=adapter == "rslora",
         task_type="CAUSAL_LM",
     )
@@ -297,10 +305,16 @@ def _injected_factors(
     *,
     adapter: str,
 ) -> Gradients:
-    """Δ̃ = (s·BᵀΔ, s·ΔAᵀ) for (A, B), and one coefficient for the pair."""
+    """Δ̃ = (s·BᵀΔ, s·ΔAᵀ) for (A, B), and one coefficient for the pair; Δ itself for copies."""
     s = ADAPTERS[adapter]
     injected: Gradients = {}
     for name_a, gradient_a in gradients.items():
+        if ".modules_to_save." in name_a:
+            weight = name_a.removeprefix("base_model.model.").replace(
+                "modules_to_save.default.", ""
+            )
+            whole = _inject(gradient_a, deltas[weight], alpha, scale)
+            injected[name_a] = torch.from_numpy(whole)
         if ".lora_A." not in name_a:
             continue
         name_b = name_a.replace(".lora_A.", ".lora_B.")
