@@ -463,6 +463,10 @@ def test_trained_tokens_are_beside_the_injection(text_delta: drift_fast.Delta) -
     assert torch.equal(gradients_of(model)[tokens], gradients[tokens])
     with pytest.raises(drift_fast.DriftError, match=r"embed_tokens.*modules_to_save"):
         drift_fast.Injection(model, text_delta, modules="embed")
+    # What the message says to do.
+    copies = adapted(tiny_qwen2(), modules_to_save=["embed_tokens"])
+    with drift_fast.Injection(copies, text_delta, modules="embed") as injection:
+        assert len(injection.targets) == 1
 
 
 def test_frozen_biases_beside_adapted_weights_are_left_out_and_listed(
@@ -780,17 +784,54 @@ def test_variants_of_lora_are_refused_by_name(
         drift_fast.Injection(adapted(Backbone(), **options), delta)
 
 
-@pytest.mark.parametrize("kind", ["AdaLora", "LoHa", "LoKr", "IA3", "OFT", "Vera"])
+# Options that a configuration needs beside its modules, for models as small as this one.
+OTHERS: dict[str, dict[str, Any]] = {
+    "AdaLora": {"total_step": 10},
+    "BOFT": {"boft_block_size": 2},
+    "C3A": {"block_size": 2},
+    "HRA": {},
+    "IA3": {"feedforward_modules": []},
+    "LoHa": {},
+    "LoKr": {},
+    "OFT": {"oft_block_size": 2},
+    "RandLora": {},
+    "VBLoRA": {"vector_length": 2},
+    "Vera": {},
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
 def test_other_adapters_are_refused_by_name(delta: drift_fast.Delta, kind: str) -> None:
-    options: dict[str, Any] = {"target_modules": ["up_proj", "gate_proj"]}
-    options |= {
-        "AdaLora": {"total_step": 10},
-        "IA3": {"feedforward_modules": []},
-        "OFT": {"oft_block_size": 2},
-    }.get(kind, {})
-    model = peft.get_peft_model(Backbone(), getattr(peft, f"{kind}Config")(**options))
-    with pytest.raises(drift_fast.DriftError, match=rf"(?i){kind}.*use LoRA"):
+    config = getattr(peft, f"{kind}Config", None)
+    if config is None:
+        pytest.skip(f"this version of PEFT has no {kind}")
+    options = {"target_modules": ["up_proj", "gate_proj"]} | OTHERS[kind]
+    model = peft.get_peft_model(Backbone(), config(**options))
+    with pytest.raises(drift_fast.DriftError, match=rf"(?i)layers.0.mlp.*_proj.*{kind}.*use LoRA"):
         drift_fast.Injection(model, delta, modules="mlp", strict=False)
+
+
+def test_layers_with_other_adapters_can_be_left_out(delta: drift_fast.Delta) -> None:
+    model = peft.PeftMixedModel(Backbone(), peft.LoraConfig(target_modules=["q_proj"]))
+    model.add_adapter("other", peft.LoHaConfig(target_modules=["up_proj"]))
+    model.set_adapter(["default", "other"])
+    with pytest.raises(drift_fast.DriftError, match=r"up_proj.*of loha.*with modules="):
+        drift_fast.Injection(model, delta, strict=False)
+    left = drift_fast.Injection(model, delta, strict=False, modules=r"re:(q|k|v|o)_proj\.weight$")
+    assert len(left.targets) == 2
+    left.remove()
+
+
+@pytest.mark.parametrize("kind", ["PromptTuning", "PrefixTuning", "PromptEncoder"])
+def test_prompts_in_place_of_weights_are_refused_by_name(
+    text_delta: drift_fast.Delta, kind: str
+) -> None:
+    config = getattr(peft, f"{kind}Config")(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    model = peft.get_peft_model(tiny_qwen2(), config)
+    with pytest.raises(
+        drift_fast.DriftError, match=r"embed_tokens.*_TUNING trains prompts.*LoraConfig"
+    ):
+        drift_fast.Injection(model, text_delta)
 
 
 def both_active(model: Any) -> None:

@@ -189,7 +189,7 @@ class Injection(Attachment, Shown):
         """
         targets, self.coverage = find_targets(model, delta, self._config)
         check_trainable(targets, model)
-        check_trained(targets)
+        check_trained(targets, model)
         check_adapted(targets, self._config)
         if self._driver.optimizer is not None:
             check_optimized(targets, self._driver.optimizer)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -106,7 +107,7 @@ def packing_of(model: nn.Module) -> str:
     return "" if found is None else f"the model is quantized ({found}), and {_PACKED}"
 
 
-def check_trained(targets: Sequence[Target]) -> None:
+def check_trained(targets: Sequence[Target], model: nn.Module) -> None:
     """Refuse frozen targets.
 
     Raises:
@@ -115,7 +116,12 @@ def check_trained(targets: Sequence[Target]) -> None:
     frozen = [target.name for target in targets if not target.parameter.requires_grad]
     if frozen:
         remedy = "unfreeze it, or leave it out with modules=… or layers=…"
-        if any(target.adapted is not None for target in targets):
+        if prompts := _prompts_of(model):
+            remedy = (
+                f"PEFT's {prompts} trains prompts and none of the model's weights; train with LoRA "
+                "(peft.LoraConfig) instead"
+            )
+        elif any(target.adapted is not None for target in targets):
             remedy = (
                 "add its module to target_modules of the LoraConfig, leave it out with modules=… "
                 "or layers=…, or pass strict=False to inject into the adapted ones only"
@@ -124,6 +130,15 @@ def check_trained(targets: Sequence[Target]) -> None:
             f"{len(frozen)} of {len(targets)} targets are frozen (requires_grad is False), "
             f"{frozen[0]} first: {remedy}"
         )
+
+
+def _prompts_of(model: nn.Module) -> str:
+    """Return the kind of prompts that PEFT trains in place of weights, or nothing."""
+    for module in model.modules():
+        config: Any = getattr(module, "active_peft_config", None)
+        if getattr(config, "is_prompt_learning", False):
+            return str(config.peft_type.value)
+    return ""
 
 
 def frozen_since(targets: Sequence[Target], of: int | None = None) -> DriftError | None:

@@ -109,7 +109,7 @@ class TrainerInjection(AttachedInjection):
             # What the model shows is refused now.
             targets, self._foreseen = find_targets(trainer.model, self._delta, config)
             check_trainable(targets, trainer.model, loaded=not sharded)
-            check_trained(targets)
+            check_trained(targets, trainer.model)
             check_adapted(targets, config)
             refuse_second(targets)
         else:

@@ -232,7 +232,10 @@ def _active_factors(module: Any) -> list[Factors] | str:
                 "of this weight only the rows of trainable_token_indices train; leave it out with "
                 "modules=…, or list it in modules_to_save of the LoraConfig to train all of it"
             )
-        return f"its adapter is {kind.__name__} of {tuner}, not a sum W₀ + s·B·A; use LoRA"
+        return (
+            f"its adapter is {kind.__name__} of {tuner}, not a sum W₀ + s·B·A; use LoRA "
+            "(peft.LoraConfig) for it, or leave it out with modules=… or layers=…"
+        )
     if unused := _out_of_use(module):
         return unused
     tables = _tables(module)
