@@ -402,6 +402,140 @@ def test_a_matrix_that_is_targeted_as_a_parameter_is_followed(tmp_path: Path) ->
     assert worst_error(model, expected_gradients(model, gradients, weights_in(delta))) < 2e-6
 
 
+# --- DoRA ------------------------------------------------------------------------------------
+
+
+def dora(model: Any, **options: Any) -> Any:
+    """Adapters whose factors are not zero and whose magnitudes are not the norms of rows."""
+    model = adapted(model, use_dora=True, **options)
+    generator = torch.Generator().manual_seed(5)
+    for name, parameter in model.named_parameters():
+        if "lora_magnitude_vector" in name:
+            noise = torch.rand(parameter.shape, generator=generator, dtype=parameter.dtype)
+            parameter.data *= 0.5 + noise
+    return model
+
+
+def dora_names(model: nn.Module, weight: str) -> tuple[str, str, str]:
+    names = factor_names(model, weight, "default")
+    return (*names, names[0].replace("lora_A", "lora_magnitude_vector"))
+
+
+def dora_parts(model: nn.Module, weight: str) -> tuple[Array, Array, Array, Array, Array]:
+    """A, B, m, V = W₀ + s·B·A and the norms of its rows, in float64."""
+    weights = dict(model.named_parameters())
+    a, b, m = (exact(weights[name]) for name in dora_names(model, weight))
+    module = weight.removesuffix(".weight")
+    (base,) = (w for n, w in weights.items() if n.endswith(f"{module}.base_layer.weight"))
+    v = exact(base) + PLAIN["default"] * b @ a
+    return a, b, m, v, np.linalg.norm(v, axis=1)
+
+
+def dora_direction(model: nn.Module, weight: str, delta: Array) -> dict[str, Array]:
+    """∂W/∂(A, B, m) applied to Δ, for W = diag(m/n)·(W₀ + s·B·A) with n held."""
+    a, b, m, v, norms = dora_parts(model, weight)
+    scaled = PLAIN["default"] * (m / norms)[:, None] * delta
+    parts = (b.T @ scaled, scaled @ a.T, (delta * v).sum(1) / norms)
+    return dict(zip(dora_names(model, weight), parts, strict=True))
+
+
+def test_a_dora_is_pulled_back_to_as_peft_itself_differentiates_it(
+    delta: drift_fast.Delta,
+) -> None:
+    model = dora(Backbone()).double()
+    for name, own in weights_in(delta).items():
+        module = model.get_submodule(f"base_model.model.{name.removesuffix('.weight')}")
+        model.zero_grad()
+        # The rows of the output are the columns of W.
+        out = module(torch.eye(own.shape[1], dtype=torch.float64)) - module(
+            torch.zeros(1, own.shape[1], dtype=torch.float64)
+        )
+        (out.mT * own.double()).sum().backward()
+        expected = dora_direction(model, name, exact(own))
+        for factor, part in expected.items():
+            found = exact(model.get_parameter(factor).grad)
+            assert reference.norm(found - part) <= 1e-12 * reference.norm(part), factor
+
+
+@pytest.mark.parametrize("block", [1 << 24, 20])
+@pytest.mark.parametrize("scale", SCALES)
+def test_factors_and_magnitudes_of_a_dora_follow_the_equations(
+    delta: drift_fast.Delta, scale: str, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("drift_fast.inject.lora.dora._BLOCK", block)
+    model = dora(Backbone())
+    gradients = backward(model)
+    injection = drift_fast.Injection(model, delta, scale=scale, alpha=0.7)
+    injection.step()
+    assert (injection.injected, injection.skipped) == (14, 0)
+    found, pushed = gradients_of(model), 0
+    for name, own in weights_in(delta).items():
+        direction = dora_direction(model, name, exact(own))
+        g = np.concatenate([exact(gradients[key]).ravel() for key in direction])
+        d = np.concatenate([part.ravel() for part in direction.values()])
+        c = coefficient(g, d, alpha=0.7, scale=scale)
+        pushed += c != 0
+        moved = np.concatenate([exact(found[key]).ravel() for key in direction])
+        assert reference.norm(moved - (g - c * d)) <= 2e-6 * (
+            reference.norm(g) + abs(c) * reference.norm(d)
+        ), name
+    assert pushed > 0
+
+
+@pytest.mark.parametrize("frozen", ["lora_A", "lora_B", "lora_magnitude_vector"])
+def test_what_is_frozen_of_a_dora_takes_no_part(delta: drift_fast.Delta, frozen: str) -> None:
+    model = dora(Backbone())
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and frozen not in name)
+    gradients = backward(model)
+    injection = drift_fast.Injection(model, delta, scale="gradnorm")
+    injection.step()
+    for name, own in weights_in(delta).items():
+        direction = dora_direction(model, name, exact(own))
+        direction = {key: part for key, part in direction.items() if frozen not in key}
+        assert len(direction) == 2
+        g = np.concatenate([exact(gradients[key]).ravel() for key in direction])
+        d = np.concatenate([part.ravel() for part in direction.values()])
+        expected = g - coefficient(g, d, alpha=1.0, scale="gradnorm") * d
+        moved = np.concatenate([exact(gradients_of(model)[key]).ravel() for key in direction])
+        assert reference.norm(moved - expected) <= 2e-6 * 2 * reference.norm(g)
+
+
+def test_progress_of_a_dora_is_that_of_its_whole_weights(delta: drift_fast.Delta) -> None:
+    model = dora(Backbone())
+
+    def along() -> float:
+        total = 0.0
+        for name, own in weights_in(delta).items():
+            _, _, m, v, norms = dora_parts(model, name)
+            total += float(((m / norms)[:, None] * v * exact(own)).sum())
+        return total
+
+    injection = drift_fast.Injection(model, delta)
+    start = along()
+    backward(model)
+    injection.step()
+    torch.optim.SGD(model.parameters(), lr=0.5).step()
+    square = sum(float(np.square(exact(own)).sum()) for own in weights_in(delta).values())
+    expected = (along() - start) / square
+    assert abs(expected) > 0.01
+    assert injection.metrics()["progress"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_dora_beside_another_adapter_is_refused(delta: drift_fast.Delta) -> None:
+    model = dora(Backbone())
+    model.add_adapter("other", peft.LoraConfig(r=2, target_modules=ALL))
+    model.base_model.set_adapter(["default", "other"])
+    with pytest.raises(drift_fast.DriftError, match=r"beside another.*use_dora=False"):
+        drift_fast.Injection(model, delta)
+
+
+def test_a_dora_of_an_embedding_is_refused(text_delta: drift_fast.Delta) -> None:
+    embedded = dora(tiny_qwen2(), target_modules=["embed_tokens"])
+    with pytest.raises(drift_fast.DriftError, match=r"embed_tokens.*DoRA of an embedding"):
+        drift_fast.Injection(embedded, text_delta, modules="embed")
+
+
 # --- what else an adapted model trains --------------------------------------------------------
 
 
@@ -770,18 +904,9 @@ def test_an_adapter_that_does_not_train_by_itself_is_refused(
         drift_fast.Injection(model, delta)
 
 
-@pytest.mark.parametrize(
-    ("options", "match"),
-    [
-        ({"use_dora": True, "init_lora_weights": True}, "DoRA"),
-        ({"init_lora_weights": "mica"}, "MiCA"),
-    ],
-)
-def test_variants_of_lora_are_refused_by_name(
-    delta: drift_fast.Delta, options: dict[str, Any], match: str
-) -> None:
-    with pytest.raises(drift_fast.DriftError, match=match):
-        drift_fast.Injection(adapted(Backbone(), **options), delta)
+def test_variants_of_lora_are_refused_by_name(delta: drift_fast.Delta) -> None:
+    with pytest.raises(drift_fast.DriftError, match="MiCA"):
+        drift_fast.Injection(adapted(Backbone(), init_lora_weights="mica"), delta)
 
 
 # Options that a configuration needs beside its modules, for models as small as this one.
@@ -941,6 +1066,16 @@ def test_a_model_in_four_bits_is_injected_into_along_the_unquantized_delta(
         total += float(np.sum(np.square(exact(own))))
     # Both norms of A·B are far larger than their difference.
     assert injection.metrics()["progress"] == pytest.approx(moved / total, rel=1e-3, abs=1e-6)
+
+
+def test_a_dora_of_a_weight_in_four_bits_is_refused(
+    quantized: tuple[Any, drift_fast.Delta],
+) -> None:
+    base, delta = quantized
+    with pytest.raises(
+        drift_fast.DriftError, match=r"q_proj.*DoRA of a quantized weight.*use_dora=False"
+    ):
+        drift_fast.Injection(adapted(base, use_dora=True, init_lora_weights=True), delta)
 
 
 def test_a_weight_in_four_bits_without_an_adapter_is_known_as_packed(

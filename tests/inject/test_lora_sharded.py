@@ -328,6 +328,10 @@ def check_faults(folder: Path) -> Report:
     twins.inject()
     report["not finite"] = [twins.injection.skipped, twins.injection.injected]
     twins.remove()
+    delta = Delta.open(folder / "even" / "delta")
+    for name, wrap in (("FSDP2", fsdp2), ("FSDP1", fsdp1)):
+        attach = functools.partial(Injection, wrap(adapted("even", use_dora=True)), delta)
+        report[f"DoRA, {name}"] = refusal(functools.partial(attach, modules=WEIGHTS))
     return report
 
 
@@ -622,6 +626,13 @@ def test_what_one_process_lacks_stops_all(reports: dict[str, list[Report]]) -> N
         assert reason in report["lacking"]
         skipped, injected = report["not finite"]
         assert (skipped, injected) == (1, 13)
+
+
+@pytest.mark.parametrize("way", ["FSDP2", "FSDP1"])
+def test_a_dora_of_a_sharded_weight_is_refused(reports: dict[str, list[Report]], way: str) -> None:
+    for report in reports["check_faults"]:
+        assert "q_proj" in report[f"DoRA, {way}"]
+        assert "ZeRO-2, or with use_dora=False" in report[f"DoRA, {way}"]
 
 
 def test_progress_goes_on_from_a_saved_state(reports: dict[str, list[Report]]) -> None:

@@ -15,8 +15,19 @@ from typing import Any
 import pytest
 
 import drift_fast
-from drift_fast.integrations.trainer_run import check_ahead
-from support.injection_models import moved_text, saved, text_samples, tiny_qwen2
+from drift_fast.inject.refusals import check_adapted
+from drift_fast.inject.targets import find_targets
+from drift_fast.integrations.trainer_run import check_ahead, shards_weights
+from support.injection_models import (
+    ATTENTION,
+    MLP,
+    Backbone,
+    delta_towards,
+    moved_text,
+    saved,
+    text_samples,
+    tiny_qwen2,
+)
 from support.joined import Joined, Report, launch
 
 transformers = pytest.importorskip("transformers")
@@ -151,7 +162,11 @@ class _Owner(SimpleNamespace):
         self, *, deepspeed: Any = None, fsdp: Any = None, optim: str = "adamw_torch"
     ) -> None:
         state = SimpleNamespace(
-            deepspeed_plugin=SimpleNamespace(deepspeed_config=deepspeed), fsdp_plugin=fsdp
+            deepspeed_plugin=SimpleNamespace(
+                deepspeed_config=deepspeed,
+                zero_stage=(deepspeed or {}).get("zero_optimization", {}).get("stage", 0),
+            ),
+            fsdp_plugin=fsdp,
         )
         super().__init__(
             args=SimpleNamespace(optim=optim),
@@ -190,3 +205,29 @@ def test_a_supported_way_of_sharding_is_taken() -> None:
     check_ahead(_Owner(deepspeed={"zero_optimization": {"stage": 3}}), config)
     for plugin in ({"fsdp_version": 2}, {"fsdp_version": 1, "use_orig_params": True}):
         check_ahead(_Owner(fsdp=SimpleNamespace(**plugin)), config)
+
+
+@pytest.mark.parametrize(
+    ("owner", "shards"),
+    [
+        (_Owner(), False),
+        (_Owner(deepspeed={"zero_optimization": {"stage": 2}}), False),
+        (_Owner(deepspeed={"zero_optimization": {"stage": 3}}), True),
+        (_Owner(fsdp=SimpleNamespace(fsdp_version=2)), True),
+    ],
+)
+def test_a_dora_is_refused_before_a_trainer_shards_its_weight(
+    tmp_path: Path, owner: Any, *, shards: bool
+) -> None:
+    peft = pytest.importorskip("peft")
+    assert shards_weights(owner) is shards
+    config = drift_fast.InjectionConfig(modules=r"re:_proj\.weight$")
+    model = peft.get_peft_model(
+        Backbone(), peft.LoraConfig(target_modules=[*ATTENTION, *MLP], use_dora=True)
+    )
+    targets, _ = find_targets(model, delta_towards(tmp_path, Backbone()), config)
+    if shards:
+        with pytest.raises(drift_fast.DriftError, match=r"q_proj.*ZeRO-2, or with use_dora=False"):
+            check_adapted(targets, config, will_shard=shards)
+    else:
+        check_adapted(targets, config, will_shard=shards)

@@ -311,6 +311,18 @@ STACKS = (
             ("DeepSpeed ZeRO-3, 2 processes", "sharded:zero", {"stage": 3}),
         )
     ),
+    _lora("LoRA (PEFT), DoRA", "loops:plain", adapter="dora"),
+    _lora("LoRA (PEFT), DoRA, DDP, 2 processes", "sharded:ddp", 2, adapter="dora"),
+    *(
+        _lora(
+            f"LoRA (PEFT), DoRA, DeepSpeed ZeRO-{stage}, 2 processes",
+            "sharded:zero",
+            2,
+            adapter="dora",
+            stage=stage,
+        )
+        for stage in (1, 2)
+    ),
     Stack("DDP, 2 processes", "sharded:ddp", 2),
     Stack("Accelerate, DDP, 2 processes", "libraries:accelerate", 2),
     Stack("Trainer, DDP, 2 processes", "libraries:trainer", 2),

@@ -144,7 +144,8 @@ class World:
         deltas = load_file(self.folder / "exact-delta.safetensors")
         if kind == "weights":
             return _injected(gradients, deltas, alpha, scale)
-        return _injected_factors(gradients, self.start(kind), deltas, alpha, scale, adapter=kind)
+        start = self.start("weights") | self.start(kind)
+        return _injected_factors(gradients, start, deltas, alpha, scale, adapter=kind)
 
     def _empty(self) -> Any:
         overrides = json.loads((self.folder / "shapes.json").read_text())
@@ -276,6 +277,7 @@ ADAPTERS = {
     "lora": LORA_ALPHA / RANK,
     "rslora": LORA_ALPHA / RANK**0.5,
     "copies": LORA_ALPHA / RANK,
+    "dora": LORA_ALPHA / RANK,
 }
 
 
@@ -291,6 +293,7 @@ def with_lora(model: Any, adapter: str) -> Any:
         target_modules=sorted({*ATTENTION, *MLP} - {*copies}),
         modules_to_save=copies or None,
         use_rslora=adapter == "rslora",
+        use_dora=adapter == "dora",
         task_type="CAUSAL_LM",
     )
     return get_peft_model(model, config)
@@ -305,15 +308,16 @@ def _injected_factors(
     *,
     adapter: str,
 ) -> Gradients:
-    """Δ̃ = (s·BᵀΔ, s·ΔAᵀ) for (A, B), and one coefficient for the pair; Δ itself for copies."""
+    """Δ̃ = (s·BᵀΔ, s·ΔAᵀ) for (A, B), and one coefficient for the pair; Δ itself for copies.
+
+    With DoRA W = diag(m/n)·V, V = W₀ + s·B·A with the norms n of its rows held; m joins A and B.
+    """
     s = ADAPTERS[adapter]
     injected: Gradients = {}
     for name_a, gradient_a in gradients.items():
         if ".modules_to_save." in name_a:
-            weight = name_a.removeprefix("base_model.model.").replace(
-                "modules_to_save.default.", ""
-            )
-            whole = _inject(gradient_a, deltas[weight], alpha, scale)
+            module = name_a.removeprefix("base_model.model.").partition(".modules_to_save.")[0]
+            whole = _inject(gradient_a, deltas[f"{module}.weight"], alpha, scale)
             injected[name_a] = torch.from_numpy(whole)
         if ".lora_A." not in name_a:
             continue
@@ -321,10 +325,20 @@ def _injected_factors(
         module = name_a.removeprefix("base_model.model.").partition(".lora_A.")[0]
         delta = deltas[f"{module}.weight"]
         a, b = start[name_a].double(), start[name_b].double()
-        pulled_back = torch.cat([(s * b.T @ delta).flatten(), (s * delta @ a.T).flatten()])
-        pair = torch.cat([gradient_a.flatten(), gradients[name_b].flatten()])
-        both = torch.from_numpy(_inject(pair, pulled_back, alpha, scale))
-        injected[name_a] = both[: a.numel()].reshape(a.shape).clone()
-        injected[name_b] = both[a.numel() :].reshape(b.shape).clone()
+        names, factors = [name_a, name_b], [a, b]
+        scaled, pulled_back = s * delta, []
+        if adapter == "dora":
+            names.append(name_a.replace("lora_A.default", "lora_magnitude_vector.default"))
+            m, v = start[names[-1]].double(), start[f"{module}.weight"].double() + s * b @ a
+            norms = v.norm(dim=1)
+            scaled = (m / norms)[:, None] * scaled
+            factors.append(m)
+            pulled_back = [(delta * v).sum(1) / norms]
+        pulled_back = [(b.T @ scaled).flatten(), (scaled @ a.T).flatten(), *pulled_back]
+        joint = torch.cat([gradients[name].flatten() for name in names])
+        whole = torch.from_numpy(_inject(joint, torch.cat(pulled_back), alpha, scale))
+        parts = whole.split([factor.numel() for factor in factors])
+        for name, factor, part in zip(names, factors, parts, strict=True):
+            injected[name] = part.reshape(factor.shape).clone()
     assert injected.keys() == gradients.keys()
     return injected

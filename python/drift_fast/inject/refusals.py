@@ -181,15 +181,28 @@ def check_optimized(targets: Sequence[Target], optimizer: torch.optim.Optimizer)
         )
 
 
-def check_adapted(targets: Sequence[Target], config: InjectionConfig) -> None:
+def check_adapted(
+    targets: Sequence[Target], config: InjectionConfig, *, will_shard: bool = False
+) -> None:
     """Refuse what has no meaning where weights move through adapters' factors.
 
+    will_shard: whether frozen weights are going to be sharded, as FSDP and ZeRO-3 do.
+
     Raises:
-        DriftError: such an option, and an adapted target.
+        DriftError: such an option, and an adapted target; or a DoRA of a sharded weight.
     """
     adapted = next((target for target in targets if target.adapted is not None), None)
     if adapted is None:
         return
+    for target in targets:
+        if target.adapted is None or not target.adapted.is_dora:
+            continue
+        if will_shard or not target.adapted.is_base_whole():
+            raise DriftError(
+                f"{target.name} has a DoRA adapter, whose magnitudes need the norms of whole rows, "
+                "and this process holds a part of the weight: train with DDP, ZeRO-1 or ZeRO-2, or "
+                "with use_dora=False"
+            )
     reasons = {
         'scope="microbatch"': 'whose own gradient is never formed: use scope="step"',
         "overlap=True": "whose factors are injected into together: use overlap=False",

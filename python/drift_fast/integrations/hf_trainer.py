@@ -37,6 +37,7 @@ from drift_fast.integrations.trainer_run import (
     bare_model,
     check_ahead,
     engine_of,
+    shards_weights,
 )
 from drift_fast.integrations.wrapped_method import WrappedMethod
 
@@ -110,7 +111,7 @@ class TrainerInjection(AttachedInjection):
             targets, self._foreseen = find_targets(trainer.model, self._delta, config)
             check_trainable(targets, trainer.model, loaded=not sharded)
             check_trained(targets, trainer.model)
-            check_adapted(targets, config)
+            check_adapted(targets, config, will_shard=shards_weights(trainer))
             refuse_second(targets)
         else:
             self._start(trainer.model, length or None)

@@ -58,6 +58,12 @@ def check_ahead(trainer: Any, config: InjectionConfig) -> None:
             raise flattened("all parameters of each block")
 
 
+def shards_weights(trainer: Any) -> bool:
+    """Whether processes will hold parts of the weights, frozen ones too."""
+    plugin = trainer.accelerator.state.deepspeed_plugin if trainer.is_deepspeed_enabled else None
+    return bool(trainer.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3))
+
+
 class CheckpointedState:
     """Adds a state to every checkpoint of a trainer; `state` returns None where there is none.
 

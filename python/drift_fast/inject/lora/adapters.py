@@ -1,8 +1,8 @@
 """LoRA adapters of PEFT: which factors train in place of a weight, and what cannot be followed.
 
 Owns what is known of PEFT's layers; knows nothing of Δ. A layer computes with
-W = W₀ + Σ s·B·A over its active adapters, whatever W₀ is stored as. Every other way of adapting a
-weight is refused by name.
+W = W₀ + Σ s·B·A over its active adapters, whatever W₀ is stored as, and with DoRA each row of that
+has a trained length. Every other way of adapting a weight is refused by name.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from drift_fast.inject.shards.fsdp1 import is_fsdp1, unwrapped
@@ -28,7 +29,7 @@ class Factors:
     """One adapter of one weight: W += s·B·A, with A of shape [rank, in] and B of [out, rank].
 
     For a weight of several experts, A is [experts·rank, in] and B is [out, rank·experts]; in B the
-    expert is the fastest index.
+    expert is the fastest index. The magnitude [out] is that of a DoRA (lora/dora.py).
     """
 
     a: nn.Parameter
@@ -36,6 +37,12 @@ class Factors:
     rank: int
     adapter: str
     scalings: Mapping[str, float]
+    magnitude: nn.Parameter | None = None
+
+    @property
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        """A, B and, of a DoRA, the magnitude."""
+        return (self.a, self.b, *(() if self.magnitude is None else (self.magnitude,)))
 
     @property
     def scaling(self) -> float:
@@ -71,8 +78,8 @@ class Adapted:
 
     @functools.cached_property
     def parameters(self) -> tuple[nn.Parameter, ...]:
-        """A and B of every adapter, trained or not."""
-        return tuple(p for one in self.factors for p in (one.a, one.b))
+        """A and B of every adapter, or those and the magnitude of a DoRA; trained or not."""
+        return tuple(p for one in self.factors for p in one.parameters)
 
     @functools.cached_property
     def experts(self) -> int:
@@ -80,11 +87,31 @@ class Adapted:
         return math.prod(self.shape[:-2])
 
     @functools.cached_property
-    def shapes(self) -> tuple[tuple[int, int], ...]:
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
         """Shapes of `parameters` before any sharding."""
         height, width = self.shape[-2:][:: -1 if self.transposed else 1]
-        ranks = [self.experts * one.rank for one in self.factors]
-        return tuple(shape for rank in ranks for shape in ((rank, width), (height, rank)))
+        shapes: list[tuple[int, ...]] = []
+        for one in self.factors:
+            rank = self.experts * one.rank
+            shapes += [(rank, width), (height, rank)]
+            if one.magnitude is not None:
+                shapes.append((height,))
+        return tuple(shapes)
+
+    @property
+    def is_dora(self) -> bool:
+        """Whether each row has a trained magnitude."""
+        return any(one.magnitude is not None for one in self.factors)
+
+    def base(self) -> torch.Tensor:
+        """Return W₀ [out, in] of a DoRA."""
+        weight: torch.Tensor = self.layer.get_base_layer().weight
+        return weight.detach()
+
+    def is_base_whole(self) -> bool:
+        """Whether this process holds all of W₀, which DDP, ZeRO-1 and ZeRO-2 leave on each."""
+        weight = self.base()
+        return not hasattr(weight, "device_mesh") and tuple(weight.shape) == self.shape
 
 
 @dataclass
@@ -203,7 +230,7 @@ def _follow(module: Any, base: Any) -> Adapted | str:
     factors = _active_factors(module)
     if isinstance(factors, str):
         return factors
-    trained = tuple(p for one in factors for p in (one.a, one.b) if p.requires_grad)
+    trained = tuple(p for one in factors for p in one.parameters if p.requires_grad)
     if not trained:
         return (
             "none of its adapters is active and trained; load adapters with is_trainable=True, and "
@@ -213,14 +240,14 @@ def _follow(module: Any, base: Any) -> Adapted | str:
     beside = (p for name, p in base.named_parameters() if name != "bias" and own in (None, name))
     if any(p.requires_grad for p in beside):
         return "the weight trains beside its adapters; freeze one of them"
-    kept = tuple(one for one in factors if one.a.requires_grad or one.b.requires_grad)
+    kept = tuple(one for one in factors if any(p.requires_grad for p in one.parameters))
     transposed = _is_transposed(module)
     shape = _stored_shape(module, transposed=transposed)
     return Adapted(kept, shape, transposed, trained, module, tuple(module.active_adapters))
 
 
 def _active_factors(module: Any) -> list[Factors] | str:
-    """Return the factors of a layer's active adapters, or why they do not make a sum W₀ + s·B·A."""
+    """Return the factors of a layer's active adapters, or why Δ cannot be pulled back to them."""
     from peft.tuners.lora import LoraLayer
 
     kind = type(module)
@@ -249,17 +276,33 @@ def _active_factors(module: Any) -> list[Factors] | str:
     for adapter in module.active_adapters:
         if adapter not in a_of:
             continue
-        variant = _variant(module, adapter)
+        variant, magnitude = _variant(module, adapter), None
         if variant == "DoRA":
-            return (
-                f"the adapter {adapter} is a DoRA, whose trained magnitudes scale the weight, not "
-                "a sum W₀ + s·B·A; train with use_dora=False"
-            )
-        if variant:
+            if why := _why_no_dora(module):
+                return (
+                    f"the adapter {adapter} is a DoRA {why}; train with use_dora=False, or leave "
+                    "it out with modules=…"
+                )
+            magnitude = module.lora_magnitude_vector[adapter].weight
+        elif variant:
             return f"the adapter {adapter} is of the variant {variant}; use plain LoRA"
         rank = int(module.r[adapter])
-        factors.append(Factors(a_of[adapter], b_of[adapter], rank, adapter, module.scaling))
+        factors.append(
+            Factors(a_of[adapter], b_of[adapter], rank, adapter, module.scaling, magnitude)
+        )
     return factors
+
+
+def _why_no_dora(module: Any) -> str:
+    """Return of what a DoRA cannot be followed, or nothing."""
+    weight = getattr(module.get_base_layer(), "weight", None)
+    if len(module.active_adapters) > 1:
+        return "beside another active adapter"
+    if _is_transposed(module):
+        return "of an embedding or a transposed weight"
+    if weight is None or not weight.is_floating_point() or hasattr(weight, "quant_state"):
+        return "of a quantized weight, whose rows have norms that only the quantizer knows"
+    return ""
 
 
 def _out_of_use(module: Any) -> str:

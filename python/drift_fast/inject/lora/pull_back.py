@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from drift_fast.inject.lora import experts
+from drift_fast.inject.lora import dora, experts
 from drift_fast.inject.lora.adapters import Adapted, Factors
 from drift_fast.inject.lora.precision import full_precision
 
@@ -29,6 +29,8 @@ def pull_back(
     `delta` is flat, of any dtype, on the factors' device; `weights` are the whole `parameters` of
     `adapted`. Of Δ's rows [start, stop) alone the result is what they add to Δ̃.
     """
+    if adapted.is_dora:
+        return dora.pull_back(delta, adapted, weights, rows)
     if adapted.experts > 1:
         return experts.pull_back(delta, adapted, weights, rows)
     trained = {id(parameter) for parameter in adapted.trained}
@@ -62,7 +64,12 @@ def along(
     weights: Sequence[torch.Tensor],
     rows: tuple[int, int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return two flat tensors whose dot product is Σ s·⟨B·A, Δ⟩, over the given rows of Δ."""
+    """Return two flat tensors whose dot product is Σ s·⟨B·A, Δ⟩, over the given rows of Δ.
+
+    Of a DoRA it is ⟨W, Δ⟩, which changes by as much as W moves along Δ too.
+    """
+    if adapted.is_dora:
+        return dora.along(delta, adapted, weights, rows)
     if adapted.experts > 1:
         return experts.along(delta, adapted, weights, rows)
     beside_rows, beside_columns = _stacked(adapted, weights)
