@@ -743,7 +743,7 @@ def test_what_one_process_cannot_attach_every_one_raises_soon(
         "no memory for Δ": "MemoryError: full",
     }
     for name, reason in reasons.items():
-        assert "another process of this run failed here" in first[name], name
+        assert re.match("DriftError: process 1 of this run failed: " + reason, first[name]), name
         assert re.match(reason, second[name]), second[name]
 
 
@@ -905,5 +905,5 @@ def test_one_process_of_two_dimensions_that_fails_stops_all(
     reports = found(four_reports, check_one_failure_reaches_every_dimension)
     for rank, report in enumerate(reports):
         assert report["seconds"] < PATIENCE.total_seconds() / 2
-        expected = "FileNotFoundError" if rank == 2 else "another process of this run"
+        expected = "FileNotFoundError" if rank == 2 else "process 2 of this run failed: FileNot"
         assert expected in report["told"], rank

@@ -20,7 +20,7 @@ from drift_fast.inject.lora.shard import shards_of_targets
 from drift_fast.inject.optimizer_watch import OptimizerWatch
 from drift_fast.inject.scope import Scope
 from drift_fast.inject.shards.base import Shard
-from drift_fast.inject.shards.find import shards_of
+from drift_fast.inject.shards.find import processes_of, shards_of
 from drift_fast.inject.target import Target
 
 
@@ -57,6 +57,10 @@ class Driver:
                 "scale='absolute' with a scaler needs the optimizer too, to know whether its "
                 "gradients are still scaled: pass optimizer=…"
             )
+
+    def processes(self, model: nn.Module) -> tuple[Any, ...]:
+        """Return the groups of all processes that train the model together and attach to it."""
+        return processes_of(model)
 
     def shards(self, model: nn.Module, targets: Sequence[Target]) -> list[Shard]:
         """Return how the local gradient and weights of each target are reached."""

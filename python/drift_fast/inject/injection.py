@@ -36,6 +36,7 @@ from drift_fast.inject.refusals import (
     check_sharding,
     check_trainable,
     check_trained,
+    statement,
 )
 from drift_fast.inject.saved_state import (
     InjectionState,
@@ -44,7 +45,6 @@ from drift_fast.inject.saved_state import (
     read_state,
 )
 from drift_fast.inject.scope import Scope
-from drift_fast.inject.shards.find import process_groups_of
 from drift_fast.inject.shards.reduction import Reduction
 from drift_fast.inject.step_scope import StepScope
 from drift_fast.inject.strength.control import Control
@@ -109,10 +109,13 @@ class Injection(Attachment, Shown):
             a scaler of its own.
         options: those of `InjectionConfig`, listed below.
 
+    Where several processes train the model, all of them raise if one does, or if they differ.
+
     Raises:
         CoverageError: the delta does not fit the model; names and shapes are listed.
         DriftError: a target that is frozen or cannot be trained, one that the optimizer does not
-            hold, a way of sharding that is not supported, or a second attachment.
+            hold, a way of sharding that is not supported, a second attachment, or another
+            process that failed, with its rank and message.
         NonFiniteError: the delta holds NaN or infinity.
         ValueError: an argument without meaning.
     """
@@ -128,38 +131,41 @@ class Injection(Attachment, Shown):
         driver: Driver | None = None,
         **options: Unpack[InjectionKeywords],
     ) -> None:
-        self._config = InjectionConfig.resolve(config, options, function="Injection")
-        if driver is None:
-            driver = Driver(optimizer, scaler)
-        elif optimizer is not None or scaler is not None:
-            raise ValueError("a driver has its own optimizer and scaler; leave them out")
-        self._driver = driver
-        driver.check(self._config)
-        trained = tuple(model.parameters()) if isinstance(model, nn.Module) else ()
-        with Reduction(process_groups_of(model)).together():
-            delta = open_delta(delta)
-            members = self._find(model, delta)
-        self._load(members, delta, trained)
-        for group in self._groups:
-            group.start(rescale=self._config.rescale is not None)
-        self._control = Control(
-            [target.delta_name for target in self._targets],
-            self._config,
-            squares=[square for group in self._groups for square in group.squares()],
-        )
-        home = self._groups[0]
-        self._control.place(home.device, home.norms.dtype)
-        self._missing = MissingAccount(self._targets, self._config.missing_gradients)
-        self._hint = AngleHint(self._config.scale)
-        self.history: dict[int, dict[str, float]] = {}
-        self._attach(model)
+        self._undo = contextlib.ExitStack()
+        everyone = Reduction((driver or Driver()).processes(model))
+        with everyone.together(self._undo.close):
+            self._config = InjectionConfig.resolve(config, options, function="Injection")
+            if driver is None:
+                driver = Driver(optimizer, scaler)
+            elif optimizer is not None or scaler is not None:
+                raise ValueError("a driver has its own optimizer and scaler; leave them out")
+            self._driver = driver
+            driver.check(self._config)
+            with everyone.together():
+                delta = open_delta(delta)
+                members = self._find(model, delta)
+                stated = statement(self._config, [target for target, _ in members], delta)
+            everyone.refuse_different(stated)
+            self._load(members, delta, model, everyone)
+            for group in self._groups:
+                group.start(rescale=self._config.rescale is not None)
+            self._control = Control(
+                [target.delta_name for target in self._targets],
+                self._config,
+                squares=[square for group in self._groups for square in group.squares()],
+            )
+            home = self._groups[0]
+            self._control.place(home.device, home.norms.dtype)
+            self._missing = MissingAccount(self._targets, self._config.missing_gradients)
+            self._hint = AngleHint(self._config.scale)
+            self.history: dict[int, dict[str, float]] = {}
+            self._attach(model)
 
     def _attach(self, model: nn.Module) -> None:
         """Put hooks on parameters and optimizers; what undoes it refers to all but this object."""
         self._lost_steps = LostSteps(self._groups, self._driver.wider)
         if self._driver.stepping is not None:
             self._lost_steps.see(self._driver.stepping)
-        self._undo = contextlib.ExitStack()
         self._claim = Claim(self._targets, self, self._undo)
         written = [accumulated for group in self._groups for accumulated in group.accumulated()]
         self._watchdog = Watchdog(
@@ -179,7 +185,7 @@ class Injection(Attachment, Shown):
         handles = [*self._driver.start(self._scope), *self._watchdog.handles, *self._scope.handles]
         for handle in handles:
             self._undo.callback(handle.remove)
-        self._claim.take(model)
+        self._undo.callback(self._claim.take(model).release)
 
     def _find(self, model: nn.Module, delta: DeltaLike) -> list[Member]:
         """Return the targets and how they are reached, in the order of the model.
@@ -199,7 +205,7 @@ class Injection(Attachment, Shown):
         return list(zip(targets, shards, strict=True))
 
     def _load(
-        self, members: Sequence[Member], delta: DeltaLike, trained: Sequence[nn.Parameter]
+        self, members: Sequence[Member], delta: DeltaLike, model: nn.Module, everyone: Reduction
     ) -> None:
         """Bring Δ to where it lives; targets whose Δ is zero are left out."""
         logger.info(
@@ -212,7 +218,8 @@ class Injection(Attachment, Shown):
         )
         # A hook inside backward needs all of Δ at any time.
         residency = "device" if self._config.scope == "microbatch" else self._config.residency
-        loading = Loading(residency, parse_size(self._config.prefetch), trained)
+        prefetch = parse_size(self._config.prefetch)
+        loading = Loading(residency, prefetch, tuple(model.parameters()), everyone)
         self._groups, self.residency = load_groups(members, delta, loading)
         self._targets = [target for group in self._groups for target in group.targets]
         held = {id(target) for target in self._targets}
@@ -392,7 +399,6 @@ class Injection(Attachment, Shown):
     def remove(self) -> None:
         """Detach from the model and free Δ; gradients are left as they are. May be called twice."""
         self._undo.close()
-        self._claim.release()
         self._groups.clear()
 
     def lost_from(self, model: nn.Module) -> list[str]:

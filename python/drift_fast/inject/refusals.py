@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from drift_fast.delta.protocol import DeltaLike, on_disk
 from drift_fast.errors import DriftError
-from drift_fast.inject.config import InjectionConfig
+from drift_fast.inject.config import InjectionConfig, ResidencyOptions, TargetOptions
 from drift_fast.inject.shards.base import Shard, Whole
 from drift_fast.inject.target import Target
+from drift_fast.options import Options
 
 # Packages whose parameters hold a weight as codes; one that trains is not among those refused.
 _PACKERS = ("bitsandbytes", "torchao", "quanto", "optimum", "hqq")
@@ -27,6 +29,23 @@ _PACKED = (
 )
 # How modules of quantized models call what they hold in place of a weight.
 _CODES = re.compile(r"(^|\.)(qweight|qzeros|weight_packed|W_q|weight_scale(_inv)?|\w+_blocks)$")
+
+
+def statement(options: Options, targets: Sequence[Target], delta: DeltaLike) -> list[str]:
+    """Return what all processes that train together must attach alike, a line for each thing.
+
+    Each may keep Δ in a place of its own. What is selected shows in the targets. Functions have no
+    text that is the same in all processes.
+    """
+    own = {*ResidencyOptions.names(), *TargetOptions.names()}
+    given = {name: getattr(options, name) for name in options.names() if name not in own}
+    stored = on_disk(delta)
+    rows = [] if stored is None else [row for row in stored.stats if row.name in delta.shapes]
+    return [
+        *(f"{name}={value!r}" for name, value in given.items() if not callable(value)),
+        *(f"{one.name} {list(one.shape)} for Δ of {one.delta_name}" for one in targets),
+        *(f"‖Δ‖² = {row.delta_sq:.6g} of {row.name}" for row in rows),
+    ]
 
 
 def check_trainable(targets: Sequence[Target], model: nn.Module, *, loaded: bool = True) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,8 @@ from drift_fast.inject.config import ConfigLike, InjectionConfig
 from drift_fast.inject.driver import Driver
 from drift_fast.inject.injection import Injection
 from drift_fast.inject.scope import Scope
+from drift_fast.inject.shards.find import all_processes, processes_of
+from drift_fast.inject.shards.reduction import Reduction
 from drift_fast.options import takes
 
 if TYPE_CHECKING:
@@ -65,8 +68,26 @@ def attach(
         TypeError: none of these.
         Exception: as `Injection`.
     """
-    config = InjectionConfig.resolve(config, options, function="attach")
     owner = trainer_or_optimizer
+    is_optimizer = isinstance(owner, torch.optim.Optimizer)
+    everyone = Reduction(processes_of(model) if is_optimizer else all_processes())
+    undo = contextlib.ExitStack()
+    with everyone.together(undo.close):
+        config = InjectionConfig.resolve(config, options, function="attach")
+        attached = _attached(owner, delta, config, model, scaler, csv)
+        undo.callback(attached.remove)
+    return attached
+
+
+def _attached(
+    owner: Any,
+    delta: DeltaLike | str | os.PathLike[str],
+    config: InjectionConfig,
+    model: nn.Module | None,
+    scaler: torch.amp.GradScaler | None,
+    csv: str | os.PathLike[str] | None,
+) -> Injection | TrainerInjection:
+    """Attach to what owns the steps, by its type."""
     if isinstance(owner, torch.optim.Optimizer):
         if model is None:
             raise ValueError("attach(optimizer, delta) needs the model it trains: pass model=…")

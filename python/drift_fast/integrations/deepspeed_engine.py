@@ -26,6 +26,7 @@ from drift_fast.inject.optimizer_watch import OptimizerWatch
 from drift_fast.inject.scope import Scope
 from drift_fast.inject.shards import zero
 from drift_fast.inject.shards.base import Shard
+from drift_fast.inject.shards.find import all_processes
 from drift_fast.inject.shards.zero_support import WIDER, optimizer_of
 from drift_fast.inject.step_scope import StepScope
 from drift_fast.inject.target import Target
@@ -53,6 +54,9 @@ class EngineDriver(Driver):
 
     def check(self, config: InjectionConfig) -> None:
         check_step_scope(config)
+
+    def processes(self, model: nn.Module) -> tuple[Any, ...]:
+        return all_processes()
 
     def shards(self, model: nn.Module, targets: Sequence[Target]) -> list[Shard]:
         find = functools.partial(zero.shards, optimizer=self._engine_optimizer)

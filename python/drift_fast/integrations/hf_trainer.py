@@ -28,6 +28,7 @@ from drift_fast.inject.driver import Driver, scale_of
 from drift_fast.inject.forecast import Forecast
 from drift_fast.inject.injection import Injection
 from drift_fast.inject.refusals import check_adapted, check_trainable, check_trained
+from drift_fast.inject.shards.find import all_processes
 from drift_fast.inject.targets import find_targets
 from drift_fast.inject.telemetry import append_rows
 from drift_fast.integrations.attached import AttachedInjection
@@ -62,6 +63,10 @@ class TrainerDriver(Driver):
     def __init__(self, trainer: Any) -> None:
         super().__init__()
         self._trainer = trainer
+
+    def processes(self, model: nn.Module) -> tuple[Any, ...]:
+        # What DDP is about to wrap does not show it yet.
+        return all_processes()
 
     def loss_scale(self, device: torch.device) -> torch.Tensor | float | None:
         # A search of hyperparameters builds an accelerator, and so a scaler, for each run.

@@ -6,6 +6,7 @@ wrapped and the number of steps is known. The motion then follows the optimizer 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
 from collections.abc import Mapping
@@ -18,6 +19,8 @@ from drift_fast.delta.protocol import DeltaLike
 from drift_fast.errors import DriftError, DriftWarning
 from drift_fast.inject.motion.motion import PlannedMotion
 from drift_fast.inject.motion.options import MotionOptions
+from drift_fast.inject.shards.find import all_processes
+from drift_fast.inject.shards.reduction import Reduction
 from drift_fast.inject.strength.per_module import PerModule, number
 from drift_fast.integrations.hf_trainer import TrainerDriver
 from drift_fast.integrations.trainer_run import CheckpointedState, bare_model, engine_of
@@ -29,6 +32,9 @@ _KEY = "drift_fast.PlannedMotion"
 
 class _Motion(PlannedMotion):
     _wider = TrainerDriver.wider
+
+    def _processes(self, model: Any) -> tuple[Any, ...]:
+        return all_processes()
 
 
 class TrainerMotion(TrainerCallback):  # type: ignore[misc, unused-ignore]
@@ -195,6 +201,21 @@ def attach_motion(
         ValueError: a window or a number of steps without meaning.
         DriftError: a second motion. What `PlannedMotion` raises comes when training begins.
     """
+    undo = contextlib.ExitStack()
+    with Reduction(all_processes()).together(undo.close):
+        attached = _attached(trainer, delta, progress, window, steps, options)
+        undo.callback(attached.remove)
+    return attached
+
+
+def _attached(
+    trainer: Any,
+    delta: Any,
+    progress: PerModule,
+    window: float,
+    steps: int | None,
+    options: dict[str, Any],
+) -> TrainerMotion:
     if not hasattr(trainer, "callback_handler") or not hasattr(trainer, "accelerator"):
         raise TypeError(
             f"expected a transformers Trainer, got {type(trainer).__name__}; in a loop of one's "

@@ -18,7 +18,7 @@ from torch import nn
 from drift_fast.errors import DriftError
 from drift_fast.inject.shards import zero
 from drift_fast.inject.shards.base import Shard, Whole
-from drift_fast.inject.shards.find import process_groups_of, shards_of
+from drift_fast.inject.shards.find import all_processes, processes_of, shards_of
 from drift_fast.inject.shards.fsdp1 import find_fsdp1
 from drift_fast.inject.shards.reduction import Reduction
 from drift_fast.inject.shards.zero_support import is_engine, optimizer_of
@@ -41,7 +41,7 @@ class Way:
         # What the loss is given.
         self.model: Any = model
         self.replicas = Reduction(replicas)
-        self.sharded = Reduction(_meshed(model) or process_groups_of(model))
+        self.sharded = Reduction(processes_of(model))
         self.everyone = Reduction(tuple(dict.fromkeys(replicas + self.sharded.process_groups)))
         self.is_first = all(dist.get_rank(one) == 0 for one in self.everyone.process_groups)
 
@@ -106,13 +106,6 @@ class Way:
             some[:] = [self.replicas.sum(one) for one in some]
 
 
-def _meshed(model: nn.Module) -> tuple[Any, ...]:
-    """Return the groups of the meshes that DTensors are on, over which nothing may be sharded."""
-    meshes = (getattr(parameter, "device_mesh", None) for parameter in model.parameters())
-    groups = (one.get_all_groups() for one in meshes if one is not None)
-    return tuple(dict.fromkeys(group for some in groups for group in some))
-
-
 class EngineWay(Way):
     """A DeepSpeed engine: its backward reduces, and its optimizer holds the gradients."""
 
@@ -120,7 +113,7 @@ class EngineWay(Way):
         self._optimizer = optimizer_of(engine)
         super().__init__(engine.module)
         self.model = engine
-        self.sharded = self.everyone = Reduction((dist.group.WORLD,))
+        self.sharded = self.everyone = Reduction(all_processes())
         self.is_first = dist.get_rank() == 0
 
     def shards(self, targets: Sequence[Target]) -> list[Shard]:

@@ -31,11 +31,11 @@ from drift_fast.inject.motion.optimizer_steps import EngineSteps, OptimizerSteps
 from drift_fast.inject.motion.options import MotionOptions
 from drift_fast.inject.motion.rounding import Thresholds
 from drift_fast.inject.motion.schedule import MotionSchedule
-from drift_fast.inject.placement.load import Loading, load_groups
-from drift_fast.inject.refusals import check_optimized, check_trainable
+from drift_fast.inject.placement.load import Loading, Member, load_groups
+from drift_fast.inject.refusals import check_optimized, check_trainable, statement
 from drift_fast.inject.shards import zero
 from drift_fast.inject.shards.base import Shard
-from drift_fast.inject.shards.find import process_groups_of, shards_of
+from drift_fast.inject.shards.find import all_processes, processes_of, shards_of
 from drift_fast.inject.shards.reduction import Reduction
 from drift_fast.inject.shards.zero_support import WIDER, is_engine, optimizer_of
 from drift_fast.inject.strength.per_module import PerModule, per_target
@@ -80,8 +80,8 @@ class PlannedMotion(Attachment):
     Raises:
         CoverageError: the delta does not fit the model; names and shapes are listed.
         DriftError: a target that is frozen, adapted or cannot be trained, one that the optimizer
-            does not hold, a way of sharding that is not supported, or a target that has an
-            injection or a motion already.
+            does not hold, a way of sharding that is not supported, a target that has an injection
+            or a motion already, or another process that failed, with its rank and message.
         NonFiniteError: the delta holds NaN or infinity.
         TypeError: an unknown or retired keyword.
         ValueError: an argument without meaning.
@@ -100,43 +100,22 @@ class PlannedMotion(Attachment):
         optimizer: Any = None,
         **options: Unpack[MotionKeywords],
     ) -> None:
-        wanted = MotionOptions.from_keywords(options, function="PlannedMotion")
-        self._schedule = MotionSchedule(progress, steps, wanted.schedule, wanted.seed)
-        trained = tuple(model.parameters()) if isinstance(model, nn.Module) else ()
-        loading = Loading(wanted.residency, parse_size(wanted.prefetch), trained)
-        with Reduction(process_groups_of(model)).together():
-            delta = open_delta(delta)
-            targets, self.coverage = find_targets(model, delta, wanted)
-            check_trainable(targets, model)
-            _check_moved(targets)
-            values, _ = per_target([target.delta_name for target in targets], progress, "progress")
-            value_of = {target.name: value for target, value in zip(targets, values, strict=True)}
-            refuse_second(targets)
-            self._steps, shards = self._follow(model, targets, optimizer)
-        groups, self.residency = load_groups(
-            list(zip(targets, shards, strict=True)), delta, loading
-        )
-        thresholds = Thresholds(wanted.seed)
-        self._groups = [
-            MovedGroup(group, [value_of[target.name] for target in group.targets], thresholds)
-            for group in groups
-        ]
-        self._targets = [target for group in groups for target in group.targets]
-        held = {id(target) for target in self._targets}
-        self._named = [target.name for target in targets if id(target) in held]
-        logger.info(
-            "moving %d parameters by λ = %.3g of Δ in %d steps, %.1f%% of the delta's selected "
-            "elements and %.1f%% of the language backbone",
-            len(self._targets),
-            self._means("planned", [target[1] for target in self._each()])["planned"],
-            steps,
-            100 * self.coverage.fraction,
-            100 * self.coverage.backbone_fraction,
-        )
+        self._groups: list[MovedGroup] = []
         self._taken = 0
         # Optimizers whose state was searched for copies of weights.
         self._searched: Any = weakref.WeakSet()
-        self._attach(model, optimizer)
+        self._undo = contextlib.ExitStack()
+        everyone = Reduction(all_processes() if is_engine(optimizer) else self._processes(model))
+        with everyone.together(self._undo.close):
+            wanted = MotionOptions.from_keywords(options, function="PlannedMotion")
+            self._schedule = MotionSchedule(progress, steps, wanted.schedule, wanted.seed)
+            with everyone.together():
+                delta = open_delta(delta)
+                targets, shards = self._find(model, delta, wanted, optimizer)
+                stated = statement(wanted, targets, delta)
+            everyone.refuse_different([f"progress={progress!r}", f"steps={steps}", *stated])
+            self._load(model, list(zip(targets, shards, strict=True)), delta, wanted, everyone)
+            self._attach(model, optimizer)
 
     @property
     def targets(self) -> list[str]:
@@ -231,11 +210,7 @@ class PlannedMotion(Attachment):
         """Detach from the model and free Δ; weights stay where they are. May be called twice."""
         if self._groups and not self.finished:
             logger.info("planned motion removed after %d of %d steps", self._taken, self.steps)
-        self._lost_steps.remove()
-        self._steps.release()
-        self._claim.release()
-        for moved in self._groups:
-            moved.group.release()
+        self._undo.close()
         self._groups = []
 
     def __repr__(self) -> str:
@@ -244,18 +219,75 @@ class PlannedMotion(Attachment):
             f"{self._taken} of {self.steps} steps, residency={self.residency})"
         )
 
-    # One step.
+    # How it attaches.
+
+    def _processes(self, model: nn.Module) -> tuple[Any, ...]:
+        """Return the groups of all processes that train the model together."""
+        return processes_of(model)
+
+    def _find(
+        self, model: nn.Module, delta: DeltaLike, wanted: MotionOptions, optimizer: Any
+    ) -> tuple[list[Target], list[Shard]]:
+        """Return the targets and how they are reached, and get ready to follow the optimizer.
+
+        Raises:
+            CoverageError, DriftError: a target is missing, or cannot be moved.
+        """
+        targets, self.coverage = find_targets(model, delta, wanted)
+        check_trainable(targets, model)
+        _check_moved(targets)
+        names = [target.delta_name for target in targets]
+        values, _ = per_target(names, self._schedule.progress, "progress")
+        self._planned = dict(zip((target.name for target in targets), values, strict=True))
+        refuse_second(targets)
+        self._steps, shards = self._follow(model, targets, optimizer)
+        return targets, shards
+
+    def _load(
+        self,
+        model: nn.Module,
+        members: Sequence[Member],
+        delta: DeltaLike,
+        wanted: MotionOptions,
+        everyone: Reduction,
+    ) -> None:
+        """Bring Δ to where it lives; targets whose Δ is zero are left out."""
+        prefetch = parse_size(wanted.prefetch)
+        loading = Loading(wanted.residency, prefetch, tuple(model.parameters()), everyone)
+        groups, self.residency = load_groups(members, delta, loading)
+        thresholds = Thresholds(wanted.seed)
+        self._groups = [
+            MovedGroup(group, [self._planned[target.name] for target in group.targets], thresholds)
+            for group in groups
+        ]
+        self._targets = [target for group in groups for target in group.targets]
+        held = {id(target) for target in self._targets}
+        self._named = [target.name for target, _ in members if id(target) in held]
+        logger.info(
+            "moving %d parameters by λ = %.3g of Δ in %d steps, %.1f%% of the delta's selected "
+            "elements and %.1f%% of the language backbone",
+            len(self._targets),
+            self._means("planned", [target[1] for target in self._each()])["planned"],
+            self.steps,
+            100 * self.coverage.fraction,
+            100 * self.coverage.backbone_fraction,
+        )
 
     def _attach(self, model: nn.Module, optimizer: Any) -> None:
         """Follow the optimizer's steps from now on, and warn of those that are lost."""
         groups = [moved.group for moved in self._groups]
         wider = WIDER if is_engine(optimizer) else self._wider
         self._lost_steps = LostSteps(groups, wider, along=False)
+        for group in groups:
+            self._undo.callback(group.release)
+        self._undo.callback(self._lost_steps.remove)
         stepping = getattr(self._steps.given, "optimizer", self._steps.given)
         if isinstance(stepping, torch.optim.Optimizer):
             self._lost_steps.see(stepping)
+        self._undo.callback(self._steps.release)
         self._steps.start()
-        self._claim = Claim(self._targets, self, contextlib.ExitStack()).take(model)
+        claim = Claim(self._targets, self, contextlib.ExitStack()).take(model)
+        self._undo.callback(claim.release)
 
     def _follow(
         self, model: nn.Module, targets: Sequence[Target], optimizer: Any
@@ -273,6 +305,8 @@ class PlannedMotion(Attachment):
             check_optimized(targets, optimizer)
         shards = shards_of(names, parameters, model)
         return OptimizerSteps(parameters, optimizer, self._stepped), shards
+
+    # One step.
 
     @torch.no_grad()
     def _stepped(self, optimizer: torch.optim.Optimizer) -> None:

@@ -40,13 +40,16 @@ from drift_fast.inject.placement.places import (
 from drift_fast.inject.placement.residency import choose
 from drift_fast.inject.placement.stores import Resident, Ring, Store
 from drift_fast.inject.shards.base import Shard
-from drift_fast.inject.shards.reduction import Reduction
+from drift_fast.inject.shards.reduction import ALONE, Reduction
 from drift_fast.inject.target import DeltaReader, Target
 from drift_fast.inject.target_group import TargetGroup
 from drift_fast.names import layer_of
 from drift_fast.progress_bar import reported
 
 logger = logging.getLogger(__name__)
+
+# By this share ‖Δ‖ may differ between processes, whose devices need not be alike.
+_APART = 1e-4
 
 Member = tuple[Target, Shard]
 
@@ -59,6 +62,8 @@ class Loading:
     prefetch_nbytes: int = 10**9
     # All that trains: its gradients and optimizer states may be yet to come.
     trained: Sequence[torch.Tensor] = ()
+    # All processes that load, which fail together.
+    everyone: Reduction = ALONE
 
 
 def make_arithmetic(device: torch.device) -> Arithmetic:
@@ -89,10 +94,9 @@ def load_groups(
     residency = loading.residency
     if residency == "auto":
         residency = _choose_for(kinds, delta, loading.trained)
-    everyone = Reduction(tuple(dict.fromkeys(one for _, some, _ in kinds for one in some)))
     groups: list[TargetGroup] = []
     for (device, _, adapted), some in kinds.items():
-        loader = _Loader(delta, make_arithmetic(device), residency, everyone)
+        loader = _Loader(delta, make_arithmetic(device), residency, loading.everyone)
         kept = loader.load(in_backward_order(some))
         if kept:
             store = loader.store(kept, loading.prefetch_nbytes)
@@ -174,7 +178,14 @@ class _Loader:
 
         norms = total([one.norm for one in loaded])
         exact = total([one.exact_norm for one in loaded]) if self._int8 else norms
+        low, high = self._everyone.extremes(torch.tensor(norms, dtype=torch.float64))
         with self._everyone.together():
+            for one, least, largest in zip(loaded, low.tolist(), high.tolist(), strict=True):
+                if largest > (1 + _APART) * least:
+                    raise DriftError(
+                        f"{one.target.delta_name}: the processes of this run have different Δ, of "
+                        f"‖Δ‖ from {least:.6g} to {largest:.6g}; give all of them the same delta"
+                    )
             for one, norm, exact_norm in zip(loaded, norms, exact, strict=True):
                 one.norm, one.exact_norm = norm, exact_norm
                 self._check(one)

@@ -11,6 +11,7 @@ from torch import nn
 from drift_fast.inject.shards import fsdp1, zero
 from drift_fast.inject.shards.base import Shard, Whole
 from drift_fast.inject.shards.dtensor import DTensorShard
+from drift_fast.inject.shards.zero_support import is_engine
 
 
 def parameters_of(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, tuple[int, ...]]]:
@@ -49,18 +50,29 @@ def _shard(name: str, parameter: nn.Parameter) -> Shard:
     return Whole(parameter)
 
 
-def process_groups_of(model: nn.Module) -> tuple[Any, ...]:
-    """Return every process group over which parameters of a model are sharded."""
-    if not isinstance(model, nn.Module) or not dist.is_available() or not dist.is_initialized():
+def all_processes() -> tuple[Any, ...]:
+    """Return the process group of the whole run; none where this process is alone."""
+    joined = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return (dist.group.WORLD,) if joined else ()
+
+
+def processes_of(model: nn.Module | None) -> tuple[Any, ...]:
+    """Return the groups of all processes that train a model together, with shards or copies."""
+    if not isinstance(model, nn.Module) or not all_processes():
         return ()
-    is_fsdp1 = bool(fsdp1.find_fsdp1(model))
+    if is_engine(model) or fsdp1.find_fsdp1(model):
+        return all_processes()
     groups: dict[Any, None] = {}
-    for name, parameter in model.named_parameters():
-        if hasattr(parameter, "device_mesh"):
-            groups |= dict.fromkeys(DTensorShard(name, parameter).process_groups)
-        elif is_fsdp1 or _is_zero(parameter):
-            return (dist.group.WORLD,)
-    return tuple(groups)
+    for module in model.modules():
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            groups[module.process_group] = None
+    for parameter in model.parameters():
+        mesh: Any = getattr(parameter, "device_mesh", None)
+        if mesh is not None:
+            groups |= dict.fromkeys(mesh.get_all_groups())
+        elif _is_zero(parameter):
+            return all_processes()
+    return tuple(group for group in groups if dist.get_world_size(group) > 1)
 
 
 def _is_zero(parameter: nn.Parameter) -> bool:
