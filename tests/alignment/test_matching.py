@@ -707,3 +707,64 @@ def test_the_command_takes_prefix_pairs_and_map_files(
     assert "encoder" in capsys.readouterr().err
     assert main(["align", a, b, "--out", str(path)]) == 1
     assert "map.json" in capsys.readouterr().err
+
+
+# --- embeddings with different numbers of rows ----------------------------------------------------
+
+
+@pytest.fixture
+def resized(tmp_path: Path, rng: Any) -> tuple[Path, Path]:
+    """Two models, of which the multimodal one has six rows more, for two tokens of its own."""
+    text = language_model(rng)
+    vlm = moved(rng, text)
+    for name in ("model.language_model.embed_tokens.weight", "lm_head.weight"):
+        vlm[name] = stored(rng.normal(0, 1, (22, vlm[name].shape[1])))
+    paths = write_two(tmp_path, text, vlm)
+    for path, tokens in zip(paths, (14, 16), strict=True):
+        words = {f"token {number}": number for number in range(tokens)}
+        content = {"model": {"type": "WordLevel", "vocab": words}}
+        (path / "tokenizer.json").write_text(json.dumps(content))
+    return paths
+
+
+def test_every_verb_says_of_a_resized_embedding_which_rows_match(
+    tmp_path: Path, resized: tuple[Path, Path]
+) -> None:
+    delta = compute_delta(*resized, modules="all", dtype="float32")
+    rows = delta.alignment["rows"]
+    assert set(rows) == {"model.language_model.embed_tokens.weight", "lm_head.weight"}
+    assert all("14 of 22 rows matched by token string" in text for text in rows.values())
+    found = align(*resized)
+    assert found.rows == rows
+    assert set(found.pairs) == set(delta.coverage.matched)
+    assert found.matched_numel == delta.coverage.matched_numel
+    assert not found.unmatched_reasoning + found.unmatched_multimodal
+    assert "lm_head.weight: 14 of 22 rows matched by token string" in str(found)
+    assert found.to_dict()["rows"] == rows
+    # Its map is of the same pairs.
+    found.save(tmp_path / "map.json")
+    mapped = compute_delta(*resized, modules="all", mapping=tmp_path / "map.json", dtype="float32")
+    assert mapped.coverage.matched == delta.coverage.matched
+    assert all(torch.equal(mapped[name], delta[name]) for name in delta)
+
+
+def test_where_it_is_not_selected_nothing_is_without_a_match(resized: tuple[Path, Path]) -> None:
+    for coverage in (inspect(*resized).coverage, drift_fast.check(*resized).coverage):
+        assert coverage is not None
+        assert "without a match: 0 in the reasoning checkpoint, 0 in the" in str(coverage)
+        left_out = dict(coverage.unmatched_multimodal)
+        assert left_out["model.language_model.embed_tokens.weight"] == "not selected"
+        assert left_out["lm_head.weight"] == "not selected"
+
+
+def test_rows_that_cannot_be_matched_are_said_to_be_so_with_the_remedy(
+    resized: tuple[Path, Path],
+) -> None:
+    (resized[0] / "tokenizer.json").unlink()
+    found = align(*resized)
+    assert found.ok
+    assert found.rows == {}
+    assert "no tokenizer in" in dict(found.unmatched_multimodal)["lm_head.weight"]
+    assert 'rows="index"' in dict(found.unmatched_multimodal)["lm_head.weight"]
+    reason = dict(found.unmatched_reasoning)["lm_head.weight"]
+    assert reason == "its rows have no match in those of lm_head.weight"

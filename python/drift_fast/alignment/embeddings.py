@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from drift_fast.alignment.coverage import NOT_SELECTED
 from drift_fast.alignment.layout import Rectangle
 from drift_fast.alignment.name_alignment import NameAlignment, Pair
 from drift_fast.alignment.tied import Ties
@@ -50,11 +51,13 @@ def align_rows(
     found: NameAlignment,
     reasoning: Opened,
     multimodal: Opened,
-    selection: Selection,
+    selection: Selection | set[str],
     rows: Rows,
     ties: tuple[Ties, Ties],
 ) -> RowAlignment:
     """Pair the selected embeddings and heads of the multimodal model by rows.
+
+    Of others with different numbers of rows it is only noted that they are not selected.
 
     A head that the multimodal model ties to its embedding is left out, since they are one
     parameter. One that only the reasoning model ties is paired with that model's embedding. `ties`
@@ -75,6 +78,7 @@ def align_rows(
     maps: dict[str, RowMap] = {}
     problems: dict[str, str] = {}
     reasons = dict(found.unmatched_multimodal)
+    reasons_of_reasoning = dict(found.unmatched_reasoning)
     for name in chosen:
         source = sources.get(name)
         if kind_of(name) == "head" and multimodal_ties.tied and has_embedding:
@@ -88,9 +92,12 @@ def align_rows(
                 maps[name] = _match(source, name, reasoning, multimodal, rows)
             except CoverageError as error:
                 reasons[name] = problems[name] = str(error)
+                reasons_of_reasoning[source] = f"its rows have no match in those of {name}"
             else:
                 pairs[name] = Pair(name, _parts(source, maps[name], multimodal.shapes[name]))
-    reasons_of_reasoning = dict(found.unmatched_reasoning)
+    for name, source in sources.items():
+        if name not in chosen and name not in pairs and kind_of(name) == kind_of(source):
+            reasons[name] = reasons_of_reasoning[source] = NOT_SELECTED
     if reasoning_ties.tied or multimodal_ties.unknown:
         reason = TIED if reasoning_ties.tied else NO_HEAD
         reasons_of_reasoning |= {n: reason for n in held if kind_of(n) == "head"}

@@ -6,18 +6,19 @@ weights confirm it. What `compute_delta` would refuse is reported here instead o
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from drift_fast.alignment.coverage import Coverage, listed
+from drift_fast.alignment.embeddings import align_rows
 from drift_fast.alignment.inserted import find_inserted_layers
 from drift_fast.alignment.mapping import MappingLike, write_map
 from drift_fast.alignment.model_pair import ModelPair
 from drift_fast.alignment.pairing import match_checkpoints
 from drift_fast.alignment.refusals import OF_WEIGHTS, why_not
 from drift_fast.alignment.similarity import Similarity, compare_weights
+from drift_fast.alignment.tied import find_ties
 from drift_fast.checkpoints.opened import PathLike
 from drift_fast.errors import AlignmentError
 from drift_fast.names import kind_of
@@ -30,6 +31,7 @@ class Alignment(Shown):
     """How the tensors of two checkpoints match, by names, shapes and samples of the weights.
 
     `pairs` are (reasoning, multimodal) names; a fused tensor is in as many pairs as it has sources.
+    `rows` says which rows of embeddings and heads match whose numbers of rows differ.
     `problem` is what `compute_delta` would refuse, None where it would not. `proposed` says that
     the pairs are a proposal to look over, which is never applied by itself.
     """
@@ -46,6 +48,7 @@ class Alignment(Shown):
     matched_numel: int
     paths: tuple[str, str]
     kinds: dict[str, int] = field(default_factory=dict)
+    rows: dict[str, str] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
@@ -96,6 +99,7 @@ class Alignment(Shown):
             "likeness": None if self.similarity is None else self.similarity.to_dict(),
             "matched_numel": self.matched_numel,
             "pairs": [list(pair) for pair in self.pairs],
+            "rows": self.rows,
             "unmatched_reasoning": [list(item) for item in self.unmatched_reasoning],
             "unmatched_multimodal": [list(item) for item in self.unmatched_multimodal],
         }
@@ -108,6 +112,7 @@ class Alignment(Shown):
             f"{'proposed' if self.proposed else 'matched'}: {len(self.pairs)} tensors ({kinds}), "
             f"{self.matched_numel:,} parameters, by {self.by}",
             f"prefixes: {self.prefixes[0] or '(none)'} → {self.prefixes[1] or '(none)'}",
+            *(f"{name}: {rows}" for name, rows in self.rows.items()),
         ]
         if self.similarity is not None:
             lines.append(
@@ -144,9 +149,10 @@ def align(
 ) -> Alignment:
     """Match all tensors of two checkpoints and report how, and how surely; nothing is written.
 
-    Only headers are read, and samples of the weights if they are on this machine. What
-    `compute_delta` refuses is in the result as its `problem`. If the multimodal model has layers of
-    another structure inserted, the pairs are the proposal of a layer map.
+    Only headers are read, samples of the weights if they are on this machine, and the tokenizers
+    if embeddings have different numbers of rows. What `compute_delta` refuses is in the result as
+    its `problem`. If the multimodal model has layers of another structure inserted, the pairs are
+    the proposal of a layer map.
 
     Raises:
         FileNotFoundError, CheckpointError: a checkpoint that is not there or not valid.
@@ -169,12 +175,29 @@ def align(
                 f". The multimodal model has inserted layers {inserted}; the pairs shown leave "
                 "them out. Write them with --out, look them over, and pass the file as mapping"
             )
+    rows: dict[str, str] = {}
+    if problem is None or proposed:
+        pair, rows = _with_rows(pair)
     local = pair.reasoning.is_local and pair.multimodal.is_local
     if check_weights and local and (problem is None or proposed):
         pair = _compared(pair)
         unlike = why_not(pair, rules=None if proposed else OF_WEIGHTS)
         problem = str(unlike[0]) if unlike else problem
-    return _report(pair, problem, proposed)
+    return _report(pair, problem, proposed, rows)
+
+
+def _with_rows(pair: ModelPair) -> tuple[ModelPair, dict[str, str]]:
+    """Pair embeddings and heads of different numbers of rows as a delta of them would."""
+    paired = {one.name for one in pair.alignment.pairs}
+    resized = {
+        name for name in pair.shapes if name not in paired and kind_of(name) in ("embed", "head")
+    }
+    if not resized:
+        return pair, {}
+    ties = find_ties(pair.reasoning, resized), find_ties(pair.multimodal, resized)
+    found = align_rows(pair.alignment, pair.reasoning, pair.multimodal, resized, None, ties)
+    rows = {name: str(one) for name, one in found.maps.items()}
+    return replace(pair, alignment=found.alignment), rows
 
 
 def _compared(pair: ModelPair) -> ModelPair:
@@ -183,7 +206,9 @@ def _compared(pair: ModelPair) -> ModelPair:
     return replace(pair, similarity=compare_weights(*checkpoints, pairs, pair.shapes))
 
 
-def _report(pair: ModelPair, problem: str | None, proposed: bool) -> Alignment:
+def _report(
+    pair: ModelPair, problem: str | None, proposed: bool, rows: dict[str, str]
+) -> Alignment:
     found, unmatched = pair.alignment, pair.alignment.unmatched_reasoning
     if pair.failure is not None:
         unmatched = [(name, "nothing was matched") for name in pair.reasoning.shapes]
@@ -197,7 +222,8 @@ def _report(pair: ModelPair, problem: str | None, proposed: bool) -> Alignment:
         pair.similarity,
         problem,
         proposed,
-        sum(math.prod(pair.shapes[one.name]) for one in found.pairs),
+        sum(one.numel(pair.shapes) for one in found.pairs),
         pair.paths,
         dict(Counter(kind_of(one.name) for one in found.pairs)),
+        rows,
     )

@@ -40,7 +40,7 @@ class Ties:
     differ: dict[str, str] = field(default_factory=dict)
 
 
-def find_ties(side: Opened, selection: Selection) -> Ties:
+def find_ties(side: Opened, selection: Selection | set[str]) -> Ties:
     """Decide from headers, and from samples of head and embedding where both are stored and matter.
 
     They matter where one of them is selected and the model ties them. Without a config.json a head
