@@ -263,7 +263,7 @@ def test_what_processes_do_not_share_is_refused(reports: list[dict[str, Report]]
     assert "another process has fewer batches" in first["fewer"]
     for case in ("nan", "nan in a replica"):
         assert "the loss of batch 0 is nan" in second[case]
-        assert "another process" in first[case]
+        assert f"process 1 of this run failed: NonFiniteError: {second[case]}" in first[case]
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from drift_fast.errors import DriftError
 
-# On an exception: all processes raise, and none waits for another any more.
+# On an exception: the groups whose processes all raise, so that none waits for another any more.
 _AGREED = "_drift_fast_agreed"
 _nesting = threading.local()
 
@@ -54,7 +54,7 @@ class Reduction:
             rank, text = next(iter(failed.items()))
             more = f" ({len(failed)} processes failed, this one first)" if len(failed) > 1 else ""
             error = DriftError(f"process {rank} of this run failed{more}: {text}")
-        setattr(error, _AGREED, True)
+        setattr(error, _AGREED, set(self.process_groups))
         raise error
 
     @contextlib.contextmanager
@@ -74,7 +74,7 @@ class Reduction:
             try:
                 yield
             except Exception as error:
-                if getattr(error, _AGREED, False):
+                if set(self.process_groups) <= getattr(error, _AGREED, set()):
                     raise
                 failure = error
             self.agree(failure)
@@ -109,7 +109,7 @@ class Reduction:
                     f"where process {rank} has {there}. Give all of them the same model, delta "
                     "and options"
                 )
-                setattr(error, _AGREED, True)
+                setattr(error, _AGREED, set(self.process_groups))
                 raise error
 
     def extremes(self, vector: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
