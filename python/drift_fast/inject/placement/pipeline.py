@@ -138,9 +138,9 @@ class _Ring:
         self._progress = progress
         self._device = next((one.device for one in wanted if one.device is not None), None)
         on_gpu = self._device is not None and self._device.type == "cuda"
-        least = _THREAD_NBYTES * (1 + sum(-(-one.nbytes // _THREAD_NBYTES) for one in wanted))
-        most = _RING_NBYTES if on_gpu else _THREAD_NBYTES * (1 + thread_count(None))
-        nbytes = min(least, max(most, 4 * _THREAD_NBYTES))
+        least = 4 * _THREAD_NBYTES
+        most = _RING_NBYTES if on_gpu else max(least, _THREAD_NBYTES * (1 + thread_count(None)))
+        nbytes = min(least + sum(one.nbytes for one in wanted), most)
         self._ring = pages(nbytes, torch.uint8)
         self._lane: torch.cuda.Stream | None = None
         if on_gpu and self._device is not None:
