@@ -431,6 +431,12 @@ def dora_parts(model: nn.Module, weight: str) -> tuple[Array, Array, Array, Arra
     return a, b, m, v, np.linalg.norm(v, axis=1)
 
 
+def dora_weights(model: nn.Module, delta: drift_fast.Delta) -> dict[str, Array]:
+    """diag(m/n)·V of every adapted weight."""
+    parts = {name: dora_parts(model, name) for name in weights_in(delta)}
+    return {name: (m / norms)[:, None] * v for name, (_, _, m, v, norms) in parts.items()}
+
+
 def dora_direction(model: nn.Module, weight: str, delta: Array) -> dict[str, Array]:
     """∂W/∂(A, B, m) applied to Δ, for W = diag(m/n)·(W₀ + s·B·A) with n held."""
     a, b, m, v, norms = dora_parts(model, weight)
@@ -504,20 +510,12 @@ def test_what_is_frozen_of_a_dora_takes_no_part(delta: drift_fast.Delta, frozen:
 def test_progress_of_a_dora_is_that_of_its_whole_weights(delta: drift_fast.Delta) -> None:
     model = dora(Backbone())
 
-    def along() -> float:
-        total = 0.0
-        for name, own in weights_in(delta).items():
-            _, _, m, v, norms = dora_parts(model, name)
-            total += float(((m / norms)[:, None] * v * exact(own)).sum())
-        return total
-
     injection = drift_fast.Injection(model, delta)
-    start = along()
+    start = dora_weights(model, delta)
     backward(model)
     injection.step()
     torch.optim.SGD(model.parameters(), lr=0.5).step()
-    square = sum(float(np.square(exact(own)).sum()) for own in weights_in(delta).values())
-    expected = (along() - start) / square
+    expected, _ = reference.progress(dora_weights(model, delta), start, weights_in(delta))
     assert abs(expected) > 0.01
     assert injection.metrics()["progress"] == pytest.approx(expected, rel=1e-4)
 
@@ -1094,8 +1092,9 @@ def test_a_weight_in_four_bits_without_an_adapter_is_known_as_packed(
 # --- the Trainer ------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("use_dora", [False, True], ids=["LoRA", "DoRA"])
 def test_a_trainer_with_adapters_moves_along_the_delta_and_logs_it(
-    tmp_path: Path, text_delta: drift_fast.Delta
+    tmp_path: Path, text_delta: drift_fast.Delta, *, use_dora: bool
 ) -> None:
     import transformers
 
@@ -1103,7 +1102,7 @@ def test_a_trainer_with_adapters_moves_along_the_delta_and_logs_it(
     data = [{key: value[at] for key, value in rows.items()} for at in range(8)]
 
     def run(*, inject: bool) -> tuple[float, list[float]]:
-        model = adapted(tiny_qwen2(), init_lora_weights=True)
+        model = adapted(tiny_qwen2(), init_lora_weights=True, use_dora=use_dora)
         arguments = transformers.TrainingArguments(
             str(tmp_path / "run"),
             max_steps=6,
@@ -1118,12 +1117,13 @@ def test_a_trainer_with_adapters_moves_along_the_delta_and_logs_it(
         )
         trainer = transformers.Trainer(model, arguments, train_dataset=data)
         delta = _Only(text_delta)
-        start = effective(model, delta)
+        weights = dora_weights if use_dora else effective
+        start = weights(model, delta)
         if inject:
             drift_fast.attach(trainer, delta, alpha=1.0)
         trainer.train()
         logged = [r["drift/progress"] for r in trainer.state.log_history if "drift/progress" in r]
-        overall, _ = reference.progress(effective(model, delta), start, weights_in(delta))
+        overall, _ = reference.progress(weights(model, delta), start, weights_in(delta))
         return overall, logged
 
     without, _ = run(inject=False)
