@@ -8,6 +8,7 @@ that waits for the other would fail the test.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -124,6 +125,52 @@ def refusals(folder: Path, way: str) -> Report:
     return report
 
 
+def allowed(folder: Path) -> Report:
+    """Attach in ways in which processes may differ, and alone; then where warnings are errors."""
+    rank, second = dist.get_rank(), dist.get_rank() == 1
+    model, _ = replicated({})
+    delta, copy = folder / "delta", folder / f"copy {dist.get_rank()}"
+    drift_fast.Delta.open(delta).save(copy, ranks=None)
+    report: Report = {}
+
+    def note(name: str, where: Any = delta, model: Any = model, **options: Any) -> None:
+        report[name] = said(lambda: drift_fast.Injection(model, where, **options))
+
+    note("copies in places of their own", copy)
+    note("other places for Δ", residency="host" if second else "device")
+    note("functions", schedule=lambda step, total: 1.0, layer_alpha=lambda layer: 1.0)
+    if not second:
+        note("one alone", model=Backbone())
+        report["a motion alone"] = said(
+            lambda: drift_fast.PlannedMotion(Backbone(), delta, progress=0.5, steps=2)
+        )
+    own = dist.new_group([rank], use_local_synchronization=True)
+    if not second:
+        note(
+            "a group of one",
+            model=nn.parallel.DistributedDataParallel(Backbone(), None, process_group=own),
+        )
+    note("still in step")
+    narrow = nn.parallel.DistributedDataParallel(Backbone().to(torch.bfloat16))
+    adamw = torch.optim.AdamW(narrow.parameters(), lr=1e-5)
+    with warnings.catch_warnings():
+        if second:
+            warnings.simplefilter("error", drift_fast.DriftWarning)
+        note("a warning", model=narrow, optimizer=adamw)
+        report["a warning of a motion"] = said(
+            lambda: drift_fast.PlannedMotion(narrow, delta, progress=0.5, steps=2, optimizer=adamw)
+        )
+    note("after warnings", model=narrow, optimizer=adamw)
+    rounded = drift_fast.compute_delta(
+        folder / "pair" / "expert",
+        folder / "pair" / "multimodal",
+        folder / f"rounded {rank}",
+        ranks=None,
+    )
+    note("another dtype", rounded if second else delta)
+    return report
+
+
 def trainers(folder: Path) -> Report:
     """Attach to Trainers whose models DDP will wrap, where one process lacks the delta."""
     import transformers
@@ -159,7 +206,8 @@ def reports_of(folder: Path, jobs: dict[str, Any]) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("torch")
-    return reports_of(folder, {way: (refusals, (folder, way)) for way in TORCH})
+    jobs: dict[str, Any] = {way: (refusals, (folder, way)) for way in TORCH}
+    return reports_of(folder, jobs | {"allowed": (allowed, (folder,))})
 
 
 @pytest.fixture(scope="module")
@@ -215,6 +263,22 @@ def test_all_processes_end_with_the_failure_of_one_and_can_attach_afterwards(
     reports: list[dict[str, Any]], way: str
 ) -> None:
     check(reports, way)
+
+
+def test_processes_may_differ_in_what_changes_no_gradient_and_one_may_attach_alone(
+    reports: list[dict[str, Any]],
+) -> None:
+    first, second = (report["allowed"] for report in reports)
+    for name in ("a warning", "a warning of a motion"):
+        failed = second.pop(name)
+        assert failed.startswith("DriftWarning: the weights are bfloat16")
+        assert first.pop(name) == f"DriftError: process 1 of this run failed: {failed}"
+    difference = first.pop("another dtype")
+    assert difference == second.pop("another dtype")
+    assert "process 0 has Δ in float32 where process 1 has Δ in bfloat16" in difference
+    assert len(second) == 5
+    assert set(first) - set(second) == {"one alone", "a motion alone", "a group of one"}
+    assert set(first.values()) | set(second.values()) == {""}
 
 
 @pytest.mark.slow

@@ -232,6 +232,30 @@ def test_planned_motion_beside_such_an_optimizer_warns_of_the_same_share(
     assert said_by(lambda: move(adamw(model, 1e-2))) == []
 
 
+def test_a_motion_warns_once_not_after_its_removal_and_leaves_nothing_where_that_is_an_error(
+    model: Backbone, delta: drift_fast.Delta
+) -> None:
+    model.to(BF16)
+    optimizer = adamw(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", drift_fast.DriftWarning)
+        with pytest.raises(drift_fast.DriftWarning):
+            PlannedMotion(model, delta, progress=0.5, steps=2, optimizer=optimizer)
+        # No hook is left that would see the optimizer, and no claim.
+        train(model, 2, optimizer=optimizer, loss=loss_of)
+        motion = PlannedMotion(model, delta, progress=0.5, steps=2)
+        motion.remove()
+        train(model, 2, optimizer=optimizer, loss=loss_of)
+
+    def moved() -> None:
+        with PlannedMotion(model, delta, progress=0.5, steps=3, optimizer=optimizer) as motion:
+            train(model, 2, optimizer=optimizer, loss=loss_of)
+            motion.load_state_dict(motion.state_dict())
+            train(model, 3, optimizer=optimizer, loss=loss_of)
+
+    assert len(said_by(moved)) == 1
+
+
 def test_a_warm_up_that_starts_at_zero_is_looked_at_by_the_rate_it_rises_to(
     model: Backbone, delta: drift_fast.Delta
 ) -> None:

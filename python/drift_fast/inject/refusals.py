@@ -41,9 +41,11 @@ def statement(options: Options, targets: Sequence[Target], delta: DeltaLike) -> 
     given = {name: getattr(options, name) for name in options.names() if name not in own}
     stored = on_disk(delta)
     rows = [] if stored is None else [row for row in stored.stats if row.name in delta.shapes]
+    dtype = getattr(delta, "stored_dtype", None)
     return [
         *(f"{name}={value!r}" for name, value in given.items() if not callable(value)),
         *(f"{one.name} {list(one.shape)} for Δ of {one.delta_name}" for one in targets),
+        f"Δ in {dtype}",
         *(f"‖Δ‖² = {row.delta_sq:.6g} of {row.name}" for row in rows),
     ]
 
