@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shlex
+import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 import torch
 
 import drift_fast
+from drift_fast.cli.main import main
 
 transformers = pytest.importorskip("transformers")
 
@@ -97,3 +100,30 @@ def test_every_python_block_of_the_first_pages_runs(
 
 def test_the_readme_stays_short() -> None:
     assert README.read_text(encoding="utf-8").count("\n") <= 120
+
+
+def test_getting_started_works_as_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("sklearn")
+    page = (ROOT / "docs" / "getting_started.md").read_text(encoding="utf-8")
+    shutil.copytree(CHECKPOINTS, tmp_path / "pair")
+    monkeypatch.chdir(tmp_path)
+    commands = re.findall(r"^drift-fast (.*)$", page, re.MULTILINE)
+    assert len(commands) == 4
+    for command in commands:
+        assert main(shlex.split(command)) == 0, command
+    (script,) = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    shorter = {
+        "max_steps=200": "max_steps=2",
+        "Protocol()": "Protocol(answers_per_length=4, readings_per_length=4)",
+    }
+    for written, used in shorter.items():
+        assert written in script
+        script = script.replace(written, used)
+    with warnings.catch_warnings():
+        # Two steps move the weights hardly at all.
+        warnings.simplefilter("ignore", drift_fast.DriftWarning)
+        exec(compile(script, "train.py", "exec"), {})
+    assert capsys.readouterr().out.splitlines()[-1].startswith("λ 0.0")
+    assert (tmp_path / "trained" / "model.safetensors").exists()
