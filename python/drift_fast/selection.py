@@ -71,9 +71,10 @@ class Selection:
                 except re.error as error:
                     raise ValueError(f"the pattern {name!r} does not compile: {error}") from error
             elif name not in PRESETS:
+                pattern = "re:" + re.escape(name).replace("\\-", "-")
                 raise ValueError(
                     f"unknown module preset {name!r}; expected one of {', '.join(PRESETS)}, "
-                    "or a regular expression written re:…"
+                    f"or a regular expression that a name contains, such as {pattern}"
                 )
         return cls(names, _parse_layers(layers), named)
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from drift_fast import DriftWarning, merge
+from drift_fast import AlignmentError, DriftWarning, check, merge
 from support.synthetic import Stored, round_once, stored, widen, write_checkpoint
 
 NAMES = [f"model.layers.{layer}.self_attn.{of}_proj.weight" for layer in range(2) for of in "qkv"]
@@ -75,5 +76,16 @@ def test_float32_and_a_larger_shift_lose_little_and_say_nothing(tmp_path: Path) 
 
 def test_what_is_not_shifted_has_no_share(tmp_path: Path) -> None:
     write_pair(tmp_path, 0.01)
-    merged = merge("linear", tmp_path / "vlm", tmp_path / "vlm", tmp_path / "out", weight=0.5)
+    shutil.copytree(tmp_path / "vlm", tmp_path / "copy")
+    merged = merge("linear", tmp_path / "copy", tmp_path / "vlm", tmp_path / "out", weight=0.5)
     assert merged.rounding_share is None
+
+
+def test_a_model_is_not_merged_with_itself(tmp_path: Path) -> None:
+    write_pair(tmp_path, 0.01)
+    with pytest.raises(AlignmentError, match="given as both models"):
+        merge("linear", tmp_path / "vlm", tmp_path / "vlm", tmp_path / "out", weight=0.5)
+    assert not (tmp_path / "out").exists()
+    report = check(tmp_path / "vlm", tmp_path / "vlm")
+    assert not report.ok
+    assert "given twice" in report.table()

@@ -1181,7 +1181,7 @@ def test_no_configuration_makes_a_check_fail_in_another_way_than_naming_it(
         report.table()
         json.dumps(report.to_dict(), allow_nan=False)
         if pair == (b, b):
-            against_itself = {"config.json", "layers on disk", "quantization"}
+            against_itself = {"models", "config.json", "layers on disk", "quantization"}
             assert subjects(report, "breaks") <= against_itself
     assert refusals <= {True}
 

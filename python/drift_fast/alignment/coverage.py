@@ -18,6 +18,8 @@ from drift_fast.shapes import Shape
 from drift_fast.tables import Block, Shown, Table
 
 NOT_SELECTED = "not selected"
+# How the core begins the reason of what is in neither layers nor embeddings of the backbone.
+OUTSIDE = "outside the language backbone"
 
 
 @dataclass(frozen=True, repr=False)
@@ -120,6 +122,8 @@ class Coverage(Shown):
     def __str__(self) -> str:
         reasoning = sum(reason != NOT_SELECTED for _, reason in self.unmatched_reasoning)
         multimodal = sum(reason != NOT_SELECTED for _, reason in self.unmatched_multimodal)
+        towers = sum(reason.startswith(OUTSIDE) for _, reason in self.unmatched_multimodal)
+        alone = f"; towers and projectors left alone ({towers} tensors)" if towers else ""
         shares = [
             f"{share:.1%} of the {what}"
             for share, what, numel in (
@@ -132,8 +136,8 @@ class Coverage(Shown):
         unclaimed = f"; of no preset: {modules_in(self.unclaimed)}" if self.unclaimed else ""
         return (
             f"{len(self.matched)} tensors matched, {self.fraction:.1%} of the selected parameters"
-            f"{within}; without a match: {reasoning} in the reasoning checkpoint, {multimodal} "
-            f"in the multimodal one{unclaimed}"
+            f"{within}; without a match: {reasoning} in the reasoning checkpoint, "
+            f"{multimodal - towers} in the multimodal one{alone}{unclaimed}"
         )
 
 

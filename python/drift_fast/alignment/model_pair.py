@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from drift_fast.alignment.account import Account
@@ -42,6 +43,12 @@ class ModelPair:
     def paths(self) -> tuple[str, str]:
         """Where both checkpoints are, for messages."""
         return str(self.reasoning.source.path), str(self.multimodal.source.path)
+
+    @property
+    def is_one_model(self) -> bool:
+        """Whether the same checkpoint was given twice."""
+        first, second = (Path(side.checkpoint.path) for side in (self.reasoning, self.multimodal))
+        return first.resolve() == second.resolve()
 
     def comparable(self, pairs: list[Pair], selection: Selection) -> list[Pair]:
         """Return the pairs whose weights can be compared: of the selected modules, in any layer."""

@@ -19,7 +19,7 @@ RIVALS = ("tuned", "plain", "public", "mergekit")
 def cache_directory() -> Path:
     """Return where pairs are kept by default."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "drift-fast" / "bench"
+    return Path(home) / "drift_fast" / "bench"
 
 
 def parse_counts(text: str) -> tuple[int, ...]:
@@ -83,7 +83,7 @@ class BenchOptions(Options):
         None, "JSON of a run at another size, to compare memory with", parse=Path, metavar="JSON"
     )
     directory: Path | None = option(
-        None, "where pairs are kept; by default ~/.cache/drift-fast/bench", parse=Path
+        None, "where pairs are kept; by default ~/.cache/drift_fast/bench", parse=Path
     )
     command: str = option("drift-fast bench", "the command that the report names", in_file=False)
 

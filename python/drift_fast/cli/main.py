@@ -12,11 +12,13 @@ import argparse
 import io
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import import_module
 from typing import TextIO
 
 from drift_fast import __version__
+from drift_fast.cli.flags import as_flags, flags_of
 from drift_fast.cli.output import remark
 from drift_fast.errors import DriftError, DriftWarning
 
@@ -39,9 +41,11 @@ _COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    given = _parser(arguments).parse_args(arguments)
+    parser, command = _parser(arguments)
+    given = parser.parse_args(arguments)
     given.arguments = arguments
-    warnings.showwarning = _show_warning
+    spelled = partial(as_flags, flags=flags_of(command))
+    warnings.showwarning = partial(_show_warning, spelled)
     for stream in (sys.stdout, sys.stderr):
         # A name or symbol that the terminal cannot show must not make the command fail.
         if isinstance(stream, io.TextIOWrapper):
@@ -52,15 +56,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         remark("interrupted; nothing was left behind")
         return 130
     except (DriftError, OSError, ImportError, MemoryError) as error:
-        remark(_message(error))
+        remark(spelled(_message(error)))
         return 1
     except ValueError as error:
-        remark(_message(error))
+        remark(spelled(_message(error)))
         return int(given.value_error_status)
 
 
-def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
-    """Return the parser; only the command that `arguments` name gets its own arguments."""
+def _parser(
+    arguments: Sequence[str],
+) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser | None]:
+    """Return the parser, and that of the command that `arguments` name, which alone is filled."""
     parser = argparse.ArgumentParser(
         prog="drift-fast",
         description="Stream the reasoning delta between two checkpoints, and inject it.",
@@ -69,14 +75,17 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     parser.set_defaults(value_error_status=1)
     commands = parser.add_subparsers(required=True, metavar="command")
     named = next((each for each in arguments if not each.startswith("-")), None)
+    chosen = None
     for name, summary in _COMMANDS.items():
         command = commands.add_parser(name, help=summary)
         if name == named:
             import_module(f"drift_fast.cli.{name}").add_arguments(command)
-    return parser
+            chosen = command
+    return parser, chosen
 
 
 def _show_warning(
+    spelled: Callable[[str], str],
     message: Warning | str,
     category: type[Warning],
     filename: str,
@@ -85,7 +94,7 @@ def _show_warning(
     line: str | None = None,
 ) -> None:
     label = "warning" if issubclass(category, DriftWarning) else category.__name__
-    remark(f"{label}: {message}")
+    remark(f"{label}: {spelled(str(message))}")
 
 
 def _message(error: Exception) -> str:

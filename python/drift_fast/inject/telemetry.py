@@ -180,6 +180,21 @@ def append_rows(path: str | os.PathLike[str], step: int, metrics: Mapping[str, f
         writer.writerows([step, name, value] for name, value in metrics.items())
 
 
+def set_aside(path: str | os.PathLike[str]) -> None:
+    """Rename the CSV file of an earlier run, `m.csv` to the first free of `m-1.csv`, `m-2.csv`, …
+
+    A run that begins does so before its first row; one that is resumed goes on with its file.
+    """
+    path = local_path(path)
+    if not path.exists() or path.stat().st_size == 0:
+        return
+    number = 1
+    while (kept := path.with_stem(f"{path.stem}-{number}")).exists():
+        number += 1
+    path.rename(kept)
+    logger.info("%s has the rows of an earlier run; it is %s now", path, kept)
+
+
 def _add(sums: dict[str, list[float]], kind: str, *values: float) -> None:
     found = sums.setdefault(kind, [0.0] * len(values))
     for at, value in enumerate(values):

@@ -61,7 +61,8 @@ def attach(
             given as keywords win over it.
         model: the model that an optimizer trains; trainers and engines have their own.
         scaler: the gradient scaler used with an optimizer; trainers and engines have their own.
-        csv: a file to which a Trainer's logged metrics are appended.
+        csv: a file for a Trainer's logged metrics. One of an earlier run is renamed, unless this
+            run resumes it.
         options: those of `InjectionConfig`, listed below.
 
     Raises:

@@ -30,7 +30,7 @@ from drift_fast.inject.injection import Injection
 from drift_fast.inject.refusals import check_adapted, check_trainable, check_trained
 from drift_fast.inject.shards.find import all_processes
 from drift_fast.inject.targets import find_targets
-from drift_fast.inject.telemetry import append_rows
+from drift_fast.inject.telemetry import append_rows, set_aside
 from drift_fast.integrations.attached import AttachedInjection
 from drift_fast.integrations.deepspeed_engine import EngineDriver
 from drift_fast.integrations.trainer_run import (
@@ -100,6 +100,7 @@ class TrainerInjection(AttachedInjection):
         self._delta = open_delta(delta)
         self._forecast: Forecast | None = None
         self._drive: list[float] = []
+        self._logged_step = 0
         self._checked = self._removed = False
         self._model: Any = None
         self._engine: Any = None
@@ -199,7 +200,9 @@ class TrainerInjection(AttachedInjection):
                 DriftWarning,
                 stacklevel=2,
             )
-        self._forecast, self._drive = None, []
+        if state.global_step == 0 and self._csv is not None and state.is_world_process_zero:
+            set_aside(self._csv)
+        self._forecast, self._drive, self._logged_step = None, [], state.global_step
         self._look_ahead(injection, state.max_steps)
 
     def _state(self) -> dict[str, Any] | None:
@@ -313,14 +316,17 @@ class TrainerInjection(AttachedInjection):
             self._started().check_optimizer(optimizer)
 
     def _log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        # Evaluation and the closing summary are logged through the same method.
-        if "loss" in logs and self._is_active:
-            logs = logs | self._logged_summary(logs["loss"])
+        # Evaluation is logged through the same method, and so is the closing summary, which is all
+        # that is logged of a run shorter than `logging_steps`.
+        closes = self._logged_step < self._trainer.state.global_step
+        loss = logs.get("loss", logs.get("train_loss") if closes else None)
+        if loss is not None and self._is_active:
+            logs = logs | self._logged_summary(loss)
         self._log_method.original(logs, *args, **kwargs)
 
     def _logged_summary(self, loss: float) -> dict[str, float]:
         metrics = self.summary()
-        step = self._trainer.state.global_step
+        step = self._logged_step = self._trainer.state.global_step
         if self._forecast is not None and 0 < step <= len(self._drive):
             lost = self._started().lost_steps.cause
             final = self._forecast.see(metrics["progress"], self._drive[step - 1], lost=lost)

@@ -35,7 +35,7 @@ from drift_fast.inject.driver import Driver
 from drift_fast.inject.injection import Injection
 from drift_fast.inject.scope import Scope
 from drift_fast.inject.shards.zero_support import is_engine
-from drift_fast.inject.telemetry import append_rows
+from drift_fast.inject.telemetry import append_rows, set_aside
 from drift_fast.integrations.deepspeed_engine import EngineDriver
 from drift_fast.options import takes
 
@@ -80,7 +80,8 @@ class DriftCallback(Callback):
         delta: an open `Delta`, or the directory of one.
         config: an `InjectionConfig`, or the path of a YAML or JSON file of its options; options
             given as keywords win over it.
-        csv: a file to which what is logged is appended.
+        csv: a file for what is logged. One of an earlier run is renamed, unless this run resumes
+            it.
         options: those of `InjectionConfig`, listed below.
 
     Raises:
@@ -140,6 +141,8 @@ class DriftCallback(Callback):
                 DriftWarning,
                 stacklevel=2,
             )
+        if trainer.global_step == 0 and self._csv is not None and trainer.is_global_zero:
+            set_aside(self._csv)
         self._steps = self._logged = trainer.global_step
         self._seen = self.injection.steps
 

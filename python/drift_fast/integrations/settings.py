@@ -39,7 +39,10 @@ class Settings(InjectionConfig):
         "the directory of the delta; a relative path starts at the configuration's own directory",
         check=_check_path,
     )
-    csv: str | None = option(None, "a CSV file to which logged metrics are appended")
+    csv: str | None = option(
+        None,
+        "a CSV file for logged metrics; that of an earlier run is renamed unless it is resumed",
+    )
 
     @classmethod
     def from_mapping(cls, mapping: Any, *, origin: str = "the drift_fast section") -> Self:

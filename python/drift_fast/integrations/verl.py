@@ -38,7 +38,7 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 from drift_fast.config_files import JsonFile
 from drift_fast.errors import DriftError, DriftWarning
 from drift_fast.inject.injection import Injection
-from drift_fast.inject.telemetry import append_rows
+from drift_fast.inject.telemetry import append_rows, set_aside
 from drift_fast.integrations.settings import Settings
 
 VENDOR = "drift_fast"
@@ -142,6 +142,8 @@ class DriftFSDPEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
         if settings.needs_total_steps:
             steps = self.optimizer_config.total_training_steps
             settings = replace(settings, total_steps=steps)
+        if settings.csv is not None and self._saved is None and self.rank == 0:
+            set_aside(settings.csv)
         injection = settings.inject(
             self.module, optimizer=self.optimizer, scaler=getattr(self, "scaler", None)
         )

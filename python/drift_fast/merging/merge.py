@@ -180,6 +180,11 @@ def merge(
     target = local_path(out)
     with reported(given.progress_bar, given.on_progress) as report:
         found = _align(chosen, reasoning if delta is None else delta, multimodal, given)
+        if found.delta is None and given.base is None and found.reasoning.is_one_model:
+            raise AlignmentError(
+                f"{found.reasoning.paths[1]} was given as both models, so a merge would change "
+                "nothing; give the reasoning model first and the multimodal one second"
+            )
         others = [pair.reasoning for pair in found.by_role.values()]
         _refuse_in_place(target, [found.reasoning.multimodal, *others])
         layout = MergeLayout.of(chosen, found, dtype=given.dtype, strict=given.strict)

@@ -24,7 +24,7 @@ class PlanOptions(Training):
     gpu_memory: int | str | None = option(
         None,
         "memory of one GPU, such as 80GB",
-        check=lambda value: value is None or parse_size(value),
+        check=lambda value: value is None or _gpu_nbytes(value),
         metavar="SIZE",
     )
     utilization: float | None = option(
@@ -56,4 +56,16 @@ class PlanOptions(Training):
     @property
     def gpu_nbytes(self) -> int | None:
         """Memory of one GPU."""
-        return None if self.gpu_memory is None else parse_size(self.gpu_memory)
+        return None if self.gpu_memory is None else _gpu_nbytes(self.gpu_memory)
+
+
+def _gpu_nbytes(size: int | str) -> int:
+    """Return bytes; a number without a unit that no GPU has is meant in another unit.
+
+    Raises:
+        ValueError: not a size, or one below a megabyte.
+    """
+    nbytes = parse_size(size)
+    if nbytes < 10**6:
+        raise ValueError(f"{size!r} is {nbytes} bytes; write a unit, such as {nbytes}GB")
+    return nbytes

@@ -166,6 +166,10 @@ def check(
     pair = survey_checkpoints(sides[0].opened, sides[1].opened, pairing)
     refusals = why_not(pair)
     findings = _findings(sides[0], sides[1], pair, refusals)
+    if model is None and pair.is_one_model:
+        message = "the same model was given twice, so Δ is zero everywhere"
+        between = (roles[0], roles[1])
+        findings.append(Finding("models", "breaks", Fact(), Fact(), message, between))
     if model is not None:
         # A Δ meets a parameter of its own shape, row i with row i.
         by_index = replace(pairing, mapping=None, rows="index")

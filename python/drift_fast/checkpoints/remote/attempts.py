@@ -11,6 +11,10 @@ from drift_fast.errors import CheckpointError
 logger = logging.getLogger(__name__)
 
 ATTEMPTS = 6
+UNREACHED = (
+    "Nothing has arrived: check the network, the proxy and HF_ENDPOINT. Without a network give the "
+    "path of a copy on this machine, or set HF_HUB_OFFLINE=1 to use the Hub's cache alone"
+)
 RETRIED = frozenset({408, 429, 500, 502, 503, 504})
 _WAIT_LIMIT = 300.0
 
@@ -46,10 +50,12 @@ class Patience:
         self._what = what
         self._stop = stop
         self._failures = 0
+        self._arrived = False
 
     def progressed(self) -> None:
         """Reset the count, since bytes arrived; this attempt does not count either."""
         self._failures = -1
+        self._arrived = True
 
     def wait(self, dropped: Dropped) -> None:
         """Wait before the next attempt.
@@ -60,14 +66,17 @@ class Patience:
         """
         self._failures += 1
         if self._failures >= ATTEMPTS:
+            advice = "What has arrived is kept; try again later" if self._arrived else UNREACHED
             raise CheckpointError(
-                f"{self._what}: {ATTEMPTS} attempts without progress, the last: {dropped}. What "
-                "has arrived is kept; try again later"
+                f"{self._what}: {ATTEMPTS} attempts without progress, the last: {dropped}. {advice}"
             ) from None
         seconds = dropped.retry_after
         if seconds is None:
             seconds = 0.5 * 2.0**self._failures * (0.5 + 0.5 * jitter.random())
-        logger.info("%s: %s; asking again in %.1f s", self._what, dropped, seconds)
+        logger.warning(
+            "%s: attempt %d of %d failed, %s; the next in %.1f s",
+            *(self._what, max(self._failures, 1), ATTEMPTS, dropped, seconds),
+        )
         sleep(seconds, self._stop)
         if self._stop.is_set():
             raise Stopped

@@ -86,18 +86,21 @@ fn read_bytes(file: &File, path: &Path, file_nbytes: u64) -> Result<Vec<u8>> {
     let header_nbytes = u64::from_le_bytes(length);
     let available = file_nbytes - LENGTH_NBYTES;
     if header_nbytes > available || header_nbytes > HEADER_NBYTES {
-        let hint = magic::describe_length(&length).unwrap_or(if header_nbytes > available {
+        let hint = if header_nbytes > available {
             "the file is truncated or is not a safetensors file: download or copy it again"
         } else {
             "save the tensors in several files"
-        });
-        return Err(Error::checkpoint(
-            path,
-            format!(
-                "the header's length is given as {header_nbytes} bytes, but the file has {available} \
-                 after it and the format allows {HEADER_NBYTES}; {hint}"
-            ),
-        ));
+        };
+        let message = magic::describe_length(&length).map_or_else(
+            || {
+                format!(
+                    "the header's length is given as {header_nbytes} bytes, but the file has \
+                     {available} after it and the format allows {HEADER_NBYTES}; {hint}"
+                )
+            },
+            str::to_owned,
+        );
+        return Err(Error::checkpoint(path, message));
     }
     let mut header = vec![0; header_nbytes as usize];
     file.read_exact_at(&mut header, LENGTH_NBYTES).map_err(Error::io(path, "read the header"))?;
