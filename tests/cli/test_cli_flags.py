@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import sys
+import warnings
 
 import pytest
 
 from drift_fast.cli.flags import as_flags, flags_of
+from drift_fast.cli.main import main
 
 PARSER = argparse.ArgumentParser()
 PARSER.add_argument("--rows")
 PARSER.add_argument("--max-shard-size")
 PARSER.add_argument("--strict", action=argparse.BooleanOptionalAction)
 PARSER.add_argument("--overwrite", action=argparse.BooleanOptionalAction)
+
+
+@pytest.fixture(autouse=True)
+def own_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give back what `main` replaces."""
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
 
 
 @pytest.mark.parametrize(
@@ -32,3 +41,18 @@ def test_options_become_flags(written: str, shown: str) -> None:
 
 def test_without_a_command_nothing_changes() -> None:
     assert as_flags('rows="index"', flags_of(None)) == 'rows="index"'
+
+
+def test_a_size_without_a_unit_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["plan", "a", "b", "--gpu-memory", "24"])
+    assert "write a unit, such as 24GB" in capsys.readouterr().err
+
+
+def test_a_picture_that_cannot_be_drawn_is_refused_before_the_work(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    # Neither model exists, which would be found first otherwise.
+    assert main(["delta", "no-a", "no-b", "--out", "out", "--plot", "p.png"]) == 1
+    assert "pip install 'drift-fast[plot]'" in capsys.readouterr().err

@@ -134,3 +134,20 @@ def test_a_target_out_of_reach_says_what_would_reach_it(
     assert "times Σ learning rate would reach it" in said[0]
     rates = {"learning_rate": 5e-3}
     assert trained(model(), tmp_path, delta, {"progress_target": 0.3}, **rates)[0] == []
+
+
+def test_a_run_shorter_than_its_logs_warns_and_each_run_has_a_csv_of_its_own(
+    tmp_path: Path, load: Callable[..., torch.nn.Module], delta: drift_fast.Delta
+) -> None:
+    file = tmp_path / "m.csv"
+    for _ in range(2):
+        (said,), rows = trained(
+            load(dtype=torch.float32), tmp_path, delta, {"csv": file}, logging_steps=500
+        )
+        assert rows == []
+        assert "less than 0.05" in said
+    for path in (file, tmp_path / "m-1.csv"):
+        text = path.read_text()
+        assert text.startswith("step,metric,value")
+        assert text.count(",progress,") == 1
+        assert f"{STEPS},progress," in text

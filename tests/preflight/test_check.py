@@ -1324,7 +1324,8 @@ def test_the_table_shows_values_side_by_side_and_explains_each_difference(
 ) -> None:
     table = check(seven["r1"], seven["flat"], modules="attn").table()
     lines = table.splitlines()
-    assert lines[0].split() == ["reasoning", "multimodal"]
+    assert lines[0].startswith("verdict: the models fit each other")
+    assert ["reasoning", "multimodal"] in [line.split() for line in lines]
     assert any(line.split() == ["note", "RoPE", "θ", "10,000", "1,000,000"] for line in lines)
     assert any(line.startswith("note: RoPE θ: ") for line in lines)
     assert not any(line.startswith("breaks") for line in lines)
@@ -1357,7 +1358,8 @@ def test_the_command_prints_the_table_and_succeeds_with_notes(seven: dict[str, P
     result = drift_fast("check", seven["r1"], seven["flat"], "--modules", "attn")
     assert result.returncode == 0, result.stderr
     expected = check(seven["r1"], seven["flat"], modules="attn").table()
-    assert result.stdout.strip() == expected.strip()
+    following = f"next: drift-fast delta {seven['r1']} {seven['flat']} --out delta"
+    assert result.stdout.strip() == f"{expected}\n{following}"
     assert result.stderr == ""
 
 

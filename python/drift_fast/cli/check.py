@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 
 from drift_fast.cli.options import SOURCE, add_config, add_json, add_options, from_flags
-from drift_fast.cli.output import print_json
-from drift_fast.preflight.check import check
+from drift_fast.cli.output import next_step, print_json
+from drift_fast.preflight.check import Preflight, check
 from drift_fast.preflight.options import CheckOptions
 
 
@@ -35,4 +36,14 @@ def run(given: argparse.Namespace) -> int:
         print_json(report.to_dict())
     else:
         print(report.table())
+        if report.ok and (report.lineage is None or report.lineage.subtract):
+            next_step(_delta_command(given, report))
     return 0 if report.ok else 1
+
+
+def _delta_command(given: argparse.Namespace, report: Preflight) -> str:
+    """Return the command that computes the Δ to take."""
+    lineage = report.lineage
+    from_base = lineage is not None and lineage.subtract == "base"
+    second = given.base if from_base else given.multimodal
+    return shlex.join(["drift-fast", "delta", given.reasoning, str(second), "--out", "delta"])

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from drift_fast.cli.options import add_config, add_json, add_options, add_sources, from_flags
-from drift_fast.cli.output import peak, print_json, report_transfers, statistics_json
+from drift_fast.cli.output import next_step, peak, print_json, report_transfers, statistics_json
 from drift_fast.delta.compute import compute_delta
 from drift_fast.delta.options import DeltaOptions
 from drift_fast.pictures import check_writable
@@ -42,4 +42,5 @@ def run(given: argparse.Namespace) -> int:
         return 0
     drawn = "" if given.plot is None else f", drawn to {given.plot}"
     print(f"{delta}\nwritten to {given.out}{drawn}; {peak(delta.peak_nbytes)}")
+    next_step(f'drift_fast.attach(trainer, "{given.out}"), before trainer.train()')
     return 0

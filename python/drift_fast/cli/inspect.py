@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 
 from drift_fast.cli.options import add_config, add_json, add_options, add_sources, from_flags
-from drift_fast.cli.output import peak, print_json, report_transfers, statistics_json
+from drift_fast.cli.output import next_step, peak, print_json, report_transfers, statistics_json
 from drift_fast.delta.compute import inspect
 from drift_fast.delta.options import InspectOptions
 
@@ -36,4 +37,7 @@ def run(given: argparse.Namespace) -> int:
         return 0
     print("\n\n".join(map(str, report.blocks(given.by))))
     print(peak(report.peak_nbytes))
+    next_step(
+        shlex.join(["drift-fast", "delta", given.reasoning, given.multimodal, "--out", "delta"])
+    )
     return 0

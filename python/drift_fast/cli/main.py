@@ -1,15 +1,16 @@
 """The command `drift-fast`: its parser, its errors and its exit status.
 
 Results go to standard output, progress and messages to standard error. Exit status: 0 done,
-1 refused or failed, 2 wrong usage, 130 interrupted. Torch is imported only by `demo` and
-`protect`, by `plan` for a model without weights, and for pairs whose tensors are laid out
-differently.
+1 refused or failed, 2 wrong usage, 130 interrupted, 141 if nobody reads on. Torch is imported only
+by `demo` and `protect`, by `plan` for a model without weights, and for pairs whose tensors are laid
+out differently.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -51,7 +52,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        return int(given.run(given))
+        status = int(given.run(given))
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        # Whoever reads has enough, as `head` has; nothing more is written, at the exit either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt:
         remark("interrupted; nothing was left behind")
         return 130

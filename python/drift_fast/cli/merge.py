@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from drift_fast.cli.options import add_config, add_json, add_options, add_sources, from_flags
-from drift_fast.cli.output import peak, print_json
+from drift_fast.cli.output import next_step, peak, print_json
 from drift_fast.merging.config import MergeConfig
 from drift_fast.merging.merge import merge
 from drift_fast.merging.methods import METHODS
@@ -44,4 +44,5 @@ def run(given: argparse.Namespace) -> int:
     if merged.left_behind:
         print(f"left behind: {', '.join(merged.left_behind)}")
     print(f"written to {given.out}; {peak(merged.peak_nbytes)}")
+    next_step(f'transformers.AutoModelForImageTextToText.from_pretrained("{given.out}")')
     return 0

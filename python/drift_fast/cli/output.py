@@ -35,6 +35,11 @@ def report_transfers(sources: Mapping[str, Any]) -> None:
             remark(f"{source['url']}: {source['transfer']['report']}")
 
 
+def next_step(*commands: str) -> None:
+    """Say what to do now, after a result that a person reads."""
+    print("\n".join(f"next: {command}" for command in commands))
+
+
 def peak(nbytes: int | None) -> str:
     """Return how much memory the buffers took, in words."""
     return f"buffers took {(nbytes or 0) / 1e6:.1f} MB at most"

@@ -1,6 +1,7 @@
 """The command `drift-fast plan`.
 
-Exit status: 0 planned, with or without warnings; 1 refused; 2 an invalid option.
+Exit status: 0 planned, with or without warnings; 1 refused, or the run does not fit into the memory
+that was given; 2 an invalid option.
 """
 
 from __future__ import annotations
@@ -50,4 +51,4 @@ def run(given: argparse.Namespace) -> int:
         print_json(found.to_dict())
     else:
         print(found.table())
-    return 0
+    return 1 if found.fits is False else 0

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from drift_fast.cli.options import add_config, add_json, add_options, from_flags
-from drift_fast.cli.output import print_json, remark
+from drift_fast.cli.output import next_step, print_json, remark
 from drift_fast.protection.options import ProtectOptions
 
 
@@ -48,4 +48,5 @@ def run(given: argparse.Namespace) -> int:
         f"in the span of {said['directions']} gradients each; {said['zero_or_dependent']} "
         f"gradients were zero or dependent on others\nwritten to {given.out}"
     )
+    next_step(f'drift_fast.attach(trainer, "{given.out}"), before trainer.train()')
     return 0

@@ -60,12 +60,12 @@ class PlanOptions(Training):
 
 
 def _gpu_nbytes(size: int | str) -> int:
-    """Return bytes; a number without a unit that no GPU has is meant in another unit.
+    """Return bytes; a small number without a unit is meant in another one.
 
     Raises:
-        ValueError: not a size, or one below a megabyte.
+        ValueError: not a size, or a number below a million.
     """
     nbytes = parse_size(size)
-    if nbytes < 10**6:
+    if nbytes < 10**6 and not str(size).strip()[-1].isalpha():
         raise ValueError(f"{size!r} is {nbytes} bytes; write a unit, such as {nbytes}GB")
     return nbytes

@@ -78,17 +78,28 @@ class TrainingPlan(Shown):
         raise KeyError(name)
 
     def headline(self) -> str:
-        """Return how many figures and warnings there are, and whether the run fits."""
-        fits = {True: "it fits", False: "it does not fit", None: "no GPU memory given"}[self.fits]
-        return f"{len(self.figures)} figures, {len(self.warnings)} warnings, {fits}"
+        """Return whether the run fits, how far it moves, and how many warnings there are."""
+        fits = {
+            True: "the run fits",
+            False: "the run does not fit",
+            None: "no GPU memory given, so not known whether the run fits",
+        }[self.fits]
+        far = next((figure.shown() for figure in self.figures if figure.name == "λ"), "not known")
+        count = len(self.warnings)
+        return f"{fits}, λ {far}, {count or 'no'} warning{'' if count == 1 else 's'}"
 
     def records(self) -> list[dict[str, Any]]:
         """Return every figure with its origin."""
         return [asdict(figure) for figure in self.figures]
 
     def blocks(self) -> list[Block]:
-        """Return the figures, section by section, then warnings and remedies."""
-        blocks: list[Block] = []
+        """Return the verdict with warnings and remedies, then the figures, section by section."""
+        notes = [f"verdict: {self.headline()}", *(f"warning: {text}" for text in self.warnings)]
+        if self.remedies:
+            notes += ["It would fit", *(f"  {text}" for text in self.remedies)]
+        if self.unused:
+            notes.append(f"not used here: {printable(', '.join(self.unused), 400)}")
+        blocks: list[Block] = ["\n".join(notes)]
         for section in dict.fromkeys(figure.section for figure in self.figures):
             rows = [figure for figure in self.figures if figure.section == section]
             cells = [
@@ -96,13 +107,6 @@ class TrainingPlan(Shown):
                 for row in rows
             ]
             blocks.append(Table(("", "", ""), cells, "<><", section))
-        notes = [f"warning: {text}" for text in self.warnings]
-        if self.remedies:
-            notes += ["It would fit", *(f"  {text}" for text in self.remedies)]
-        if self.unused:
-            notes.append(f"not used here: {printable(', '.join(self.unused), 400)}")
-        if notes:
-            blocks.append("\n".join(notes))
         return blocks
 
     def to_dict(self) -> dict[str, Any]:

@@ -71,19 +71,17 @@ class Preflight(Shown):
         ]
 
     def blocks(self) -> list[Block]:
-        """Return the facts side by side, what the differences mean, the plan and the verdict."""
-        blocks: list[Block] = []
+        """Return the verdict, its reasons by weight, the facts side by side, and the plan."""
+        reasons = [
+            f"{row.severity}: {row.subject}: {_indented(row.message)}"
+            for severity in ("breaks", "note")
+            for row in self.findings
+            if row.severity == severity
+        ]
+        blocks: list[Block] = ["\n".join([f"verdict: {self.headline()}", *reasons])]
         for between in dict.fromkeys(finding.between for finding in self.findings):
             rows = [finding for finding in self.findings if finding.between == between]
             blocks.append(_facts(rows, between))
-            meanings = [
-                f"{row.severity}: {row.subject}: {_indented(row.message)}"
-                for severity in ("breaks", "note")
-                for row in rows
-                if row.severity == severity
-            ]
-            if meanings:
-                blocks.append("\n".join(meanings))
         if self.plan is None:
             blocks.append(f"{self.selection}: nothing matches, so there is no Δ to plan for")
         else:
@@ -97,7 +95,7 @@ class Preflight(Shown):
             ]
             about += [] if self.rounding is None else [printable(str(self.rounding), 200)]
             blocks.append("\n".join([*about, *self.plan.lines()]))
-        return [*blocks, f"verdict: {self.headline()}"]
+        return blocks
 
     def headline(self) -> str:
         """Return whether the models fit each other."""
