@@ -1,20 +1,23 @@
 """Time what an injection adds to a training step, beside the public code's formula as a rival.
 
-    python benches/injection.py [--layers 28] [--tokens 2048] [--repeats 10] [--out results.md]
+    python benches/injection.py [--layers 28] [--tokens 2048] [--repeats 6] [--out results.md]
+    python benches/injection.py --quick [--seconds 100]
     python benches/injection.py --device cpu --hidden 896 --layers 24 --tokens 256 --dtype float32
 
 The model is the text backbone of Qwen2.5-VL-7B with random weights (narrower and with fewer layers
 where the memory is smaller). A step is one forward and backward pass; variants take turns with the
-step that is not injected, all in one run. The rivals: the public code's adaptive formula re-stated
-(Δ of every tensor in pageable host memory, copied to the device and reduced in a gradient hook),
-and the same formula in plain PyTorch, well written, Δ resident. Before timing, injected gradients
-are compared with float64, and no step may wait for the device (CUDA's sync detector set to raise,
-and the profiler's trace searched).
+step that is not injected, run by run, each after a warm-up of its own. The rivals: the public
+code's adaptive formula re-stated (Δ of every tensor in pageable host memory, copied to the device
+and reduced in a gradient hook), and the same formula in plain PyTorch, well written, Δ resident.
+--quick times the scales and ways to overlap that the library does not offer. Before
+timing, injected gradients are compared with float64, and no step may wait for the device (CUDA's
+sync detector set to raise, and the profiler's trace searched).
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import platform
 import statistics
 import time
@@ -26,6 +29,7 @@ from typing import Any
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+import drift_fast.inject.overlap as overlap_module
 from drift_fast import Injection, _core
 from drift_fast.delta.protocol import DeltaLike
 from drift_fast.selection import Selection
@@ -138,6 +142,9 @@ class Row:
     times: list[float]
     base: list[float]
     held: float
+    # Until the host had launched a step, and the same of the step that is not injected.
+    launched: float = math.nan
+    launched_base: float = math.nan
 
     def added(self) -> float:
         """Return the share that it adds to the steps that took turns with it."""
@@ -149,10 +156,12 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
+        self.began = time.perf_counter()
         self.device = torch.device(options.device)
         self.cuda = self.device.type == "cuda"
         self.rows: list[Row] = []
-        self.in_a_row = 10 if self.cuda else 1
+        self.in_a_row = options.in_a_row if self.cuda else 1
+        self.launched = math.nan
         torch.manual_seed(0)
         heads = max(1, options.hidden // 128)
         config = Qwen2Config(
@@ -181,6 +190,10 @@ class Bench:
     def backward(self) -> None:
         self.model(input_ids=self.tokens, labels=self.tokens).loss.backward()
 
+    def late(self) -> bool:
+        """Whether the time that was asked for is over."""
+        return time.perf_counter() - self.began > self.options.seconds
+
     def wait(self) -> None:
         if self.cuda:
             torch.cuda.synchronize()
@@ -189,6 +202,7 @@ class Bench:
         self.wait()
         start = time.perf_counter()
         action()
+        self.launched = (time.perf_counter() - start) * 1e3
         self.wait()
         return (time.perf_counter() - start) * 1e3
 
@@ -210,17 +224,31 @@ class Bench:
 
     def compare(self, label: str, injected: Callable[[], None], held: float, repeats: int) -> Row:
         """Time a variant in turn with the step that is not injected."""
-        # Allocations settle, and what is launched as one is recorded.
-        for _ in range(4):
+        # Allocations settle, what is launched as one is recorded, and clocks rise. Steps of both
+        # kinds, since either may lay its gradients elsewhere than the other.
+        for _ in range(3):
+            self.plain()
+            injected()
             injected()
         row = Row(label, [], [], held)
+        launched: tuple[list[float], list[float]] = ([], [])
         for _ in range(repeats):
-            row.base.append(self.timed_run(self.plain))
-            if self.in_a_row > 1:
-                injected()
-            row.times.append(self.timed_run(injected))
+            for times, action, host in (
+                (row.base, self.plain, launched[0]),
+                (row.times, injected, launched[1]),
+            ):
+                if self.in_a_row > 1:
+                    action()
+                times.append(self.timed_run(action))
+                host.append(self.launched / self.in_a_row)
+        row.launched_base, row.launched = map(statistics.median, launched)
         self.rows.append(row)
-        print(f"{label}: {row.added():+.1%}", flush=True)
+        print(
+            f"{label}: {row.added():+.1%}, {min(row.times):.1f} to {max(row.times):.1f} of "
+            f"{min(row.base):.1f} to {max(row.base):.1f} ms; launched in {row.launched:.1f} of "
+            f"{row.launched_base:.1f} ms",
+            flush=True,
+        )
         return row
 
     def plain(self) -> None:
@@ -245,6 +273,47 @@ class Bench:
 
         self.plain = base  # type: ignore[method-assign]
         self.compare(label, injected, after - before, self.options.repeats)
+        del self.plain
+        held.remove()
+
+    def overlaps(self, delta: Any) -> None:
+        """Time other ways to overlap, which the library does not offer."""
+        held = Injection(self.model, delta, residency="device", overlap=True)
+        scope: Any = held._scope
+        groups = len(scope.groups[0].store.buckets)
+
+        def injected() -> None:
+            self.step()
+            held.step()
+
+        def base() -> None:
+            with held.accumulating():
+                self.step()
+
+        self.plain = base  # type: ignore[method-assign]
+        for priority, streams, share in (
+            (-1, 1, 1.0),
+            (-1, 2, 1.0),
+            (-1, 4, 1.0),
+            (0, 1, 1.0),
+            (0, 4, 1.0),
+            (-1, 1, 0.5),
+            (-1, 4, 0.5),
+            (-1, 1, 0.75),
+        ):
+            if self.late():
+                break
+            for handle in scope.overlap.handles:
+                handle.remove()
+            scope.overlap.close()
+            overlap_module._PRIORITY, overlap_module._STREAMS = priority, streams
+            scope.overlap = overlap_module.Overlap(scope.groups, scope.pushes.begin)
+            # Hooks are in the order of buckets; those of the last ones are left to the step.
+            inside = [b - a for a, b in scope.groups[0].store.buckets[: round(share * groups)]]
+            for handle in scope.overlap.handles[sum(inside) :]:
+                handle.remove()
+            label = f"overlapped, priority {priority}, {streams} streams, {share:.0%} inside"
+            self.compare(label, injected, math.nan, self.options.repeats)
         del self.plain
         held.remove()
 
@@ -385,7 +454,10 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=3584)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=6)
+    parser.add_argument("--in-a-row", type=int, default=5, help="steps of a run, on a GPU")
+    parser.add_argument("--quick", action="store_true", help="scales, and ways to overlap, only")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="start nothing after these")
     parser.add_argument("--rival-repeats", type=int, default=2)
     parser.add_argument("--accumulation", type=int, default=8)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -394,16 +466,27 @@ def main() -> None:
     if _core.debug_build:
         raise SystemExit("this is a debug build; timings of it mean nothing")
     bench = Bench(options)
-    everything, attention = bench.everything, bench.attention
+    everything = bench.everything
     worst = check(bench.model, everything, bench.step)
     for _ in range(2):
         bench.step()
-    limits = bench.limits()
-    print("\n".join(limits), flush=True)
 
     both = "attention + MLP"
-    for scale in ("adaptive", "gradnorm", "absolute", "project"):
+    for scale in ("adaptive", "gradnorm", "absolute", "project")[: 3 if options.quick else 4]:
         bench.injection(f"drift_fast, {scale}, {both}", everything, scale=scale, residency="device")
+    if options.quick:
+        bench.overlaps(everything)
+        report(bench, worst, [])
+        return
+    full(bench, worst)
+
+
+def full(bench: Bench, worst: float) -> None:
+    """Time everything else too, and the limits of the machine."""
+    options, everything, attention = bench.options, bench.everything, bench.attention
+    both = "attention + MLP"
+    limits = bench.limits()
+    print("\n".join(limits), flush=True)
     bench.injection(
         f"drift_fast, adaptive, {both}, overlapped", everything, residency="device", overlap=True
     )
@@ -441,7 +524,12 @@ def main() -> None:
         bench.accumulated(options.accumulation)
     bench.rival(f"plain PyTorch hooks, adaptive, {both}, Δ resident", plain_hooks, options.repeats)
     bench.rival(f"public formula in hooks, adaptive, {both}", public_hooks, options.rival_repeats)
+    report(bench, worst, limits)
 
+
+def report(bench: Bench, worst: float, limits: list[str]) -> None:
+    """Print what was found as Markdown, and write it."""
+    options, everything = bench.options, bench.everything
     what = torch.cuda.get_device_name() if bench.cuda else f"{platform.machine()} CPU"
     numel = sum(torch.Size(s).numel() for s in everything.shapes.values())
     lines = [
@@ -454,20 +542,23 @@ def main() -> None:
         f"through {options.layers} layers of width {options.hidden}; attention + MLP are "
         f"{len(everything)} tensors, {numel * 2 / 1e9:.2f} GB of Δ in bfloat16. "
         f"Medians (min to max) of {options.repeats} runs of {bench.in_a_row} steps in a row, each "
-        "variant in turn with the step that is not injected. Before timing: injected gradients "
+        "variant in turn with the step that is not injected, after nine steps that are not timed. "
+        "*Launched*: until the host had launched a step. Before timing: injected gradients "
         f"within {worst:.2f} of the bound of one rounding against float64"
         + (", no host sync in the step." if bench.cuda else "."),
         "",
         *limits,
         "",
-        "| | step ms | without | added | on the device, GB |",
-        "|---|---|---|---|---|",
+        "| | step ms | without | added | launched, ms | without | on the device, GB |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in bench.rows:
         middle = statistics.median(row.times)
         lines.append(
             f"| {row.label} | {middle:.1f} ({min(row.times):.1f} to {max(row.times):.1f}) | "
-            f"{statistics.median(row.base):.1f} | {row.added() * 100:+.1f} % | {row.held:.2f} |"
+            f"{statistics.median(row.base):.1f} ({min(row.base):.1f} to {max(row.base):.1f}) | "
+            f"{row.added() * 100:+.1f} % | {row.launched:.1f} | {row.launched_base:.1f} | "
+            f"{row.held:.2f} |"
         )
     table = "\n".join(lines)
     print(table)

@@ -252,9 +252,13 @@ class Run:
 
     def everything(self) -> None:
         """Run all stacks, the first ones while the large delta is made."""
-        first: Any = launch(self.options, self.turns[0], self.options.gpus, self.directory)
+        first: Any = None
+        if self.options.after is None:
+            first = launch(self.options, self.turns[0], self.options.gpus, self.directory)
         try:
             self.made = make_deltas(self.options, self.directory)
+            while self.options.after is not None and not self.options.after.exists():
+                time.sleep(0.5)
             while self.turns:
                 turn = self.turns.pop(0)
                 process = first or launch(self.options, turn, self.options.gpus, self.directory)
@@ -407,6 +411,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--minutes", type=float, default=60, help="start nothing after these")
+    parser.add_argument("--after", type=Path, help="use no GPU before this file is there")
     parser.add_argument("--check-only", action="store_true")
     parser.add_argument("--directory", help="for the pair and its delta; default in memory")
     parser.add_argument("--out", type=Path)
