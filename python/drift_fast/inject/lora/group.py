@@ -16,7 +16,7 @@ import torch
 
 from drift_fast.inject.compute.base import Arithmetic, Sums, flat, flattened
 from drift_fast.inject.compute.vectors import pick, put
-from drift_fast.inject.lora.pull_back import along, pull_back
+from drift_fast.inject.lora.pull_back import along, pull_back_all
 from drift_fast.inject.lora.shard import FactorShard, add_up, gather
 from drift_fast.inject.target import Target
 from drift_fast.inject.target_group import Bucket, Push, TargetGroup
@@ -60,11 +60,13 @@ class FactorGroup(TargetGroup):
         """Change the gradients of targets that all have equally many factors."""
         members = list(held)
         shards = {at: self._shard(at) for at in members}
-        pulled = [
-            part
-            for at, shard in shards.items()
-            for part in pull_back(bucket.delta(at), shard.adapted, shard.weights())
-        ]
+        some = pull_back_all(
+            [bucket.delta(at) for at in members],
+            [shard.adapted for shard in shards.values()],
+            [shard.weights() for shard in shards.values()],
+            [None] * len(members),
+        )
+        pulled = [part for parts in some for part in parts]
         each = len(held[members[0]])
         with flattened([gradient for some in held.values() for gradient in some]) as flats:
             self._measure(members, flats, pulled, bucket.arithmetic)
@@ -123,10 +125,8 @@ class FactorGroup(TargetGroup):
         """Return this process's part of Δ̃ of every target, flat; every process must call it."""
         parts: list[list[torch.Tensor]] = []
         for shards, wholes, deltas in self._chunks():
-            pulled = [
-                pull_back(delta, shard.adapted, whole, shard.rows)
-                for shard, whole, delta in zip(shards, wholes, deltas, strict=True)
-            ]
+            adapted, rows = [s.adapted for s in shards], [s.rows for s in shards]
+            pulled = pull_back_all(deltas, adapted, wholes, rows)
             parts += add_up(shards, pulled, self.reduction)
         return parts
 
