@@ -41,3 +41,21 @@ def test_fine_tuning_with_images_is_timed_beside_the_public_way() -> None:
     )
     for row in ("SFT", "DRIFT, attention + MLP", "the public way, attention + MLP"):
         assert f"| {row} | " in printed, printed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "row"),
+    [
+        ("reading.py", r"\| written in pieces of 4 KiB \|[^|]*\| 2 \|"),
+        ("merging.py", r"\| \*\*layer_swap\*\* \| \d+\.\d\d "),
+    ],
+)
+def test_readers_and_merge_methods_are_timed_on_a_pair_that_is_made(
+    script: str, row: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "results.md"
+    options = ("--size", "tiny", "--repeats", "1", "--directory", tmp_path / "pairs", "--out", out)
+    processes.run(sys.executable, BENCHES / script, *options, limit=280)
+    assert re.search(row, out.read_text())
+    assert not list((tmp_path / "pairs").glob("*-????????")), "a run left its folder behind"

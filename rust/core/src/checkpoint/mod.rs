@@ -8,7 +8,6 @@ mod files;
 mod header;
 mod limits;
 mod magic;
-mod network_fs;
 pub(crate) mod operand;
 mod partial;
 mod regular;
@@ -27,7 +26,7 @@ use limits::Stated;
 pub use operand::Operand;
 pub use shard::{Reader, Shard};
 
-/// An open checkpoint; shards are mapped when first read.
+/// An open checkpoint; its shards are read, or mapped when first read.
 #[derive(Debug)]
 pub struct Checkpoint {
     path: PathBuf,

@@ -14,7 +14,6 @@ use memmap2::{Advice, Mmap, UncheckedAdvice};
 use sha2::{Digest, Sha256};
 
 use super::header::{self, Tensor};
-use super::network_fs;
 use super::partial;
 use super::regular;
 use crate::error::{Error, Result};
@@ -28,15 +27,15 @@ const INTERRUPTIBLE_NBYTES: usize = 16 << 20;
 /// How a shard's bytes reach the kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Reader {
-    /// [`Reader::Pread`] on network file systems, where a mapping turns a lost connection into a
-    /// killed process, and elsewhere what measured better: so far [`Reader::Pread`] too.
+    /// [`Reader::Pread`], everywhere: on a network file system a mapping turns a lost connection into a
+    /// killed process, and on a disk a file that its owner cuts short.
     #[default]
     Auto,
-    /// Read into a buffer that stays in a core's cache. Where both were measured it was at least as
-    /// fast as mapping, warm and cold, holds fewer pages, and cannot be killed by a file that
-    /// shrinks. Reads say where they begin, so all threads share one descriptor of a file.
+    /// Read into a buffer that stays in a core's cache. Where the page cache holds small units it is
+    /// faster than mapping. Reads say where they begin, so all threads share one descriptor of a file.
     Pread,
-    /// Map the file and release its pages behind the reader.
+    /// Map the file and release its pages behind the reader: faster where the page cache holds units of
+    /// 2 MiB.
     Mmap,
 }
 
@@ -60,19 +59,6 @@ struct Identity {
     nbytes: u64,
     modified: (i64, i64),
     inode: u64,
-}
-
-/// What [`Reader::Auto`] takes on a local disk.
-const LOCAL: Reader = Reader::Pread;
-
-impl Reader {
-    fn resolve(self, file: &File) -> Self {
-        match self {
-            Reader::Auto if network_fs::holds(file) => Reader::Pread,
-            Reader::Auto => LOCAL,
-            chosen => chosen,
-        }
-    }
 }
 
 impl Identity {
@@ -109,7 +95,6 @@ impl Shard {
     /// is not JSON or names a tensor twice, or offsets that overlap or leave the file.
     pub fn open(path: &Path, reader: Reader) -> Result<Self> {
         let (file, metadata) = regular::open(path, "open the file")?;
-        let reader = reader.resolve(&file);
         let identity = Identity::stated(&metadata);
         let (tensors, header_nbytes) = header::read(&file, path, identity.nbytes)?;
         let present = partial::read(path, identity.nbytes)?;
@@ -200,7 +185,7 @@ impl Shard {
         }
     }
 
-    /// How its bytes are read, never [`Reader::Auto`].
+    /// How its bytes are read.
     pub(crate) fn reader(&self) -> Reader {
         self.reader
     }
@@ -332,18 +317,5 @@ impl Shard {
             self.nbytes()
         );
         Error::checkpoint(&self.path, message)
-    }
-}
-
-#[cfg(test)]
-#[allow(clippy::unwrap_used)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn auto_becomes_a_reader_and_a_chosen_reader_stays() {
-        let file = tempfile::tempfile().unwrap();
-        assert_eq!(Reader::Mmap.resolve(&file), Reader::Mmap);
-        assert_ne!(Reader::Auto.resolve(&file), Reader::Auto);
     }
 }
