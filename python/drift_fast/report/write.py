@@ -65,7 +65,7 @@ def write_report(
         CheckpointError, DriftError: a source that is not valid, or has nothing to show.
         ImportError: plotly is not installed.
         ValueError: no source, or one checkpoint without another; `out` that is not *.html.
-        As `inspect`, of a pair.
+        Exception: as `inspect`, of a pair.
     """
     target = local_path(out)
     if target.suffix != ".html":
