@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -128,3 +129,12 @@ def test_a_pair_that_does_not_fit_is_refused_as_by_check(pair: Pair, tmp_path: P
 def test_every_option_of_a_selection_reaches_the_command_for_delta() -> None:
     # `setup` hands these on by name.
     assert set(SelectionOptions.names()) == {"modules", "layers", "mapping", "rows"}
+
+
+def test_every_stack_is_pinned_for_make_test_stacks_or_named_as_not_run() -> None:
+    pinned = tomllib.loads((EXAMPLES.parent / "tests/installed_stacks/versions.toml").read_text())
+    page = (EXAMPLES.parent / "docs" / "stacks.md").read_text(encoding="utf-8")
+    # The page says why.
+    assert set(STACKS) - set(pinned) == {"deepspeed", "verl"}
+    table = page.partition("writes this table -->")[2].partition("<!-- end")[0]
+    assert all(f"\n| {stack} |" in table for stack in pinned)

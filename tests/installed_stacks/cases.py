@@ -36,6 +36,9 @@ RUNS = {
     "zero": Run(alpha=0.0),
     "injected": Run(steps=4),
     "resumed": Run(steps=4, resume=True),
+    # What tells whether the stack itself resumes to the bit.
+    "own": Run(injected=False, steps=4),
+    "own-resumed": Run(injected=False, steps=4, resume=True),
 }
 Prepare = Callable[[Path, Run, str], list[str]]
 
@@ -177,6 +180,9 @@ def _swift(folder: Path, run: Run, python: str) -> list[str]:
     }
     if run.resume:
         more["resume_from_checkpoint"] = f"saves/drift/checkpoint-{SAVED}"
+        if "tuner_type full" in (folder / "train.sh").read_text():
+            # The Trainer finds none of a Qwen2.5-VL's weights by itself.
+            more["model"] = f"saves/drift/checkpoint-{SAVED}"
     words = [word for key, value in more.items() for word in (f"--{key}", str(value))]
     return ["bash", "train.sh", *words]
 

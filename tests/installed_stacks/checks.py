@@ -24,10 +24,11 @@ SCALING = 2.0
 _FACTOR = re.compile(r"\.lora_(A|B)\.(?:default\.)?weight$")
 
 
-def steps(record: Path) -> list[str]:
-    """Return the checksum of each step's gradients and weights."""
-    found: list[str] = json.loads((record / "steps.json").read_text())
-    return found
+def same(whole: Path, other: Path, *, steps: int, start: int = 0) -> bool:
+    """Whether two runs of `steps` steps had the same gradients and weights, from `start` on."""
+    first, second = (json.loads((each / "steps.json").read_text()) for each in (whole, other))
+    assert len(first) == steps, first
+    return bool(first[start:] == second)
 
 
 def parity(plain: Path, injected: Path, delta: Path, *, clip: float) -> float:

@@ -115,37 +115,42 @@ def case(stack: str, python: Path, world: Path, tuning: str, kind: str) -> str:
     call(setup, template, python, STACKS_RECORD="")
     (template / "train.jsonl").symlink_to(world / "data" / f"{kind}.jsonl")
     (template / "images").symlink_to(world / "data" / "images")
-    for name, run in cases.RUNS.items():
-        if run.resume and stack in cases.WITHOUT_RESUMING:
-            continue
-        here = folder / name
+
+    def train(name: str) -> Path:
+        """Run once; return the record of it."""
+        run, here = cases.RUNS[name], folder / name
         shutil.copytree(template, here, symlinks=True)
         if run.resume:
-            shutil.copytree(folder / "injected" / "saves", here / "saves", symlinks=True)
+            whole = folder / ("injected" if run.injected else "own")
+            shutil.copytree(whole / "saves", here / "saves", symlinks=True)
         words = cases.STACKS[stack](here, run, str(python))
         plain = not run.injected and stack in cases.SCRIPTS
         call(words, here, python, plain=plain, STACKS_RECORD=str(here / "record"))
-    records = {name: folder / name / "record" for name in cases.RUNS}
-    error = checks.parity(records["plain"], records["injected"], world / "delta", clip=cases.CLIP)
+        return here / "record"
+
+    plain, injected = train("plain"), train("injected")
+    error = checks.parity(plain, injected, world / "delta", clip=cases.CLIP)
     found = [f"parity {error:.0e}"]
     assert error <= checks.TOLERANCE, found
-    own, zero = checks.steps(records["plain"]), checks.steps(records["zero"])
-    assert len(own) == 2, own
-    found.append("α = 0 same bits" if own == zero else "**α = 0 differs**")
-    if stack not in cases.WITHOUT_RESUMING:
-        whole, resumed = checks.steps(records["injected"]), checks.steps(records["resumed"])
-        assert len(whole) == 4, whole
-        same = whole[cases.SAVED :] == resumed
-        found.append("resumed, same bits" if same else "**resumed, differs**")
+    same = checks.same(plain, train("zero"), steps=2)
+    found.append("α = 0 same bits" if same else "**α = 0 differs**")
+    if stack in cases.WITHOUT_RESUMING:
+        return ", ".join(found)
+    if checks.same(injected, train("resumed"), steps=4, start=cases.SAVED):
+        found.append("resumed, same bits")
+    elif checks.same(train("own"), train("own-resumed"), steps=4, start=cases.SAVED):
+        found.append("**resumed, differs**")
+    else:
+        found.append("resumed, differs without drift_fast too")
     return ", ".join(found)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("stack")
+    parser.add_argument("stack", choices=tomllib.loads((HERE / "versions.toml").read_text()))
     parser.add_argument("--torch-from", type=Path, help="environment whose torch is linked")
     parser.add_argument("--keep", action="store_true", help="keep the environment, or take it")
-    parser.add_argument("--only", default="", help="cases to run, such as lora-images")
+    parser.add_argument("--only", default="", help="cases with this in their name, such as lora")
     given = parser.parse_args()
     sys.path[:0] = [str(HERE), str(ROOT / "tests"), str(ROOT / "python")]
     python = BUILD / given.stack / "bin" / "python"
@@ -171,7 +176,7 @@ def main() -> int:
     for tuning in ("full", "lora"):
         for kind in ("text", "images"):
             name = f"{tuning}-{kind}"
-            if given.only and given.only != name:
+            if given.only not in name:
                 continue
             try:
                 found[name] = case(given.stack, python, world, tuning, kind)
@@ -179,8 +184,7 @@ def main() -> int:
                 failed, found[name] = True, "**failed**"
                 print(f"{name}: {error}", file=sys.stderr)
             print(f"{given.stack} {name}: {found[name]}", flush=True)
-    if not given.only:
-        write_row(given.stack, versions(python, given.stack), found)
+    write_row(given.stack, versions(python, given.stack), found)
     if not given.keep:
         shutil.rmtree(BUILD / given.stack)
     return int(failed)
@@ -210,6 +214,9 @@ def write_row(stack: str, version: str, found: dict[str, str]) -> None:
     header = "| stack | versions | whole weights, text | with images | LoRA, text | with images |"
     for heading in ("stack", "---"):
         rows.pop(heading, None)
+    # Cases that were left out keep what an earlier run found.
+    cells = [cell.strip() for cell in rows.get(stack, "").split("|")[3:-1]]
+    found = dict(zip(COLUMNS, cells or ["not run"] * len(COLUMNS), strict=True)) | found
     rows[stack] = f"| {stack} | {version} | {' | '.join(found[name] for name in COLUMNS)} |"
     lines = [
         START,
