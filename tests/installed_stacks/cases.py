@@ -75,11 +75,12 @@ def _trainer_script(folder: Path, run: Run, python: str) -> list[str]:
 
 
 def _loop_script(folder: Path, run: Run, python: str) -> list[str]:
-    """A loop of one's own and Accelerate's: two epochs of 8 samples are 4 steps, or one is 2."""
+    """A loop of one's own and Accelerate's, over as many samples as the steps take."""
     changes = {
         r"lr=[\d.e-]+": f"lr={RATE}",
-        r"range\(3\)": f"range({run.steps // 2})",
-        r"(?<=_|, )(trained|model.parameters\(\)), 1\.0": "trained, " + str(CLIP),
+        r"range\(3\)": "range(1)",
+        r"splitlines\(\)\]": f"splitlines()[: {run.steps * ACCUMULATION}]]",
+        r", 1\.0\)": f", {CLIP})",
         r"shuffle=True": "shuffle=False",
         r"alpha=1.0": f"alpha={run.alpha}",
     }
@@ -187,7 +188,23 @@ def _swift(folder: Path, run: Run, python: str) -> list[str]:
     return ["bash", "train.sh", *words]
 
 
+def _with_parts(path: Path) -> str:
+    """Return rows whose messages hold their images, as Axolotl takes them."""
+    lines = []
+    for line in path.read_text().splitlines():
+        row = json.loads(line)
+        images = [{"type": "image", "path": image} for image in row["images"]]
+        for turn in row["messages"]:
+            text = {"type": "text", "text": turn["content"].replace("<image>", "")}
+            turn["content"] = [*(images if turn["role"] == "user" else []), text]
+        lines.append(json.dumps({"messages": row["messages"]}) + "\n")
+    return "".join(lines)
+
+
 def _axolotl(folder: Path, run: Run, python: str) -> list[str]:
+    rows = _with_parts(folder / "train.jsonl")
+    (folder / "train.jsonl").unlink()
+    (folder / "train.jsonl").write_text(rows)
     given = yaml.safe_load((folder / "train.yaml").read_text())
     given |= {
         "max_steps": run.steps,
@@ -198,6 +215,7 @@ def _axolotl(folder: Path, run: Run, python: str) -> list[str]:
         "warmup_steps": 0,
         "gradient_accumulation_steps": ACCUMULATION,
         "max_grad_norm": CLIP,
+        "seed": 42,
         "optimizer": "adamw_torch",
         "bf16": False,
         "tf32": False,

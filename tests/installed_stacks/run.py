@@ -84,6 +84,11 @@ def call(words: list[str], folder: Path, python: Path, *, plain: bool = False, *
         "PYTHONPATH": os.pathsep.join(map(str, path)),
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
+        # Axolotl and others report runs to their makers unless they are told not to.
+        "DO_NOT_TRACK": "1",
+        "AXOLOTL_DO_NOT_TRACK": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "WANDB_MODE": "disabled",
         "CUDA_VISIBLE_DEVICES": "",
         **more,
     }

@@ -29,7 +29,22 @@ if os.environ.get("STACKS_RECORD"):
                 if len(name) > len(_names.get(id(parameter), "")):
                     _names[id(parameter)] = name
 
-    def _record(optimizer, args, kwargs):
+    def _before(optimizer, args, kwargs):
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            return _record(optimizer)
+
+        def recorded():
+            # A closure computes the gradients that are then used.
+            loss = closure()
+            _record(optimizer)
+            return loss
+
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": recorded}
+        return (args[0], recorded, *args[2:]), kwargs
+
+    def _record(optimizer):
         parameters = [one for group in optimizer.param_groups for one in group["params"]]
         if not _steps:
             _name_all()
@@ -51,4 +66,4 @@ if os.environ.get("STACKS_RECORD"):
                 save_file(tensors, _FOLDER / f"{kind}.safetensors")
         (_FOLDER / "steps.json").write_text(json.dumps(_steps))
 
-    register_optimizer_step_pre_hook(_record)
+    register_optimizer_step_pre_hook(_before)
