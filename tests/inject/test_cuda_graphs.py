@@ -17,7 +17,14 @@ import torch
 import drift_fast
 from drift_fast.inject.compute.cuda_graphs import CudaGraphs, Launch
 from support import reference
-from support.injection_models import delta_towards, gradients_of, text_batch, tiny_qwen2
+from support.injection_models import (
+    ATTENTION,
+    MLP,
+    delta_towards,
+    gradients_of,
+    text_batch,
+    tiny_qwen2,
+)
 
 CPU = torch.device("cpu")
 on_a_device = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -245,3 +252,37 @@ def test_memory_of_graphs_is_given_back(tmp_path: Path) -> None:
         allocated.append(torch.cuda.memory_allocated())
     # The first one leaves torch the workspaces of its streams, which later ones use again.
     assert allocated[2] <= allocated[1] + (1 << 20)
+
+
+def test_factors_are_replayed_until_their_scaling_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peft = pytest.importorskip("peft")
+    monkeypatch.setattr("drift_fast.inject.target_group.may_capture", lambda device: True)
+    base = tiny_qwen2()
+    delta = delta_towards(tmp_path, base, modules=("attn", "mlp"), size=0.1)
+    config = peft.LoraConfig(target_modules=[*ATTENTION, *MLP], init_lora_weights=False)
+    model: Any = peft.get_peft_model(base, config)
+    layers = [module for module in model.modules() if hasattr(module, "lora_A")]
+    batch = text_batch(2, 8)
+
+    def stepped(injection: drift_fast.Injection, scaling: float) -> dict[str, torch.Tensor]:
+        for layer in layers:
+            layer.scaling["default"] = scaling
+        backward(model, batch)
+        injection.step()
+        take_optimizer_step(model)
+        return gradients_of(model)
+
+    expected = {}
+    for scaling in (1.0, 0.7):
+        with drift_fast.Injection(model, delta) as injection:
+            expected[scaling] = stepped(injection, scaling)
+    counts = []
+    with drift_fast.Injection(model, delta) as injection:
+        injection._groups[0]._graphs = graphs_of_tapes(monkeypatch)
+        for scaling in (1.0, 1.0, 1.0, 1.0, 0.7, 0.7, 0.7):
+            found = stepped(injection, scaling)
+            assert all(torch.equal(found[n], one) for n, one in expected[scaling].items())
+            counts.append(replayed(injection))
+    assert counts == [0, 0, 1, 2, 2, 2, 3]

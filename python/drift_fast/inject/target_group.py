@@ -7,7 +7,7 @@ shape [targets], in the order of `targets`, which is the order in which backward
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,8 +91,7 @@ class TargetGroup:
         self._loss_scale = torch.ones((), dtype=self._alpha.dtype, device=self.device)
         self._skipped = torch.zeros((), dtype=torch.int64, device=self.device)
         self._push: Push | None = None
-        whole = all(isinstance(shard, Whole) for shard in self.shards)
-        captures = whole and self.device.type == "cuda"
+        captures = self._holds_whole() and self.device.type == "cuda"
         self._graphs = CudaGraphs(self.device) if captures else None
         self._found: dict[int, torch.Tensor] | None = None
         self._origin = torch.zeros(0)
@@ -117,6 +116,10 @@ class TargetGroup:
     def _widest(self) -> torch.dtype:
         """The widest type of float that the device has."""
         return torch.float32 if self.device.type == "mps" else torch.float64
+
+    def _holds_whole(self) -> bool:
+        """Whether gradients are those of the parameters themselves, whose addresses may repeat."""
+        return all(isinstance(shard, Whole) for shard in self.shards)
 
     def vector(self, values: Sequence[float]) -> torch.Tensor:
         """Return numbers on the host as a vector beside the gradients."""
@@ -227,46 +230,52 @@ class TargetGroup:
 
     def _process(self, bucket: Bucket) -> None:
         """Measure and change the gradients of a bucket, where nothing is sharded."""
-        held = self._gradients(bucket.start, bucket.stop)
+        held = self._held(bucket.start, bucket.stop)
         if not held:
             return
-        members, gradients = list(held), list(held.values())
         # A transposed gradient is changed through a copy, which has no place of its own.
-        still = all(gradient.is_contiguous() for gradient in gradients)
+        still = all(gradient.is_contiguous() for some in held.values() for gradient in some)
         if self._graphs is not None and still and may_capture(self.device):
             self._graphs.launch(self._capturable(bucket, held))
-            return
-        with flattened(gradients) as flats:
-            self._launch(bucket, members, flats)
-        for at, gradient in held.items():
-            self.shards[at].write_gradient(gradient)
+        else:
+            self._change(bucket, held)
 
-    def _capturable(self, bucket: Bucket, held: Mapping[int, torch.Tensor]) -> Launch:
+    def _held(self, start: int, stop: int) -> dict[int, list[torch.Tensor]]:
+        """Return the gradients of targets [start, stop) that have any."""
+        return {at: [gradient] for at, gradient in self._gradients(start, stop).items()}
+
+    def _beside(self, members: Sequence[int]) -> Hashable:
+        """Return what else a change reads, as addresses and as numbers that a graph repeats."""
+        return ()
+
+    def _capturable(self, bucket: Bucket, held: Mapping[int, Sequence[torch.Tensor]]) -> Launch:
         """Return the launch of a bucket, which a CUDA graph may take over."""
         start, stop, push, arithmetic = bucket.start, bucket.stop, bucket.push, bucket.arithmetic
         members, generation = list(held), arithmetic.generation
-        pointers = [gradient.data_ptr() for gradient in held.values()]
+        pointers = _pointers(held)
         deltas = [bucket.delta(at).data_ptr() for at in members]
+        beside = self._beside(members)
         addresses = (
             generation,
             tuple(members),
             tuple(pointers),
-            tuple(gradient.dtype for gradient in held.values()),
+            tuple(gradient.dtype for some in held.values() for gradient in some),
             tuple(deltas),
             (push.scale, push.loss_scale is None, push.max_push),
+            beside,
         )
 
         # Not the gradients themselves: those that zero_grad frees must not live on here.
         def launch() -> None:
-            flats = [gradient.view(-1) for gradient in self._gradients(start, stop).values()]
-            self._launch(bucket, members, flats)
+            self._change(bucket, self._held(start, stop))
 
         def unmoved() -> bool:
-            now = self._gradients(start, stop)
+            now = self._held(start, stop)
             return (
                 arithmetic.generation == generation
                 and list(now) == members
-                and [gradient.data_ptr() for gradient in now.values()] == pointers
+                and _pointers(now) == pointers
+                and self._beside(members) == beside
             )
 
         def capture() -> None:
@@ -276,15 +285,18 @@ class TargetGroup:
         place = start, stop, deltas[0], id(arithmetic)
         return Launch(place, addresses, launch, capture, unmoved, arithmetic.priority)
 
-    def _launch(
-        self, bucket: Bucket, members: Sequence[int], flats: Sequence[torch.Tensor]
-    ) -> None:
-        """Measure and change flat gradients; what changes from step to step comes from vectors."""
+    def _change(self, bucket: Bucket, held: Mapping[int, Sequence[torch.Tensor]]) -> None:
+        """Measure and change gradients; what changes from step to step comes from vectors."""
+        members = list(held)
         deltas = [bucket.delta(at) for at in members]
-        sums = bucket.arithmetic.measure(flats, deltas if bucket.push.scale in NEED_DOT else None)
-        self._note(sums, members)
-        c = self._decide(bucket.start, bucket.stop, members, bucket.push)
-        bucket.arithmetic.subtract(flats, deltas, pick(c, [at - bucket.start for at in members]))
+        with flattened([gradient for (gradient,) in held.values()]) as flats:
+            scale, arithmetic = bucket.push.scale, bucket.arithmetic
+            sums = arithmetic.measure(flats, deltas if scale in NEED_DOT else None)
+            self._note(sums, members)
+            c = self._decide(bucket.start, bucket.stop, members, bucket.push)
+            arithmetic.subtract(flats, deltas, pick(c, [at - bucket.start for at in members]))
+        for at, (gradient,) in held.items():
+            self.shards[at].write_gradient(gradient)
 
     def _inject_sharded(self, push: Push, *, refused: bool) -> None:
         # Every process takes part in the sum, whatever gradients it has.
@@ -409,3 +421,7 @@ class TargetGroup:
     def squares(self) -> list[float]:
         """Return ‖Δ‖² of each target."""
         return [norm * norm for norm in self.norms.tolist()]
+
+
+def _pointers(held: Mapping[int, Sequence[torch.Tensor]]) -> list[int]:
+    return [gradient.data_ptr() for some in held.values() for gradient in some]

@@ -75,7 +75,7 @@ class DeviceArithmetic:
             return Sums(norm, dot)
         products = self._products(tensors, deltas, large, dtype)
         dots = dot.unbind()
-        for at in self._on_streams(large):
+        for at in self.spread(large):
             if at in products:
                 rows = (tensors[at].view(_ROWS, -1), deltas[at].view(_ROWS, -1).mT)
                 torch.mm(*rows, out_dtype=dtype, out=products[at])
@@ -96,7 +96,7 @@ class DeviceArithmetic:
         """Subtract c·Δ from each tensor in place; c is a float32 vector on the device."""
         small, large = _by_size(tensors)
         values = c.unbind()
-        for at in self._on_streams(large):
+        for at in self.spread(large):
             _axpy(tensors[at], deltas[at], values[at])
         if small:
             some = [tensors[at] for at in small]
@@ -146,7 +146,7 @@ class DeviceArithmetic:
         room = torch.empty(len(wide), _ROWS, _ROWS, dtype=dtype, device=self.device)
         return dict(zip(wide, room.unbind(), strict=True))
 
-    def _on_streams(self, members: Sequence[int]) -> Iterator[int]:
+    def spread(self, members: Sequence[int]) -> Iterator[int]:
         """Yield the members, with a current stream of its own for each share of them."""
         if len(members) < 2 or not self._streams:
             yield from members

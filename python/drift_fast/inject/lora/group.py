@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 
 import torch
 
@@ -35,7 +35,10 @@ class FactorGroup(TargetGroup):
     def begin(self) -> None:
         super().begin()
         assert self.last is not None
-        self.last.delta = torch.zeros_like(self.norms)
+        if self.last.delta is self.norms:
+            self.last.delta = torch.empty_like(self.norms)
+        # In place: a captured graph writes there.
+        self.last.delta.zero_()
 
     def missing(self) -> list[int]:
         return [at for at in range(len(self.targets)) if self._factor_gradients(at) is None]
@@ -49,14 +52,27 @@ class FactorGroup(TargetGroup):
         """Return the gradients of a target's factors, None unless all are there and train."""
         return self._shard(at).gradients() if self.targets[at].trains else None
 
-    def _process(self, bucket: Bucket) -> None:
-        for first, last in _runs(self.targets, bucket.start, bucket.stop):
-            found = {at: self._factor_gradients(at) for at in range(first, last)}
-            held = {at: gradients for at, gradients in found.items() if gradients is not None}
-            if held:
-                self._process_run(bucket.part(first, last), held)
+    def _holds_whole(self) -> bool:
+        # What DoRA and experts read beside their factors has no address in `_beside`.
+        shards = [self._shard(at) for at in range(len(self.shards))]
+        plain = all(s.adapted.experts == 1 and not s.adapted.is_dora for s in shards)
+        return plain and all(shard.is_whole for shard in shards)
 
-    def _process_run(self, bucket: Bucket, held: dict[int, list[torch.Tensor]]) -> None:
+    def _held(self, start: int, stop: int) -> dict[int, list[torch.Tensor]]:
+        found = {at: self._factor_gradients(at) for at in range(start, stop)}
+        return {at: gradients for at, gradients in found.items() if gradients is not None}
+
+    def _beside(self, members: Sequence[int]) -> Hashable:
+        factors = [one for at in members for one in self._shard(at).adapted.factors]
+        return tuple((one.a.data_ptr(), one.b.data_ptr(), one.scaling) for one in factors)
+
+    def _change(self, bucket: Bucket, held: Mapping[int, Sequence[torch.Tensor]]) -> None:
+        for first, last in _runs(self.targets, bucket.start, bucket.stop):
+            inside = {at: held[at] for at in range(first, last) if at in held}
+            if inside:
+                self._change_run(bucket.part(first, last), inside)
+
+    def _change_run(self, bucket: Bucket, held: Mapping[int, Sequence[torch.Tensor]]) -> None:
         """Change the gradients of targets that all have equally many factors."""
         members = list(held)
         shards = {at: self._shard(at) for at in members}
@@ -65,6 +81,7 @@ class FactorGroup(TargetGroup):
             [shard.adapted for shard in shards.values()],
             [shard.weights() for shard in shards.values()],
             [None] * len(members),
+            bucket.arithmetic.spread,
         )
         pulled = [part for parts in some for part in parts]
         each = len(held[members[0]])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -64,30 +64,35 @@ def pull_back(
 
 
 def pull_back_all(
-    deltas: Iterable[torch.Tensor],
+    deltas: Sequence[torch.Tensor] | Iterator[torch.Tensor],
     adapted: Sequence[Adapted],
     weights: Sequence[Sequence[torch.Tensor]],
     rows: Sequence[tuple[int, int] | None],
+    spread: Callable[[Sequence[int]], Iterator[int]] = iter,
 ) -> list[list[torch.Tensor]]:
     """Return `pull_back` of several weights, in fewer launches where bfloat16 is not widened.
 
-    Each Δ is used up before the next one is asked for.
+    From an iterator each Δ is used up before the next one is asked for. A sequence of Δ may be
+    `spread` over streams.
     """
     every = [weight for some in weights for weight in some]
     plain = all(one.experts == 1 and not one.is_dora for one in adapted)
     double = any(weight.dtype == torch.float64 for weight in every)
-    each = zip(deltas, adapted, weights, rows, strict=True)
     if not plain or double or not _multiplies_parts(every[0].device):
-        return [pull_back(*one) for one in each]
+        return [pull_back(*one) for one in zip(deltas, adapted, weights, rows, strict=True)]
     pieces = iter(_in_parts(every))
-    found = []
-    for delta, one, some, run in each:
-        parts = [next(pieces) for _ in some]
+    parts = [[next(pieces) for _ in some] for some in weights]
+    # What outlives the loop is allocated here, on the stream of the caller.
+    found = [_room(one, run, every[0].device) for one, run in zip(adapted, rows, strict=True)]
+    for at in spread(range(len(adapted))):
+        delta = deltas[at] if isinstance(deltas, Sequence) else next(deltas)
         if delta.dtype == torch.bfloat16:
-            found.append(_multiplied_back(delta, one, parts, run))
-        else:
-            found.append(pull_back(delta, one, some, run))
-    return found
+            _multiply_into(found[at], delta, adapted[at], parts[at], rows[at])
+            continue
+        pulled = pull_back(delta, adapted[at], weights[at], rows[at])
+        for out, part in zip(found[at].values(), pulled, strict=True):
+            out.copy_(part.view(out.shape))
+    return [[out.view(-1) for out in some.values()] for some in found]
 
 
 def _in_parts(factors: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
@@ -107,20 +112,31 @@ def _in_parts(factors: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
     ]
 
 
-def _multiplied_back(
+def _room(
+    adapted: Adapted, rows: tuple[int, int] | None, device: torch.device
+) -> dict[int, torch.Tensor]:
+    """Return memory for Δ̃ of each parameter that trains, by its place among all of them."""
+    trained = {id(parameter) for parameter in adapted.trained}
+    make = torch.empty if rows is None else torch.zeros
+    return {
+        at: make(adapted.shapes[at], dtype=torch.float32, device=device)
+        for at, parameter in enumerate(adapted.parameters)
+        if id(parameter) in trained
+    }
+
+
+def _multiply_into(
+    found: dict[int, torch.Tensor],
     delta: torch.Tensor,
     adapted: Adapted,
     parts: Sequence[Sequence[torch.Tensor]],
     rows: tuple[int, int] | None,
-) -> list[torch.Tensor]:
-    """Return Δ̃ of every trained factor, flat, of a bfloat16 Δ that is not widened."""
+) -> None:
+    """Write Δ̃ of every trained factor, of a bfloat16 Δ that is not widened."""
     matrix = delta.view(-1, adapted.shape[-1])
     ranks = sum(one.rank for one in adapted.factors)
-    trained = {id(parameter) for parameter in adapted.trained}
-    places = [at for at, one in enumerate(adapted.parameters) if id(one) in trained]
-    found: dict[int, torch.Tensor] = {}
     for is_b in (False, True):
-        if not any(at % 2 == is_b for at in places):
+        if not any(at % 2 == is_b for at in found):
             continue
         # Δ·Aᵀ belongs to B and Bᵀ·Δ to A; of a transposed weight the sides are exchanged.
         other, axis = parts[not is_b :: 2], int(not is_b)
@@ -133,15 +149,12 @@ def _multiplied_back(
         product = torch.mm(left, factor, out_dtype=torch.float32)
         product = product.view(-1, len(other[0]), ranks)
         for at, (one, run) in enumerate(_adapters(adapted)):
-            if (place := 2 * at + is_b) in places:
-                make = torch.empty if rows is None else torch.zeros
-                whole = make(adapted.shapes[place], dtype=torch.float32, device=delta.device)
-                out = whole if is_b else whole.mT
+            if (place := 2 * at + is_b) in found:
+                out = found[place] if is_b else found[place].mT
                 if rows is not None and onto_rows:
                     out = out[slice(*rows)]
                 torch.sum(product[:, :, run], 1, out=out)
-                found[place] = whole.mul_(one.scaling).view(-1)
-    return [found[at] for at in places]
+                out.mul_(one.scaling)
 
 
 def along(

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import nn
 
 from drift_fast.inject.lora.adapters import Adapted
-from drift_fast.inject.shards.base import Shard
+from drift_fast.inject.shards.base import Shard, Whole
 from drift_fast.inject.shards.reduction import Reduction
 from drift_fast.inject.target import Target
 
@@ -73,6 +73,11 @@ class FactorShard:
             )
             for shard in shards
         ]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the factors are parameters that this process holds whole."""
+        return all(isinstance(shard, Whole) for shard in self._shards)
 
     @property
     def sharding(self) -> str:
