@@ -477,11 +477,12 @@ def test_the_readmes_table_is_what_the_planner_says() -> None:
     for added, memory, fits, rest in rows:
         output = io.StringIO()
         with contextlib.chdir(RECIPE), contextlib.redirect_stdout(output):
-            assert drift_fast_command([*words, *added.split(), "--json"]) == 0
+            status = drift_fast_command([*words, *added.split(), "--json"])
         found = json.loads(output.getvalue())
         value = {figure["name"]: figure["value"] for figure in found["figures"]}
         assert float(memory) == round(value["GPU memory"] / 1e9, 1)
         assert found["fits"] is (fits == "")
+        assert status == int(not found["fits"])
         told = [
             f"{value['host memory'] / 1e9:.1f} GB",
             f"{value['disk'] / 1e9:.0f} GB",
