@@ -199,6 +199,8 @@ def test_an_absurd_header_length_is_refused_without_allocating_it(
         b'{"a": 1}',
         b'{"a": null}',
         b"{" * 10_000,
+        b'{"a": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0], "b": "\xff"}}',
+        b'{"__metadata__": {"b": "\xff"}}',
     ],
     ids=[
         "empty",
@@ -212,6 +214,8 @@ def test_an_absurd_header_length_is_refused_without_allocating_it(
         "number",
         "null-entry",
         "deep",
+        "not-utf8-where-nobody-looks",
+        "not-utf8-in-metadata",
     ],
 )
 def test_a_header_that_is_not_json_of_the_right_form_is_refused(

@@ -108,7 +108,11 @@ fn read_bytes(file: &File, path: &Path, file_nbytes: u64) -> Result<Vec<u8>> {
 }
 
 fn parse(path: &Path, bytes: Vec<u8>, data_start: u64, file_nbytes: u64) -> Result<Vec<Tensor>> {
-    let header: Header = serde_json::from_slice(&bytes).map_err(|error| {
+    // A parser does not look into texts that it skips, the format's own library does.
+    let text = std::str::from_utf8(&bytes).map_err(|error| {
+        Error::checkpoint(path, format!("the header is not valid: {error}; {REMEDY}"))
+    })?;
+    let header: Header = serde_json::from_str(text).map_err(|error| {
         let hint = if bytes.is_empty() { magic::describe(&[0; 8]) } else { None };
         let reason = match hint {
             Some(hint) => hint.to_owned(),
