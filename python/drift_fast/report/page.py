@@ -15,7 +15,7 @@ from typing import Any
 
 from drift_fast._core import __version__
 
-# Of a table's columns: text, a number of things, or a number.
+# A table's column holds text, counts or other numbers.
 KINDS = {"text", "count", "number"}
 _POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -97,6 +97,15 @@ class Adapted:
             if one.magnitude is not None:
                 shapes.append((height,))
         return tuple(shapes)
+
+    def of_trained(self, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Return the parts that belong to trained parameters, flat, of one for each parameter."""
+        trained = {id(parameter) for parameter in self.trained}
+        return [
+            part.view(-1)
+            for parameter, part in zip(self.parameters, parts, strict=True)
+            if id(parameter) in trained
+        ]
 
     @property
     def is_dora(self) -> bool:

@@ -29,14 +29,7 @@ def pull_back(
     rows: tuple[int, int] | None,
 ) -> list[torch.Tensor]:
     """Return Δ̃ of every trained parameter, as `lora.pull_back.pull_back` does."""
-    trained = {id(parameter) for parameter in adapted.trained}
-    return [
-        part.view(-1)
-        for parameter, part in zip(
-            adapted.parameters, _parts(delta, adapted, weights, rows), strict=True
-        )
-        if id(parameter) in trained
-    ]
+    return adapted.of_trained(_parts(delta, adapted, weights, rows))
 
 
 def along(

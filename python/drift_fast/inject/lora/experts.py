@@ -36,12 +36,7 @@ def pull_back(
                 scaled = part * one.scaling
                 onto_left[some, inside] += scaled @ right[some].to(dtype)
                 onto_right[some] += scaled.mT @ left[some, inside].to(dtype)
-    trained = {id(parameter) for parameter in adapted.trained}
-    return [
-        total.view(-1)
-        for parameter, total in zip(adapted.parameters, totals, strict=True)
-        if id(parameter) in trained
-    ]
+    return adapted.of_trained(totals)
 
 
 def along(

@@ -165,7 +165,7 @@ def along(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return two flat tensors whose dot product is Σ s·⟨B·A, Δ⟩, over the given rows of Δ.
 
-    Of a DoRA it is ⟨W, Δ⟩, which changes by as much as W moves along Δ too.
+    For a DoRA the product is ⟨W, Δ⟩; it too changes by as much as W moves along Δ.
     """
     if adapted.is_dora:
         return dora.along(delta, adapted, weights, rows)

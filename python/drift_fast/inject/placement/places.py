@@ -6,6 +6,7 @@ of elements from `pipeline`, or a tensor that is not a run of the delta's.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -53,7 +54,7 @@ class Place(Protocol):
         """Return what was loaded; it may wait for the device."""
 
 
-class _Exact:
+class _Exact(ABC):
     """A Δ that is kept as it is."""
 
     def __init__(self, target: Target, shard: Shard, device: torch.device | None) -> None:
@@ -83,14 +84,16 @@ class _Exact:
         norm = self._norm if self._run is None else self._run.square**0.5
         return Loaded(self._target, self._shard, self._held(), norm, norm)
 
+    @abstractmethod
     def _make(self) -> torch.Tensor | None:
-        raise NotImplementedError
+        """Return the tensor that Δ is loaded into, None where its norm alone is wanted."""
 
-    def _done(self) -> None:
-        pass
+    def _done(self) -> None:  # noqa: B027
+        """Go on with what was loaded."""
 
+    @abstractmethod
     def _held(self) -> Held | torch.Tensor:
-        raise NotImplementedError
+        """Return Δ where it is kept."""
 
     @property
     def _numel(self) -> int:

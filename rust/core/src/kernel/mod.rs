@@ -372,7 +372,7 @@ fn sums<const STORE: bool>(
     by_dtypes!(a, b, F16, |A, B| scalar::sums::<A, B, STORE>(a.bytes, b.bytes, difference))
 }
 
-/// The sum of the squares of a block whose type is no wider than float32.
+/// Returns the sum of the squares of a block of float32 or a narrower type.
 fn squares(block: Elements<'_>) -> f64 {
     #[cfg(target_arch = "x86_64")]
     {

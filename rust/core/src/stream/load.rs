@@ -19,8 +19,8 @@ use crate::error::{Error, Result};
 use crate::kernel::rounding::Rounding;
 use crate::kernel::{Elements, Moments, square};
 
-/// Of a ring of cells, how many parts of it are handed to the caller one after the other; workers fill
-/// the others meanwhile.
+/// A ring of cells has this many parts. The caller is handed one after the other, while workers fill
+/// the rest.
 const PARTS: usize = 4;
 
 /// Elements of one tensor that are loaded in order.
