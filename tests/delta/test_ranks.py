@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torch.distributed import FileStore
+from torch.distributed import FileStore, HashStore
 
 from drift_fast import CheckpointError, Delta, DriftError, NonFiniteError, compute_delta
 from drift_fast.delta import process_group
 from drift_fast.delta.parallel import identify, parse_ranks
-from drift_fast.delta.process_group import _error_of
+from drift_fast.delta.process_group import Meeting, _error_of
 from drift_fast.delta.shared_writing import balance
 from support.commands import PROGRAM
 from support.processes import TESTS, Child, environment, finish
@@ -367,6 +367,28 @@ def test_one_process_group_serves_again(pair: Pair, alone: Path, out: Path, tmp_
     found = run(pair, out, 2, launcher=None, gloo=str(tmp_path / "store"), again=True)
     assert all(one.get("names") for one in found), found
     assert every_byte(out) == every_byte(alone)
+
+
+def test_a_rank_answered_while_it_called_again_leaves_no_call_for_the_next_run(
+    tmp_path: Path,
+) -> None:
+    shared = HashStore()
+    caller, answerer = (process_group._Store(lambda: shared) for _ in range(2))
+    first = Meeting(0, 2, tmp_path, 10.0)
+    rank_0 = threading.Thread(target=process_group._call_roll, args=(answerer, first))
+    has = caller.has
+
+    def has_and_lets_the_other_answer(key: str) -> bool:
+        found = has(key)
+        if shared.num_keys() and not rank_0.is_alive() and not rank_0.ident:
+            rank_0.start()
+            rank_0.join()
+        return found
+
+    caller.has = has_and_lets_the_other_answer  # type: ignore[method-assign]
+    process_group._call_roll(caller, Meeting(1, 2, tmp_path, 10.0))
+    assert rank_0.ident, "rank 0 never answered"
+    assert not answerer.has("here-1")
 
 
 @pytest.mark.parametrize("kind", [CheckpointError, FileExistsError, ValueError, OSError])

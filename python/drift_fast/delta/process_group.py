@@ -337,8 +337,11 @@ def _call_roll(store: _Store, meeting: Meeting) -> None:
             store.set(f"here-{meeting.rank}", token)
         return False
 
-    if not _until(called, meeting.limit):
-        store.delete(f"here-{meeting.rank}")
+    answered = _until(called, meeting.limit)
+    # Also where rank 0 has answered: it may have read the token just before this rank set it again,
+    # and would take that one for a rank of its next run.
+    store.delete(f"here-{meeting.rank}")
+    if not answered:
         raise _nobody_called(meeting)
 
 
