@@ -1,7 +1,7 @@
 """A run that is interrupted or killed stops, and leaves nothing or what was there before.
 
-Everything runs in a process of its own, whose end is what is tested. That it stops soon is tested on
-a pair that takes minutes to read, not with a clock.
+Everything runs in a process of its own, whose end is what is tested. That it stops soon is tested
+on a pair that takes minutes to read, not with a clock.
 """
 
 from __future__ import annotations

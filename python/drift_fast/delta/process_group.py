@@ -40,6 +40,7 @@ _SHUTDOWN = 10.0
 # How long a FileStore looks for a file that rank 0 has removed; by default it does for minutes.
 _GONE = timedelta(seconds=5)
 _MARK = "made by rank 0"
+_CLEARED = "cleared"
 _ALONE = "if one process alone is to write, pass ranks=None (drift-fast delta --ranks none)"
 
 
@@ -210,7 +211,10 @@ class ProcessGroup:
 
 
 class _Store:
-    """The store of a process group; what is missing is None, and every run has a prefix."""
+    """The store of a process group; what is missing is None, and every run has a prefix.
+
+    A key is never deleted: reading one that goes in that moment would wait for its return.
+    """
 
     def __init__(self, open_store: Callable[[], Any], file: Path | None = None) -> None:
         self.open = open_store
@@ -233,16 +237,20 @@ class _Store:
         del self._store
 
     def has(self, key: str) -> bool:
-        return self._ask(lambda: bool(self._store.check([key])), False)
+        return self.get(key) is not None
 
     def get(self, key: str) -> str | None:
-        return self._ask(lambda: self._store.get(key).decode(), None) if self.has(key) else None
+        if not self._ask(lambda: bool(self._store.check([key])), False):
+            return None
+        text = self._ask(lambda: self._store.get(key).decode(), _CLEARED)
+        return None if text == _CLEARED else text
 
     def set(self, key: str, text: str) -> None:
         self._store.set(key, text)
 
-    def delete(self, key: str) -> None:
-        self._ask(lambda: self._store.delete_key(key), False)
+    def clear(self, key: str) -> None:
+        """Make a key count as missing."""
+        self._ask(lambda: self._store.set(key, _CLEARED), None)
 
     def _ask(self, question: Callable[[], T], gone: T) -> T:
         """Return the answer, or `gone` where rank 0 has removed the store, even meanwhile."""
@@ -303,12 +311,13 @@ def _call_roll(store: _Store, meeting: Meeting) -> None:
     """
     if meeting.rank == 0:
         here = {rank: f"here-{rank}" for rank in range(1, meeting.size)}
-        came: set[int] = set()
+        came: dict[int, str] = {}
 
         def all_here() -> bool:
-            now = {rank for rank, key in here.items() if store.has(key)}
+            tokens = {rank: store.get(key) for rank, key in here.items()}
+            now = {rank: token for rank, token in tokens.items() if token is not None}
             came.update(now)
-            return now == here.keys()
+            return now.keys() == here.keys()
 
         if not _until(all_here, meeting.limit):
             # One that came and gave up sooner than this rank says so itself.
@@ -318,12 +327,11 @@ def _call_roll(store: _Store, meeting: Meeting) -> None:
                 f"{meeting.limit:g} s (DRIFT_FAST_RANK_TIMEOUT). All ranks must make this call "
                 f"with the same output on one shared file system; {_ALONE}"
             )
-        store.delete("failed")
+        store.clear("failed")
         for rank, key in here.items():
-            token = store.get(key)
-            store.delete(key)
-            store.delete(f"seen-{rank}")
-            store.set(f"go-{token}", "")
+            store.clear(key)
+            store.clear(f"seen-{rank}")
+            store.set(f"go-{came[rank]}", "")
         return
     token = secrets.token_hex(16)
 
@@ -340,7 +348,7 @@ def _call_roll(store: _Store, meeting: Meeting) -> None:
     answered = _until(called, meeting.limit)
     # Also where rank 0 has answered: it may have read the token just before this rank set it again,
     # and would take that one for a rank of its next run.
-    store.delete(f"here-{meeting.rank}")
+    store.clear(f"here-{meeting.rank}")
     if not answered:
         raise _nobody_called(meeting)
 
