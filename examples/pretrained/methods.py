@@ -21,13 +21,14 @@ Control = Literal["shuffled", "unrelated", "reversed"]
 
 @dataclass(frozen=True)
 class Protection:
-    """What is taken out of Δ: per tensor, the span of gradients.
+    """What is taken out of Δ: the span of gradients, per tensor or one of all tensors together.
 
     `of` says of what: reading samples, the fine-tuning set's own, or random directions.
     """
 
     directions: int = 3
     of: Literal["reading", "stories", "random"] = "reading"
+    span: Literal["each", "one"] = "each"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,6 +190,7 @@ def _add_variants() -> None:
     for suffix, label, protection in (
         ("by_stories", "protected by its own set", Protection(of="stories")),
         ("by_random", "protected by random directions", Protection(of="random")),
+        ("by_one_span", "protected by one span of all tensors", Protection(span="one")),
         ("by_1", "protected by 1 gradient", Protection(1)),
         ("by_8", "protected by 8 gradients", Protection(8)),
         ("by_32", "protected by 32 gradients", Protection(32)),

@@ -13,7 +13,7 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -418,10 +418,43 @@ def _without_gradients(
         batches.to(encoder.training([draw(rng) for _ in range(size)]), device)
         for _ in range(protocol.kept // size)
     ]
+    if protection.span == "one":
+        return _without_one_span(model, delta, kept, protection.directions)
     protected = drift_fast.protect(
         model, delta.on_host(), kept, directions=protection.directions, progress_bar=False
     )
     return Tensors((name, protected[name].float().to(device)) for name in protected)
+
+
+def _without_one_span(
+    model: PreTrainedModel, delta: Tensors, kept: Sequence[Batch], directions: int
+) -> Tensors:
+    """Return Δ without the span of gradients of all weights together, not tensor by tensor."""
+    sources = drift_fast.match_parameters(model, delta)
+    weights = dict(model.named_parameters())
+    model.eval()
+    sums: list[list[torch.Tensor]] = []
+    for first in range(directions):
+        model.zero_grad(set_to_none=True)
+        for batch in kept[first::directions]:
+            model(**batch).loss.backward()
+        sums.append([weights[name].grad.flatten() for name in sources])
+    model.zero_grad(set_to_none=True)
+    vectors = {
+        source: torch.stack(rows) for source, *rows in zip(sources.values(), *sums, strict=True)
+    }
+    gram = torch.stack([rows.double() @ rows.double().T for rows in vectors.values()]).sum(0)
+    along = torch.stack(
+        [rows.double() @ delta[name].double().flatten() for name, rows in vectors.items()]
+    ).sum(0)
+    coefficients = torch.linalg.pinv(gram, hermitian=True) @ along
+    return Tensors(
+        (
+            source,
+            (d.double().flatten() - coefficients @ vectors[source].double()).float().view_as(d),
+        )
+        for source, d in delta.items()
+    )
 
 
 def _short_story(rng: np.random.Generator) -> problems.Problem:

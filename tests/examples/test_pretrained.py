@@ -13,10 +13,12 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 if any(importlib.util.find_spec(name) is None for name in ("sklearn", "transformers")):
     pytest.skip("the study needs sklearn and transformers", allow_module_level=True)
@@ -158,3 +160,30 @@ def test_what_is_published_says_what_the_page_says(study: Any) -> None:
 def _cell(study: Any, values: list[float]) -> str:
     half = study.report.interval(values)
     return f"{statistics.mean(values):.3f} ± {half:.3f}".replace("0.", ".")
+
+
+def test_without_one_span_a_delta_is_orthogonal_to_gradients_of_all_tensors_together(
+    study: Any,
+) -> None:
+    class Squares(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = (torch.nn.Linear(4, 4, bias=False) for _ in range(2))
+
+        def forward(self, x: torch.Tensor) -> SimpleNamespace:
+            return SimpleNamespace(loss=self.two(self.one(x).tanh()).square().mean())
+
+    torch.manual_seed(0)
+    model = Squares()
+    names = [name for name, _ in model.named_parameters()]
+    delta = study.training.Tensors((name, torch.randn(4, 4)) for name in names)
+    kept = [{"x": torch.randn(3, 4)} for _ in range(4)]
+    found = study.training._without_one_span(model, delta, kept, 2)
+    taken = torch.cat([(delta[name] - found[name]).flatten() for name in names])
+    for first in range(2):
+        loss = sum(model(**batch).loss for batch in kept[first::2])
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        products = [(found[n] * g).sum() for n, g in zip(names, gradients, strict=True)]
+        assert abs(sum(products)) < 1e-5
+        assert all(abs(product) > 1e-4 for product in products)
+    assert taken.norm() > 0.1
