@@ -6,9 +6,11 @@ and what is refused. The factors and scalings are read off names and stated numb
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,10 @@ import torch
 from torch import nn
 
 import drift_fast
+from drift_fast.inject.lora.adapters import Adapted, adapters_of
+from drift_fast.inject.lora.dora import Base
+from drift_fast.inject.lora.dora import squares as squares_of
+from drift_fast.inject.lora.pull_back import along, pull_back
 from support import reference
 from support.injection_models import (
     ARITHMETIC,
@@ -464,6 +470,47 @@ def test_a_dora_is_pulled_back_to_as_peft_itself_differentiates_it(
 
 
 @pytest.mark.parametrize("block", [1 << 24, 20])
+def test_what_a_dora_gets_from_parts_of_rows_adds_up_to_what_peft_differentiates(
+    delta: drift_fast.Delta, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("drift_fast.inject.lora.dora._BLOCK", block)
+    model = dora(Backbone()).double()
+    found = adapters_of(model).weights
+    for name, own in weights_in(delta).items():
+        adapted_weight = found[f"base_model.model.{name}"]
+        assert isinstance(adapted_weight, Adapted)
+        (base,) = adapted_weight.beside
+        weights = [parameter.detach() for parameter in adapted_weight.parameters]
+        flat, change = base.detach().reshape(-1), own.double().reshape(-1)
+        # Within the first row, within another one, and a process that holds nothing.
+        cuts = [0, 3, 3, own.shape[1] * 2 + 1, own.numel()]
+        parts = [Base(flat[a:b], a) for a, b in itertools.pairwise(cuts)]
+        squares = torch.stack([squares_of(adapted_weight, weights, part) for part in parts])
+        parts = [replace(part, norms=squares.sum(0).sqrt()) for part in parts]
+        pulled = [
+            pull_back(change[part.start : part.stop], adapted_weight, weights, None, part)
+            for part in parts
+        ]
+        moved = [
+            along(change[part.start : part.stop], adapted_weight, weights, None, part)
+            for part in parts
+        ]
+        model.zero_grad()
+        module = model.get_submodule(f"base_model.model.{name.removesuffix('.weight')}")
+        out = module(torch.eye(own.shape[1], dtype=torch.float64)) - module(
+            torch.zeros(1, own.shape[1], dtype=torch.float64)
+        )
+        # ⟨W, Δ⟩, by PEFT's own forward pass.
+        product = (out.mT * own.double()).sum()
+        product.backward()
+        for one, some in zip(adapted_weight.parameters, zip(*pulled, strict=True), strict=True):
+            grad = exact(one.grad).ravel()
+            assert reference.norm(exact(sum(some)) - grad) <= 1e-12 * reference.norm(grad), name
+        total = sum(float(left @ right) for left, right in moved)
+        assert total == pytest.approx(product.item(), rel=1e-10)
+
+
+@pytest.mark.parametrize("block", [1 << 24, 20])
 @pytest.mark.parametrize("scale", SCALES)
 def test_factors_and_magnitudes_of_a_dora_follow_the_equations(
     delta: drift_fast.Delta, scale: str, block: int, monkeypatch: pytest.MonkeyPatch
@@ -525,6 +572,16 @@ def test_a_dora_beside_another_adapter_is_refused(delta: drift_fast.Delta) -> No
     model.add_adapter("other", peft.LoraConfig(r=2, target_modules=ALL))
     model.base_model.set_adapter(["default", "other"])
     with pytest.raises(drift_fast.DriftError, match=r"beside another.*use_dora=False"):
+        drift_fast.Injection(model, delta)
+
+
+def test_a_dora_of_a_weight_that_zero_3_holds_as_codes_is_refused(delta: drift_fast.Delta) -> None:
+    model = dora(Backbone())
+    for name, parameter in model.named_parameters():
+        if name.endswith("base_layer.weight"):
+            # As zero_quantized_nontrainable_weights has it.
+            parameter.ds_tensor = torch.zeros(parameter.numel(), dtype=torch.int8)
+    with pytest.raises(drift_fast.DriftError, match=r"DoRA of a quantized weight.*use_dora=False"):
         drift_fast.Injection(model, delta)
 
 

@@ -101,15 +101,41 @@ def fsdp1(model: Any) -> Any:
     )
 
 
+def in_layers(model: Any) -> Any:
+    """Wrap whole decoder layers with FSDP1, adapters and all."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+    policy = ModuleWrapPolicy({type(model.base_model.model.model.layers[0])})
+    return FullyShardedDataParallel(
+        model, auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu")
+    )
+
+
+def bases_apart(model: Any) -> Any:
+    """Apply fully_shard to every adapted weight on its own."""
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = mesh_of(dist.get_world_size())
+    for module in list(model.modules()):
+        if hasattr(module, "base_layer"):
+            fully_shard(module.base_layer, mesh=mesh)
+    return fsdp2(model, mesh)
+
+
 def both(model: Any) -> Any:
     """Tensor parallelism of two with FSDP2 of two: the thin factors are whole or sharded."""
+    mesh = mesh_of(2, 2, names=("data", "model"))
+    return fsdp2(tensor_parallel(model, mesh["model"]), mesh["data"])
+
+
+def tensor_parallel(model: Any, mesh: Any) -> Any:
     from torch.distributed.tensor.parallel import (
         ColwiseParallel,
         RowwiseParallel,
         parallelize_module,
     )
 
-    mesh = mesh_of(2, 2, names=("data", "model"))
     plan: dict[str, Any] = {}
     for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", *_UP):
         plan |= {
@@ -122,8 +148,8 @@ def both(model: Any) -> Any:
             f"{name}.lora_A.default": RowwiseParallel(),
         }
     for layer in model.base_model.model.model.layers:
-        parallelize_module(layer, mesh["model"], plan)
-    return fsdp2(model, mesh["data"])
+        parallelize_module(layer, mesh, plan)
+    return model
 
 
 _UP = ("mlp.gate_proj", "mlp.up_proj")
@@ -253,6 +279,8 @@ ZERO: dict[str, dict[str, Any]] = {
     "stage 3": {"stage": 3, "section": {"stage3_param_persistence_threshold": 0}},
     "stage 3, small parameters kept, bfloat16": {"stage": 3, "config": BF16},
     "stage 3, frozen A": {"stage": 3, "frozen": "lora_A"},
+    "stage 3, DoRA": {"stage": 3, "section": {"stage3_param_persistence_threshold": 0}},
+    "stage 3, DoRA, small parameters kept, bfloat16": {"stage": 3, "config": BF16},
     "stage 2, frozen B": {"stage": 2, "frozen": "lora_B"},
     "stage 0, bfloat16": {"stage": 0, "config": BF16},
 }
@@ -328,10 +356,41 @@ def check_faults(folder: Path) -> Report:
     twins.inject()
     report["not finite"] = [twins.injection.skipped, twins.injection.injected]
     twins.remove()
-    delta = Delta.open(folder / "even" / "delta")
-    for name, wrap in (("FSDP2", fsdp2), ("FSDP1", fsdp1)):
-        attach = functools.partial(Injection, wrap(adapted("even", use_dora=True)), delta)
-        report[f"DoRA, {name}"] = refusal(functools.partial(attach, modules=WEIGHTS))
+    return report
+
+
+def check_doras(folder: Path) -> Report:
+    """DoRAs of sharded weights, and those that PEFT itself does not train."""
+
+    def magnify(model: Any) -> None:
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "magnitude" in name:
+                    # Other than the norms of rows, from which they start.
+                    parameter *= torch.linspace(0.5, 1.5, len(parameter))
+
+    hybrid = functools.partial(fsdp2, mesh=mesh_of(2, 2, names=("replicate", "shard")))
+    twins = functools.partial(Twins, folder, adapter={"use_dora": True}, change=magnify)
+    report: Report = {f"FSDP2, {shape}": followed(twins(shape)) for shape in SHAPES}
+    report |= {f"FSDP1, {shape}": followed(twins(shape, in_layers)) for shape in SHAPES}
+    report["hybrid"] = followed(twins("uneven", hybrid))
+    with mock.patch("drift_fast.inject.lora.dora._BLOCK", 15):
+        # Blocks of two rows, which processes hold parts of.
+        report["in blocks"] = followed(twins("uneven", in_layers))
+    apart: dict[str, Wrap] = {
+        "A": fsdp1,
+        "weight": bases_apart,
+        "tensor parallel": lambda model: tensor_parallel(model, mesh_of(dist.get_world_size())),
+        "and FSDP2": both,
+    }
+    batch = regression_batch(COUNT, width=SHAPES["even"]["width"], seed=30)
+    for way, wrap in apart.items():
+        model = wrap(adapted("even", use_dora=True))
+        attach = functools.partial(Injection, model, Delta.open(folder / "even" / "delta"))
+        report[way] = [
+            refusal(functools.partial(attach, modules=WEIGHTS)),
+            refusal(functools.partial(regression_loss, model, batch)),
+        ]
     return report
 
 
@@ -361,7 +420,7 @@ def check_zero(folder: Path) -> Report:
     delta = Delta.open(folder / "uneven" / "delta")
     report: Report = {}
     for name, options in ZERO.items():
-        model = adapted("uneven")
+        model = adapted("uneven", use_dora="DoRA" in name)
         for key, parameter in model.named_parameters():
             parameter.requires_grad_(
                 parameter.requires_grad and options.get("frozen", "-") not in key
@@ -499,12 +558,17 @@ def _joint(shard: Any) -> torch.Tensor:
 
 
 def _pulled_back(shard: Any, delta: torch.Tensor) -> torch.Tensor:
-    a, b = (
+    a, b, *magnitudes = (
         gathered(own, own.weight(), shape)
         for own, shape in zip(shard._shards, shard.adapted.shapes, strict=True)
     )
-    both_sides = [2.0 * b.T @ delta, 2.0 * delta @ a.T]
-    return torch.cat([both_sides[at].reshape(-1) for at in shard._trained])
+    parts, scaled = [], 2.0 * delta
+    for m in magnitudes:
+        v = gathered(shard._base, shard._base.weight(), delta.shape) + 2.0 * b @ a
+        norms = v.norm(dim=1)
+        parts, scaled = [(delta * v).sum(1) / norms], (m / norms)[:, None] * scaled
+    parts = [b.T @ scaled, scaled @ a.T, *parts]
+    return torch.cat([parts[at].reshape(-1) for at in shard._trained])
 
 
 CHECKS = [
@@ -512,6 +576,7 @@ CHECKS = [
     check_ways,
     check_variants,
     check_faults,
+    check_doras,
     check_state,
 ]
 
@@ -628,11 +693,40 @@ def test_what_one_process_lacks_stops_all(reports: dict[str, list[Report]]) -> N
         assert (skipped, injected) == (1, 13)
 
 
-@pytest.mark.parametrize("way", ["FSDP2", "FSDP1"])
-def test_a_dora_of_a_sharded_weight_is_refused(reports: dict[str, list[Report]], way: str) -> None:
-    for report in reports["check_faults"]:
-        assert "q_proj" in report[f"DoRA, {way}"]
-        assert "ZeRO-2, or with use_dora=False" in report[f"DoRA, {way}"]
+@pytest.mark.parametrize(
+    "way",
+    [*(f"{way}, {shape}" for way in ("FSDP2", "FSDP1") for shape in SHAPES), "hybrid", "in blocks"],
+)
+def test_doras_of_sharded_weights_are_followed(reports: dict[str, list[Report]], way: str) -> None:
+    for report in reports["check_doras"]:
+        assert_followed(report[way])
+        # torch may take an equal mesh, with other groups of the same processes, from a cache.
+        assert set(report[way]["groups"]) == {1}
+    held = [report[way]["nbytes"] for report in reports["check_doras"]]
+    # Of a hybrid's two replicas each has all of it.
+    assert sum(here for here, _ in held) == held[0][1] * (2 if way == "hybrid" else 1)
+    if way.endswith("even"):
+        assert max(here for here, _ in held) <= held[0][1] / (2 if way == "hybrid" else 3)
+
+
+@pytest.mark.parametrize(
+    ("way", "remedy"),
+    [
+        ("A", "wrap whole decoder layers"),
+        ("weight", "wrap whole decoder layers"),
+        ("tensor parallel", "FSDP1 or ZeRO-3 alone, or train with use_dora=False"),
+        ("and FSDP2", "FSDP1 or ZeRO-3 alone, or train with use_dora=False"),
+    ],
+)
+def test_a_dora_is_refused_where_peft_itself_does_not_train_it(
+    reports: dict[str, list[Report]], way: str, remedy: str
+) -> None:
+    for report in reports["check_doras"]:
+        refused, of_peft = report[way]
+        assert refused.startswith("DriftError")
+        assert "q_proj" in refused
+        assert remedy in refused
+        assert of_peft.startswith(("IndexError", "RuntimeError"))
 
 
 def test_progress_goes_on_from_a_saved_state(reports: dict[str, list[Report]]) -> None:

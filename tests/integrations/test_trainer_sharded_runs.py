@@ -15,9 +15,8 @@ from typing import Any
 import pytest
 
 import drift_fast
-from drift_fast.inject.refusals import check_adapted
 from drift_fast.inject.targets import find_targets
-from drift_fast.integrations.trainer_run import check_ahead, shards_weights
+from drift_fast.integrations.trainer_run import check_ahead, check_doras_ahead
 from support.injection_models import (
     ATTENTION,
     MLP,
@@ -208,26 +207,25 @@ def test_a_supported_way_of_sharding_is_taken() -> None:
 
 
 @pytest.mark.parametrize(
-    ("owner", "shards"),
+    ("owner", "refused"),
     [
         (_Owner(), False),
-        (_Owner(deepspeed={"zero_optimization": {"stage": 2}}), False),
-        (_Owner(deepspeed={"zero_optimization": {"stage": 3}}), True),
-        (_Owner(fsdp=SimpleNamespace(fsdp_version=2)), True),
+        (_Owner(deepspeed={"zero_optimization": {"stage": 3}}), False),
+        (_Owner(fsdp=SimpleNamespace(fsdp_version=2)), False),
+        (_Owner(fsdp=SimpleNamespace(fsdp_version=1, use_orig_params=True)), True),
     ],
 )
-def test_a_dora_is_refused_before_a_trainer_shards_its_weight(
-    tmp_path: Path, owner: Any, *, shards: bool
+def test_a_dora_is_refused_before_a_trainer_wraps_its_factors_apart(
+    tmp_path: Path, owner: Any, *, refused: bool
 ) -> None:
     peft = pytest.importorskip("peft")
-    assert shards_weights(owner) is shards
     config = drift_fast.InjectionConfig(modules=r"re:_proj\.weight$")
     model = peft.get_peft_model(
         Backbone(), peft.LoraConfig(target_modules=[*ATTENTION, *MLP], use_dora=True)
     )
     targets, _ = find_targets(model, delta_towards(tmp_path, Backbone()), config)
-    if shards:
-        with pytest.raises(drift_fast.DriftError, match=r"q_proj.*ZeRO-2, or with use_dora=False"):
-            check_adapted(targets, config, will_shard=shards)
+    if refused:
+        with pytest.raises(drift_fast.DriftError, match=r"q_proj.*FSDP2.*use_dora=False"):
+            check_doras_ahead(owner, targets)
     else:
-        check_adapted(targets, config, will_shard=shards)
+        check_doras_ahead(owner, targets)

@@ -321,7 +321,25 @@ STACKS = (
             adapter="dora",
             stage=stage,
         )
-        for stage in (1, 2)
+        for stage in (1, 2, 3)
+    ),
+    *(
+        _lora(f"LoRA (PEFT), DoRA, {name}", where, count, shapes, adapter="dora", **options)
+        for name, where, count, shapes, options in (
+            (
+                "DeepSpeed ZeRO-3, 2 processes, uneven shards",
+                "sharded:zero",
+                2,
+                "uneven",
+                {"stage": 3},
+            ),
+            ("FSDP2, 2 processes", "sharded:fsdp2", 2, "even", {}),
+            ("FSDP2, 4 processes, uneven shards", "sharded:fsdp2", 4, "uneven", {}),
+            ("FSDP1 use_orig_params, 2 processes", "sharded:fsdp1", 2, "even", {}),
+            ("FSDP1 use_orig_params, 4 processes, uneven shards", "sharded:fsdp1", 4, "uneven", {}),
+            ("Trainer, DeepSpeed ZeRO-3, 2 processes", "libraries:trainer", 2, "even", {"zero": 3}),
+            ("Trainer, FSDP2, 2 processes", "libraries:trainer", 2, "even", {"fsdp": 2}),
+        )
     ),
     Stack("DDP, 2 processes", "sharded:ddp", 2),
     Stack("Accelerate, DDP, 2 processes", "libraries:accelerate", 2),

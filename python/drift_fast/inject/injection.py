@@ -32,6 +32,7 @@ from drift_fast.inject.presence import lost_from
 from drift_fast.inject.pushes import Pushes
 from drift_fast.inject.refusals import (
     check_adapted,
+    check_doras,
     check_optimized,
     check_sharding,
     check_trainable,
@@ -201,6 +202,7 @@ class Injection(Attachment, Shown):
             check_optimized(targets, self._driver.optimizer)
         refuse_second(targets)
         shards = self._driver.shards(model, targets)
+        check_doras(targets, shards)
         check_sharding(targets, shards, self._config)
         return list(zip(targets, shards, strict=True))
 

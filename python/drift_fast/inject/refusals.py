@@ -16,6 +16,7 @@ from torch import nn
 from drift_fast.delta.protocol import DeltaLike, on_disk
 from drift_fast.errors import DriftError
 from drift_fast.inject.config import InjectionConfig, ResidencyOptions, TargetOptions
+from drift_fast.inject.lora.shard import FactorShard
 from drift_fast.inject.shards.base import Shard, Whole
 from drift_fast.inject.target import Target
 from drift_fast.options import Options
@@ -202,28 +203,15 @@ def check_optimized(targets: Sequence[Target], optimizer: torch.optim.Optimizer)
         )
 
 
-def check_adapted(
-    targets: Sequence[Target], config: InjectionConfig, *, will_shard: bool = False
-) -> None:
+def check_adapted(targets: Sequence[Target], config: InjectionConfig) -> None:
     """Refuse what has no meaning where weights move through adapters' factors.
 
-    will_shard: whether frozen weights are going to be sharded, as FSDP and ZeRO-3 do.
-
     Raises:
-        DriftError: such an option, and an adapted target; or a DoRA of a sharded weight.
+        DriftError: such an option, and an adapted target.
     """
     adapted = next((target for target in targets if target.adapted is not None), None)
     if adapted is None:
         return
-    for target in targets:
-        if target.adapted is None or not target.adapted.is_dora:
-            continue
-        if will_shard or not target.adapted.is_base_whole():
-            raise DriftError(
-                f"{target.name} has a DoRA adapter, whose magnitudes need the norms of whole rows, "
-                "and this process holds a part of the weight: train with DDP, ZeRO-1 or ZeRO-2, or "
-                "with use_dora=False"
-            )
     reasons = {
         'scope="microbatch"': 'whose own gradient is never formed: use scope="step"',
         "overlap=True": "whose factors are injected into together: use overlap=False",
@@ -232,6 +220,22 @@ def check_adapted(
     given = (config.scope == "microbatch", config.overlap, config.rescale is not None)
     for option, reason in itertools.compress(reasons.items(), given):
         raise DriftError(f"{option} is not for {adapted.name}, an adapted weight {reason}")
+
+
+def check_doras(targets: Sequence[Target], shards: Sequence[Shard]) -> None:
+    """Refuse DoRAs whose weights are sharded in a way that PEFT does not train, or by columns.
+
+    Raises:
+        DriftError: such a target.
+    """
+    for target, shard in zip(targets, shards, strict=True):
+        if isinstance(shard, FactorShard) and shard.misfit:
+            raise DriftError(
+                f"{target.name} has a DoRA adapter and is sharded ({shard.misfit}) otherwise than "
+                "its factors, or not by rows. Under tensor parallelism PEFT cannot train it: shard "
+                "weight, A, B and magnitudes with fully_shard, FSDP1 or ZeRO-3 alone, or train "
+                "with use_dora=False"
+            )
 
 
 def check_sharding(

@@ -37,8 +37,8 @@ from drift_fast.integrations.trainer_run import (
     CheckpointedState,
     bare_model,
     check_ahead,
+    check_doras_ahead,
     engine_of,
-    shards_weights,
 )
 from drift_fast.integrations.wrapped_method import WrappedMethod
 
@@ -117,7 +117,8 @@ class TrainerInjection(AttachedInjection):
             targets, self._foreseen = find_targets(trainer.model, self._delta, config)
             check_trainable(targets, trainer.model, loaded=not sharded)
             check_trained(targets, trainer.model)
-            check_adapted(targets, config, will_shard=shards_weights(trainer))
+            check_adapted(targets, config)
+            check_doras_ahead(trainer, targets)
             refuse_second(targets)
         else:
             self._start(trainer.model, length or None)

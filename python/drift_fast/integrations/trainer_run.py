@@ -6,13 +6,14 @@ number of steps, or with another model. So what a run starts from is asked for a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from drift_fast.errors import DriftError
 from drift_fast.inject.config import InjectionConfig
 from drift_fast.inject.shards.fsdp1 import flattened
 from drift_fast.inject.shards.zero_support import check_configuration, is_engine
+from drift_fast.inject.target import Target
 from drift_fast.integrations.deepspeed_engine import check_step_scope
 from drift_fast.integrations.wrapped_method import WrappedMethod
 
@@ -58,10 +59,22 @@ def check_ahead(trainer: Any, config: InjectionConfig) -> None:
             raise flattened("all parameters of each block")
 
 
-def shards_weights(trainer: Any) -> bool:
-    """Whether processes will hold parts of the weights, frozen ones too."""
-    plugin = trainer.accelerator.state.deepspeed_plugin if trainer.is_deepspeed_enabled else None
-    return bool(trainer.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3))
+def check_doras_ahead(trainer: Any, targets: Sequence[Target]) -> None:
+    """Refuse DoRAs under FSDP1, where a Trainer wraps each A on its own, as PEFT advises.
+
+    Raises:
+        DriftError: such a target.
+    """
+    plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
+    if plugin is None or getattr(plugin, "fsdp_version", 1) != 1:
+        return
+    for target in targets:
+        if target.adapted is not None and target.adapted.is_dora:
+            raise DriftError(
+                f"{target.name} has a DoRA adapter, whose A a Trainer wraps on its own under "
+                "FSDP1, and PEFT cannot train it there: take FSDP2 (fsdp_config={'version': 2}), "
+                "or train with use_dora=False"
+            )
 
 
 class CheckpointedState:

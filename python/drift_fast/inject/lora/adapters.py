@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from drift_fast.inject.shards.dtensor import is_fsdp2
 from drift_fast.inject.shards.fsdp1 import is_fsdp1, unwrapped
 
 # Why a tensor of the delta is left out of an injection into a model with adapters.
@@ -112,15 +113,10 @@ class Adapted:
         """Whether each row has a trained magnitude."""
         return any(one.magnitude is not None for one in self.factors)
 
-    def base(self) -> torch.Tensor:
-        """Return W₀ [out, in] of a DoRA."""
-        weight: torch.Tensor = self.layer.get_base_layer().weight
-        return weight.detach()
-
-    def is_base_whole(self) -> bool:
-        """Whether this process holds all of W₀, which DDP, ZeRO-1 and ZeRO-2 leave on each."""
-        weight = self.base()
-        return not hasattr(weight, "device_mesh") and tuple(weight.shape) == self.shape
+    @property
+    def beside(self) -> tuple[nn.Parameter, ...]:
+        """What Δ̃ takes beside `parameters`: W₀ [out, in] of a DoRA, whole or sharded."""
+        return (self.layer.get_base_layer().weight,) if self.is_dora else ()
 
 
 @dataclass
@@ -304,13 +300,22 @@ def _active_factors(module: Any) -> list[Factors] | str:
 
 def _why_no_dora(module: Any) -> str:
     """Return of what a DoRA cannot be followed, or nothing."""
-    weight = getattr(module.get_base_layer(), "weight", None)
+    base = module.get_base_layer()
+    weight = getattr(base, "weight", None)
+    # ZeRO-3 may hold frozen weights as codes.
+    weight = getattr(weight, "ds_tensor", weight)
     if len(module.active_adapters) > 1:
         return "beside another active adapter"
     if _is_transposed(module):
         return "of an embedding or a transposed weight"
     if weight is None or not weight.is_floating_point() or hasattr(weight, "quant_state"):
         return "of a quantized weight, whose rows have norms that only the quantizer knows"
+    if is_fsdp2(base) or any(map(is_fsdp1, (base, *module.lora_A.values()))):
+        return (
+            "whose weight or A is wrapped by FSDP on its own, where PEFT, which reads both from "
+            "outside, cannot train it: wrap whole decoder layers (fully_shard(layer), or FSDP1's "
+            "ModuleWrapPolicy of their class)"
+        )
     return ""
 
 

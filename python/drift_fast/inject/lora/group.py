@@ -16,8 +16,9 @@ import torch
 
 from drift_fast.inject.compute.base import Arithmetic, Sums, flat, flattened
 from drift_fast.inject.compute.vectors import pick, put
+from drift_fast.inject.lora.dora import Base
 from drift_fast.inject.lora.pull_back import along, pull_back_all
-from drift_fast.inject.lora.shard import FactorShard, add_up, gather
+from drift_fast.inject.lora.shard import FactorShard, add_up, bases, gather
 from drift_fast.inject.target import Target
 from drift_fast.inject.target_group import Bucket, Push, TargetGroup
 
@@ -81,6 +82,7 @@ class FactorGroup(TargetGroup):
             [shard.adapted for shard in shards.values()],
             [shard.weights() for shard in shards.values()],
             [None] * len(members),
+            [shard.base() for shard in shards.values()],
             bucket.arithmetic.spread,
         )
         pulled = [part for parts in some for part in parts]
@@ -141,9 +143,9 @@ class FactorGroup(TargetGroup):
     def _pulled_apart(self) -> list[list[torch.Tensor]]:
         """Return this process's part of Δ̃ of every target, flat; every process must call it."""
         parts: list[list[torch.Tensor]] = []
-        for shards, wholes, deltas in self._chunks():
+        for shards, wholes, beside, deltas in self._chunks():
             adapted, rows = [s.adapted for s in shards], [s.rows for s in shards]
-            pulled = pull_back_all(deltas, adapted, wholes, rows)
+            pulled = pull_back_all(deltas, adapted, wholes, rows, beside)
             parts += add_up(shards, pulled, self.reduction)
         return parts
 
@@ -178,8 +180,17 @@ class FactorGroup(TargetGroup):
 
     def _chunks(
         self,
-    ) -> Iterator[tuple[list[FactorShard], list[list[torch.Tensor]], Iterator[torch.Tensor]]]:
-        """Yield runs of targets that are not too large together: shards, whole factors, and Δ.
+    ) -> Iterator[
+        tuple[
+            list[FactorShard],
+            list[list[torch.Tensor]],
+            list[Base | None],
+            Iterator[torch.Tensor],
+        ]
+    ]:
+        """Yield runs of targets that are not too large together.
+
+        Each is their shards, whole factors, the W₀ of DoRAs, and Δ.
 
         The runs do not depend on how much of Δ a process holds, so all processes gather the same
         factors at a time. The Δ of a run must be used up before the next one.
@@ -192,7 +203,8 @@ class FactorGroup(TargetGroup):
                 if self.sharded
                 else [shard.weights() for shard in shards]
             )
-            yield shards, wholes, itertools.islice(deltas, last - first)
+            beside = bases(shards, wholes, self.reduction)
+            yield shards, wholes, beside, itertools.islice(deltas, last - first)
         # This lets the store free the last Δ.
         next(deltas, None)
 
@@ -217,10 +229,10 @@ class FactorGroup(TargetGroup):
     def _weights(self, *, wide: bool) -> Sums:
         """Return Σ s·⟨B·A, Δ⟩, the part of ⟨W, Δ⟩ that changes; ‖W‖ is not known."""
         dots = []
-        for shards, wholes, deltas in self._chunks():
+        for shards, wholes, beside, deltas in self._chunks():
             pairs = [
-                along(delta, shard.adapted, whole, shard.rows)
-                for shard, whole, delta in zip(shards, wholes, deltas, strict=True)
+                along(delta, shard.adapted, whole, shard.rows, base)
+                for shard, whole, base, delta in zip(shards, wholes, beside, deltas, strict=True)
             ]
             left, right = zip(*pairs, strict=True)
             dots.append(self.arithmetic.measure(left, right, wide=wide).dot)

@@ -28,14 +28,16 @@ def pull_back(
     adapted: Adapted,
     weights: Sequence[torch.Tensor],
     rows: tuple[int, int] | None = None,
+    base: dora.Base | None = None,
 ) -> list[torch.Tensor]:
     """Return Δ̃ of every trained factor, flat, in their order; at least float32.
 
     `delta` is flat, of any dtype, on the factors' device; `weights` are the whole `parameters` of
-    `adapted`. Of Δ's rows [start, stop) alone the result is what they add to Δ̃.
+    `adapted`. Of Δ's rows [start, stop) alone the result is what they add to Δ̃; of a DoRA that of
+    the elements of `base`.
     """
-    if adapted.is_dora:
-        return dora.pull_back(delta, adapted, weights, rows)
+    if base is not None:
+        return dora.pull_back(delta, adapted, weights, base)
     if adapted.experts > 1:
         return experts.pull_back(delta, adapted, weights, rows)
     trained = {id(parameter) for parameter in adapted.trained}
@@ -68,6 +70,7 @@ def pull_back_all(
     adapted: Sequence[Adapted],
     weights: Sequence[Sequence[torch.Tensor]],
     rows: Sequence[tuple[int, int] | None],
+    bases: Sequence[dora.Base | None],
     spread: Callable[[Sequence[int]], Iterator[int]] = iter,
 ) -> list[list[torch.Tensor]]:
     """Return `pull_back` of several weights, in fewer launches where bfloat16 is not widened.
@@ -79,7 +82,7 @@ def pull_back_all(
     plain = all(one.experts == 1 and not one.is_dora for one in adapted)
     double = any(weight.dtype == torch.float64 for weight in every)
     if not plain or double or not _multiplies_parts(every[0].device):
-        return [pull_back(*one) for one in zip(deltas, adapted, weights, rows, strict=True)]
+        return [pull_back(*one) for one in zip(deltas, adapted, weights, rows, bases, strict=True)]
     pieces = iter(_in_parts(every))
     parts = [[next(pieces) for _ in some] for some in weights]
     # What outlives the loop is allocated here, on the stream of the caller.
@@ -162,13 +165,14 @@ def along(
     adapted: Adapted,
     weights: Sequence[torch.Tensor],
     rows: tuple[int, int] | None = None,
+    base: dora.Base | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return two flat tensors whose dot product is Σ s·⟨B·A, Δ⟩, over the given rows of Δ.
 
     For a DoRA the product is ⟨W, Δ⟩; it too changes by as much as W moves along Δ.
     """
-    if adapted.is_dora:
-        return dora.along(delta, adapted, weights, rows)
+    if base is not None:
+        return dora.along(delta, adapted, weights, base)
     if adapted.experts > 1:
         return experts.along(delta, adapted, weights, rows)
     beside_rows, beside_columns = _stacked(adapted, weights)

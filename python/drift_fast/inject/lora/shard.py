@@ -1,8 +1,9 @@
 """The part of an adapted weight that a process holds: rows of its Δ, and shards of its factors.
 
-Owns which process holds which rows, and the two collectives that whole factors and Δ̃ take. Rows
-of Δ are spread evenly over all processes that share the factors, however these are cut themselves.
-Only what is as large as the factors travels, never Δ.
+Owns which process holds which rows, and the collectives that whole factors and Δ̃ take. Rows of Δ
+are spread evenly over all processes that share the factors, however these are cut themselves. Of a
+DoRA whose W₀ is sharded a process holds the same elements of Δ as of W₀, so that neither travels.
+Only what is as large as the factors does, and the norms of rows.
 """
 
 from __future__ import annotations
@@ -10,14 +11,17 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from drift_fast.inject.lora import dora
 from drift_fast.inject.lora.adapters import Adapted
 from drift_fast.inject.shards.base import Shard, Whole
+from drift_fast.inject.shards.dtensor import DTensorShard
 from drift_fast.inject.shards.reduction import Reduction
 from drift_fast.inject.target import Target
 
@@ -34,29 +38,43 @@ def shards_of_targets(targets: Sequence[Target], find: Find) -> list[Shard]:
     return [
         next(found)
         if target.adapted is None
-        else FactorShard(target.adapted, [next(found) for _ in target.adapted.parameters])
+        else FactorShard(
+            target.adapted,
+            [next(found) for _ in target.adapted.parameters],
+            next(found) if target.adapted.is_dora else None,
+        )
         for target in targets
     ]
 
 
 def _parameters(target: Target) -> tuple[nn.Parameter, ...]:
-    return (target.parameter,) if target.adapted is None else target.adapted.parameters
+    if target.adapted is None:
+        return (target.parameter,)
+    return (*target.adapted.parameters, *target.adapted.beside)
 
 
 class FactorShard:
     """Rows of a weight's Δ, and the shards of its factors; all of both where nothing is sharded.
 
-    shards: those of `adapted.parameters`, in their order.
+    shards: those of `adapted.parameters`, in their order. base: that of a DoRA's W₀, which may be
+    whole where the factors are not.
     """
 
-    def __init__(self, adapted: Adapted, shards: Sequence[Shard]) -> None:
+    def __init__(
+        self, adapted: Adapted, shards: Sequence[Shard], base: Shard | None = None
+    ) -> None:
         self.adapted = adapted
         self._shards = list(shards)
-        groups = dict.fromkeys(one for shard in shards for one in shard.process_groups)
-        self.process_groups: tuple[Any, ...] = tuple(groups)
+        self._base = base
+        # torch may give parameters of one model equal meshes with groups of their own.
+        groups = {_ranks(one): one for shard in shards for one in shard.process_groups}
+        self.process_groups: tuple[Any, ...] = tuple(groups.values())
         self.rows: tuple[int, int] | None = None
         self.span: tuple[int, int] | None = None
-        if self.process_groups:
+        self.follows_base = base is not None and bool(base.process_groups)
+        if base is not None and self.follows_base:
+            self.span = base.span
+        elif self.process_groups:
             height, width = math.prod(adapted.shape[:-1]), adapted.shape[-1]
             self.rows = _share(height, self.process_groups)
             self.span = self.rows[0] * width, self.rows[1] * width
@@ -68,8 +86,8 @@ class FactorShard:
         self._counts = [
             all(
                 dist.get_rank(group) == 0
-                for group in self.process_groups
-                if group not in shard.process_groups
+                for ranks, group in groups.items()
+                if ranks not in map(_ranks, shard.process_groups)
             )
             for shard in shards
         ]
@@ -90,10 +108,8 @@ class FactorShard:
         return tuple(one for at in self._trained for one in self._shards[at].accumulated)
 
     def cut(self, whole: torch.Tensor) -> torch.Tensor:
-        """Return the rows of Δ that this process holds."""
-        if self.rows is None:
-            return whole
-        return whole.reshape(-1, self.adapted.shape[-1])[slice(*self.rows)]
+        """Return what this process holds of Δ."""
+        return whole if self.span is None else whole.reshape(-1)[slice(*self.span)]
 
     def gradient(self) -> torch.Tensor | None:
         raise TypeError("an adapted weight has gradients of its factors only")
@@ -146,10 +162,36 @@ class FactorShard:
             for at, whole in zip(self._trained, wholes, strict=True)
         ]
 
+    def base(self) -> dora.Base | None:
+        """Return what this process holds of a DoRA's W₀, to be read; None of other adapters."""
+        if self._base is None:
+            return None
+        held = self._base.weight().reshape(-1)
+        if self.span is None:
+            return dora.Base(held)
+        return dora.Base(held if self.follows_base else self.cut(held), self.span[0])
+
+    @property
+    def misfit(self) -> str:
+        """What shards a DoRA's W₀ in another way than its factors or than by rows, or nothing."""
+        if self._base is None or not self.follows_base:
+            return ""
+        groups = {tuple(map(_ranks, s.process_groups)) for s in (self._base, *self._shards)}
+        return self._base.sharding if self.span is None or len(groups) > 1 else ""
+
+    @property
+    def cuts_rows(self) -> bool:
+        """Whether the norms of a DoRA's rows take sums over the processes; alike on all of them."""
+        return self.follows_base and not isinstance(self._base, DTensorShard)
+
     @property
     def counted(self) -> list[bool]:
         """Whether sums count this process's part, for each factor that trains."""
         return [self._counts[at] for at in self._trained]
+
+
+def _ranks(group: Any) -> tuple[int, ...]:
+    return tuple(dist.get_process_group_ranks(group))
 
 
 def gather(shards: Sequence[FactorShard], reduction: Reduction) -> list[list[torch.Tensor]]:
@@ -163,6 +205,24 @@ def gather(shards: Sequence[FactorShard], reduction: Reduction) -> list[list[tor
         shard.put(wholes)
     # Each element is that of one process and zero in the others, so the sum is exact.
     return _views(reduction.sum(flat), shapes)
+
+
+def bases(
+    shards: Sequence[FactorShard], wholes: Sequence[Sequence[torch.Tensor]], reduction: Reduction
+) -> list[dora.Base | None]:
+    """Return what this process holds of the W₀ of DoRAs, with the norms of rows that are cut.
+
+    wholes: whole factors. All processes must call it with the same targets.
+    """
+    found = [shard.base() for shard in shards]
+    cut = {at: base for at, base in enumerate(found) if base is not None and shards[at].cuts_rows}
+    if cut:
+        squares = [dora.squares(shards[at].adapted, wholes[at], base) for at, base in cut.items()]
+        norms = reduction.sum(torch.cat(squares)).sqrt_()
+        each = torch.split(norms, [one.numel() for one in squares])
+        for (at, base), some in zip(cut.items(), each, strict=True):
+            found[at] = replace(base, norms=some)
+    return found
 
 
 def add_up(

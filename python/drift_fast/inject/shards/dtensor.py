@@ -10,6 +10,11 @@ from torch import nn
 from drift_fast.errors import DriftError
 
 
+def is_fsdp2(module: nn.Module) -> bool:
+    """Whether `fully_shard` was applied to this module itself."""
+    return any(base.__name__ == "FSDPModule" for base in type(module).__mro__)
+
+
 class DTensorShard:
     """The local tensor of a DTensor parameter."""
 
