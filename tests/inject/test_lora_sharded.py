@@ -705,8 +705,8 @@ def test_doras_of_sharded_weights_are_followed(reports: dict[str, list[Report]],
     held = [report[way]["nbytes"] for report in reports["check_doras"]]
     # Of a hybrid's two replicas each has all of it.
     assert sum(here for here, _ in held) == held[0][1] * (2 if way == "hybrid" else 1)
-    if way.endswith("even"):
-        assert max(here for here, _ in held) <= held[0][1] / (2 if way == "hybrid" else 3)
+    if way.endswith(", even"):
+        assert max(here for here, _ in held) <= held[0][1] / 3
 
 
 @pytest.mark.parametrize(
