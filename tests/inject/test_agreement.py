@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import nn
 
 import drift_fast
+from drift_fast.inject.shards.reduction import Reduction
 from support.injection_models import Backbone, delta_towards, moved_text, saved, tiny_qwen2
 from support.joined import Joined, Report, launch
 from support.motion_workers import Fixed
@@ -171,6 +172,12 @@ def allowed(folder: Path) -> Report:
     return report
 
 
+def summed() -> Report:
+    """Return a sum over two groups of the same processes, as equal meshes may have them."""
+    groups = [dist.new_group([0, 1]) for _ in range(2)]
+    return {"sum": float(Reduction(groups).sum(torch.ones(1)))}
+
+
 def trainers(folder: Path) -> Report:
     """Attach to Trainers whose models DDP will wrap, where one process lacks the delta."""
     import transformers
@@ -207,7 +214,7 @@ def reports_of(folder: Path, jobs: dict[str, Any]) -> list[dict[str, Any]]:
 def reports(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("torch")
     jobs: dict[str, Any] = {way: (refusals, (folder, way)) for way in TORCH}
-    return reports_of(folder, jobs | {"allowed": (allowed, (folder,))})
+    return reports_of(folder, jobs | {"allowed": (allowed, (folder,)), "summed": (summed, ())})
 
 
 @pytest.fixture(scope="module")
@@ -299,3 +306,7 @@ def test_those_of_a_trainer_do_so_before_its_model_is_wrapped(
         assert first[f"{what} no such delta"] == (
             f"DriftError: process 1 of this run failed: {failed}"
         )
+
+
+def test_groups_of_the_same_processes_are_summed_over_once(reports: list[dict[str, Any]]) -> None:
+    assert [report["summed"]["sum"] for report in reports] == [2.0, 2.0]

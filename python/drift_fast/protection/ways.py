@@ -42,7 +42,7 @@ class Way:
         self.model: Any = model
         self.replicas = Reduction(replicas)
         self.sharded = Reduction(processes_of(model))
-        self.everyone = Reduction(tuple(dict.fromkeys(replicas + self.sharded.process_groups)))
+        self.everyone = Reduction(replicas + self.sharded.process_groups)
         self.is_first = all(dist.get_rank(one) == 0 for one in self.everyone.process_groups)
 
     def shards(self, targets: Sequence[Target]) -> list[Shard]:

@@ -22,7 +22,7 @@ from drift_fast.inject.lora import dora
 from drift_fast.inject.lora.adapters import Adapted
 from drift_fast.inject.shards.base import Shard, Whole
 from drift_fast.inject.shards.dtensor import DTensorShard
-from drift_fast.inject.shards.reduction import Reduction
+from drift_fast.inject.shards.reduction import Reduction, ranks_of
 from drift_fast.inject.target import Target
 
 Find = Callable[[Sequence[str], Sequence[nn.Parameter]], Sequence[Shard]]
@@ -67,7 +67,7 @@ class FactorShard:
         self._shards = list(shards)
         self._base = base
         # torch may give parameters of one model equal meshes with groups of their own.
-        groups = {_ranks(one): one for shard in shards for one in shard.process_groups}
+        groups = {ranks_of(one): one for shard in shards for one in shard.process_groups}
         self.process_groups: tuple[Any, ...] = tuple(groups.values())
         self.rows: tuple[int, int] | None = None
         self.span: tuple[int, int] | None = None
@@ -87,7 +87,7 @@ class FactorShard:
             all(
                 dist.get_rank(group) == 0
                 for ranks, group in groups.items()
-                if ranks not in map(_ranks, shard.process_groups)
+                if ranks not in map(ranks_of, shard.process_groups)
             )
             for shard in shards
         ]
@@ -176,7 +176,7 @@ class FactorShard:
         """What shards a DoRA's W₀ in another way than its factors or than by rows, or nothing."""
         if self._base is None or not self.follows_base:
             return ""
-        groups = {tuple(map(_ranks, s.process_groups)) for s in (self._base, *self._shards)}
+        groups = {tuple(map(ranks_of, s.process_groups)) for s in (self._base, *self._shards)}
         return self._base.sharding if self.span is None or len(groups) > 1 else ""
 
     @property
@@ -188,10 +188,6 @@ class FactorShard:
     def counted(self) -> list[bool]:
         """Whether sums count this process's part, for each factor that trains."""
         return [self._counts[at] for at in self._trained]
-
-
-def _ranks(group: Any) -> tuple[int, ...]:
-    return tuple(dist.get_process_group_ranks(group))
 
 
 def gather(shards: Sequence[FactorShard], reduction: Reduction) -> list[list[torch.Tensor]]:

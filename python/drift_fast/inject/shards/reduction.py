@@ -17,16 +17,20 @@ import torch.distributed as dist
 
 from drift_fast.errors import DriftError
 
-# On an exception: the groups whose processes all raise, so that none waits for another any more.
+# On an exception: the ranks of the groups whose processes all raise, so that none waits any more.
 _AGREED = "_drift_fast_agreed"
 _nesting = threading.local()
 
 
 class Reduction:
-    """Sums and agreement over process groups; without any, this process is alone."""
+    """Sums and agreement over process groups; without any, this process is alone.
 
-    def __init__(self, process_groups: tuple[Any, ...]) -> None:
-        self.process_groups = process_groups
+    Of several groups of the same processes, which torch may make for equal meshes, one is kept.
+    """
+
+    def __init__(self, process_groups: Sequence[Any]) -> None:
+        self._groups = {ranks_of(group): group for group in process_groups}
+        self.process_groups = tuple(self._groups.values())
 
     def sum(self, vector: torch.Tensor) -> torch.Tensor:
         """Return the sum over all processes, in the given vector's memory where it can be.
@@ -54,7 +58,7 @@ class Reduction:
             rank, text = next(iter(failed.items()))
             more = f" ({len(failed)} processes failed, this one first)" if len(failed) > 1 else ""
             error = DriftError(f"process {rank} of this run failed{more}: {text}")
-        setattr(error, _AGREED, set(self.process_groups))
+        setattr(error, _AGREED, set(self._groups))
         raise error
 
     @contextlib.contextmanager
@@ -74,7 +78,7 @@ class Reduction:
             try:
                 yield
             except Exception as error:
-                if set(self.process_groups) <= getattr(error, _AGREED, set()):
+                if self._groups.keys() <= getattr(error, _AGREED, set()):
                     raise
                 failure = error
             self.agree(failure)
@@ -109,7 +113,7 @@ class Reduction:
                     f"where process {rank} has {there}. Give all of them the same model, delta "
                     "and options"
                 )
-                setattr(error, _AGREED, set(self.process_groups))
+                setattr(error, _AGREED, set(self._groups))
                 raise error
 
     def extremes(self, vector: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -133,6 +137,11 @@ class Reduction:
             dist.all_gather_object(every, found, group=group)
             found = {rank: one for some in every for rank, one in some.items()}
         return dict(sorted(found.items()))
+
+
+def ranks_of(process_group: Any) -> tuple[int, ...]:
+    """Return the ranks of a group's processes in the whole run."""
+    return tuple(dist.get_process_group_ranks(process_group))
 
 
 ALONE = Reduction(())
