@@ -34,6 +34,8 @@ class Request:
     headers: dict[str, str]
     status: int = 0
     nbytes: int = 0
+    # What a POST or PUT sent.
+    body: bytes = field(default=b"", repr=False)
 
     @property
     def path(self) -> str:
@@ -70,9 +72,10 @@ class RangeServer:
     """Files by path, served with ranges; a context manager.
 
     Switches: `ranges`; `etags`; `last_modified`; `lengths`, whether Content-Length is sent or the
-    connection ends; `authorization`, the required value; `redirects`, path → location; `faults`,
-    one for each coming GET, None for a right answer, and `always`, for those after; `head_faults`
-    likewise for HEADs; `change`, after so many GETs what to do.
+    connection ends; `accepts`, whether a PUT is kept; `authorization`, the required value;
+    `redirects`, path → location; `faults`, one for each coming GET, None for a right answer, and
+    `always`, for those after; `head_faults` likewise for HEADs, `write_faults` for POSTs and PUTs;
+    `change`, after so many GETs what to do.
     """
 
     def __init__(self, files: Mapping[str, Content] | Path) -> None:
@@ -84,11 +87,13 @@ class RangeServer:
         self.ranges = True
         self.etags = True
         self.lengths = True
+        self.accepts = False
         self.last_modified: str | None = None
         self.authorization: str | None = None
         self.redirects: dict[str, str | Callable[[Request], str]] = {}
         self.faults: deque[Fault | None] = deque()
         self.head_faults: deque[Fault | None] = deque()
+        self.write_faults: deque[Fault | None] = deque()
         self.always: Fault | None = None
         self.change: tuple[int, Callable[[], object]] | None = None
         self.requests: list[Request] = []
@@ -143,6 +148,9 @@ class RangeServer:
     def reply(self, request: Request) -> Reply:
         """Return the right answer to a request."""
         path = unquote(request.path)
+        if request.method == "PUT" and self.accepts:
+            self.files[path] = request.body
+            return Reply(200)
         if self.authorization not in {None, request.headers.get("authorization")}:
             return Reply(401, {}, b"no")
         if path in self.redirects:
@@ -174,6 +182,8 @@ class RangeServer:
         with self._lock:
             if method == "HEAD":
                 return self.head_faults.popleft() if self.head_faults else None
+            if method != "GET":
+                return self.write_faults.popleft() if self.write_faults else None
             self._gets += 1
             if self.change is not None and self._gets > self.change[0]:
                 change, self.change = self.change, None
@@ -200,10 +210,14 @@ class HubServer(RangeServer):
         self.cdn = cdn
         self.signature = "signed-for-one"
 
+    def commit_of(self, repo: str, revision: str) -> str:
+        """Return the commit of a branch, or the commit itself."""
+        return self.branches.get(revision, revision)
+
     def reply(self, request: Request) -> Reply:
         listed = re.fullmatch(r"/api/models/([\w.-]+/[\w.-]+)/tree/([^/]+)", request.path)
         if listed is not None and listed[1] in self.repos:
-            files = self.repos[listed[1]].get(self.branches.get(listed[2], listed[2]), {})
+            files = self.repos[listed[1]].get(self.commit_of(listed[1], listed[2]), {})
             rows = [{"type": "file", "path": name, "size": 0, "oid": "0" * 40} for name in files]
             return Reply(200, {"Content-Type": "application/json"}, json.dumps(rows).encode())
         found = re.fullmatch(r"/([\w.-]+/[\w.-]+)/resolve/([^/]+)/(.*)", request.path)
@@ -214,7 +228,7 @@ class HubServer(RangeServer):
             return Reply(403, {"X-Error-Code": "GatedRepo"})
         if repo not in self.repos:
             return Reply(401, {"X-Error-Code": "RepoNotFound"})
-        commit = self.branches.get(revision, revision)
+        commit = self.commit_of(repo, revision)
         if commit not in self.repos[repo]:
             return Reply(404, {"X-Error-Code": "RevisionNotFound"})
         if name not in self.repos[repo][commit]:
@@ -260,8 +274,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._answer()
 
-    def do_HEAD(self) -> None:
-        self._answer()
+    do_HEAD = do_POST = do_PUT = do_GET  # noqa: N815
 
     def log_message(self, *arguments: Any) -> None:
         pass
@@ -270,6 +283,7 @@ class _Handler(BaseHTTPRequestHandler):
         server = self.server_of
         headers = {name.lower(): value for name, value in self.headers.items()}
         request = Request(self.command, self.path, headers)
+        request.body = self.rfile.read(int(headers.get("content-length", 0)))
         fault = server.next_fault(self.command) or Fault()
         server.requests.append(request)
         if fault.silent:
@@ -292,7 +306,7 @@ class _Handler(BaseHTTPRequestHandler):
                 if value is not None:
                     self.send_header(name, value)
             self.end_headers()
-            if self.command == "GET":
+            if self.command != "HEAD":
                 self._send_body(request, fault, reply.content, start, end)
         except (BrokenPipeError, ConnectionResetError):
             self.close_connection = True

@@ -35,6 +35,25 @@ _OTHER_FORMATS = {
 }
 
 
+class NoDelta(FileNotFoundError):
+    """Something else is where a delta was asked for."""
+
+
+def explain_no_delta(place: Place) -> NoDelta:
+    """Return the error for a place without a delta."""
+    if place.holds_checkpoint:
+        told = (
+            "there is no drift.json: this is a model, not a delta; compute_delta(reasoning, "
+            "multimodal, out) writes the Δ of two models"
+        )
+    else:
+        told = (
+            "not a delta: expected a directory with drift.json, which compute_delta(reasoning, "
+            f"multimodal, out) writes, found {_listed(place.files) if place.files else 'nothing'}"
+        )
+    return NoDelta(f"{place.called}: {told}")
+
+
 def explain(place: Place) -> CheckpointError | FileNotFoundError:
     """Return the error for a place that does not open: what it is, and what helps."""
     for kind in KINDS:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from drift_fast._core import Checkpoint
+from drift_fast.checkpoints.place import INDEX
 from drift_fast.errors import CheckpointError, DriftError
 from drift_fast.paths import local_path
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
+HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 _URL = re.compile(r"https?://", re.IGNORECASE)
 
 
@@ -35,6 +36,11 @@ class Source:
     revision: str | None = None
     remote: RemoteCheckpoint | None = None
     transfers: list[Transfer] = field(default_factory=list, compare=False)
+
+    def __str__(self) -> str:
+        if self.repo is not None:
+            return f"{self.repo}@{self.revision}"
+        return str(self.path) if self.remote is None else self.remote.url
 
     def to_dict(self) -> dict[str, Any]:
         """Return what identifies the source in `drift.json`."""
@@ -66,8 +72,17 @@ class Source:
         return {} if self.remote is None else {"etag": self.remote.etags.get(file)}
 
 
-def resolve(source: str | os.PathLike[str]) -> Source:
+def located(source: str, folder: Path) -> str:
+    """Return what a file in a folder names: a path from there on, a Hub id or URL as it is."""
+    path = folder / local_path(source)
+    is_remote = (_URL.match(source) or HUB_ID.fullmatch(source)) and not path.exists()
+    return source if is_remote else str(path)
+
+
+def resolve(source: str | os.PathLike[str], index: str = INDEX) -> Source:
     """Find a checkpoint by its path, Hub id (`org/name`, `org/name@revision`) or URL.
+
+    `index` is the file that says which shards there are; another name than a model's is a delta's.
 
     A path that exists wins. For a Hub id, a complete snapshot in the Hub's cache is used; without
     one only headers are read, and `Source.remote` fetches ranges of the files. With
@@ -75,6 +90,7 @@ def resolve(source: str | os.PathLike[str]) -> Source:
 
     Raises:
         FileNotFoundError: neither a path nor a possible Hub id, or a URL that leads nowhere.
+        NoDelta: a Hub id or URL of something else, where a delta was asked for.
         DriftError: a Hub id or URL without the packages that `drift-fast[hub]` installs.
         CheckpointError: a Hub id that cannot be resolved, or a server's answer that is not valid.
     """
@@ -84,23 +100,23 @@ def resolve(source: str | os.PathLike[str]) -> Source:
     if _URL.match(text):
         from drift_fast.checkpoints.remote import open_url
 
-        remote = open_url(text)
+        remote = open_url(text, index=index)
         return Source(remote.directory, remote=remote)
     path = local_path(text)
     if path.exists():
         return Source(path.absolute())
     if path.is_symlink():
         raise FileNotFoundError(f"{path}: a link to {path.readlink()}, which is not there")
-    found = _HUB_ID.fullmatch(text)
+    found = HUB_ID.fullmatch(text)
     if found is None or text.startswith((".", "/", "~")) or text.endswith((".safetensors", ".bin")):
         raise FileNotFoundError(
             f"{text}: no such file or directory, and neither a Hub id of the form org/name "
             "nor an http(s) URL"
         )
-    return _from_hub(found["repo"], found["revision"])
+    return _from_hub(found["repo"], found["revision"], index)
 
 
-def _from_hub(repo: str, revision: str | None) -> Source:
+def _from_hub(repo: str, revision: str | None, index: str) -> Source:
     try:
         from huggingface_hub import constants
     except ImportError as error:
@@ -114,25 +130,25 @@ def _from_hub(repo: str, revision: str | None) -> Source:
     from drift_fast.checkpoints.remote import open_hub
 
     try:
-        remote = open_hub(repo, revision)
+        remote = open_hub(repo, revision, index=index)
     except CheckpointError as error:
         # As huggingface_hub does: if the Hub does not answer, what is here can still be used.
-        cached = _whole_snapshot(repo, revision)
+        cached = _whole_snapshot(repo, revision, index)
         if cached is None:
             raise
         logger.warning("%s; using the snapshot in the Hub's cache, %s", error, cached)
         return Source(cached, repo, cached.name)
-    cached = _whole_snapshot(repo, remote.revision)
+    cached = _whole_snapshot(repo, remote.revision, index)
     if cached is not None:
         return Source(cached, repo, cached.name)
     return Source(remote.directory, repo, remote.revision, remote)
 
 
-def _whole_snapshot(repo: str, revision: str | None) -> Path | None:
+def _whole_snapshot(repo: str, revision: str | None, index: str) -> Path | None:
     """Return the snapshot in the Hub's cache if all of its shards are there."""
     try:
         snapshot = _snapshot(repo, revision)
-        Checkpoint(snapshot)
+        Checkpoint(snapshot if index == INDEX else snapshot / index)
     except (CheckpointError, FileNotFoundError):
         return None
     return snapshot

@@ -31,6 +31,7 @@ _COMMANDS = {
     "check": "say whether two models fit each other and what Δ will cost; reads no weights",
     "merge": "merge a reasoning model into a multimodal one and write the result",
     "protect": "take gradients on samples of what must be kept out of a delta",
+    "push": "put a delta on the Hugging Face Hub, with a model card",
     "report": "write a page to look at: of a delta, a pair, a merge or training runs",
     "plan": "estimate memory, disk, hours and λ of a training run; reads no weights",
     "setup": "print or write a ready configuration of a training stack for a model pair",

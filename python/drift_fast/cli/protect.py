@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "form of SAMPLES."
     )
     parser.add_argument("model", help="the model that Δ is for, with its processor or tokenizer")
-    parser.add_argument("delta", help="directory of a delta")
+    parser.add_argument("delta", help="directory, Hub id or URL of a delta")
     parser.add_argument("samples", type=Path, help="JSON or JSON lines with texts or conversations")
     parser.add_argument("--out", "-o", required=True, type=Path, help="directory to write")
     parser.add_argument("--device", help="where the model computes; a GPU if there is one")

@@ -22,8 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "sources",
         nargs="+",
         metavar="SOURCE",
-        help="directory of a delta or a merge; CSV file, checkpoint or directory of checkpoints of "
-        f"a run; or two checkpoints, each a {SOURCE}",
+        help="directory, Hub id or URL of a delta; directory of a merge; CSV file, checkpoint or "
+        "directory of checkpoints of a run; "
+        f"or two checkpoints, each a {SOURCE}",
     )
     add_config(parser)
     add_options(parser, InspectOptions)

@@ -7,13 +7,17 @@ Knows nothing of directories of deltas and their descriptions.
 from __future__ import annotations
 
 import math
+import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from drift_fast._core import DeltaWriter, StoredDelta, load_differences, stream
+from drift_fast._core import Checkpoint, DeltaWriter, StoredDelta, load_differences, stream
 from drift_fast.alignment.model_pair import AlignedPair
+from drift_fast.checkpoints.opened import Opened
+from drift_fast.checkpoints.source import Source
 from drift_fast.delta.format import DESCRIPTION, INDEX, stored_names
 from drift_fast.delta.options import StreamOptions
 from drift_fast.delta.protocol import LoadInto, OnLanded, Run
@@ -181,14 +185,21 @@ _ITEMSIZE = max(_ITEMSIZES.values())
 
 
 class Stored:
-    """A delta on disk."""
+    """A delta on disk, or on a server, of which tensors come to this disk when they are read."""
 
     def __init__(
-        self, directory: Path, dtype: str, stats: Statistics, checksums: dict[str, str] | None
+        self, source: Source, dtype: str, stats: Statistics, checksums: dict[str, str] | None
     ) -> None:
+        directory, index = source.path, source.path / INDEX
         self._dtype = dtype
         self._stats = stats
-        self._files = StoredDelta(directory / INDEX, checksums)
+        self._checksums = checksums
+        self._files = StoredDelta(index, checksums)
+        self._opened: Opened | None = None
+        if source.remote is not None:
+            self._opened = Opened(replace(source, path=index), Checkpoint(index), {}, {})
+        self._fetched: set[str] = set()
+        self._fetching = threading.Lock()
         self.has_checksums = checksums is not None
         found = {name: (kind, tuple(shape)) for name, kind, shape in self._files.tensors()}
         expected = {row.name: (STORED_DTYPES[dtype], row.shape) for row in stats}
@@ -219,7 +230,36 @@ class Stored:
         landed: called with (run, first element, end element, offset in the ring) of what came into
             memory, in order; answers how many of its calls concern memory that is free again.
         """
-        return self._files.load(runs, into, threads=thread_count(None), landed=landed)
+        self.fetch(runs)
+        try:
+            return self._files.load(runs, into, threads=thread_count(None), landed=landed)
+        except CheckpointError as error:
+            if self._opened is None:
+                raise
+            raise CheckpointError(
+                f"{error}. It was downloaded from {self._opened.source}; to download it again, "
+                f"remove {self._opened.directory}"
+            ) from None
+
+    def fetch(self, runs: Iterable[Run], on_progress: ProgressCallback = unreported) -> None:
+        """Download the tensors of runs that are not on this machine, whole, for their checksums."""
+
+        def report(done: int, total: int) -> None:
+            on_progress(Progress(0, len(lacking), done, total, "downloading Δ"))
+
+        with self._fetching:
+            if self._opened is None:
+                return
+            lacking = {
+                name
+                for one in runs
+                for name in ([one.name] if one.as_stored else stored_names(one.name, self._dtype))
+                if name not in self._fetched
+            }
+            if lacking:
+                self._opened = self._opened.download(lacking, report)
+                self._files = StoredDelta(self._opened.source.path, self._checksums)
+                self._fetched |= lacking
 
     def check(self) -> None:
         """Read everything, and so compare it with its checksums."""
@@ -241,6 +281,7 @@ class Stored:
         # Bytes are copied as stored: nothing is decoded, so nothing is rounded again.
         rows = [self._stats[place] for place in places]
         names = [stored_names(row.name, self._dtype) for row in rows]
+        self.fetch([Run(name, 0, 0, True) for some in names for name in some], on_progress)
         size = {
             name: (_ITEMSIZES[kind], math.prod(shape))
             for name, kind, shape in self._files.tensors()

@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias, Unpack
 
 from drift_fast._core import __version__
 from drift_fast.alignment.coverage import Coverage
+from drift_fast.checkpoints.diagnosis import NoDelta
 from drift_fast.checkpoints.opened import PathLike
+from drift_fast.checkpoints.source import Source, resolve
 from drift_fast.delta.allocation import empty_tensor
 from drift_fast.delta.backends import Backend, Stored, Streamed
 from drift_fast.delta.combined import Combined
@@ -25,6 +27,7 @@ from drift_fast.delta.format import (
     CHECKSUM,
     DESCRIPTION,
     FORMAT_VERSION,
+    INDEX,
     stored_names,
 )
 from drift_fast.delta.options import SaveOptions
@@ -36,7 +39,7 @@ from drift_fast.delta.writing import Content, Destination, Rows, write_alone
 from drift_fast.dtypes import DTYPES, INT8_BLOCK, tensor_dtype
 from drift_fast.errors import CheckpointError
 from drift_fast.paths import local_path
-from drift_fast.progress_bar import ProgressCallback, reported
+from drift_fast.progress_bar import ProgressCallback, reported, unreported
 from drift_fast.sizes import parse_size
 from drift_fast.tables import Block, Shown
 
@@ -52,9 +55,10 @@ class Delta(Mapping[str, "torch.Tensor"], Shown):
     """A mapping of tensor name to Δ, layer by layer, read or subtracted when asked for.
 
     `delta[name]` is a fresh tensor on the CPU each time; nothing is cached. What is read from disk
-    is compared with the checksums that were written with it. Names are the multimodal checkpoint's,
-    on disk. `dtype` is what tensors come out as and `stored_dtype` what is
-    on disk or `save` writes; they differ where Δ is compressed.
+    is compared with the checksums that were written with it. Names are the multimodal checkpoint's.
+    `dtype` is what tensors come out as and `stored_dtype` what is on disk or `save` writes; they
+    differ where Δ is compressed. `path` is the directory on disk, and `opened_from` says what it
+    was opened from.
     `peak_nbytes` is the most that buffers took at a time when Δ or its statistics were computed;
     None where this process did neither, or summed up deltas.
     """
@@ -77,6 +81,7 @@ class Delta(Mapping[str, "torch.Tensor"], Shown):
         self.alignment = alignment
         self.selection = selection
         self.path: Path | None = None
+        self.opened_from: Source | None = None
         self.peak_nbytes: int | None = None
         self._stats: Statistics | None = None
 
@@ -86,14 +91,24 @@ class Delta(Mapping[str, "torch.Tensor"], Shown):
 
         What an earlier version wrote has no checksums (`has_checksums`) and is read as it is.
 
+        Args:
+            path: its directory, a Hub id (`org/name`, `org/name@revision`) or an http(s) URL. Of
+                those `drift.json`, the index and the headers are downloaded now, and each tensor
+                when it is asked for, into the cache that `compute_delta` has for checkpoints.
+
         Raises:
             FileNotFoundError: no delta there.
-            CheckpointError: a directory that is not a whole, valid delta.
+            CheckpointError: a directory that is not a whole, valid delta, or a Hub or server that
+                refuses or cannot be asked.
+            DriftError: a Hub id or URL without the packages that `drift-fast[hub]` installs.
         """
         # Loaded here, so that computing a delta stays light.
         from drift_fast.delta.description import Description
 
-        directory = local_path(path)
+        source = resolve(path, INDEX)
+        directory = source.path
+        if source.remote is not None and source.remote.optional_file(DESCRIPTION) is None:
+            raise NoDelta(f"{source}: not a whole delta: it has {INDEX} and no {DESCRIPTION}")
         found = Description.read(directory)
         try:
             stats = Statistics.from_rows(found.statistics)
@@ -103,7 +118,7 @@ class Delta(Mapping[str, "torch.Tensor"], Shown):
                 f"{directory / DESCRIPTION}: {error}; compute the delta again"
             ) from error
         delta = cls(
-            Stored(directory, found.dtype, stats, found.checksums_of_tensors),
+            Stored(source, found.dtype, stats, found.checksums_of_tensors),
             stored_dtype=found.dtype,
             coverage=coverage,
             sources=found.sources,
@@ -111,6 +126,7 @@ class Delta(Mapping[str, "torch.Tensor"], Shown):
             selection=found.selection,
         )
         delta.path = directory
+        delta.opened_from = source
         return delta
 
     def save(self, path: PathLike, **options: Unpack[SaveKeywords]) -> Delta:
@@ -139,6 +155,47 @@ class Delta(Mapping[str, "torch.Tensor"], Shown):
             together(target, given.ranks) as group,
         ):
             return self.write(destination, report, group)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+    ) -> str:
+        """Put a delta that is on disk on the Hugging Face Hub, and return the commit's URL.
+
+        The repository, of the kind "model", gets the files that `save` wrote, and a model card:
+        the sources and their licenses, where these are stated, how Δ was computed, its statistics
+        by module, and how to use it. `drift.json` goes without the directories of this machine.
+        All of it is one commit. Δ is compared with its checksums first. What an earlier card has in
+        its metadata, such as a license, stays; its text does not.
+
+        Args:
+            repo_id: `org/name`; created if it is not there.
+            private: who sees a new repository; None is what its owner's settings say.
+            token: one that may write there; None or True is that of `hf auth login` or HF_TOKEN.
+            revision: a branch, created if it is not there; None is the main one.
+
+        Raises:
+            ValueError: not a Hub id, or a delta that is not on disk.
+            FileExistsError: the repository holds something else.
+            CheckpointError: no token, a Hub that refuses or cannot be asked, or a damaged delta.
+            DriftError: a repository that is to be private and is public, or no huggingface_hub.
+        """
+        # Loaded here, so that computing a delta stays light.
+        from drift_fast.delta.sharing import MESSAGE, push
+
+        return push(
+            self,
+            repo_id,
+            private=private,
+            token=token,
+            revision=revision,
+            commit_message=commit_message or MESSAGE,
+        )
 
     def write(
         self,
@@ -219,7 +276,7 @@ class Delta(Mapping[str, "torch.Tensor"], Shown):
     def headline(self) -> str:
         """Return how many tensors there are, how they are stored, and where."""
         unchecked = "" if self.has_checksums else " without checksums"
-        where = f" at {self.path}{unchecked}" if self.path else ""
+        where = f" at {self.opened_from}{unchecked}" if self.path else ""
         return f"{len(self)} tensors, {self.stored_dtype}, {self.selection}{where}"
 
     def blocks(self) -> list[Block]:
@@ -300,6 +357,15 @@ class Delta(Mapping[str, "torch.Tensor"], Shown):
         buffers = [into] if isinstance(into, torch.Tensor) else into
         memory = [_window(one) for one in buffers], is_ring
         return self._backend.load(runs, memory, landed)
+
+    def fetch(self, runs: Iterable[Run], on_progress: ProgressCallback = unreported) -> None:
+        """Download together what `load` will read, where the delta is on a server.
+
+        Raises:
+            CheckpointError, OSError: the server fails, or the disk is full.
+        """
+        if isinstance(self._backend, Stored):
+            self._backend.fetch(runs, on_progress)
 
     @property
     def has_checksums(self) -> bool:
@@ -407,7 +473,7 @@ def _window(tensor: torch.Tensor) -> Any:
 
 
 def open_delta(delta: DeltaLike | PathLike) -> DeltaLike:
-    """Return a delta, opened from its directory if that is given.
+    """Return a delta, opened from its directory, Hub id or URL if that is given.
 
     Raises:
         FileNotFoundError, CheckpointError: there is no whole delta.
@@ -417,10 +483,26 @@ def open_delta(delta: DeltaLike | PathLike) -> DeltaLike:
         return Delta.open(delta)
     if not hasattr(delta, "shapes") or not hasattr(delta, "__getitem__"):
         raise TypeError(
-            f"expected a Delta or the directory of one, got {type(delta).__name__}; "
+            f"expected a Delta, or the directory or Hub id of one, got {type(delta).__name__}; "
             "compute_delta(…) and Delta.open(…) return one"
         )
     return delta
+
+
+def delta_at(source: PathLike) -> Delta | None:
+    """Return the delta at a path, Hub id or URL; None where something else is.
+
+    Raises:
+        As `Delta.open`.
+    """
+    # Loaded here, since what is on this machine needs none of it.
+    from drift_fast.checkpoints.remote.transfer import Forbidden
+
+    try:
+        return Delta.open(source)
+    except (NoDelta, Forbidden):
+        # Storage services refuse what is not there; whoever opens the rest sees if they refuse all.
+        return None
 
 
 Terms: TypeAlias = Mapping[Any, float] | Iterable[tuple[DeltaLike | PathLike, float]]

@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 import msgspec
 
+from drift_fast.checkpoints.diagnosis import NoDelta, explain_no_delta
+from drift_fast.checkpoints.place import Place
 from drift_fast.config_files import JsonFile, shown
 from drift_fast.delta.format import DESCRIPTION, FORMAT_VERSION
 from drift_fast.dtypes import RETIRED, check_stored_dtype
@@ -89,15 +91,14 @@ class Description(msgspec.Struct, frozen=True):
         """Read the description of a delta.
 
         Raises:
-            FileNotFoundError: there is none.
+            NoDelta: there is none.
             CheckpointError: not a description, or one that another version wrote.
         """
         path = directory / DESCRIPTION
         if not path.is_file():
-            raise FileNotFoundError(
-                f"{directory}: not a delta: expected a directory with {DESCRIPTION}, which "
-                "compute_delta(reasoning, multimodal, out) writes"
-            )
+            if directory.is_dir():
+                raise explain_no_delta(Place.on_disk(directory))
+            raise NoDelta(f"{directory}: not a delta; give the directory that has {DESCRIPTION}")
         file = JsonFile(path, _MAX_NBYTES, "compute the delta again")
         written = file.read_parts(_Written)
         version: Any = file.parse(written.format_version, Any)

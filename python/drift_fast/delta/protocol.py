@@ -56,9 +56,9 @@ def on_disk(delta: DeltaLike) -> StoredDelta | None:
 
 
 def label_of(delta: DeltaLike) -> str:
-    """Return what to call a delta in a message: its path, or what it is."""
+    """Return what to call a delta in a message: its path, Hub id or URL, or what it is."""
     path = getattr(delta, "path", None)
     if path is not None:
-        return str(path)
+        return str(getattr(delta, "opened_from", None) or path)
     # The representation of a foreign mapping may spell out its tensors.
     return repr(delta) if type(delta).__module__.startswith("drift_fast.") else type(delta).__name__

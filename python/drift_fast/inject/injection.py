@@ -98,8 +98,8 @@ class Injection(Attachment, Shown):
 
     Args:
         model: the model that trains, as it trains: wrapped by DDP, FSDP or torch.compile.
-        delta: an open `Delta`, one that streams, or the directory of one; its names are matched to
-            the model's.
+        delta: an open `Delta`, one that streams, or the directory, Hub id or URL of one; its names
+            are matched to the model's.
         config: an `InjectionConfig`, or the path of a YAML or JSON file of its options, such as
             `delta/injection.yaml`; options given as keywords win over it.
         optimizer: the optimizer that will step the model; given, it is checked at once that it

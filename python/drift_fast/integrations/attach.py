@@ -56,7 +56,7 @@ def attach(
 
     Args:
         trainer_or_optimizer: what steps the model.
-        delta: an open `Delta`, one that streams, or the directory of one.
+        delta: an open `Delta`, one that streams, or the directory, Hub id or URL of one.
         config: an `InjectionConfig`, or the path of a YAML or JSON file of its options; options
             given as keywords win over it.
         model: the model that an optimizer trains; trainers and engines have their own.

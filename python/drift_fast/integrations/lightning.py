@@ -77,7 +77,7 @@ class DriftCallback(Callback):
     `Injection.summary` says is logged as `drift/…` every `log_every_n_steps` steps.
 
     Args:
-        delta: an open `Delta`, or the directory of one.
+        delta: an open `Delta`, or the directory, Hub id or URL of one.
         config: an `InjectionConfig`, or the path of a YAML or JSON file of its options; options
             given as keywords win over it.
         csv: a file for what is logged. One of an earlier run is renamed, unless this run resumes

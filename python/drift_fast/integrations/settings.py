@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
 
+from drift_fast.checkpoints.source import located
 from drift_fast.config_files import read_settings
 from drift_fast.errors import DriftError
 from drift_fast.inject.config import InjectionConfig
@@ -27,7 +28,7 @@ CONFIG_VARIABLE = "DRIFT_FAST_CONFIG"
 
 def _check_path(delta: Any) -> None:
     if not isinstance(delta, str) or not delta:
-        raise ValueError(f"delta must be the path of a directory, got {delta!r}")
+        raise ValueError(f"delta must be a directory, Hub id or URL, got {delta!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +37,7 @@ class Settings(InjectionConfig):
 
     delta: str = option(
         MISSING,
-        "the directory of the delta; a relative path starts at the configuration's own directory",
+        "directory of the delta, relative to the configuration's own, or its Hub id or URL",
         check=_check_path,
     )
     csv: str | None = option(
@@ -73,7 +74,7 @@ class Settings(InjectionConfig):
         """
         file = local_path(path)
         settings = cls.from_mapping(read_settings(file), origin=str(file))
-        return replace(settings, delta=str(file.parent / local_path(settings.delta)))
+        return replace(settings, delta=located(settings.delta, file.parent))
 
     @classmethod
     def from_environment(cls) -> Self:

@@ -190,7 +190,7 @@ def attach_motion(
     `drift/planned`, checkpoints hold the state, and a resumed run goes on.
 
     Args:
-        delta: an open `Delta`, one that streams, or the directory of one.
+        delta: an open `Delta`, one that streams, or the directory, Hub id or URL of one.
         progress: λ at the end, one number or one by module, such as {"attn": 0.8, "mlp": 1.25}.
         window: the share of the optimizer steps over which the motion is spread.
         steps: a number of optimizer steps instead.

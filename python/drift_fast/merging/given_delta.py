@@ -14,11 +14,10 @@ from drift_fast.alignment.options import PairOptions
 from drift_fast.alignment.pairing import align_checkpoints
 from drift_fast.alignment.stated import LEFT_OUT
 from drift_fast.checkpoints.opened import Opened, PathLike, open_checkpoint
-from drift_fast.delta.delta import Delta
-from drift_fast.delta.format import DESCRIPTION, INDEX
+from drift_fast.delta.delta import Delta, delta_at
+from drift_fast.delta.format import INDEX
 from drift_fast.dtypes import COMPRESSED
 from drift_fast.errors import AlignmentError, CheckpointError
-from drift_fast.paths import local_path
 from drift_fast.selection import Selection
 
 
@@ -36,10 +35,10 @@ def given_delta(reasoning: PathLike | Delta) -> Delta | None:
             )
         delta = reasoning
     else:
-        path = local_path(reasoning)
-        if not (path / DESCRIPTION).is_file():
+        found = delta_at(reasoning)
+        if found is None:
             return None
-        delta = Delta.open(path)
+        delta = found
     if delta.stored_dtype in COMPRESSED:
         raise CheckpointError(
             f"{delta.path}: Δ is stored as {delta.stored_dtype}, which a merge does not read: "
@@ -61,6 +60,9 @@ def align_delta(
     assert delta.path is not None
     delta.check()
     opened = open_checkpoint(delta.path / INDEX, options.reader)
+    if (origin := delta.opened_from) is not None:
+        named = replace(opened.source, repo=origin.repo, revision=origin.revision)
+        opened = replace(opened, source=named)
     loose = replace(options, strict=False, check_weights=False)
     pair = align_checkpoints(opened, multimodal, loose, selection=selection)
     missing = [one for one in pair.account.missing_reasoning if one[1] != LEFT_OUT]

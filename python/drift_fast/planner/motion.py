@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
+from drift_fast.checkpoints.opened import PathLike
 from drift_fast.inject.predict import BETAS, USEFUL, Outlook, joint_rms, push_of, rms
 from drift_fast.inject.schedule import parse_schedule
 from drift_fast.inject.strength.formula import MOST
@@ -38,7 +38,7 @@ class Size:
     source: str
 
 
-def size_of(delta: str | Path | None, given: float | None, selection: Selection) -> Size | None:
+def size_of(delta: PathLike | None, given: float | None, selection: Selection) -> Size | None:
     """Return rms(Δ), given or from a delta's statistics.
 
     Raises:

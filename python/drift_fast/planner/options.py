@@ -16,7 +16,9 @@ class PlanOptions(Training):
     """The options of `plan`."""
 
     delta: PathLike | None = option(
-        None, "directory of a delta; λ is predicted from its statistics", metavar="DIR"
+        None,
+        "directory, Hub id or URL of a delta; λ is predicted from its statistics",
+        metavar="DIR",
     )
     rms: float | None = option(
         None, "root mean square of the elements of Δ, instead of a delta", metavar="X"

@@ -58,9 +58,7 @@ def plan(
     """
     run, unused = _read(config, options)
     planned = Scenario.of(run, read_model(reasoning), read_model(multimodal))
-    size = motion.size_of(
-        None if run.delta is None else local_path(run.delta), run.rms, planned.selection
-    )
+    size = motion.size_of(run.delta, run.rms, planned.selection)
     memory = estimate(run, planned.multimodal, planned.delta_numel, run.gpu_nbytes)
     of_motion = list(motion.figures(run, size))
     found = [

@@ -76,7 +76,8 @@ def protect(
 
     Args:
         model: the model that will train, or the multimodal model that a merge starts from.
-        delta: a `Delta`, or the directory of one; its names are matched to the model's.
+        delta: a `Delta`, or the directory, Hub id or URL of one; its names are matched to the
+            model's.
         batches: what `loss` takes, at least as many as `directions`, read once to the end. By
             default mappings of the model's arguments, with labels.
         out: a directory to write; None writes nothing, and tensors are computed when asked for.

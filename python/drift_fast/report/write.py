@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 from drift_fast.alignment.coverage import Coverage
 from drift_fast.config_files import json_text
 from drift_fast.delta.compute import inspect
-from drift_fast.delta.delta import Delta
-from drift_fast.delta.format import DESCRIPTION
+from drift_fast.delta.delta import Delta, delta_at
 from drift_fast.delta.options import InspectOptions
 from drift_fast.delta.plot import HEAT_MAPS, grid_of
 from drift_fast.delta.statistics import Statistics
@@ -32,9 +31,7 @@ from drift_fast.tables import Table, to_html
 if TYPE_CHECKING:
     from drift_fast._keywords import InspectKeywords
 
-_SOURCES = (
-    "the directory of a delta or of a merge, the CSV file or the checkpoint of a training run"
-)
+_SOURCES = "a delta, the directory of a merge, the CSV file or the checkpoint of a training run"
 # Metrics of a run, and what its table calls them.
 _METRICS = {
     "loss": "loss",
@@ -54,11 +51,11 @@ def write_report(
 ) -> Path:
     """Write one HTML file about deltas, merges, training runs, or a pair of checkpoints.
 
-    The file needs no other and no network. A source is the directory of a delta or of a merge; a
-    CSV file of `attach(csv=…)` or `Injection.write_csv`; a Trainer's checkpoint, its
-    trainer_state.json, or the directory of its checkpoints. Several runs are compared. Two
-    checkpoints, the reasoning and the multimodal one, are checked and measured, with the options
-    of `inspect`, which go with such a pair only.
+    The page needs no other file and no network. A source is a delta (directory, Hub id or URL); the
+    directory of a merge; a CSV file of `attach(csv=…)` or `Injection.write_csv`; a Trainer's
+    checkpoint, its trainer_state.json, or the directory of its checkpoints. Several runs are
+    compared. Two checkpoints, the reasoning and the multimodal one, are checked and measured, with
+    the options of `inspect`, which go with such a pair only.
 
     Raises:
         FileNotFoundError: a source that is not there.
@@ -77,12 +74,12 @@ def write_report(
     sections, runs, models = [], [], []
     for source in sources:
         path = local_path(source)
-        if (path / DESCRIPTION).is_file():
-            sections += _of_delta(Delta.open(path), str(source))
-        elif (path / written.DESCRIPTION).is_file():
+        if (path / written.DESCRIPTION).is_file():
             sections += _of_merge(written.open_merged(path), str(source))
         elif (log := log_of(path)) is not None:
             runs.append(read_run(log, str(source)))
+        elif (delta := delta_at(source)) is not None:
+            sections += _of_delta(delta, str(source))
         else:
             models.append(source)
     given = InspectOptions.from_keywords(options, function="write_report")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from drift_fast._core import __version__
-from drift_fast.checkpoints.diagnosis import CONVERT, explain
+from drift_fast.checkpoints.diagnosis import CONVERT, NoDelta, explain, explain_no_delta
 from drift_fast.checkpoints.place import INDEX, SINGLE, Place
 from drift_fast.checkpoints.remote.attempts import RETRIED, Dropped, Patience, retry_after
 from drift_fast.checkpoints.remote.checkpoint import RemoteCheckpoint
@@ -43,37 +43,40 @@ _HTTP_PACKAGES = frozenset({"requests", "urllib3", "httpx", "httpx2", "httpcore"
 Found = TypeVar("Found")
 
 
-def open_hub(repo: str, revision: str | None, *, cache: Path | None = None) -> RemoteCheckpoint:
+def open_hub(
+    repo: str, revision: str | None, *, index: str = INDEX, cache: Path | None = None
+) -> RemoteCheckpoint:
     """Open a model repository of the Hub; only headers and the index are downloaded.
 
     `revision` is a branch, tag or commit; None is the main branch. It is resolved to a commit once,
     and all later requests name that commit. The endpoint is huggingface_hub's, `HF_ENDPOINT`.
+    `index` is the name of a delta's index where a delta is asked for.
 
     Raises:
-        FileNotFoundError: the repository has no safetensors.
+        FileNotFoundError: the repository has no safetensors; NoDelta where it has no delta.
         CheckpointError: a repository or revision that is not there or not accessible, a pickled
             checkpoint, an index or answer that cannot be used, or no progress in several attempts.
         DriftError: `huggingface_hub` or `requests` is not installed.
     """
-    hub = _Hub(repo, revision)
+    hub = Hub(repo, revision)
     with Client(hub.credentials()) as client:
-        single = hub.metadata(client, SINGLE)
-        first = single or hub.metadata(client, INDEX)
+        single = hub.metadata(client, SINGLE) if index == INDEX else None
+        first = single or hub.metadata(client, index)
         if first is None:
-            raise hub.without_safetensors(client)
+            raise hub.without(client, index)
         hub.pin(first.commit_hash)
         readable = f"{repo}-{hub.revision}"
         directory = make_directory(cache, readable, hub.url_of(""))
         with locked(directory):
-            index = hub.small_file(client, INDEX)
-            if single is not None and single_wins(index, shown(hub.url_of(INDEX))):
+            text = hub.small_file(client, index)
+            if single is not None and single_wins(text, shown(hub.url_of(index))):
                 files = open_single(client, directory, hub.file(SINGLE, single))
             else:
-                if index is None:
-                    raise CheckpointError(f"{hub}: {INDEX} has disappeared; try again")
-                names = shard_names(index, f"{hub}/{INDEX}")
-                found = hub.files(client, names)
-                files = open_indexed(client, directory, index, f"{hub}/{INDEX}", found.__getitem__)
+                if text is None:
+                    raise CheckpointError(f"{hub}: {index} has disappeared; try again")
+                place = f"{hub}/{index}"
+                found = hub.files(client, shard_names(text, place))
+                files = open_indexed(client, directory, text, place, found.__getitem__, index)
     return RemoteCheckpoint(
         directory,
         shown(hub.url_of("")),
@@ -85,18 +88,27 @@ def open_hub(repo: str, revision: str | None, *, cache: Path | None = None) -> R
     )
 
 
-class _Hub:
-    """A repository, at a commit once it is pinned, and what the Hub says about its files."""
+class Hub:
+    """A repository, at a commit once it is pinned, and what the Hub says about its files.
 
-    def __init__(self, repo: str, revision: str | None) -> None:
+    `log_in` is what helps where the Hub refuses.
+    """
+
+    def __init__(
+        self,
+        repo: str,
+        revision: str | None,
+        log_in: str = "log in with `hf auth login` or set HF_TOKEN",
+    ) -> None:
         try:
             import huggingface_hub  # noqa: F401
         except ImportError as error:
             raise DriftError(
-                f"reading {repo} from the Hub needs huggingface_hub: pip install 'drift-fast[hub]'"
+                f"the Hub, for {repo}, needs huggingface_hub: pip install 'drift-fast[hub]'"
             ) from error
         self.repo = repo
         self.revision = revision
+        self._log_in = log_in
 
     def __str__(self) -> str:
         return f"{self.repo}@{self.revision}" if self.revision else self.repo
@@ -122,7 +134,7 @@ class _Hub:
         """Return commit, ETag and size of a file; None if there is no such file."""
         from huggingface_hub import get_hf_file_metadata
 
-        return self._call(
+        return self.call(
             client,
             partial(
                 get_hf_file_metadata,
@@ -174,7 +186,7 @@ class _Hub:
             raise CheckpointError(
                 f"{self}: {name} has {metadata.size} bytes, expected at most {limit_nbytes}"
             )
-        path = self._call(
+        path = self.call(
             client,
             partial(
                 hf_hub_download,
@@ -190,23 +202,33 @@ class _Hub:
         except ValueError as error:
             raise CheckpointError(f"{path}: {error}; remove it from the Hub's cache") from None
 
-    def without_safetensors(self, client: Client) -> Exception:
+    def without(self, client: Client, index: str) -> Exception:
         """Return the error for a repository that has no checkpoint at its root: what it is."""
         from huggingface_hub import list_repo_files
 
         try:
-            names = self._call(client, partial(list_repo_files, self.repo, revision=self.revision))
+            names = self.call(client, partial(list_repo_files, self.repo, revision=self.revision))
         except CheckpointError:
             # A mirror may have files and no list of them.
             names = None
         if names is not None:
-            return explain(Place.on_the_hub(self.repo, names))
+            place = Place.on_the_hub(self.repo, names)
+            return explain(place) if index == INDEX else explain_no_delta(place)
+        if index != INDEX:
+            return NoDelta(f"{self}: not a delta: the repository has no {index}")
         for name in PICKLES:
             if self.metadata(client, name) is not None:
                 return CheckpointError(f"{self}: found {name} and no safetensors: {CONVERT}")
         return FileNotFoundError(f"{self}: the repository has neither {SINGLE} nor {INDEX}")
 
-    def _call(self, client: Client, call: Callable[[], Found]) -> Found | None:
+    def call(self, client: Client, call: Callable[[], Found]) -> Found | None:
+        """Return what a call of huggingface_hub does, tried again where that may help.
+
+        None where there is no such file.
+
+        Raises:
+            CheckpointError: the Hub refuses or cannot be asked.
+        """
         from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
         patience = Patience(str(self), client.stop)
@@ -230,20 +252,19 @@ class _Hub:
         from huggingface_hub import errors
 
         page = self.url_of("").partition("/resolve/")[0]
-        log_in = "log in with `hf auth login` or set HF_TOKEN"
         if isinstance(failure, errors.GatedRepoError):
-            what = f"access to the model is restricted; ask for it at {page} and {log_in}"
+            what = f"access to the model is restricted; ask for it at {page} and {self._log_in}"
         elif isinstance(failure, errors.RepositoryNotFoundError):
-            what = f"no such model at {page}, or a private one; check the id, or {log_in}"
+            what = f"no such model at {page}, or a private one; check the id, or {self._log_in}"
         elif isinstance(failure, errors.RevisionNotFoundError):
             what = f"no such branch, tag or commit; choose one that {page} lists"
         elif any(
             isinstance(error, errors.OfflineModeIsEnabled) for error in (failure, failure.__cause__)
         ):
-            what = "HF_HUB_OFFLINE is set; unset it, or give the path of a copy on this machine"
+            what = "HF_HUB_OFFLINE is set; unset it to ask the Hub, or use a copy on this machine"
         elif isinstance(failure, errors.HfHubHTTPError):
             status = getattr(failure.response, "status_code", None)
-            what = f"the Hub refuses ({status}); check the id and {log_in}"
+            what = f"the Hub refuses ({status}); check the id and {self._log_in}"
         elif isinstance(failure, errors.LocalEntryNotFoundError):
             what = "the Hub cannot be asked; check the connection, HF_ENDPOINT and the proxy"
         else:

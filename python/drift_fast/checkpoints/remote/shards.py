@@ -94,15 +94,16 @@ def open_indexed(
     index: bytes,
     place: str,
     file_named: Callable[[str], RemoteFile],
+    name: str = INDEX,
 ) -> dict[str, RemoteFile]:
     """Put an index and the headers of its shards in the directory."""
-    files = {name: file_named(name) for name in shard_names(index, place)}
+    files = {shard: file_named(shard) for shard in shard_names(index, place)}
     run_together(
-        [partial(_open_shard, client, directory / name, file) for name, file in files.items()],
+        [partial(_open_shard, client, directory / shard, file) for shard, file in files.items()],
         client.stop,
     )
-    write_atomically(directory / INDEX, index)
-    if SINGLE not in files:
+    write_atomically(directory / name, index)
+    if name == INDEX and SINGLE not in files:
         # A single file would win over the index.
         (directory / SINGLE).unlink(missing_ok=True)
     return files

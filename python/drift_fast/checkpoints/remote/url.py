@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
-from drift_fast.checkpoints.diagnosis import CONVERT
+from drift_fast.checkpoints.diagnosis import CONVERT, NoDelta
 from drift_fast.checkpoints.place import INDEX, SINGLE
 from drift_fast.checkpoints.remote.checkpoint import RemoteCheckpoint
 from drift_fast.checkpoints.remote.client import Client
@@ -26,15 +26,17 @@ from drift_fast.checkpoints.remote.urls import origin_of, shown
 from drift_fast.errors import CheckpointError
 
 
-def open_url(url: str, *, cache: Path | None = None) -> RemoteCheckpoint:
+def open_url(url: str, *, index: str = INDEX, cache: Path | None = None) -> RemoteCheckpoint:
     """Open a checkpoint at an http(s) URL; only headers and the index are downloaded.
 
     The URL is that of a `.safetensors` file, a `*.safetensors.index.json`, or a directory that
     holds `model.safetensors` or `model.safetensors.index.json`. Its query is sent with every
     request but neither shown nor stored. No token is sent.
 
+    `index` is the name of a delta's index where a delta is asked for.
+
     Raises:
-        FileNotFoundError: the server has no such checkpoint.
+        FileNotFoundError: the server has no such checkpoint; NoDelta where that is a delta.
         CheckpointError: not an http(s) URL, a pickled checkpoint, an index or answer that cannot
             be used, or no progress in several attempts.
         DriftError: `requests` is not installed.
@@ -46,6 +48,8 @@ def open_url(url: str, *, cache: Path | None = None) -> RemoteCheckpoint:
     if is_pickle(name):
         raise CheckpointError(f"{shown(url)}: {CONVERT}")
     indexed = name.endswith(".safetensors.index.json")
+    if index != INDEX and name != index and name.endswith((".safetensors", ".index.json")):
+        raise NoDelta(f"{shown(url)}: not a delta; give the URL of its directory or its {index}")
     if not indexed and not name.endswith(".safetensors"):
         folder = path.rstrip("/")
 
@@ -64,15 +68,22 @@ def open_url(url: str, *, cache: Path | None = None) -> RemoteCheckpoint:
     readable = "-".join([origin[1], *path.strip("/").split("/")[-2:]])
     directory = make_directory(cache, readable, key)
     with locked(directory), Client() as client:
-        if indexed:
-            files = open_indexed(
-                client, directory, asked.read_whole(client, INDEX_NBYTES), asked.shown, file_named
-            )
+        if indexed or index != INDEX:
+            listing = asked if indexed else file_named(index)
+            text = _read_index(client, listing, index)
+            files = open_indexed(client, directory, text, listing.shown, file_named, index)
         elif name.endswith(".safetensors"):
             files = open_single(client, directory, asked)
         else:
             files = _open_directory(client, directory, file_named, shown(url))
     return RemoteCheckpoint(directory, shown(url), files, small_file=small_file)
+
+
+def _read_index(client: Client, file: RemoteFile, index: str) -> bytes:
+    try:
+        return file.read_whole(client, INDEX_NBYTES)
+    except FileNotFoundError as error:
+        raise error if index == INDEX else NoDelta(f"{error}, so there is no delta") from None
 
 
 def _open_directory(

@@ -63,6 +63,7 @@ def load(delta: Delta, wanted: Sequence[Wanted], report: ProgressCallback) -> No
     host = torch.device("cpu")
     on_host = [one for one in wanted if one.device == host]
     together = [one for one in on_host if not one.for_a_while]
+    delta.fetch([one.run for one in wanted], report)
     progress = _Reported(wanted, report)
     for some in [together, *([one] for one in on_host if one.for_a_while)]:
         if some:
