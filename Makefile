@@ -6,7 +6,7 @@ BIN := .venv/bin
 SOURCES := pyproject.toml Cargo.toml Cargo.lock $(shell find rust -name '*.rs' -o -name Cargo.toml)
 
 OLDEST_TESTS := $(addprefix tests/,alignment/test_families.py alignment/test_alignment.py \
-	checkpoints/test_hub.py delta/test_remote_delta.py \
+	checkpoints/test_hub.py delta/test_remote_delta.py delta/test_sharing.py \
 	inject/test_injection_names.py integrations/test_trainer.py) \
 	$(wildcard tests/checkpoints/test_remote_*.py)
 

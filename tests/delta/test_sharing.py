@@ -210,14 +210,22 @@ def test_a_merge_a_report_take_the_url_of_a_delta(
     assert UP in page
 
 
-def test_a_configuration_names_a_hub_id_a_url_or_a_directory_beside_it(tmp_path: Path) -> None:
+def test_a_configuration_names_a_hub_id_a_url_or_a_directory_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def delta_of(named: str) -> str:
         (tmp_path / "drift.json").write_text(json.dumps({"delta": named}))
         return Settings.from_file(tmp_path / "drift.json").delta
 
     for named in ("org/delta", "org/delta@v1", "https://host/delta"):
         assert delta_of(named) == named
-    assert delta_of("delta") == str(tmp_path / "delta")
+    for named in ("delta", "../delta", "./delta"):
+        assert delta_of(named) == str(tmp_path / named)
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "org" / "delta").mkdir(parents=True)
+    with monkeypatch.context() as patch:
+        patch.chdir(elsewhere)
+        assert delta_of("org/delta") == str(tmp_path / "org" / "delta")
     (tmp_path / "org" / "delta").mkdir(parents=True)
     assert delta_of("org/delta") == str(tmp_path / "org" / "delta")
 
@@ -573,7 +581,7 @@ def test_a_damaged_delta_is_not_pushed(hub: Hub, delta: Path) -> None:
 
 
 def test_what_is_no_hub_id_or_not_on_disk_is_not_pushed(pair: Pair, delta: Path) -> None:
-    for name in ("delta", "a/b/c", "org/name@main", "https://host/org/name"):
+    for name in ("delta", "a/b/c", "../delta", "org/name@main", "https://host/org/name"):
         with refused(ValueError, name, "org/name"):
             Delta.open(delta).push_to_hub(name)
     with refused(ValueError, "not on disk", "save"):

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
+_HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 _URL = re.compile(r"https?://", re.IGNORECASE)
 
 
@@ -74,9 +74,20 @@ class Source:
 
 def located(source: str, folder: Path) -> str:
     """Return what a file in a folder names: a path from there on, a Hub id or URL as it is."""
-    path = folder / local_path(source)
-    is_remote = (_URL.match(source) or HUB_ID.fullmatch(source)) and not path.exists()
+    path, here = folder / local_path(source), local_path(source)
+    if _URL.match(source):
+        return source
+    # What is there in the working directory would win over the Hub, and is not what is named.
+    is_remote = hub_id(source) is not None and not path.exists() and not here.exists()
     return source if is_remote else str(path)
+
+
+def hub_id(text: str) -> tuple[str, str | None] | None:
+    """Return the repository and the revision of a text that can be a Hub id, else None."""
+    found = _HUB_ID.fullmatch(text)
+    if found is None or text.startswith((".", "/", "~")) or text.endswith((".safetensors", ".bin")):
+        return None
+    return found["repo"], found["revision"]
 
 
 def resolve(source: str | os.PathLike[str], index: str = INDEX) -> Source:
@@ -107,13 +118,13 @@ def resolve(source: str | os.PathLike[str], index: str = INDEX) -> Source:
         return Source(path.absolute())
     if path.is_symlink():
         raise FileNotFoundError(f"{path}: a link to {path.readlink()}, which is not there")
-    found = HUB_ID.fullmatch(text)
-    if found is None or text.startswith((".", "/", "~")) or text.endswith((".safetensors", ".bin")):
+    found = hub_id(text)
+    if found is None:
         raise FileNotFoundError(
             f"{text}: no such file or directory, and neither a Hub id of the form org/name "
             "nor an http(s) URL"
         )
-    return _from_hub(found["repo"], found["revision"], index)
+    return _from_hub(*found, index)
 
 
 def _from_hub(repo: str, revision: str | None, index: str) -> Source:

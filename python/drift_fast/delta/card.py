@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from drift_fast.checkpoints.source import HUB_ID
+from drift_fast.checkpoints.source import hub_id
 from drift_fast.config_files import printable, read_regular
 from drift_fast.delta.statistics import Statistics
 
@@ -93,7 +93,7 @@ def models_of(sources: Any, role: str = "") -> Iterator[Model]:
     """Yield the checkpoints that `sources` of a `drift.json` name, those of summed deltas too."""
     if isinstance(sources, Mapping) and isinstance(sources.get("path"), str):
         repo = str(sources.get("repo"))
-        is_of_hub = HUB_ID.fullmatch(repo) is not None
+        is_of_hub = hub_id(repo) == (repo, None)
         revision = sources.get("revision")
         yield Model(
             printable(role, 40),

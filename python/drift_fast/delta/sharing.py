@@ -17,7 +17,7 @@ from drift_fast.checkpoints.place import SHARD
 from drift_fast.checkpoints.remote.client import Client
 from drift_fast.checkpoints.remote.hub import Hub
 from drift_fast.checkpoints.remote.shards import shard_names
-from drift_fast.checkpoints.source import HUB_ID
+from drift_fast.checkpoints.source import hub_id
 from drift_fast.config_files import json_text, printable
 from drift_fast.delta.card import CARD, Model, models_of, published, read_card, write_card
 from drift_fast.delta.format import DESCRIPTION, INDEX
@@ -44,8 +44,7 @@ def push(
         raise ValueError(
             "the delta to push is not on disk: write it with delta.save(path), and push that"
         )
-    found = HUB_ID.fullmatch(repo)
-    if found is None or found["revision"]:
+    if hub_id(repo) != (repo, None):
         raise ValueError(f"{repo!r}: expected a Hub id of the form org/name")
     target = _Target(repo, revision, token)
     with Client() as client:
