@@ -78,7 +78,7 @@ def test_a_section_that_is_no_mapping_is_refused(section: Any) -> None:
 
 @pytest.mark.parametrize("delta", ["", 3, ["delta"]])
 def test_a_delta_that_is_no_path_is_refused(delta: Any) -> None:
-    with pytest.raises(ValueError, match=r"delta must be (text|the path of a directory)"):
+    with pytest.raises(ValueError, match=r"delta must be (text|a directory, Hub id or URL)"):
         Settings.from_mapping({"delta": delta})
 
 
