@@ -93,6 +93,7 @@ def test_a_delta_that_is_no_path_is_refused(delta: Any) -> None:
 def test_a_file_is_read_and_its_delta_lies_beside_it(tmp_path: Path, name: str, text: str) -> None:
     if not name.endswith("json"):
         pytest.importorskip("yaml")
+    (tmp_path / "here" / "delta").mkdir(parents=True)
     (tmp_path / name).write_text(text)
     settings = Settings.from_file(tmp_path / name)
     assert settings == Settings(delta=str(tmp_path / "here" / "delta"), alpha=0.5, layers=[0, 1])
