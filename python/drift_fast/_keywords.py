@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from drift_fast.alignment.mapping import MappingLike
     from drift_fast.checkpoints.opened import PathLike
     from drift_fast.delta.parallel import Ranks
-    from drift_fast.inject.config import CapBy, MissingGradients, Rescale, Residency, ScopeName
+    from drift_fast.inject.config import CapBy, Log, MissingGradients, Rescale, Residency, ScopeName
     from drift_fast.inject.schedule import ScheduleLike
     from drift_fast.inject.strength.formula import Scale
     from drift_fast.inject.strength.per_module import LayerAlpha, PerModule
@@ -169,6 +169,7 @@ class InjectionKeywords(TargetKeywords, ResidencyKeywords, StrengthKeywords, tot
     scope: ScopeName
     overlap: bool
     missing_gradients: MissingGradients
+    log: Log
 
 
 class MotionKeywords(TargetKeywords, ResidencyKeywords, total=False):

@@ -1,6 +1,6 @@
 """Results as blocks of text and tables: printed in aligned columns, and in a notebook as HTML.
 
-The text is the same on a terminal, in a pipe and in a file: no color, and no line is cut. In HTML
+The text has no color, and no line is cut; `cli.output` shows the same blocks on a terminal. In HTML
 every text is escaped, since names come from files of unknown origin.
 """
 

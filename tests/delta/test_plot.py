@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 import drift_fast
+from drift_fast.delta.plot import heat_map
+from drift_fast.delta.statistics import Row, Statistics
 from drift_fast.pictures import Grid
 from support.synthetic import Pair, stored, write_file
 
@@ -73,3 +75,29 @@ def test_a_name_with_a_dollar_is_no_formula(tmp_path: Path) -> None:
     second = write_file(tmp_path / "b.safetensors", {name: stored([1.0, 3.0]) for name in tensors})
     delta = drift_fast.compute_delta(first, second, modules="all")
     assert delta.plot(tmp_path / "delta.png").axes
+
+
+def measured(relative: list[float], module: str) -> list[Row]:
+    """Return rows of one module whose ‖Δ‖/‖W‖ is as given, layer by layer."""
+    return [
+        Row.of(f"layers.{layer}.{module}.weight", (2, 2), share**2, 1.0, 1.0, 0.0, 0, 0)
+        for layer, share in enumerate(relative)
+    ]
+
+
+def test_a_heat_map_of_text_has_a_shade_for_every_layer_of_every_module() -> None:
+    rising = [0.1 + 0.02 * layer for layer in range(40)]
+    rows = measured(rising, "mlp.up_proj") + measured([0.1] * 39 + [50.0], "self_attn.q_proj")
+    (table,) = heat_map(Statistics(rows))
+    assert table.columns == ("", "0-31", "32-39", "least to largest")
+    up, q = table.rows
+    assert up[0] == "mlp.up_proj"
+    shades = up[1] + up[2]
+    assert len(shades) == 40
+    assert list(shades) == sorted(shades)
+    assert {shades[0], shades[-1]} == {"▁", "█"}
+    # The outlier takes the shades from nobody, and is said.
+    assert q[1] + q[2] == "▁" * 39 + "█"
+    assert q[-1] == "0.1 to 50"
+    assert "1 beyond the colors; all are 0.1 to 50" in table.title
+    assert heat_map(Statistics(measured([0.1], "mlp.up_proj"))) == []

@@ -289,6 +289,27 @@ def test_progress_is_logged_at_every_logging_step(
     assert logged[-1] == pytest.approx(overall, rel=1e-2, abs=1e-6)
 
 
+@pytest.mark.parametrize("options", [{}, {"progress_cap": 0.9}], ids=["plain", "capped"])
+def test_a_log_line_has_eight_metrics_at_most_and_all_on_request(
+    tmp_path: Path,
+    build: Callable[[], torch.nn.Module],
+    delta: drift_fast.Delta,
+    options: dict[str, Any],
+) -> None:
+    def keys(**more: Any) -> set[str]:
+        trainer = make_trainer(build(), tmp_path, max_steps=1)
+        injection = drift_fast.attach(trainer, delta, **options, **more)
+        trainer.train()
+        assert injection.summary().keys() >= {"progress/self_attn.q_proj", "cosine/mlp"}
+        return {key for key in trainer.state.log_history[0] if key.startswith("drift/")}
+
+    brief, all_of_them = keys(), keys(log="all")
+    assert len(brief) == 8
+    assert {"drift/progress", "drift/predicted_progress", "drift/cosine"} <= brief
+    assert ("drift/stopped" in brief) == bool(options)
+    assert brief | {"drift/progress/self_attn.q_proj"} <= all_of_them
+
+
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path: Path) -> None:
     # A text model: transformers 5.23's Trainer resumes a LLaVA checkpoint by its disk names, finds
     # none of them in the model, warns and goes on from the weights that were there.
@@ -314,22 +335,69 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path: Path) -> N
     assert injection.metrics()["progress"] == pytest.approx(expected, rel=1e-3)
 
 
-def test_a_resumed_run_whose_weights_were_not_loaded_is_warned_of(
-    tmp_path: Path,
-    build: Callable[[], torch.nn.Module],
-    delta: drift_fast.Delta,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    arguments = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
-    trainer = make_trainer(build(), tmp_path, **arguments)
+@pytest.fixture
+def checkpoint(
+    tmp_path: Path, build: Callable[[], torch.nn.Module], delta: drift_fast.Delta
+) -> Path:
+    """The second step of a run of four, whose names on disk are not those of the model."""
+    trainer = make_trainer(build(), tmp_path, max_steps=4, save_strategy="steps", save_steps=2)
     drift_fast.attach(trainer, delta)
     trainer.train()
-    trainer = make_trainer(build(), tmp_path, **arguments)
-    drift_fast.attach(trainer, delta)
-    # As transformers does where a checkpoint's names are not the model's.
-    monkeypatch.setattr(trainer, "_load_from_checkpoint", lambda *args, **kwargs: None)
+    return tmp_path / "runs" / "checkpoint-2"
+
+
+@pytest.fixture
+def loads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As transformers does where a checkpoint's names are not the model's."""
+    monkeypatch.setattr(transformers.Trainer, "_load_from_checkpoint", lambda *_, **__: None)
+
+
+def resumed(
+    model: torch.nn.Module, delta: drift_fast.Delta, checkpoint: Path, attach: Any = None
+) -> Any:
+    trainer = make_trainer(model, checkpoint.parent.parent, max_steps=4)
+    (attach or drift_fast.attach)(trainer, delta)
+    trainer.train(resume_from_checkpoint=str(checkpoint))
+    return trainer
+
+
+@pytest.mark.usefixtures("loads_nothing")
+def test_a_run_that_resumes_without_the_checkpoints_weights_is_refused_with_the_way_round(
+    build: Callable[[], torch.nn.Module], delta: drift_fast.Delta, checkpoint: Path
+) -> None:
+    model = build()
+    start = weights_of(model)
+    refusal = r"resume at step 2 of .*checkpoint-2, .*were not loaded .*from_pretrained\("
+    with pytest.raises(drift_fast.DriftError, match=refusal):
+        resumed(model, delta, checkpoint)
+    for name, weight in weights_of(model).items():
+        assert torch.equal(weight, start[name]), "it trained on"
+    # A planned motion is lost in the same way.
+    motion = functools.partial(drift_fast.attach_motion, progress=0.1)
+    with pytest.raises(drift_fast.DriftError, match=refusal):
+        resumed(build(), delta, checkpoint, motion)
+
+
+@pytest.mark.usefixtures("loads_nothing")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["exact", "rounded"])
+def test_a_model_that_was_loaded_from_the_checkpoint_goes_on(
+    delta: drift_fast.Delta, checkpoint: Path, dtype: torch.dtype
+) -> None:
+    load = transformers.LlavaForConditionalGeneration.from_pretrained
+    # Some frameworks round what they load to 16 bits before they train it in float32.
+    model = load(checkpoint, dtype=dtype).float()
+    assert resumed(model, delta, checkpoint).state.global_step == 4
+
+
+def test_weights_that_cannot_be_compared_with_the_checkpoint_are_judged_by_their_progress(
+    build: Callable[[], torch.nn.Module], delta: drift_fast.Delta, checkpoint: Path
+) -> None:
+    def attach(trainer: Any, delta: drift_fast.Delta) -> None:
+        drift_fast.attach(trainer, delta)
+        trainer._load_from_checkpoint = lambda *_, **__: None
+
     with pytest.warns(drift_fast.DriftWarning, match=r"at step 2 at λ = .*were not loaded"):
-        trainer.train(resume_from_checkpoint=str(tmp_path / "runs" / "checkpoint-2"))
+        resumed(build(), delta, checkpoint, attach)
 
 
 def test_a_second_run_has_the_schedule_from_its_start(

@@ -43,13 +43,13 @@ def rows_of(document: Any) -> dict[str, Any]:
     return {row["name"]: row for row in document["tensors"]}
 
 
-def drawn_by(*arguments: object) -> tuple[str, str]:
-    """Run a command that succeeds; return its output and what it draws on a terminal."""
+def drawn_by(*arguments: object, program: list[str] = PROGRAM) -> tuple[str, str]:
+    """Run a command that succeeds; return its output and what its errors draw on a terminal."""
     import pty  # not on Windows
 
     master, slave = pty.openpty()
-    env = environment(TERM="xterm", COLUMNS=100)
-    child = Child(*PROGRAM, *arguments, env=env, stderr=slave)
+    env = environment("NO_COLOR", "FORCE_COLOR", TERM="xterm", COLUMNS=100)
+    child = Child(*program, *arguments, env=env, stderr=slave)
     os.close(slave)
     drawn = b""
     # Linux reports the far end's closing as EIO.

@@ -7,7 +7,7 @@ import argparse
 from drift_fast.alignment.options import PairOptions
 from drift_fast.alignment.report import align
 from drift_fast.cli.options import add_json, add_options, add_sources, from_flags
-from drift_fast.cli.output import print_json, remark
+from drift_fast.cli.output import print_json, remark, show
 from drift_fast.paths import local_path
 
 
@@ -34,7 +34,7 @@ def run(given: argparse.Namespace) -> int:
     if given.json:
         print_json(found.to_dict())
     else:
-        print(found.table(every=given.all))
+        show(found.table(every=given.all))
     if given.out is not None:
         found.save(given.out)
         remark(f"map written to {given.out}")

@@ -6,7 +6,7 @@ import argparse
 import shlex
 
 from drift_fast.cli.options import SOURCE, add_config, add_json, add_options, from_flags
-from drift_fast.cli.output import next_step, print_json
+from drift_fast.cli.output import next_step, print_json, show
 from drift_fast.preflight.check import Preflight, check
 from drift_fast.preflight.options import CheckOptions
 
@@ -35,7 +35,7 @@ def run(given: argparse.Namespace) -> int:
     if given.json:
         print_json(report.to_dict())
     else:
-        print(report.table())
+        show(*report.blocks())
         if report.ok and (report.lineage is None or report.lineage.subtract):
             next_step(_delta_command(given, report))
     return 0 if report.ok else 1

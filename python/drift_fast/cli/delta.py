@@ -6,7 +6,14 @@ import argparse
 from pathlib import Path
 
 from drift_fast.cli.options import add_config, add_json, add_options, add_sources, from_flags
-from drift_fast.cli.output import next_step, peak, print_json, report_transfers, statistics_json
+from drift_fast.cli.output import (
+    next_step,
+    peak,
+    print_json,
+    report_transfers,
+    show,
+    statistics_json,
+)
 from drift_fast.delta.compute import compute_delta
 from drift_fast.delta.options import DeltaOptions
 from drift_fast.pictures import check_writable
@@ -41,6 +48,7 @@ def run(given: argparse.Namespace) -> int:
         print_json(statistics_json(delta, str(given.out)))
         return 0
     drawn = "" if given.plot is None else f", drawn to {given.plot}"
-    print(f"{delta}\nwritten to {given.out}{drawn}; {peak(delta.peak_nbytes)}")
+    show(*delta.blocks())
+    show(f"written to {given.out}{drawn}; {peak(delta.peak_nbytes)}")
     next_step(f'drift_fast.attach(trainer, "{given.out}"), before trainer.train()')
     return 0

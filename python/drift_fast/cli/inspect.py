@@ -6,7 +6,14 @@ import argparse
 import shlex
 
 from drift_fast.cli.options import add_config, add_json, add_options, add_sources, from_flags
-from drift_fast.cli.output import next_step, peak, print_json, report_transfers, statistics_json
+from drift_fast.cli.output import (
+    next_step,
+    peak,
+    print_json,
+    report_transfers,
+    show,
+    statistics_json,
+)
 from drift_fast.delta.compute import inspect
 from drift_fast.delta.options import InspectOptions
 
@@ -35,8 +42,8 @@ def run(given: argparse.Namespace) -> int:
     if given.json:
         print_json(statistics_json(report, None))
         return 0
-    print("\n\n".join(map(str, report.blocks(given.by))))
-    print(peak(report.peak_nbytes))
+    show(*report.blocks(given.by))
+    show(peak(report.peak_nbytes))
     next_step(
         shlex.join(["drift-fast", "delta", given.reasoning, given.multimodal, "--out", "delta"])
     )

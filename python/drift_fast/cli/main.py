@@ -37,6 +37,7 @@ _COMMANDS = {
     "setup": "print or write a ready configuration of a training stack for a model pair",
     "demo": "run all steps on two tiny trained models: delta, fine-tuning, comparison, pictures",
     "bench": "time statistics and Δ of a synthetic pair, beside rivals and the machine's limit",
+    "completion": "print a script with which bash, zsh or fish completes commands and options",
 }
 
 
@@ -74,20 +75,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser(
     arguments: Sequence[str],
 ) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser | None]:
-    """Return the parser, and that of the command that `arguments` name, which alone is filled."""
+    """Return the parser, and that of the command that `arguments` name.
+
+    It alone is filled, unless a shell is to complete all of them.
+    """
     parser = argparse.ArgumentParser(
         prog="drift-fast",
         description="Stream the reasoning delta between two checkpoints, and inject it.",
     )
     parser.add_argument("--version", action="version", version=f"drift-fast {__version__}")
-    parser.set_defaults(value_error_status=1)
+    parser.set_defaults(value_error_status=1, parser=parser)
     commands = parser.add_subparsers(required=True, metavar="command")
     named = next((each for each in arguments if not each.startswith("-")), None)
     chosen = None
     for name, summary in _COMMANDS.items():
         command = commands.add_parser(name, help=summary)
-        if name == named:
+        if named in (name, "completion"):
             import_module(f"drift_fast.cli.{name}").add_arguments(command)
+        if name == named:
             chosen = command
     return parser, chosen
 

@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 from drift_fast.cli.options import add_json, add_options, given_flags
-from drift_fast.cli.output import print_json
+from drift_fast.cli.output import print_json, show
 from drift_fast.planner.options import PlanOptions
 from drift_fast.planner.planning import plan
 
@@ -50,5 +50,5 @@ def run(given: argparse.Namespace) -> int:
     if given.json:
         print_json(found.to_dict())
     else:
-        print(found.table())
+        show(*found.blocks())
     return 1 if found.fits is False else 0

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from drift_fast.cli.options import add_config, add_json, add_options, from_flags
-from drift_fast.cli.output import next_step, print_json, remark
+from drift_fast.cli.output import next_step, print_json, remark, show
 from drift_fast.protection.options import ProtectOptions
 
 
@@ -43,7 +43,7 @@ def run(given: argparse.Namespace) -> int:
     if given.json:
         print_json({"out": str(given.out), "protected": said})
         return 0
-    print(
+    show(
         f"took {said['removed_share']:.3%} of ‖Δ‖² out of {len(said['removed_shares'])} tensors, "
         f"in the span of {said['directions']} gradients each; {said['zero_or_dependent']} "
         f"gradients were zero or dependent on others\nwritten to {given.out}"

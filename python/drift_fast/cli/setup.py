@@ -17,7 +17,7 @@ from string import Template
 from drift_fast.alignment.options import SelectionOptions
 from drift_fast.checkpoints.opened import open_checkpoint
 from drift_fast.cli.options import add_options, add_sources, given_flags
-from drift_fast.cli.output import remark
+from drift_fast.cli.output import remark, show
 from drift_fast.errors import DriftError
 from drift_fast.inject.config import InjectionConfig
 from drift_fast.options import option
@@ -137,7 +137,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Print a ready configuration of a training stack for a model pair, or write it. A pair "
         "that does not fit is refused as by `check`."
     )
-    parser.add_argument("stack", choices=STACKS, help="the training stack")
+    parser.add_argument("stack", choices=tuple(STACKS), help="the training stack")
     add_sources(parser)
     parser.add_argument("--out", "-o", type=Path, metavar="DIR", help="directory to write")
     add_options(parser, SetupOptions)
@@ -150,7 +150,7 @@ def run(given: argparse.Namespace) -> int:
     chosen = {name: getattr(options, name) for name in SelectionOptions.names()}
     report = check(given.reasoning, given.multimodal, **chosen)
     if not report.ok:
-        print(report.table())
+        show(*report.blocks())
         return 1
     notes = sum(finding.severity == "note" for finding in report.findings)
     if notes:

@@ -14,6 +14,7 @@ from drift_fast.delta.backends import Streamed, describe_sources, warn_of_zero
 from drift_fast.delta.delta import Delta
 from drift_fast.delta.options import DeltaOptions, InspectOptions
 from drift_fast.delta.parallel import agree, first, together
+from drift_fast.delta.plot import heat_map
 from drift_fast.delta.statistics import Statistics
 from drift_fast.delta.writing import Destination
 from drift_fast.options import takes
@@ -116,11 +117,15 @@ class Report(Shown):
         return self.stats.headline()
 
     def blocks(self, by: Literal["module", "layer", "tensor"] = "module") -> list[Block]:
-        """Return the statistics, one row for each module, layer or tensor, and the coverage."""
+        """Return the statistics, one row for each module, layer or tensor, and the coverage.
+
+        With rows for modules there is a heat map of ‖Δ‖/‖W‖ over their layers too.
+        """
         rows = self.stats
         if by != "tensor":
             rows = rows.by_module() if by == "module" else rows.by_layer()
-        return [*Statistics([*rows, self.stats.total]).blocks(), str(self.coverage)]
+        drawn = heat_map(self.stats) if by == "module" else []
+        return [*Statistics([*rows, self.stats.total]).blocks(), *drawn, str(self.coverage)]
 
     def records(self) -> list[dict[str, Any]]:
         """Return the statistics of each tensor."""

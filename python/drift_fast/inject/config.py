@@ -27,6 +27,7 @@ RESIDENCIES: tuple[str, ...] = get_args(Residency)
 ScopeName = Literal["step", "microbatch"]
 Rescale = Literal["weight"] | None
 MissingGradients = Literal["auto", "skip", "raise"]
+Log = Literal["brief", "all"]
 
 # What a configuration in the directory of a delta is called.
 _FILES = ("injection.yaml", "injection.json")
@@ -199,6 +200,12 @@ class InjectionConfig(TargetOptions, ResidencyOptions, StrengthOptions):
         "counts it in `skipped`, raise ends the run, and auto skips experts, to which a step may "
         "send no token, and raises for all others",
         choices=get_args(MissingGradients),
+    )
+    log: Log = option(
+        "brief",
+        "what the log of a training library shows of `summary()`: brief is eight metrics at most, "
+        "all has λ and cosines by module too, as a CSV file has in any case",
+        choices=get_args(Log),
     )
 
     def __post_init__(self) -> None:

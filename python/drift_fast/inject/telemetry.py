@@ -16,7 +16,7 @@ from drift_fast.inject.strength.control import Control
 from drift_fast.inject.strength.formula import Scale
 from drift_fast.inject.target import Target
 from drift_fast.inject.target_group import TargetGroup
-from drift_fast.names import kind_of, module_of
+from drift_fast.names import MODULE_KINDS, kind_of, module_of
 from drift_fast.paths import local_path
 from drift_fast.tables import Table
 
@@ -27,6 +27,9 @@ logger = logging.getLogger(__name__)
 _LOOKS, _FLAT = 3, 0.05
 # Summaries of a run that are kept at most; each takes some kilobytes.
 _KEPT = 1024
+
+# How many metrics a line of a training log has unless all are asked for.
+_BRIEF = 8
 
 # What a log has one number of.
 _SINGLE = (
@@ -101,6 +104,20 @@ def summarize(metrics: Mapping[str, float], groups: Sequence[TargetGroup]) -> di
         for kind, (dot, gradient, delta) in angle.items()
     }
     return result
+
+
+def as_logged(metrics: Mapping[str, float], log: str) -> dict[str, float]:
+    """Return what a training log shows of a summary, under `drift/…`.
+
+    log: "all", or "brief" for the eight most telling ones at most: those of all targets, and λ by
+        kind as far as there is room.
+    """
+    keys = list(metrics)
+    if log == "brief":
+        first = ("progress", "predicted_progress", *_SINGLE[1:])
+        kinds = (f"progress/{kind}" for kind in MODULE_KINDS)
+        keys = [key for key in (*first, *kinds) if key in metrics][:_BRIEF]
+    return {f"drift/{key}": metrics[key] for key in keys}
 
 
 def keep(history: dict[int, dict[str, float]], step: int, summary: dict[str, float]) -> None:

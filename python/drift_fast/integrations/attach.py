@@ -42,10 +42,11 @@ def attach(
     With a `Trainer` (or a subclass) the injection runs in `training_step` whenever gradients are
     complete: after the last micro-batch, before clipping. Under FSDP and DeepSpeed it attaches
     itself when training starts, to the model as it was wrapped; what names and shapes show is
-    refused at once. Progress along Δ joins the training logs under `drift/…`, and a file too with
-    `csv="metrics.csv"`. Each start of training says how long the run is, unless `total_steps` does,
-    and which model trains, as with `model_init`; checkpoints hold the injection's state, so that a
-    resumed run goes on with its schedule. `remove()` restores the trainer.
+    refused at once. Progress along Δ joins the training logs under `drift/…`, eight metrics unless
+    `log="all"`, and all of them go to a file with `csv="metrics.csv"`. Each start of training says
+    how long the run is, unless `total_steps` does, and which model trains, as with `model_init`;
+    checkpoints hold the injection's state, so that a resumed run goes on with its schedule. One
+    whose weights the trainer did not load is refused. `remove()` restores the trainer.
 
     With the engine that `deepspeed.initialize` returned the injection runs inside `engine.step()`.
 

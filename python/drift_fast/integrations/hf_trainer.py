@@ -30,7 +30,7 @@ from drift_fast.inject.injection import Injection
 from drift_fast.inject.refusals import check_adapted, check_trainable, check_trained
 from drift_fast.inject.shards.find import all_processes
 from drift_fast.inject.targets import find_targets
-from drift_fast.inject.telemetry import append_rows, set_aside
+from drift_fast.inject.telemetry import append_rows, as_logged, set_aside
 from drift_fast.integrations.attached import AttachedInjection
 from drift_fast.integrations.deepspeed_engine import EngineDriver
 from drift_fast.integrations.trainer_run import (
@@ -189,12 +189,13 @@ class TrainerInjection(AttachedInjection):
         saved = self._saves.found_in(state)
         if state.global_step > 0 and saved is not None:
             injection.load_state_dict(saved)
-            self._warn_of_lost_weights(state)
+            self._check_loaded_weights(state)
         elif injection.steps > 0:
             # A second train(), or a batch size that did not fit and is tried again smaller.
             injection.control.restart()
             logger.info("a run from the start: schedules start anew, λ counts from the attachment")
         if state.global_step > 0 and saved is None:
+            self._saves.refuse_unloaded(state.global_step)
             warnings.warn(
                 f"the run resumes at step {state.global_step} from a checkpoint without the state "
                 "of an injection: schedules start anew, and progress counts from the attachment",
@@ -213,21 +214,26 @@ class TrainerInjection(AttachedInjection):
     def _is_active(self) -> bool:
         return self.injection is not None and not self._removed
 
-    def _warn_of_lost_weights(self, state: Any) -> None:
-        """Warn where a resumed run has the weights that the run before it started from.
+    def _check_loaded_weights(self, state: Any) -> None:
+        """Refuse, or warn of, a resumed run with the weights that the run before it started from.
 
         The Trainer warns of missing keys and goes on where it does not find a checkpoint's weights
-        under the model's own names. The run would then begin anew, late in its schedules.
+        under the model's own names. The run would then begin anew, late in its schedules. A warning
+        is left for what cannot be compared with the checkpoint.
+
+        Raises:
+            DriftError: the model does not hold the checkpoint's weights.
         """
         logged = [row["drift/progress"] for row in state.log_history if "drift/progress" in row]
         # Every process has read the same log, so that all of them measure, or none.
-        if not logged or abs(logged[-1]) < _NOTICEABLE:
-            return
-        found = self.metrics()["progress"]
-        if abs(found) < _KEPT * abs(logged[-1]):
+        before = logged[-1] if logged and abs(logged[-1]) >= _NOTICEABLE else None
+        found = 0.0 if before is None else self.metrics()["progress"]
+        lost = before is not None and abs(found) < _KEPT * abs(before)
+        self._saves.refuse_unloaded(state.global_step, lost=lost)
+        if lost:
             warnings.warn(
                 f"the run resumes at step {state.global_step} at λ = {found:.3g}, where λ = "
-                f"{logged[-1]:.3g} was logged before: the checkpoint's weights were not loaded "
+                f"{before:.3g} was logged before: the checkpoint's weights were not loaded "
                 "into the model. Look for the Trainer's warning of missing keys, load the model "
                 "from the checkpoint, and resume once more",
                 DriftWarning,
@@ -333,7 +339,7 @@ class TrainerInjection(AttachedInjection):
             final = self._forecast.see(metrics["progress"], self._drive[step - 1], lost=lost)
             if final is not None:
                 metrics["predicted_progress"] = final
-        logged = {f"drift/{key}": value for key, value in metrics.items()}
+        logged = as_logged(metrics, self._config.log)
         # The file and the picture have it too, since they are looked at without the log.
         metrics["loss"] = loss
         if self._csv is not None and self._trainer.is_world_process_zero():

@@ -35,7 +35,7 @@ from drift_fast.inject.driver import Driver
 from drift_fast.inject.injection import Injection
 from drift_fast.inject.scope import Scope
 from drift_fast.inject.shards.zero_support import is_engine
-from drift_fast.inject.telemetry import append_rows, set_aside
+from drift_fast.inject.telemetry import append_rows, as_logged, set_aside
 from drift_fast.integrations.deepspeed_engine import EngineDriver
 from drift_fast.options import takes
 
@@ -74,7 +74,8 @@ class DriftCallback(Callback):
     """Inject a delta into what a Lightning Trainer trains.
 
     Attached at the start of training, when parameters are in place, and removed at its end. What
-    `Injection.summary` says is logged as `drift/…` every `log_every_n_steps` steps.
+    `Injection.summary` says is logged as `drift/…` every `log_every_n_steps` steps, the eight most
+    telling metrics unless `log="all"`.
 
     Args:
         delta: an open `Delta`, or the directory, Hub id or URL of one.
@@ -175,7 +176,7 @@ class DriftCallback(Callback):
         if every and self._steps % every == 0:
             # In every process, since under sharding each holds a part.
             summary = self.injection.summary()
-            pl_module.log_dict({f"drift/{key}": value for key, value in summary.items()})
+            pl_module.log_dict(as_logged(summary, self._config.log))
             if self._csv is not None and trainer.is_global_zero:
                 append_rows(self._csv, self._steps, summary)
 

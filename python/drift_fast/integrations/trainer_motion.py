@@ -85,6 +85,8 @@ class TrainerMotion(TrainerCallback):  # type: ignore[misc, unused-ignore]
     # What the trainer calls.
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step > 0:
+            self._saves.refuse_unloaded(state.global_step)
         saved = self._saves.found_in(state) or self._begun()
         if self.motion is not None:
             self.motion.remove()

@@ -15,7 +15,11 @@ from drift_fast.inject.shards.fsdp1 import flattened
 from drift_fast.inject.shards.zero_support import check_configuration, is_engine
 from drift_fast.inject.target import Target
 from drift_fast.integrations.deepspeed_engine import check_step_scope
+from drift_fast.integrations.resumed_weights import Difference, difference
 from drift_fast.integrations.wrapped_method import WrappedMethod
+
+# Of the sampled elements, from which share on a checkpoint was not loaded.
+_MOST = 0.5
 
 
 def bare_model(trainer: Any) -> Any:
@@ -82,6 +86,8 @@ class CheckpointedState:
 
     It is asked for when a checkpoint is written. Callbacks that come later, and evaluations that
     find the best model so far, may ask for one after the events of a step.
+
+    It also looks at the weights that the trainer loads from a checkpoint, right after.
     """
 
     def __init__(
@@ -91,16 +97,45 @@ class CheckpointedState:
         self._key = key
         self._state = state
         self._method = WrappedMethod(trainer, "_save_checkpoint", self._save)
+        self._load_method = WrappedMethod(trainer, "_load_from_checkpoint", self._load)
+        self._difference: Difference | None = None
 
     def found_in(self, state: Any) -> Mapping[str, Any] | None:
         """Return what a resumed run's state holds."""
         found = (state.stateful_callbacks or {}).get(self._key)
         return found if isinstance(found, Mapping) else None
 
+    def refuse_unloaded(self, step: int, *, lost: bool = False) -> None:
+        """Refuse to go on at a step of a checkpoint whose weights are not those of the model.
+
+        lost: whether the progress of the run before is gone, so that weights which are roundings
+            of the checkpoint's are none of its either.
+
+        Raises:
+            DriftError: most of what was sampled differs.
+        """
+        found, self._difference = self._difference, None
+        if found is None or (found.share if lost else found.foreign) <= _MOST:
+            return
+        raise DriftError(
+            f"the run would resume at step {step} of {found.path}, but the checkpoint's weights "
+            f"were not loaded into the model: {found.share:.0%} of what was sampled differs, "
+            f"{found.first} first, and training would begin anew. Load the model itself from the "
+            f'checkpoint, from_pretrained("{found.path}", dtype=…) in the dtype that trains, and '
+            "pass the same resume_from_checkpoint once more"
+        )
+
     def remove(self) -> None:
         """Add nothing from now on. May be called twice."""
         self._state = lambda: None
         self._method.remove()
+        self._load_method.remove()
+
+    def _load(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> Any:
+        loaded = self._load_method.original(resume_from_checkpoint, *args, **kwargs)
+        if not shards_weights(self._trainer):
+            self._difference = difference(bare_model(self._trainer), resume_from_checkpoint)
+        return loaded
 
     def _save(self, *args: Any, **kwargs: Any) -> Any:
         found = self._state()

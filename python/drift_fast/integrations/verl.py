@@ -38,7 +38,7 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 from drift_fast.config_files import JsonFile
 from drift_fast.errors import DriftError, DriftWarning
 from drift_fast.inject.injection import Injection
-from drift_fast.inject.telemetry import append_rows, set_aside
+from drift_fast.inject.telemetry import append_rows, as_logged, set_aside
 from drift_fast.integrations.settings import Settings
 
 VENDOR = "drift_fast"
@@ -83,7 +83,8 @@ class DriftFSDPEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
         summary = injection.summary()
         if self.is_mp_src_rank_with_outputs():
             outputs["metrics"] |= {
-                f"drift/{key}": Metric("mean", value) for key, value in summary.items()
+                key: Metric("mean", value)
+                for key, value in as_logged(summary, self._drift_settings.log).items()
             }
         file = self._drift_settings.csv
         if file is not None and self.rank == 0:
