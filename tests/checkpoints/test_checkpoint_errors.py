@@ -682,17 +682,28 @@ def test_a_finite_difference_that_overflows_the_output_is_not_silent(tmp_path: P
     assert allowed[WEIGHT].tolist() == [float("inf"), 0.0, 1.0]
 
 
-def test_the_same_checkpoint_twice_is_warned_about(pair: Pair, tmp_path: Path) -> None:
-    with pytest.warns(drift_fast.DriftWarning, match="zero everywhere"):
-        delta = compute_delta(pair.reasoning, pair.reasoning, tmp_path / "delta")
-    assert all(row.delta_norm == 0.0 for row in delta.stats)
-    assert all(not tensor.any() for tensor in delta.values())
-
-
-def test_a_copy_of_the_checkpoint_is_the_same_checkpoint(pair: Pair, tmp_path: Path) -> None:
+def test_the_same_checkpoint_twice_is_said_by_every_verb_and_written_by_none(
+    pair: Pair, tmp_path: Path
+) -> None:
     shutil.copytree(pair.reasoning, tmp_path / "copy")
-    with pytest.warns(drift_fast.DriftWarning, match="zero everywhere"):
-        compute_delta(pair.reasoning, tmp_path / "copy", tmp_path / "delta")
+    twice = pair.reasoning, pair.reasoning
+    for sources in (twice, (pair.reasoning, tmp_path / "copy")):
+        with pytest.raises(drift_fast.AlignmentError, match="given twice"):
+            compute_delta(*sources, tmp_path / "out")
+        with pytest.warns(drift_fast.DriftWarning, match="zero everywhere"):
+            delta = compute_delta(*sources)
+        assert all(not tensor.any() for tensor in delta.values())
+        with pytest.warns(drift_fast.DriftWarning, match="zero everywhere"):
+            drift_fast.inspect(*sources)
+    with pytest.raises(drift_fast.AlignmentError, match="given twice"):
+        drift_fast.write_report(tmp_path / "page.html", *twice)
+    with pytest.raises(drift_fast.AlignmentError, match="given twice"):
+        drift_fast.merge("linear", *twice, tmp_path / "out", weight=0.5)
+    assert {each.name for each in tmp_path.iterdir()} == {"copy"}
+    assert "given twice" in str(drift_fast.align(*twice))
+    assert not drift_fast.align(*twice).ok
+    assert "given twice" in str(drift_fast.check(*twice))
+    assert any("given twice" in said for said in drift_fast.plan(*twice, steps=1).warnings)
 
 
 def test_two_different_checkpoints_are_not_warned_about(pair: Pair, tmp_path: Path) -> None:

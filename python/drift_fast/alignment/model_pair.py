@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,8 +16,21 @@ from drift_fast.alignment.similarity import Similarity
 from drift_fast.alignment.tied import Ties
 from drift_fast.checkpoints.opened import ITEMSIZE, Opened
 from drift_fast.errors import AlignmentError
+from drift_fast.paths import local_path
 from drift_fast.selection import Selection
 from drift_fast.shapes import Shape
+
+# Where one model is given twice; most verbs then have nothing to do.
+SAME = (
+    "the same model was given twice, so Δ is zero everywhere: give the reasoning model first and "
+    "the multimodal one second"
+)
+
+
+def is_same_source(first: str | os.PathLike[str], second: str | os.PathLike[str]) -> bool:
+    """Whether two sources are one path or one id, before either is opened."""
+    one, other = map(local_path, (first, second))
+    return one.resolve() == other.resolve()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from drift_fast.alignment.coverage import Coverage, listed
 from drift_fast.alignment.embeddings import align_rows
 from drift_fast.alignment.inserted import find_inserted_layers
 from drift_fast.alignment.mapping import MappingLike, write_map
-from drift_fast.alignment.model_pair import ModelPair
+from drift_fast.alignment.model_pair import SAME, ModelPair
 from drift_fast.alignment.pairing import match_checkpoints
 from drift_fast.alignment.refusals import OF_WEIGHTS, why_not
 from drift_fast.alignment.similarity import Similarity, compare_weights
@@ -183,6 +183,8 @@ def align(
         pair = _compared(pair)
         unlike = why_not(pair, rules=None if proposed else OF_WEIGHTS)
         problem = str(unlike[0]) if unlike else problem
+    if problem is None and pair.is_one_model:
+        problem = SAME
     return _report(pair, problem, proposed, rows)
 
 

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import shlex
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
+from drift_fast.cli.options import add_json
+from drift_fast.cli.output import next_step, print_json
 from drift_fast.demo import run as run_demo
 from drift_fast.paths import local_path
 
@@ -20,10 +25,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seeds", type=int, default=3, help="fine-tuning sets (default 3)")
     parser.add_argument("--workers", type=int, default=2, help="processes (default 2)")
+    add_json(parser)
     parser.set_defaults(run=run)
 
 
 def run(given: argparse.Namespace) -> int:
-    """Run the demo."""
-    run_demo(given.out, seeds=given.seeds, workers=given.workers)
+    """Run the demo; as JSON, with its tables where progress is."""
+    options = {"seeds": given.seeds, "workers": given.workers}
+    if given.json:
+        with redirect_stdout(sys.stderr):
+            result = run_demo(given.out, **options)
+        print_json(result)
+        return 0
+    run_demo(given.out, **options)
+    page = given.out / "demo.html"
+    next_step(shlex.join(["drift-fast", "report", str(page), str(given.out / "delta")]))
     return 0

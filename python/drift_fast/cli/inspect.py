@@ -44,6 +44,9 @@ def run(given: argparse.Namespace) -> int:
         return 0
     show(*report.blocks(given.by))
     show(peak(report.peak_nbytes))
+    if not report.stats.total.delta_sq:
+        # What warned of it says what to do.
+        return 0
     next_step(
         shlex.join(["drift-fast", "delta", given.reasoning, given.multimodal, "--out", "delta"])
     )

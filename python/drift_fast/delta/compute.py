@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 from drift_fast.alignment.coverage import Coverage
-from drift_fast.alignment.model_pair import AlignedPair
+from drift_fast.alignment.model_pair import SAME, AlignedPair
 from drift_fast.alignment.pairing import align_checkpoints, fetch, verify
 from drift_fast.checkpoints.opened import PathLike
 from drift_fast.delta.backends import Streamed, describe_sources, warn_of_zero
@@ -17,6 +17,7 @@ from drift_fast.delta.parallel import agree, first, together
 from drift_fast.delta.plot import heat_map
 from drift_fast.delta.statistics import Statistics
 from drift_fast.delta.writing import Destination
+from drift_fast.errors import AlignmentError
 from drift_fast.options import takes
 from drift_fast.paths import local_path
 from drift_fast.preflight.warn import warn_of_configurations
@@ -61,7 +62,8 @@ def compute_delta(
 
     Raises:
         FileNotFoundError, CheckpointError: a source that is missing or not valid.
-        AlignmentError, CoverageError: sources, or a mapping, that do not fit each other.
+        AlignmentError, CoverageError: sources, or a mapping, that do not fit each other; one model
+            given twice, where it is to be written.
         NonFiniteError: NaN or infinity in a source, or a Δ beyond `dtype`'s range.
         FileExistsError, OSError: an output that is taken, or a full disk or quota, where the
             message says how much is needed in all; nothing is left behind.
@@ -78,8 +80,11 @@ def compute_delta(
     with reported(bar, given.on_progress) as report, meeting as group:
         pair = _ready(align_checkpoints(reasoning, multimodal, given), report, group)
         sources = describe_sources(pair)
-        if target is None:
-            _warn_if_same(pair, sources)
+        if _is_one_model(sources):
+            if target is not None:
+                raise AlignmentError(SAME)
+            # No statistics will show it.
+            warn_of_zero(pair)
         if group is not None:
             seen = {side: sources[side]["shards"] for side in ("reasoning", "multimodal")}
             pairs = {"pairs": [[one.name, one.source] for one in pair.pairs]}
@@ -167,9 +172,8 @@ def _ready(
     return verify(pair) if group is None or group.rank == 0 else pair
 
 
-def _warn_if_same(pair: AlignedPair, sources: dict[str, Any]) -> None:
-    """Warn of one checkpoint given twice, where no statistics will show it."""
+def _is_one_model(sources: dict[str, Any]) -> bool:
+    """Whether one checkpoint was given twice, or a copy of it."""
     shards = sources["reasoning"]["shards"]
     whole = all("sha256_of_samples" in shard for shard in shards)
-    if whole and shards == sources["multimodal"]["shards"]:
-        warn_of_zero(pair)
+    return bool(whole and shards == sources["multimodal"]["shards"])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import platform
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 from drift_fast.delta.compute import compute_delta
 from drift_fast.delta.delta import Delta
 from drift_fast.demo.comparison import compare, comparison_table, summarize
-from drift_fast.demo.jobs import run_jobs
+from drift_fast.demo.jobs import quiet, run_jobs
 
 if TYPE_CHECKING:
     from drift_fast.demo.experiment import Outcome, Protocol
@@ -59,7 +60,8 @@ def run(
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     _require_packages()
-    from drift_fast.demo.experiment import METHODS, Protocol
+    with quiet():
+        from drift_fast.demo.experiment import METHODS, Protocol
 
     start = time.perf_counter()
     source = CHECKPOINTS if checkpoints is None else checkpoints
@@ -68,6 +70,7 @@ def run(
 
     deltas = _compute_deltas(source, out)
     jobs = [(method, seed) for seed in range(seeds) for method in METHODS]
+    print(f"{len(jobs)} runs, each a line below when it is done", file=sys.stderr, flush=True)
     outcomes = run_jobs(jobs, workers=workers, source=source, delta=out / "delta",
                          protocol=protocol)  # fmt: skip
 
@@ -90,7 +93,8 @@ def run(
     }
     target = out / "results.json"
     target.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(f"\nwrote {picture} and {target}; {seconds:.0f} s in all", flush=True)
+    print(f"\nlook at {picture} and {out / 'delta.png'}; {target} has all figures", flush=True)
+    print(f"{seconds:.0f} s in all", flush=True)
     return result
 
 

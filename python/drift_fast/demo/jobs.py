@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from drift_fast.delta.compute import compute_delta
 from drift_fast.delta.delta import Delta
+from drift_fast.errors import DriftWarning
 
 if TYPE_CHECKING:
     from drift_fast.demo.experiment import Outcome, Protocol
@@ -64,9 +65,9 @@ def _report(outcome: Outcome, done: int, total: int) -> None:
 
 
 def _job(method: str, seed: int, source: Path, delta: Path, protocol: Protocol) -> Outcome:
-    from drift_fast.demo.experiment import train_and_evaluate
+    with _one_thread(), quiet():
+        from drift_fast.demo.experiment import train_and_evaluate
 
-    with _one_thread(), _quiet_transformers():
         return train_and_evaluate(
             method,
             seed,
@@ -95,17 +96,24 @@ def _one_thread() -> Iterator[None]:
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Hide the loading bars of fifteen tiny models, and what a later version will rename."""
-    from transformers.utils import logging as transformers_logging
+def quiet() -> Iterator[None]:
+    """Hide what other libraries say of themselves: bars, warnings, and records below an error.
 
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity(logging.ERROR)
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    They say it when they are imported, too: `transformers` imports others if they are installed.
+    Warnings of drift_fast stay.
+    """
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-            yield
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("default", DriftWarning)
+            from transformers.utils import logging as transformers_logging
+
+            transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+            try:
+                yield
+            finally:
+                transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
     finally:
-        transformers_logging.set_verbosity(level)
-        transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+        logging.disable(disabled)

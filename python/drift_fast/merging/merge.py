@@ -18,7 +18,7 @@ from drift_fast._core import ModelWriter, __version__
 from drift_fast._core import merge as merge_tensors
 from drift_fast.alignment.coverage import Coverage
 from drift_fast.alignment.mapping import MappingLike, resolve
-from drift_fast.alignment.model_pair import AlignedPair
+from drift_fast.alignment.model_pair import SAME, AlignedPair, is_same_source
 from drift_fast.alignment.pairing import align_checkpoints, fetch, verify
 from drift_fast.checkpoints.opened import Opened, PathLike, open_checkpoint
 from drift_fast.config_files import json_text
@@ -177,14 +177,11 @@ def merge(
         )
     if given.base_mapping is not None and given.base is None:
         raise ValueError("base_mapping is about the tensors of the base, so it needs base=…")
+    if delta is None and given.base is None and is_same_source(reasoning, multimodal):
+        raise AlignmentError(SAME)
     target = local_path(out)
     with reported(given.progress_bar, given.on_progress) as report:
         found = _align(chosen, reasoning if delta is None else delta, multimodal, given)
-        if found.delta is None and given.base is None and found.reasoning.is_one_model:
-            raise AlignmentError(
-                f"{found.reasoning.paths[1]} was given as both models, so a merge would change "
-                "nothing; give the reasoning model first and the multimodal one second"
-            )
         others = [pair.reasoning for pair in found.by_role.values()]
         _refuse_in_place(target, [found.reasoning.multimodal, *others])
         layout = MergeLayout.of(chosen, found, dtype=given.dtype, strict=given.strict)

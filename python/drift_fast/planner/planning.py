@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from drift_fast.alignment.model_pair import SAME, is_same_source
 from drift_fast.checkpoints.opened import PathLike
 from drift_fast.options import takes
 from drift_fast.paths import local_path
@@ -101,6 +102,8 @@ def _read(config: PathLike | None, options: Mapping[str, Any]) -> tuple[PlanOpti
 
 def _remarks(planned: Scenario, memory: Memory) -> Iterator[str]:
     run, selection = planned.run, planned.selection
+    if is_same_source(planned.reasoning.given, planned.multimodal.given):
+        yield SAME
     reasoning = planned.reasoning.numel(planned.reasoning.selected(selection))
     if reasoning != planned.delta_numel:
         yield (

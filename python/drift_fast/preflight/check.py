@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from drift_fast.alignment.coverage import Coverage
 from drift_fast.alignment.missed import describe_missed, missed
-from drift_fast.alignment.model_pair import AlignedPair
+from drift_fast.alignment.model_pair import SAME, AlignedPair
 from drift_fast.alignment.options import PairOptions, SelectionOptions
 from drift_fast.alignment.pairing import survey_checkpoints
 from drift_fast.alignment.refusals import Refusal, is_usable, why_not
@@ -165,9 +165,7 @@ def check(
     refusals = why_not(pair)
     findings = _findings(sides[0], sides[1], pair, refusals)
     if model is None and pair.is_one_model:
-        message = "the same model was given twice, so Δ is zero everywhere"
-        between = (roles[0], roles[1])
-        findings.append(Finding("models", "breaks", Fact(), Fact(), message, between))
+        findings.append(Finding("models", "breaks", Fact(), Fact(), SAME, (roles[0], roles[1])))
     if model is not None:
         # A Δ meets a parameter of its own shape, row i with row i.
         by_index = replace(pairing, mapping=None, rows="index")
@@ -266,8 +264,9 @@ def _facts(rows: Sequence[Finding], between: tuple[str, str]) -> Table:
             printable(str(row.multimodal), _VALUE_WIDTH),
         )
         for row in rows
-        # What neither model has, such as experts, is in the JSON only.
-        if row.severity != "same" or row.reasoning.known or row.multimodal.known
+        # What neither model has, such as experts, is in the JSON only, and what is no fact of
+        # either is a reason alone.
+        if row.reasoning.known or row.multimodal.known
     ]
     return Table(("", "", *between), cells)
 

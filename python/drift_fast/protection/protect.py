@@ -186,6 +186,11 @@ def _span(members: Sequence[Member], sums: Sums, delta: DeltaReader) -> list[Fou
                 f"{members[at][0].delta_name}: Δ holds NaN or infinite values; leave the tensor "
                 "out with modules=… or layers=…, or repair the source checkpoint"
             )
+    if not any(one.delta_sq for one in found.values()):
+        raise DriftError(
+            "Δ is zero everywhere, so there is nothing to protect: compute it from two models that "
+            "differ"
+        )
     if not any(one.rank for one in found.values()):
         raise DriftError(
             "every gradient is zero, so there is nothing to take out of Δ: does the loss depend on "

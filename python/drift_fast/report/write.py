@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from drift_fast.alignment.coverage import Coverage
+from drift_fast.alignment.model_pair import SAME, is_same_source
 from drift_fast.config_files import json_text
 from drift_fast.delta.compute import inspect
 from drift_fast.delta.delta import Delta, delta_at
 from drift_fast.delta.options import InspectOptions
 from drift_fast.delta.plot import HEAT_MAPS, grid_of
 from drift_fast.delta.statistics import Statistics
+from drift_fast.errors import AlignmentError
 from drift_fast.inject.plot import line_of
 from drift_fast.merging import written
 from drift_fast.merging.merge import Merged
@@ -59,7 +61,8 @@ def write_report(
 
     Raises:
         FileNotFoundError: a source that is not there.
-        CheckpointError, DriftError: a source that is not valid, or has nothing to show.
+        CheckpointError, DriftError: a source that is not valid, or has nothing to show; one model
+            given as both.
         ImportError: plotly is not installed.
         ValueError: no source, or one checkpoint without another; `out` that is not *.html.
         Exception: as `inspect`, of a pair.
@@ -88,6 +91,8 @@ def write_report(
         raise ValueError(
             f"expected {_SOURCES}, or a reasoning and a multimodal checkpoint; {found}"
         )
+    if models and is_same_source(*models):
+        raise AlignmentError(SAME)
     if models:
         sections += _of_pair(models[0], models[1], given)
     elif options:
