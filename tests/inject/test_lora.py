@@ -244,6 +244,19 @@ def test_a_scaling_that_is_set_between_steps_is_followed(delta: drift_fast.Delta
     assert worst_error(model, expected) < 2e-6
 
 
+def test_adapters_on_some_projections_are_told_the_modules_that_fit_them(
+    delta: drift_fast.Delta,
+) -> None:
+    model = adapted(Backbone(), target_modules=["q_proj", "v_proj"])
+    with pytest.raises(drift_fast.DriftError, match="targets are frozen") as refused:
+        drift_fast.Injection(model, delta)
+    found = re.search(r'modules="([^"]+)"', str(refused.value))
+    assert found is not None
+    with drift_fast.Injection(model, delta, modules=found[1]) as injection:
+        projections = {name.split(".")[-3] for name in injection.targets}
+        assert projections == {"q_proj", "v_proj"}, injection.targets
+
+
 @pytest.mark.parametrize("frozen", ["lora_A", "lora_B"])
 def test_a_factor_that_is_frozen_takes_no_part(delta: drift_fast.Delta, frozen: str) -> None:
     model = adapted(Backbone())

@@ -195,6 +195,9 @@ def test_alpha_saturates_and_what_is_out_of_reach_says_what_would_reach_it() -> 
     text = outlook.misses(2 * outlook.steered)
     for word in ("progress_target=0.73", "0.37 with", " 2 times Σ learning rate", "no alpha"):
         assert word in text
+    assert "by more steps or a higher learning rate" in text
+    exact = outlook.misses(2 * outlook.steered, (2e-5, 300))
+    assert "with a learning rate of 4e-05, or 600 steps" in exact
     assert "so would a larger alpha" in outlook.misses(0.39)
     assert Outlook.of(0.0, [0.01], [1.0], 2.0, BETAS).misses(0.5) == ""
     unknown = Outlook.of(None, [0.01] * 100, [1.0] * 100, 2.0, BETAS)

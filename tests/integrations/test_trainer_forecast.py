@@ -89,7 +89,7 @@ def test_weights_as_they_are_stored_lose_steps_and_the_remedy_keeps_them(
         assert word in first
     assert "The first cause to look at: the weights are bfloat16" in later
     (only,), wide = trained(load(dtype=torch.float32), tmp_path, delta, bf16=True)
-    assert "times Σ learning rate would reach 0.05" in only
+    assert "times Σ learning rate would reach 0.05, with a learning rate of " in only
     assert low[-1]["drift/progress"] < 0.5 * wide[-1]["drift/progress"]
 
 
@@ -131,9 +131,16 @@ def test_a_target_out_of_reach_says_what_would_reach_it(
     model = functools.partial(load, dtype=torch.float32)
     said, _ = trained(model(), tmp_path, delta, {"progress_target": 0.5})
     assert "progress_target=0.5 is out of reach" in said[0]
-    assert "times Σ learning rate would reach it" in said[0]
+    assert "times Σ learning rate would reach it, with a learning rate of " in said[0]
     rates = {"learning_rate": 5e-3}
     assert trained(model(), tmp_path, delta, {"progress_target": 0.3}, **rates)[0] == []
+
+
+def test_a_run_that_moves_away_from_the_expert_is_not_told_to_raise_alpha(
+    tmp_path: Path, load: Callable[..., torch.nn.Module], delta: drift_fast.Delta
+) -> None:
+    model = load(dtype=torch.float32)
+    assert trained(model, tmp_path, delta, {"alpha": -1.0}, max_steps=4)[0] == []
 
 
 def test_a_run_shorter_than_its_logs_warns_and_each_run_has_a_csv_of_its_own(

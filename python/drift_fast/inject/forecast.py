@@ -14,7 +14,7 @@ from typing import Any
 from drift_fast.errors import DriftWarning
 from drift_fast.inject.config import InjectionConfig
 from drift_fast.inject.lost_steps import is_bounded
-from drift_fast.inject.predict import BETAS, USEFUL, Outlook, joint_rms, push_of
+from drift_fast.inject.predict import BETAS, USEFUL, Outlook, Pace, joint_rms, push_of, way_to
 from drift_fast.inject.strength.control import Control
 from drift_fast.inject.target_group import TargetGroup
 
@@ -39,6 +39,8 @@ class Forecast:
         expected: λ of the run as `predict_progress` has it, where that is known.
         reachable: λ at the largest α there is, where that is known.
 
+        pace: the run's largest learning rate and its number of steps, where they are known.
+
     Raises:
         ValueError: a total that is not positive and finite.
     """
@@ -47,6 +49,7 @@ class Forecast:
         self,
         total: float,
         *,
+        pace: Pace = None,
         stops_at: float | None = None,
         expected: float | None = None,
         reachable: float | None = None,
@@ -59,6 +62,7 @@ class Forecast:
         if stops_at is not None:
             low, high = min(low, 0.9 * stops_at), max(high, 1.1 * stops_at)
         self._useful = low, high
+        self._pace = pace
         self._expected = expected
         self._reachable = reachable
         # (done, λ) over the latter half of the drive so far; a run starts with zero of both.
@@ -137,9 +141,9 @@ class Forecast:
         most = final * self._reachable / self._expected
         larger = f"a larger alpha reaches {most:.2g} at most"
         return (
-            f"{low / final:.3g} times Σ learning rate would reach {low:g}: train longer or at a "
-            f"higher learning rate; {larger}. Or move the weights by a share of Δ that you choose "
-            "(attach_motion)"
+            f"{low / final:.3g} times Σ learning rate would reach {low:g}, "
+            f"{way_to(low / final, self._pace)}; {larger}. Or move the weights by a share of Δ "
+            "that you choose (attach_motion)"
         )
 
 

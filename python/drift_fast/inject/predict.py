@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import TypeAlias
 
 from drift_fast.inject.schedule import ScheduleLike, parse_schedule
 from drift_fast.inject.strength.formula import MOST, Scale
@@ -179,6 +180,18 @@ def motions(
         yield _check_rate(rate) * share * coefficient(push * q, limit)
 
 
+# The largest learning rate of a run and its number of steps, None where that is not known.
+Pace: TypeAlias = tuple[float, int] | None
+
+
+def way_to(times: float, pace: Pace) -> str:
+    """Say which learning rate or number of steps gives so many times the Σ learning rate."""
+    if pace is None:
+        return "by more steps or a higher learning rate"
+    rate, steps = pace
+    return f"with a learning rate of {times * rate:.2g}, or {math.ceil(times * steps):,} steps"
+
+
 def _check_rate(rate: float) -> float:
     if not math.isfinite(rate) or rate < 0:
         raise ValueError(f"learning rates must be finite and not negative, got {rate!r}")
@@ -222,7 +235,7 @@ class Outlook:
         ends = (drive, moves(MOST * push), moves(math.copysign(_SATURATED, push)))
         return cls(drive, *(each[-1] / rms for each in ends))
 
-    def misses(self, target: float) -> str:
+    def misses(self, target: float, pace: Pace = None) -> str:
         """Return why a target λ is not reached, and what would reach it; empty where it may be."""
         if self.steered is None or self.reachable is None or not 0 < self.steered < target:
             return ""
@@ -234,7 +247,7 @@ class Outlook:
         return (
             f"progress_target={target:g} is out of reach: λ is expected to come to "
             f"{self.steered:.2g} with alpha multiplied by {MOST:g}, the most that a target does. "
-            f"{target / self.steered:.3g} times Σ learning rate would reach it, by more steps or a "
-            f"higher learning rate; {larger}. attach_motion moves the weights by a share of Δ that "
-            "you choose, at any learning rate"
+            f"{target / self.steered:.3g} times Σ learning rate would reach it, "
+            f"{way_to(target / self.steered, pace)}; {larger}. attach_motion moves the weights by "
+            "a share of Δ that you choose, at any learning rate"
         )

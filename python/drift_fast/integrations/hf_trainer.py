@@ -243,9 +243,11 @@ class TrainerInjection(AttachedInjection):
     def _look_ahead(self, injection: Injection, total: int) -> None:
         """Start a forecast from what is known of the run, and warn of a target out of its reach."""
         alpha = injection.alpha
-        if not (any(alpha.values()) if isinstance(alpha, dict) else alpha):
+        # A run that is to move away from Δ has no useful λ to head for.
+        if max(alpha.values() if isinstance(alpha, dict) else [alpha]) <= 0:
             return
         rates = self._learning_rates(total)
+        pace = (max(rates), total) if rates else None
         optimizer = self._trainer.optimizer
         while hasattr(optimizer, "optimizer"):
             # What Accelerate and DeepSpeed put around it.
@@ -256,13 +258,14 @@ class TrainerInjection(AttachedInjection):
             return
         target = self._config.progress_target
         if isinstance(target, int | float):
-            missed = outlook.misses(float(target))
+            missed = outlook.misses(float(target), pace)
             if missed:
                 warnings.warn(missed, DriftWarning, stacklevel=2)
         cap = target or self._config.progress_cap
         stops_at = float(cap) if isinstance(cap, int | float) and math.isfinite(cap) else None
         self._forecast = Forecast(
             self._drive[-1],
+            pace=pace,
             stops_at=stops_at,
             expected=outlook.expected,
             reachable=outlook.reachable,

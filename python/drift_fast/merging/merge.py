@@ -177,7 +177,11 @@ def merge(
         )
     if given.base_mapping is not None and given.base is None:
         raise ValueError("base_mapping is about the tensors of the base, so it needs base=…")
-    if delta is None and given.base is None and is_same_source(reasoning, multimodal):
+    if (
+        not isinstance(reasoning, Delta)
+        and given.base is None
+        and (is_same_source(reasoning, multimodal))
+    ):
         raise AlignmentError(SAME)
     target = local_path(out)
     with reported(given.progress_bar, given.on_progress) as report:

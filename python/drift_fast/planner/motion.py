@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from drift_fast.checkpoints.opened import PathLike
-from drift_fast.inject.predict import BETAS, USEFUL, Outlook, joint_rms, push_of, rms
+from drift_fast.inject.predict import BETAS, USEFUL, Outlook, joint_rms, push_of, rms, way_to
 from drift_fast.inject.schedule import parse_schedule
 from drift_fast.inject.strength.formula import MOST
 from drift_fast.planner.report import Figure, Origin
@@ -146,23 +146,25 @@ def _of_size(training: Training, outlook: Outlook, size: Size) -> Iterator[Figur
 def remarks(training: Training, found: list[Figure]) -> Iterator[str]:
     """Yield a warning if the run would hardly move, would overshoot, or would miss its target."""
     low, high = USEFUL
+    pace = training.learning_rate, training.optimizer_steps
     values = {figure.name: figure.value for figure in found}
     value, most, steered = (values.get(name) for name in ("λ", _REACHABLE, _STEERED))
     if not isinstance(value, int | float) or not isinstance(most, int | float):
         return
     if isinstance(steered, int | float) and isinstance(training.progress_target, int | float):
-        missed = Outlook([], None, steered, most).misses(training.progress_target)
+        missed = Outlook([], None, steered, most).misses(training.progress_target, pace)
         if missed:
             yield missed
             return
     if value < low:
         yield (
             f"λ is expected to end at {value:.2g}, less than {low:g}: the run will hardly differ "
-            f"from one without injection. {low / value:.3g} times Σlr would reach {low:g}: train "
-            f"longer or at a higher learning rate; a larger alpha reaches {most:.2g} at most. Or "
-            "move the weights by a share of Δ that you choose, with attach_motion"
+            f"from one without injection. {low / value:.3g} times Σlr would reach {low:g}, "
+            f"{way_to(low / value, pace)}; a larger alpha reaches {most:.2g} at most. "
+            "Or move the weights by a share of Δ that you choose, with attach_motion"
             if value > 0
-            else f"λ is expected to end at {value:.2g}: the run does not move along Δ"
+            else f"λ is expected to end at {value:.2g}: the run does not move towards the "
+            "reasoning model, but away from it where alpha is negative"
         )
     elif value > high:
         yield (
