@@ -301,6 +301,8 @@ def test_a_log_line_has_eight_metrics_at_most_and_all_on_request(
         injection = drift_fast.attach(trainer, delta, **options, **more)
         trainer.train()
         assert injection.summary().keys() >= {"progress/self_attn.q_proj", "cosine/mlp"}
+        assert "\n" not in repr(injection)
+        assert str(injection) == str(injection.injection)
         return {key for key in trainer.state.log_history[0] if key.startswith("drift/")}
 
     brief, all_of_them = keys(), keys(log="all")

@@ -10,7 +10,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from drift_fast.alignment.coverage import Coverage, listed
+from drift_fast.alignment.coverage import OUTSIDE, Coverage, listed
 from drift_fast.alignment.embeddings import align_rows
 from drift_fast.alignment.inserted import find_inserted_layers
 from drift_fast.alignment.mapping import MappingLike, write_map
@@ -127,9 +127,13 @@ class Alignment(Shown):
             )
         if every:
             lines += [f"  {first} → {second}" for first, second in self.pairs]
+        others = [item for item in self.unmatched_multimodal if not item[1].startswith(OUTSIDE)]
+        towers = len(self.unmatched_multimodal) - len(others)
+        if towers:
+            lines.append(f"towers and projectors left alone: {towers} tensors")
         for side, items in (
             ("reasoning", self.unmatched_reasoning),
-            ("multimodal", self.unmatched_multimodal),
+            ("multimodal", self.unmatched_multimodal if every else others),
         ):
             if items:
                 lines.append(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,10 @@ RIVALS = ("tuned", "plain", "public", "mergekit")
 
 def cache_directory() -> Path:
     """Return where pairs are kept by default."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "drift_fast" / "bench"
+    # Loaded here, since most runs name a directory.
+    from drift_fast.checkpoints.remote.sparse import default_cache
+
+    return default_cache() / "bench"
 
 
 def parse_counts(text: str) -> tuple[int, ...]:
@@ -83,7 +84,7 @@ class BenchOptions(Options):
         None, "JSON of a run at another size, to compare memory with", parse=Path, metavar="JSON"
     )
     directory: Path | None = option(
-        None, "where pairs are kept; by default ~/.cache/drift_fast/bench", parse=Path
+        None, "where pairs are kept; by default bench in the cache, $DRIFT_FAST_CACHE", parse=Path
     )
     command: str = option("drift-fast bench", "the command that the report names", in_file=False)
 

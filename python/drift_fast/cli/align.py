@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 
 from drift_fast.alignment.options import PairOptions
 from drift_fast.alignment.report import align
-from drift_fast.cli.options import add_json, add_options, add_sources, from_flags
-from drift_fast.cli.output import print_json, remark, show
+from drift_fast.cli.options import add_json, add_options, add_sources, from_flags, given_flags
+from drift_fast.cli.output import next_step, print_json, remark, show
 from drift_fast.paths import local_path
 
 
@@ -38,4 +39,9 @@ def run(given: argparse.Namespace) -> int:
     if given.out is not None:
         found.save(given.out)
         remark(f"map written to {given.out}")
+    if not given.json and (found.ok or given.out is not None):
+        mapping = given.out or given_flags(given, PairOptions).get("mapping")
+        stated = [] if mapping is None else ["--mapping", str(mapping)]
+        words = ["drift-fast", "check", given.reasoning, given.multimodal, *stated]
+        next_step(shlex.join(words))
     return 0 if found.ok or given.out is not None else 1

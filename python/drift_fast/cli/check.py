@@ -38,6 +38,9 @@ def run(given: argparse.Namespace) -> int:
         show(*report.blocks())
         if report.ok and (report.lineage is None or report.lineage.subtract):
             next_step(_delta_command(given, report))
+        elif any(each.subject == "alignment" and each.message for each in report.findings):
+            words = ["drift-fast", "align", given.reasoning, given.multimodal]
+            next_step(f"{shlex.join(words)}, to see which tensors fit")
     return 0 if report.ok else 1
 
 

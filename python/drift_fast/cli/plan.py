@@ -7,10 +7,11 @@ that was given; 2 an invalid option.
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 
 from drift_fast.cli.options import add_json, add_options, given_flags
-from drift_fast.cli.output import print_json, show
+from drift_fast.cli.output import next_step, print_json, show
 from drift_fast.planner.options import PlanOptions
 from drift_fast.planner.planning import plan
 
@@ -51,4 +52,7 @@ def run(given: argparse.Namespace) -> int:
         print_json(found.to_dict())
     else:
         show(*found.blocks())
+        if found.fits is not False:
+            words = ["drift-fast", "setup", "trainer", given.reasoning, given.multimodal]
+            next_step(shlex.join([*words, "--out", "run"]))
     return 1 if found.fits is False else 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from drift_fast.cli.options import SOURCE, add_config, add_options, from_flags
-from drift_fast.cli.output import remark
+from drift_fast.cli.output import next_step, remark
 from drift_fast.delta.options import InspectOptions
 from drift_fast.report.write import write_report
 
@@ -36,5 +36,7 @@ def run(given: argparse.Namespace) -> int:
     options = from_flags(given, InspectOptions, "inspect")
     changed = {name: value for name, value in options.to_dict().items()
                if value != getattr(InspectOptions(), name)}  # fmt: skip
-    remark(f"written to {write_report(given.out, *given.sources, **changed)}; open it in a browser")
+    page = write_report(given.out, *given.sources, **changed)
+    remark(f"written to {page}")
+    next_step(f"open {page.absolute().as_uri()} in a browser")
     return 0

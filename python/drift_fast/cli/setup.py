@@ -17,7 +17,7 @@ from string import Template
 from drift_fast.alignment.options import SelectionOptions
 from drift_fast.checkpoints.opened import open_checkpoint
 from drift_fast.cli.options import add_options, add_sources, given_flags
-from drift_fast.cli.output import remark, show
+from drift_fast.cli.output import next_step, remark, show
 from drift_fast.errors import DriftError
 from drift_fast.inject.config import InjectionConfig
 from drift_fast.options import option
@@ -163,8 +163,8 @@ def run(given: argparse.Namespace) -> int:
             print(text if len(texts) == 1 else f"# ---- {name}\n{text}", end="")
         return 0
     _write(local_path(given.out), texts, overwrite=options.overwrite)
-    remark(f"wrote {', '.join(texts)} to {given.out}; compute Δ: {values['compute']}")
-    remark(f"then, in that directory: {stack.run}")
+    remark(f"wrote {', '.join(texts)} to {given.out}")
+    next_step(shlex.join(["cd", str(given.out)]), values["compute"], stack.run)
     return 0
 
 

@@ -18,7 +18,7 @@ from drift_fast._core import Checkpoint, DeltaWriter, StoredDelta, load_differen
 from drift_fast.alignment.model_pair import AlignedPair
 from drift_fast.checkpoints.opened import Opened
 from drift_fast.checkpoints.source import Source
-from drift_fast.delta.format import DESCRIPTION, INDEX, stored_names
+from drift_fast.delta.format import AGAIN, DESCRIPTION, INDEX, stored_names
 from drift_fast.delta.options import StreamOptions
 from drift_fast.delta.protocol import LoadInto, OnLanded, Run
 from drift_fast.delta.rounding import warn_of_rounding
@@ -214,7 +214,7 @@ class Stored:
             raise CheckpointError(
                 f"{directory}: {DESCRIPTION} and the shards disagree on {len(names)} tensors, "
                 f"{names[0]} first: expected {_shown(expected.get(names[0]))}, "
-                f"found {_shown(found.get(names[0]))}; compute the delta again"
+                f"found {_shown(found.get(names[0]))}; {AGAIN}"
             )
         self.shapes = {row.name: row.shape for row in stats}
 

@@ -23,6 +23,7 @@ from drift_fast.delta.allocation import empty_tensor
 from drift_fast.delta.backends import Backend, Stored, Streamed
 from drift_fast.delta.combined import Combined
 from drift_fast.delta.format import (
+    AGAIN,
     BLOCK_NBYTES,
     CHECKSUM,
     DESCRIPTION,
@@ -114,9 +115,7 @@ class Delta(Mapping[str, "torch.Tensor"], Shown):
             stats = Statistics.from_rows(found.statistics)
             coverage = Coverage.from_dict(found.coverage)
         except (ValueError, TypeError, KeyError) as error:
-            raise CheckpointError(
-                f"{directory / DESCRIPTION}: {error}; compute the delta again"
-            ) from error
+            raise CheckpointError(f"{directory / DESCRIPTION}: {error}; {AGAIN}") from error
         delta = cls(
             Stored(source, found.dtype, stats, found.checksums_of_tensors),
             stored_dtype=found.dtype,

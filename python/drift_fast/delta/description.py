@@ -10,7 +10,7 @@ import msgspec
 from drift_fast.checkpoints.diagnosis import NoDelta, explain_no_delta
 from drift_fast.checkpoints.place import Place
 from drift_fast.config_files import JsonFile, shown
-from drift_fast.delta.format import DESCRIPTION, FORMAT_VERSION
+from drift_fast.delta.format import AGAIN, DESCRIPTION, FORMAT_VERSION
 from drift_fast.dtypes import RETIRED, check_stored_dtype
 from drift_fast.errors import CheckpointError
 
@@ -99,7 +99,7 @@ class Description(msgspec.Struct, frozen=True):
             if directory.is_dir():
                 raise explain_no_delta(Place.on_disk(directory))
             raise NoDelta(f"{directory}: not a delta; give the directory that has {DESCRIPTION}")
-        file = JsonFile(path, _MAX_NBYTES, "compute the delta again")
+        file = JsonFile(path, _MAX_NBYTES, AGAIN)
         written = file.read_parts(_Written)
         version: Any = file.parse(written.format_version, Any)
         dtype: Any = file.parse(written.dtype, Any)

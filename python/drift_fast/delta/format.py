@@ -10,6 +10,9 @@ INDEX = "delta.safetensors.index.json"
 CHECKSUM = "crc32"
 BLOCK_NBYTES = 1 << 20
 
+# What to do about a delta that is not whole.
+AGAIN = "compute the delta again: drift-fast delta REASONING MULTIMODAL --out DIRECTORY --overwrite"
+
 
 def stored_names(name: str, stored_dtype: str) -> list[str]:
     """Return the names of the tensors on disk that hold one Δ, in the order of a file."""

@@ -237,8 +237,10 @@ class Statistics(Sequence[Row], Shown):
         Raises:
             ImportError: pyarrow is not installed.
         """
-        import pyarrow
-
+        try:
+            import pyarrow
+        except ImportError as error:
+            raise ImportError("to_arrow() needs pyarrow: pip install pyarrow") from error
         return pyarrow.Table.from_pylist(self.records())
 
     def to_rows(self) -> list[StoredRow]:

@@ -97,6 +97,9 @@ class AttachedInjection(Attachment):
         """As `Injection.to_pandas`."""
         return self._started().to_pandas()
 
+    def __str__(self) -> str:
+        return repr(self) if self.injection is None else str(self.injection)
+
     def _repr_html_(self) -> str:
         return to_html([repr(self)] if self.injection is None else self.injection.blocks())
 

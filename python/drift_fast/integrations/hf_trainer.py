@@ -144,7 +144,7 @@ class TrainerInjection(AttachedInjection):
             self._trainer.remove_callback(self._callback)
 
     def __repr__(self) -> str:
-        state = "attaches when training starts" if self.injection is None else self.injection
+        state = "attaches when training starts" if self.injection is None else repr(self.injection)
         return f"TrainerInjection({state})"
 
     # When it attaches.
