@@ -111,11 +111,18 @@ def test_the_report_begins_with_the_result(tiny: Pair) -> None:
 
 
 def test_without_a_directory_nothing_is_written_where_it_runs(
-    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    directory: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     only = ["--only", "statistics", "--only", "inside", "--repeats", "1", *NO_RIVALS]
-    assert main(["bench", "--size", "tiny", "--directory", str(directory), *only]) == 0
+    shared = ["bench", "--size", "tiny", "--directory", str(directory), *only]
+    assert main(shared) == 0
+    assert "--out results, to keep the report" in capsys.readouterr().out.splitlines()[-1]
+    assert main([*shared, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["kind"] == "delta"
     assert not list(tmp_path.iterdir())
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 
+import drift_fast
 from drift_fast.cli.flags import as_flags, flags_of
 from drift_fast.cli.main import main
+from support.synthetic import Pair
 
 PARSER = argparse.ArgumentParser()
 PARSER.add_argument("--rows")
@@ -56,3 +59,39 @@ def test_a_picture_that_cannot_be_drawn_is_refused_before_the_work(
     # Neither model exists, which would be found first otherwise.
     assert main(["delta", "no-a", "no-b", "--out", "out", "--plot", "p.png"]) == 1
     assert "pip install 'drift-fast[plot]'" in capsys.readouterr().err
+
+
+def test_every_verb_ends_with_the_next_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    checkpoints = Path(drift_fast.__file__).parent / "demo" / "checkpoints"
+    both = [str(checkpoints / "expert"), str(checkpoints / "multimodal")]
+    delta = f"next: drift-fast delta {' '.join(both)} --out delta"
+    attach = 'next: drift_fast.attach(trainer, "delta"), before trainer.train()'
+    for arguments, last in (
+        (["align", *both], f"next: drift-fast check {' '.join(both)}"),
+        (["check", *both], delta),
+        (["inspect", *both], delta),
+        (["delta", *both, "--out", "delta"], attach),
+        (["plan", *both, "--steps", "3"], f"next: drift-fast setup trainer {' '.join(both)}"),
+        (["setup", "trl", *both, "--out", "run"], "next: python train.py"),
+        (
+            ["merge", "linear", *both, "-o", "merged", "--weight", "0.5", "--modules", "attn"],
+            "next: transformers.AutoModelForImageTextToText.from_pretrained",
+        ),
+        (["report", "page.html", "delta"], "next: open file://"),
+    ):
+        assert main(arguments) == 0, arguments
+        assert capsys.readouterr().out.splitlines()[-1].startswith(last), arguments
+
+
+def test_towers_and_projectors_are_left_alone_and_not_missed(
+    pair: Pair, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["align", str(pair.reasoning), str(pair.multimodal)]) == 0
+    said = capsys.readouterr().out
+    assert "towers and projectors left alone: 24 tensors" in said
+    assert "without a match" not in said
+    assert main(["align", str(pair.reasoning), str(pair.multimodal), "--all"]) == 0
+    assert "without a match in the multimodal checkpoint: 24" in capsys.readouterr().out

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import struct
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +18,7 @@ import drift_fast
 from drift_fast import demo
 from drift_fast.demo import experiment, figures
 from drift_fast.demo import world as w
+from drift_fast.demo.jobs import quiet
 
 MEBIBYTE = 2**20
 NAMES = ("base", "expert", "multimodal")
@@ -354,3 +357,16 @@ def test_results_do_not_depend_on_the_number_of_processes(tmp_path: Path) -> Non
         for workers in (1, 2)
     )
     assert one["runs"] == two["runs"]
+
+
+def test_other_libraries_are_not_heard_and_drift_fast_is(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with warnings.catch_warnings(record=True) as caught, quiet():
+        warnings.warn("of another library", UserWarning, stacklevel=1)
+        logging.getLogger("bitsandbytes.backends").warning("Failed to load a kernel")
+        warnings.warn("λ is low", drift_fast.DriftWarning, stacklevel=1)
+    assert caplog.records == []
+    logging.getLogger("bitsandbytes.backends").warning("heard again")
+    assert [record.message for record in caplog.records] == ["heard again"]
+    assert [str(one.message) for one in caught] == ["λ is low"]

@@ -332,7 +332,7 @@ def test_a_delta_without_statistics_is_named_with_a_remedy(pair: Pair, tmp_path:
     drift_fast.compute_delta(pair.reasoning, pair.multimodal, tmp_path / "delta")
     path = tmp_path / "delta" / "drift.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"statistics": []}))
-    with pytest.raises(DriftError, match="compute the delta again"):
+    with pytest.raises(DriftError, match="compute the delta again: drift-fast delta "):
         write_report(tmp_path / "page.html", tmp_path / "delta")
 
 
