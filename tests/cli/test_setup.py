@@ -122,7 +122,8 @@ def test_a_pair_that_does_not_fit_is_refused_as_by_check(pair: Pair, tmp_path: P
     assert checked.returncode == 1
     refused = run("setup", "trl", *words, "--out", tmp_path / "out")
     assert refused.returncode == 1
-    assert refused.stdout == checked.stdout
+    # What to do next is for `check` to say.
+    assert checked.stdout.startswith(refused.stdout)
     assert not (tmp_path / "out").exists()
 
 
