@@ -133,7 +133,7 @@ class CheckpointedState:
 
     def _load(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> Any:
         loaded = self._load_method.original(resume_from_checkpoint, *args, **kwargs)
-        if not shards_weights(self._trainer):
+        if not _shards_weights(self._trainer):
             self._difference = difference(bare_model(self._trainer), resume_from_checkpoint)
         return loaded
 
@@ -143,3 +143,9 @@ class CheckpointedState:
             callbacks = self._trainer.state.stateful_callbacks
             self._trainer.state.stateful_callbacks = {**(callbacks or {}), self._key: found}
         return self._method.original(*args, **kwargs)
+
+
+def _shards_weights(trainer: Any) -> bool:
+    """Whether processes hold parts of the weights, frozen ones too."""
+    plugin = trainer.accelerator.state.deepspeed_plugin if trainer.is_deepspeed_enabled else None
+    return bool(trainer.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3))
