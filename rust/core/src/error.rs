@@ -3,6 +3,8 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use crate::platform;
+
 /// The result of anything here that can fail.
 pub type Result<T> = std::result::Result<T, Error>;
 
@@ -65,7 +67,7 @@ pub enum Error {
         limit: Limit,
     },
     /// The operating system refused to read or write.
-    #[error("{}: cannot {action}: {source}{}", path.display(), remedy(source))]
+    #[error("{}: cannot {action}: {source}{}", path.display(), platform::remedy(source))]
     Io {
         /// The file concerned.
         path: PathBuf,
@@ -82,30 +84,6 @@ pub enum Error {
     Interrupted,
 }
 
-/// What to do about a system error whose own text says little.
-fn remedy(error: &io::Error) -> &'static str {
-    use rustix::io::Errno;
-    match error.raw_os_error().map(Errno::from_raw_os_error) {
-        Some(Errno::MFILE) => {
-            "; a process may open only so many files: raise the limit with `ulimit -n 65536` and run \
-             again"
-        }
-        Some(Errno::NFILE) => "; all processes together may open only so many files: end others",
-        Some(Errno::NOLCK | Errno::NOTSUP) => {
-            "; the file system has no locks, which keep two runs from writing the same: choose a \
-             directory on another one"
-        }
-        Some(Errno::IO | Errno::STALE) => {
-            "; the disk or the network file system fails: copy the files to another one"
-        }
-        Some(Errno::NOSPC) => {
-            "; the file system has no room for another file or directory: free some, or choose \
-             another directory"
-        }
-        _ => "",
-    }
-}
-
 /// What prevents an output from being written completely.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Limit {
@@ -120,23 +98,23 @@ pub enum Limit {
 }
 
 impl Limit {
-    const ALL: [Limit; 4] = [Limit::FileSystem, Limit::Files, Limit::Quota, Limit::FileSize];
-
     /// The limit that a system error reports, if it reports one; `fits` says that bytes are free.
     pub(crate) fn of(error: &io::Error, fits: bool) -> Option<Self> {
-        let found = Self::ALL.into_iter().find(|limit| error.raw_os_error() == Some(limit.errno()));
-        found.map(|limit| if fits && limit == Limit::FileSystem { Limit::Files } else { limit })
+        match error.kind() {
+            io::ErrorKind::StorageFull if fits => Some(Limit::Files),
+            io::ErrorKind::StorageFull => Some(Limit::FileSystem),
+            io::ErrorKind::QuotaExceeded => Some(Limit::Quota),
+            io::ErrorKind::FileTooLarge => Some(Limit::FileSize),
+            _ => None,
+        }
     }
 
-    /// The system's number of the error.
-    pub fn errno(self) -> i32 {
-        use rustix::io::Errno;
+    fn errno(self) -> i32 {
         match self {
-            Limit::FileSystem | Limit::Files => Errno::NOSPC,
-            Limit::Quota => Errno::DQUOT,
-            Limit::FileSize => Errno::FBIG,
+            Limit::FileSystem | Limit::Files => platform::ENOSPC,
+            Limit::Quota => platform::EDQUOT,
+            Limit::FileSize => platform::EFBIG,
         }
-        .raw_os_error()
     }
 
     fn describe(self, available: u64, what: &str) -> String {
@@ -165,6 +143,15 @@ impl Limit {
 }
 
 impl Error {
+    /// The number that C and Python know a failure of the system by, where it has one.
+    pub fn errno(&self) -> Option<i32> {
+        match self {
+            Error::NoSpace { limit, .. } => Some(limit.errno()),
+            Error::Io { source, .. } => platform::errno(source),
+            _ => None,
+        }
+    }
+
     pub(crate) fn checkpoint(path: &Path, message: impl Into<String>) -> Self {
         Error::Checkpoint { path: path.to_owned(), message: message.into() }
     }
@@ -189,18 +176,25 @@ mod tests {
 
     #[test]
     fn a_full_disk_a_used_up_quota_and_a_file_too_large_are_told_apart() {
-        for limit in Limit::ALL {
-            let error = io::Error::from_raw_os_error(limit.errno());
-            assert_eq!(Limit::of(&error, limit == Limit::Files), Some(limit));
+        let limits = [
+            (io::ErrorKind::StorageFull, Limit::FileSystem),
+            (io::ErrorKind::QuotaExceeded, Limit::Quota),
+            (io::ErrorKind::FileTooLarge, Limit::FileSize),
+        ];
+        for (kind, limit) in limits {
+            assert_eq!(Limit::of(&kind.into(), false), Some(limit));
             let path = PathBuf::from("delta");
-            let what = "delta";
-            let message =
-                Error::NoSpace { path, what, needed: 12, available: 7, limit }.to_string();
+            let error = Error::NoSpace { path, what: "delta", needed: 12, available: 7, limit };
+            let message = error.to_string();
             assert!(
                 message.contains("needs 12 bytes") && message.contains("has 7 free"),
                 "{message}"
             );
+            // The system's own error of this number is of the same kind.
+            #[cfg(unix)]
+            assert_eq!(error.errno().map(|n| io::Error::from_raw_os_error(n).kind()), Some(kind));
         }
+        assert_eq!(Limit::of(&io::ErrorKind::StorageFull.into(), true), Some(Limit::Files));
         assert_eq!(Limit::of(&io::Error::from_raw_os_error(5), true), None);
         assert_eq!(Limit::of(&io::ErrorKind::UnexpectedEof.into(), true), None);
     }

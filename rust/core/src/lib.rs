@@ -13,6 +13,7 @@ pub mod json;
 pub mod kernel;
 pub mod merge;
 pub mod output;
+mod platform;
 pub mod stream;
 mod workers;
 

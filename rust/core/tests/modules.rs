@@ -6,7 +6,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// From the ground up.
-const ORDER: [&str; 12] = [
+const ORDER: [&str; 13] = [
+    "platform",
     "error",
     "dtype",
     "interrupt",

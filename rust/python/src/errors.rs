@@ -55,18 +55,19 @@ pub(crate) fn to_py(error: Error) -> PyErr {
         Error::Ambiguous(_) => AmbiguousAlignmentError::new_err(message),
         Error::Alignment(_) => AlignmentError::new_err(message),
         Error::Exists { .. } => PyFileExistsError::new_err(message),
-        Error::NoSpace { limit, .. } => PyOSError::new_err((limit.errno(), message)),
-        Error::Io { source, .. } => os_error(&source, message),
+        Error::NoSpace { .. } | Error::Io { .. } => os_error(&error, message),
         Error::Argument(_) => PyValueError::new_err(message),
         Error::Interrupted => PyKeyboardInterrupt::new_err(message),
         _ => DriftError::new_err(message),
     }
 }
 
-/// Python picks the subclass (`PermissionError`, for example) from the error number.
-fn os_error(source: &io::Error, message: String) -> PyErr {
-    match source.raw_os_error() {
-        Some(number) => PyOSError::new_err((number, message)),
-        None => PyOSError::new_err(message),
+/// Python picks the subclass (`PermissionError`, for example) from the error number, and `pyo3` from the
+/// kind where the system has no such numbers.
+fn os_error(error: &Error, message: String) -> PyErr {
+    match (error.errno(), error) {
+        (Some(number), _) => PyOSError::new_err((number, message)),
+        (None, Error::Io { source, .. }) => io::Error::new(source.kind(), message).into(),
+        _ => PyOSError::new_err(message),
     }
 }

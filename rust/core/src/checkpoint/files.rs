@@ -5,7 +5,6 @@
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::fmt;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Component, Path, PathBuf};
 
 use serde::de::{Deserialize, Deserializer, Error as _, MapAccess, Visitor};
@@ -13,6 +12,7 @@ use serde::de::{Deserialize, Deserializer, Error as _, MapAccess, Visitor};
 use super::limits::{INDEX_NBYTES, Stated};
 use super::{magic, regular};
 use crate::error::{Error, Result};
+use crate::platform;
 
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
@@ -236,18 +236,13 @@ fn shard_path(directory: &Path, index: &Path, tensor: &str, file: &str) -> Resul
     let (Ok(home), Ok(target)) = (directory.canonicalize(), path.canonicalize()) else {
         return Ok(path);
     };
-    if target.starts_with(&home) || is_hub_blob(&home, &target) || may_link(&home, &target) {
+    if target.starts_with(&home)
+        || is_hub_blob(&home, &target)
+        || platform::may_link(&home, &target)
+    {
         return Ok(path);
     }
     refuse("a link of another user to a file that is not theirs")
-}
-
-/// Whether a link out of a directory is followed: not where the directory's owner is another user,
-/// who could make this process read a file that they may not read.
-fn may_link(home: &Path, target: &Path) -> bool {
-    let owner = |path: &Path| path.metadata().map(|metadata| metadata.uid());
-    let (Ok(linking), Ok(linked)) = (owner(home), owner(target)) else { return false };
-    linking == linked || linking == 0 || linking == rustix::process::geteuid().as_raw()
 }
 
 /// The Hub cache consists of links from snapshots into `blobs` beside them.

@@ -6,7 +6,6 @@ use std::collections::HashSet;
 use std::fmt;
 use std::fs::File;
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use safetensors::tensor::{Metadata, TensorInfo as HeaderEntry};
@@ -15,6 +14,7 @@ use serde::de::{Deserialize, Deserializer, Error as _, MapAccess, Visitor};
 use super::limits::{self, HEADER_NBYTES, Stated};
 use super::magic;
 use crate::error::{Error, Result};
+use crate::platform;
 
 const LENGTH_NBYTES: u64 = 8;
 const REMEDY: &str = "download the file again, or save it again with the safetensors library";
@@ -82,7 +82,7 @@ fn read_bytes(file: &File, path: &Path, file_nbytes: u64) -> Result<Vec<u8>> {
         ));
     }
     let mut length = [0; LENGTH_NBYTES as usize];
-    file.read_exact_at(&mut length, 0).map_err(Error::io(path, "read the header"))?;
+    platform::read_exact_at(file, &mut length, 0).map_err(Error::io(path, "read the header"))?;
     let header_nbytes = u64::from_le_bytes(length);
     let available = file_nbytes - LENGTH_NBYTES;
     if header_nbytes > available || header_nbytes > HEADER_NBYTES {
@@ -103,7 +103,8 @@ fn read_bytes(file: &File, path: &Path, file_nbytes: u64) -> Result<Vec<u8>> {
         return Err(Error::checkpoint(path, message));
     }
     let mut header = vec![0; header_nbytes as usize];
-    file.read_exact_at(&mut header, LENGTH_NBYTES).map_err(Error::io(path, "read the header"))?;
+    platform::read_exact_at(file, &mut header, LENGTH_NBYTES)
+        .map_err(Error::io(path, "read the header"))?;
     Ok(header)
 }
 

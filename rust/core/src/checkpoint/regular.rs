@@ -3,14 +3,12 @@
 //! Every file of a checkpoint is opened here, each time. A FIFO in its place would make an ordinary open
 //! wait for a writer, whether it was there from the start or came later.
 
-use std::fs::{File, Metadata, OpenOptions};
+use std::fs::{File, Metadata};
 use std::io::Read;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
-use rustix::fs::OFlags;
-
 use crate::error::{Error, Result};
+use crate::platform;
 
 /// Open a regular file; `action` says what for.
 ///
@@ -25,11 +23,7 @@ pub(crate) fn open(path: &Path, action: &'static str) -> Result<(File, Metadata)
     if !std::fs::metadata(path).map_err(Error::io(path, action))?.is_file() {
         return refuse();
     }
-    let file = OpenOptions::new()
-        .read(true)
-        .custom_flags(OFlags::NONBLOCK.bits() as i32)
-        .open(path)
-        .map_err(Error::io(path, action))?;
+    let file = platform::open_at_once(path).map_err(Error::io(path, action))?;
     let metadata = file.metadata().map_err(Error::io(path, action))?;
     if metadata.is_file() { Ok((file, metadata)) } else { refuse() }
 }

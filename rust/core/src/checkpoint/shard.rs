@@ -5,12 +5,13 @@
 //! [`Reader::Pread`] turns into an error.
 
 use std::fs::{File, Metadata};
+use std::io;
 use std::ops::Range;
-use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
+use std::time::SystemTime;
 
-use memmap2::{Advice, Mmap, UncheckedAdvice};
+use memmap2::Mmap;
 use sha2::{Digest, Sha256};
 
 use super::header::{self, Tensor};
@@ -18,11 +19,11 @@ use super::partial;
 use super::regular;
 use crate::error::{Error, Result};
 use crate::interrupt;
+use crate::platform;
 
-/// The largest unit in which Linux keeps a file's pages together on x86-64 and AArch64.
-const FOLIO_NBYTES: usize = 2 << 20;
 /// What is read at a time where the reader may be asked to stop.
 const INTERRUPTIBLE_NBYTES: usize = 16 << 20;
+const LOOK: &str = "read the size of the file";
 
 /// How a shard's bytes reach the kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -57,22 +58,17 @@ pub struct Shard {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Identity {
     nbytes: u64,
-    modified: (i64, i64),
+    modified: SystemTime,
     inode: u64,
 }
 
 impl Identity {
-    fn of(file: &File, path: &Path) -> Result<Self> {
-        let metadata = file.metadata().map_err(Error::io(path, "read the size of the file"))?;
-        Ok(Self::stated(&metadata))
-    }
-
-    fn stated(metadata: &Metadata) -> Self {
-        Self {
+    fn of(file: &File, metadata: &Metadata) -> io::Result<Self> {
+        Ok(Self {
             nbytes: metadata.len(),
-            modified: (metadata.mtime(), metadata.mtime_nsec()),
-            inode: metadata.ino(),
-        }
+            modified: metadata.modified()?,
+            inode: platform::inode(file, metadata)?,
+        })
     }
 
     /// Whether the file that has this path now is still this one.
@@ -80,8 +76,8 @@ impl Identity {
     /// What is there of a file that was downloaded in part never changes while it is this file, but
     /// other processes add to it.
     fn holds(&self, path: &Path, is_partial: bool) -> Result<bool> {
-        let (_, metadata) = regular::open(path, "open the file again")?;
-        let now = Self::stated(&metadata);
+        let (file, metadata) = regular::open(path, "open the file again")?;
+        let now = Self::of(&file, &metadata).map_err(Error::io(path, LOOK))?;
         let modified = if is_partial { now.modified } else { self.modified };
         Ok(now == Self { modified, ..*self })
     }
@@ -95,7 +91,7 @@ impl Shard {
     /// is not JSON or names a tensor twice, or offsets that overlap or leave the file.
     pub fn open(path: &Path, reader: Reader) -> Result<Self> {
         let (file, metadata) = regular::open(path, "open the file")?;
-        let identity = Identity::stated(&metadata);
+        let identity = Identity::of(&file, &metadata).map_err(Error::io(path, LOOK))?;
         let (tensors, header_nbytes) = header::read(&file, path, identity.nbytes)?;
         let present = partial::read(path, identity.nbytes)?;
         if present.is_some() && !identity.holds(path, true)? {
@@ -165,16 +161,8 @@ impl Shard {
         match self.reader {
             Reader::Mmap => {
                 let map = self.map()?;
-                // Brings the pages in with one call, and answers with an error where touching them
-                // would kill the process. Kernels older than Linux 5.14 do not know it.
-                #[cfg(target_os = "linux")]
-                if nbytes > 0
-                    && let Err(error) =
-                        map.advise_range(Advice::PopulateRead, start as usize, nbytes)
-                    && error.raw_os_error() != Some(rustix::io::Errno::INVAL.raw_os_error())
-                {
-                    return Err(Error::io(&self.path, "read the file (did it shrink?)")(error));
-                }
+                platform::populate(map, start as usize, nbytes)
+                    .map_err(Error::io(&self.path, "read the file (did it shrink?)"))?;
                 Ok(&map[start as usize..range.end as usize])
             }
             Reader::Auto | Reader::Pread => {
@@ -193,24 +181,7 @@ impl Shard {
     /// Have the system bring a range into the page cache, unless it seems to be there, and return at
     /// once. It is advice: what fails costs time alone.
     pub(crate) fn prefetch(&self, range: Range<u64>) {
-        #[cfg(target_os = "linux")]
-        {
-            use rustix::io::{ReadWriteFlags, preadv2};
-            let Some(last) = range.end.checked_sub(1).filter(|last| *last >= range.start) else {
-                return;
-            };
-            let mut byte = [0];
-            let mut probe = [std::io::IoSliceMut::new(&mut byte)];
-            // Asking for what is there already costs a walk over its pages; a read of one byte that
-            // must not wait shows whether it is.
-            if !matches!(preadv2(&self.file, &mut probe, last, ReadWriteFlags::NOWAIT), Ok(1)) {
-                let nbytes = std::num::NonZeroU64::new(range.end - range.start);
-                let advice = rustix::fs::Advice::WillNeed;
-                let _ = rustix::fs::fadvise(&self.file, range.start, nbytes, advice);
-            }
-        }
-        #[cfg(not(target_os = "linux"))]
-        let _ = range;
+        platform::prefetch(&self.file, range);
     }
 
     /// Give back the pages of a range that [`Shard::bytes`] lent, so that resident memory stays flat.
@@ -218,15 +189,7 @@ impl Shard {
         if let (Reader::Mmap, Some(map)) = (self.reader, self.map.get())
             && range.end > range.start
         {
-            // Bringing pages in maps the whole of a large page-cache folio, and so earlier pages
-            // that were released already; starting at its boundary takes those along.
-            let start = range.start as usize / FOLIO_NBYTES * FOLIO_NBYTES;
-            let nbytes = range.end as usize - start;
-            // SAFETY: the mapping is shared, read-only and backed by a file, so a page that is
-            // dropped is read again when touched; no byte that anyone sees can change.
-            #[allow(unsafe_code)]
-            // Failing to drop a page costs memory, not correctness.
-            let _ = unsafe { map.unchecked_advise_range(UncheckedAdvice::DontNeed, start, nbytes) };
+            platform::release(map, range.start as usize..range.end as usize);
         }
     }
 
@@ -238,9 +201,12 @@ impl Shard {
         self.check_present(&(offset..offset.saturating_add(buffer.len() as u64)))?;
         for (index, part) in buffer.chunks_mut(INTERRUPTIBLE_NBYTES).enumerate() {
             interrupt::poll()?;
-            self.file
-                .read_exact_at(part, offset + (index * INTERRUPTIBLE_NBYTES) as u64)
-                .map_err(Error::io(&self.path, "read the file (did it shrink?)"))?;
+            platform::read_exact_at(
+                &self.file,
+                part,
+                offset + (index * INTERRUPTIBLE_NBYTES) as u64,
+            )
+            .map_err(Error::io(&self.path, "read the file (did it shrink?)"))?;
         }
         Ok(())
     }
@@ -297,7 +263,8 @@ impl Shard {
         if let Some(map) = self.map.get() {
             return Ok(map);
         }
-        let nbytes = Identity::of(&self.file, &self.path)?.nbytes;
+        let metadata = self.file.metadata().map_err(Error::io(&self.path, LOOK))?;
+        let nbytes = metadata.len();
         if nbytes != self.nbytes() {
             return Err(self.length_changed(nbytes));
         }

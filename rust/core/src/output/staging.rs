@@ -3,18 +3,14 @@
 //! Owns its lock and what happens to its files: they become the output, whole, or are removed.
 
 use std::ffi::OsStr;
-use std::fs::{self, File, TryLockError};
+use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{Mode, OFlags};
-use rustix::io::retry_on_intr;
-
 use super::naming::Naming;
-use super::space::free_nbytes;
-use super::target::{check_target, found, is_same_file};
+use super::target::{check_target, found};
 use crate::error::{Error, Limit, Result};
+use crate::platform;
 
 /// The directory within the hidden one through which several processes agree.
 pub const RANKS: &str = "ranks";
@@ -41,7 +37,7 @@ impl Drop for Staging {
 impl Staging {
     /// Open what another process created, without its lock.
     pub(super) fn join(path: PathBuf) -> Result<Self> {
-        open_directory(&path)?;
+        platform::open_directory(&path).map_err(Error::io(&path, "open the directory"))?;
         Ok(Self { path, naming: Naming::DELTA, renamed: false, lock: None })
     }
 
@@ -69,23 +65,15 @@ impl Staging {
     /// Lock it, and remove what is in it.
     fn claim(path: PathBuf, naming: Naming, keep_ranks: bool) -> Result<Self> {
         // Locking the directory itself leaves no lock file inside the delta.
-        let lock = open_directory(&path)?;
-        match lock.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => {
-                return Err(Error::Exists {
-                    path,
-                    message: format!(
-                        "another run is writing this {}; wait for it or choose another output \
-                         directory",
-                        naming.what
-                    ),
-                });
-            }
-            Err(TryLockError::Error(error)) => {
-                return Err(Error::io(&path, "lock the directory")(error));
-            }
-        }
+        let Some(lock) = lock(&path)? else {
+            return Err(Error::Exists {
+                path,
+                message: format!(
+                    "another run is writing this {}; wait for it or choose another output directory",
+                    naming.what
+                ),
+            });
+        };
         // What a run that was cut off left behind is removed; anything else is not ours and stays.
         let mut entries = fs::read_dir(&path)
             .and_then(Iterator::collect::<io::Result<Vec<_>>>)
@@ -111,7 +99,7 @@ impl Staging {
         for entry in entries {
             // Where the hidden directory is in the target, some files may have been moved already.
             let moved = staging.path.with_file_name(entry.file_name());
-            if is_same_file(&moved, &entry.path()) {
+            if platform::is_same_file(&moved, &entry.path()) {
                 fs::remove_file(&moved).map_err(Error::io(&moved, "remove"))?;
             }
             fs::remove_file(entry.path()).map_err(Error::io(&entry.path(), "remove"))?;
@@ -133,10 +121,10 @@ impl Staging {
             .into_iter()
             .flatten()
             .filter_map(|entry| entry.and_then(|entry| entry.metadata()).ok())
-            // POSIX leaves the unit open; Linux and macOS count in 512 bytes.
-            .map(|metadata| metadata.blocks() * 512)
+            .map(|metadata| platform::allocated_nbytes(&metadata))
             .sum();
-        let available = free_nbytes(&self.path).map_or(0, |(free, _)| free.saturating_add(held));
+        let available =
+            platform::free_nbytes(&self.path).map_or(0, |(free, _)| free.saturating_add(held));
         let what = self.naming.what;
         let Some(limit) = Limit::of(&error, needed <= available) else {
             return Error::io(path, action)(error);
@@ -195,19 +183,15 @@ impl Staging {
             return fs::rename(from, to).map_err(Error::io(to, "rename the finished output"));
         }
         // Where the system can, both change names at once, and the old one is then removed.
-        #[cfg(target_os = "linux")]
-        {
-            use rustix::fs::{CWD, RenameFlags, renameat_with};
-            // Locked while it is removed, since another run would take it for its own hidden directory.
-            let old = File::open(to).map_err(Error::io(to, "open the old output"))?;
-            let locked = old.try_lock().is_ok();
-            if locked && renameat_with(CWD, from, CWD, to, RenameFlags::EXCHANGE).is_ok() {
-                self.renamed = true;
-                // The new output is in place; what cannot be removed now, the next run removes.
-                let _ = remove_all(from);
-                return Ok(());
-            }
+        // Locked while it is removed, since another run would take it for its own hidden directory.
+        let old = lock(to)?;
+        if old.is_some() && platform::exchange(from, to) {
+            self.renamed = true;
+            // The new output is in place; what cannot be removed now, the next run removes.
+            let _ = remove_all(from);
+            return Ok(());
         }
+        drop(old);
         // Elsewhere the old output moves aside under a hidden name until the new one is in place.
         let aside = from.with_extension("replaced");
         let _ = fs::remove_dir_all(&aside);
@@ -226,17 +210,14 @@ fn remove_all(path: &Path) -> io::Result<()> {
     fs::remove_dir_all(path).or_else(|_| fs::remove_dir_all(path))
 }
 
-/// Open a directory; a link in its place, which someone else could have put there, is not followed.
-fn open_directory(path: &Path) -> Result<File> {
-    let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::RDONLY | OFlags::CLOEXEC;
-    retry_on_intr(|| rustix::fs::open(path, flags, Mode::empty()))
-        .map(File::from)
-        .map_err(|error| Error::io(path, "open the directory")(error.into()))
+/// Lock a directory; none where another process has the lock.
+fn lock(path: &Path) -> Result<Option<File>> {
+    platform::lock_directory(path).map_err(|(action, error)| Error::io(path, action)(error))
 }
 
 /// Remove what several processes that were cut off left; the first of them holds its lock.
 fn leave_no_ranks(ranks: &Path) -> Result<()> {
-    if let Err(TryLockError::WouldBlock) = open_directory(ranks)?.try_lock() {
+    if lock(ranks)?.is_none() {
         return Err(Error::Exists {
             path: ranks.to_owned(),
             message: "several processes are writing this delta; wait for them or choose another \
@@ -255,7 +236,5 @@ pub(super) fn write_new(path: &Path, bytes: &[u8]) -> io::Result<()> {
 }
 
 pub(super) fn sync_directory(path: &Path) -> Result<()> {
-    File::open(path)
-        .and_then(|directory| directory.sync_all())
-        .map_err(Error::io(path, "flush the directory"))
+    platform::sync_directory(path).map_err(Error::io(path, "flush the directory"))
 }

@@ -3,11 +3,11 @@
 use std::ffi::OsStr;
 use std::fs::{self, Metadata};
 use std::io::{self, ErrorKind};
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use super::naming::Naming;
 use crate::error::{Error, Result};
+use crate::platform;
 
 /// The target as an absolute path, and the hidden directory in which it is written.
 ///
@@ -48,13 +48,6 @@ fn unless_missing(path: &Path, found: io::Result<Metadata>) -> Result<Option<Met
     }
 }
 
-/// Whether two names are of one file: so a run that was cut off while it moved files leaves them.
-pub(super) fn is_same_file(one: &Path, other: &Path) -> bool {
-    let of =
-        |path| fs::symlink_metadata(path).map(|found| (found.dev(), found.ino(), found.is_file()));
-    matches!((of(one), of(other)), (Ok(one), Ok(other)) if one == other && one.2)
-}
-
 /// Refuse a target that is taken.
 ///
 /// # Errors
@@ -81,7 +74,7 @@ pub(super) fn check_target(target: &Path, naming: Naming, overwrite: bool) -> Re
     let is_whole = is_file(naming.description)? && is_file(naming.index)?;
     let (_, hidden) = places(target, naming)?;
     names.retain(|(name, _)| {
-        let is_left = !is_whole && is_same_file(&target.join(name), &hidden.join(name));
+        let is_left = !is_whole && platform::is_same_file(&target.join(name), &hidden.join(name));
         Some(OsStr::new(name)) != hidden.file_name() && !is_left
     });
     let is_empty = names.is_empty();

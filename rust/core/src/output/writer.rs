@@ -10,7 +10,7 @@
 use std::ffi::OsStr;
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::mem;
 use std::path::{Path, PathBuf};
 
 use serde_json::json;
@@ -19,11 +19,12 @@ use super::checksums::Checksums;
 use super::format::{Slot, Storage};
 use super::layout::{ShardLayout, layout};
 use super::naming::Naming;
-use super::space::{check_space, reserve, start_writing};
+use super::space::check_space;
 use super::staging::{RANKS, Staging, sync_directory, write_new};
 use super::target::{Parents, check_target, places};
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
+use crate::platform;
 
 /// What to write, and where.
 #[derive(Debug, Clone, Copy)]
@@ -55,11 +56,12 @@ pub struct RankShare<'a> {
 pub struct Writer {
     target: PathBuf,
     naming: Naming,
+    /// Before the directory, as some systems neither remove nor rename one in which a file is open.
+    files: Vec<(PathBuf, File)>,
     staging: Staging,
     storage: Storage,
     overwrite: bool,
     parents: Parents,
-    files: Vec<(PathBuf, File)>,
     /// Names of the side files.
     side_files: Vec<String>,
     /// The file number and the byte offset of each slot.
@@ -132,11 +134,11 @@ impl Writer {
         let mut writer = Self {
             target,
             naming,
+            files: Vec::with_capacity(shards.len()),
             staging,
             storage,
             overwrite: spec.overwrite,
             parents,
-            files: Vec::with_capacity(shards.len()),
             side_files: side_files.iter().map(|(name, _)| name.clone()).collect(),
             // A process that joins has only its own files open.
             places: slot_places(&shards, &own, join),
@@ -201,9 +203,9 @@ impl Writer {
         })?;
         let (path, file) = &self.files[file];
         let position = start + offset as u64;
-        file.write_all_at(bytes, position)
+        platform::write_all_at(file, bytes, position)
             .map_err(|error| self.failed(path, "write the output", error))?;
-        start_writing(file, position, bytes.len());
+        platform::start_writing(file, position, bytes.len());
         if let Some(checksums) = self.checksums.get(slot) {
             checksums.take(offset, bytes);
         }
@@ -251,7 +253,9 @@ impl Writer {
         write_new(&path, description.as_ref())
             .map_err(|error| self.failed(&path, "write the description", error))?;
         sync_directory(&self.staging.path)?;
-        let shards = self.files.iter().filter_map(|(path, _)| path.file_name());
+        let shards: Vec<PathBuf> =
+            mem::take(&mut self.files).into_iter().map(|(path, _)| path).collect();
+        let shards = shards.iter().filter_map(|path| path.file_name());
         let side_files = self.side_files.iter().map(OsStr::new);
         let last = [index.as_ref(), description_name.as_ref()];
         let names: Vec<&OsStr> = shards.chain(side_files).chain(last).collect();
@@ -307,8 +311,9 @@ fn allocate(
         .create_new(true)
         .open(path)
         .map_err(|error| ("create the file", error))?;
-    reserve(&file, shard.nbytes()).map_err(|error| ("reserve space for the output", error))?;
-    file.write_all_at(&shard.header, 0).map_err(|error| ("write the header", error))?;
+    platform::reserve(&file, shard.nbytes())
+        .map_err(|error| ("reserve space for the output", error))?;
+    platform::write_all_at(&file, &shard.header, 0).map_err(|error| ("write the header", error))?;
     Ok(file)
 }
 
