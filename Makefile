@@ -10,7 +10,7 @@ OLDEST_TESTS := $(addprefix tests/,alignment/test_families.py alignment/test_ali
 	inject/test_injection_names.py integrations/test_trainer.py) \
 	$(wildcard tests/checkpoints/test_remote_*.py)
 
-.PHONY: demo test test-slow test-pretrained test-stacks fuzz test-oldest test-wheel families parity options docs lint \
+.PHONY: demo test test-slow test-pretrained test-stacks fuzz test-oldest test-wheel release-files families parity options docs lint \
 	bench reproduce reproduce-full format clean
 
 demo: .venv/demo
@@ -49,13 +49,29 @@ build/oldest/installed: .venv/built
 		'datasets==4.0.*' 'fsspec==2025.3.*'
 	touch $@
 
-# The wheel as a user gets it: an environment of its own with its declared dependencies only.
+# A wheel as a user gets it: an environment of its own with its declared dependencies only.
 test-wheel: .venv/built
-	rm -rf build/wheel build/clean
+	rm -rf build/wheel
 	. $(BIN)/activate && maturin build --release --quiet --out build/wheel
+	$(call use,build/wheel/*.whl)
+
+define use
+	rm -rf build/clean
 	$(PYTHON) -m venv build/clean
-	build/clean/bin/python -m pip install --quiet build/wheel/*.whl
+	build/clean/bin/python -m pip install --quiet $(1)
 	cd build/clean && bin/python -I ../../tests/use_wheel.py
+endef
+
+# What .github/workflows/release.yml builds on this machine, in dist: the wheel and the source distribution. On
+# Linux zig links against the C library of 2018, whatever this machine has.
+release-files:
+	rm -rf dist build/release
+	$(PYTHON) -m venv build/release
+	build/release/bin/python -m pip install --quiet 'maturin[zig]>=1.9.4,<2'
+	. build/release/bin/activate && maturin sdist --out dist && maturin build --release --locked --out dist \
+		$(if $(filter Linux,$(shell uname)),--zig --compatibility manylinux_2_28)
+	$(call use,dist/*.whl)
+	$(call use,dist/*.tar.gz)
 
 # One training stack as people install it, in an environment of its own that is removed afterwards: writes its
 # row of docs/stacks.md. Some minutes and up to 8 GB of disk; torch is linked from .venv where it fits.

@@ -15,6 +15,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast, get_origin
 
+from drift_fast import system
 from drift_fast._core import json_memory
 from drift_fast.errors import CheckpointError, DriftError
 from drift_fast.paths import local_path
@@ -165,7 +166,7 @@ def read_regular(path: Path, limit_nbytes: int) -> bytes:
 
 
 def _open_at_once(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
+    return os.open(path, flags | system.AT_ONCE)
 
 
 def read_settings(path: str | os.PathLike[str]) -> Any:

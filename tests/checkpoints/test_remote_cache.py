@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
+from drift_fast import system
 from drift_fast._core import Checkpoint, stream
 from drift_fast.checkpoints.remote import RemoteCheckpoint, default_cache, open_url, sparse
 from drift_fast.errors import CheckpointError
@@ -268,7 +269,7 @@ def test_a_file_system_without_locks_is_named(
     def flock(file: int, operation: int) -> None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
-    monkeypatch.setattr(sparse.fcntl, "flock", flock)
+    monkeypatch.setattr(system.fcntl, "flock", flock)
     with refused(CheckpointError, opened.directory, "not implemented", "DRIFT_FAST_CACHE"):
         opened.fetch({SINGLE: [(1_000_000, 2_000_000)]})
 

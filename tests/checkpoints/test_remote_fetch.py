@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from drift_fast import system
 from drift_fast.checkpoints.remote import RemoteCheckpoint, Transfer, attempts, open_url, sparse
 from drift_fast.errors import CheckpointError
 from support.processes import Child
@@ -411,7 +412,7 @@ def test_a_range_is_listed_only_once_its_bytes_are_on_the_disk(
 ) -> None:
     wanted = (1_000_000, 1_100_000)
     flushed: list[tuple[str, bool]] = []
-    flush = sparse._flush
+    flush = system.flush
 
     def watched(file: int) -> None:
         name = Path(os.readlink(f"/proc/self/fd/{file}")).name
@@ -420,7 +421,7 @@ def test_a_range_is_listed_only_once_its_bytes_are_on_the_disk(
             assert (opened.directory / SINGLE).read_bytes()[slice(*wanted)] == FILE[slice(*wanted)]
         flush(file)
 
-    monkeypatch.setattr(sparse, "_flush", watched)
+    monkeypatch.setattr(system, "flush", watched)
     opened.fetch({SINGLE: [wanted]})
     assert flushed == [(SINGLE, False), (f".{SINGLE}.ranges.json.partial", False)]
     assert has(opened.directory, *wanted)

@@ -173,7 +173,7 @@ def render(stack: Stack, values: Mapping[str, str], tuning: str) -> dict[str, st
     filled = {"title": stack.title, "imports": stack.imports, **values}
     texts = {}
     for name, parts in stack.parts.items():
-        whole = "".join((files(__package__) / "setups" / part).read_text() for part in parts)
+        whole = "".join((files(__package__) / "setups" / part).read_text("utf-8") for part in parts)
         kept = [
             line.removeprefix(f"@{tuning} ")
             for line in whole.splitlines(keepends=True)

@@ -8,7 +8,6 @@ reader takes a hole for zeros, whenever a run ends.
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import logging
 import os
@@ -22,6 +21,7 @@ from pathlib import Path
 
 from msgspec import Struct, json
 
+from drift_fast import system
 from drift_fast.checkpoints.remote.attempts import Stopped
 from drift_fast.checkpoints.remote.client import Range
 from drift_fast.checkpoints.remote.transfer import Identity
@@ -36,8 +36,6 @@ FORMAT_VERSION = 1
 PART_NBYTES = 16 << 20
 # As the reader has it.
 _SIDECAR_LIMIT_NBYTES = 8 << 20
-# macOS has no fdatasync.
-_flush: Callable[[int], None] = getattr(os, "fdatasync", os.fsync)
 
 
 def merged(ranges: Iterable[Range], gap_nbytes: int = 0) -> list[Range]:
@@ -143,10 +141,10 @@ def locked(directory: Path) -> Iterator[None]:
         ) from None
     try:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            system.lock(lock, wait=False)
         except BlockingIOError:
             logger.info("%s: waiting for another process that writes there", directory)
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            system.lock(lock, wait=True)
         except OSError as error:
             raise CheckpointError(
                 f"{path}: cannot be locked ({error.strerror}), and the lock keeps two processes "
@@ -178,7 +176,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     partial = path.with_name(f".{path.name}.partial")
     with _created(partial) as file:
         _write(file, 0, data)
-        _flush(file)
+        system.flush(file)
     partial.replace(path)
 
 
@@ -208,7 +206,7 @@ class SparseShard:
         """Write a new shard that holds only the first bytes, in place of an older one."""
         # An older sidecar is replaced, never removed: a shard without one counts as complete.
         path.unlink(missing_ok=True)
-        _flush_directory(path.parent)
+        system.flush_directory(path.parent)
         shard = cls(path, identity, merged([(0, len(start))]))
         partial = path.with_name(f".{path.name}.partial")
         with _created(partial) as file:
@@ -222,9 +220,9 @@ class SparseShard:
                     "DRIFT_FAST_CACHE to a cache on another disk"
                 ) from error
             _write(file, 0, start)
-            _flush(file)
+            system.flush(file)
         shard._describe()
-        _flush_directory(path.parent)
+        system.flush_directory(path.parent)
         partial.replace(path)
         return shard
 
@@ -245,7 +243,7 @@ class SparseShard:
         def flush() -> None:
             if written:
                 with _naming(self.path):
-                    _flush(file)
+                    system.flush(file)
                 self._extend(written)
                 written.clear()
 
@@ -332,7 +330,7 @@ def _open_regular(path: Path, mode: int) -> int:
         OSError: it cannot be opened; ELOOP for a link.
         CheckpointError: it is something else.
     """
-    file = os.open(path, mode | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
+    file = os.open(path, mode | system.NO_LINK | system.AT_ONCE, 0o600)
     if stat.S_ISREG(os.fstat(file).st_mode):
         return file
     os.close(file)
@@ -344,7 +342,7 @@ def _open_regular(path: Path, mode: int) -> int:
 @contextmanager
 def _created(path: Path) -> Iterator[int]:
     path.unlink(missing_ok=True)
-    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | system.NO_LINK | system.OPEN, 0o600)
     try:
         with _naming(path):
             yield file
@@ -363,21 +361,8 @@ def _naming(path: Path) -> Iterator[None]:
         raise
 
 
-def _flush_directory(directory: Path) -> None:
-    """Make renames and removals durable before what follows, in case the power fails."""
-    file = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(file)
-    except OSError as error:
-        # Some network file systems order renames but do not have this call.
-        if error.errno not in {errno.EINVAL, errno.ENOTSUP}:
-            raise
-    finally:
-        os.close(file)
-
-
 def _write(file: int, offset: int, data: bytes) -> None:
     view = memoryview(data)
     while view:
-        count = os.pwrite(file, view, offset)
+        count = system.write_at(file, offset, view)
         view, offset = view[count:], offset + count

@@ -56,5 +56,5 @@ def free_host_memory() -> int | None:
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, IndexError):
+    except (AttributeError, ValueError, OSError, IndexError):
         return None
