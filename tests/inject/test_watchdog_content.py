@@ -468,6 +468,54 @@ def test_backward_after_the_injection_is_stopped(
 
 
 @EITHER_ZERO
+def test_a_call_after_each_micro_batch_is_refused_before_it_injects_twice(
+    model: Backbone, delta: drift_fast.Delta, set_to_none: bool
+) -> None:
+    optimizer = sgd(model)
+    injection = drift_fast.Injection(model, delta)
+    for _ in range(2):
+        backward(model, 1)
+        injection.step()
+        # One more, and several more, that add to what is injected.
+        for seeds in [(2,), (3, 4)]:
+            for seed in seeds:
+                backward(model, seed)
+            before = gradients_of(model)
+            with pytest.raises(drift_fast.DriftError, match="Δ would be in it twice"):
+                injection.step()
+            assert all(torch.equal(found, before[n]) for n, found in gradients_of(model).items())
+        # The remedy, followed: what is left out is cleared.
+        optimizer.zero_grad(set_to_none=set_to_none)
+        backward(model, 1)
+        backward(model, 2)
+        plain = gradients_of(model)
+        injection.step()
+        assert_injected_once(model, delta, plain)
+        optimizer.step()
+        # Without clearing: what an optimizer has used is the user's to keep.
+        backward(model, 5)
+        injection.step()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=set_to_none)
+
+
+@EITHER_ZERO
+def test_a_step_that_is_left_out_after_clipping_is_injected_anew(
+    model: Backbone, delta: drift_fast.Delta, set_to_none: bool
+) -> None:
+    optimizer = sgd(model)
+    injection = drift_fast.Injection(model, delta, optimizer=optimizer)
+    for step in range(3):
+        backward(model, step)
+        plain = gradients_of(model)
+        injection.step()
+        assert_injected_once(model, delta, plain)
+        by_norm(model)
+        optimizer.zero_grad(set_to_none=set_to_none)
+    assert injection.steps == 3
+
+
+@EITHER_ZERO
 def test_an_injection_before_the_last_micro_batch_is_stopped(
     model: Backbone, delta: drift_fast.Delta, set_to_none: bool
 ) -> None:

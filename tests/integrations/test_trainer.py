@@ -497,6 +497,47 @@ def test_a_second_attachment_is_refused(
     drift_fast.attach(trainer, delta).remove()
 
 
+def in_two_backward_passes(trainer: Any) -> None:
+    """Replace `training_step` on the instance, as libraries do that bound the tokens of a pass."""
+    original = trainer.training_step
+
+    def training_step(model: torch.nn.Module, inputs: dict[str, Any], *more: Any) -> Any:
+        halves = [{key: values[at : at + 1] for key, values in inputs.items()} for at in (0, 1)]
+        return sum(original(model, half, *more) for half in halves)
+
+    trainer.training_step = training_step
+
+
+def test_a_batch_that_another_wrapper_splits_is_injected_once(
+    tmp_path: Path, build: Callable[[], torch.nn.Module], delta: drift_fast.Delta
+) -> None:
+    arguments = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.0}
+    (plain, *_) = gradients_the_optimizer_sees(
+        build(), tmp_path, in_two_backward_passes, **arguments
+    )
+
+    def attach(trainer: Any) -> None:
+        in_two_backward_passes(trainer)
+        drift_fast.attach(trainer, delta)
+
+    model = build()
+    (found, *_) = gradients_the_optimizer_sees(model, tmp_path, attach, **arguments)
+    for name, change in deltas_by_parameter(model, delta).items():
+        expected = reference.inject(plain[name], change, alpha=1.0, scale="adaptive")
+        error = reference.norm(reference.exact(found[name]) - expected)
+        assert error <= 2e-5 * reference.norm(expected), name
+
+
+def test_a_wrapper_that_splits_batches_around_the_injection_is_stopped(
+    tmp_path: Path, build: Callable[[], torch.nn.Module], delta: drift_fast.Delta
+) -> None:
+    trainer = make_trainer(build(), tmp_path)
+    drift_fast.attach(trainer, delta)
+    in_two_backward_passes(trainer)
+    with pytest.raises(drift_fast.DriftError, match="Δ would be in it twice"):
+        trainer.train()
+
+
 def test_training_stops_when_something_undoes_the_injection(
     tmp_path: Path, build: Callable[[], torch.nn.Module], delta: drift_fast.Delta
 ) -> None:

@@ -144,3 +144,10 @@ class StepScope(Scope):
                 "step() was called twice without a backward pass or an optimizer step between: "
                 "call it once, when the gradient is fully accumulated, just before clipping"
             )
+        if self.watchdog.holds_injected_and_plain():
+            raise DriftError(
+                "step() was called again after a backward pass added to a gradient that is "
+                "injected already, so Δ would be in it twice: call step() once for each optimizer "
+                "step, after the last micro-batch, or attach to a trainer after what splits its "
+                "batches; where an optimizer step is left out, call zero_grad()"
+            )

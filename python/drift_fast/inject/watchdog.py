@@ -6,6 +6,8 @@ what was injected. What counts is the content of a gradient, not calls:
 * A backward pass that writes to a gradient makes it plain, whatever was injected into it before.
   Hooks note that. Without one it is noticed where the gradient is another tensor.
 * Clipping, unscaling or moving changes an injected gradient and leaves it injected.
+* An injected gradient to which a backward pass was added holds the injection already. It is told
+  from one that was cleared in place by the number of changes that its tensor counts.
 * After an optimizer's step the same tensor may be used again, by an optimizer inside another, or
   zeroed and used before the next backward pass: it holds nothing that was not injected. Another
   tensor in its place is plain.
@@ -94,6 +96,8 @@ class Watchdog:
         self._skip_of: dict[int, Any] = {}
         # Backward passes add to the first set, from threads of their own.
         self._written: set[int] = set()
+        # And to the second where nothing had cleared an injected gradient before.
+        self._added: set[int] = set()
         self._has_hook: set[int] = set()
         self._was_heard: set[int] = set()
         self.handles: list[Any] = []
@@ -111,6 +115,7 @@ class Watchdog:
         if self._stepped:
             self.begin(0)
         self._settle()
+        self._added.clear()
         for parameter in parameters:
             at = self._place[id(parameter)]
             self._content[at] = _Content.INJECTED
@@ -197,6 +202,11 @@ class Watchdog:
             self._is_marked(gradient) for at in present for gradient in self._gradients(at)
         )
 
+    def holds_injected_and_plain(self) -> bool:
+        """Whether a backward pass added to injected gradients that nothing has used or cleared."""
+        self._settle()
+        return any(self._content[at] is _Content.ADDED_TO for at in self._added)
+
     def injected(self) -> int:
         """Return how many targets were injected; waits for the device."""
         return len(self._current) - self._counted()
@@ -218,7 +228,7 @@ class Watchdog:
                 places.setdefault(id(tensor), (tensor, []))[1].append(at)
         for tensor, those in places.values():
             self._has_hook.update(those)
-            hook = _noter(self._written, those)
+            hook = _noter(self._written, self._added, self._claim.token, those)
             self.handles.append(tensor.register_post_accumulate_grad_hook(hook))
 
     def _settle(self) -> None:
@@ -235,7 +245,7 @@ class Watchdog:
 
     def _mark(self, at: int) -> None:
         for gradient in self._gradients(at):
-            setattr(gradient, _MARK, (self._claim.token, gradient._version))
+            setattr(gradient, _MARK, (self._claim.token, _changes(gradient)))
 
     def _is_marked(self, gradient: torch.Tensor) -> bool:
         return bool(getattr(gradient, _MARK, (None,))[0] == self._claim.token)
@@ -252,7 +262,7 @@ class Watchdog:
             return True
         # Where no backward pass is ever heard, gradients may be written by hand.
         unheard = content is _Content.USED and at not in self._was_heard
-        return unheard and any(getattr(g, _MARK)[1] != g._version for g in gradients)
+        return unheard and any(getattr(g, _MARK)[1] != _changes(g) for g in gradients)
 
     def _use(self, places: Iterable[int]) -> None:
         for at in places:
@@ -345,8 +355,24 @@ class Watchdog:
         )
 
 
-def _noter(written: set[int], places: Sequence[int]) -> Callable[[Any], None]:
-    def note(_: Any) -> None:
+def _noter(
+    written: set[int], added: set[int], token: str, places: Sequence[int]
+) -> Callable[[Any], None]:
+    def note(tensor: Any) -> None:
         written.update(places)
+        gradient = tensor.grad
+        added.difference_update(places)
+        if gradient is None:
+            return
+        # Accumulation is one change. Where there are more, the gradient was cleared before.
+        changes = _changes(gradient)
+        if getattr(gradient, _MARK, None) == (token, changes - 1):
+            added.update(places)
+            setattr(gradient, _MARK, (token, changes))
 
     return note
+
+
+def _changes(gradient: Any) -> int:
+    """Return how often a gradient was changed in place; FSDP2 accumulates into the local part."""
+    return int(getattr(gradient, "_local_tensor", gradient)._version)

@@ -378,7 +378,9 @@ def attach_trainer(
         DriftError: the trainer has an injection already, or a way of training is not supported.
         As `Injection`, of what can be known before training starts.
     """
-    if "training_step" in trainer.__dict__:
+    # What another library put there stays inside: it may run several backward passes in one call.
+    wrapped = getattr(trainer.__dict__.get("training_step"), "__self__", None)
+    if isinstance(wrapped, TrainerInjection):
         raise DriftError(
             "this trainer's training_step is wrapped already; remove() the injection there first"
         )
