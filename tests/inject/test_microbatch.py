@@ -347,3 +347,62 @@ def test_a_model_under_the_first_fsdp_is_refused(tmp_path: Path) -> None:
     delta = delta_towards(tmp_path, model)
     wrapped = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
     assert_refused(wrapped, delta, "FSDP1")
+
+
+class Tiled(torch.autograd.Function):
+    """A layer that runs tile by tile, forward and backward, as Liger's and DeepSpeed's do."""
+
+    @staticmethod
+    def forward(ctx: Any, layer: Any, hidden: torch.Tensor, tiles: int) -> torch.Tensor:
+        ctx.layer, ctx.tiles = layer, tiles
+        ctx.save_for_backward(hidden)
+        with torch.no_grad():
+            return torch.cat([layer(part) for part in hidden.chunk(tiles)])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        (hidden,) = ctx.saved_tensors
+        parts = [part.detach().requires_grad_() for part in hidden.chunk(ctx.tiles)]
+        for part, gradient in zip(parts, gradients[0].chunk(ctx.tiles), strict=True):
+            with torch.enable_grad():
+                found = ctx.layer(part)
+            torch.autograd.backward(found, gradient)
+        return None, torch.cat([part.grad for part in parts]), None
+
+
+def tiled(model: Backbone, tiles: int) -> Backbone:
+    for layer in model.model.layers:
+        plain = layer.mlp.forward
+        layer.mlp.forward = lambda hidden, plain=plain: Tiled.apply(plain, hidden, tiles)  # type: ignore[no-untyped-call]
+    return model
+
+
+def test_a_gradient_that_comes_in_tiles_is_refused(tmp_path: Path) -> None:
+    delta = delta_towards(tmp_path, Backbone())
+    model = tiled(Backbone(), 2)
+    injection = drift_fast.Injection(model, delta, scope="microbatch")
+    with pytest.raises(drift_fast.DriftError, match="comes in parts within one backward pass"):
+        regression_loss(model, regression_batch()).backward()
+    injection.remove()
+    # The remedy, followed.
+    model.zero_grad()
+    injection = drift_fast.Injection(model, delta, scale="gradnorm")
+    regression_loss(model, regression_batch()).backward()
+    injection.step()
+    plain = plain_gradients(model, regression_batch())
+    for name in delta:
+        expected = reference.inject(plain[name], delta[name], alpha=1.0, scale="gradnorm")
+        assert_close(gradients_of(model)[name], expected, 1e-5, name)
+
+
+def test_a_layer_that_runs_as_one_tile_is_injected_once_in_each_micro_batch(tmp_path: Path) -> None:
+    delta = delta_towards(tmp_path, Backbone())
+    model = tiled(Backbone(), 1)
+    drift_fast.Injection(model, delta, scale="gradnorm", scope="microbatch")
+    plain = [plain_gradients(model, batch) for batch in micro_batches(3)]
+    for batch in micro_batches(3):
+        regression_loss(model, batch).backward()
+    for name, change in delta.items():
+        options: dict[str, Any] = {"alpha": 1.0, "scale": "gradnorm"}
+        expected = sum(reference.public_inject(each[name], change, **options) for each in plain)
+        assert_close(gradients_of(model)[name], expected, 1e-5, name)

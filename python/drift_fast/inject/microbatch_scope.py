@@ -1,7 +1,13 @@
-"""The scope "microbatch": a hook injects into the gradient of every backward pass."""
+"""The scope "microbatch": a hook injects into the gradient of every backward pass.
+
+Owns also the refusal of gradients that arrive in parts within one pass, each of which would be
+injected: tiled layers, as Liger's and DeepSpeed's, run one backward pass for each tile inside
+that of the model.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 
 import torch
@@ -22,6 +28,8 @@ class MicrobatchScope(Scope):
         # One step's pushes serve all of its backward passes.
         self._current: list[Push] | None = None
         self._stepped = False
+        # By name, the backward pass (torch: graph task) in which a target was last injected.
+        self._passes: dict[str, int] = {}
         for group in groups:
             for at, target in enumerate(group.targets):
                 hook = self._hook(group, at)
@@ -50,11 +58,20 @@ class MicrobatchScope(Scope):
 
     def _hook(self, group: TargetGroup, at: int) -> Callable[[torch.Tensor], torch.Tensor | None]:
         which = list(self.groups).index(group)
-        parameter = group.targets[at].parameter
+        parameter, name = group.targets[at].parameter, group.targets[at].name
 
         @torch.no_grad()
         def hook(gradient: torch.Tensor) -> torch.Tensor | None:
             self._stepped = False
+            current = torch._C._current_graph_task_id()
+            # Between two passes that are checkpoints of one layer, that of the model began.
+            if self._passes.get(name) == current - 1 and _runs_inside_another():
+                raise DriftError(
+                    f"the gradient of {name} comes in parts within one backward pass, as tiled "
+                    'layers give it, and scope="microbatch" would inject into each: attach with '
+                    'scope="step"'
+                )
+            self._passes[name] = current
             if self._current is None:
                 self._current = self.pushes.begin()
             if not self._current:
@@ -68,3 +85,17 @@ class MicrobatchScope(Scope):
             return injected
 
         return hook
+
+
+def _runs_inside_another() -> bool:
+    """Whether this backward pass was started by the backward of a custom autograd function."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if frame.f_code is _BACKWARD:
+            return True
+    return False
+
+
+# What autograd calls for a torch.autograd.Function in Python.
+_BACKWARD = torch.autograd.function.BackwardCFunction.apply.__code__
