@@ -400,6 +400,31 @@ def test_a_closure_without_an_injection_is_stopped(
     assert all(torch.equal(found, start[name]) for name, found in weights_of(model).items())
 
 
+def test_an_optimizer_does_not_inject_by_itself_what_a_cuda_graph_replays(
+    model: Backbone, delta: drift_fast.Delta, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    optimizer = sgd(model)
+    injection = drift_fast.attach(optimizer, delta, model=model)
+    # As on a GPU while torch.cuda.graph captures; its replays run no hook.
+    monkeypatch.setattr("drift_fast.inject.watchdog._is_captured", lambda tensor: True)
+    backward(model)
+    with pytest.raises(drift_fast.DriftError, match="captured into a CUDA graph"):
+        optimizer.step()
+    injection.remove()
+    # The remedy, followed: replays write into the same tensors, and nothing hears of it.
+    injection = drift_fast.Injection(model, delta)
+    backward(model)
+    for step in range(2):
+        if step:
+            for parameter in model.parameters():
+                assert parameter.grad is not None
+                parameter.grad.data.normal_()
+        plain = gradients_of(model)
+        injection.step()
+        assert_injected_once(model, delta, plain)
+        optimizer.step()
+
+
 def test_a_closure_that_only_returns_the_loss_is_served(
     model: Backbone, delta: drift_fast.Delta
 ) -> None:

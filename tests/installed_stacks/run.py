@@ -189,7 +189,8 @@ def main() -> int:
                 failed, found[name] = True, "**failed**"
                 print(f"{name}: {error}", file=sys.stderr)
             print(f"{given.stack} {name}: {found[name]}", flush=True)
-    write_row(given.stack, versions(python, given.stack), found)
+            # At once: a stack takes long enough to be interrupted.
+            write_row(given.stack, versions(python, given.stack), found)
     if not given.keep:
         shutil.rmtree(BUILD / given.stack)
     return int(failed)

@@ -497,6 +497,33 @@ def test_a_second_attachment_is_refused(
     drift_fast.attach(trainer, delta).remove()
 
 
+def in_one_row(trainer: Any) -> None:
+    """Let a micro-batch be one row without padding, in which positions start anew."""
+    rows = [{key: values.tolist() for key, values in row.items()} for row in trainer.train_dataset]
+    trainer.train_dataset = [
+        {key: row[key][: 3 + at % 5] for key in row} for at, row in enumerate(rows)
+    ]
+    trainer.data_collator = transformers.DataCollatorWithFlattening()
+
+
+def test_rows_without_padding_are_injected_as_they_are(
+    tmp_path: Path, build: Callable[[], torch.nn.Module], delta: drift_fast.Delta
+) -> None:
+    arguments = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.0}
+    (plain, *_) = gradients_the_optimizer_sees(build(), tmp_path, in_one_row, **arguments)
+
+    def attach(trainer: Any) -> None:
+        in_one_row(trainer)
+        drift_fast.attach(trainer, delta)
+
+    model = build()
+    (found, *_) = gradients_the_optimizer_sees(model, tmp_path, attach, **arguments)
+    for name, change in deltas_by_parameter(model, delta).items():
+        expected = reference.inject(plain[name], change, alpha=1.0, scale="adaptive")
+        error = reference.norm(reference.exact(found[name]) - expected)
+        assert error <= 2e-5 * reference.norm(expected), name
+
+
 def in_two_backward_passes(trainer: Any) -> None:
     """Replace `training_step` on the instance, as libraries do that bound the tokens of a pass."""
     original = trainer.training_step

@@ -116,9 +116,19 @@ def delta(tmp_path_factory: pytest.TempPathFactory, start: torch.nn.Module) -> d
         {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
         {"gradient_checkpointing": True},
         {"packing": True, "max_length": 16, "packing_strategy": "wrapped"},
+        {"packing": True, "max_length": 16, "packing_strategy": "bfd"},
+        {"padding_free": True, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4},
         {"loss_type": "nll", "bf16": True},
     ],
-    ids=["one batch", "accumulation", "checkpointing", "packing", "bf16"],
+    ids=[
+        "one batch",
+        "accumulation",
+        "checkpointing",
+        "packing",
+        "packing of whole samples",
+        "padding-free",
+        "bf16",
+    ],
 )
 @pytest.mark.parametrize("scale", reference.SCALES)
 def test_the_optimizer_uses_the_accumulated_gradient_injected_then_clipped(

@@ -41,7 +41,11 @@ class Scope(ABC):
         """
 
     def would_use_plain(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Whether an optimizer holds a target whose gradient was not injected."""
+        """Whether an optimizer holds a target whose gradient was not injected.
+
+        Raises:
+            DriftError: that cannot be known.
+        """
         return self.watchdog.would_use_plain(optimizer)
 
     @contextlib.contextmanager

@@ -98,6 +98,8 @@ class Watchdog:
         self._written: set[int] = set()
         # And to the second where nothing had cleared an injected gradient before.
         self._added: set[int] = set()
+        # And to the third where they were captured into a CUDA graph.
+        self._captured: set[int] = set()
         self._has_hook: set[int] = set()
         self._was_heard: set[int] = set()
         self.handles: list[Any] = []
@@ -186,9 +188,20 @@ class Watchdog:
         return True
 
     def would_use_plain(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Whether an optimizer holds a target whose gradient was not injected."""
+        """Whether an optimizer holds a target whose gradient was not injected.
+
+        Raises:
+            DriftError: that cannot be known.
+        """
         self._settle()
-        return any(self._is_plain(at) for at in self._held_by(optimizer))
+        held = self._held_by(optimizer)
+        if self._captured.intersection(held):
+            raise DriftError(
+                "the backward pass was captured into a CUDA graph, whose replays write gradients "
+                "unseen, so that an optimizer that injects by itself would leave them plain: call "
+                "Injection(model, delta, …).step() after each replay, or train without the graph"
+            )
+        return any(self._is_plain(at) for at in held)
 
     def holds_unused(self) -> bool:
         """Whether an injection has happened that no optimizer has used, and all is as it was."""
@@ -228,8 +241,29 @@ class Watchdog:
                 places.setdefault(id(tensor), (tensor, []))[1].append(at)
         for tensor, those in places.values():
             self._has_hook.update(those)
-            hook = _noter(self._written, self._added, self._claim.token, those)
+            hook = self._noter(those)
             self.handles.append(tensor.register_post_accumulate_grad_hook(hook))
+
+    def _noter(self, places: Sequence[int]) -> Callable[[Any], None]:
+        # A hook keeps these alive, and not the watchdog.
+        written, added, captured = self._written, self._added, self._captured
+        token = self._claim.token
+
+        def note(tensor: Any) -> None:
+            written.update(places)
+            added.difference_update(places)
+            if _is_captured(tensor):
+                captured.update(places)
+            gradient = tensor.grad
+            if gradient is None:
+                return
+            # Accumulation is one change. Where there are more, the gradient was cleared before.
+            changes = _changes(gradient)
+            if getattr(gradient, _MARK, None) == (token, changes - 1):
+                added.update(places)
+                setattr(gradient, _MARK, (token, changes))
+
+        return note
 
     def _settle(self) -> None:
         """Take account of what backward passes have written since the last call."""
@@ -355,24 +389,11 @@ class Watchdog:
         )
 
 
-def _noter(
-    written: set[int], added: set[int], token: str, places: Sequence[int]
-) -> Callable[[Any], None]:
-    def note(tensor: Any) -> None:
-        written.update(places)
-        gradient = tensor.grad
-        added.difference_update(places)
-        if gradient is None:
-            return
-        # Accumulation is one change. Where there are more, the gradient was cleared before.
-        changes = _changes(gradient)
-        if getattr(gradient, _MARK, None) == (token, changes - 1):
-            added.update(places)
-            setattr(gradient, _MARK, (token, changes))
-
-    return note
-
-
 def _changes(gradient: Any) -> int:
     """Return how often a gradient was changed in place; FSDP2 accumulates into the local part."""
     return int(getattr(gradient, "_local_tensor", gradient)._version)
+
+
+def _is_captured(tensor: torch.Tensor) -> bool:
+    """Whether what is done to a tensor now is captured into a CUDA graph, and not heard again."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
