@@ -35,7 +35,8 @@ HEAVY = (
     "cuda",
 )
 ALWAYS = ("msgspec", "rich", "numpy", "safetensors", "pyyaml", "pillow")
-LIMIT = 600
+# Only against a run that hangs: on a busy machine one took more than ten minutes.
+LIMIT = 3600
 
 
 def install(stack: str, torch_from: Path | None) -> Path:
