@@ -10,6 +10,7 @@ import json
 import os
 import re
 import stat
+from collections.abc import Iterable
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -299,3 +300,21 @@ def printable(text: str, limit: int) -> str:
     """Return text for a terminal: control characters spelled out, cut at `limit`."""
     spelled = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return spelled if len(spelled) <= limit else spelled[: limit - 1] + "…"
+
+
+# Characters that move a terminal's cursor, begin its commands, or turn the direction of text.
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+
+
+def refuse_control_characters(names: Iterable[str], place: object) -> None:
+    """Refuse names that would change what a terminal or a page shows.
+
+    Raises:
+        CheckpointError: such a name.
+    """
+    for name in names:
+        if _CONTROL.search(name):
+            raise CheckpointError(
+                f"{place}: a tensor's name has control characters, {printable(name, 120)}, which "
+                "no model has; write the file again without them"
+            )

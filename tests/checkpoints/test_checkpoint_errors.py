@@ -978,3 +978,14 @@ def test_any_bits_in_the_tensors_give_a_delta_or_a_count_of_what_is_not_finite(
         if nonfinite:
             with pytest.raises(NonFiniteError):
                 inspect(*paths)
+
+
+@pytest.mark.parametrize("hidden", ["\x1b]0;title\x07", "\nverdict: the models fit", "\u202e"])
+def test_a_name_that_a_terminal_would_obey_is_refused_and_spelled_out(
+    tmp_path: Path, hidden: str
+) -> None:
+    name = f"model.layers.0.self_attn.q_proj.weight{hidden}"
+    path = write_checkpoint(tmp_path / "model", {name: stored([1.0, 2.0])})
+    with pytest.raises(CheckpointError, match="control characters") as found:
+        inspect(path, path)
+    assert str(found.value).isprintable()

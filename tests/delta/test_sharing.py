@@ -534,6 +534,24 @@ def test_a_delta_of_the_hub_that_was_downloaded_whole_opens_offline(hub: Hub, de
     assert not hub.server.requests
 
 
+def test_a_snapshot_without_its_description_is_completed_from_the_hub(
+    hub: Hub, delta: Path
+) -> None:
+    hub.succeed(("push", delta, REPO))
+    names = [path.name for path in delta.iterdir() if path.name != "drift.json"]
+    some = (
+        "import sys, huggingface_hub\n"
+        "for name in sys.argv[2:]: huggingface_hub.hf_hub_download(sys.argv[1], name)"
+    )
+    python(some, REPO, *names, env=hub.variables())
+    hub.read(REPO)
+
+
+def test_a_path_of_python_is_never_taken_for_a_hub_id() -> None:
+    with pytest.raises(FileNotFoundError, match="no such file or directory"):
+        Delta.open(Path(REPO))
+
+
 def test_a_push_without_the_right_to_write_sends_nothing(hub: Hub, delta: Path) -> None:
     (said,) = hub.refuse(("push", delta, REPO), HF_TOKEN="")
     assert "there is no token" in said

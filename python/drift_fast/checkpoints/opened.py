@@ -16,6 +16,7 @@ from drift_fast.checkpoints.diagnosis import explain
 from drift_fast.checkpoints.place import Place
 from drift_fast.checkpoints.source import Source, resolve
 from drift_fast.checkpoints.unloaded import find_unloaded
+from drift_fast.config_files import refuse_control_characters
 from drift_fast.errors import DriftWarning
 from drift_fast.shapes import Shape
 
@@ -194,6 +195,7 @@ def open_checkpoint(source: PathLike, reader: str = "auto") -> Opened:
     for name, dtype, shape in checkpoint.tensors():
         kind = (dtype, tuple(shape))
         tensors[name] = kinds.setdefault(kind, kind)
+    refuse_control_characters(tensors, found)
     scales = {name: scale for name, scale, _ in codes if scale in tensors}
     held = set(scales.values())
     opened = Opened(

@@ -119,11 +119,14 @@ def resolve(source: str | os.PathLike[str], index: str = INDEX) -> Source:
     if path.is_symlink():
         raise FileNotFoundError(f"{path}: a link to {path.readlink()}, which is not there")
     found = hub_id(text)
-    if found is None:
+    # What is given as a path of Python is meant as one; a text may be either.
+    if found is None or (index != INDEX and isinstance(source, os.PathLike)):
         raise FileNotFoundError(
             f"{text}: no such file or directory, and neither a Hub id of the form org/name "
             "nor an http(s) URL"
         )
+    if path.parent.is_dir():
+        logger.warning("%s is no path here, so the Hub is asked for it", text)
     return _from_hub(*found, index)
 
 
@@ -162,7 +165,8 @@ def _whole_snapshot(repo: str, revision: str | None, index: str) -> Path | None:
         Checkpoint(snapshot if index == INDEX else snapshot / index)
     except (CheckpointError, FileNotFoundError):
         return None
-    return snapshot
+    # A delta is whole with its description.
+    return snapshot if index == INDEX or (snapshot / "drift.json").exists() else None
 
 
 def _snapshot(repo: str, revision: str | None) -> Path:

@@ -45,7 +45,7 @@ _NARROW = 16
 def show(*blocks: Block, file: TextIO | None = None) -> None:
     """Print texts and tables, with an empty line between them."""
     stream = file or sys.stdout
-    if not (stream.isatty() or os.environ.get("FORCE_COLOR")):
+    if not (stream.isatty() or os.environ.get("FORCE_COLOR", "0") not in ("", "0")):
         print("\n\n".join(map(str, blocks)), file=stream)
         return
     # Loaded here, so that what is read by programs does not wait for it.

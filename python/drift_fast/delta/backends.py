@@ -18,6 +18,7 @@ from drift_fast._core import Checkpoint, DeltaWriter, StoredDelta, load_differen
 from drift_fast.alignment.model_pair import AlignedPair
 from drift_fast.checkpoints.opened import Opened
 from drift_fast.checkpoints.source import Source
+from drift_fast.config_files import refuse_control_characters
 from drift_fast.delta.format import AGAIN, DESCRIPTION, INDEX, stored_names
 from drift_fast.delta.options import StreamOptions
 from drift_fast.delta.protocol import LoadInto, OnLanded, Run
@@ -202,6 +203,7 @@ class Stored:
         self._fetching = threading.Lock()
         self.has_checksums = checksums is not None
         found = {name: (kind, tuple(shape)) for name, kind, shape in self._files.tensors()}
+        refuse_control_characters(found, directory)
         expected = {row.name: (STORED_DTYPES[dtype], row.shape) for row in stats}
         if dtype == "int8":
             expected |= {

@@ -5,11 +5,10 @@ Owns the text. Names and licenses come from files of unknown origin, so they are
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 from drift_fast.checkpoints.source import hub_id
@@ -78,7 +77,8 @@ class Model:
         if self.repo is not None:
             called = f"[{called}](https://huggingface.co/{self.repo})"
         revision = "unknown" if self.revision is None else _code(self.revision)
-        return f"| {self.role} | {called} | {revision} | {self._license()} |"
+        role = self.role if not self.role or self.role.isidentifier() else _code(self.role)
+        return f"| {role} | {called} | {revision} | {self._license()} |"
 
     def _license(self) -> str:
         named = self.stated.get("license")
@@ -96,7 +96,7 @@ def models_of(sources: Any, role: str = "") -> Iterator[Model]:
         is_of_hub = hub_id(repo) == (repo, None)
         revision = sources.get("revision")
         yield Model(
-            printable(role, 40),
+            role,
             Path(sources["path"]),
             repo if is_of_hub else None,
             str(revision) if is_of_hub and revision is not None else None,
@@ -116,7 +116,11 @@ def published(value: Any) -> Any:
         return {key: published(part) for key, part in value.items()}
     if isinstance(value, list):
         return [published(part) for part in value]
-    return Path(value).name if isinstance(value, str) and os.path.isabs(value) else value
+    if not isinstance(value, str):
+        return value
+    # Another system may have written it.
+    kinds = (PurePosixPath(value), PureWindowsPath(value))
+    return next((path.name for path in kinds if path.is_absolute()), value)
 
 
 def read_card(path: Path) -> dict[str, Any]:
@@ -155,7 +159,8 @@ def write_card(
         place=place,
         models="\n".join(dict.fromkeys(model.row() for model in models)),
         facts="\n".join(f"- {fact}" for fact in _facts(delta, version)),
-        statistics=table,
+        # A name must not end the block of code.
+        statistics=str(table).replace("`", "'"),
     )
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n{text}"))
 

@@ -149,5 +149,6 @@ class StepScope(Scope):
                 "step() was called again after a backward pass added to a gradient that is "
                 "injected already, so Δ would be in it twice: call step() once for each optimizer "
                 "step, after the last micro-batch, or attach to a trainer after what splits its "
-                "batches; where an optimizer step is left out, call zero_grad()"
+                "batches; where an optimizer step is left out, call zero_grad(); for optimizers "
+                "that step at different times make an Injection each, with modules=…"
             )
