@@ -261,6 +261,7 @@ class SetupKeywords(SelectionKeywords, total=False):
 
     tuning: str | None
     gpu_memory: int | str | None
+    learning_rate: float | None
     data: str
     delta: str
     overwrite: bool

@@ -75,6 +75,11 @@ def test_every_verb_ends_with_the_next_step(
         (["inspect", *both], delta),
         (["delta", *both, "--out", "delta"], attach),
         (["plan", *both, "--steps", "3"], f"next: drift-fast setup trainer {' '.join(both)}"),
+        (
+            ["plan", *both, "--steps", "3", "--delta", "delta", "--learning-rate", "1e-5"],
+            f"next: drift-fast setup trainer {' '.join(both)} "
+            "--delta delta --learning-rate 1e-05 --out run",
+        ),
         (["setup", "trl", *both, "--out", "run"], "next: python train.py"),
         (
             ["merge", "linear", *both, "-o", "merged", "--weight", "0.5", "--modules", "attn"],

@@ -93,6 +93,54 @@ def test_what_is_asked_of_the_pair_is_in_the_file_and_in_the_command(
     assert command in text
 
 
+def test_a_delta_that_was_given_is_named_in_full_and_not_computed_again(
+    pair: Pair, tmp_path: Path
+) -> None:
+    yaml = pytest.importorskip("yaml")
+    succeeds("delta", pair.reasoning, pair.multimodal, "--out", "mine", cwd=tmp_path)
+    words = ("setup", "llamafactory", pair.reasoning, pair.multimodal, "--out", "run")
+    said = succeeds(*words, "--delta", "mine", cwd=tmp_path).stdout
+    text = (tmp_path / "run" / "train.yaml").read_text(encoding="utf-8")
+    assert yaml.safe_load(text)["drift_fast"]["delta"] == str((tmp_path / "mine").resolve())
+    assert f"# Δ: {(tmp_path / 'mine').resolve()}\n" in text
+    assert said.splitlines() == ["next: cd run", f"next: {STACKS['llamafactory'].run}"]
+    assert "drift-fast delta" not in text
+
+    said = succeeds(*words, "--delta", "other", "--overwrite", cwd=tmp_path).stdout
+    assert f"{pair.multimodal.resolve()} --out other" in said.splitlines()[1]
+
+
+def test_a_delta_of_the_default_name_that_nobody_gave_is_not_taken_for_the_pairs(
+    pair: Pair, tmp_path: Path
+) -> None:
+    succeeds("delta", pair.reasoning, pair.multimodal, "--out", "delta", cwd=tmp_path)
+    said = succeeds("setup", "trl", pair.reasoning, pair.multimodal, "--out", "r", cwd=tmp_path)
+    assert "--out delta" in said.stdout
+
+
+@pytest.mark.parametrize("stack", STACKS)
+def test_every_file_names_the_learning_rate_that_was_given(stack: str) -> None:
+    assert "2.5e-5" in "".join(texts_of(stack, learning_rate=2.5e-5).values())
+
+
+def test_a_learning_rate_is_a_number_in_yaml_and_the_papers_is_remarked_on(pair: Pair) -> None:
+    yaml = pytest.importorskip("yaml")
+    words = ("setup", "axolotl", pair.reasoning, pair.multimodal)
+    given = succeeds(*words, "--learning-rate", "1e-5")
+    assert yaml.safe_load(given.stdout)["learning_rate"] == 1e-5
+    assert "1e-6" not in given.stderr
+    left_out = succeeds(*words)
+    assert yaml.safe_load(left_out.stdout)["learning_rate"] == 1e-6
+    assert "the paper's 1e-6, at which λ may hardly move" in left_out.stderr
+    assert "1e-6" not in succeeds(*words, "--tuning", "lora").stderr
+    for refused in ("0", "-1", "nan", "inf"):
+        assert "above 0" in run(*words, f"--learning-rate={refused}").stderr
+
+
+def test_no_more_gpus_are_launched_than_anybody_spoke_of() -> None:
+    assert STACKS["deepspeed"].run == "deepspeed --num_gpus 1 train.py"
+
+
 def test_the_plan_chooses_adapters_where_whole_weights_do_not_fit(
     pair: Pair, tmp_path: Path
 ) -> None:

@@ -54,5 +54,8 @@ def run(given: argparse.Namespace) -> int:
         show(*found.blocks())
         if found.fits is not False:
             words = ["drift-fast", "setup", "trainer", given.reasoning, given.multimodal]
+            for name in ("delta", "learning_rate"):
+                if name in options:
+                    words += [f"--{name.replace('_', '-')}", str(options[name])]
             next_step(shlex.join([*words, "--out", "run"]))
     return 1 if found.fits is False else 0

@@ -14,6 +14,8 @@ from importlib.resources import files
 from pathlib import Path
 from string import Template
 
+import numpy as np
+
 from drift_fast.alignment.options import SelectionOptions
 from drift_fast.checkpoints.opened import open_checkpoint
 from drift_fast.cli.options import add_options, add_sources, given_flags
@@ -27,8 +29,8 @@ from drift_fast.preflight.check import Preflight, check
 from drift_fast.sizes import parse_size
 
 TUNINGS = ("full", "lora")
-# Adapters of rank 64 take larger steps than whole weights.
-_LEARNING_RATES = {"full": "1.0e-6", "lora": "1.0e-4"}
+# That of the paper; adapters of rank 64 take larger steps than whole weights.
+_LEARNING_RATES = {"full": 1e-6, "lora": 1e-4}
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ STACKS = {
         "DeepSpeed",
         "deepspeed",
         f"import deepspeed\n{_PICTURES}",
-        run="deepspeed --num_gpus 8 train.py",
+        run="deepspeed --num_gpus 1 train.py",
     ),
     "loop": _script("A loop of your own", "loop"),
     "llamafactory": Stack(
@@ -108,6 +110,11 @@ _NAMES = {
 _UNKNOWN = "FILL_IN"
 
 
+def _check_rate(value: float | None) -> None:
+    if value is not None and not 0 < value < float("inf"):
+        raise ValueError(f"learning_rate must be finite and above 0, got {value!r}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class SetupOptions(SelectionOptions):
     """The options of `setup`."""
@@ -124,10 +131,18 @@ class SetupOptions(SelectionOptions):
         check=lambda value: value is None or parse_size(value),
         metavar="SIZE",
     )
+    learning_rate: float | None = option(
+        None,
+        "largest learning rate; 1e-6 by default, as in the paper, and 1e-4 for adapters",
+        check=_check_rate,
+        metavar="X",
+    )
     data: str = option(
         "train.jsonl", "the samples, with messages and images in each row", metavar="FILE"
     )
-    delta: str = option("delta", "the directory of Δ", metavar="DIR")
+    delta: str = option(
+        "delta", "the directory of Δ, which is not computed again if given", metavar="DIR"
+    )
     overwrite: bool = option(False, "replace files of an earlier setup")
 
 
@@ -157,6 +172,11 @@ def run(given: argparse.Namespace) -> int:
         remark(f"`drift-fast check` has {notes} note{'s' if notes > 1 else ''} on this pair")
     stack = STACKS[given.stack]
     values, tuning = _values(given, options, report)
+    if options.learning_rate is None and tuning == "full":
+        remark(
+            "the learning rate is the paper's 1e-6, at which λ may hardly move; "
+            "`drift-fast plan … --learning-rate X` predicts λ, and --learning-rate sets it here"
+        )
     texts = render(stack, values, tuning)
     if given.out is None:
         for name, text in texts.items():
@@ -164,7 +184,7 @@ def run(given: argparse.Namespace) -> int:
         return 0
     _write(local_path(given.out), texts, overwrite=options.overwrite)
     remark(f"wrote {', '.join(texts)} to {given.out}")
-    next_step(shlex.join(["cd", str(given.out)]), values["compute"], stack.run)
+    next_step(*filter(None, (shlex.join(["cd", str(given.out)]), values["compute"], stack.run)))
     return 0
 
 
@@ -189,6 +209,7 @@ def values_for(
     tuning: str,
     *,
     adapted: Collection[str] = (),
+    learning_rate: float | None = None,
     compute: str = "drift-fast delta REASONING MULTIMODAL --out delta",
     **more: str,
 ) -> dict[str, str]:
@@ -198,7 +219,8 @@ def values_for(
         multimodal: the model that trains, a path or a Hub id.
         model_type: that of its config.json.
         adapted: the modules that Δ reaches, which adapters must reach too.
-        compute: the command that computes Δ.
+        learning_rate: the largest; by default that of the tuning.
+        compute: the command that computes Δ, or nothing where Δ is there.
         more: values in the place of the defaults.
     """
     template, swift = _NAMES.get(model_type or "", (_UNKNOWN, _UNKNOWN))
@@ -208,9 +230,13 @@ def values_for(
         "llamafactory_template": template,
         "swift_type": swift,
         "axolotl_template": template,
-        "learning_rate": _LEARNING_RATES[tuning],
+        # With a point, without which YAML reads text.
+        "learning_rate": np.format_float_scientific(
+            learning_rate or _LEARNING_RATES[tuning], trim="0", exp_digits=1
+        ),
         "adapted": rf".*language_model.*\.({'|'.join(sorted(adapted))})",
         "compute": compute,
+        "first": f"First compute Δ: {compute}" if compute else f"Δ: {more['delta']}",
         "alpha": str(defaults.alpha),
         "scale": defaults.scale,
         "residency": defaults.residency,
@@ -232,6 +258,8 @@ def _values(
         "mapping": options.mapping,
         "rows": options.rows,
     }
+    # A directory of that name which nobody gave may be the Δ of another pair.
+    known = "delta" in given and (local_path(options.delta) / "drift.json").is_file()
     words = ["drift-fast", "delta", reasoning, multimodal, "--out", options.delta]
     for name, flag in flags.items():
         words += [] if flag is None else [f"--{name}", str(flag)]
@@ -241,8 +269,9 @@ def _values(
             model_type,
             tuning,
             adapted={module for kinds in report.selected.values() for module in kinds},
-            compute=shlex.join(words),
-            delta=options.delta,
+            learning_rate=options.learning_rate,
+            compute="" if known else shlex.join(words),
+            delta=_from_anywhere(options.delta) if known else options.delta,
             data=options.data,
             modules=modules,
             residency=residency,

@@ -1,5 +1,5 @@
 # $title
-# First compute Δ: $compute
+# $first
 # float32 weights under autocast: weights in bfloat16 alone lose most steps of fine-tuning.
 DRIFT_FAST_CONFIG=drift.yaml swift sft \
     --model $multimodal \

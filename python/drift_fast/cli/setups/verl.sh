@@ -1,5 +1,5 @@
 # $title
-# First compute Δ: $compute
+# $first
 # Both variables must reach every worker.
 export VERL_USE_EXTERNAL_MODULES=drift_fast.integrations.verl
 export DRIFT_FAST_CONFIG=$$PWD/drift.yaml
