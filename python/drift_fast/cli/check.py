@@ -14,8 +14,9 @@ from drift_fast.preflight.options import CheckOptions
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the command and add its arguments."""
     parser.description = (
-        "Compare the configurations and headers of two models. With MODEL, the first two are an "
-        "expert and its reference, and their Δ is meant for MODEL. Exit status: 0 they fit, with "
+        "Compare the configurations and headers of two models, and samples of their weights where "
+        "both are on this machine or --base is given. With MODEL, the first two are an expert and "
+        "its reference, and their Δ is meant for MODEL. Exit status: 0 they fit, with "
         "or without notes; 1 something breaks the method; 2 wrong usage."
     )
     parser.add_argument("reasoning", help=f"text-only reasoning checkpoint, or expert: {SOURCE}")

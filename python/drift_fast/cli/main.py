@@ -28,7 +28,7 @@ _COMMANDS = {
     "delta": "compute reasoning − multimodal and write it",
     "inspect": "measure norms and cosines between two checkpoints; writes nothing",
     "align": "show which tensor of one checkpoint matches which of the other, and how surely",
-    "check": "say whether two models fit each other and what Δ will cost; reads no weights",
+    "check": "say whether two models fit and what Δ will cost; of weights it reads samples at most",
     "merge": "merge a reasoning model into a multimodal one and write the result",
     "protect": "take gradients on samples of what must be kept out of a delta",
     "push": "put a delta on the Hugging Face Hub, with a model card",
