@@ -374,16 +374,14 @@ def test_a_second_step_on_the_same_gradient_is_refused(
 # --- the delta itself -------------------------------------------------------------------------
 
 
-def test_a_delta_of_the_same_checkpoint_twice_warns_and_cannot_be_attached(
+def test_a_delta_of_the_same_checkpoint_twice_is_refused_and_a_zero_one_not_attached(
     tmp_path: Path, model: Backbone
 ) -> None:
     state = dict(model.state_dict())
     one = write_checkpoint(tmp_path / "one", state)
     two = write_checkpoint(tmp_path / "two", state)
-    with pytest.warns(drift_fast.DriftWarning, match="zero"):
-        delta = drift_fast.compute_delta(one, two, out=tmp_path / "delta")
-    with pytest.raises(drift_fast.DriftError, match="same checkpoint"):
-        drift_fast.Injection(model, delta)
+    with pytest.raises(drift_fast.DriftError, match="same model was given twice"):
+        drift_fast.compute_delta(one, two, out=tmp_path / "delta")
     with pytest.warns(drift_fast.DriftWarning, match="zero"):
         lazy = drift_fast.compute_delta(one, two)
     with pytest.raises(drift_fast.DriftError, match="same checkpoint"):

@@ -657,7 +657,7 @@ def test_arguments_without_meaning_are_refused(
 def test_what_cannot_be_moved_is_refused(
     tmp_path: Path, model: Backbone, delta: drift_fast.Delta
 ) -> None:
-    with pytest.raises(TypeError, match="Delta or the directory"):
+    with pytest.raises(TypeError, match="Delta, or the directory"):
         PlannedMotion(model, 3, progress=0.5, steps=3)  # type: ignore[arg-type]
     with pytest.raises(drift_fast.CoverageError):
         PlannedMotion(Backbone(width=7), delta, progress=0.5, steps=3)

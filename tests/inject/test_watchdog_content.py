@@ -492,41 +492,6 @@ def test_backward_after_the_injection_is_stopped(
         optimizer.zero_grad(set_to_none=set_to_none)
 
 
-@pytest.mark.parametrize(
-    "clear",
-    [
-        lambda gradient: gradient.zero_(),
-        lambda gradient: gradient.data.zero_(),
-        lambda gradient: torch._foreach_zero_([gradient.data]),
-    ],
-    ids=["in place", "behind autograd", "foreach"],
-)
-def test_gradients_that_are_cleared_in_any_way_may_be_left_out_of_a_step(
-    model: Backbone, delta: drift_fast.Delta, clear: Callable[[torch.Tensor], object]
-) -> None:
-    injection = drift_fast.Injection(model, delta)
-    for _ in range(3):
-        backward(model, 1)
-        backward(model, 2)
-        plain = gradients_of(model)
-        injection.step()
-        assert_injected_once(model, delta, plain)
-        for parameter in model.parameters():
-            clear(parameter.grad)
-
-
-def test_clipping_between_micro_batches_does_not_hide_that_each_is_injected(
-    model: Backbone, delta: drift_fast.Delta
-) -> None:
-    injection = drift_fast.Injection(model, delta)
-    backward(model, 1)
-    injection.step()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
-    backward(model, 2)
-    with pytest.raises(drift_fast.DriftError, match="Δ would be in it twice"):
-        injection.step()
-
-
 @EITHER_ZERO
 def test_a_call_after_each_micro_batch_is_refused_before_it_injects_twice(
     model: Backbone, delta: drift_fast.Delta, set_to_none: bool

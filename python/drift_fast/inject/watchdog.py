@@ -6,9 +6,8 @@ what was injected. What counts is the content of a gradient, not calls:
 * A backward pass that writes to a gradient makes it plain, whatever was injected into it before.
   Hooks note that. Without one it is noticed where the gradient is another tensor.
 * Clipping, unscaling or moving changes an injected gradient and leaves it injected.
-* An injected gradient to which a backward pass is added holds the injection already, unless it was
-  cleared in place: a hook in front of the addition looks. Of shards, where no hook runs there, the
-  number of changes that the tensor counts tells.
+* An injected gradient to which a backward pass was added holds the injection already. It is told
+  from one that was cleared in place by the number of changes that its tensor counts.
 * After an optimizer's step the same tensor may be used again, by an optimizer inside another, or
   zeroed and used before the next backward pass: it holds nothing that was not injected. Another
   tensor in its place is plain.
@@ -97,8 +96,8 @@ class Watchdog:
         self._skip_of: dict[int, Any] = {}
         # Backward passes add to the first set, from threads of their own.
         self._written: set[int] = set()
-        # And to the second whether anything was left of an injected gradient that they add to.
-        self._added: dict[int, Any] = {}
+        # And to the second where nothing had cleared an injected gradient before.
+        self._added: set[int] = set()
         # And to the third where they were captured into a CUDA graph.
         self._captured: set[int] = set()
         self._has_hook: set[int] = set()
@@ -144,7 +143,7 @@ class Watchdog:
     def forget(self) -> None:
         """Note that the injected gradients were thrown away."""
         self._written.clear()
-        self._content[:] = [_Content.PLAIN] * len(self._targets)
+        self._content = [_Content.PLAIN] * len(self._targets)
         self.begin(0)
 
     def use_all(self) -> None:
@@ -217,14 +216,9 @@ class Watchdog:
         )
 
     def holds_injected_and_plain(self) -> bool:
-        """Whether a backward pass added to injected gradients that nothing has used or cleared.
-
-        Waits for the device where one was injected and not used.
-        """
+        """Whether a backward pass added to injected gradients that nothing has used or cleared."""
         self._settle()
-        return any(
-            bool(left) for at, left in self._added.items() if self._content[at] is _Content.ADDED_TO
-        )
+        return any(self._content[at] is _Content.ADDED_TO for at in self._added)
 
     def injected(self) -> int:
         """Return how many targets were injected; waits for the device."""
@@ -247,43 +241,27 @@ class Watchdog:
                 places.setdefault(id(tensor), (tensor, []))[1].append(at)
         for tensor, those in places.values():
             self._has_hook.update(those)
-            self.handles.append(tensor.register_post_accumulate_grad_hook(self._noter(those)))
-            if not hasattr(tensor, "_local_tensor"):
-                self.handles.append(tensor.register_hook(self._looker(tensor, those)))
-
-    def _looker(self, tensor: Any, places: Sequence[int]) -> Callable[[Any], None]:
-        """Return a hook that runs before a backward pass adds to a gradient."""
-        added, content, token = self._added, self._content, self._claim.token
-
-        def look(_: Any) -> None:
-            gradient = tensor.grad
-            is_ours = gradient is not None and getattr(gradient, _MARK, (None,))[0] == token
-            for at in places:
-                if not is_ours:
-                    added.pop(at, None)
-                elif content[at] in (_Content.INJECTED, _Content.ADDED_TO):
-                    # Cleared once, it stays cleared, whatever earlier passes have added since.
-                    added[at] = gradient.detach().any() & added.get(at, True)
-
-        return look
+            hook = self._noter(those)
+            self.handles.append(tensor.register_post_accumulate_grad_hook(hook))
 
     def _noter(self, places: Sequence[int]) -> Callable[[Any], None]:
-        """Return a hook that runs after a backward pass has added to a gradient."""
         # A hook keeps these alive, and not the watchdog.
         written, added, captured = self._written, self._added, self._captured
         token = self._claim.token
 
         def note(tensor: Any) -> None:
             written.update(places)
+            added.difference_update(places)
             if _is_captured(tensor):
                 captured.update(places)
             gradient = tensor.grad
+            if gradient is None:
+                return
             # Accumulation is one change. Where there are more, the gradient was cleared before.
-            if hasattr(gradient, "_local_tensor"):
-                changes = _changes(gradient)
-                if getattr(gradient, _MARK, None) == (token, changes - 1):
-                    added.update(dict.fromkeys(places, True))
-                    setattr(gradient, _MARK, (token, changes))
+            changes = _changes(gradient)
+            if getattr(gradient, _MARK, None) == (token, changes - 1):
+                added.update(places)
+                setattr(gradient, _MARK, (token, changes))
 
         return note
 
@@ -412,9 +390,8 @@ class Watchdog:
 
 
 def _changes(gradient: Any) -> int:
-    """Return how often a gradient was changed in place, of a shard by itself or as a whole."""
-    local = getattr(gradient, "_local_tensor", None)
-    return int(gradient._version + (0 if local is None else local._version))
+    """Return how often a gradient was changed in place; FSDP2 accumulates into the local part."""
+    return int(getattr(gradient, "_local_tensor", gradient)._version)
 
 
 def _is_captured(tensor: torch.Tensor) -> bool:
