@@ -343,7 +343,8 @@ def test_the_command_writes_a_page_and_names_a_missing_library(tmp_path: Path) -
     assert missing.returncode == 1
     assert missing.stderr == ("drift-fast: reports need plotly: pip install 'drift-fast[report]'\n")
     done = succeeds("report", page, csv)
-    assert (done.stdout, page.exists()) == ("", True)
+    assert done.stdout == f"next: open {page.as_uri()} in a browser\n"
+    assert page.exists()
     assert str(page) in done.stderr
 
 
