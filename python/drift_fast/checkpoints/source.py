@@ -126,7 +126,7 @@ def resolve(source: str | os.PathLike[str], index: str = INDEX) -> Source:
             "nor an http(s) URL"
         )
     if path.parent.is_dir():
-        logger.warning("%s is no path here, so the Hub is asked for it", text)
+        logger.warning("%s does not exist on this machine; asking the Hub for it", text)
     return _from_hub(*found, index)
 
 

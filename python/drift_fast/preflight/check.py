@@ -264,8 +264,8 @@ def _facts(rows: Sequence[Finding], between: tuple[str, str]) -> Table:
             printable(str(row.multimodal), _VALUE_WIDTH),
         )
         for row in rows
-        # What neither model has, such as experts, is in the JSON only, and what is no fact of
-        # either is a reason alone.
+        # The JSON alone lists what neither model has, such as experts. A row without facts of
+        # either model is only a reason.
         if row.reasoning.known or row.multimodal.known
     ]
     return Table(("", "", *between), cells)

@@ -25,7 +25,7 @@ _nesting = threading.local()
 class Reduction:
     """Sums and agreement over process groups; without any, this process is alone.
 
-    Of several groups of the same processes, which torch may make for equal meshes, one is kept.
+    torch may make several groups of the same processes, for equal meshes; one of them is kept.
     """
 
     def __init__(self, process_groups: Sequence[Any]) -> None:
