@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 # Child processes and torch alike: two busy cores measure nothing else well.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -15,6 +16,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 from support import processes
 from support.disks import limit_files, small_disk  # noqa: F401
 from support.synthetic import Pair, write_pair
+
+# No clock decides a test, unless it states a limit itself.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 
 def pytest_configure(config: pytest.Config) -> None:
