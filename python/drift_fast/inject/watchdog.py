@@ -390,8 +390,9 @@ class Watchdog:
 
 
 def _changes(gradient: Any) -> int:
-    """Return how often a gradient was changed in place; FSDP2 accumulates into the local part."""
-    return int(getattr(gradient, "_local_tensor", gradient)._version)
+    """Return how often a gradient was changed in place, of FSDP2 as a whole or in its own part."""
+    local = getattr(gradient, "_local_tensor", None)
+    return int(gradient._version + (0 if local is None else local._version))
 
 
 def _is_captured(tensor: torch.Tensor) -> bool:
