@@ -497,6 +497,15 @@ def check_backward_after_the_injection(folder: Path) -> Report:
             report[f"{key}, {at}"] = refusal(optimizer.step)
             twins.injection.step()
             report[f"{key}, {at}, injected"] = refusal(optimizer.step)
+        # A step of the optimizer is left out: with its gradients cleared, and with them kept.
+        for zeroes in (True, False):
+            optimizer.zero_grad(set_to_none=set_to_none)
+            regression_loss(twins.model, regression_batch(COUNT, width=7)).backward()
+            twins.injection.step()
+            if zeroes:
+                optimizer.zero_grad(set_to_none=set_to_none)
+            regression_loss(twins.model, regression_batch(COUNT, width=7)).backward()
+            report[f"{key}, {'left out' if zeroes else 'twice'}"] = refusal(twins.injection.step)
         twins.remove()
     return report
 
@@ -714,6 +723,8 @@ def test_what_backward_wrote_after_the_injection_is_not_stepped_on(
         for key, refused in report.items():
             if key.endswith(("0", "1")):
                 assert "nothing was injected" in refused, key
+            elif key.endswith("twice"):
+                assert "Δ would be in it twice" in refused, key
             else:
                 assert refused == "", key
 
