@@ -506,24 +506,6 @@ def in_one_row(trainer: Any) -> None:
     trainer.data_collator = transformers.DataCollatorWithFlattening()
 
 
-def test_rows_without_padding_are_injected_as_they_are(
-    tmp_path: Path, build: Callable[[], torch.nn.Module], delta: drift_fast.Delta
-) -> None:
-    arguments = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.0}
-    (plain, *_) = gradients_the_optimizer_sees(build(), tmp_path, in_one_row, **arguments)
-
-    def attach(trainer: Any) -> None:
-        in_one_row(trainer)
-        drift_fast.attach(trainer, delta)
-
-    model = build()
-    (found, *_) = gradients_the_optimizer_sees(model, tmp_path, attach, **arguments)
-    for name, change in deltas_by_parameter(model, delta).items():
-        expected = reference.inject(plain[name], change, alpha=1.0, scale="adaptive")
-        error = reference.norm(reference.exact(found[name]) - expected)
-        assert error <= 2e-5 * reference.norm(expected), name
-
-
 def in_two_backward_passes(trainer: Any) -> None:
     """Replace `training_step` on the instance, as libraries do that bound the tokens of a pass."""
     original = trainer.training_step
@@ -535,16 +517,18 @@ def in_two_backward_passes(trainer: Any) -> None:
     trainer.training_step = training_step
 
 
-def test_a_batch_that_another_wrapper_splits_is_injected_once(
-    tmp_path: Path, build: Callable[[], torch.nn.Module], delta: drift_fast.Delta
+@pytest.mark.parametrize("arranged", [in_one_row, in_two_backward_passes])
+def test_rows_without_padding_and_batches_that_are_split_are_injected_once(
+    tmp_path: Path,
+    build: Callable[[], torch.nn.Module],
+    delta: drift_fast.Delta,
+    arranged: Callable[[Any], None],
 ) -> None:
     arguments = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.0}
-    (plain, *_) = gradients_the_optimizer_sees(
-        build(), tmp_path, in_two_backward_passes, **arguments
-    )
+    (plain, *_) = gradients_the_optimizer_sees(build(), tmp_path, arranged, **arguments)
 
     def attach(trainer: Any) -> None:
-        in_two_backward_passes(trainer)
+        arranged(trainer)
         drift_fast.attach(trainer, delta)
 
     model = build()
