@@ -144,7 +144,7 @@ def test_attaching_downloads_what_is_selected_and_a_step_nothing_more(
 
 
 def test_a_byte_that_is_wrong_on_the_server_names_the_tensor_and_can_be_downloaded_again(
-    server: RangeServer, written: Path
+    server: RangeServer, written: Path, out: Path
 ) -> None:
     index = json.loads((written / "bfloat16" / "delta.safetensors.index.json").read_text())
     place = f"/bfloat16/{index['weight_map'][UP]}"
@@ -155,6 +155,8 @@ def test_a_byte_that_is_wrong_on_the_server_names_the_tensor_and_can_be_download
     with pytest.raises(CheckpointError, match="checksum") as caught:
         delta[UP]
     assert UP in str(caught.value)
+    with pytest.raises(CheckpointError, match=r"remove \S+$"):
+        delta.save(out)
     server.files[place] = whole
     folder = re.search(r"remove (\S+)$", str(caught.value))
     assert folder is not None
@@ -596,6 +598,19 @@ def test_a_damaged_delta_is_not_pushed(hub: Hub, delta: Path) -> None:
     (said,) = hub.refuse(("push", delta, REPO))
     assert "checksum" in said
     assert hub.server.files_of(REPO).keys() == {".gitattributes"}
+
+
+@pytest.mark.parametrize(
+    "sources", [{"combined": "abc"}, {"combined": None}, {"combined": [1]}, {"protected": "x"}]
+)
+def test_sources_of_any_other_form_are_refused_before_anything_is_created(
+    hub: Hub, delta: Path, sources: dict[str, Any]
+) -> None:
+    described = json.loads((delta / "drift.json").read_text())
+    (delta / "drift.json").write_text(json.dumps({**described, "sources": sources}))
+    (said,) = hub.refuse(("push", delta, REPO))
+    assert "the sources are not what drift_fast writes" in said
+    assert not hub.server.requests
 
 
 def test_what_is_no_hub_id_or_not_on_disk_is_not_pushed(pair: Pair, delta: Path) -> None:

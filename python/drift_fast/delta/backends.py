@@ -6,10 +6,11 @@ Knows nothing of directories of deltas and their descriptions.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -233,8 +234,14 @@ class Stored:
             memory, in order; answers how many of its calls concern memory that is free again.
         """
         self.fetch(runs)
-        try:
+        with self._damage_explained():
             return self._files.load(runs, into, threads=thread_count(None), landed=landed)
+
+    @contextlib.contextmanager
+    def _damage_explained(self) -> Iterator[None]:
+        """Say of what was downloaded and is damaged how it is downloaded again."""
+        try:
+            yield
         except CheckpointError as error:
             if self._opened is None:
                 raise
@@ -301,7 +308,8 @@ class Stored:
                 for start in range(0, max(1, numel), step):
                     stop = min(numel, start + step)
                     piece = buffer[: (stop - start) * itemsize]
-                    self._files.copy_into(name, piece, (start, stop))
+                    with self._damage_explained():
+                        self._files.copy_into(name, piece, (start, stop))
                     writer.write(slot, piece, offset=start * itemsize)
                     done += len(piece)
                     on_progress(Progress(index, len(rows), done, total))

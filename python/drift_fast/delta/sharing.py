@@ -20,7 +20,7 @@ from drift_fast.checkpoints.remote.shards import shard_names
 from drift_fast.checkpoints.source import hub_id
 from drift_fast.config_files import json_text, printable
 from drift_fast.delta.card import CARD, Model, models_of, published, read_card, write_card
-from drift_fast.delta.format import DESCRIPTION, INDEX
+from drift_fast.delta.format import AGAIN, DESCRIPTION, INDEX
 from drift_fast.errors import CheckpointError, DriftError
 
 if TYPE_CHECKING:
@@ -47,10 +47,18 @@ def push(
     if hub_id(repo) != (repo, None):
         raise ValueError(f"{repo!r}: expected a Hub id of the form org/name")
     target = _Target(repo, revision, token)
+    described, version = _described(delta)
+    try:
+        # A stranger's file may state anything, and nothing is created for what makes no card.
+        write_card(delta, repo, version, list(models_of(delta.sources)), {})
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{delta.path / DESCRIPTION}: the sources are not what drift_fast writes ({error}); "
+            f"{AGAIN}"
+        ) from error
     with Client() as client:
         held = target.create(client, private)
         delta.check()
-        described, version = _described(delta)
         models = [target.with_card(client, model) for model in models_of(delta.sources)]
         card = write_card(delta, str(target.hub), version, models, target.card(client, target.hub))
         commit = target.call(
