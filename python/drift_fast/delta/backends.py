@@ -308,16 +308,16 @@ class Stored:
                 for start in range(0, max(1, numel), step):
                     stop = min(numel, start + step)
                     piece = buffer[: (stop - start) * itemsize]
-                    with self._damage_explained():
-                        self._files.copy_into(name, piece, (start, stop))
+                    self._files.copy_into(name, piece, (start, stop))
                     writer.write(slot, piece, offset=start * itemsize)
                     done += len(piece)
                     on_progress(Progress(index, len(rows), done, total))
                 slot += 1
             on_progress(Progress(index + 1, len(rows), done, total))
         copied = [name for some in names for name in some]
-        for name, checksums in zip(copied, writer.checksums(), strict=True):
-            self._files.compare(name, checksums)
+        with self._damage_explained():
+            for name, checksums in zip(copied, writer.checksums(), strict=True):
+                self._files.compare(name, checksums)
         return [{} for _ in rows], len(buffer)
 
     def conclude(self, rows: Sequence[Mapping[str, Any]], *, written: bool) -> Statistics:
