@@ -23,6 +23,7 @@ test: .venv/built
 
 test-slow: .venv/built
 	$(BIN)/python -m pytest -q -m slow
+	$(BIN)/python -m pytest -q -m "hypothesis and not slow" --hypothesis-profile explore
 	$(MAKE) --no-print-directory fuzz FUZZ_SECONDS=10
 
 # Real weights: the packages carry and read a language model, and more that they ask for is not needed.

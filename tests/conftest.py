@@ -17,9 +17,10 @@ from support import processes
 from support.disks import limit_files, small_disk  # noqa: F401
 from support.synthetic import Pair, write_pair
 
-# No clock decides a test, unless it states a limit itself.
-settings.register_profile("untimed", deadline=None)
-settings.load_profile("untimed")
+# No clock and no chance decides a test: new examples are looked for by `make test-slow`.
+settings.register_profile("fixed", deadline=None, derandomize=True)
+settings.register_profile("explore", deadline=None)
+settings.load_profile("fixed")
 
 
 def pytest_configure(config: pytest.Config) -> None:

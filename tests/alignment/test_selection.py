@@ -232,9 +232,7 @@ def test_a_head_that_neither_checkpoint_has_is_an_error_and_no_empty_delta(tmp_p
         st.text(alphabet=".*+?()[]{}|\\^$ab", max_size=12).map("re:".__add__),
     )
 )
-@settings(
-    max_examples=200, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_text_for_modules_selects_something_or_is_refused(pair: Pair, modules: str) -> None:
     with contextlib.suppress(ValueError, DriftError):
         report = inspect(pair.reasoning, pair.multimodal, modules=modules, rows="index")
@@ -247,9 +245,7 @@ def test_any_text_for_modules_selects_something_or_is_refused(pair: Pair, module
     st.lists(st.from_regex(r"[0-9]{0,3}[-, ]{0,2}", fullmatch=True), max_size=4).map("".join)
     | st.text(max_size=5)
 )
-@settings(
-    max_examples=200, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_text_for_layers_selects_those_layers_or_is_refused(pair: Pair, layers: str) -> None:
     with contextlib.suppress(ValueError, DriftError):
         rows = list(inspect(pair.reasoning, pair.multimodal, layers=layers).stats)

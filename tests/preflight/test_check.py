@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from drift_fast import CheckpointError, DriftWarning, check
@@ -1160,9 +1160,23 @@ VALUES = st.recursive(
 )
 
 
+def test_a_configuration_of_no_layers_leaves_out_none_and_is_refused(tmp_path: Path) -> None:
+    shapes = backbone(TINY, "model.")
+    a, b = (write(tmp_path / name, TINY, shapes) for name in "ab")
+    write(b, {**TINY, "num_hidden_layers": 0}, shapes)
+
+    report = check(a, b)
+
+    (finding,) = (one for one in report.findings if one.subject == "config.json")
+    assert finding.severity == "breaks"
+    assert "layers 0 against 3 stored" in finding.message
+    assert "alignment" not in subjects(report, "breaks")
+
+
 @settings(
     max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
+@example(first=None, second={"text_config": {"num_hidden_layers": 0}})
 @given(first=VALUES, second=st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=8))
 def test_no_configuration_makes_a_check_fail_in_another_way_than_naming_it(
     tmp_path: Path, first: Any, second: Any

@@ -86,8 +86,11 @@ def _is_beside_weight(name: str, names: Collection[str]) -> bool:
 
 
 def stated_layers(directory: Path) -> int | None:
-    """Return how many layers config.json states for the backbone; None where it states none."""
-    return _stated(directory, "num_hidden_layers")
+    """Return how many layers config.json states for the backbone; None where it states none.
+
+    A backbone has layers, so 0 says nothing of the tensors: `check` reports it.
+    """
+    return _stated(directory, "num_hidden_layers") or None
 
 
 def layers_beyond(names: Collection[str], stated: int | None) -> list[str]:

@@ -113,11 +113,15 @@ def _conflicts(facts: dict[str, Fact], headers: Headers) -> list[str]:
         ("KV heads × head dimension", _product(value["KV heads"], dimension), "rows of k_proj",
          headers.key_value),
     ]  # fmt: skip
-    return [
+    found = [
         f"{what} {stated:,} against {there:,} {where}"
         for what, stated, where, there in expected
         if isinstance(stated, int) and there is not None and stated != there
     ]
+    # Another number of layers than none may be right, and is judged as "layers on disk".
+    if value["layers"] == 0 and headers.layers:
+        found.append(f"layers 0 against {headers.layers:,} stored")
+    return found
 
 
 def _activation(section: Section) -> Fact:
