@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import warnings
 from pathlib import Path
@@ -67,18 +68,27 @@ def test_every_verb_ends_with_the_next_step(
     monkeypatch.chdir(tmp_path)
     checkpoints = Path(drift_fast.__file__).parent / "demo" / "checkpoints"
     both = [str(checkpoints / "expert"), str(checkpoints / "multimodal")]
+    planned = {"steps": 3, "learning_rate": 2e-5, "layers": "1", "gpu_memory": "80GB"}
+    Path("training.json").write_text(json.dumps({"plan": planned}))
     delta = f"next: drift-fast delta {' '.join(both)} --out delta"
     attach = 'next: drift_fast.attach(trainer, "delta"), before trainer.train()'
     for arguments, last in (
         (["align", *both], f"next: drift-fast check {' '.join(both)}"),
         (["check", *both], delta),
+        (["check", *both, "--layers", "0-2"], f"{delta.removesuffix('--out delta')}--layers 0-2"),
         (["inspect", *both], delta),
+        (["inspect", *both, "--modules", "mlp"], delta.replace("--out", "--modules mlp --out")),
         (["delta", *both, "--out", "delta"], attach),
         (["plan", *both, "--steps", "3"], f"next: drift-fast setup trainer {' '.join(both)}"),
         (
             ["plan", *both, "--steps", "3", "--delta", "delta", "--learning-rate", "1e-5"],
             f"next: drift-fast setup trainer {' '.join(both)} "
             "--delta delta --learning-rate 1e-05 --out run",
+        ),
+        (
+            ["plan", *both, "--config", "training.json"],
+            f"next: drift-fast setup trainer {' '.join(both)} "
+            "--layers 1 --learning-rate 2e-05 --gpu-memory 80GB --out run",
         ),
         (["setup", "trl", *both, "--out", "run"], "next: python train.py"),
         (

@@ -549,6 +549,18 @@ def test_a_snapshot_without_its_description_is_completed_from_the_hub(
     hub.read(REPO)
 
 
+def test_a_configuration_names_a_delta_of_the_hub_and_takes_another_name_for_a_directory(
+    hub: Hub, delta: Path, pair: Pair
+) -> None:
+    setup = ("setup", "trl", pair.reasoning, pair.multimodal, "--delta")
+    pushed, config, other = hub.run(("push", delta, REPO), (*setup, REPO), (*setup, "runs/delta"))
+    assert pushed["status"] == config["status"] == other["status"] == 0
+    assert f'"{REPO}"' in config["out"]
+    assert "drift-fast delta" not in config["out"]
+    assert "--out runs/delta" in other["out"]
+    assert "runs/delta is taken for a directory" in other["err"]
+
+
 def test_a_path_of_python_is_never_taken_for_a_hub_id() -> None:
     with pytest.raises(FileNotFoundError, match="no such file or directory"):
         Delta.open(Path(REPO))

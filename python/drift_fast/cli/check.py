@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import shlex
 
-from drift_fast.cli.options import SOURCE, add_config, add_json, add_options, from_flags
+from drift_fast.alignment.options import SelectionOptions
+from drift_fast.cli.options import SOURCE, add_config, add_json, add_options, from_flags, words_for
 from drift_fast.cli.output import next_step, print_json, show
 from drift_fast.preflight.check import Preflight, check
 from drift_fast.preflight.options import CheckOptions
@@ -38,16 +39,30 @@ def run(given: argparse.Namespace) -> int:
     else:
         show(*report.blocks())
         if report.ok and (report.lineage is None or report.lineage.subtract):
-            next_step(_delta_command(given, report))
+            next_step(*_next_commands(given, options, report))
         elif any(each.subject == "alignment" and each.message for each in report.findings):
             words = ["drift-fast", "align", given.reasoning, given.multimodal]
             next_step(f"{shlex.join(words)}, to see which tensors fit")
     return 0 if report.ok else 1
 
 
-def _delta_command(given: argparse.Namespace, report: Preflight) -> str:
-    """Return the command that computes the Δ to take."""
+def _next_commands(
+    given: argparse.Namespace, options: CheckOptions, report: Preflight
+) -> list[str]:
+    """Return the command that computes the Δ to take, and the one that would choose it."""
     lineage = report.lineage
     from_base = lineage is not None and lineage.subtract == "base"
-    second = given.base if from_base else given.multimodal
-    return shlex.join(["drift-fast", "delta", given.reasoning, str(second), "--out", "delta"])
+    second = str(options.base) if from_base else given.multimodal
+    # A mapping is between the names of the first two.
+    names = [name for name in SelectionOptions.names() if name != "mapping" or not from_base]
+    chosen = words_for(options, names)
+    delta = ["drift-fast", "delta", given.reasoning, second, *chosen, "--out", "delta"]
+    commands = [shlex.join(delta)]
+    if lineage is None and given.model is None:
+        again = ["drift-fast", "check", given.reasoning, given.multimodal, *chosen, "--base"]
+        commands.insert(
+            0,
+            f"{shlex.join(again)} TEXT_BASE, if you know the text model that both come from: "
+            "it may be the one to subtract",
+        )
+    return commands

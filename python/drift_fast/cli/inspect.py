@@ -5,7 +5,15 @@ from __future__ import annotations
 import argparse
 import shlex
 
-from drift_fast.cli.options import add_config, add_json, add_options, add_sources, from_flags
+from drift_fast.alignment.options import SelectionOptions
+from drift_fast.cli.options import (
+    add_config,
+    add_json,
+    add_options,
+    add_sources,
+    from_flags,
+    words_for,
+)
 from drift_fast.cli.output import (
     next_step,
     peak,
@@ -47,7 +55,7 @@ def run(given: argparse.Namespace) -> int:
     if not report.stats.total.delta_sq:
         # What warned of it says what to do.
         return 0
-    next_step(
-        shlex.join(["drift-fast", "delta", given.reasoning, given.multimodal, "--out", "delta"])
-    )
+    chosen = words_for(options, SelectionOptions.names())
+    words = ["drift-fast", "delta", given.reasoning, given.multimodal, *chosen, "--out", "delta"]
+    next_step(shlex.join(words))
     return 0

@@ -7,7 +7,7 @@ Owns no option: name, type, default, choices and help come from the field. `chec
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
@@ -72,6 +72,17 @@ def given_flags(given: argparse.Namespace, cls: type[Options]) -> dict[str, Any]
     found = {name: value for name, value in vars(given).items() if name in cls.names()}
     repeated = {each.name for each in fields(cls) if _is_repeated(each)}
     return {name: tuple(v) if name in repeated else v for name, v in found.items()}
+
+
+def words_for(options: Options, names: Iterable[str]) -> list[str]:
+    """Return the words that give the named options, as far as they differ from their defaults."""
+    words, chosen = [], options.to_dict()
+    for name in names:
+        if name in chosen:
+            value = chosen[name]
+            text = ",".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
+            words += [f"--{name.replace('_', '-')}", text]
+    return words
 
 
 def read_section(path: Path, command: str) -> Mapping[str, Any]:

@@ -10,10 +10,13 @@ import argparse
 import shlex
 from pathlib import Path
 
-from drift_fast.cli.options import add_json, add_options, given_flags
+from drift_fast.cli.options import add_json, add_options, given_flags, words_for
 from drift_fast.cli.output import next_step, print_json, show
 from drift_fast.planner.options import PlanOptions
 from drift_fast.planner.planning import plan
+
+# What `setup` takes of a plan.
+_FOR_SETUP = ("modules", "layers", "delta", "learning_rate", "gpu_memory")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,8 +57,6 @@ def run(given: argparse.Namespace) -> int:
         show(*found.blocks())
         if found.fits is not False:
             words = ["drift-fast", "setup", "trainer", given.reasoning, given.multimodal]
-            for name in ("delta", "learning_rate"):
-                if name in options:
-                    words += [f"--{name.replace('_', '-')}", str(options[name])]
+            words += words_for(found.run, _FOR_SETUP)
             next_step(shlex.join([*words, "--out", "run"]))
     return 1 if found.fits is False else 0

@@ -20,6 +20,7 @@ from drift_fast.alignment.options import SelectionOptions
 from drift_fast.checkpoints.opened import open_checkpoint
 from drift_fast.cli.options import add_options, add_sources, given_flags
 from drift_fast.cli.output import next_step, remark, show
+from drift_fast.delta.delta import delta_at
 from drift_fast.errors import DriftError
 from drift_fast.inject.config import InjectionConfig
 from drift_fast.options import option
@@ -141,7 +142,9 @@ class SetupOptions(SelectionOptions):
         "train.jsonl", "the samples, with messages and images in each row", metavar="FILE"
     )
     delta: str = option(
-        "delta", "the directory of Δ, which is not computed again if given", metavar="DIR"
+        "delta",
+        "directory or Hub id of Δ; a Δ that is there is not computed again",
+        metavar="DIR",
     )
     overwrite: bool = option(False, "replace files of an earlier setup")
 
@@ -259,7 +262,7 @@ def _values(
         "rows": options.rows,
     }
     # A directory of that name which nobody gave may be the Δ of another pair.
-    known = "delta" in given and (local_path(options.delta) / "drift.json").is_file()
+    known = "delta" in given and _is_there(options.delta)
     words = ["drift-fast", "delta", reasoning, multimodal, "--out", options.delta]
     for name, flag in flags.items():
         words += [] if flag is None else [f"--{name}", str(flag)]
@@ -280,8 +283,22 @@ def _values(
     )
 
 
+def _is_there(delta: str) -> bool:
+    """Return whether Δ is there; a directory to be written may be spelled like a Hub id."""
+    path = local_path(delta)
+    if path.exists() or path.parent.is_dir():
+        return (path / "drift.json").is_file()
+    try:
+        return delta_at(delta) is not None
+    except FileNotFoundError:
+        return False
+    except DriftError as error:
+        remark(f"{error}; {delta} is taken for a directory")
+        return False
+
+
 def _from_anywhere(source: str) -> str:
-    """Return a path whole, since the files may lie in another directory; a Hub id stays."""
+    """Return a path whole, since the files may lie in another directory; Hub id and URL stay."""
     path = local_path(source)
     return str(path.resolve()) if path.exists() else source
 

@@ -72,12 +72,12 @@ def plan(
     ]
     warnings = [*_remarks(planned, memory), *_speed_remarks(run), *motion.remarks(run, of_motion)]
     gpu_nbytes = run.gpu_nbytes
-    if gpu_nbytes is None:
-        return TrainingPlan(found, warnings, None, [], unused)
-    if memory.device_nbytes <= gpu_nbytes:
-        return TrainingPlan(found, warnings, True, [], unused)
-    warnings.append(f"each GPU needs {sized(memory.device_nbytes)} and has {sized(gpu_nbytes)}")
-    return TrainingPlan(found, warnings, False, Remedies(planned, gpu_nbytes).found(), unused)
+    fits = None if gpu_nbytes is None else memory.device_nbytes <= gpu_nbytes
+    remedies: list[str] = []
+    if gpu_nbytes is not None and not fits:
+        warnings.append(f"each GPU needs {sized(memory.device_nbytes)} and has {sized(gpu_nbytes)}")
+        remedies = Remedies(planned, gpu_nbytes).found()
+    return TrainingPlan(found, warnings, fits, remedies, unused, run)
 
 
 def _read(config: PathLike | None, options: Mapping[str, Any]) -> tuple[PlanOptions, list[str]]:

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from drift_fast.config_files import printable
 from drift_fast.tables import Block, Shown, Table
+
+if TYPE_CHECKING:
+    from drift_fast.planner.options import PlanOptions
 
 Origin = Literal["configuration", "headers", "given", "measured", "estimated", "assumed", "unknown"]
 Unit = Literal["bytes", "seconds", "elements", "tokens", "steps", "operations", "share", ""]
@@ -57,14 +60,15 @@ class TrainingPlan(Shown):
     """What `plan` found: figures in the order of the table, warnings, and what would help.
 
     `fits` is None if no GPU memory was given. `remedies` are changes that make the run fit.
-    `unused` are keys of a configuration that no figure depends on.
+    `unused` are keys of a configuration that no figure depends on. `run` is what was planned.
     """
 
     figures: Sequence[Figure]
     warnings: Sequence[str]
     fits: bool | None
     remedies: Sequence[str]
-    unused: Sequence[str] = ()
+    unused: Sequence[str]
+    run: PlanOptions
 
     def __getitem__(self, name: str) -> Figure:
         """Return the figure with this name.
