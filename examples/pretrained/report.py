@@ -6,10 +6,10 @@ Knows nothing of training.
 
 from __future__ import annotations
 
-import itertools
 import math
 import statistics
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,6 +24,28 @@ _T: Final = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.2
 _BEATEN: Final = ("sft", "merge", "adaptive")
 # Fewer runs have no interval worth printing.
 _ENOUGH: Final = 3
+
+# What the small picture has.
+_OVERVIEW: Final = {
+    "sft": "SFT",
+    "merge": "merge, then SFT",
+    "merge_two": "merge with two λ, then SFT",
+    "motion": "planned motion",
+    "adaptive": "DRIFT",
+    "half": "half merged, half DRIFT",
+    "sft_reading": "SFT*",
+    "merge_reading": "merge, then SFT*",
+    "adaptive_reading": "DRIFT*",
+}
+_TITLE: Final = "Answers and reading: means and 95 % intervals; squares have a protected Δ"
+_COLORS: Final = {
+    "reference": "black",
+    "merge, then SFT": "tab:blue",
+    "injection": "tab:red",
+    "motion": "tab:purple",
+    "mixed": "tab:green",
+    "control": "tab:gray",
+}
 
 # Shares of reading that a trial keeps.
 _KEPT: Final = (0.85, 0.7, 0.55, 0.4)
@@ -47,7 +69,14 @@ def write(out: Path, form: Form, lines: Sequence[Line]) -> None:
             _settings(form, tests),
             _trials(form, [line for line in lines if line["stage"] == "tune"]),
         ]
-        _pareto(out / "pareto.png", form, tests)
+        seen = Counter(test["method"] for test in tests)
+        enough = {name: METHODS[name].label for name in form.methods if seen[name] >= _ENOUGH}
+        _pareto(out / "pareto.png", tests, enough)
+        _pareto(
+            out / "overview.png",
+            tests,
+            {name: label for name, label in _OVERVIEW.items() if name in enough},
+        )
     (out / "results.md").write_text("\n".join(parts), encoding="utf-8")
 
 
@@ -200,45 +229,44 @@ def _trials(form: Form, trials: Sequence[Line]) -> str:
     return _table("The most answers of any trial on the first tuning pair", heads, rows)
 
 
-def _pareto(path: Path, form: Form, tests: Sequence[Line]) -> None:
+def _pareto(path: Path, tests: Sequence[Line], labels: Mapping[str, str]) -> None:
+    """Draw answers against reading: labels stand at their dots if few, else beside the picture."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(11, 6), layout="constrained")
-    colors = {
-        "reference": "black",
-        "merge, then SFT": "tab:blue",
-        "injection": "tab:red",
-        "motion": "tab:purple",
-        "mixed": "tab:green",
-        "control": "tab:gray",
-    }
-    numbers = itertools.count(1)
-    for name in form.methods:
+    few = len(labels) <= len(_OVERVIEW)
+    figure, axes = plt.subplots(figsize=(9, 4.2) if few else (11, 6), layout="constrained")
+    for number, (name, label) in enumerate(labels.items(), 1):
         mine = [test for test in tests if test["method"] == name]
-        if len(mine) < _ENOUGH:
-            continue
         x, y = ([test[m] for test in mine] for m in ("reading", "answers"))
-        method, number = METHODS[name], next(numbers)
         at = statistics.mean(x), statistics.mean(y)
         axes.errorbar(
             *at,
             xerr=interval(x),
             yerr=interval(y),
-            fmt="s" if method.protection else "o",
-            color=colors[method.family],
+            fmt="s" if METHODS[name].protection else "o",
+            color=_COLORS[METHODS[name].family],
             capsize=2,
             alpha=0.7,
-            label=f"{number} {method.label}",
+            label=f"{number} {label}",
         )
-        axes.annotate(str(number), at, fontsize=8, xytext=(4, 3), textcoords="offset points")
+        axes.annotate(
+            label if few else str(number),
+            at,
+            fontsize=9 if few else 8,
+            ha="right" if few else "left",
+            xytext=(-5 if few else 4, 4),
+            textcoords="offset points",
+            bbox={"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 0.5},
+        )
     axes.set_xlabel("numbers read right")
     axes.set_ylabel("answers right, stories of 3 to 5 steps")
-    axes.set_title("Answers and reading: means and 95 % intervals; squares have a protected Δ")
+    axes.set_title("Means and 95 % intervals; * a quarter of reading in the set" if few else _TITLE)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1))
+    if not few:
+        axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1))
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
