@@ -48,10 +48,14 @@ def test_a_child_can_be_interrupted_where_its_parent_cannot() -> None:
     assert found.stdout == "True\n"
 
 
+both = pytest.mark.parametrize("forked", [False, True], ids=["started", "forked"])
+
+
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux's list of processes")
+@both
 @pytest.mark.parametrize("program", [PARENT, STUBBORN], ids=["willing", "stubborn"])
-def test_a_time_limit_ends_a_process_with_all_that_it_started(program: str) -> None:
-    parent = Child(sys.executable, "-c", program)
+def test_a_time_limit_ends_a_process_with_all_that_it_started(program: str, forked: bool) -> None:
+    parent = Child(sys.executable, "-c", program, forked=forked)
     parent.wait_until(lambda: parent.stdout.endswith("\n"))
     started = int(parent.stdout)
     assert is_running(started)
@@ -65,15 +69,35 @@ def test_a_time_limit_ends_a_process_with_all_that_it_started(program: str) -> N
     assert not is_running(started)
 
 
-def test_others_are_ended_once_one_has_failed() -> None:
-    fails = Child(sys.executable, "-c", "import sys; sys.exit(3)")
-    others = [Child(sys.executable, "-c", SLEEPS) for _ in range(2)]
+@both
+def test_others_are_ended_once_one_has_failed(forked: bool) -> None:
+    fails = Child(sys.executable, "-c", "import sys; sys.exit(3)", forked=forked)
+    others = [Child(sys.executable, "-c", SLEEPS, forked=forked) for _ in range(2)]
     assert wait([fails, *others], 60, grace=0.1) == "exit codes [3, None, None]"
     assert [other.returncode for other in others] == [-signal.SIGTERM] * 2
 
 
-def test_a_failure_shows_what_was_written() -> None:
+@both
+def test_a_failure_shows_what_was_written(forked: bool) -> None:
     code = "import sys; print('out'); sys.exit('the reason')"
     with pytest.raises(AssertionError, match=r"(?s)exit status 1.*out.*the reason"):
-        python(code)
-    assert finish([Child(sys.executable, "-c", code)])[0].returncode == 1
+        python(code, forked=forked)
+    assert finish([Child(sys.executable, "-c", code, forked=forked)])[0].returncode == 1
+
+
+def test_a_forked_process_is_one_of_its_own_that_has_torch_loaded(tmp_path: Path) -> None:
+    (tmp_path / "beside.py").write_text("VALUE = 7\n")
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys\n"
+        "print('torch' in sys.modules, __name__)\n"
+        "import atexit, beside, os\n"
+        "atexit.register(print, 'at exit')\n"
+        "print(beside.VALUE, sys.argv[1:], sys.stdin.read(), os.environ['ONLY'], os.getcwd())\n"
+        "print(os.environ.get('HOME'), file=sys.stderr)\n"
+    )
+    found = run(
+        *(sys.executable, script, "a b"), env={"ONLY": "here"}, cwd=TESTS, stdin="in", forked=True
+    )
+    assert found.stdout == f"True __main__\n7 ['a b'] in here {TESTS}\nat exit\n"
+    assert found.stderr == "None\n"

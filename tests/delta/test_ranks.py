@@ -59,9 +59,8 @@ def start(
     }
     given |= arguments
     given["keywords"] = {"max_shard_size": SHARD} | arguments.get("keywords", {})
-    return Child(
-        sys.executable, TESTS / "support" / "rank_worker.py", json.dumps(given), env=variables
-    )
+    worker = TESTS / "support" / "rank_worker.py"
+    return Child(sys.executable, worker, json.dumps(given), env=variables, forked=True)
 
 
 def reports(*ranks: Child) -> list[dict[str, Any]]:

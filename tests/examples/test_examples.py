@@ -27,7 +27,7 @@ SHARED = {"tiny"}
 
 
 def run(command: list[str]) -> str:
-    return processes.run(sys.executable, *command, cwd=EXAMPLES, limit=280).stdout
+    return processes.run(sys.executable, *command, cwd=EXAMPLES, limit=280, forked=True).stdout
 
 
 def assert_moved(output: str) -> None:

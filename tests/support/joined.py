@@ -58,6 +58,7 @@ def launch(folder: Path, jobs: Mapping[str, Job], joined: Joined) -> list[dict[s
             *(sys.executable, "-m", "support.joined", file),
             env=environment(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=joined.processes),
             cwd=TESTS,
+            forked=True,
         )
         for rank in range(joined.processes)
     ]

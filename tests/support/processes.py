@@ -18,6 +18,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from support.forked import Forked
+
 TESTS = Path(__file__).parents[1]
 Ended = subprocess.CompletedProcess[str]
 
@@ -41,7 +43,8 @@ def environment(*without: str, **changes: object) -> dict[str, str]:
 class Child:
     """A process that was started.
 
-    stdin: the text that it can read. stderr: a descriptor to write to instead of a file.
+    stdin: the text that it can read. stderr: a descriptor to write to instead of a file. forked:
+    a Python process that begins with the large packages loaded.
     """
 
     def __init__(
@@ -51,20 +54,28 @@ class Child:
         cwd: Path | None = None,
         stdin: str = "",
         stderr: int | None = None,
+        forked: bool = False,
     ) -> None:
+        words, env = [str(part) for part in command], environment() if env is None else env
+        self._process: subprocess.Popen[bytes] | Forked
         self._output, self._errors = (tempfile.TemporaryFile() for _ in range(2))  # noqa: SIM115
         with tempfile.TemporaryFile() as given:
             given.write(stdin.encode())
             given.seek(0)
-            self._process = subprocess.Popen(
-                [str(part) for part in command],
-                env=environment() if env is None else env,
-                cwd=cwd,
-                stdin=given,
-                stdout=self._output,
-                stderr=self._errors if stderr is None else stderr,
-                start_new_session=True,
-            )
+            errors = self._errors.fileno() if stderr is None else stderr
+            if forked:
+                files = given.fileno(), self._output.fileno(), errors
+                self._process = Forked(words, env, cwd, files)
+            else:
+                self._process = subprocess.Popen(
+                    words,
+                    env=env,
+                    cwd=cwd,
+                    stdin=given,
+                    stdout=self._output,
+                    stderr=errors,
+                    start_new_session=True,
+                )
         self.pid = self._process.pid
         _children.append(self)
 
@@ -114,6 +125,7 @@ class Child:
         # What it started may outlive it, and keeps the group, whose number nobody else has then.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
+        self._process.kill()
         self._process.wait(30)
 
 
