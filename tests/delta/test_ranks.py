@@ -229,7 +229,7 @@ def test_a_rank_that_never_comes_is_named_and_the_remedy_said(
 
 
 def test_only_the_rank_that_did_not_come_is_named(pair: Pair, out: Path) -> None:
-    first, last = reports(*(start(pair, out, rank, 3, limit=20.0) for rank in (0, 2)))
+    first, last = reports(*(start(pair, out, rank, 3, limit=8.0) for rank in (0, 2)))
     assert "rank 1 of 3 never came" in first["text"]
     assert "rank 2 timed out waiting for rank 0" in last["text"]
     assert everything_under(out.parent) == set()
