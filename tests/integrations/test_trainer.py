@@ -549,6 +549,48 @@ def test_a_wrapper_that_splits_batches_around_the_injection_is_stopped(
         trainer.train()
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"schedule": "cosine"}],
+    ids=["attached at once", "attaches when training starts"],
+)
+def test_a_loop_that_trains_the_model_of_a_trainer_without_it_is_stopped(
+    tmp_path: Path,
+    build: Callable[[], torch.nn.Module],
+    delta: drift_fast.Delta,
+    options: dict[str, Any],
+) -> None:
+    # As unsloth_zoo.training_utils.unsloth_train: it takes a trainer and calls nothing of it.
+    trainer = make_trainer(build(), tmp_path, max_steps=-1, num_train_epochs=1)
+    injection = drift_fast.attach(trainer, delta, **options)
+    assert (injection.steps, "attaches when" in repr(injection)) == (0, bool(options))
+
+    def own_loop() -> None:
+        optimizer = torch.optim.SGD(trainer.model.parameters(), lr=1e-3)
+        batch = trainer.data_collator([trainer.train_dataset[at] for at in range(2)])
+        trainer.model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    with pytest.raises(drift_fast.DriftError, match=r"train with trainer\.train\(\)"):
+        own_loop()
+    trainer.model.zero_grad()
+    trainer.train()
+    assert injection.steps == trainer.state.max_steps > 0
+    injection.remove()
+    own_loop()
+
+
+def test_an_injection_that_waits_and_was_removed_stops_no_loop(
+    tmp_path: Path, build: Callable[[], torch.nn.Module], delta: drift_fast.Delta
+) -> None:
+    trainer = make_trainer(build(), tmp_path, max_steps=-1, num_train_epochs=1)
+    drift_fast.attach(trainer, delta, schedule="cosine").remove()
+    optimizer = torch.optim.SGD(trainer.model.parameters(), lr=1e-3)
+    trainer.model(**trainer.data_collator([trainer.train_dataset[0]])).loss.backward()
+    optimizer.step()
+
+
 def test_training_stops_when_something_undoes_the_injection(
     tmp_path: Path, build: Callable[[], torch.nn.Module], delta: drift_fast.Delta
 ) -> None:

@@ -35,6 +35,11 @@ class Driver:
 
     # Why a user must not call `Injection.step()`; None where a user must.
     runs_by_itself: str | None = None
+    # What to do where an optimizer stepped and nothing was injected before.
+    missed = (
+        "call injection.step() between backward and optimizer.step(), where a closure runs "
+        "backward in the closure"
+    )
     # How to train float32 weights, where neither a loop's way nor that of the shards is right.
     wider = ""
 

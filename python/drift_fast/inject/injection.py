@@ -176,6 +176,7 @@ class Injection(Attachment, Shown):
             self._claim,
             scope=self._config.scope,
             missing=self._missing,
+            remedy=self._driver.missed,
             optimizer_is_given=self._driver.optimizer is not None,
         )
         self._scope = self._make_scope()

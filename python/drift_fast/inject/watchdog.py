@@ -71,12 +71,14 @@ class Watchdog:
         *,
         scope: ScopeName,
         missing: MissingAccount,
+        remedy: str,
         optimizer_is_given: bool,
     ) -> None:
         self._targets = list(targets)
         self._claim = claim
         self._scope = scope
         self._account = missing
+        self._remedy = remedy
         self._optimizer_is_given = optimizer_is_given
         self._present = Present(model, targets)
         # Of optimizers that hold no target, how many parameters they had when they were looked at,
@@ -330,8 +332,7 @@ class Watchdog:
                 "returns, and just before clipping"
             )
         call = (
-            "call injection.step() between backward and optimizer.step(), where a closure runs "
-            "backward in the closure"
+            self._remedy
             if self._scope == "step"
             else "no backward pass reached its hooks (were the parameters replaced, moved or "
             "wrapped after attaching?)"

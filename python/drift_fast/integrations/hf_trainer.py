@@ -35,6 +35,7 @@ from drift_fast.integrations.attached import AttachedInjection
 from drift_fast.integrations.deepspeed_engine import EngineDriver
 from drift_fast.integrations.trainer_run import (
     CheckpointedState,
+    Wait,
     bare_model,
     check_ahead,
     check_doras_ahead,
@@ -54,6 +55,10 @@ _KEPT = 0.1
 class TrainerDriver(Driver):
     """A Trainer's own loop, which unscales gradients only when it clips, after `training_step`."""
 
+    missed = (
+        "train with trainer.train(), and attach after what replaces its training_step; in a loop "
+        "that does not call it, call injection.step() between backward and optimizer.step()"
+    )
     wider = (
         "Load the model with from_pretrained(…, dtype=torch.float32), since the default is the "
         "dtype that is stored, and pass bf16=True to the TrainingArguments, which computes in "
@@ -102,6 +107,7 @@ class TrainerInjection(AttachedInjection):
         self._drive: list[float] = []
         self._logged_step = 0
         self._checked = self._removed = False
+        self._wait: Wait | None = None
         self._model: Any = None
         self._engine: Any = None
         check_ahead(trainer, config)
@@ -120,6 +126,9 @@ class TrainerInjection(AttachedInjection):
             check_adapted(targets, config)
             check_doras_ahead(trainer, targets)
             refuse_second(targets)
+            if not sharded:
+                # Where weights are sharded, loading an optimizer's state steps it.
+                self._wait = Wait(trainer, targets)
         else:
             self._start(trainer.model, length or None)
         self._step_method = WrappedMethod(trainer, "training_step", self._training_step)
@@ -137,6 +146,8 @@ class TrainerInjection(AttachedInjection):
         """Detach, and give the trainer its own methods back."""
         super().remove()
         self._removed = True
+        if self._wait is not None:
+            self._wait.remove()
         self._step_method.remove()
         self._log_method.remove()
         self._saves.remove()
@@ -151,6 +162,8 @@ class TrainerInjection(AttachedInjection):
 
     def _start(self, model: nn.Module, length: int | None) -> None:
         """Attach to a model for a run of so many optimizer steps."""
+        if self._wait is not None:
+            self._wait.remove()
         driver: Driver = TrainerDriver(self._trainer)
         if self._trainer.is_deepspeed_enabled:
             self._engine = engine_of(self._trainer)

@@ -9,8 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
+
 from drift_fast.errors import DriftError
 from drift_fast.inject.config import InjectionConfig
+from drift_fast.inject.optimizer_watch import OptimizerWatch
 from drift_fast.inject.shards.fsdp1 import flattened
 from drift_fast.inject.shards.zero_support import check_configuration, is_engine
 from drift_fast.inject.target import Target
@@ -79,6 +82,38 @@ def check_doras_ahead(trainer: Any, targets: Sequence[Target]) -> None:
                 f"{target.name} has a DoRA adapter, whose A a Trainer wraps on its own under "
                 "FSDP1, and PEFT cannot train it there: take FSDP2 (fsdp_config={'version': 2}), "
                 "or train with use_dora=False"
+            )
+
+
+class Wait:
+    """Refuses a loop that trains the targets before the run at which an injection attaches.
+
+    Such a loop never calls `on_train_begin`, and nothing else would notice.
+    """
+
+    def __init__(self, trainer: Any, targets: Sequence[Target]) -> None:
+        self._trainer = trainer
+        # Not the parameters: `model_init` drops them for others, of which none may be among these.
+        self._targets = {id(p) for target in targets for p in target.trained}
+        self._watch = OptimizerWatch(self._refuse)
+
+    def remove(self) -> None:
+        """Refuse nothing from now on. May be called twice."""
+        self._watch.remove()
+
+    def _refuse(self, optimizer: torch.optim.Optimizer) -> None:
+        held = {
+            id(parameter)
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+            if parameter.grad is not None
+        }
+        if any(id(p) in self._targets and id(p) in held for p in self._trainer.model.parameters()):
+            raise DriftError(
+                f"{type(optimizer).__name__} steps before trainer.train(), at which the injection "
+                "attaches, so nothing would be injected: train with trainer.train(), or in a loop "
+                "of one's own use Injection(model, delta, …) and call its step(); or call "
+                "remove() to train without it"
             )
 
 
