@@ -110,6 +110,7 @@ def test_the_report_begins_with_the_result(tiny: Pair) -> None:
     assert "right against" not in markdown(results).split("## ")[0]
 
 
+@pytest.mark.slow
 def test_without_a_directory_nothing_is_written_where_it_runs(
     directory: Path,
     tmp_path: Path,
@@ -224,6 +225,7 @@ def test_every_rival_runs_and_what_it_computes_is_looked_at(command: Callable[..
         assert rows["process/delta/mergekit"]["absent"] == "mergekit is not installed"
 
 
+@pytest.mark.slow
 def test_scaling_compares_ours_with_the_control_at_every_count(
     command: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

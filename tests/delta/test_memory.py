@@ -23,7 +23,9 @@ def interpreter_nbytes() -> int:
     return peak_of("-c", "import time; time.sleep(0.1)")[0]
 
 
-@pytest.fixture(scope="module", params=["one-tensor", "many-tensors"])
+@pytest.fixture(
+    scope="module", params=["one-tensor", pytest.param("many-tensors", marks=pytest.mark.slow)]
+)
 def gigabyte_pair(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, Path]:

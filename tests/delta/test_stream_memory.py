@@ -210,6 +210,7 @@ def test_the_command_takes_a_memory_and_prints_the_peak(
     assert "too small" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_process_takes_the_same_memory_for_a_pair_four_times_as_large(tmp_path: Path) -> None:
     peaks = []
     for count in (8, 32):

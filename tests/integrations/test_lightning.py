@@ -581,7 +581,7 @@ def test_the_older_package_name_is_served_too(tmp_path: Path) -> None:
         "assert issubclass(DriftCallback, pytorch_lightning.Callback)\n"
     )
     pytest.importorskip("pytorch_lightning")
-    python(script, limit=250, cwd=tmp_path)
+    python(script, limit=250, cwd=tmp_path, forked=True)
 
 
 class AdamModule(Module):

@@ -1372,8 +1372,11 @@ def test_the_command_prints_the_table_and_succeeds_with_notes(seven: dict[str, P
     result = drift_fast("check", seven["r1"], seven["flat"], "--modules", "attn")
     assert result.returncode == 0, result.stderr
     expected = check(seven["r1"], seven["flat"], modules="attn").table()
-    following = f"next: drift-fast delta {seven['r1']} {seven['flat']} --out delta"
-    assert result.stdout.strip() == f"{expected}\n{following}"
+    both = f"{seven['r1']} {seven['flat']} --modules attn"
+    printed, base, delta = result.stdout.strip().rsplit("\n", 2)
+    assert printed == expected
+    assert base.startswith(f"next: drift-fast check {both} --base TEXT_BASE, if you know")
+    assert delta == f"next: drift-fast delta {both} --out delta"
     assert result.stderr == ""
 
 
