@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -225,6 +226,12 @@ def _axolotl(folder: Path, run: Run, python: str) -> list[str]:
     given.pop("warmup_ratio", None)
     if run.resume:
         given["resume_from_checkpoint"] = f"saves/drift/checkpoint-{SAVED}"
+        if "adapter" not in given:
+            checkpoint = folder / given["resume_from_checkpoint"]
+            # Its checkpoints hold no processor, which it saves beside them.
+            for file in checkpoint.parent.glob("*processor*"):
+                shutil.copy(file, checkpoint)
+            given["base_model"] = given["resume_from_checkpoint"]
     if run.injected:
         given["drift_fast"]["alpha"] = run.alpha
     else:

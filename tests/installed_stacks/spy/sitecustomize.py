@@ -17,6 +17,8 @@ if os.environ.get("STACKS_RECORD"):
     from safetensors.torch import save_file
     from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+    # Axolotl makes its adapters before it sets a seed.
+    torch.manual_seed(0)
     _FOLDER = Path(os.environ["STACKS_RECORD"])
     _steps: list[str] = []
     _names: dict[int, str] = {}
