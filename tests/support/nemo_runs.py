@@ -13,8 +13,6 @@ which are named where they are lifted.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import re
 import shutil
@@ -31,11 +29,10 @@ sys.modules["triton"] = None  # type: ignore[assignment]
 from nemo_automodel._transformers import auto_model
 from nemo_automodel.components.config.loader import ConfigNode
 from nemo_automodel.recipes.llm.train_ft import TrainFinetuneRecipeForNextTokenPrediction
-from safetensors.torch import save_file
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import drift_fast
 from support.injection_models import text_batch, tiny_qwen2_5_vl
+from support.step_record import Record
 
 PAGE = Path(__file__).parents[2] / "docs" / "stacks.md"
 LLM, VLM = "TrainFinetuneRecipeForNextTokenPrediction", "FinetuneRecipeForVLM"
@@ -76,39 +73,6 @@ class Forgetful(TrainFinetuneRecipeForNextTokenPrediction):
     def load_checkpoint(self, restore_from: str | None = None) -> None:
         self.injection = drift_fast.Injection(self.model_parts[0], "delta")
         super().load_checkpoint(restore_from)
-
-
-class Record:
-    """What the optimizer is given: all of the first step, a checksum of each."""
-
-    def __init__(self, model: torch.nn.Module, folder: Path) -> None:
-        self._names = {id(p): name for name, p in model.named_parameters()}
-        self._folder = folder
-        self._steps: list[str] = []
-        folder.mkdir(exist_ok=True)
-        self._handle = register_optimizer_step_pre_hook(self._before)
-
-    def _before(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        found = {
-            self._names[id(p)]: (p.grad.clone(), p.detach().clone())
-            for group in optimizer.param_groups
-            for p in group["params"]
-            if p.grad is not None
-        }
-        if not self._steps:
-            for at, kind in enumerate(("gradients", "weights")):
-                tensors = {name: both[at] for name, both in found.items()}
-                save_file(tensors, self._folder / f"{kind}.safetensors")
-        digest = hashlib.sha256()
-        for name in sorted(found):
-            for tensor in found[name]:
-                # Zeros of either sign are one number.
-                digest.update((tensor + 0.0).contiguous().numpy().tobytes())
-        self._steps.append(digest.hexdigest())
-
-    def close(self) -> None:
-        self._handle.remove()
-        (self._folder / "steps.json").write_text(json.dumps(self._steps))
 
 
 def settings(folder: Path, model: str, accumulation: int, *, saves: Path | None) -> ConfigNode:

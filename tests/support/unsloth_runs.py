@@ -12,8 +12,6 @@ transformers and PEFT. A batch is split by UNSLOTH_TOKEN_BUDGET. FOLDER/<tuning>
 
 from __future__ import annotations
 
-import hashlib
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,12 +21,11 @@ import unsloth
 
 # isort: split
 # Later, as Unsloth asks for.
-from safetensors.torch import save_file
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import AutoModelForCausalLM, Trainer
 
 import drift_fast
 from integrations import test_trl
+from support.step_record import Record
 
 RUNS = {"plain": None, "zero": 0.0, "injected": 1.0}
 CLIP = 0.01
@@ -36,39 +33,6 @@ STEPS = 2
 # As lora_alpha / r in the checks.
 LORA: dict[str, Any] = {"r": 4, "lora_alpha": 8, "init_lora_weights": False}
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-
-class Record:
-    """What the optimizer is given: all of the first step, a checksum of each."""
-
-    def __init__(self, model: torch.nn.Module, folder: Path) -> None:
-        self._names = {id(p): name for name, p in model.named_parameters()}
-        self._folder = folder
-        self._steps: list[str] = []
-        folder.mkdir()
-        self._handle = register_optimizer_step_pre_hook(self._before)
-
-    def _before(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        found = {
-            self._names[id(p)]: (p.grad.clone(), p.detach().clone())
-            for group in optimizer.param_groups
-            for p in group["params"]
-            if p.grad is not None
-        }
-        if not self._steps:
-            for at, kind in enumerate(("gradients", "weights")):
-                tensors = {name: both[at] for name, both in found.items()}
-                save_file(tensors, self._folder / f"{kind}.safetensors")
-        digest = hashlib.sha256()
-        for name in sorted(found):
-            for tensor in found[name]:
-                # Zeros of either sign are one number.
-                digest.update((tensor + 0.0).contiguous().numpy().tobytes())
-        self._steps.append(digest.hexdigest())
-
-    def close(self) -> None:
-        self._handle.remove()
-        (self._folder / "steps.json").write_text(json.dumps(self._steps))
 
 
 def model_of(backend: str, folder: Path, tuning: str) -> Any:
