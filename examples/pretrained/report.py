@@ -238,6 +238,7 @@ def _pareto(path: Path, tests: Sequence[Line], labels: Mapping[str, str]) -> Non
 
     few = len(labels) <= len(_OVERVIEW)
     figure, axes = plt.subplots(figsize=(9, 4.2) if few else (11, 6), layout="constrained")
+    texts: dict[tuple[float, float], list[str]] = {}
     for number, (name, label) in enumerate(labels.items(), 1):
         mine = [test for test in tests if test["method"] == name]
         x, y = ([test[m] for test in mine] for m in ("reading", "answers"))
@@ -252,8 +253,18 @@ def _pareto(path: Path, tests: Sequence[Line], labels: Mapping[str, str]) -> Non
             alpha=0.7,
             label=f"{number} {label}",
         )
+        # Numbers of dots that lie on each other are written together.
+        near = [
+            other
+            for other in texts
+            if abs(other[0] - at[0]) < 0.009 and abs(other[1] - at[1]) < 3e-3
+        ]
+        texts.setdefault(at if few or not near else near[0], []).append(
+            label if few else str(number)
+        )
+    for at, those in texts.items():
         axes.annotate(
-            label if few else str(number),
+            ", ".join(those),
             at,
             fontsize=9 if few else 8,
             ha="right" if few else "left",
