@@ -89,6 +89,7 @@ def of(lines: list[dict[str, Any]], **fields: Any) -> list[dict[str, Any]]:
     return [line for line in lines if all(line[k] == v for k, v in fields.items())]
 
 
+@pytest.mark.slow
 def test_every_method_of_the_profile_is_run_on_every_world_and_set(finished: Any) -> None:
     tested = of(finished.results.lines(), stage="test")
     pairs = {(line["method"], line["world"], line["set"]) for line in tested}
@@ -96,6 +97,7 @@ def test_every_method_of_the_profile_is_run_on_every_world_and_set(finished: Any
     assert len(tested) == len(pairs)
 
 
+@pytest.mark.slow
 def test_methods_of_one_set_train_on_equal_batches_and_other_sets_on_others(finished: Any) -> None:
     trained = [line for line in of(finished.results.lines(), stage="test") if "batches" in line]
     digests = {s: {line["batches"] for line in of(trained, set=s)} for s in (0, 1)}
@@ -104,6 +106,7 @@ def test_methods_of_one_set_train_on_equal_batches_and_other_sets_on_others(fini
     assert digests[0] != digests[1]
 
 
+@pytest.mark.slow
 def test_what_is_chosen_is_the_best_trial_and_never_from_a_test(finished: Any) -> None:
     lines = finished.results.lines()
     tried = of(lines, stage="tune", method="sft")
@@ -119,6 +122,7 @@ def test_what_is_chosen_is_the_best_trial_and_never_from_a_test(finished: Any) -
     assert score[json.dumps(balanced)] == max(score.values())
 
 
+@pytest.mark.slow
 def test_tables_follow_from_the_lines(finished: Any) -> None:
     written = (finished.out / "results.md").read_text(encoding="utf-8")
     rows = of(finished.results.lines(), stage="test", method="drift_base")
@@ -134,6 +138,7 @@ def test_tables_follow_from_the_lines(finished: Any) -> None:
         assert (finished.out / name).read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_progress_ends_where_each_method_should(finished: Any) -> None:
     lines = of(finished.results.lines(), stage="test", set=0)
     progress = {line["method"]: line["progress"]["base"] for line in lines}
@@ -148,6 +153,7 @@ def test_progress_ends_where_each_method_should(finished: Any) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_second_call_runs_nothing_and_a_failed_run_is_run_again(
     finished: Any, miniature: Any
 ) -> None:
@@ -166,6 +172,7 @@ def test_a_second_call_runs_nothing_and_a_failed_run_is_run_again(
     assert len(results.lines()) == len(finished.results.lines()) - 1
 
 
+@pytest.mark.slow
 def test_results_can_be_packed_and_taken_up_elsewhere(
     finished: Any, miniature: Any, tmp_path: Path
 ) -> None:
@@ -600,6 +607,7 @@ def test_the_documentation_quotes_the_published_table() -> None:
         assert f"| {label} | {found[mm, 'exp−mm']} | {found[base, 'exp−base']} |" in page
 
 
+@pytest.mark.slow
 def test_the_report_names_the_hardware_once_and_that_it_was_tuned_on_its_test_world(
     finished: Any,
 ) -> None:
@@ -682,6 +690,7 @@ def test_a_failed_checkpoint_does_not_stop_the_others_and_is_trained_again(
     assert not one.results.failed()
 
 
+@pytest.mark.slow
 def test_a_line_says_what_lambda_was_to_be_expected(finished: Any) -> None:
     import drift_fast
 

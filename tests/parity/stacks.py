@@ -154,7 +154,6 @@ def _lora(
     shapes: str = "even",
     *,
     adapter: str = "lora",
-    fast: bool = False,
     **options: Any,
 ) -> Stack:
     """A stack that trains the factors of an adapter."""
@@ -168,7 +167,6 @@ def _lora(
         environment=_DEEPSPEED if zero else {},
         options={"adapter": adapter, **options},
         needs=("peft", "deepspeed") if zero else ("peft",),
-        fast=fast,
     )
 
 
@@ -258,7 +256,7 @@ STACKS = (
     _lora("LoRA (PEFT)", "loops:plain"),
     _lora("LoRA (PEFT), rsLoRA", "loops:plain", adapter="rslora"),
     _lora("LoRA (PEFT), DDP, 2 processes", "sharded:ddp", 2),
-    _lora("LoRA (PEFT), FSDP2, 2 processes", "sharded:fsdp2", 2, fast=True),
+    _lora("LoRA (PEFT), FSDP2, 2 processes", "sharded:fsdp2", 2),
     _lora("LoRA (PEFT), FSDP2, 4 processes, uneven shards", "sharded:fsdp2", 4, "uneven"),
     _lora("LoRA (PEFT), rsLoRA, FSDP2, 2 processes", "sharded:fsdp2", 2, adapter="rslora"),
     *(
