@@ -20,6 +20,7 @@ from drift_fast.checkpoints.opened import Opened, open_checkpoint
 from drift_fast.errors import DriftError, DriftWarning
 from drift_fast.inject.config import TargetOptions
 from drift_fast.inject.targets import find_targets
+from drift_fast.names import is_other_modality
 
 # Tensors that are compared at most, and elements of each.
 _TENSORS, _ELEMENTS = 64, 256
@@ -84,12 +85,17 @@ def difference(model: nn.Module, path: str | os.PathLike[str]) -> Difference | N
 
 
 class _Stored(Mapping[str, torch.Tensor]):
-    """A checkpoint on this machine as a mapping, of which elements can be read."""
+    """The language backbone of a checkpoint on this machine, of which elements can be read.
+
+    Δ moves that alone, and towers can have gained or lost a prefix of another kind.
+    """
 
     def __init__(self, opened: Opened) -> None:
         self._opened = opened
         self.shapes = {
-            name: shape for name, shape in opened.shapes.items() if opened.dtypes[name] in _DTYPES
+            name: shape
+            for name, shape in opened.shapes.items()
+            if opened.dtypes[name] in _DTYPES and not is_other_modality(name)
         }
 
     def __getitem__(self, name: str) -> torch.Tensor:
