@@ -45,6 +45,11 @@ def few_objects() -> None:
     gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    # Bindings complain of what is still there when the interpreter ends.
+    gc.unfreeze()
+
+
 def pytest_runtest_teardown() -> None:
     processes.end_all()
 
