@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +17,9 @@ import torch
 from torch import nn
 
 from drift_fast.checkpoints.opened import Opened, open_checkpoint
-from drift_fast.errors import DriftError, DriftWarning
+from drift_fast.errors import AlignmentError, DriftError, DriftWarning
 from drift_fast.inject.config import TargetOptions
+from drift_fast.inject.target import Target
 from drift_fast.inject.targets import find_targets
 from drift_fast.names import is_other_modality
 
@@ -57,8 +58,8 @@ def difference(model: nn.Module, path: str | os.PathLike[str]) -> Difference | N
         with warnings.catch_warnings():
             # What other loaders may read is for those who compute from it to hear.
             warnings.simplefilter("ignore", DriftWarning)
-            stored = _Stored(open_checkpoint(path))
-        targets, _ = find_targets(model, stored, TargetOptions(strict=False))
+            opened = open_checkpoint(path)
+        stored, targets = _matched(model, opened)
     except (DriftError, OSError, ValueError):
         # Pickles, adapters, shards of FSDP: what the Trainer alone can read.
         return None
@@ -84,18 +85,29 @@ def difference(model: nn.Module, path: str | os.PathLike[str]) -> Difference | N
     return Difference(Path(path), differing / sampled, foreign / sampled, first)
 
 
-class _Stored(Mapping[str, torch.Tensor]):
-    """The language backbone of a checkpoint on this machine, of which elements can be read.
+def _matched(model: nn.Module, opened: Opened) -> tuple[_Stored, list[Target]]:
+    """Match all of a checkpoint, or its backbone where towers have prefixes of another kind.
 
-    Δ moves that alone, and towers can have gained or lost a prefix of another kind.
+    Raises:
+        AlignmentError: neither matches.
     """
+    options = TargetOptions(strict=False)
+    stored = _Stored(opened, opened.shapes)
+    try:
+        return stored, find_targets(model, stored, options)[0]
+    except AlignmentError:
+        names = [name for name in opened.shapes if not is_other_modality(name)]
+        stored = _Stored(opened, names)
+        return stored, find_targets(model, stored, options)[0]
 
-    def __init__(self, opened: Opened) -> None:
+
+class _Stored(Mapping[str, torch.Tensor]):
+    """Tensors of a checkpoint on this machine as a mapping, of which elements can be read."""
+
+    def __init__(self, opened: Opened, names: Iterable[str]) -> None:
         self._opened = opened
         self.shapes = {
-            name: shape
-            for name, shape in opened.shapes.items()
-            if opened.dtypes[name] in _DTYPES and not is_other_modality(name)
+            name: opened.shapes[name] for name in names if opened.dtypes[name] in _DTYPES
         }
 
     def __getitem__(self, name: str) -> torch.Tensor:
