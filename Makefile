@@ -50,15 +50,17 @@ build/oldest/installed: .venv/built
 		'datasets==4.0.*' 'fsspec==2025.3.*'
 	touch $@
 
-# A wheel as a user gets it: an environment of its own with its declared dependencies only.
+# A wheel as a user gets it: an environment of its own with its declared dependencies only, of which torch
+# is linked from .venv.
 test-wheel: .venv/built
 	rm -rf build/wheel
 	. $(BIN)/activate && maturin build --release --quiet --out build/wheel
-	$(call use,build/wheel/*.whl)
+	$(call use,build/wheel/*.whl,$(PYTHON) tests/borrow_torch.py build/clean .venv)
 
 define use
 	rm -rf build/clean
 	$(PYTHON) -m venv build/clean
+	$(2)
 	build/clean/bin/python -m pip install --quiet $(1)
 	cd build/clean && bin/python -I ../../tests/use_wheel.py
 endef

@@ -23,17 +23,6 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 BUILD = ROOT / "build" / "stacks"
 PAGE = ROOT / "docs" / "stacks.md"
-# What an environment may take from another in the place of an install of several gigabytes.
-HEAVY = (
-    "torch",
-    "torchgen",
-    "functorch",
-    "torchvision",
-    "torchvision.libs",
-    "triton",
-    "nvidia",
-    "cuda",
-)
 ALWAYS = ("msgspec", "rich", "numpy", "safetensors", "pyyaml", "pillow")
 # Only against a run that hangs: on a busy machine one took more than ten minutes.
 LIMIT = 3600
@@ -41,6 +30,8 @@ LIMIT = 3600
 
 def install(stack: str, torch_from: Path | None) -> Path:
     """Make the environment of a stack, and return its interpreter."""
+    from borrow_torch import VISION, borrow
+
     given = tomllib.loads((HERE / "versions.toml").read_text())[stack]
     place = BUILD / stack
     shutil.rmtree(place, ignore_errors=True)
@@ -49,31 +40,11 @@ def install(stack: str, torch_from: Path | None) -> Path:
     python = place / "bin" / "python"
     pins = []
     if torch_from is not None and given.get("torch") != "own":
-        pins = borrow(place, torch_from)
+        pins = borrow(place, torch_from, also=VISION)
     quiet = [str(python), "-m", "pip", "install", "--quiet"]
     subprocess.run([*quiet, "--upgrade", "pip"], check=True)
     subprocess.run([*quiet, *given["packages"], *ALWAYS, "torch", "torchvision", *pins], check=True)
     return python
-
-
-def borrow(place: Path, other: Path) -> list[str]:
-    """Link torch and what it needs of another environment; return the pins that keep it."""
-    (packages,) = other.glob("lib/python*/site-packages")
-    (own,) = place.glob("lib/python*/site-packages")
-    borrowed = place / "borrowed"
-    borrowed.mkdir()
-    pins = []
-    for each in packages.iterdir():
-        name, _, version = each.name.removesuffix(".dist-info").partition("-")
-        described = each.name.endswith(".dist-info") and (
-            name in HEAVY or name.startswith(("nvidia_", "cuda_"))
-        )
-        if each.name in HEAVY or described:
-            (borrowed / each.name).symlink_to(each)
-        if described and name in ("torch", "torchvision"):
-            pins.append(f"{name}=={version}")
-    (own / "borrowed.pth").write_text(f"{borrowed}\n")
-    return pins
 
 
 def call(words: list[str], folder: Path, python: Path, *, plain: bool = False, **more: str) -> str:
