@@ -255,7 +255,9 @@ class Bench:
         self.step()
 
     def injection(self, label: str, delta: Any, **options: Any) -> None:
-        """Time an injection."""
+        """Time an injection, unless the time is over."""
+        if self.late():
+            return
         self.model.zero_grad(set_to_none=True)
         before = self.memory()
         held = Injection(self.model, delta, **options)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from drift_fast.dtypes import INT8_BLOCK
-from drift_fast.inject.placement.page_locked import page_locked
+from drift_fast.inject.placement.page_locked import lock, pages
 
 _CODE_MAX = 127.0
 _LARGEST = torch.finfo(torch.float16).max
@@ -36,15 +36,9 @@ class Int8:
 
     @classmethod
     def joined(cls, members: Sequence[Int8]) -> Int8:
-        """Return the blocks of several as those of one, page-locked where they are in host memory.
-
-        One launch decodes them all; the members are left with views of it.
-        """
+        """Return the blocks of several as those of one; the members are left with views of it."""
         codes = torch.cat([member.codes for member in members])
-        scales = torch.cat([member.scales for member in members])
-        one = cls(codes, scales)
-        if codes.device.type == "cpu":
-            one.codes, one.scales = page_locked(one, codes), page_locked(one, scales)
+        one = cls(codes, torch.cat([member.scales for member in members]))
         counts = [len(member.codes) for member in members]
         parts = zip(torch.split(one.codes, counts), torch.split(one.scales, counts), strict=True)
         for member, (codes, scales) in zip(members, parts, strict=True):
@@ -61,14 +55,46 @@ class Int8:
         self.codes, self.scales = self.codes.to(device), self.scales.to(device)
         return self
 
+    def to_host(self) -> None:
+        """Move from a GPU to page-locked memory on the current stream, and wait for it."""
+        codes, scales = (
+            # Pages that are there are locked several times as fast as those the driver brings in.
+            lock(self, pages(one.numel(), one.dtype).zero_()).view(one.shape).copy_(one)
+            for one in (self.codes, self.scales)
+        )
+        self.codes, self.scales = codes, scales
+
     def fill(self, out: torch.Tensor) -> None:
-        codes, scales = self.codes, self.scales
-        if codes.device != out.device:
-            codes = codes.to(out.device, non_blocking=True)
-            scales = scales.to(out.device, non_blocking=True)
-        # In float32, and rounded once to bfloat16, as an int8 delta is decoded; float16 would
-        # round a first time.
-        torch.mul(codes, scales.float(), out=out.view(codes.shape))
+        _decode(self.codes, self.scales, out)
+
+
+class Apart:
+    """Several in host memory, each in its own; one launch decodes them all on a GPU."""
+
+    def __init__(self, members: Sequence[Int8]) -> None:
+        self._members = list(members)
+        self.numel = INT8_BLOCK * sum(len(member.codes) for member in members)
+
+    def fill(self, out: torch.Tensor) -> None:
+        blocks = self.numel // INT8_BLOCK
+        codes = torch.empty(blocks, INT8_BLOCK, dtype=torch.int8, device=out.device)
+        scales = torch.empty(blocks, 1, dtype=torch.float16, device=out.device)
+        start = 0
+        for member in self._members:
+            stop = start + len(member.codes)
+            codes[start:stop].copy_(member.codes, non_blocking=True)
+            scales[start:stop].copy_(member.scales, non_blocking=True)
+            start = stop
+        _decode(codes, scales, out)
+
+
+def _decode(codes: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> None:
+    """Write values to a flat tensor beside the codes.
+
+    In float32, and rounded once to bfloat16, as an int8 delta is decoded; float16 would round a
+    first time.
+    """
+    torch.mul(codes, scales.float(), out=out.view(codes.shape))
 
 
 def quantize(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

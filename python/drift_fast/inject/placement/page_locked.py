@@ -55,14 +55,6 @@ def lock(owner: object, tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def page_locked(owner: object, tensor: torch.Tensor) -> torch.Tensor:
-    """Return a copy in page-locked memory, or the tensor itself where there is no GPU."""
-    if not torch.cuda.is_available() or not tensor.numel():
-        return tensor
-    copy = pages(tensor.numel(), tensor.dtype).copy_(tensor.reshape(-1))
-    return lock(owner, copy).view(tensor.shape)
-
-
 def _unlock(tensor: torch.Tensor) -> None:
     torch.cuda.synchronize()
     runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]

@@ -7,6 +7,7 @@ of elements from `pipeline`, or a tensor that is not a run of the delta's.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from drift_fast.delta.protocol import DeltaLike, Run
 from drift_fast.errors import DriftError
 from drift_fast.inject.compute.base import Arithmetic
 from drift_fast.inject.compute.host import norm_of
+from drift_fast.inject.compute.streams import new_stream
 from drift_fast.inject.placement.held import Held, InHostMemory, OnDisk
 from drift_fast.inject.placement.int8 import Int8, quantize
 from drift_fast.inject.placement.int8_blocks import Int8Blocks
@@ -27,6 +29,9 @@ from drift_fast.inject.placement.page_locked import pages
 from drift_fast.inject.placement.pipeline import Wanted
 from drift_fast.inject.shards.base import Shard
 from drift_fast.inject.target import DeltaReader, Target
+
+# Tensors whose codes go to host memory at a time; until they are there they are on the GPU too.
+_MOVING = 8
 
 
 @dataclass
@@ -161,12 +166,30 @@ class Unread(_Exact):
 
 
 class Rounding:
-    """What all targets share that are rounded to int8: the arithmetic, and memory to decode in."""
+    """What all targets share that are rounded to int8: the arithmetic, and memory to decode in.
+
+    to_host: codes go back to host memory, on threads and a few at a time.
+    """
 
     def __init__(self, arithmetic: Arithmetic, *, to_host: bool) -> None:
         self.arithmetic = arithmetic
-        self.to_host = to_host
+        self._to_host = to_host and arithmetic.device.type == "cuda"
+        self._moving: deque[Future[None]] = deque()
         self._scratch = torch.empty(0, dtype=Int8.dtype, device=arithmetic.device)
+
+    def settle(self, held: Int8) -> None:
+        """Take codes to where they are kept, once what uses them on the current stream is over."""
+        device = self.arithmetic.device
+        if not self._to_host:
+            return
+        over = torch.cuda.current_stream(device).record_event()
+        self._moving.append(_lockers(device).submit(_move, held, over, device))
+        self.wait(_MOVING)
+
+    def wait(self, most: int = 0) -> None:
+        """Wait until at most so many are still on their way."""
+        while len(self._moving) > most:
+            self._moving.popleft().result()
 
     def norm(self, held: Int8, run: slice) -> torch.Tensor:
         """Return ‖Δ‖ of the elements of a run, a vector of one element on the device."""
@@ -176,6 +199,13 @@ class Rounding:
             self._scratch = torch.empty(numel, dtype=held.dtype, device=device)
         held.fill(self._scratch[:numel])
         return self.arithmetic.measure([self._scratch[run]], None).norm
+
+
+def _move(held: Int8, over: torch.cuda.Event, device: torch.device) -> None:
+    lane = new_stream(device)
+    lane.wait_event(over)
+    with torch.cuda.stream(lane):
+        held.to_host()
 
 
 class Rounded:
@@ -221,6 +251,7 @@ class Rounded:
         self._round()
 
     def loaded(self) -> Loaded:
+        self._rounding.wait()
         # What is injected is what was rounded, so its norm counts.
         norm = float(self._norm.item())
         if self._exact is not None:
@@ -261,5 +292,4 @@ class Rounded:
         self._parts = {}
         self._held = Int8(codes, scales, self._blocks.run).to(self._device)
         self._norm = self._rounding.norm(self._held, self._blocks.run)
-        if self._rounding.to_host:
-            self._held.to("cpu")
+        self._rounding.settle(self._held)

@@ -18,7 +18,7 @@ import torch
 from drift_fast.dtypes import INT8_BLOCK
 from drift_fast.inject.compute.streams import new_stream
 from drift_fast.inject.placement.held import Held, OnDisk
-from drift_fast.inject.placement.int8 import Int8
+from drift_fast.inject.placement.int8 import Apart, Int8
 
 # Buffers of the ring: one is used while others fill. More of them are free again sooner, fewer
 # take fewer launches.
@@ -176,13 +176,14 @@ class Ring:
             place += self._padded[member]
         return views
 
-    def _source(self, members: range) -> list[tuple[Held, int, int]]:
+    def _source(self, members: range) -> list[tuple[Held | Apart, int, int]]:
         """Return what fills a bucket, each with the elements of the buffer that it fills."""
         some = [self._held[member] for member in members]
         codes = [one for one in some if isinstance(one, Int8)]
         if len(codes) == len(some):
-            joined = Int8.joined(codes)
-            return [(joined, 0, joined.numel)]
+            there = codes[0].codes.device == self._slots[0].device
+            one = Int8.joined(codes) if there else Apart(codes)
+            return [(one, 0, one.numel)]
         ends = list(itertools.accumulate(self._padded[member] for member in members))
         return list(zip(some, [0, *ends[:-1]], ends, strict=True))
 
