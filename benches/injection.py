@@ -508,6 +508,10 @@ def full(bench: Bench, worst: float) -> None:
             overlap=True,
             **int8,
         )
+        host = {"residency": "host", "prefetch": "1GB"}
+        bench.injection(f"drift_fast, adaptive, {both}, host, 1GB ahead", everything, **host)
+        int8 = {"residency": "host-int8", "prefetch": "1GB"}
+        bench.injection(f"drift_fast, adaptive, {both}, host-int8, 1GB ahead", everything, **int8)
         for prefetch in ("1GB", "4GB"):
             bench.injection(
                 f"drift_fast, adaptive, {both}, host, overlapped, {prefetch} ahead",

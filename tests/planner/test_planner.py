@@ -13,10 +13,11 @@ import drift_fast
 from drift_fast.cli.main import main
 from drift_fast.inject.predict import predict_progress
 from drift_fast.planner import rates
-from drift_fast.planner.counts import VISION
+from drift_fast.planner.counts import VISION, read_model
 from drift_fast.planner.training import Training
 from support.planner_models import (
     MULTIMODAL,
+    MULTIMODAL_NUMEL,
     REASONING,
     REASONING_NUMEL,
 )
@@ -41,7 +42,12 @@ def test_every_figure_says_where_it_comes_from_and_time_follows_from_the_stated_
     compute = 6 * active * 2048 / (rates.utilization()[0] * rates.H100_FLOPS)
     assert found["compute of a step"].value == pytest.approx(compute)
     assert found["injection of a step"].value == pytest.approx(attention.seconds / 8)
-    assert found["training"].value == pytest.approx(1500 * (compute + attention.seconds / 8))
+    # AdamW in mixed precision under ZeRO: weights, gradients and states in float32.
+    trained = MULTIMODAL_NUMEL - read_model(MULTIMODAL).by_kind()[VISION]
+    stepping = (6 * 4 + 2 * 8) * trained / 8 / (12 * rates.BOTH.numel / rates.BOTH.seconds)
+    assert found["optimizer of a step"].value == pytest.approx(stepping)
+    whole = compute + stepping + attention.seconds / 8
+    assert found["training"].value == pytest.approx(1500 * whole)
     tokens = found["tokens of a sample"]
     assert (tokens.value, tokens.origin) == (2048, "assumed")
     assert "--tokens" in tokens.source

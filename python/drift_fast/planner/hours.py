@@ -1,8 +1,9 @@
 """How long a run takes at least: operations at a measured utilization, and a measured injection.
 
 Owns the formulas: 6·N·tokens for forward and backward, 8·N·tokens if activations are computed
-again, and 2 for each parameter of a frozen tower and each patch. Not counted: communication, the
-optimizer's step, loading and saving, and attention scores, which grow with the length squared.
+again, and 2 for each parameter of a frozen tower and each patch; what clipping and the optimizer
+move at the rate at which an injection moves memory. Not counted: communication, loading and saving,
+an optimizer on the host, and attention scores, which grow with the length squared.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from drift_fast.errors import CheckpointError
 from drift_fast.planner import rates
 from drift_fast.planner.counts import VISION, Model
+from drift_fast.planner.memory import Sizes
 from drift_fast.planner.report import Figure, Origin, sized
 from drift_fast.planner.scenario import Scenario
 from drift_fast.planner.training import Training
@@ -39,18 +41,21 @@ def figures(planned: Scenario, residency: str) -> Iterator[Figure]:
     origin = "measured" if speed.source != "given" else "given"
     yield Figure(section, "utilization", speed.share, "share", origin, speed.source)
     compute = done / (speed.peak * speed.share)
-    source = "operations/(peak·utilization); no communication, optimizer, data, attention scores"
+    source = "operations/(peak·utilization); no communication, data, attention scores"
     yield Figure(section, "compute of a step", compute, "seconds", "estimated", source)
+    stepping, source = _optimizer(planned)
+    yield Figure(section, "optimizer of a step", stepping, "seconds", "estimated", source)
     added, origin, source = _injection(planned, residency)
     yield Figure(section, "injection of a step", added, "seconds", origin, source)
-    source = "injection/compute of a step"
-    yield Figure(section, "injection's share", added / compute, "share", "estimated", source)
+    plain = compute + stepping
+    source = "injection/(compute + optimizer) of a step"
+    yield Figure(section, "injection's share", added / plain, "share", "estimated", source)
     if run.gpus > 1:
         moved, formula = _communication(planned)
         source = f"{formula}; not in the hours"
         yield Figure(section, "moved between GPUs in a step", moved, "bytes", "estimated", source)
-    total = steps * (compute + added)
-    source = "steps·(compute + injection): a lower bound"
+    total = steps * (plain + added)
+    source = "steps·(compute + optimizer + injection): a lower bound"
     if planned.multimodal.active_numel() < _LARGE:
         source += ", and far too low here: below a billion parameters a GPU waits for launches"
     yield Figure(section, "training", total, "seconds", "estimated", source)
@@ -86,6 +91,17 @@ def _communication(planned: Scenario) -> tuple[int, str]:
     reduced = 4 if run.sharding == "fsdp2" and run.precision != "bf16" else wide
     of_pass = 2 * wide * total + reduced * trained
     return run.accumulation * of_pass, f"micro-batches·(2·{wide}·P gathered + {reduced}·T reduced)"
+
+
+def _optimizer(planned: Scenario) -> tuple[float, str]:
+    """Return the seconds of clipping and the optimizer's step of one process."""
+    run = planned.run
+    if run.offload != "none":
+        return 0.0, "on the host with offload, not counted"
+    sizes = Sizes.of(run, planned.multimodal)
+    nbytes = sizes.step_nbytes / (1 if run.sharding in ("none", "ddp") else run.gpus)
+    source = f"{sized(nbytes)} at the rate of an injection, 6 passes over Δ: {rates.BOTH.source}"
+    return nbytes / rates.BOTH.nbytes_per_second, source
 
 
 def _injection(planned: Scenario, residency: str) -> tuple[float, Origin, str]:

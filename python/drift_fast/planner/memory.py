@@ -1,8 +1,9 @@
 """GPU and host memory of one process, item by item, with the formula of each.
 
-Owns the formulas. All are estimates; none was measured at 7B. P is the number of all elements, T
-of those that train, D of those of Δ, and n the number of GPUs. Not included: fragmentation beyond
-the allowance, and what a framework keeps that is not named here.
+Owns the formulas. All are estimates, which lay 1 to 8 % above four runs of 7B on one GPU
+(benches/results/planner_h200_202611.md). P is the number of all elements, T of those that train, D
+of those of Δ, and n the number of GPUs. Not included: fragmentation beyond the allowance, and what
+a framework keeps that is not named here.
 """
 
 from __future__ import annotations
@@ -79,8 +80,8 @@ def estimate(training: Training, model: Model, delta_numel: int, gpu_nbytes: int
 
 
 @dataclass(frozen=True)
-class _Sizes:
-    """Numbers that the formulas of weights, gradients and states share."""
+class Sizes:
+    """Numbers that the formulas of weights, gradients, states and the optimizer's step share."""
 
     total: int
     trained: int
@@ -92,7 +93,7 @@ class _Sizes:
     optimizer: str
 
     @classmethod
-    def of(cls, training: Training, model: Model) -> _Sizes:
+    def of(cls, training: Training, model: Model) -> Sizes:
         total = model.numel()
         trained = total if training.trained == "all" else total - model.by_kind()[VISION]
         itemsize = 2 if training.precision == "bf16" else 4
@@ -100,16 +101,26 @@ class _Sizes:
         mixed = training.precision == "bf16-mixed"
         return cls(total, trained, training.gpus, itemsize, state, mixed, training.optimizer)
 
+    @property
+    def step_nbytes(self) -> float:
+        """Bytes that clipping and the optimizer's step move: every state is read and written.
+
+        So are weights; gradients are read for their norm, scaled, and read again.
+        """
+        return (6 * self.itemsize + 2 * self.state) * self.trained
+
     def states(self, share: int, over: str, *, on_host: bool = False) -> MemoryItem:
         """Return the optimizer's states for a share of the elements that train."""
         formula = f"{self.state:.3g}·T{over}, {self.optimizer}"
+        if self.optimizer == "adamw":
+            formula += f", fused: with foreach another {self.itemsize}·T{over} while it steps"
         nbytes = self.state * self.trained / share
         return MemoryItem("optimizer states", nbytes, formula, on_host=on_host)
 
 
 def _states(training: Training, model: Model) -> Iterator[MemoryItem]:
     """Yield weights, gradients and the optimizer's states."""
-    sizes = _Sizes.of(training, model)
+    sizes = Sizes.of(training, model)
     if training.sharding in ("none", "ddp"):
         yield from _replicated(sizes, ddp=training.sharding == "ddp")
     elif training.sharding == "fsdp2":
@@ -124,7 +135,7 @@ def _states(training: Training, model: Model) -> Iterator[MemoryItem]:
         yield from _zero(sizes, int(training.sharding[-1]), training.offload)
 
 
-def _replicated(sizes: _Sizes, *, ddp: bool) -> Iterator[MemoryItem]:
+def _replicated(sizes: Sizes, *, ddp: bool) -> Iterator[MemoryItem]:
     itemsize, trained = sizes.itemsize, sizes.trained
     yield MemoryItem("weights", itemsize * sizes.total, f"{itemsize}·P")
     if sizes.mixed:
@@ -137,7 +148,7 @@ def _replicated(sizes: _Sizes, *, ddp: bool) -> Iterator[MemoryItem]:
     yield sizes.states(1, "")
 
 
-def _fsdp2(sizes: _Sizes, *, on_host: bool) -> Iterator[MemoryItem]:
+def _fsdp2(sizes: Sizes, *, on_host: bool) -> Iterator[MemoryItem]:
     itemsize, n = sizes.itemsize, sizes.gpus
     of_frozen = 2 if sizes.mixed else itemsize
     kept = itemsize * sizes.trained + of_frozen * (sizes.total - sizes.trained)
@@ -147,7 +158,7 @@ def _fsdp2(sizes: _Sizes, *, on_host: bool) -> Iterator[MemoryItem]:
     yield sizes.states(n, "/n", on_host=on_host)
 
 
-def _zero(sizes: _Sizes, stage: int, offload: str) -> Iterator[MemoryItem]:
+def _zero(sizes: Sizes, stage: int, offload: str) -> Iterator[MemoryItem]:
     n, trained = sizes.gpus, sizes.trained
     low = 2 if sizes.mixed else 4
     offloaded = offload != "none"
