@@ -4,10 +4,10 @@
     python benches/planner.py --device cpu --layers 2 --hidden 64 --directory /dev/shm/planner
 
 Qwen2.5-VL-7B's architecture with random weights trains in full under AdamW (fused), vision tower
-frozen, on samples of text, with Δ of attention and MLP in each residency. Every run is a process of its own.
-Its memory is the most that PyTorch reserved on the device (on a CPU there is no such figure), its
-seconds the median step after three, its disk the weights and the optimizer's states as they are
-saved. The aims are 10 % for memory and 25 % for time.
+frozen, on samples of text, with Δ of attention and MLP in each residency. Every run is a process of
+its own. Its memory is the most that PyTorch reserved on the device (on a CPU there is no such
+figure), its seconds the median step after three, its disk the weights and the optimizer's states as
+they are saved. The aims are 10 % for memory and 25 % for time.
 """
 
 from __future__ import annotations

@@ -20,8 +20,10 @@ Line = dict[str, Any]
 
 # Two-sided 95 % quantiles of Student's t by degrees of freedom.
 _T: Final = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179)
-# Against what others are compared.
-_BEATEN: Final = ("sft", "merge", "adaptive")
+# Against what others are compared, where the fine-tuning run itself is alike.
+_BEATEN: Final = tuple(
+    f"{name}{run}" for run in ("", "_reading", "_lora") for name in ("sft", "merge", "adaptive")
+)
 # Fewer runs have no interval worth printing.
 _ENOUGH: Final = 3
 
@@ -36,6 +38,7 @@ _OVERVIEW: Final = {
     "sft_reading": "SFT*",
     "merge_reading": "merge, then SFT*",
     "adaptive_reading": "DRIFT*",
+    "half_reading": "half merged, half DRIFT*",
 }
 _TITLE: Final = "Answers and reading: means and 95 % intervals; squares have a protected Δ"
 _COLORS: Final = {
@@ -142,7 +145,7 @@ def _differences(form: Form, tests: Sequence[Line]) -> str:
     for other in _BEATEN:
         for name in form.methods:
             answers = paired(tests, name, other, "answers")
-            if name == other or len(answers) < _ENOUGH:
+            if name == other or len(answers) < _ENOUGH or _run_of(name) != _run_of(other):
                 continue
             reading = paired(tests, name, other, "reading")
             rows.append(
@@ -156,6 +159,10 @@ def _differences(form: Form, tests: Sequence[Line]) -> str:
             )
     heads = ("method", "minus", "answers", "more in", "reading")
     return _table("Differences", heads, rows)
+
+
+def _run_of(name: str) -> tuple[float, bool]:
+    return METHODS[name].reading, METHODS[name].lora
 
 
 def _pairs(form: Form, tests: Sequence[Line]) -> str:
@@ -238,11 +245,20 @@ def _pareto(path: Path, tests: Sequence[Line], labels: Mapping[str, str]) -> Non
 
     few = len(labels) <= len(_OVERVIEW)
     figure, axes = plt.subplots(figsize=(9, 4.2) if few else (11, 6), layout="constrained")
+    means = {
+        name: tuple(
+            statistics.mean(test[m] for test in tests if test["method"] == name)
+            for m in ("reading", "answers")
+        )
+        for name in labels
+    }
+    across, most = [mean[0] for mean in means.values()], max(mean[1] for mean in means.values())
+    middle = (min(across) + max(across)) / 2
     texts: dict[tuple[float, float], list[str]] = {}
     for number, (name, label) in enumerate(labels.items(), 1):
         mine = [test for test in tests if test["method"] == name]
         x, y = ([test[m] for test in mine] for m in ("reading", "answers"))
-        at = statistics.mean(x), statistics.mean(y)
+        at = means[name]
         axes.errorbar(
             *at,
             xerr=interval(x),
@@ -253,22 +269,20 @@ def _pareto(path: Path, tests: Sequence[Line], labels: Mapping[str, str]) -> Non
             alpha=0.7,
             label=f"{number} {label}",
         )
-        # Numbers of dots that lie on each other are written together.
+        # Names of dots that lie on each other are written together.
         near = [
             other
             for other in texts
-            if abs(other[0] - at[0]) < 0.009 and abs(other[1] - at[1]) < 3e-3
+            if abs(other[0] - at[0]) < 0.009 and abs(other[1] - at[1]) < most / 30
         ]
-        texts.setdefault(at if few or not near else near[0], []).append(
-            label if few else str(number)
-        )
+        texts.setdefault(near[0] if near else at, []).append(label if few else str(number))
     for at, those in texts.items():
         axes.annotate(
             ", ".join(those),
             at,
             fontsize=9 if few else 8,
-            ha="right" if few else "left",
-            xytext=(-5 if few else 4, 4),
+            ha="right" if (left := few and at[0] > middle) else "left",
+            xytext=(-5 if left else 4, 4),
             textcoords="offset points",
             bbox={"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 0.5},
         )
