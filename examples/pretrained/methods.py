@@ -204,6 +204,8 @@ def _add_variants() -> None:
         METHODS[f"{name}_reading"] = replace(
             METHODS[name], label=f"{METHODS[name].label}, a quarter of reading", reading=0.25
         )
+    for name in ("merge", "adaptive"):
+        _variant(f"{name}_reading", "shuffled", "shuffled Δ", control="shuffled", family="control")
     for name in ("merge", "adaptive", "half"):
         _variant(f"{name}_reading", "protected", "Δ protected", protection=Protection())
     for name in ("sft", "adaptive"):
