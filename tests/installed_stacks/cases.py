@@ -98,6 +98,22 @@ def _loop_script(folder: Path, run: Run, python: str) -> list[str]:
     return [python, "train.py"]
 
 
+def _deepspeed_script(folder: Path, run: Run, python: str) -> list[str]:
+    """One process under ZeRO-2, whose optimizer steps all parameters as one vector."""
+    changes = {
+        r"lr=[\d.e-]+": f"lr={RATE}",
+        r"range\(3\)": "range(1)",
+        r"splitlines\(\)\]": f"splitlines()[: {run.steps * ACCUMULATION}]]",
+        r'"gradient_accumulation_steps": 8': f'"gradient_accumulation_steps": {ACCUMULATION}',
+        r'"gradient_clipping": 1.0': f'"gradient_clipping": {CLIP}',
+        r'"bf16": \{"enabled": True\}': '"bf16": {"enabled": False}',
+        r"alpha=1.0": f"alpha={run.alpha}",
+    }
+    _replaced(folder / "train.py", changes)
+    alone = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
+    return ["env", "DS_ACCELERATOR=cpu", python, *alone, "train.py"]
+
+
 def _lightning_script(folder: Path, run: Run, python: str) -> list[str]:
     changes = {
         r"lr=[\d.e-]+": f"lr={RATE}",
@@ -245,15 +261,16 @@ STACKS: dict[str, Prepare] = {
     "trainer": _trainer_script,
     "accelerate": _loop_script,
     "loop": _loop_script,
+    "deepspeed": _deepspeed_script,
     "lightning": _lightning_script,
     "llamafactory": _llamafactory,
     "swift": _swift,
     "axolotl": _axolotl,
 }
-# They write no checkpoint in the middle of a run.
-WITHOUT_RESUMING = {"accelerate", "loop"}
+# They resume from no checkpoint.
+WITHOUT_RESUMING = {"accelerate", "loop", "deepspeed"}
 # Scripts, whose own run is the same file beside a stand-in of drift_fast.
-SCRIPTS = {"trl", "trainer", "accelerate", "loop", "lightning"}
+SCRIPTS = {"trl", "trainer", "accelerate", "loop", "deepspeed", "lightning"}
 
 
 def rows(world: Path, *, images: bool, count: int) -> None:

@@ -22,6 +22,9 @@ if os.environ.get("STACKS_RECORD"):
     _FOLDER = Path(os.environ["STACKS_RECORD"])
     _steps: list[str] = []
     _names: dict[int, str] = {}
+    _known: dict[int, torch.nn.Parameter] = {}
+    # Of a vector that DeepSpeed's optimizer steps: the parameters that lie in it, and where.
+    _parts: dict[int, list[tuple[str, int, torch.Size]]] = {}
 
     def _name_all() -> None:
         """The longest name is the outermost module's."""
@@ -30,6 +33,30 @@ if os.environ.get("STACKS_RECORD"):
             for name, parameter in module.named_parameters():
                 if len(name) > len(_names.get(id(parameter), "")):
                     _names[id(parameter)] = name
+                    _known[id(parameter)] = parameter
+
+    def _find_parts(flat):
+        """Return what DeepSpeed laid out one after the other; one process has all of it."""
+        place = flat.untyped_storage().data_ptr()
+        for key, parameter in _known.items():
+            mapped = getattr(parameter, "_hp_mapping", None)
+            if mapped is not None and mapped.hp_fragment.untyped_storage().data_ptr() == place:
+                start = mapped.hp_fragment_address.start
+                _parts.setdefault(id(flat), []).append((_names[key], start, parameter.shape))
+
+    def _views(one):
+        """Yield names, gradients and weights of what the optimizer steps."""
+        if id(one) in _names:
+            yield _names[id(one)], (one.grad, one.detach())
+            return
+        for name, start, shape in _parts[id(one)]:
+            yield (
+                name,
+                tuple(
+                    tensor[start : start + shape.numel()].view(shape)
+                    for tensor in (one.grad, one.detach())
+                ),
+            )
 
     def _before(optimizer, args, kwargs):
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
@@ -50,9 +77,11 @@ if os.environ.get("STACKS_RECORD"):
         parameters = [one for group in optimizer.param_groups for one in group["params"]]
         if not _steps:
             _name_all()
-        found = {
-            _names[id(one)]: (one.grad, one.detach()) for one in parameters if one.grad is not None
-        }
+            for one in parameters:
+                if id(one) not in _names:
+                    _find_parts(one)
+        given = (_views(one) for one in parameters if one.grad is not None)
+        found = {name: both for some in given for name, both in some}
         if not found:
             return
         digest = hashlib.sha256()
