@@ -139,13 +139,18 @@ format: .venv/built
 clean:
 	rm -rf .venv build dist target demo-output
 
-.venv/demo: $(SOURCES)
+# Most of Rust is compiled while packages are downloaded. Their files become bytecode when they are imported.
+define install
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --editable '.[demo]'
+	cargo build --release --locked --quiet --package drift-fast-core & \
+	$(BIN)/python -m pip install --quiet --no-compile --editable '.[$(1)]' && wait
+endef
+
+.venv/demo: $(SOURCES)
+	$(call install,demo)
 	touch $@
 
 # These are more than the demo needs, so that its stamp is as new.
 .venv/built: $(SOURCES)
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(call install,dev)
 	touch .venv/demo $@
