@@ -103,7 +103,8 @@ def _deepspeed_script(folder: Path, run: Run, python: str) -> list[str]:
     changes = {
         r"lr=[\d.e-]+": f"lr={RATE}",
         r"range\(3\)": "range(1)",
-        r"splitlines\(\)\]": f"splitlines()[: {run.steps * ACCUMULATION}]]",
+        # Its sampler's order depends on the number of rows.
+        r"for batch in loader": f"for _, batch in zip(range({run.steps * ACCUMULATION}), loader)",
         r'"gradient_accumulation_steps": 8': f'"gradient_accumulation_steps": {ACCUMULATION}',
         r'"gradient_clipping": 1.0': f'"gradient_clipping": {CLIP}',
         r'"bf16": \{"enabled": True\}': '"bf16": {"enabled": False}',
