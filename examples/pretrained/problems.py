@@ -5,7 +5,7 @@ function draws from the generator it is given, so a seed fixes everything.
 
 A story starts with a number and changes it step by step. The numbers are a list of eight that the
 story names by letter, `A` to `H`. As text the list is written out. As an image it is a grid of
-handwritten digits (scikit-learn's), two to a number. The answer is a chain of sums.
+handwritten digits (the demo's), two to a number. The answer is a chain of sums.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 import numpy as np
-from sklearn.datasets import load_digits
+
+from drift_fast.demo.digits import load_digits
 
 LETTERS: Final = "ABCDEFGH"
 # Pixels of one digit, of an image's side, and digits in a row of it.
@@ -135,11 +136,11 @@ def image(numbers: Sequence[int], rng: np.random.Generator, half: Half) -> np.nd
 
 @functools.cache
 def _digits(half: Half) -> tuple[np.ndarray, ...]:
-    images, labels = load_digits(return_X_y=True)
+    images, labels = load_digits()
     order = np.random.default_rng(0).permutation(len(images))
     cut = len(images) * 2 // 3
     chosen = order[:cut] if half == "train" else order[cut:]
-    images = (images[chosen] / 16.0).reshape(-1, DIGIT, DIGIT).astype(np.float32)
+    images = (images[chosen] / 16.0).astype(np.float32)
     return tuple(images[labels[chosen] == digit] for digit in range(10))
 
 

@@ -18,6 +18,7 @@ import drift_fast
 from drift_fast import demo
 from drift_fast.demo import experiment, figures
 from drift_fast.demo import world as w
+from drift_fast.demo.digits import load_digits
 from drift_fast.demo.jobs import quiet
 
 MEBIBYTE = 2**20
@@ -93,12 +94,10 @@ def test_text_answers_agree_with_a_fold_over_the_spelled_prompt(
 
 
 def test_an_image_shows_the_digits_that_the_target_speaks_of(world: w.World) -> None:
-    from sklearn.datasets import load_digits
-
-    bunch = load_digits()
-    labels = {
+    images, labels = load_digits()
+    of_tile = {
         (image / 16.0).astype(np.float32).tobytes(): int(label)
-        for image, label in zip(bunch.images, bunch.target, strict=True)
+        for image, label in zip(images, labels, strict=True)
     }
     generator = np.random.default_rng(5)
     for _ in range(50):
@@ -108,7 +107,7 @@ def test_an_image_shows_the_digits_that_the_target_speaks_of(world: w.World) -> 
         for cell in cells:
             row, column = divmod(cell, 3)
             tile = problem.image[8 * row : 8 * row + 8, 8 * column : 8 * column + 8]
-            shown.append(labels[tile.tobytes()])
+            shown.append(of_tile[tile.tobytes()])
         assert tuple(shown) == problem.digits
         operations = [spelled(t) for t in problem.prompt if w.OPERATION <= t < w.EQUALS]
         pairs = zip(operations, shown[1:], strict=True)
@@ -326,9 +325,9 @@ def test_a_missing_package_is_named_with_its_remedy(
 
     found = importlib.util.find_spec
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name == "sklearn" else found(name)
+        importlib.util, "find_spec", lambda name: None if name == "accelerate" else found(name)
     )
-    with pytest.raises(ImportError, match=r"sklearn.*pip install 'drift-fast\[demo\]'"):
+    with pytest.raises(ImportError, match=r"accelerate.*pip install 'drift-fast\[demo\]'"):
         demo.run(tmp_path / "out")
 
 

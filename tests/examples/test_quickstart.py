@@ -27,7 +27,7 @@ def run(source: str, names: dict[str, Any]) -> object:
 def test_the_notebook_runs_and_shows_its_results(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for package in ("sklearn", "accelerate", "transformers", "matplotlib", "plotly", "pandas"):
+    for package in ("accelerate", "transformers", "matplotlib", "plotly", "pandas"):
         pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}

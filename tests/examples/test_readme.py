@@ -105,7 +105,7 @@ def test_the_readme_stays_short() -> None:
 def test_getting_started_works_as_it_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("sklearn")
+    pytest.importorskip("accelerate")
     page = (ROOT / "docs" / "getting_started.md").read_text(encoding="utf-8")
     shutil.copytree(CHECKPOINTS, tmp_path / "pair")
     monkeypatch.chdir(tmp_path)

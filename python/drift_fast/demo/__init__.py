@@ -52,7 +52,7 @@ def run(
         protocol: lengths of training and evaluation; by default the demo's.
 
     Raises:
-        ImportError: scikit-learn, matplotlib, transformers or accelerate is missing.
+        ImportError: matplotlib, transformers or accelerate is missing.
         ValueError: `seeds` or `workers` below one.
         DriftError: as `compute_delta`.
     """
@@ -131,7 +131,7 @@ def _plot(outcomes: Sequence[Outcome], path: Path) -> Path:
 def _require_packages() -> None:
     import importlib.util
 
-    packages = ("torch", "transformers", "accelerate", "sklearn", "matplotlib")
+    packages = ("torch", "transformers", "accelerate", "matplotlib")
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(

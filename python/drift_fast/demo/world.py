@@ -24,6 +24,8 @@ from typing import Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from drift_fast.demo.digits import load_digits
+
 BASE: Final = 10
 GRID: Final = 3
 CELLS: Final = GRID * GRID
@@ -47,7 +49,7 @@ VOCABULARY: Final = EQUALS + 3
 IGNORED_LABEL: Final = -100
 
 Split = Literal["train", "validation", "test"]
-# Images of each split, out of scikit-learn's 1,797; the others are for training.
+# Images of each split, out of 1,797; the others are for training.
 HELD_OUT: Final = {"validation": 300, "test": 300}
 
 
@@ -81,9 +83,6 @@ class World:
 
     Args:
         seed: decides the tables, the known half of each, and the split of the images.
-
-    Raises:
-        ImportError: scikit-learn, whose digits are the images, is not installed.
     """
 
     def __init__(self, seed: int = 0) -> None:
@@ -160,7 +159,7 @@ class World:
         return _write_out(digits, operations if expression else [], operands, image=image)
 
     def image_indices(self, split: Split) -> NDArray[np.int64]:
-        """Indices into scikit-learn's digits that problems of this split may show."""
+        """Indices into the digits that problems of this split may show."""
         return np.sort(np.concatenate(self._by_digit[split]))
 
     def _draw_fold(
@@ -279,25 +278,18 @@ def _half_of_each_row(generator: np.random.Generator) -> NDArray[np.bool_]:
 def _split_digits(
     generator: np.random.Generator,
 ) -> tuple[NDArray[np.float32], dict[Split, list[NDArray[np.int64]]]]:
-    """scikit-learn's digits, scaled to 0-1, and the indices of each digit in each split."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise ImportError(
-            "the demo's images are scikit-learn's digits: pip install 'drift-fast[demo]'"
-        ) from error
-
-    bunch = load_digits()
-    order = generator.permutation(len(bunch.images))
+    """The digits, scaled to 0-1, and the indices of each digit in each split."""
+    images, labels = load_digits()
+    order = generator.permutation(len(images))
     validation, test, train = np.split(order, np.cumsum(list(HELD_OUT.values())))
     splits: dict[Split, NDArray[np.int64]] = {
         "train": train,
         "validation": validation,
         "test": test,
     }
-    pixels = (bunch.images / 16.0).astype(np.float32)
+    pixels = (images / 16.0).astype(np.float32)
     by_digit = {
-        name: [indices[bunch.target[indices] == digit] for digit in range(BASE)]
+        name: [indices[labels[indices] == digit] for digit in range(BASE)]
         for name, indices in splits.items()
     }
     return pixels, by_digit
