@@ -41,7 +41,7 @@ fuzz: .venv/built
 test-oldest: build/oldest/installed
 	PYTHONPATH=build/oldest $(BIN)/python -c \
 		'import transformers; assert transformers.__version__.startswith("4.57."), transformers'
-	PYTHONPATH=build/oldest $(BIN)/python -m pytest -q -m "not slow" $(OLDEST_TESTS)
+	PYTHONPATH=build/oldest $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow" $(OLDEST_TESTS)
 
 build/oldest/installed: .venv/built
 	rm -rf build/oldest
