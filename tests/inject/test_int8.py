@@ -15,7 +15,7 @@ import drift_fast
 from drift_fast import DriftError, Injection
 from drift_fast.dtypes import INT8_BLOCK
 from drift_fast.inject.compute.base import SMALL
-from drift_fast.inject.placement.int8 import Int8, quantize
+from drift_fast.inject.placement.int8 import Apart, Int8, quantize
 from drift_fast.inject.placement.int8_blocks import Int8Blocks
 from drift_fast.inject.shards.base import Whole
 from drift_fast.inject.target import DeltaReader, Target
@@ -133,6 +133,23 @@ def test_int8_keeps_the_direction_of_a_gaussian_delta(numel: int) -> None:
     cosine = torch.dot(found, delta.double()) / found.norm() / delta.double().norm()
     assert cosine >= 0.9999
     assert torch.equal(found, rounded(delta).double())
+
+
+def test_several_decode_alike_joined_and_each_in_its_own_memory() -> None:
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(numel, generator=generator) for numel in (64, 200, 1)]
+    each = []
+    for tensor in tensors:
+        # As a bucket has them: whole blocks, the last one padded.
+        alone = torch.empty(-(-tensor.numel() // INT8_BLOCK) * INT8_BLOCK, dtype=torch.bfloat16)
+        Int8(*quantize(tensor)).fill(alone)
+        each.append(alone)
+    apart = Apart([Int8(*quantize(tensor)) for tensor in tensors])
+    joined = Int8.joined([Int8(*quantize(tensor)) for tensor in tensors])
+    for several in (apart, joined):
+        found = torch.full((several.numel,), torch.nan, dtype=torch.bfloat16)
+        several.fill(found)
+        assert torch.equal(found, torch.cat(each))
 
 
 def test_int8_of_nothing_is_nothing() -> None:

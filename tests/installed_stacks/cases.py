@@ -75,15 +75,19 @@ def _trainer_script(folder: Path, run: Run, python: str) -> list[str]:
     return [python, "train.py"]
 
 
+def _of_each_loop(run: Run) -> dict[str, str]:
+    """What every script with a loop or module of its own states alike."""
+    return {r"lr=[\d.e-]+": f"lr={RATE}", r"alpha=1.0": f"alpha={run.alpha}"}
+
+
 def _loop_script(folder: Path, run: Run, python: str) -> list[str]:
     """A loop of one's own and Accelerate's, over as many samples as the steps take."""
     changes = {
-        r"lr=[\d.e-]+": f"lr={RATE}",
+        **_of_each_loop(run),
         r"range\(3\)": "range(1)",
         r"splitlines\(\)\]": f"splitlines()[: {run.steps * ACCUMULATION}]]",
         r", 1\.0\)": f", {CLIP})",
         r"shuffle=True": "shuffle=False",
-        r"alpha=1.0": f"alpha={run.alpha}",
     }
     text = (folder / "train.py").read_text()
     if "ACCUMULATION = 8" in text:
@@ -101,14 +105,13 @@ def _loop_script(folder: Path, run: Run, python: str) -> list[str]:
 def _deepspeed_script(folder: Path, run: Run, python: str) -> list[str]:
     """One process under ZeRO-2, whose optimizer steps all parameters as one vector."""
     changes = {
-        r"lr=[\d.e-]+": f"lr={RATE}",
+        **_of_each_loop(run),
         r"range\(3\)": "range(1)",
         # Its sampler's order depends on the number of rows.
         r"for batch in loader": f"for _, batch in zip(range({run.steps * ACCUMULATION}), loader)",
         r'"gradient_accumulation_steps": 8': f'"gradient_accumulation_steps": {ACCUMULATION}',
         r'"gradient_clipping": 1.0': f'"gradient_clipping": {CLIP}',
         r'"bf16": \{"enabled": True\}': '"bf16": {"enabled": False}',
-        r"alpha=1.0": f"alpha={run.alpha}",
     }
     _replaced(folder / "train.py", changes)
     alone = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
@@ -117,13 +120,12 @@ def _deepspeed_script(folder: Path, run: Run, python: str) -> list[str]:
 
 def _lightning_script(folder: Path, run: Run, python: str) -> list[str]:
     changes = {
-        r"lr=[\d.e-]+": f"lr={RATE}",
+        **_of_each_loop(run),
         r"max_epochs=3": f"max_steps={run.steps}, accelerator='cpu', logger=False",
         r"accumulate_grad_batches=8": f"accumulate_grad_batches={ACCUMULATION}",
         r"gradient_clip_val=1.0": f"gradient_clip_val={CLIP}",
         r'precision="bf16-mixed"': "precision='32-true'",
         r"shuffle=True": "shuffle=False",
-        r"alpha=1.0": f"alpha={run.alpha}",
         r"callbacks=\[drift\]": (
             "callbacks=[drift, pl.callbacks.ModelCheckpoint('saves', filename='{step}', "
             f"every_n_train_steps={SAVED}, save_top_k=-1)]"

@@ -59,6 +59,17 @@ def test_every_figure_says_where_it_comes_from_and_time_follows_from_the_stated_
     assert again["utilization"].origin == "given"
 
 
+def test_an_optimizer_on_the_host_is_said_not_to_be_counted() -> None:
+    pytest.importorskip("transformers")
+    run: dict[str, Any] = {"steps": 10, "gpus": 2, "sharding": "zero2"}
+    beside = drift_fast.plan(REASONING, MULTIMODAL, **run)["optimizer of a step"]
+    away = drift_fast.plan(REASONING, MULTIMODAL, offload="optimizer", **run)["optimizer of a step"]
+    assert beside.value > 0
+    assert "injection_h100" in beside.source
+    assert away.value == 0
+    assert "not counted" in away.source
+
+
 def test_what_does_not_fit_is_told_with_what_would() -> None:
     pytest.importorskip("transformers")
     found = drift_fast.plan(REASONING, MULTIMODAL, steps=375, gpu_memory="80GB")
