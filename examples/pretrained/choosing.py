@@ -76,6 +76,12 @@ def jobs(form: Form) -> list[Job]:
     return wanted
 
 
+def left(undone: Sequence[Job]) -> list[Job]:
+    """Return the jobs without the checkpoints of pairs that no other job needs any more."""
+    pairs = {job.pair for job in undone if job.stage != "checkpoint"}
+    return [job for job in undone if job.pair in pairs]
+
+
 def needed(method: str) -> set[str]:
     """Return the checkpoints of a pair that a method reads, besides the base."""
     chosen = METHODS[method]

@@ -53,6 +53,10 @@ class Method:
     parts: int = 1
     # The first layer whose Δ is used.
     first_layer: int = 0
+    # Which layers' λ is larger, in proportion to depth; its mean stays.
+    depth: Literal["late", "early"] | None = None
+    # How many of the largest directions of multimodal − base each matrix of Δ loses on both sides.
+    spared: int = 0
     like: str | None = None
     # What the fine-tuning run itself is like.
     reading: float = 0.0
@@ -208,6 +212,9 @@ def _add_variants() -> None:
         _variant(f"{name}_reading", "shuffled", "shuffled Δ", control="shuffled", family="control")
     for name in ("merge", "adaptive", "half"):
         _variant(f"{name}_reading", "protected", "Δ protected", protection=Protection())
+    for depth in ("late", "early"):
+        _variant("merge_reading", depth, f"λ for {depth} layers", depth=depth)
+    _variant("merge_reading", "spared", "without the span of what learned to see", spared=32)
     for name in ("sft", "adaptive"):
         _variant(name, "bf16", "bfloat16 weights", dtype="bfloat16")
     for name in ("sft", "merge", "adaptive"):

@@ -10,6 +10,7 @@ stopped, for as long as --out holds what it wrote.
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 import logging
 import multiprocessing
@@ -107,6 +108,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--processes", type=int, default=1, help="runs at a time")
     parser.add_argument("--minutes", type=float, help="start nothing that would end later")
     parser.add_argument("--methods", help="only these, separated by commas")
+    parser.add_argument("--pairs", help="test on these pairs, numbers from 2 on")
+    parser.add_argument("--seeds", help="test with these seeds")
+    parser.add_argument("--tuned", type=Path, help="take settings from these results.jsonl.gz")
     stated = parser.parse_args(arguments)
     out: Path = stated.out
     out.mkdir(parents=True, exist_ok=True)
@@ -117,6 +121,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if unknown:
             parser.error(f"--methods: expected names of {', '.join(METHODS)}; found {unknown}")
         form = replace(form, methods=tuple(stated.methods.split(",")))
+    for name in ("pairs", "seeds"):
+        if numbers := getattr(stated, name):
+            form = replace(form, **{name: tuple(map(int, numbers.split(",")))})
+    if set(form.pairs) & set(choosing.TUNING_PAIRS):
+        parser.error(f"--pairs: {choosing.TUNING_PAIRS} are for tuning")
     work = Work(
         root=out,
         form=form,
@@ -125,8 +134,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         shrink=1 if stated.full else SHRINK,
     )
     results = Results(out / "results.jsonl")
+    if stated.tuned:
+        _take_trials(stated.tuned, results)
     left = execute(
-        [job for job in choosing.jobs(form) if not results.done(job.key)],
+        choosing.left([job for job in choosing.jobs(form) if not results.done(job.key)]),
         work,
         processes=stated.processes,
         clock=Clock(stated.minutes),
@@ -142,6 +153,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{line['key']}: {line['error']}", file=sys.stderr)
     print(f"{out / 'results.md'}: {left} runs left, {len(failed)} failed", file=sys.stderr)
     return 1 if left or failed else 0
+
+
+def _take_trials(file: Path, results: Results) -> None:
+    """Copy the trials of an earlier run, so that tests run with the settings chosen there."""
+    for text in gzip.decompress(file.read_bytes()).decode().splitlines():
+        line = json.loads(text)
+        if line["stage"] in ("tune", "again") and not results.done(line["key"]):
+            results.add(line)
 
 
 def _add(results: Results, job: Job, result: Any, seconds: float) -> None:

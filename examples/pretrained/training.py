@@ -28,7 +28,7 @@ from methods import METHODS, Method, Protection
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
 import drift_fast
-from drift_fast.names import kind_of, layer_of
+from drift_fast.names import bare, kind_of, layer_of
 
 KINDS: Final = ("attn", "mlp")
 LORA_RANK: Final = 16
@@ -39,6 +39,7 @@ _SOURCES: Final[Mapping[str, tuple[lessons.Name, lessons.Name]]] = {
     "O-B": ("other_expert", "base"),
     "O-OB": ("other_expert", "other_base"),
     "U-B": ("unrelated", "base"),
+    "B-V": ("base", "multimodal"),
 }
 
 
@@ -349,7 +350,36 @@ def _delta(job: Job, method: Method, root: Path, protocol: Protocol, device: str
         delta = _protected(root, job.pair, direction, method.protection, protocol, device)
     if method.first_layer:
         return Tensors((n, d) for n, d in delta.items() if layer_of(n) >= method.first_layer)
+    if method.depth is not None:
+        return _by_depth(delta, method.depth)
+    if method.spared:
+        return _without_largest(delta, _direction(root, job.pair, "B-V", device), method.spared)
     return delta
+
+
+def _by_depth(delta: Tensors, depth: str) -> Tensors:
+    """Return Δ with weights that rise or fall linearly over the layers, of mean 1."""
+    layers = {name: int(layer_of(name) or 0) for name in delta}
+    count = max(layers.values()) + 1
+    rising = {name: (2 * layer + 1) / count for name, layer in layers.items()}
+    return Tensors(
+        (name, d * (rising[name] if depth == "late" else 2 - rising[name]))
+        for name, d in delta.items()
+    )
+
+
+def _without_largest(delta: Tensors, other: Tensors, rank: int) -> Tensors:
+    """Return each matrix of Δ without the largest left and right singular directions of another."""
+    matrices = {bare(name).split("layers.")[-1]: matrix for name, matrix in other.items()}
+    found = Tensors()
+    for name, d in delta.items():
+        torch.manual_seed(0)
+        matrix = matrices[bare(name).split("layers.")[-1]]
+        left, _, right = torch.svd_lowrank(matrix, q=rank + 8, niter=4)
+        left, right = left[:, :rank], right[:, :rank]
+        rows = d - left @ (left.mT @ d)
+        found[name] = rows - (rows @ right) @ right.mT
+    return found
 
 
 @functools.lru_cache(maxsize=5)

@@ -6,7 +6,7 @@ Owns: when a graph is replayed, and that it never writes where a gradient no lon
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -252,6 +252,51 @@ def test_memory_of_graphs_is_given_back(tmp_path: Path) -> None:
         allocated.append(torch.cuda.memory_allocated())
     # The first one leaves torch the workspaces of its streams, which later ones use again.
     assert allocated[2] <= allocated[1] + (1 << 20)
+
+
+@on_a_device
+@pytest.mark.parametrize("rank", [0, 8])
+def test_shards_change_as_they_would_launch_by_launch(
+    tmp_path: Path, one_of_two: None, rank: int
+) -> None:
+    """Sums over processes add nothing here, so that steps can be compared to the bit."""
+    from torch.distributed.fsdp import fully_shard
+
+    model: Any = tiny_qwen2(hidden_size=256, intermediate_size=640, vocab_size=128)
+    delta = delta_towards(tmp_path, model, modules=("attn", "mlp"), size=0.1)
+    if rank:
+        peft = pytest.importorskip("peft")
+        config = peft.LoraConfig(r=rank, target_modules=[*ATTENTION, *MLP], init_lora_weights=False)
+        model = peft.get_peft_model(model, config)
+    model = fully_shard(model.cuda())
+    batch = {key: value.cuda() for key, value in text_batch(4, 32).items()}
+    found: dict[bool, list[torch.Tensor]] = {}
+    for captures in (False, True):
+        with drift_fast.Injection(model, delta) as injection:
+            for group in injection._groups:
+                group._graphs = group._graphs if captures else None
+            for _ in range(5):
+                backward(model, batch)
+                injection.step()
+                take_optimizer_step(model)
+            if captures:
+                assert replayed(injection) >= 3 * 2
+        weights = [p for n, p in model.named_parameters() if "proj" in n and p.grad is not None]
+        found[captures] = [parameter.grad.to_local().cpu() for parameter in weights]
+        model.zero_grad()
+    assert found[True]
+    assert all(torch.equal(*pair) for pair in zip(found[False], found[True], strict=True))
+
+
+@pytest.fixture
+def one_of_two() -> Iterator[None]:
+    """Be the first of two processes, of which the other does not exist."""
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield
+    dist.destroy_process_group()
 
 
 def test_factors_are_replayed_until_their_scaling_changes(

@@ -7,10 +7,11 @@ to the tests as JSON. tests/parity compares the same ways of training with float
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import torch.distributed as dist
 from torch import nn
 
 from drift_fast import Delta, Injection, compute_delta
+from drift_fast.inject.compute.cuda_graphs import CudaGraphs, Launch
 from support import reference
 from support.injection_models import (
     ATTENTION,
@@ -187,12 +189,19 @@ class Twins:
             for model in (self.plain, self.model)
         ]
 
-    def backward(self, step: int = 0, *, share: int | None = None, shares: int = 0) -> None:
+    def backward(
+        self,
+        step: int = 0,
+        *,
+        share: int | None = None,
+        shares: int = 0,
+        in_place: bool = False,
+    ) -> None:
         share = dist.get_rank() if share is None else share
         width = SHAPES[self.shape]["width"]
         batch = regression_batch(COUNT, width=width, seed=30 + step)
         for model, parts in ((self.model, shares or dist.get_world_size()), (self.plain, 1)):
-            model.zero_grad()
+            model.zero_grad(set_to_none=not in_place)
             which = share if parts > 1 else 0
             regression_loss(model, tuple(t.chunk(parts)[which] for t in batch)).backward()
 
@@ -339,6 +348,46 @@ EXPERTS = {
     "target_modules": [],
     "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
 }
+
+
+def check_replayed(folder: Path) -> Report:
+    """What is launched between sums, as one from the third step on."""
+    mixed = {"target_modules": list(ATTENTION), "modules_to_save": ["up_proj"]}
+    ways: dict[str, tuple[Wrap, dict[str, Any]]] = {
+        "FSDP2": (fsdp2, {}),
+        "FSDP1": (fsdp1, {}),
+        "copies": (fsdp2, {"adapter": mixed, "strict": False}),
+    }
+    report: Report = {}
+    for name, (wrap, options) in ways.items():
+        few = mock.patch("drift_fast.inject.lora.group._ROOM", 40)
+        with few, as_tapes():
+            twins = Twins(folder, "even", wrap, **options)
+            groups = twins.injection._groups
+            for group in groups:
+                group._graphs = CudaGraphs(torch.device("cpu"))
+            counts = []
+            for step in range(6):
+                twins.backward(step, in_place=True)
+                twins.inject()
+                twins.update()
+                counts.append([group._graphs.replayed for group in groups])
+            runs = [len(getattr(group, "_runs", ())) for group in groups]
+            report[name] = {"error": twins.error(), "counts": counts, "runs": runs}
+            twins.remove()
+    return report
+
+
+@contextlib.contextmanager
+def as_tapes() -> Iterator[None]:
+    """Let the CPU capture: a tape launches again what was launched then, on the same tensors."""
+
+    def captured(self: CudaGraphs, launch: Launch) -> Any:
+        return mock.Mock(replay=launch.capture)
+
+    always = mock.patch("drift_fast.inject.target_group.may_capture", return_value=True)
+    with always, mock.patch.object(CudaGraphs, "_captured", captured):
+        yield
 
 
 def check_faults(folder: Path) -> Report:
@@ -575,6 +624,7 @@ CHECKS = [
     check_scales,
     check_ways,
     check_variants,
+    check_replayed,
     check_faults,
     check_doras,
     check_state,
@@ -632,6 +682,23 @@ def test_factors_move_as_those_of_one_process(reports: dict[str, list[Report]]) 
         for key, row in report.items():
             assert_followed(row), key
             assert row["groups"] == [1]
+
+
+def assert_replayed(reports: Sequence[Report]) -> None:
+    for report in reports:
+        for name, row in report.items():
+            assert row["error"] <= 1e-6, name
+            counts = row["counts"]
+            for which, runs in enumerate(row["runs"]):
+                assert runs == 0 or runs > 2
+                # Factors are put together, pulled back and kept, run by run; measured; changed.
+                each = 3 * runs + 2
+                assert counts[0][which] == counts[1][which] == 0
+                assert all(counts[at][which] - counts[at - 1][which] >= each for at in (4, 5))
+
+
+def test_what_is_launched_between_sums_is_replayed(reports: dict[str, list[Report]]) -> None:
+    assert_replayed(reports["check_replayed"])
 
 
 def test_each_process_holds_its_share_of_delta(reports: dict[str, list[Report]]) -> None:

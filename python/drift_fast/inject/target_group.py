@@ -7,7 +7,7 @@ shape [targets], in the order of `targets`, which is the order in which backward
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,9 +91,9 @@ class TargetGroup:
         self._loss_scale = torch.ones((), dtype=self._alpha.dtype, device=self.device)
         self._skipped = torch.zeros((), dtype=torch.int64, device=self.device)
         self._push: Push | None = None
-        captures = self._holds_whole() and self.device.type == "cuda"
+        captures = self._captures() and self.device.type == "cuda"
         self._graphs = CudaGraphs(self.device) if captures else None
-        self._found: dict[int, torch.Tensor] | None = None
+        self._found: dict[int, list[torch.Tensor]] | None = None
         self._origin = torch.zeros(0)
         self._factor = self.vector([1.0] * len(self.targets))
 
@@ -117,9 +117,9 @@ class TargetGroup:
         """The widest type of float that the device has."""
         return torch.float32 if self.device.type == "mps" else torch.float64
 
-    def _holds_whole(self) -> bool:
-        """Whether gradients are those of the parameters themselves, whose addresses may repeat."""
-        return all(isinstance(shard, Whole) for shard in self.shards)
+    def _captures(self) -> bool:
+        """Whether what a step reads and writes stays in place, or has an address to compare."""
+        return self.sharded or all(isinstance(shard, Whole) for shard in self.shards)
 
     def vector(self, values: Sequence[float]) -> torch.Tensor:
         """Return numbers on the host as a vector beside the gradients."""
@@ -158,15 +158,8 @@ class TargetGroup:
 
     def missing(self) -> list[int]:
         """Return the targets that are frozen or have no dense gradient, and keep the others'."""
-        self._found = {}
-        absent = []
-        for at, shard in enumerate(self.shards):
-            gradient = shard.gradient() if self.targets[at].trains else None
-            if gradient is None or gradient.layout != torch.strided:
-                absent.append(at)
-            else:
-                self._found[at] = gradient
-        return absent
+        self._found = self._look(0, len(self.targets))
+        return [at for at in range(len(self.targets)) if at not in self._found]
 
     def inject(self, push: Push, *, refused: bool = False) -> None:
         """Measure and change every gradient; none where a process of a sharded group has refused.
@@ -230,60 +223,87 @@ class TargetGroup:
 
     def _process(self, bucket: Bucket) -> None:
         """Measure and change the gradients of a bucket, where nothing is sharded."""
-        held = self._held(bucket.start, bucket.stop)
+        start, stop, arithmetic = bucket.start, bucket.stop, bucket.arithmetic
+        held = self._held(start, stop)
         if not held:
             return
+        deltas = [bucket.delta(at).data_ptr() for at in held]
+
+        # Not the gradients themselves: those that zero_grad frees must not live on here.
+        def addresses() -> Hashable:
+            held = self._held(start, stop)
+            moving = self._addresses(held, bucket.push)
+            return None if moving is None else (moving, tuple(deltas), self._beside(list(held)))
+
+        def change() -> None:
+            self._change(bucket, self._held(start, stop))
+
+        self._launch((start, stop, deltas[0], id(arithmetic)), addresses, change, arithmetic)
+
+    def _launch(
+        self,
+        place: Hashable,
+        addresses: Callable[[], Hashable],
+        run: Callable[[], None],
+        arithmetic: Arithmetic | None = None,
+    ) -> None:
+        """Launch kernels, as a CUDA graph once they were seen twice at the same addresses.
+
+        place: names what they do. addresses: returns where they read and write, besides what
+        never moves; None where something has no place of its own.
+        """
+        arithmetic = arithmetic or self.arithmetic
+        if self._graphs is None or not may_capture(self.device) or (now := addresses()) is None:
+            run()
+            return
+        generation = arithmetic.generation
+
+        def capture() -> None:
+            with arithmetic.on_capture_streams():
+                run()
+
+        def unmoved() -> bool:
+            return arithmetic.generation == generation and addresses() == now
+
+        launch = Launch(place, (generation, now), run, capture, unmoved, arithmetic.priority)
+        self._graphs.launch(launch)
+
+    def _addresses(self, held: Mapping[int, Sequence[torch.Tensor]], push: Push) -> Hashable:
+        """Return where gradients are, with the numbers that a graph repeats."""
+        gradients = [gradient for some in held.values() for gradient in some]
         # A transposed gradient is changed through a copy, which has no place of its own.
-        still = all(gradient.is_contiguous() for some in held.values() for gradient in some)
-        if self._graphs is not None and still and may_capture(self.device):
-            self._graphs.launch(self._capturable(bucket, held))
-        else:
-            self._change(bucket, held)
+        if not all(gradient.is_contiguous() for gradient in gradients):
+            return None
+        return (
+            tuple(held),
+            tuple(gradient.data_ptr() for gradient in gradients),
+            tuple(gradient.dtype for gradient in gradients),
+            (push.scale, push.loss_scale is None, push.max_push),
+        )
 
     def _held(self, start: int, stop: int) -> dict[int, list[torch.Tensor]]:
         """Return the gradients of targets [start, stop) that have any."""
-        return {at: [gradient] for at, gradient in self._gradients(start, stop).items()}
+        if self._found is None:
+            return self._look(start, stop)
+        return {at: self._found[at] for at in range(start, stop) if at in self._found}
+
+    def _look(self, start: int, stop: int) -> dict[int, list[torch.Tensor]]:
+        """Return the dense gradients of the targets that train and have all of theirs."""
+        found = {at: self._gradients(at) for at in range(start, stop) if self.targets[at].trains}
+        return {
+            at: gradients
+            for at, gradients in found.items()
+            if gradients and all(one.layout == torch.strided for one in gradients)
+        }
+
+    def _gradients(self, at: int) -> list[torch.Tensor] | None:
+        """Return the gradients of what moves a target, None unless all are there."""
+        gradient = self.shards[at].gradient()
+        return None if gradient is None else [gradient]
 
     def _beside(self, members: Sequence[int]) -> Hashable:
         """Return what else a change reads, as addresses and as numbers that a graph repeats."""
         return ()
-
-    def _capturable(self, bucket: Bucket, held: Mapping[int, Sequence[torch.Tensor]]) -> Launch:
-        """Return the launch of a bucket, which a CUDA graph may take over."""
-        start, stop, push, arithmetic = bucket.start, bucket.stop, bucket.push, bucket.arithmetic
-        members, generation = list(held), arithmetic.generation
-        pointers = _pointers(held)
-        deltas = [bucket.delta(at).data_ptr() for at in members]
-        beside = self._beside(members)
-        addresses = (
-            generation,
-            tuple(members),
-            tuple(pointers),
-            tuple(gradient.dtype for some in held.values() for gradient in some),
-            tuple(deltas),
-            (push.scale, push.loss_scale is None, push.max_push),
-            beside,
-        )
-
-        # Not the gradients themselves: those that zero_grad frees must not live on here.
-        def launch() -> None:
-            self._change(bucket, self._held(start, stop))
-
-        def unmoved() -> bool:
-            now = self._held(start, stop)
-            return (
-                arithmetic.generation == generation
-                and list(now) == members
-                and _pointers(now) == pointers
-                and self._beside(members) == beside
-            )
-
-        def capture() -> None:
-            with arithmetic.on_capture_streams():
-                launch()
-
-        place = start, stop, deltas[0], id(arithmetic)
-        return Launch(place, addresses, launch, capture, unmoved, arithmetic.priority)
 
     def _change(self, bucket: Bucket, held: Mapping[int, Sequence[torch.Tensor]]) -> None:
         """Measure and change gradients; what changes from step to step comes from vectors."""
@@ -295,28 +315,46 @@ class TargetGroup:
             self._note(sums, members)
             c = self._decide(bucket.start, bucket.stop, members, bucket.push)
             arithmetic.subtract(flats, deltas, pick(c, [at - bucket.start for at in members]))
-        for at, (gradient,) in held.items():
-            self.shards[at].write_gradient(gradient)
+        for at, gradients in held.items():
+            self._write(at, gradients)
 
     def _inject_sharded(self, push: Push, *, refused: bool) -> None:
         # Every process takes part in the sum, whatever gradients it has.
-        held = self._gradients(0, len(self.shards))
-        members, gradients = list(held), list(held.values())
-        with flattened(gradients) as flats:
-            of_target = dict(zip(members, flats, strict=True))
+        held = self._held(0, len(self.targets))
+        place = self._addresses(held, push) if self.resident else None
+        self._launch("measure", lambda: place, lambda: self._measure_shards(held, push))
+        self._add_up_measures(refused=refused)
+        self._launch("subtract", lambda: place, lambda: self._subtract_shards(held, push))
+        for at, gradients in held.items():
+            self._write(at, gradients)
+
+    def _measure_shards(self, held: Mapping[int, Sequence[torch.Tensor]], push: Push) -> None:
+        """Note what this process finds in its shards."""
+        with flattened([gradient for (gradient,) in held.values()]) as flats:
             if push.scale in NEED_DOT:
-                for inside, tensors, deltas in self._batches(of_target):
+                for inside, tensors, deltas in self._batches(dict(zip(held, flats, strict=True))):
                     self._note(self.arithmetic.measure(tensors, deltas), inside)
-            elif members:
-                self._note(self.arithmetic.measure(flats, None), members)
-            assert self.last is not None
-            sums = self._sum(Sums(self.last.norm, self.last.dot), refused=refused)
-            self.last.norm, self.last.dot = sums.norm, sums.dot
-            c = self._decide(0, len(self.shards), members, push)
-            for inside, tensors, deltas in self._batches(of_target):
+            elif flats:
+                self._note(self.arithmetic.measure(flats, None), list(held))
+
+    def _add_up_measures(self, *, refused: bool) -> None:
+        """Make the measures those of whole targets, with one sum over the processes."""
+        assert self.last is not None
+        sums = self._sum(Sums(self.last.norm, self.last.dot), refused=refused)
+        self.last.norm.copy_(sums.norm)
+        self.last.dot.copy_(sums.dot)
+
+    def _subtract_shards(self, held: Mapping[int, Sequence[torch.Tensor]], push: Push) -> None:
+        """Change this process's shards by what the measures of whole targets say."""
+        c = self._decide(0, len(self.shards), list(held), push)
+        with flattened([gradient for (gradient,) in held.values()]) as flats:
+            for inside, tensors, deltas in self._batches(dict(zip(held, flats, strict=True))):
                 self.arithmetic.subtract(tensors, deltas, pick(c, inside))
-        for at, gradient in held.items():
-            self.shards[at].write_gradient(gradient)
+
+    def _write(self, at: int, gradients: Sequence[torch.Tensor]) -> None:
+        """Give back the changed gradients of a target."""
+        (gradient,) = gradients
+        self.shards[at].write_gradient(gradient)
 
     def _batches(
         self, flats: Mapping[int, torch.Tensor]
@@ -326,14 +364,6 @@ class TargetGroup:
             inside = [at for at in flats if start <= at < stop]
             if inside:
                 yield inside, [flats[at] for at in inside], [deltas[at - start] for at in inside]
-
-    def _gradients(self, start: int, stop: int) -> dict[int, torch.Tensor]:
-        found: dict[int, torch.Tensor | None]
-        if self._found is None:
-            found = {at: self.shards[at].gradient() for at in range(start, stop)}
-        else:
-            found = {at: self._found.get(at) for at in range(start, stop)}
-        return {at: gradient for at, gradient in found.items() if gradient is not None}
 
     def _note(self, sums: Sums, members: Sequence[int]) -> None:
         assert self.last is not None
@@ -421,7 +451,3 @@ class TargetGroup:
     def squares(self) -> list[float]:
         """Return ‖Δ‖² of each target."""
         return [norm * norm for norm in self.norms.tolist()]
-
-
-def _pointers(held: Mapping[int, Sequence[torch.Tensor]]) -> list[int]:
-    return [gradient.data_ptr() for some in held.values() for gradient in some]

@@ -8,6 +8,7 @@ factors do, so each step computes it; it is as large as the factors.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -16,9 +17,9 @@ import torch
 
 from drift_fast.inject.compute.base import Arithmetic, Sums, flat, flattened
 from drift_fast.inject.compute.vectors import pick, put
-from drift_fast.inject.lora.dora import Base
+from drift_fast.inject.lora.exchange import Room, Run
 from drift_fast.inject.lora.pull_back import along, pull_back_all
-from drift_fast.inject.lora.shard import FactorShard, add_up, bases, gather
+from drift_fast.inject.lora.shard import FactorShard
 from drift_fast.inject.target import Target
 from drift_fast.inject.target_group import Bucket, Push, TargetGroup
 
@@ -41,37 +42,36 @@ class FactorGroup(TargetGroup):
         # In place: a captured graph writes there.
         self.last.delta.zero_()
 
-    def missing(self) -> list[int]:
-        return [at for at in range(len(self.targets)) if self._factor_gradients(at) is None]
+    def release(self) -> None:
+        super().release()
+        self._runs.clear()
 
     def _shard(self, at: int) -> FactorShard:
         shard = self.shards[at]
         assert isinstance(shard, FactorShard)
         return shard
 
-    def _factor_gradients(self, at: int) -> list[torch.Tensor] | None:
-        """Return the gradients of a target's factors, None unless all are there and train."""
-        return self._shard(at).gradients() if self.targets[at].trains else None
+    def _gradients(self, at: int) -> list[torch.Tensor] | None:
+        return self._shard(at).gradients()
 
-    def _holds_whole(self) -> bool:
+    def _write(self, at: int, gradients: Sequence[torch.Tensor]) -> None:
+        self._shard(at).write_gradients(gradients)
+
+    def _captures(self) -> bool:
         # What DoRA and experts read beside their factors has no address in `_beside`.
         shards = [self._shard(at) for at in range(len(self.shards))]
         plain = all(s.adapted.experts == 1 and not s.adapted.is_dora for s in shards)
-        return plain and all(shard.is_whole for shard in shards)
-
-    def _held(self, start: int, stop: int) -> dict[int, list[torch.Tensor]]:
-        found = {at: self._factor_gradients(at) for at in range(start, stop)}
-        return {at: gradients for at, gradients in found.items() if gradients is not None}
+        return plain and (self.sharded or all(shard.is_whole for shard in shards))
 
     def _beside(self, members: Sequence[int]) -> Hashable:
         factors = [one for at in members for one in self._shard(at).adapted.factors]
         return tuple((one.a.data_ptr(), one.b.data_ptr(), one.scaling) for one in factors)
 
     def _change(self, bucket: Bucket, held: Mapping[int, Sequence[torch.Tensor]]) -> None:
-        for first, last in _runs(self.targets, bucket.start, bucket.stop):
-            inside = {at: held[at] for at in range(first, last) if at in held}
+        for some in _ranges(self.targets, bucket.start, bucket.stop):
+            inside = {at: held[at] for at in some if at in held}
             if inside:
-                self._change_run(bucket.part(first, last), inside)
+                self._change_run(bucket.part(some.start, some.stop), inside)
 
     def _change_run(self, bucket: Bucket, held: Mapping[int, Sequence[torch.Tensor]]) -> None:
         """Change the gradients of targets that all have equally many factors."""
@@ -94,7 +94,7 @@ class FactorGroup(TargetGroup):
             c = pick(c, [at - bucket.start for at in members])
             bucket.arithmetic.subtract(flats, pulled, _for_each(c, each))
         for at, gradients in held.items():
-            shards[at].write_gradients(gradients)
+            self._write(at, gradients)
 
     def _measure(
         self,
@@ -121,90 +121,66 @@ class FactorGroup(TargetGroup):
 
     def _inject_sharded(self, push: Push, *, refused: bool) -> None:
         # Every process pulls its rows of every Δ back, whatever gradients it has.
-        pulled = self._pulled_apart()
-        found = {at: self._factor_gradients(at) for at in range(len(self.targets))}
-        held = {at: gradients for at, gradients in found.items() if gradients is not None}
-        runs = [range(*run) for run in _runs(self.targets, 0, len(self.targets))]
-        for run in runs:
-            self._measure_counted(run, held, pulled)
-        self._add_up_measures(refused=refused)
-        c = self._decide(0, len(self.targets), list(held), push)
-        for run in runs:
-            inside = [at for at in run if at in held]
-            if not inside:
-                continue
-            with flattened([gradient for at in inside for gradient in held[at]]) as flats:
-                parts = [part for at in inside for part in pulled[at]]
-                each = len(flats) // len(inside)
-                self.arithmetic.subtract(flats, parts, _for_each(pick(c, inside), each))
-        for at, gradients in held.items():
-            self._shard(at).write_gradients(gradients)
+        for run, deltas in self._each_run():
+            # Δ that stays may be multiplied on several streams.
+            some = list(deltas) if self.resident else deltas
+            run.pull_back(some, self._launch, self.arithmetic.spread)
+        super()._inject_sharded(push, refused=refused)
 
-    def _pulled_apart(self) -> list[list[torch.Tensor]]:
-        """Return this process's part of Δ̃ of every target, flat; every process must call it."""
-        parts: list[list[torch.Tensor]] = []
-        for shards, wholes, beside, deltas in self._chunks():
-            adapted, rows = [s.adapted for s in shards], [s.rows for s in shards]
-            pulled = pull_back_all(deltas, adapted, wholes, rows, beside)
-            parts += add_up(shards, pulled, self.reduction)
-        return parts
+    def _measure_shards(self, held: Mapping[int, Sequence[torch.Tensor]], push: Push) -> None:
+        # What is counted in another process is left out.
+        def counted(at: int, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+            pairs = zip(parts, self._shard(at).counted, strict=True)
+            return [flat(part) if counts else flat(part)[:0] for part, counts in pairs]
 
-    def _measure_counted(
-        self,
-        run: range,
-        held: Mapping[int, list[torch.Tensor]],
-        pulled: Sequence[Sequence[torch.Tensor]],
-    ) -> None:
-        """Measure this process's parts, leaving out what is counted in another one."""
-
-        def counted(at: int, parts: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
-            for part, counts in zip(parts, self._shard(at).counted, strict=True):
-                yield flat(part) if counts else flat(part)[:0]
-
-        inside = [at for at in run if at in held]
-        ours = {at: list(counted(at, pulled[at])) for at in run}
-        if inside:
-            flats = [part for at in inside for part in counted(at, held[at])]
-            those = [part for at in inside for part in ours[at]]
-            self._measure(inside, flats, those, self.arithmetic)
-        self._measure_pulled(run, [part for at in run for part in ours[at]], self.arithmetic)
+        for run in self._runs:
+            pulled = {at: counted(at, parts) for at, parts in run.pulled.items()}
+            if inside := [at for at in pulled if at in held]:
+                flats = [part for at in inside for part in counted(at, held[at])]
+                those = [part for at in inside for part in pulled[at]]
+                self._measure(inside, flats, those, self.arithmetic)
+            every = [part for parts in pulled.values() for part in parts]
+            self._measure_pulled(list(pulled), every, self.arithmetic)
 
     def _add_up_measures(self, *, refused: bool) -> None:
-        """Make the measures those of whole factors, with one sum over the processes."""
         assert self.last is not None
         last, count = self.last, len(self.targets)
         norms = torch.cat([last.norm, last.delta])
         dots = torch.cat([last.dot, torch.zeros_like(last.dot)])
         sums = self._sum(Sums(norms, dots), refused=refused)
-        last.norm, last.delta, last.dot = sums.norm[:count], sums.norm[count:], sums.dot[:count]
+        last.norm.copy_(sums.norm[:count])
+        last.delta.copy_(sums.norm[count:])
+        last.dot.copy_(sums.dot[:count])
 
-    def _chunks(
-        self,
-    ) -> Iterator[
-        tuple[
-            list[FactorShard],
-            list[list[torch.Tensor]],
-            list[Base | None],
-            Iterator[torch.Tensor],
-        ]
-    ]:
-        """Yield runs of targets that are not too large together.
+    def _subtract_shards(self, held: Mapping[int, Sequence[torch.Tensor]], push: Push) -> None:
+        c = self._decide(0, len(self.targets), list(held), push)
+        for run in self._runs:
+            inside = {at: parts for at, parts in run.pulled.items() if at in held}
+            if not inside:
+                continue
+            with flattened([gradient for at in inside for gradient in held[at]]) as flats:
+                parts = [part for some in inside.values() for part in some]
+                each = len(flats) // len(inside)
+                self.arithmetic.subtract(flats, parts, _for_each(pick(c, list(inside)), each))
 
-        Each is their shards, whole factors, the W₀ of DoRAs, and Δ.
+    @functools.cached_property
+    def _runs(self) -> list[Run]:
+        """All targets, in runs that are not too large together.
 
-        The runs do not depend on how much of Δ a process holds, so all processes gather the same
-        factors at a time. The Δ of a run must be used up before the next one.
+        They do not depend on how much of Δ a process holds, so all processes gather the same
+        factors at a time.
         """
+        ranges = list(_ranges(self.targets, 0, len(self.targets)))
+        largest = max(sum(_numel(self.targets[at]) for at in some) for some in ranges)
+        room = Room(largest, self.device)
+        shards = [self._shard(at) for at in range(len(self.targets))]
+        return [Run(r.start, shards[r.start : r.stop], self.reduction, room) for r in ranges]
+
+    def _each_run(self) -> Iterator[tuple[Run, Iterator[torch.Tensor]]]:
+        """Yield runs of targets with their Δ, which must be used up before the next one."""
         deltas = (delta for *_, some in self.store.batches() for delta in some)
-        for first, last in _runs(self.targets, 0, len(self.targets)):
-            shards = [self._shard(at) for at in range(first, last)]
-            wholes = (
-                gather(shards, self.reduction)
-                if self.sharded
-                else [shard.weights() for shard in shards]
-            )
-            beside = bases(shards, wholes, self.reduction)
-            yield shards, wholes, beside, itertools.islice(deltas, last - first)
+        for run in self._runs:
+            yield run, itertools.islice(deltas, len(run.targets))
         # This lets the store free the last Δ.
         next(deltas, None)
 
@@ -229,7 +205,10 @@ class FactorGroup(TargetGroup):
     def _weights(self, *, wide: bool) -> Sums:
         """Return Σ s·⟨B·A, Δ⟩, the part of ⟨W, Δ⟩ that changes; ‖W‖ is not known."""
         dots = []
-        for shards, wholes, beside, deltas in self._chunks():
+        for run, deltas in self._each_run():
+            wholes = run.factors(self._launch)
+            beside = run.bases(wholes)
+            shards = [self._shard(at) for at in run.targets]
             pairs = [
                 along(delta, shard.adapted, whole, shard.rows, base)
                 for shard, whole, base, delta in zip(shards, wholes, beside, deltas, strict=True)
@@ -245,19 +224,23 @@ def _for_each(c: torch.Tensor, each: int) -> torch.Tensor:
     return c.unsqueeze(1).expand(-1, each).reshape(-1)
 
 
-def _runs(targets: Sequence[Target], start: int, stop: int) -> Iterator[tuple[int, int]]:
+def _ranges(targets: Sequence[Target], start: int, stop: int) -> Iterator[range]:
     """Yield runs of targets with equally many factors, which are not too large together."""
     first, numel = start, 0
     for at in range(start, stop):
-        adapted = targets[at].adapted
-        assert adapted is not None
-        size = sum(math.prod(shape) for shape in adapted.shapes)
+        size = _numel(targets[at])
         other = len(targets[at].trained) != len(targets[first].trained)
         if at > first and (other or numel + size > _ROOM):
-            yield first, at
+            yield range(first, at)
             first, numel = at, 0
         numel += size
-    yield first, stop
+    yield range(first, stop)
+
+
+def _numel(target: Target) -> int:
+    """Return how many elements a target's factors have."""
+    assert target.adapted is not None
+    return sum(math.prod(shape) for shape in target.adapted.shapes)
 
 
 def _joint(norms: torch.Tensor, each: int) -> torch.Tensor:

@@ -1,17 +1,14 @@
 """The part of an adapted weight that a process holds: rows of its Δ, and shards of its factors.
 
-Owns which process holds which rows, and the collectives that whole factors and Δ̃ take. Rows of Δ
-are spread evenly over all processes that share the factors, however these are cut themselves. Of a
-DoRA whose W₀ is sharded a process holds the same elements of Δ as of W₀, so that neither travels.
-Only what is as large as the factors does, and the norms of rows.
+Owns which process holds which rows. Rows of Δ are spread evenly over all processes that share the
+factors, however these are cut themselves. Of a DoRA whose W₀ is sharded a process holds the same
+elements of Δ as of W₀, so that neither travels.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,7 +19,7 @@ from drift_fast.inject.lora import dora
 from drift_fast.inject.lora.adapters import Adapted
 from drift_fast.inject.shards.base import Shard, Whole
 from drift_fast.inject.shards.dtensor import DTensorShard
-from drift_fast.inject.shards.reduction import Reduction, ranks_of
+from drift_fast.inject.shards.reduction import ranks_of
 from drift_fast.inject.target import Target
 
 Find = Callable[[Sequence[str], Sequence[nn.Parameter]], Sequence[Shard]]
@@ -148,19 +145,27 @@ class FactorShard:
             for shard, shape in zip(self._shards, self.adapted.shapes, strict=True)
         ]
 
-    def put(self, wholes: Sequence[torch.Tensor]) -> None:
-        """Write this process's part of every factor into whole ones that are zero elsewhere."""
-        for shard, whole, counts in zip(self._shards, wholes, self._counts, strict=True):
-            if counts:
-                part = shard.cut(whole)
-                part.copy_(shard.weight().view(part.shape))
+    def local(self) -> list[torch.Tensor]:
+        """Return this process's part of all factors, to be read."""
+        return [shard.weight() for shard in self._shards]
 
-    def own(self, wholes: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Return this process's part of tensors like the factors that train, flat copies."""
-        return [
-            self._shards[at].cut(whole.view(self.adapted.shapes[at])).reshape(-1).clone()
-            for at, whole in zip(self._trained, wholes, strict=True)
-        ]
+    def put(self, local: Sequence[torch.Tensor], wholes: Sequence[torch.Tensor]) -> None:
+        """Write what `local` returned into whole factors, unless another process does."""
+        for shard, part, whole, counts in zip(
+            self._shards, local, wholes, self._counts, strict=True
+        ):
+            if counts:
+                there = shard.cut(whole)
+                there.copy_(part.view(there.shape))
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """The whole shape of each factor that trains."""
+        return [self.adapted.shapes[at] for at in self._trained]
+
+    def cuts(self, wholes: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Return this process's part of tensors like the factors that train, in their memory."""
+        return [self._shards[at].cut(one) for at, one in zip(self._trained, wholes, strict=True)]
 
     def base(self) -> dora.Base | None:
         """Return what this process holds of a DoRA's W₀, to be read; None of other adapters."""
@@ -188,61 +193,6 @@ class FactorShard:
     def counted(self) -> list[bool]:
         """Whether sums count this process's part, for each factor that trains."""
         return [self._counts[at] for at in self._trained]
-
-
-def gather(shards: Sequence[FactorShard], reduction: Reduction) -> list[list[torch.Tensor]]:
-    """Return the whole factors of some targets; all processes must call it with the same ones."""
-    device = shards[0].weight().device
-    dtype = functools.reduce(torch.promote_types, (shard.weight().dtype for shard in shards))
-    shapes = [shard.adapted.shapes for shard in shards]
-    numel = sum(math.prod(shape) for some in shapes for shape in some)
-    flat = torch.zeros(numel, dtype=dtype, device=device)
-    for shard, wholes in zip(shards, _views(flat, shapes), strict=True):
-        shard.put(wholes)
-    # Each element is that of one process and zero in the others, so the sum is exact.
-    return _views(reduction.sum(flat), shapes)
-
-
-def bases(
-    shards: Sequence[FactorShard], wholes: Sequence[Sequence[torch.Tensor]], reduction: Reduction
-) -> list[dora.Base | None]:
-    """Return what this process holds of the W₀ of DoRAs, with the norms of rows that are cut.
-
-    wholes: whole factors. All processes must call it with the same targets.
-    """
-    found = [shard.base() for shard in shards]
-    cut = {at: base for at, base in enumerate(found) if base is not None and shards[at].cuts_rows}
-    if cut:
-        squares = [dora.squares(shards[at].adapted, wholes[at], base) for at, base in cut.items()]
-        norms = reduction.sum(torch.cat(squares)).sqrt_()
-        each = torch.split(norms, [one.numel() for one in squares])
-        for (at, base), some in zip(cut.items(), each, strict=True):
-            found[at] = replace(base, norms=some)
-    return found
-
-
-def add_up(
-    shards: Sequence[FactorShard], pulled: Sequence[Sequence[torch.Tensor]], reduction: Reduction
-) -> list[list[torch.Tensor]]:
-    """Add up what the rows of all processes are pulled back to; return this process's parts."""
-    shapes = [[part.shape for part in parts] for parts in pulled]
-    flat = torch.cat([part.view(-1) for parts in pulled for part in parts])
-    wholes = _views(reduction.sum(flat), shapes)
-    return [shard.own(parts) for shard, parts in zip(shards, wholes, strict=True)]
-
-
-def _views(
-    flat: torch.Tensor, shapes: Sequence[Sequence[tuple[int, ...]]]
-) -> list[list[torch.Tensor]]:
-    views: list[list[torch.Tensor]] = []
-    start = 0
-    for some in shapes:
-        views.append([])
-        for shape in some:
-            numel = math.prod(shape)
-            views[-1].append(flat[start : start + numel].view(shape))
-            start += numel
-    return views
 
 
 def _share(height: int, groups: Sequence[Any]) -> tuple[int, int]:

@@ -33,7 +33,7 @@ class Reduction:
         self.process_groups = tuple(self._groups.values())
 
     def sum(self, vector: torch.Tensor) -> torch.Tensor:
-        """Return the sum over all processes, in the given vector's memory where it can be.
+        """Add a vector up over all processes, in its own memory, and return it.
 
         Each group takes one collective; only two-dimensional meshes have more than one group.
         """
@@ -126,7 +126,8 @@ class Reduction:
             device = _reducible_device(group, vector.device)
             there = vector.to(device)
             dist.all_reduce(there, operation, group=group)
-            vector = there.to(vector.device)
+            if there is not vector:
+                vector.copy_(there)
         return vector
 
     def _gathered(self, value: Any) -> dict[int, Any]:
