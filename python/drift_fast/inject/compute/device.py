@@ -120,16 +120,16 @@ class DeviceArithmetic:
         some = [tensors[at] for at in full]
         alike = len({tensor.dtype for tensor in some}) == 1
         if not (alike and norm.dtype == torch.float32 and has_joint_norm(some[0])):
-            found = [torch.linalg.vector_norm(tensor, dtype=norm.dtype) for tensor in some]
-            _scatter(norm, full, torch.stack(found))
+            each = [torch.linalg.vector_norm(tensor, dtype=norm.dtype) for tensor in some]
+            _scatter(norm, full, torch.stack(each))
             return
         large = sum(tensor.numel() for tensor in some) > _CHUNK
-        shares = [full[at::_STREAMS] for at in range(_STREAMS)] if large else [full]
-        shares = [share for share in shares if share]
-        for at in self.spread(range(len(shares))):
-            share = [tensors[member] for member in shares[at]]
-            norms = torch._foreach_norm(share, 2, dtype=norm.dtype)
-            _scatter(norm, shares[at], torch.stack(list(norms)))
+        shares = min(len(some), max(1, len(self._streams))) if large else 1
+        norms = norm.new_empty(len(some))
+        for at in self.spread(range(shares)):
+            found = torch._foreach_norm(some[at::shares], 2, dtype=norm.dtype)
+            norms[at::shares].copy_(torch.stack(list(found)))
+        _scatter(norm, full, norms)
 
     def _products(
         self,
