@@ -213,8 +213,8 @@ def _add_variants() -> None:
     for name in ("merge", "adaptive", "half"):
         _variant(f"{name}_reading", "protected", "Δ protected", protection=Protection())
     for depth in ("late", "early"):
-        _variant("merge_reading", depth, f"λ for {depth} layers", depth=depth)
-    _variant("merge_reading", "spared", "without the span of what learned to see", spared=32)
+        _variant("merge_reading", depth, f"{depth} layers more", depth=depth)
+    _variant("merge_reading", "spared", "without what seeing moved most", spared=32)
     for name in ("sft", "adaptive"):
         _variant(name, "bf16", "bfloat16 weights", dtype="bfloat16")
     for name in ("sft", "merge", "adaptive"):

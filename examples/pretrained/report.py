@@ -40,6 +40,15 @@ _OVERVIEW: Final = {
     "adaptive_reading": "DRIFT*",
     "half_reading": "half merged, half DRIFT*",
 }
+# What the picture of many pairs has.
+_BY_PAIR: Final = {
+    "sft_reading": ("SFT", "black"),
+    "adaptive_reading_shuffled": ("DRIFT, shuffled Δ", "tab:gray"),
+    "merge_reading": ("merge, then SFT", "tab:blue"),
+    "merge_reading_late": ("merge, later layers more, then SFT", "tab:cyan"),
+    "half_reading": ("half merged, half DRIFT", "tab:green"),
+    "adaptive_reading": ("DRIFT", "tab:red"),
+}
 _TITLE: Final = "Answers and reading: means and 95 % intervals; squares have a protected Δ"
 _COLORS: Final = {
     "reference": "black",
@@ -74,12 +83,12 @@ def write(out: Path, form: Form, lines: Sequence[Line]) -> None:
         ]
         seen = Counter(test["method"] for test in tests)
         enough = {name: METHODS[name].label for name in form.methods if seen[name] >= _ENOUGH}
-        _pareto(out / "pareto.png", tests, enough)
-        _pareto(
-            out / "overview.png",
-            tests,
-            {name: label for name, label in _OVERVIEW.items() if name in enough},
-        )
+        if len({test["pair"] for test in tests}) > _ENOUGH:
+            _draw_pairs(out / "pairs.png", tests)
+        else:
+            _pareto(out / "pareto.png", tests, enough)
+            few = {name: label for name, label in _OVERVIEW.items() if name in enough}
+            _pareto(out / "overview.png", tests, few)
     (out / "results.md").write_text("\n".join(parts), encoding="utf-8")
 
 
@@ -292,6 +301,39 @@ def _pareto(path: Path, tests: Sequence[Line], labels: Mapping[str, str]) -> Non
     axes.grid(alpha=0.3)
     if not few:
         axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1))
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _draw_pairs(path: Path, tests: Sequence[Line]) -> None:
+    """Draw the answers of every run, a column for each pair of checkpoints."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(9, 4.2), layout="constrained")
+    pairs = sorted({test["pair"] for test in tests})
+    for number, (name, (label, color)) in enumerate(_BY_PAIR.items()):
+        mine = [test for test in tests if test["method"] == name]
+        if not mine:
+            continue
+        mean = statistics.mean(test["answers"] for test in mine)
+        aside = 0.12 * (number - (len(_BY_PAIR) - 1) / 2)
+        axes.scatter(
+            [pairs.index(test["pair"]) + aside for test in mine],
+            [test["answers"] for test in mine],
+            color=color,
+            s=28,
+            label=f"{label}: mean {mean:.3f}",
+        )
+    axes.set_xticks(range(len(pairs)), [f"checkpoints {pair}" for pair in pairs])
+    for at in range(1, len(pairs)):
+        axes.axvline(at - 0.5, color="lightgray", linewidth=0.8)
+    axes.set_ylabel("answers right, stories of 3 to 5 steps")
+    axes.set_title("Every run, by pair of checkpoints; a quarter of reading in the set")
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(fontsize=9)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
