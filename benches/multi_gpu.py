@@ -12,7 +12,8 @@ optimizer steps are timed, injected ones in turn with those that are not.
 
 Of whole weights, DDP and ZeRO hold more than a shard on every GPU, so they run at a smaller depth,
 and with the first of --tokens only. With --lora all stacks have all layers, and one process alone
-is timed too. NVLink multicast is left off.
+is timed too. NVLink multicast is left off. With --pretend 2 one process takes the place of two, and
+sums over processes add nothing: a step but for what travels, whose gradients are not compared.
 """
 
 from __future__ import annotations
@@ -59,9 +60,14 @@ def enter(options: argparse.Namespace) -> None:
         torch.cuda.set_device(device)
     else:
         torch.set_num_threads(1)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    # With CPU tensors too, for what is no tensor on a GPU.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if backend == "nccl" else "gloo")
+    if options.pretend:
+        from torch.testing._internal.distributed.fake_pg import FakeStore
+
+        store: Any = FakeStore()
+        dist.init_process_group("fake", store=store, rank=0, world_size=options.pretend)
+    else:
+        # With CPU tensors too, for what is no tensor on a GPU.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
 
     def late() -> bool:
         """Whether the time is over, by the clock of rank 0."""
@@ -107,10 +113,11 @@ def run_stack(
     try:
         if stack.startswith("zero"):
             start_deepspeed(device)
-        shrunken = wait_for(directory / "shrunken")
-        report["errors"] = check(stack, device, shrunken, rank=8 if options.lora else 0)
-        report["checked"] = time.perf_counter() - began
-        write()
+        if not options.pretend:
+            shrunken = wait_for(directory / "shrunken")
+            report["errors"] = check(stack, device, shrunken, rank=8 if options.lora else 0)
+            report["checked"] = time.perf_counter() - began
+            write()
         if not options.check_only:
             delta = wait_for(directory / "delta")
             time_stack(options, stack, device, report, note, late, delta)
@@ -218,6 +225,7 @@ def launch(
         *("--rank", str(options.rank), "--attach-layers", str(options.attach_layers)),
         *(("--check-only",) if options.check_only else ()),
         *(("--lora",) if options.lora else ()),
+        *("--pretend", str(options.pretend)),
     ]
     environment = {**os.environ, "NCCL_NVLS_ENABLE": "0", "TOKENIZERS_PARALLELISM": "false"}
     environment["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
@@ -248,7 +256,7 @@ class Run:
             self.expected += [("fsdp2", 1)] if options.gpus > 1 else []
 
     def world(self, stack: str) -> int:
-        return 1 if stack == ALONE else int(self.options.gpus)
+        return 1 if stack == ALONE else int(self.options.pretend or self.options.gpus)
 
     def everything(self) -> None:
         """Run all stacks, the first ones while the large delta is made."""
@@ -345,7 +353,8 @@ def render(options: argparse.Namespace, reports: list[dict[str, Any]], made: Any
     ]
     for report in reports:
         errors = report.get("errors")
-        missing = report.get("missing", "failed" if "failure" in report else "not yet")
+        unknown = "not compared" if options.pretend else "not yet"
+        missing = report.get("missing", "failed" if "failure" in report else unknown)
         cells = [f"{errors[scale]:.1e}" for scale in SCALES] if errors else [missing] * 3
         lines.append(f"| {report['stack']} | {report['world']} | {' | '.join(cells)} |")
     lines += ["", *(render_lora if options.lora else render_whole)(reports, options), ""]
@@ -411,6 +420,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--minutes", type=float, default=60, help="start nothing after these")
+    parser.add_argument("--pretend", type=int, default=0, help="be one process of so many")
     parser.add_argument("--after", type=Path, help="use no GPU before this file is there")
     parser.add_argument("--check-only", action="store_true")
     parser.add_argument("--directory", help="for the pair and its delta; default in memory")
@@ -421,11 +431,13 @@ def main() -> None:
     if options.worker:
         enter(options)
         return
+    options.gpus = 1 if options.pretend else options.gpus
     options.smaller_layers = min(options.smaller_layers, options.layers)
     options.deadline = time.time() + 60 * options.minutes
     if options.stacks is None:
         every = ORDER if options.lora else STACKS
-        options.stacks = [ALONE] if options.lora and options.gpus == 1 else list(every)
+        alone = options.lora and options.gpus == 1 and not options.pretend
+        options.stacks = [ALONE] if alone else list(every)
     memory = Path("/dev/shm")
     home = options.directory or (memory if memory.is_dir() else None)
     with tempfile.TemporaryDirectory(dir=home) as folder:
