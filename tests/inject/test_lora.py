@@ -23,7 +23,7 @@ import drift_fast
 from drift_fast.inject.lora.adapters import Adapted, adapters_of
 from drift_fast.inject.lora.dora import Base
 from drift_fast.inject.lora.dora import squares as squares_of
-from drift_fast.inject.lora.pull_back import along, pull_back
+from drift_fast.inject.lora.pull_back import along, pull_back, pull_back_all
 from support import reference
 from support.injection_models import (
     ARITHMETIC,
@@ -1224,13 +1224,6 @@ def test_products_of_bfloat16_parts_are_those_of_the_factors(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scale: str, factors: torch.dtype
 ) -> None:
     """What a GPU does with a delta in bfloat16, its product of two matrices played on the CPU."""
-    plain, seen = torch.mm, []
-
-    def mm(left: torch.Tensor, right: torch.Tensor, *, out_dtype: torch.dtype) -> torch.Tensor:
-        assert left.dtype == right.dtype == torch.bfloat16
-        seen.append(right.shape[1])
-        return plain(left.to(out_dtype), right.to(out_dtype))
-
     delta = delta_towards(tmp_path, Backbone(), modules=("attn", "mlp"), dtype="bfloat16")
     model = adapted(Backbone())
     gradients = backward(model)
@@ -1239,14 +1232,58 @@ def test_products_of_bfloat16_parts_are_those_of_the_factors(
             parameter.data = parameter.data.to(factors)
             parameter.grad = gradients[name].to(factors)
     gradients = gradients_of(model)
-    monkeypatch.setattr(torch, "mm", mm)
-    monkeypatch.setattr("drift_fast.inject.lora.pull_back._multiplies_parts", lambda device: True)
+    seen = play_wide_products(monkeypatch)
     with arithmetic("device"), drift_fast.Injection(model, delta, scale=scale) as injection:
         injection.step()
     assert set(seen) == {RANK if factors == torch.bfloat16 else 3 * RANK}
     expected = expected_gradients(model, gradients, weights_in(delta), scale=scale)
     bound = {torch.float32: 2e-6, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
     assert worst_error(model, expected) < bound[factors]
+
+
+def play_wide_products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Let the CPU multiply as a GPU does; return the widths of what it is given."""
+    plain, seen = torch.mm, []
+
+    def mm(left: torch.Tensor, right: torch.Tensor, *, out_dtype: torch.dtype) -> torch.Tensor:
+        assert left.dtype == right.dtype == torch.bfloat16
+        seen.append(right.shape[1])
+        return plain(left.to(out_dtype), right.to(out_dtype))
+
+    monkeypatch.setattr(torch, "mm", mm)
+    monkeypatch.setattr("drift_fast.inject.lora.pull_back._multiplies_parts", lambda device: True)
+    return seen
+
+
+def test_every_weight_is_pulled_back_from_its_own_delta_in_any_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Streams take weights in another order than that in which Δ comes from elsewhere."""
+    delta = delta_towards(tmp_path, Backbone(), modules=("attn", "mlp"), dtype="bfloat16")
+    with drift_fast.Injection(adapted(Backbone()), delta) as injection:
+        (group,) = injection._groups
+        shards: Any = group.shards
+        deltas = [found for *_, some in group.store.batches() for found in some]
+        play_wide_products(monkeypatch)
+
+        def pulled(given: Any, spread: Any) -> list[torch.Tensor]:
+            return [
+                part
+                for parts in pull_back_all(
+                    given,
+                    [shard.adapted for shard in shards],
+                    [shard.weights() for shard in shards],
+                    [None] * len(shards),
+                    [None] * len(shards),
+                    spread,
+                )
+                for part in parts
+            ]
+
+        expected = pulled(deltas, iter)
+        for given in (deltas, iter(deltas)):
+            found = pulled(given, lambda members: reversed(list(members)))
+            assert all(map(torch.equal, found, expected))
 
 
 # --- and a real one ---------------------------------------------------------------------------

@@ -53,6 +53,8 @@ class Run:
         self._shards, self._reduction, self._room = list(shards), reduction, room
         self._views: dict[str, tuple[torch.Tensor, list[list[torch.Tensor]]]] = {}
         self._owned: list[torch.Tensor] = []
+        # How often there was new memory for `pulled`: a graph of the memory before must not run.
+        self.generation = 0
 
     def factors(self, launch: Launch) -> list[list[torch.Tensor]]:
         """Return the whole factors, valid until another run asks; every process must call it."""
@@ -122,28 +124,36 @@ class Run:
 
         launch(("pull back", self.targets.start), addresses, pull)
         self._reduction.sum(flat)
-        launch(("own", self.targets.start), flat.data_ptr, lambda: self._own(parts))
+        if not self._owned or self._owned[0].dtype != dtype:
+            self._make_room(parts)
+        here = flat.data_ptr(), self.generation
 
-    def _own(self, parts: Sequence[Sequence[torch.Tensor]]) -> None:
-        """Keep this process's part of what was added up."""
-        cuts = [
-            cut for shard, some in zip(self._shards, parts, strict=True) for cut in shard.cuts(some)
-        ]
-        if [one.dtype for one in self._owned] != [cut.dtype for cut in cuts]:
-            self._owned = [cut.clone(memory_format=torch.contiguous_format) for cut in cuts]
-            flat = iter(self._owned)
-            self.pulled = {
-                at: [next(flat).view(-1) for _ in shard.shapes]
-                for at, shard in zip(self.targets, self._shards, strict=True)
-            }
-        torch._foreach_copy_(self._owned, cuts)
+        def own() -> None:
+            torch._foreach_copy_(self._owned, self._cuts(parts))
+
+        launch(("own", self.targets.start), lambda: here, own)
+
+    def _cuts(self, parts: Sequence[Sequence[torch.Tensor]]) -> list[torch.Tensor]:
+        """Return this process's part of tensors like all factors that train."""
+        pairs = zip(self._shards, parts, strict=True)
+        return [cut for shard, some in pairs for cut in shard.cuts(some)]
+
+    def _make_room(self, parts: Sequence[Sequence[torch.Tensor]]) -> None:
+        """Allocate `pulled`, to be what is cut from the given tensors."""
+        self.generation += 1
+        self._owned = [cut.new_empty(cut.shape) for cut in self._cuts(parts)]
+        flat = iter(self._owned)
+        self.pulled = {
+            at: [next(flat).view(-1) for _ in shard.shapes]
+            for at, shard in zip(self.targets, self._shards, strict=True)
+        }
 
     def _flat(
         self, use: str, dtype: torch.dtype, shapes: Sequence[Sequence[tuple[int, ...]]]
     ) -> tuple[torch.Tensor, list[list[torch.Tensor]]]:
         """Return the buffer of a use, as long as these shapes need, and a view of each."""
         whole = self._room.take(use, dtype)
-        if use not in self._views or self._views[use][0].data_ptr() != whole.data_ptr():
+        if use not in self._views or self._views[use][0].dtype != dtype:
             sizes = [math.prod(shape) for some in shapes for shape in some]
             flat = whole[: sum(sizes)]
             parts = iter(torch.split(flat, sizes))

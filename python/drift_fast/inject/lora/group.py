@@ -127,6 +127,12 @@ class FactorGroup(TargetGroup):
             run.pull_back(some, self._launch, self.arithmetic.spread)
         super()._inject_sharded(push, refused=refused)
 
+    def _addresses(self, held: Mapping[int, Sequence[torch.Tensor]], push: Push) -> Hashable:
+        moving = super()._addresses(held, push)
+        if moving is None or not self.sharded:
+            return moving
+        return moving, tuple(run.generation for run in self._runs)
+
     def _measure_shards(self, held: Mapping[int, Sequence[torch.Tensor]], push: Push) -> None:
         # What is counted in another process is left out.
         def counted(at: int, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:

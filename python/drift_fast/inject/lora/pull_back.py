@@ -75,8 +75,8 @@ def pull_back_all(
 ) -> list[list[torch.Tensor]]:
     """Return `pull_back` of several weights, in fewer launches where bfloat16 is not widened.
 
-    From an iterator each Δ is used up before the next one is asked for. A sequence of Δ may be
-    `spread` over streams.
+    From an iterator each Δ is used up before the next one is asked for, on the caller's stream. A
+    sequence of Δ is `spread` over streams, in the order of `spread`.
     """
     every = [weight for some in weights for weight in some]
     plain = all(one.experts == 1 and not one.is_dora for one in adapted)
@@ -87,7 +87,8 @@ def pull_back_all(
     parts = [[next(pieces) for _ in some] for some in weights]
     # What outlives the loop is allocated here, on the stream of the caller.
     found = [_room(one, run, every[0].device) for one, run in zip(adapted, rows, strict=True)]
-    for at in spread(range(len(adapted))):
+    order = spread(range(len(adapted))) if isinstance(deltas, Sequence) else range(len(adapted))
+    for at in order:
         delta = deltas[at] if isinstance(deltas, Sequence) else next(deltas)
         if delta.dtype == torch.bfloat16:
             _multiply_into(found[at], delta, adapted[at], parts[at], rows[at])
