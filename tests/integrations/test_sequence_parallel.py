@@ -46,7 +46,7 @@ class Spy(transformers.TrainerCallback):  # type: ignore[misc]
         engine.optimizer.step = step
 
 
-def train(folder: Path) -> Report:
+def train(folder: Path, stage: int) -> Report:
     """Train two steps, and return the largest error of a target's first gradient."""
     import deepspeed
     from accelerate import ParallelismConfig
@@ -76,7 +76,7 @@ def train(folder: Path) -> Report:
             "gradient_accumulation_steps": 2,
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
-            "zero_optimization": {"stage": 2, "reduce_bucket_size": 20_000},
+            "zero_optimization": {"stage": stage, "reduce_bucket_size": 20_000},
             "optimizer": {"type": "SGD", "params": {"lr": 1e-2}},
         },
         parallelism_config=ParallelismConfig(
@@ -108,7 +108,8 @@ def train(folder: Path) -> Report:
     return {"error": max(errors), "steps": injection.steps, "same": both[0] == both[1]}
 
 
-def test_the_gradient_of_both_halves_of_a_sequence_is_injected(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_the_gradient_of_both_halves_of_a_sequence_is_injected(tmp_path: Path, stage: int) -> None:
     text = tiny_qwen2()
     drift_fast.compute_delta(
         saved(moved_text(text), tmp_path / "expert"),
@@ -117,7 +118,7 @@ def test_the_gradient_of_both_halves_of_a_sequence_is_injected(tmp_path: Path) -
         out=tmp_path / "delta",
     )
     joined = Joined(2, "gloo", timedelta(seconds=90))
-    for rank in launch(tmp_path / "processes", {"train": (train, (tmp_path,))}, joined):
+    for rank in launch(tmp_path / "processes", {"train": (train, (tmp_path, stage))}, joined):
         assert rank["train"]["error"] < 1e-5
         assert rank["train"]["steps"] == 2
         assert rank["train"]["same"]
