@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from drift_fast import Delta, Injection, compute_delta
+from drift_fast import Delta, DriftError, Injection, compute_delta
 from drift_fast.inject.compute.cuda_graphs import CudaGraphs, Launch
 from support import reference
 from support.injection_models import (
@@ -399,6 +399,11 @@ def check_faults(folder: Path) -> Report:
         twins.model.get_parameter(name).grad = None
     report: Report = {"lacking": refusal(twins.injection.step)}
     twins.backward()
+    shard = twins.injection._groups[0].shards[0]
+    odd = mock.patch.object(shard, "gradients", side_effect=DriftError("not reduced yet"))
+    with odd if dist.get_rank() == 1 else contextlib.nullcontext():
+        report["not reduced"] = refusal(twins.injection.step)
+    twins.backward()
     if dist.get_rank() == 1:
         twins.model.get_parameter(name).grad.to_local()[0, 0] = torch.nan
     twins.plain.get_parameter(name).grad.fill_(torch.nan)
@@ -756,6 +761,7 @@ def test_what_one_process_lacks_stops_all(reports: dict[str, list[Report]]) -> N
     for rank, report in enumerate(reports["check_faults"]):
         reason = "1 of 14 targets have no gradient" if rank == 1 else "another process"
         assert reason in report["lacking"]
+        assert ("not reduced yet" if rank == 1 else "another process") in report["not reduced"]
         skipped, injected = report["not finite"]
         assert (skipped, injected) == (1, 13)
 

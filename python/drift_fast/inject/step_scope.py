@@ -117,10 +117,16 @@ class StepScope(Scope):
         raised here.
         """
         missing: set[int] = set()
+        refusal: DriftError | None = None
         first = 0
         for group in self.groups:
-            missing.update(first + at for at in group.missing())
+            try:
+                missing.update(first + at for at in group.missing())
+            except DriftError as error:
+                refusal = error
             first += len(group.targets)
+        if refusal is not None:
+            return missing, refusal
         for target in self._targets:
             changed = "" if target.adapted is None else target.adapted.changed()
             if changed:

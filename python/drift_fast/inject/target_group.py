@@ -157,7 +157,12 @@ class TargetGroup:
         self.last.alpha = self._alpha.zero_()
 
     def missing(self) -> list[int]:
-        """Return the targets that are frozen or have no dense gradient, and keep the others'."""
+        """Return the targets that are frozen or have no dense gradient, and keep the others'.
+
+        Raises:
+            DriftError: a gradient is not in the state that a step needs; none is kept.
+        """
+        self._found = {}
         self._found = self._look(0, len(self.targets))
         return [at for at in range(len(self.targets)) if at not in self._found]
 
