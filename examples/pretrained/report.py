@@ -79,8 +79,9 @@ def write(out: Path, form: Form, lines: Sequence[Line]) -> None:
         parts += [
             _forecasts([line for line in lines if "foreseen" in line]),
             _settings(form, tests),
-            _trials(form, [line for line in lines if line["stage"] == "tune"]),
         ]
+        if trials := [line for line in lines if line["stage"] == "tune"]:
+            parts.append(_trials(form, trials))
         seen = Counter(test["method"] for test in tests)
         enough = {name: METHODS[name].label for name in form.methods if seen[name] >= _ENOUGH}
         if len({test["pair"] for test in tests}) > _ENOUGH:
