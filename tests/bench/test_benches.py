@@ -33,6 +33,15 @@ def test_every_stack_over_two_processes_is_compared_with_float64_and_timed() -> 
 
 
 @pytest.mark.slow
+def test_one_process_in_the_place_of_two_is_timed_and_not_compared() -> None:
+    pytest.importorskip("peft")
+    sizes = ("--size", "tiny", "--layers", "2", "--tokens", "32", "--steps", "1", "--repeats", "1")
+    printed = run("multi_gpu.py", "--pretend", "2", "--lora", "--stacks", "fsdp2", *sizes)
+    assert "| fsdp2 | 2 | not compared |" in printed
+    assert re.search(r"\| fsdp2 \| 2 \| 2 \| drift_fast, adaptive .* in 3 \|", printed), printed
+
+
+@pytest.mark.slow
 def test_fine_tuning_with_images_is_timed_beside_the_public_way() -> None:
     printed = run(
         "throughput.py",
