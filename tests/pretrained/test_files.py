@@ -79,10 +79,9 @@ def test_every_language_tensor_is_paired(files: Files, shell: str) -> None:
     found = align(files.expert, getattr(files, shell))
     assert found.ok, str(found)
     assert all(short(first) == short(second) for first, second in found.pairs)
-    # Rows of embeddings of another size are matched by token, once they are selected.
-    other = {"embed_tokens.weight"} if shell == "llava" else set()
-    assert {short(first) for first, _ in found.pairs} == set(Stored(files.expert).names) - other
-    assert {short(name) for name, _ in found.unmatched_reasoning} == other
+    # Embeddings too, whose rows are matched by token where there are more of them.
+    assert {short(first) for first, _ in found.pairs} == set(Stored(files.expert).names)
+    assert not found.unmatched_reasoning
     assert found.similarity is not None
     assert found.similarity.matched > 0.999
 
