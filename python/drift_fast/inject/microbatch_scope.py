@@ -16,7 +16,8 @@ from drift_fast.errors import DriftError
 from drift_fast.inject.compute.vectors import plain_arithmetic
 from drift_fast.inject.pushes import Pushes
 from drift_fast.inject.scope import Scope
-from drift_fast.inject.target_group import Push, TargetGroup
+from drift_fast.inject.step_records import Push
+from drift_fast.inject.target_group import TargetGroup
 from drift_fast.inject.watchdog import Watchdog
 
 

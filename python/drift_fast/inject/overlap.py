@@ -21,7 +21,8 @@ from drift_fast.inject.compute.base import SMALL
 from drift_fast.inject.compute.device import DeviceArithmetic
 from drift_fast.inject.compute.streams import new_stream
 from drift_fast.inject.compute.vectors import plain_arithmetic
-from drift_fast.inject.target_group import Push, TargetGroup
+from drift_fast.inject.step_records import Push
+from drift_fast.inject.target_group import TargetGroup
 
 # Kernels of an injection are short and wait for each other, those of backward are long: behind them
 # each would wait its turn.

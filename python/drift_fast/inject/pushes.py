@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 import torch
 
 from drift_fast.inject.compute.vectors import beside, plain_arithmetic
+from drift_fast.inject.step_records import Push
 from drift_fast.inject.strength.control import Control
 from drift_fast.inject.strength.formula import Scale
-from drift_fast.inject.target_group import Push, TargetGroup
+from drift_fast.inject.target_group import TargetGroup
 
 LossScale = Callable[[torch.device], torch.Tensor | float | None]
 

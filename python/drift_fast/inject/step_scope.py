@@ -17,7 +17,8 @@ from drift_fast.inject.overlap import Overlap
 from drift_fast.inject.pushes import Pushes
 from drift_fast.inject.refusals import frozen_since
 from drift_fast.inject.scope import Scope
-from drift_fast.inject.target_group import Push, TargetGroup
+from drift_fast.inject.step_records import Push
+from drift_fast.inject.target_group import TargetGroup
 from drift_fast.inject.watchdog import Watchdog
 
 

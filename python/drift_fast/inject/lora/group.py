@@ -20,8 +20,9 @@ from drift_fast.inject.compute.vectors import pick, put
 from drift_fast.inject.lora.exchange import Room, Run
 from drift_fast.inject.lora.pull_back import along, pull_back_all
 from drift_fast.inject.lora.shard import FactorShard
+from drift_fast.inject.step_records import Bucket, Push
 from drift_fast.inject.target import Target
-from drift_fast.inject.target_group import Bucket, Push, TargetGroup
+from drift_fast.inject.target_group import TargetGroup
 
 # Elements of Δ̃ that are held at a time.
 _ROOM = 1 << 24

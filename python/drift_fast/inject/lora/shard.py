@@ -1,8 +1,8 @@
 """The part of an adapted weight that a process holds: rows of its Δ, and shards of its factors.
 
-Owns which process holds which rows. Rows of Δ are spread evenly over all processes that share the
-factors, however these are cut themselves. Of a DoRA whose W₀ is sharded a process holds the same
-elements of Δ as of W₀, so that neither travels.
+Owns which process holds which rows. All processes that share the factors hold equally many rows of
+Δ, however the factors are cut. If W₀ of a DoRA is sharded, a process holds the same elements of Δ
+as of W₀, so that neither travels.
 """
 
 from __future__ import annotations
