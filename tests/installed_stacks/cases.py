@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 ACCUMULATION = 4
@@ -259,6 +261,50 @@ def _axolotl(folder: Path, run: Run, python: str) -> list[str]:
     return [python, "-m", "axolotl.cli.train", "train.yaml"]
 
 
+def _verl(folder: Path, run: Run, python: str) -> list[str]:
+    """Its own SFT trainer over two processes under FSDP2, on GPUs where there are two."""
+    code = """
+import pandas
+rows = pandas.read_json("train.jsonl", lines=True)
+rows["images"] = [[{"image": image} for image in images] for images in rows["images"]]
+# Twice, so that no checkpoint is at the end of an epoch: verl goes on with another order there.
+pandas.concat([rows, rows]).to_parquet("train.parquet")
+"""
+    subprocess.run([python, "-c", code], cwd=folder, check=True)
+    gpus = torch.cuda.device_count() > 1
+    modules = [] if gpus else ["verl_on_cpu"]
+    modules += ["drift_fast.integrations.verl"] if run.injected else []
+    changes = {
+        # Where torch is linked, its commands are not.
+        r"torchrun --nproc-per-node 8": f"{python} -m torch.distributed.run --nproc-per-node 2",
+        r"(?<=VERL_USE_EXTERNAL_MODULES=).*": ",".join(modules),
+    }
+    _replaced(folder / "train.sh", changes)
+    _replaced(folder / "drift.yaml", {r"alpha: 1.0": f"alpha: {run.alpha}"})
+    more: dict[str, Any] = {
+        "trainer.device": "cuda" if gpus else "cpu",
+        "trainer.logger": "[console]",
+        "trainer.total_training_steps": run.steps,
+        "trainer.save_freq": SAVED,
+        "trainer.default_local_dir": "saves",
+        "optim.lr": RATE,
+        "optim.clip_grad": CLIP,
+        "data.train_batch_size": 2 * ACCUMULATION,
+        "data.micro_batch_size_per_gpu": 1,
+        "data.use_dynamic_bsz": False,
+        "data.num_workers": 0,
+        # Without flash-attn, and in float32 throughout.
+        "model.use_remove_padding": False,
+        "+model.override_config.attn_implementation": "eager",
+        "engine.use_torch_compile": False,
+        "+engine.mixed_precision.param_dtype": "fp32",
+    }
+    if run.resume:
+        more["trainer.resume_mode"] = "resume_path"
+        more["trainer.resume_from_path"] = f"saves/global_step_{SAVED}"
+    return ["bash", "train.sh", *(f"{key}={value}" for key, value in more.items())]
+
+
 STACKS: dict[str, Prepare] = {
     "trl": _trainer_script,
     "trainer": _trainer_script,
@@ -269,9 +315,12 @@ STACKS: dict[str, Prepare] = {
     "llamafactory": _llamafactory,
     "swift": _swift,
     "axolotl": _axolotl,
+    "verl": _verl,
 }
 # They resume from no checkpoint.
 WITHOUT_RESUMING = {"accelerate", "loop", "deepspeed"}
+# Their own code for a Qwen2.5-VL fails in a batch without images.
+ONLY_IMAGES = {"verl"}
 # Scripts, whose own run is the same file beside a stand-in of drift_fast.
 SCRIPTS = {"trl", "trainer", "accelerate", "loop", "deepspeed", "lightning"}
 

@@ -44,10 +44,14 @@ if os.environ.get("STACKS_RECORD"):
                 start = mapped.hp_fragment_address.start
                 _parts.setdefault(id(flat), []).append((_names[key], start, parameter.shape))
 
+    def _whole(tensor):
+        """Return a tensor of FSDP2 whole, which every process must ask for."""
+        return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
     def _views(one):
         """Yield names, gradients and weights of what the optimizer steps."""
         if id(one) in _names:
-            yield _names[id(one)], (one.grad, one.detach())
+            yield _names[id(one)], tuple(_whole(tensor) for tensor in (one.grad, one.detach()))
             return
         for name, start, shape in _parts[id(one)]:
             yield (
@@ -82,13 +86,13 @@ if os.environ.get("STACKS_RECORD"):
                     _find_parts(one)
         given = (_views(one) for one in parameters if one.grad is not None)
         found = {name: both for some in given for name, both in some}
-        if not found:
+        if not found or os.environ.get("RANK", "0") != "0":
             return
         digest = hashlib.sha256()
         for name in sorted(found):
             for tensor in found[name]:
                 # Zeros of either sign are one number.
-                digest.update((tensor.float() + 0.0).contiguous().numpy().tobytes())
+                digest.update((tensor.float() + 0.0).contiguous().cpu().numpy().tobytes())
         _steps.append(digest.hexdigest())
         _FOLDER.mkdir(parents=True, exist_ok=True)
         if len(_steps) == 1:
