@@ -271,8 +271,8 @@ rows["images"] = [[{"image": image} for image in images] for images in rows["ima
 pandas.concat([rows, rows]).to_parquet("train.parquet")
 """
     subprocess.run([python, "-c", code], cwd=folder, check=True)
-    gpus = torch.cuda.device_count() > 1
-    modules = [] if gpus else ["verl_on_cpu"]
+    on_gpus = gpus("verl") > 0
+    modules = [] if on_gpus else ["verl_on_cpu"]
     modules += ["drift_fast.integrations.verl"] if run.injected else []
     changes = {
         # Where torch is linked, its commands are not.
@@ -282,7 +282,7 @@ pandas.concat([rows, rows]).to_parquet("train.parquet")
     _replaced(folder / "train.sh", changes)
     _replaced(folder / "drift.yaml", {r"alpha: 1.0": f"alpha: {run.alpha}"})
     more: dict[str, Any] = {
-        "trainer.device": "cuda" if gpus else "cpu",
+        "trainer.device": "cuda" if on_gpus else "cpu",
         "trainer.logger": "[console]",
         "trainer.total_training_steps": run.steps,
         "trainer.save_freq": SAVED,
@@ -323,6 +323,11 @@ WITHOUT_RESUMING = {"accelerate", "loop", "deepspeed"}
 ONLY_IMAGES = {"verl"}
 # Scripts, whose own run is the same file beside a stand-in of drift_fast.
 SCRIPTS = {"trl", "trainer", "accelerate", "loop", "deepspeed", "lightning"}
+
+
+def gpus(stack: str) -> int:
+    """Return how many GPUs the runs of a stack have: verl's two, where there are two."""
+    return 2 if stack == "verl" and torch.cuda.device_count() > 1 else 0
 
 
 def rows(world: Path, *, images: bool, count: int) -> None:

@@ -47,8 +47,19 @@ def install(stack: str, torch_from: Path | None) -> Path:
     return python
 
 
-def call(words: list[str], folder: Path, python: Path, *, plain: bool = False, **more: str) -> str:
-    """Run a command in the environment of a stack; return what it printed."""
+def call(
+    words: list[str],
+    folder: Path,
+    python: Path,
+    *,
+    plain: bool = False,
+    gpus: bool = False,
+    **more: str,
+) -> str:
+    """Run a command in the environment of a stack; return what it printed.
+
+    plain: whether a script finds a stand-in of drift_fast. gpus: whether the command sees any.
+    """
     path = [HERE / "spy", *([HERE / "without"] if plain else []), ROOT / "python"]
     environment = {
         **os.environ,
@@ -61,7 +72,7 @@ def call(words: list[str], folder: Path, python: Path, *, plain: bool = False, *
         "AXOLOTL_DO_NOT_TRACK": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "WANDB_MODE": "disabled",
-        "CUDA_VISIBLE_DEVICES": "",
+        **({} if gpus else {"CUDA_VISIBLE_DEVICES": ""}),
         **more,
     }
     environment.pop("PYTEST_CURRENT_TEST", None)
@@ -102,7 +113,8 @@ def case(stack: str, python: Path, world: Path, tuning: str, kind: str) -> str:
             shutil.copytree(whole / "saves", here / "saves", symlinks=True)
         words = cases.STACKS[stack](here, run, str(python))
         plain = not run.injected and stack in cases.SCRIPTS
-        call(words, here, python, plain=plain, STACKS_RECORD=str(here / "record"))
+        gpus = cases.gpus(stack) > 0
+        call(words, here, python, plain=plain, gpus=gpus, STACKS_RECORD=str(here / "record"))
         return here / "record"
 
     plain, injected = train("plain"), train("injected")
