@@ -9,6 +9,7 @@ change from step to step are read from where the target group keeps them.
 from __future__ import annotations
 
 import logging
+import warnings
 from collections import deque
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
@@ -112,7 +113,10 @@ class CudaGraphs:
             try:
                 launch.capture()
             finally:
-                graph.capture_end()
+                with warnings.catch_warnings():
+                    # A process may hold no part of what these kernels change.
+                    warnings.filterwarnings("ignore", "The CUDA Graph is empty")
+                    graph.capture_end()
         return graph
 
 

@@ -16,8 +16,8 @@ from drift_fast.inject.placement.page_locked import lock, pages
 _CODE_MAX = 127.0
 _LARGEST = torch.finfo(torch.float16).max
 _LARGEST_BITS = 0x7BFF
-# Blocks that are rounded at a time.
-_ROWS = 1 << 18
+# Blocks that are rounded at a time: of few launches, or what fits the caches.
+_ROWS, _ROWS_ON_CPU = 1 << 19, 1 << 13
 
 
 class Int8:
@@ -102,15 +102,16 @@ def quantize(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
     The rounding is that of the kernel which writes an int8 delta, bit for bit.
     """
-    padded = _in_blocks(tensor)
+    padded = _in_blocks(tensor.float() if tensor.dtype == torch.float64 else tensor)
+    least, most = torch.aminmax(padded, dim=1, keepdim=True)
+    scales = _least_scale(torch.maximum(most.abs(), least.abs()).float())
+    divisors = torch.where(scales == 0, torch.ones_like(scales), scales).float()
     codes = torch.empty(padded.shape, dtype=torch.int8, device=tensor.device)
-    scales = torch.empty(len(padded), 1, dtype=torch.float16, device=tensor.device)
-    for start in range(0, len(padded), _ROWS):
-        rows = padded[start : start + _ROWS].float()
-        scale = _least_scale(rows.abs().amax(1, keepdim=True))
-        scales[start : start + _ROWS] = scale
-        divisor = torch.where(scale == 0, torch.ones_like(scale), scale).float()
-        codes[start : start + _ROWS] = (rows / divisor).clamp_(-_CODE_MAX, _CODE_MAX).round_()
+    rows = _ROWS_ON_CPU if tensor.device.type == "cpu" else _ROWS
+    for start in range(0, len(padded), rows):
+        some = slice(start, start + rows)
+        # Divided in float32, as the wider type of the two.
+        codes[some] = (padded[some] / divisors[some]).clamp_(-_CODE_MAX, _CODE_MAX).round_()
     return codes, scales
 
 

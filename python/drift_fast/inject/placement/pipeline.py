@@ -185,8 +185,9 @@ class _Ring:
             self._copy_on_stream(parts)
             return None
         current = torch.cuda.current_stream(self._device)
-        # What was made may be memory that work on the current stream still reads.
-        self._lane.wait_stream(current)
+        if any(start == 0 for _, start, _, _ in parts):
+            # What was just made may be memory that work on the current stream still reads.
+            self._lane.wait_stream(current)
         with torch.cuda.stream(self._lane):
             self._copy_on_stream(parts)
             copied: torch.cuda.Event = self._lane.record_event()
