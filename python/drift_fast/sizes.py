@@ -9,14 +9,26 @@ import re
 MEMORY = "64MB"
 
 
-def thread_count(threads: int | None) -> int:
-    """Return the number of threads, by default that of the processors this process may use."""
+def thread_count(threads: int | None, *, together: bool = False) -> int:
+    """Return the number of threads, by default that of the processors this process may use.
+
+    together: all processes that a launcher started on this host do the same now, so that each takes
+        its share, unless they are bound to processors of their own.
+    """
     if threads is None:
+        every = os.cpu_count() or 1
         affinity = getattr(os, "sched_getaffinity", None)
-        return len(affinity(0)) if affinity else os.cpu_count() or 1
+        mine = len(affinity(0)) if affinity else every
+        return max(1, mine // _processes_here()) if together and mine == every else mine
     if threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
     return threads
+
+
+def _processes_here() -> int:
+    """Return how many processes a launcher says that it started on this host."""
+    stated = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return max(1, int(stated)) if stated.isdecimal() else 1
 
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

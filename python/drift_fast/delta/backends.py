@@ -73,6 +73,7 @@ class Streamed:
         self._pair = pair
         self._dtype = dtype
         self._threads = thread_count(options.threads)
+        self._loading_threads = thread_count(options.threads, together=True)
         self._memory = parse_size(options.memory)
         self._allow_nonfinite = options.allow_nonfinite
         self._pairs = {pair.name: pair for pair in pair.pairs}
@@ -92,7 +93,7 @@ class Streamed:
             [(self._pairs[one.name].source, one.name, (one.start, one.stop)) for one in runs],
             dtype,
             into,
-            {"threads": self._threads, "memory": self._memory},
+            {"threads": self._loading_threads, "memory": self._memory},
             landed=landed,
         )
         self._check([(one.name, row) for one, (_, row) in zip(runs, found, strict=True)], dtype)
@@ -235,7 +236,8 @@ class Stored:
         """
         self.fetch(runs)
         with self._damage_explained():
-            return self._files.load(runs, into, threads=thread_count(None), landed=landed)
+            threads = thread_count(None, together=True)
+            return self._files.load(runs, into, threads=threads, landed=landed)
 
     @contextlib.contextmanager
     def _damage_explained(self) -> Iterator[None]:

@@ -140,7 +140,8 @@ class _Ring:
         self._device = next((one.device for one in wanted if one.device is not None), None)
         on_gpu = self._device is not None and self._device.type == "cuda"
         least = 4 * _THREAD_NBYTES
-        most = _RING_NBYTES if on_gpu else max(least, _THREAD_NBYTES * (1 + thread_count(None)))
+        for_threads = _THREAD_NBYTES * (1 + thread_count(None, together=True))
+        most = _RING_NBYTES if on_gpu else max(least, for_threads)
         nbytes = min(least + sum(one.nbytes for one in wanted), most)
         self._ring = pages(nbytes, torch.uint8)
         self._lane: torch.cuda.Stream | None = None
