@@ -1235,10 +1235,9 @@ def test_products_of_bfloat16_parts_are_those_of_the_factors(
     seen = play_wide_products(monkeypatch)
     with arithmetic("device"), drift_fast.Injection(model, delta, scale=scale) as injection:
         injection.step()
-    # Progress, in which digits cancel, starts from all digits of the factors.
-    assert set(seen) == ({RANK} if factors == torch.bfloat16 else {2 * RANK, 3 * RANK})
+    assert set(seen) == {RANK if factors == torch.bfloat16 else 3 * RANK}
     expected = expected_gradients(model, gradients, weights_in(delta), scale=scale)
-    bound = {torch.float32: 2.0**-18, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+    bound = {torch.float32: 2e-6, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
     assert worst_error(model, expected) < bound[factors]
 
 

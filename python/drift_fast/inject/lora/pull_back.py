@@ -1,10 +1,8 @@
 """Δ pulled back onto low-rank factors: products of Δ, by far the largest tensor, and thin ones.
 
-A bfloat16 Δ is not widened on a GPU. A float32 factor is the sum of bfloat16 ones, so its product
-is the sum of theirs, which are exact but for their float32 sums. Three hold all of its digits. For
-a step two do: they leave out less than 2⁻¹⁸ of each number, as much as float32 loses in a sum of
-some thousand products. What takes time is reading Δ, so a thin product of twice the columns costs a
-sixth more; of three times the columns, three quarters more.
+A bfloat16 Δ is not widened on a GPU. A float32 factor is the sum of three bfloat16 ones, so its
+product is the sum of theirs, which are exact but for their float32 sums. What takes time is reading
+Δ, so three times the columns take less than twice as long.
 """
 
 from __future__ import annotations
@@ -21,8 +19,9 @@ from drift_fast.inject.lora.precision import full_precision
 
 logger = logging.getLogger(__name__)
 
-# Bfloat16 tensors in place of a float32 factor, in a step and where digits cancel.
-_PARTS, _ALL_PARTS = 2, 3
+# Bfloat16 tensors that hold all digits of a float32 factor. Two would save less than 1 % of a step,
+# and be off by 3e-6 (benches/results/multi_gpu_lora_2xh200_202611.md).
+_PARTS = 3
 # Elements of Δ that are widened at a time: within a CPU's caches, and enough to fill a GPU.
 _BLOCK_ON_CPU, _BLOCK = 1 << 18, 1 << 24
 
@@ -87,37 +86,53 @@ def pull_back_all(
     double = any(weight.dtype == torch.float64 for weight in every)
     if not plain or double or not _multiplies_parts(every[0].device):
         return [pull_back(*one) for one in zip(deltas, adapted, weights, rows, bases, strict=True)]
-    pieces = iter(_in_parts(every, _PARTS))
-    parts = [[next(pieces) for _ in some] for some in weights]
+    stacks = iter(_in_parts(every))
+    stacked = [[next(stacks) for _ in some] for some in weights]
     # What outlives the loop is allocated here, on the stream of the caller.
     found = [_room(one, run, every[0].device) for one, run in zip(adapted, rows, strict=True)]
+    unscaled: list[int] = []
     order = spread(range(len(adapted))) if isinstance(deltas, Sequence) else range(len(adapted))
     for at in order:
         delta = deltas[at] if isinstance(deltas, Sequence) else next(deltas)
         if delta.dtype == torch.bfloat16:
-            _multiply_into(found[at], delta, adapted[at], parts[at], rows[at])
+            _multiply_into(found[at], delta, adapted[at], stacked[at], rows[at])
+            unscaled.append(at)
             continue
         pulled = pull_back(delta, adapted[at], weights[at], rows[at])
         for out, part in zip(found[at].values(), pulled, strict=True):
             out.copy_(part.view(out.shape))
+    if unscaled:
+        outs = [out for at in unscaled for out in found[at].values()]
+        scalings = [adapted[at].factors[k // 2].scaling for at in unscaled for k in found[at]]
+        torch._foreach_mul_(outs, scalings)
     return [[out.view(-1) for out in some.values()] for some in found]
 
 
-def _in_parts(factors: Sequence[torch.Tensor], count: int) -> list[list[torch.Tensor]]:
-    """Return each factor as bfloat16 tensors that add up to it: itself, or so many."""
+def _in_parts(factors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return each factor as stacked bfloat16 tensors that add up to it: itself, or three."""
     if all(factor.dtype == torch.bfloat16 for factor in factors):
-        return [[factor] for factor in factors]
+        return [factor.unsqueeze(0) for factor in factors]
     rest = torch.cat([factor.reshape(-1) for factor in factors])
     sizes = [factor.numel() for factor in factors]
-    parts = []
-    for _ in range(count):
-        low = rest.to(torch.bfloat16)
-        parts.append(torch.split(low, sizes))
-        rest = rest - low
-    return [
-        [part.view(factor.shape) for part in some]
-        for factor, some in zip(factors, zip(*parts, strict=True), strict=True)
+    memory = rest.new_empty(_PARTS * rest.numel(), dtype=torch.bfloat16)
+    stacks = [
+        some.view(_PARTS, *factor.shape)
+        for some, factor in zip(
+            torch.split(memory, [_PARTS * n for n in sizes]), factors, strict=True
+        )
     ]
+    for at in range(_PARTS):
+        low = rest.to(torch.bfloat16)
+        torch._foreach_copy_(
+            [stack[at].view(-1) for stack in stacks], list(torch.split(low, sizes))
+        )
+        rest = rest - low
+    return stacks
+
+
+def _as_columns(stack: torch.Tensor, *, of_a: bool) -> torch.Tensor:
+    """Return the parts of a factor side by side, as [columns or rows of Δ, parts · rank]."""
+    return stack.flatten(0, 1).mT if of_a else stack.movedim(0, 1).flatten(1)
 
 
 def _room(
@@ -137,32 +152,29 @@ def _multiply_into(
     found: dict[int, torch.Tensor],
     delta: torch.Tensor,
     adapted: Adapted,
-    parts: Sequence[Sequence[torch.Tensor]],
+    stacks: Sequence[torch.Tensor],
     rows: tuple[int, int] | None,
 ) -> None:
-    """Write Δ̃ of every trained factor, of a bfloat16 Δ that is not widened."""
+    """Write Δ̃/s of every trained factor, of a bfloat16 Δ that is not widened."""
     matrix = delta.view(-1, adapted.shape[-1])
-    ranks = sum(one.rank for one in adapted.factors)
     for is_b in (False, True):
         if not any(at % 2 == is_b for at in found):
             continue
         # Δ·Aᵀ belongs to B and Bᵀ·Δ to A; of a transposed weight the sides are exchanged.
-        other, axis = parts[not is_b :: 2], int(not is_b)
         onto_rows = is_b != adapted.transposed
-        factor = torch.cat([one[at] for at in range(len(other[0])) for one in other], axis)
-        factor = factor.mT if is_b else factor
+        beside = [_as_columns(stack, of_a=is_b) for stack in stacks[not is_b :: 2]]
+        factor = beside[0] if len(beside) == 1 else torch.cat(beside, 1)
         if rows is not None and not onto_rows:
             factor = factor[slice(*rows)]
         left = matrix if onto_rows else matrix.mT
         product = torch.mm(left, factor, out_dtype=torch.float32)
-        product = product.view(-1, len(other[0]), ranks)
-        for at, (one, run) in enumerate(_adapters(adapted)):
+        each = torch.split(product, [one.shape[1] for one in beside], 1)
+        for at, (one, parts) in enumerate(zip(adapted.factors, each, strict=True)):
             if (place := 2 * at + is_b) in found:
                 out = found[place] if is_b else found[place].mT
                 if rows is not None and onto_rows:
                     out = out[slice(*rows)]
-                torch.sum(product[:, :, run], 1, out=out)
-                out.mul_(one.scaling)
+                torch.sum(parts.view(len(parts), -1, one.rank), 1, out=out)
 
 
 def along(
@@ -248,9 +260,9 @@ def _products(
 
 def _multiplied(matrix: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     """Return matrix·factor in float32, of a bfloat16 matrix that is not widened."""
-    (parts,) = _in_parts([factor], _ALL_PARTS)
-    product = torch.mm(matrix, torch.cat(parts, 1), out_dtype=torch.float32)
-    return product.view(-1, len(parts), factor.shape[1]).sum(1)
+    (stack,) = _in_parts([factor])
+    product = torch.mm(matrix, _as_columns(stack, of_a=False), out_dtype=torch.float32)
+    return product.view(len(product), -1, factor.shape[1]).sum(1)
 
 
 @functools.cache

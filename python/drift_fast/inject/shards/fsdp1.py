@@ -8,7 +8,6 @@ model that it wraps has imported it.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -27,12 +26,7 @@ def find_fsdp1(model: nn.Module) -> list[nn.Module]:
 
 def is_fsdp1(module: nn.Module) -> bool:
     """Whether a module is FSDP1's wrapper."""
-    return _is_wrapper(type(module))
-
-
-@functools.cache
-def _is_wrapper(kind: type) -> bool:
-    return any(base.__name__ == "FullyShardedDataParallel" for base in kind.__mro__)
+    return any(base.__name__ == "FullyShardedDataParallel" for base in type(module).__mro__)
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
