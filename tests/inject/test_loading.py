@@ -12,6 +12,7 @@ import torch
 
 import drift_fast
 from drift_fast import CheckpointError, Injection
+from drift_fast.sizes import thread_count
 from support.processes import Child, python
 from support.synthetic import refused, write_sparse
 
@@ -108,6 +109,35 @@ def test_ctrl_c_ends_attaching(tmp_path: Path) -> None:
     assert ended.returncode == -signal.SIGINT
     assert "KeyboardInterrupt" in ended.stderr
     assert "attached" not in ended.stdout
+
+
+@pytest.mark.parametrize(
+    ("bound", "stated", "together", "expected"),
+    [
+        (8, "4", True, 2),
+        (8, "16", True, 1),
+        (8, "4", False, 8),
+        (8, None, True, 8),
+        (8, "", True, 8),
+        (8, "0", True, 8),
+        # A launcher that binds each rank has shared the processors already.
+        (2, "4", True, 2),
+    ],
+)
+def test_ranks_of_one_host_share_its_processors(
+    monkeypatch: pytest.MonkeyPatch,
+    bound: int,
+    stated: str | None,
+    together: bool,
+    expected: int,
+) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(bound)), raising=False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if stated is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", stated)
+    assert thread_count(None, together=together) == expected
+    assert thread_count(3, together=together) == 3
 
 
 @pytest.mark.parametrize("where", ["device", "disk", "device-int8"])

@@ -14,10 +14,9 @@ Each step adds its summary to verl's log as `drift/…`, at the cost of a pass o
 with `csv:` in the settings it goes to that file too. verl's checkpoints hold the injection's state,
 so that a resumed run goes on with its schedule.
 
-Tested with verl 0.9.1 without a GPU, where verl builds and shards no model: its registry finds the
-engine and no other, its own `optimizer_step` on a whole module steps with the injected, clipped
-gradient, and its log takes the metrics. The rest is tested against a stand-in of the engine. Not
-run: `sft_trainer` on accelerators, sharded. FSDP2 and FSDP1 are tested without verl.
+Tested with verl 0.9.1: its `sft_trainer` over two processes under FSDP2, on CPUs and on GPUs, with
+whole weights and LoRA and a checkpoint in between (`make test-stacks STACK=verl`); refusals against
+a stand-in of the engine too. Not run: FSDP1 inside verl, which is tested without it.
 """
 
 from __future__ import annotations
@@ -194,7 +193,7 @@ def _log_one_number_for_all_processes() -> None:
 
     def log_numbers(tracking: Any, data: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
         numbers = {
-            key: Metric.aggregate_dp(value)
+            key: float(Metric.aggregate_dp(value))
             if isinstance(value, list) and value and isinstance(value[0], Metric)
             else value
             for key, value in data.items()
