@@ -6,6 +6,7 @@ CPU share one start for all checks.
 
 from __future__ import annotations
 
+import copy
 import os
 from datetime import timedelta
 from pathlib import Path
@@ -13,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 import drift_fast
 from drift_fast.inject.targets import find_targets
@@ -67,6 +69,7 @@ def run_twice(folder: Path, trainer_class: Any = None, **arguments: Any) -> Repo
         train_dataset=text_samples(16),
     )
     injection = drift_fast.attach(trainer, folder / "delta", schedule="linear", scale="gradnorm")
+    report["own loop"] = refused_own_loop(trainer) if trainer.is_fsdp_enabled else ""
     for steps in (2, 4):
         trainer.args.max_steps = steps
         if trainer.is_deepspeed_enabled:
@@ -81,6 +84,24 @@ def run_twice(folder: Path, trainer_class: Any = None, **arguments: Any) -> Repo
     report["injected"] = injection.injected
     report["targets"] = len(injection.targets)
     return report
+
+
+def refused_own_loop(trainer: Any) -> str:
+    """Return why a loop of one's own over a copy of the model that FSDP2 shards may not step."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    whole, trainer.model = trainer.model, copy.deepcopy(trainer.model)
+    try:
+        fully_shard(trainer.model, mesh=init_device_mesh("cpu", (2,)))
+        optimizer = torch.optim.SGD(trainer.model.parameters(), lr=1e-2)
+        trainer.model(**trainer.data_collator([trainer.train_dataset[0]])).loss.backward()
+        optimizer.step()
+    except drift_fast.DriftError as error:
+        return str(error)
+    finally:
+        trainer.model = whole
+    return ""
 
 
 def check_fsdp2(folder: Path) -> Report:
@@ -152,6 +173,13 @@ def test_a_second_run_is_injected_over_its_own_length(
         assert 0 < first[0] < first[1] < second[0] < second[-1]
         # With this scale, α is how large the push is beside the gradient.
         assert report["4"]["relative_push"] == pytest.approx(report["4"]["alpha"], rel=1e-3)
+
+
+def test_a_loop_over_what_fsdp_shards_may_not_train_before_the_trainer(
+    reports: list[dict[str, Report]],
+) -> None:
+    for rank in reports:
+        assert "train with trainer.train()" in rank["fsdp2"]["own loop"]
 
 
 class _Owner(SimpleNamespace):

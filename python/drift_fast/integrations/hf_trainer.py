@@ -126,9 +126,7 @@ class TrainerInjection(AttachedInjection):
             check_adapted(targets, config)
             check_doras_ahead(trainer, targets)
             refuse_second(targets)
-            if not sharded:
-                # Where weights are sharded, loading an optimizer's state steps it.
-                self._wait = Wait(trainer, targets)
+            self._wait = Wait(trainer, targets, sharded=sharded)
         else:
             self._start(trainer.model, length or None)
         self._step_method = WrappedMethod(trainer, "training_step", self._training_step)

@@ -20,6 +20,7 @@ from drift_fast.inject.target import Target
 from drift_fast.integrations.deepspeed_engine import check_step_scope
 from drift_fast.integrations.resumed_weights import Difference, difference
 from drift_fast.integrations.wrapped_method import WrappedMethod
+from drift_fast.names import bare
 
 # Of the sampled elements, from which share on a checkpoint was not loaded: of those that are no
 # rounding of its own, which a 16-bit model at a small learning rate has few of, and of all others.
@@ -89,26 +90,49 @@ class Wait:
     """Refuses a loop that trains the targets before the run at which an injection attaches.
 
     Such a loop never calls `on_train_begin`, and nothing else would notice.
+
+    sharded: whether `trainer.train()` may step before that event, as it does to load the state of
+        an optimizer of sharded weights.
     """
 
-    def __init__(self, trainer: Any, targets: Sequence[Target]) -> None:
+    def __init__(self, trainer: Any, targets: Sequence[Target], *, sharded: bool) -> None:
         self._trainer = trainer
-        # Not the parameters: `model_init` drops them for others, of which none may be among these.
-        self._targets = {id(p) for target in targets for p in target.trained}
+        held = {id(p) for target in targets for p in target.trained}
+        # Not the parameters: sharding and `model_init` put others in their places.
+        self._names = {
+            bare(name)
+            for name, parameter in trainer.model.named_parameters()
+            if id(parameter) in held
+        }
+        self._in_train = False
         self._watch = OptimizerWatch(self._refuse)
+        self._method = WrappedMethod(trainer, "train", self._train) if sharded else None
 
     def remove(self) -> None:
         """Refuse nothing from now on. May be called twice."""
         self._watch.remove()
+        if self._method is not None:
+            self._method.remove()
+
+    def _train(self, *args: Any, **kwargs: Any) -> Any:
+        assert self._method is not None
+        self._in_train = True
+        try:
+            return self._method.original(*args, **kwargs)
+        finally:
+            self._in_train = False
 
     def _refuse(self, optimizer: torch.optim.Optimizer) -> None:
-        held = {
+        used = {
             id(parameter)
             for group in optimizer.param_groups
             for parameter in group["params"]
             if parameter.grad is not None
         }
-        if any(id(p) in self._targets and id(p) in held for p in self._trainer.model.parameters()):
+        if not self._in_train and any(
+            id(parameter) in used and bare(name) in self._names
+            for name, parameter in self._trainer.model.named_parameters()
+        ):
             raise DriftError(
                 f"{type(optimizer).__name__} steps before trainer.train(), at which the injection "
                 "attaches, so nothing would be injected: train with trainer.train(), or in a loop "
