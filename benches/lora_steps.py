@@ -34,7 +34,14 @@ def time_lora(
     steps = options.steps
     for _ in range(4):
         clock.stack.step([clock.tokens])
-    base = [clock.run(None, steps) for _ in range(2)]
+    base, launching_base = [], []
+
+    def without() -> None:
+        for _ in range(2):
+            base.append(clock.run(None, steps))
+            launching_base.append(clock.launching)
+
+    without()
     layers = range(clock.layers)
     injection, found = clock.attached(delta, scale="adaptive", layers=layers)
     note("attach", {"label": "device, all layers", **found})
@@ -55,15 +62,14 @@ def time_lora(
         raise AssertionError(f"{injection.injected} of {len(injection.targets)} injected")
     injection.remove()
     clock.stack.step([clock.tokens])
-    for _ in range(2):
-        base.append(clock.run(None, steps))
+    without()
     row = {
         "label": "drift_fast, adaptive",
         "base": base,
         "still": still,
         "times": times,
         "launching": statistics.median(launching),
-        "launching_base": clock.launching,
+        "launching_base": statistics.median(launching_base),
         "sums": sums,
         "targets": len(injection.targets),
     }
@@ -92,12 +98,13 @@ def _rival(clock: Clock, options: Any) -> dict[str, Any]:
     del deltas
     for _ in range(3):
         clock.stack.step([clock.tokens], rival)
-    base, times = [], []
+    base, times, launching = [], [], []
     for _ in range(options.repeats):
         base.append(clock.run(None, options.steps))
         times.append(clock.run(rival, options.steps))
+        launching.append(clock.launching)
     found = {"label": "plain PyTorch, adaptive", "base": base, "times": times}
-    return {**found, "launching": clock.launching}
+    return {**found, "launching": statistics.median(launching)}
 
 
 def render_lora(reports: list[dict[str, Any]], options: Any) -> list[str]:

@@ -13,16 +13,23 @@ def thread_count(threads: int | None, *, together: bool = False) -> int:
     """Return the number of threads, by default that of the processors this process may use.
 
     together: all processes that a launcher started on this host do the same now, so that each takes
-        its share, unless they are bound to processors of their own.
+        its share, unless it is bound to processors of its own.
     """
     if threads is None:
-        every = os.cpu_count() or 1
-        affinity = getattr(os, "sched_getaffinity", None)
-        mine = len(affinity(0)) if affinity else every
-        return max(1, mine // _processes_here()) if together and mine == every else mine
+        mine = _processors(0)
+        shared = together and _processors(os.getppid()) == mine
+        return max(1, len(mine) // _processes_here()) if shared else len(mine)
     if threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
     return threads
+
+
+def _processors(process: int) -> set[int]:
+    """Return the processors that a process may use, all if unknown; 0 is this process."""
+    try:
+        return os.sched_getaffinity(process)
+    except (AttributeError, OSError):
+        return set(range(os.cpu_count() or 1))
 
 
 def _processes_here() -> int:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import drift_fast
-from drift_fast import CheckpointError, Injection
+from drift_fast import CheckpointError, Injection, _core
 from drift_fast.sizes import thread_count
 from support.processes import Child, python
 from support.synthetic import refused, write_sparse
@@ -112,32 +115,67 @@ def test_ctrl_c_ends_attaching(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("bound", "stated", "together", "expected"),
+    ("mine", "of_launcher", "stated", "together", "expected"),
     [
-        (8, "4", True, 2),
-        (8, "16", True, 1),
-        (8, "4", False, 8),
-        (8, None, True, 8),
-        (8, "", True, 8),
-        (8, "0", True, 8),
+        (8, 8, "4", True, 2),
+        (8, 8, "16", True, 1),
+        (8, 8, "4", False, 8),
+        (8, 8, None, True, 8),
+        (8, 8, "", True, 8),
+        (8, 8, "0", True, 8),
         # A launcher that binds each rank has shared the processors already.
-        (2, "4", True, 2),
+        (2, 8, "4", True, 2),
     ],
 )
 def test_ranks_of_one_host_share_its_processors(
     monkeypatch: pytest.MonkeyPatch,
-    bound: int,
+    mine: int,
+    of_launcher: int,
     stated: str | None,
     together: bool,
     expected: int,
 ) -> None:
-    monkeypatch.setattr("os.cpu_count", lambda: 8)
-    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(bound)), raising=False)
+    def affinity(process: int) -> set[int]:
+        return set(range(of_launcher if process == os.getppid() else mine))
+
+    # A container may have fewer processors than its host.
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    monkeypatch.setattr("os.sched_getaffinity", affinity, raising=False)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     if stated is not None:
         monkeypatch.setenv("LOCAL_WORLD_SIZE", stated)
     assert thread_count(None, together=together) == expected
     assert thread_count(3, together=together) == 3
+
+
+def test_ranks_share_processors_while_they_load(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(2 * thread_count(None)))
+    used: list[int] = []
+
+    def streamed(*arguments: Any, **keywords: Any) -> Any:
+        used.append(arguments[5]["threads"])
+        return _core.load_differences(*arguments, **keywords)
+
+    def counted(threads: int | None, **keywords: Any) -> int:
+        used.append(thread_count(threads, **keywords))
+        return used[-1]
+
+    for side in "ab":
+        weight = torch.randn(60, 100, generator=torch.Generator().manual_seed(ord(side)))
+        save_file({"up_proj.weight": weight}, tmp_path / f"{side}.safetensors")
+    pair = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    stored = drift_fast.compute_delta(*pair, tmp_path / "delta", modules="all", check_weights=False)
+    both = [stored, drift_fast.compute_delta(*pair, modules="all", check_weights=False)]
+    monkeypatch.setattr("drift_fast.delta.backends.load_differences", streamed)
+    monkeypatch.setattr("drift_fast.delta.backends.thread_count", counted)
+    for delta in both:
+        model = torch.nn.Module()
+        model.up_proj = torch.nn.Linear(100, 60, bias=False)
+        used.clear()
+        Injection(model, delta, modules="all").remove()
+        assert set(used) == {1}
 
 
 @pytest.mark.parametrize("where", ["device", "disk", "device-int8"])

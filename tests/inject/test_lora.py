@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 import drift_fast
-from drift_fast.inject.lora.adapters import Adapted, adapters_of
+from drift_fast.inject.lora.adapters import Adapted, Factors, adapters_of
 from drift_fast.inject.lora.dora import Base
 from drift_fast.inject.lora.dora import squares as squares_of
 from drift_fast.inject.lora.pull_back import along, pull_back, pull_back_all
@@ -1284,6 +1284,43 @@ def test_every_weight_is_pulled_back_from_its_own_delta_in_any_order(
         for given in (deltas, iter(deltas)):
             found = pulled(given, lambda members: reversed(list(members)))
             assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("rows", [None, (0, 5), (3, 7), (4, 4)])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("ranks", [(3,), (3, 2)])
+@pytest.mark.parametrize("frozen", ["", "a", "b"])
+def test_products_of_parts_are_those_of_any_rows_and_adapters(
+    monkeypatch: pytest.MonkeyPatch,
+    rows: tuple[int, int] | None,
+    transposed: bool,
+    ranks: tuple[int, ...],
+    frozen: str,
+) -> None:
+    """A process may hold no row of a weight that has fewer than there are processes."""
+    torch.manual_seed(0)
+    shape = height, width = 7, 10
+    factors = []
+    for at, rank in enumerate(ranks):
+        a, b = (torch.nn.Parameter(torch.randn(one)) for one in ((rank, width), (height, rank)))
+        if transposed:
+            a, b = (torch.nn.Parameter(torch.randn(one)) for one in ((rank, height), (width, rank)))
+        factors.append(Factors(a, b, rank, str(at), {str(at): 0.5 + at}))
+    weights = [one for some in factors for one in (some.a, some.b)]
+    kinds = [(kind, one) for some in factors for kind, one in (("a", some.a), ("b", some.b))]
+    trained = tuple(one for kind, one in kinds if kind != frozen)
+    weight = Adapted(tuple(factors), shape, transposed, trained, None)
+    start, stop = rows or (0, height)
+    delta = torch.randn(stop - start, width).bfloat16().view(-1)
+    with torch.no_grad():
+        expected = pull_back(delta, weight, weights, rows), along(delta, weight, weights, rows)
+        play_wide_products(monkeypatch)
+        (found,) = pull_back_all([delta], [weight], [weights], [rows], [None])
+        moved = along(delta, weight, weights, rows)
+    for one, other in zip(found, expected[0], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    product, exact = (left @ right for left, right in (moved, expected[1]))
+    torch.testing.assert_close(product, exact, rtol=1e-5, atol=1e-5)
 
 
 # --- and a real one ---------------------------------------------------------------------------

@@ -17,7 +17,7 @@ def _nothing(*arguments, **keywords):
 
 
 def _here(*arguments, **keywords):
-    """Return where a tensor goes; verl takes the number of a device here."""
+    """Return where a tensor goes: verl moves tensors to what it takes for a GPU's number."""
     return "cpu"
 
 
@@ -77,7 +77,7 @@ class _Cpu(PlatformBase):
 # What Ray and the inference engines ask for is not asked here.
 _Cpu.__abstractmethods__ = frozenset()
 platform_manager.set_platform(_Cpu())
-# By this name verl looks its own engine up.
+# verl registers its engine for GPUs only, and looks it up by this name.
 os.environ["VERL_ENGINE_DEVICE"] = "cuda"
 
 # verl joins processes with one backend for CPUs and one for its device, which are the same here.

@@ -48,6 +48,8 @@ class CudaGraphs:
     """The graphs of one device, a few for each place."""
 
     def __init__(self, device: torch.device) -> None:
+        # A process may hold no part of what some kernels change.
+        warnings.filterwarnings("ignore", "The CUDA Graph is empty")
         self._device = device
         self._graphs: dict[Hashable, dict[Hashable, torch.cuda.CUDAGraph]] = {}
         self._seen: dict[Hashable, deque[Hashable]] = {}
@@ -113,10 +115,7 @@ class CudaGraphs:
             try:
                 launch.capture()
             finally:
-                with warnings.catch_warnings():
-                    # A process may hold no part of what these kernels change.
-                    warnings.filterwarnings("ignore", "The CUDA Graph is empty")
-                    graph.capture_end()
+                graph.capture_end()
         return graph
 
 

@@ -104,7 +104,8 @@ def pull_back_all(
     if unscaled:
         outs = [out for at in unscaled for out in found[at].values()]
         scalings = [adapted[at].factors[k // 2].scaling for at in unscaled for k in found[at]]
-        torch._foreach_mul_(outs, scalings)
+        if outs:
+            torch._foreach_mul_(outs, scalings)
     return [[out.view(-1) for out in some.values()] for some in found]
 
 
@@ -174,7 +175,8 @@ def _multiply_into(
                 out = found[place] if is_b else found[place].mT
                 if rows is not None and onto_rows:
                     out = out[slice(*rows)]
-                torch.sum(parts.view(len(parts), -1, one.rank), 1, out=out)
+                count = parts.shape[1] // one.rank
+                torch.sum(parts.view(len(parts), count, one.rank), 1, out=out)
 
 
 def along(
@@ -262,7 +264,7 @@ def _multiplied(matrix: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     """Return matrix·factor in float32, of a bfloat16 matrix that is not widened."""
     (stack,) = _in_parts([factor])
     product = torch.mm(matrix, _as_columns(stack, of_a=False), out_dtype=torch.float32)
-    return product.view(len(product), -1, factor.shape[1]).sum(1)
+    return product.view(len(product), len(stack), factor.shape[1]).sum(1)
 
 
 @functools.cache

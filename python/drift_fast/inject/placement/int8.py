@@ -16,7 +16,7 @@ from drift_fast.inject.placement.page_locked import lock, pages
 _CODE_MAX = 127.0
 _LARGEST = torch.finfo(torch.float16).max
 _LARGEST_BITS = 0x7BFF
-# Blocks that are rounded at a time: of few launches, or what fits the caches.
+# Blocks that are rounded at a time: enough for few launches, and on a CPU what fits the caches.
 _ROWS, _ROWS_ON_CPU = 1 << 19, 1 << 13
 
 
@@ -104,7 +104,7 @@ def quantize(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     padded = _in_blocks(tensor.float() if tensor.dtype == torch.float64 else tensor)
     least, most = torch.aminmax(padded, dim=1, keepdim=True)
-    scales = _least_scale(torch.maximum(most.abs(), least.abs()).float())
+    scales = _least_scale(torch.maximum(most, -least).abs().float())
     divisors = torch.where(scales == 0, torch.ones_like(scales), scales).float()
     codes = torch.empty(padded.shape, dtype=torch.int8, device=tensor.device)
     rows = _ROWS_ON_CPU if tensor.device.type == "cpu" else _ROWS
