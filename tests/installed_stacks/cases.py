@@ -271,8 +271,7 @@ rows["images"] = [[{"image": image} for image in images] for images in rows["ima
 pandas.concat([rows, rows]).to_parquet("train.parquet")
 """
     subprocess.run([python, "-c", code], cwd=folder, check=True)
-    on_gpus = gpus("verl") > 0
-    modules = [] if on_gpus else ["verl_on_cpu"]
+    modules = [] if on_gpus("verl") else ["verl_on_cpu"]
     modules += ["drift_fast.integrations.verl"] if run.injected else []
     changes = {
         # Where torch is linked, its commands are not.
@@ -282,7 +281,7 @@ pandas.concat([rows, rows]).to_parquet("train.parquet")
     _replaced(folder / "train.sh", changes)
     _replaced(folder / "drift.yaml", {r"alpha: 1.0": f"alpha: {run.alpha}"})
     more: dict[str, Any] = {
-        "trainer.device": "cuda" if on_gpus else "cpu",
+        "trainer.device": "cuda" if on_gpus("verl") else "cpu",
         "trainer.logger": "[console]",
         "trainer.total_training_steps": run.steps,
         "trainer.save_freq": SAVED,
@@ -325,9 +324,9 @@ ONLY_IMAGES = {"verl": "in _get_input_embeds"}
 SCRIPTS = {"trl", "trainer", "accelerate", "loop", "deepspeed", "lightning"}
 
 
-def gpus(stack: str) -> int:
-    """Return how many GPUs the runs of a stack have: verl's two, where there are two."""
-    return 2 if stack == "verl" and torch.cuda.device_count() > 1 else 0
+def on_gpus(stack: str) -> bool:
+    """Whether a stack runs on GPUs: verl's two processes do, where there are two."""
+    return stack == "verl" and torch.cuda.device_count() > 1
 
 
 def rows(world: Path, *, images: bool, count: int) -> None:

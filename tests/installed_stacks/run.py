@@ -114,7 +114,7 @@ def case(stack: str, python: Path, world: Path, tuning: str, kind: str) -> str:
             shutil.copytree(whole / "saves", here / "saves", symlinks=True)
         words = cases.STACKS[stack](here, run, str(python))
         plain = not run.injected and stack in cases.SCRIPTS
-        gpus = cases.gpus(stack) > 0
+        gpus = cases.on_gpus(stack)
         call(words, here, python, plain=plain, gpus=gpus, STACKS_RECORD=str(here / "record"))
         return here / "record"
 

@@ -126,7 +126,7 @@ class TrainerInjection(AttachedInjection):
             check_adapted(targets, config)
             check_doras_ahead(trainer, targets)
             refuse_second(targets)
-            self._wait = Wait(trainer, targets, sharded=sharded)
+            self._wait = Wait(trainer, targets)
         else:
             self._start(trainer.model, length or None)
         self._step_method = WrappedMethod(trainer, "training_step", self._training_step)

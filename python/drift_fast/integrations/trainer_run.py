@@ -90,12 +90,9 @@ class Wait:
     """Refuses a loop that trains the targets before the run at which an injection attaches.
 
     Such a loop never calls `on_train_begin`, and nothing else would notice.
-
-    sharded: whether `trainer.train()` may step before that event, as it does to load the state of
-        an optimizer of sharded weights.
     """
 
-    def __init__(self, trainer: Any, targets: Sequence[Target], *, sharded: bool) -> None:
+    def __init__(self, trainer: Any, targets: Sequence[Target]) -> None:
         self._trainer = trainer
         held = {id(p) for target in targets for p in target.trained}
         # Not the parameters: sharding and `model_init` put others in their places.
@@ -104,32 +101,23 @@ class Wait:
             for name, parameter in trainer.model.named_parameters()
             if id(parameter) in held
         }
-        self._in_train = False
         self._watch = OptimizerWatch(self._refuse)
-        self._method = WrappedMethod(trainer, "train", self._train) if sharded else None
 
     def remove(self) -> None:
         """Refuse nothing from now on. May be called twice."""
         self._watch.remove()
-        if self._method is not None:
-            self._method.remove()
-
-    def _train(self, *args: Any, **kwargs: Any) -> Any:
-        assert self._method is not None
-        self._in_train = True
-        try:
-            return self._method.original(*args, **kwargs)
-        finally:
-            self._in_train = False
 
     def _refuse(self, optimizer: torch.optim.Optimizer) -> None:
+        # A step at a learning rate of zero trains nothing: it is how torch prepares an optimizer of
+        # sharded weights for its saved state.
         used = {
             id(parameter)
             for group in optimizer.param_groups
+            if group.get("lr") != 0
             for parameter in group["params"]
             if parameter.grad is not None
         }
-        if not self._in_train and any(
+        if any(
             id(parameter) in used and bare(name) in self._names
             for name, parameter in self._trainer.model.named_parameters()
         ):

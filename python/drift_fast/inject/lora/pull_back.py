@@ -101,11 +101,10 @@ def pull_back_all(
         pulled = pull_back(delta, adapted[at], weights[at], rows[at])
         for out, part in zip(found[at].values(), pulled, strict=True):
             out.copy_(part.view(out.shape))
-    if unscaled:
-        outs = [out for at in unscaled for out in found[at].values()]
-        scalings = [adapted[at].factors[k // 2].scaling for at in unscaled for k in found[at]]
-        if outs:
-            torch._foreach_mul_(outs, scalings)
+    outs = [out for at in unscaled for out in found[at].values()]
+    scalings = [adapted[at].factors[k // 2].scaling for at in unscaled for k in found[at]]
+    if outs:
+        torch._foreach_mul_(outs, scalings)
     return [[out.view(-1) for out in some.values()] for some in found]
 
 
