@@ -42,38 +42,14 @@ def time_lora(
             launching_base.append(clock.launching)
 
     without()
-    layers = range(clock.layers)
-    injection, found = clock.attached(delta, scale="adaptive", layers=layers)
-    note("attach", {"label": "device, all layers", **found})
-    # Recordings and the allocator settle.
-    for _ in range(4):
-        with collectives() as sums:
-            clock.stack.step([clock.tokens], injection)
-    still, times, launching = [], [], []
-    for _ in range(options.repeats):
-        injection.alpha = 0.0
-        clock.stack.step([clock.tokens], injection)
-        still.append(clock.run(injection, steps))
-        injection.alpha = 1.0
-        clock.stack.step([clock.tokens], injection)
-        times.append(clock.run(injection, steps))
-        launching.append(clock.launching)
-    if injection.injected != len(injection.targets):
-        raise AssertionError(f"{injection.injected} of {len(injection.targets)} injected")
-    injection.remove()
-    clock.stack.step([clock.tokens])
-    without()
-    row = {
-        "label": "drift_fast, adaptive",
-        "base": base,
-        "still": still,
-        "times": times,
-        "launching": statistics.median(launching),
-        "launching_base": statistics.median(launching_base),
-        "sums": sums,
-        "targets": len(injection.targets),
-    }
-    note("steps", row)
+    variants = [("drift_fast, adaptive", False)]
+    if clock.stack.stack in (ALONE, "ddp"):
+        variants.append(("drift_fast, adaptive, overlap", True))
+    for label, overlap in variants:
+        row = _row(clock, delta, options, note, label=label, overlap=overlap)
+        without()
+        row |= {"base": list(base), "launching_base": statistics.median(launching_base)}
+        note("steps", row)
     if clock.stack.stack in (ALONE, "ddp") and not late():
         note("steps", _rival(clock, options))
     if clock.stack.stack not in (ALONE, "fsdp2"):
@@ -85,6 +61,46 @@ def time_lora(
         injection, found = clock.attached(delta, residency=residency, layers=some)
         injection.remove()
         note("attach", {"label": f"{residency}, {len(some)} layers", **found})
+
+
+def _row(
+    clock: Clock,
+    delta: Delta,
+    options: Any,
+    note: Callable[[str, dict[str, Any]], None],
+    *,
+    label: str,
+    overlap: bool,
+) -> dict[str, Any]:
+    """Attach to all layers, time steps and remove; `note` takes what attaching took."""
+    layers = range(clock.layers)
+    injection, found = clock.attached(delta, scale="adaptive", layers=layers, overlap=overlap)
+    note("attach", {"label": f"device, all layers{', overlap' if overlap else ''}", **found})
+    # Recordings and the allocator settle.
+    for _ in range(4):
+        with collectives() as sums:
+            clock.stack.step([clock.tokens], injection)
+    still, times, launching = [], [], []
+    for _ in range(options.repeats):
+        injection.alpha = 0.0
+        clock.stack.step([clock.tokens], injection)
+        still.append(clock.run(injection, options.steps))
+        injection.alpha = 1.0
+        clock.stack.step([clock.tokens], injection)
+        times.append(clock.run(injection, options.steps))
+        launching.append(clock.launching)
+    if injection.injected != len(injection.targets):
+        raise AssertionError(f"{injection.injected} of {len(injection.targets)} injected")
+    injection.remove()
+    clock.stack.step([clock.tokens])
+    return {
+        "label": label,
+        "still": still,
+        "times": times,
+        "launching": statistics.median(launching),
+        "sums": sums,
+        "targets": len(injection.targets),
+    }
 
 
 def _rival(clock: Clock, options: Any) -> dict[str, Any]:

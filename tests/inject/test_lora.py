@@ -1075,7 +1075,7 @@ def test_adapters_of_two_kinds_on_one_weight_are_refused(tmp_path: Path, first: 
 
 @pytest.mark.parametrize(
     "options",
-    [{"scope": "microbatch"}, {"overlap": True}, {"scale": "absolute", "rescale": "weight"}],
+    [{"scope": "microbatch"}, {"scale": "absolute", "rescale": "weight"}],
 )
 def test_options_without_meaning_for_adapters_are_refused(
     delta: drift_fast.Delta, options: dict[str, Any]
@@ -1235,22 +1235,32 @@ def test_products_of_bfloat16_parts_are_those_of_the_factors(
     seen = play_wide_products(monkeypatch)
     with arithmetic("device"), drift_fast.Injection(model, delta, scale=scale) as injection:
         injection.step()
-    assert set(seen) == {RANK if factors == torch.bfloat16 else 3 * RANK}
+    width = RANK if factors == torch.bfloat16 else 3 * RANK
+    assert len(seen) >= 2
+    assert all(width in sides for sides in seen)
     expected = expected_gradients(model, gradients, weights_in(delta), scale=scale)
     bound = {torch.float32: 2e-6, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
     assert worst_error(model, expected) < bound[factors]
 
 
-def play_wide_products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Let the CPU multiply as a GPU does; return the widths of what it is given."""
-    plain, seen = torch.mm, []
+def play_wide_products(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Let the CPU multiply as a GPU does; return the heights and widths of the products."""
+    seen: list[tuple[int, int]] = []
 
-    def mm(left: torch.Tensor, right: torch.Tensor, *, out_dtype: torch.dtype) -> torch.Tensor:
-        assert left.dtype == right.dtype == torch.bfloat16
-        seen.append(right.shape[1])
-        return plain(left.to(out_dtype), right.to(out_dtype))
+    def play(name: str) -> None:
+        plain = getattr(torch, name)
 
-    monkeypatch.setattr(torch, "mm", mm)
+        def product(
+            left: torch.Tensor, right: torch.Tensor, *, out_dtype: torch.dtype
+        ) -> torch.Tensor:
+            assert left.dtype == right.dtype == torch.bfloat16
+            seen.append((left.shape[-2], right.shape[-1]))
+            return plain(left.to(out_dtype), right.to(out_dtype))
+
+        monkeypatch.setattr(torch, name, product)
+
+    play("mm")
+    play("bmm")
     monkeypatch.setattr("drift_fast.inject.lora.pull_back._multiplies_parts", lambda device: True)
     return seen
 
@@ -1258,7 +1268,7 @@ def play_wide_products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_every_weight_is_pulled_back_from_its_own_delta_in_any_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Streams take weights in another order than that in which Δ comes from elsewhere."""
+    """Alike weights are multiplied together where all Δ are at hand."""
     delta = delta_towards(tmp_path, Backbone(), modules=("attn", "mlp"), dtype="bfloat16")
     with drift_fast.Injection(adapted(Backbone()), delta) as injection:
         (group,) = injection._groups
@@ -1266,7 +1276,7 @@ def test_every_weight_is_pulled_back_from_its_own_delta_in_any_order(
         deltas = [found for *_, some in group.store.batches() for found in some]
         play_wide_products(monkeypatch)
 
-        def pulled(given: Any, spread: Any) -> list[torch.Tensor]:
+        def pulled(given: Any) -> list[torch.Tensor]:
             return [
                 part
                 for parts in pull_back_all(
@@ -1275,15 +1285,14 @@ def test_every_weight_is_pulled_back_from_its_own_delta_in_any_order(
                     [shard.weights() for shard in shards],
                     [None] * len(shards),
                     [None] * len(shards),
-                    spread,
                 )
                 for part in parts
             ]
 
-        expected = pulled(deltas, iter)
-        for given in (deltas, iter(deltas)):
-            found = pulled(given, lambda members: reversed(list(members)))
-            assert all(map(torch.equal, found, expected))
+        expected = pulled(iter(deltas))
+        for given in (deltas, [delta.clone() for delta in deltas]):
+            for one, other in zip(pulled(given), expected, strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("rows", [None, (0, 5), (3, 7), (4, 4)])

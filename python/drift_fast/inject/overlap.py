@@ -1,12 +1,14 @@
 """Inject while backward still runs: bucket after bucket, as soon as its gradients are final.
 
 Owns the hooks and the side stream, not the arithmetic. Buckets are injected in the order in which
-backward finishes them; the step does the rest.
+backward finishes them; the step does the rest. For low-rank factors Δ̃ is computed beside backward,
+which needs no gradient, and the step injects it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +23,8 @@ from drift_fast.inject.compute.base import SMALL
 from drift_fast.inject.compute.device import DeviceArithmetic
 from drift_fast.inject.compute.streams import new_stream
 from drift_fast.inject.compute.vectors import plain_arithmetic
+from drift_fast.inject.lora.group import FactorGroup
+from drift_fast.inject.pushes import Pushes
 from drift_fast.inject.step_records import Push
 from drift_fast.inject.target_group import TargetGroup
 
@@ -34,11 +38,11 @@ _serials = itertools.count()
 
 
 class Overlap:
-    """Hooks on the targets of groups; `begin` starts a step and returns each group's push."""
+    """Hooks on the targets of groups, and what they launch."""
 
-    def __init__(self, groups: Sequence[TargetGroup], begin: Callable[[], list[Push]]) -> None:
+    def __init__(self, groups: Sequence[TargetGroup], pushes: Pushes) -> None:
         self._groups = list(groups)
-        self._begin = begin
+        self._all_pushes = pushes
         self._pushes: list[Push] | None = None
         # Each device's gradients come from a thread of their own.
         self._beginning = threading.Lock()
@@ -62,6 +66,11 @@ class Overlap:
         self.handles: list[Any] = []
         self.reset()
         for which, group in enumerate(self._groups):
+            if isinstance(group, FactorGroup):
+                first: Any = group.targets[0].trained[0]
+                ahead = self._hook_ahead(which, group)
+                self.handles.append(first.register_post_accumulate_grad_hook(ahead))
+                continue
             for bucket, (start, stop) in enumerate(group.store.buckets):
                 # Small tensors cost more to launch than to inject; the step does them together.
                 if all(t.parameter.numel() <= SMALL for t in group.targets[start:stop]):
@@ -115,6 +124,9 @@ class Overlap:
         group, lane = self._groups[which], self._lanes[which]
         if lane is not None:
             torch.cuda.current_stream(group.device).wait_stream(lane)
+        if isinstance(group, FactorGroup):
+            group.inject(push)
+            return
         for bucket in range(self._next[which], len(group.store.buckets)):
             group.inject_bucket(bucket, push)
 
@@ -173,6 +185,14 @@ class Overlap:
 
         return hook
 
+    def _hook_ahead(self, which: int, group: FactorGroup) -> Callable[[nn.Parameter], None]:
+        def hook(parameter: nn.Parameter) -> None:
+            # Without a push Δ̃ is not needed.
+            if not self._paused and not self._all_pushes.rest:
+                self._submit(which, functools.partial(self._pull_back, group, which))
+
+        return hook
+
     def _inject_ready(self, which: int) -> None:
         group = self._groups[which]
         while self._next[which] < len(group.store.buckets):
@@ -180,7 +200,6 @@ class Overlap:
             start, stop = group.store.buckets[bucket]
             if not all(self._is_final(which, at) for at in range(start, stop)):
                 return
-            lane = self._lanes[which]
             for at in range(start, stop):
                 gradient: Any = group.targets[at].parameter.grad
                 # If a step is given up, its gradients are freed early, and their memory would be
@@ -189,26 +208,38 @@ class Overlap:
                 self._injected[which].add(at)
             self._latest = which, start
             self._next[which] += 1
-            if lane is None or self._launcher is None:
-                self._inject(which, bucket, None)
-                continue
-            final = torch.cuda.current_stream(group.device).record_event()
-            self._launched.append(self._launcher.submit(self._inject, which, bucket, final))
+            self._submit(which, functools.partial(self._inject, which, bucket))
 
-    @torch.no_grad()
-    def _inject(self, which: int, bucket: int, final: Any) -> None:
-        """Inject one bucket, after the event that marks its gradients as final."""
-        group, lane = self._groups[which], self._lanes[which]
-        with _on(lane, final, group.device):
-            with self._beginning:
-                if self._pushes is None:
-                    self._pushes = self._begin()
-                    for other in self._lanes:
-                        if other is not None:
-                            # A step begins on the current stream of each device.
-                            other.wait_stream(torch.cuda.current_stream(other.device))
-            if self._pushes:
-                group.inject_bucket(bucket, self._pushes[which], self._arithmetics[which])
+    def _submit(self, which: int, work: Callable[[], None]) -> None:
+        """Do work on a group's lane, after what backward has launched by now."""
+        device, lane = self._groups[which].device, self._lanes[which]
+        final = None if lane is None else torch.cuda.current_stream(device).record_event()
+
+        @torch.no_grad()
+        def on_lane() -> None:
+            with _on(lane, final, device):
+                work()
+
+        if lane is None or self._launcher is None:
+            on_lane()
+        else:
+            self._launched.append(self._launcher.submit(on_lane))
+
+    def _inject(self, which: int, bucket: int) -> None:
+        """Inject one bucket, whose gradients are final."""
+        with self._beginning:
+            if self._pushes is None:
+                self._pushes = self._all_pushes.begin()
+                for other in self._lanes:
+                    if other is not None:
+                        # A step begins on the current stream of each device.
+                        other.wait_stream(torch.cuda.current_stream(other.device))
+        if self._pushes:
+            push, arithmetic = self._pushes[which], self._arithmetics[which]
+            self._groups[which].inject_bucket(bucket, push, arithmetic)
+
+    def _pull_back(self, group: FactorGroup, which: int) -> None:
+        group.pull_back_ahead(self._arithmetics[which])
 
 
 @contextlib.contextmanager

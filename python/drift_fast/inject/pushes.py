@@ -33,11 +33,16 @@ class Pushes:
         self._scale = scale
         self._loss_scale = loss_scale
 
+    @property
+    def rest(self) -> bool:
+        """Whether α is zero for all targets in the next step."""
+        return self._control.constant_zero
+
     def begin(self) -> list[Push]:
         """Start the account of a step, and return how each group is pushed; none if α is zero."""
         for group in self._groups:
             group.begin()
-        if self._control.constant_zero:
+        if self.rest:
             for group in self._groups:
                 group.rest()
             return []

@@ -215,10 +215,9 @@ def check_adapted(targets: Sequence[Target], config: InjectionConfig) -> None:
         return
     reasons = {
         'scope="microbatch"': 'whose own gradient is never formed: use scope="step"',
-        "overlap=True": "whose factors are injected into together: use overlap=False",
         "rescale": "whose norm, including a quantized part, is not known: leave it out",
     }
-    given = (config.scope == "microbatch", config.overlap, config.rescale is not None)
+    given = (config.scope == "microbatch", config.rescale is not None)
     for option, reason in itertools.compress(reasons.items(), given):
         raise DriftError(f"{option} is not for {adapted.name}, an adapted weight {reason}")
 
@@ -251,14 +250,16 @@ def check_sharding(
         return
     what = "overlap=True" if config.scope == "step" else f'scope="{config.scope}"'
     for target, shard in zip(targets, shards, strict=True):
-        if not isinstance(shard, Whole):
+        if not (shard.is_whole if isinstance(shard, FactorShard) else isinstance(shard, Whole)):
             raise DriftError(
                 f"{what} needs whole gradients inside backward, and {target.name} is sharded "
                 f"({shard.sharding}): a hook there sees a part, or never runs. Use "
                 'scope="step" and overlap=False, or train with DDP or on one device'
             )
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if config.overlap and distributed and torch.distributed.get_world_size() > 1:
+    whole_weights = any(target.adapted is None for target in targets)
+    several = distributed and torch.distributed.get_world_size() > 1
+    if config.overlap and whole_weights and several:
         raise DriftError(
             "overlap=True needs gradients that are final inside backward; with several processes "
             "they are reduced after it. Use overlap=False"

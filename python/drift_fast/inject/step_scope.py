@@ -41,7 +41,7 @@ class StepScope(Scope):
         super().__init__(groups, pushes, watchdog)
         self._targets = [target for group in groups for target in group.targets]
         self._missing = missing
-        self.overlap = Overlap(groups, pushes.begin) if overlap else None
+        self.overlap = Overlap(groups, pushes) if overlap else None
         if self.overlap is not None:
             self.handles += self.overlap.handles
 

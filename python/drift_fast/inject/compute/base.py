@@ -37,12 +37,6 @@ class Arithmetic(Protocol):
     def on_capture_streams(self) -> contextlib.AbstractContextManager[None]:
         """Launch on streams that are used for captures only."""
 
-    def spread(self, members: Sequence[int]) -> Iterator[int]:
-        """Yield the members, each in the context in which it is to be worked on.
-
-        What is allocated there must not outlive it. The generator is to be used up.
-        """
-
     def measure(
         self,
         tensors: Sequence[torch.Tensor],

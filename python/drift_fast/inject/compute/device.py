@@ -15,6 +15,7 @@ from drift_fast.inject.compute.shortcuts import (
     has_joint_norm,
     has_wide_product,
 )
+from drift_fast.inject.compute.spaced import spaced
 from drift_fast.inject.compute.streams import shared_streams
 
 # Elements converted to float32 at a time where a dtype has no exact dot product of its own.
@@ -78,12 +79,19 @@ class DeviceArithmetic:
         self._norms_into(norm, tensors)
         if deltas is None:
             return Sums(norm, dot)
+        rows, large = ([], large) if wide else _in_rows(deltas, large)
+        if rows:
+            beside = [torch.empty_like(stacked) for _, stacked in rows]
+            each = [row for one in beside for row in one.unbind()]
+            torch._foreach_copy_(each, [tensors[at] for some, _ in rows for at in some])
+            sums = [one.mul_(delta).sum(1) for one, (_, delta) in zip(beside, rows, strict=True)]
+            _scatter(dot, [at for some, _ in rows for at in some], torch.cat(sums))
         products = self._products(tensors, deltas, large, dtype)
         dots = dot.unbind()
         for at in self.spread(large):
             if at in products:
-                rows = (tensors[at].view(_ROWS, -1), deltas[at].view(_ROWS, -1).mT)
-                torch.mm(*rows, out_dtype=dtype, out=products[at])
+                sides = (tensors[at].view(_ROWS, -1), deltas[at].view(_ROWS, -1).mT)
+                torch.mm(*sides, out_dtype=dtype, out=products[at])
             else:
                 _dot_into(dots[at], tensors[at], deltas[at])
         if products:
@@ -100,14 +108,19 @@ class DeviceArithmetic:
     ) -> None:
         """Subtract c·Δ from each tensor in place; c is a float32 vector on the device."""
         small, large = _by_size(tensors)
+        rows, large = _in_rows(deltas, large)
         values = c.unbind()
+        if rows:
+            scaled = [d * torch.stack([values[at] for at in some])[:, None] for some, d in rows]
+            each = [tensors[at] for some, _ in rows for at in some]
+            torch._foreach_sub_(each, [row for one in scaled for row in one.unbind()])
         for at in self.spread(large):
             _axpy(tensors[at], deltas[at], values[at])
         if small:
             some = [tensors[at] for at in small]
             pack = self._pack(some)
-            each = torch.stack([values[at] for at in small])
-            moved = pack.flat(some) - pack.spread(each) * pack.flat([deltas[at] for at in small])
+            c_each = torch.stack([values[at] for at in small])
+            moved = pack.flat(some) - pack.spread(c_each) * pack.flat([deltas[at] for at in small])
             if len({tensor.dtype for tensor in some}) == 1:
                 moved = moved.to(some[0].dtype)
             torch._foreach_copy_(some, list(torch.split(moved, pack.sizes)))
@@ -222,6 +235,28 @@ def _to_device(table: torch.Tensor, device: torch.device) -> torch.Tensor:
         # Pinned memory that is freed is reused only after the copy from it, which torch watches.
         table = table.pin_memory()
     return table.to(device, non_blocking=True)
+
+
+def _in_rows(
+    deltas: Sequence[torch.Tensor], members: Sequence[int]
+) -> tuple[list[tuple[list[int], torch.Tensor]], list[int]]:
+    """Return which float32 Δ are rows of one matrix, with it, and the members that are not.
+
+    Those are LoRA's: hundreds, for each of which a launch takes longer than the device needs.
+    """
+    alike: dict[tuple[int, int], list[int]] = {}
+    for at in members:
+        if deltas[at].dtype == torch.float32 and deltas[at].numel() <= _FEW:
+            key = deltas[at].numel(), deltas[at].untyped_storage().data_ptr()
+            alike.setdefault(key, []).append(at)
+    rows = [
+        ([some[at] for at in run], stacked)
+        for some in alike.values()
+        for run, stacked in spaced([deltas[at] for at in some])
+        if len(run) > 1
+    ]
+    taken = {at for some, _ in rows for at in some}
+    return rows, [at for at in members if at not in taken]
 
 
 def _by_size(tensors: Sequence[torch.Tensor]) -> tuple[list[int], list[int]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,10 +31,6 @@ class HostArithmetic:
     def on_capture_streams(self) -> contextlib.AbstractContextManager[None]:
         """Do nothing: no graph is captured on the CPU."""
         return contextlib.nullcontext()
-
-    def spread(self, members: Sequence[int]) -> Iterator[int]:
-        """Yield the members, one after the other."""
-        yield from members
 
     def measure(
         self,

@@ -99,7 +99,6 @@ class Run:
         self,
         deltas: Sequence[torch.Tensor] | Iterator[torch.Tensor],
         launch: Launch,
-        spread: Callable[[Sequence[int]], Iterator[int]],
     ) -> None:
         """Write `pulled`; every process must call it, and use up an iterator of Δ."""
         wholes = self.factors(launch)
@@ -111,7 +110,7 @@ class Run:
         flat, parts = self._flat("pulled back", dtype, [shard.shapes for shard in self._shards])
 
         def pull() -> None:
-            pulled = pull_back_all(deltas, adapted, wholes, rows, beside, spread)
+            pulled = pull_back_all(deltas, adapted, wholes, rows, beside)
             torch.cat([part for some in pulled for part in some], out=flat)
 
         def addresses() -> Hashable:

@@ -25,7 +25,7 @@ from drift_fast.inject.target import Target
 from drift_fast.inject.target_group import TargetGroup
 
 # Elements of Δ̃ that are held at a time.
-_ROOM = 1 << 24
+_ROOM = 1 << 25
 
 
 class FactorGroup(TargetGroup):
@@ -34,6 +34,9 @@ class FactorGroup(TargetGroup):
     `norms` and progress are those of the weights along Δ, as in any group. What a step measures,
     `last`, is of the joint vectors: ‖g̃‖, ⟨g̃, Δ̃⟩ and ‖Δ̃‖.
     """
+
+    # Of which factors Δ̃ is at hand before the step asks for it.
+    _ahead: Hashable = None
 
     def begin(self) -> None:
         super().begin()
@@ -46,6 +49,48 @@ class FactorGroup(TargetGroup):
     def release(self) -> None:
         super().release()
         self._runs.clear()
+
+    def finish(self) -> None:
+        super().finish()
+        self._ahead = None
+
+    def pull_back_ahead(self, arithmetic: Arithmetic) -> None:
+        """Compute Δ̃, which the next `inject` uses unless a factor changes before it.
+
+        It takes memory as large as the factors in float32, where nothing is sharded.
+        """
+        now = self._factors_now()
+        if self._ahead != now:
+            self._ahead = None
+            self._pull_back(arithmetic)
+            self._ahead = now
+
+    def inject(self, push: Push, *, refused: bool = False) -> None:
+        if self._ahead is not None and self._ahead != self._factors_now():
+            self._ahead = None
+        if refused or self._ahead is None:
+            super().inject(push, refused=refused)
+            return
+        push = self._follow(push)
+        for run in self._runs:
+            pulled = [run.pulled[at][0] for at in run.targets]
+            self._process(
+                Bucket(run.targets.start, run.targets.stop, pulled, push, self.arithmetic)
+            )
+
+    def _factors_now(self) -> Hashable:
+        """Return what tells that no factor is replaced, written to or scaled otherwise."""
+        beside = [target.adapted for target in self.targets if target.adapted is not None]
+        versions = [p._version for one in beside for p in (*one.parameters, *one.beside)]
+        return self._beside(range(len(self.targets))), tuple(versions)
+
+    def _pull_back(self, arithmetic: Arithmetic) -> None:
+        """Write this process's part of every Δ̃, on the current stream."""
+        launch = functools.partial(self._launch, arithmetic=arithmetic)
+        for run, deltas in self._each_run():
+            # Δ that stays may be multiplied together.
+            some = list(deltas) if self.resident else deltas
+            run.pull_back(some, launch)
 
     def _shard(self, at: int) -> FactorShard:
         shard = self.shards[at]
@@ -77,15 +122,7 @@ class FactorGroup(TargetGroup):
     def _change_run(self, bucket: Bucket, held: Mapping[int, Sequence[torch.Tensor]]) -> None:
         """Change the gradients of targets that all have equally many factors."""
         members = list(held)
-        shards = {at: self._shard(at) for at in members}
-        some = pull_back_all(
-            [bucket.delta(at) for at in members],
-            [shard.adapted for shard in shards.values()],
-            [shard.weights() for shard in shards.values()],
-            [None] * len(members),
-            [shard.base() for shard in shards.values()],
-            bucket.arithmetic.spread,
-        )
+        some = self._pulled_back(bucket, members)
         pulled = [part for parts in some for part in parts]
         each = len(held[members[0]])
         with flattened([gradient for some in held.values() for gradient in some]) as flats:
@@ -96,6 +133,19 @@ class FactorGroup(TargetGroup):
             bucket.arithmetic.subtract(flats, pulled, _for_each(c, each))
         for at, gradients in held.items():
             self._write(at, gradients)
+
+    def _pulled_back(self, bucket: Bucket, members: Sequence[int]) -> list[list[torch.Tensor]]:
+        if self._ahead is not None:
+            runs = {at: run for run in self._runs for at in run.targets}
+            return [runs[at].pulled[at] for at in members]
+        shards = [self._shard(at) for at in members]
+        return pull_back_all(
+            [bucket.delta(at) for at in members],
+            [shard.adapted for shard in shards],
+            [shard.weights() for shard in shards],
+            [None] * len(members),
+            [shard.base() for shard in shards],
+        )
 
     def _measure(
         self,
@@ -122,10 +172,7 @@ class FactorGroup(TargetGroup):
 
     def _inject_sharded(self, push: Push, *, refused: bool) -> None:
         # Every process pulls its rows of every Δ back, whatever gradients it has.
-        for run, deltas in self._each_run():
-            # Δ that stays may be multiplied on several streams.
-            some = list(deltas) if self.resident else deltas
-            run.pull_back(some, self._launch, self.arithmetic.spread)
+        self._pull_back(self.arithmetic)
         super()._inject_sharded(push, refused=refused)
 
     def _addresses(self, held: Mapping[int, Sequence[torch.Tensor]], push: Push) -> Hashable:

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Hashable, Iterator, Sequence
 
 import torch
 
+from drift_fast.inject.compute.spaced import spaced
 from drift_fast.inject.lora import dora, experts
 from drift_fast.inject.lora.adapters import Adapted, Factors
 from drift_fast.inject.lora.precision import full_precision
@@ -74,108 +76,152 @@ def pull_back_all(
     weights: Sequence[Sequence[torch.Tensor]],
     rows: Sequence[tuple[int, int] | None],
     bases: Sequence[dora.Base | None],
-    spread: Callable[[Sequence[int]], Iterator[int]] = iter,
 ) -> list[list[torch.Tensor]]:
     """Return `pull_back` of several weights, in fewer launches where bfloat16 is not widened.
 
-    From an iterator each Δ is used up before the next one is asked for, on the caller's stream. A
-    sequence of Δ is `spread` over streams, in the order of `spread`.
+    From an iterator each Δ is used up before the next one is asked for. Of a sequence, those that
+    are alike and lie at equal distances in one memory are multiplied in one launch.
     """
     every = [weight for some in weights for weight in some]
     plain = all(one.experts == 1 and not one.is_dora for one in adapted)
     double = any(weight.dtype == torch.float64 for weight in every)
     if not plain or double or not _multiplies_parts(every[0].device):
         return [pull_back(*one) for one in zip(deltas, adapted, weights, rows, bases, strict=True)]
-    stacks = iter(_in_parts(every))
-    stacked = [[next(stacks) for _ in some] for some in weights]
-    # What outlives the loop is allocated here, on the stream of the caller.
-    found = [_room(one, run, every[0].device) for one, run in zip(adapted, rows, strict=True)]
-    unscaled: list[int] = []
-    order = spread(range(len(adapted))) if isinstance(deltas, Sequence) else range(len(adapted))
-    for at in order:
-        delta = deltas[at] if isinstance(deltas, Sequence) else next(deltas)
+    batches: list[list[int]] = [[at] for at in range(len(adapted))]
+    each: Iterator[torch.Tensor]
+    if isinstance(deltas, Sequence):
+        found_alike = list(_alike(deltas, adapted, rows))
+        batches = [members for members, _ in found_alike]
+        each = (stacked for _, stacked in found_alike)
+    else:
+        each = (delta.unsqueeze(0) for delta in deltas)
+    parts = iter(_in_parts([factors for some in batches for factors in _factors(some, weights)]))
+    found: list[list[torch.Tensor]] = [[] for _ in adapted]
+    for some, delta in zip(batches, each, strict=True):
+        one, run = adapted[some[0]], rows[some[0]]
+        stacks = [next(parts) for _ in one.parameters]
         if delta.dtype == torch.bfloat16:
-            _multiply_into(found[at], delta, adapted[at], stacked[at], rows[at])
-            unscaled.append(at)
-            continue
-        pulled = pull_back(delta, adapted[at], weights[at], rows[at])
-        for out, part in zip(found[at].values(), pulled, strict=True):
-            out.copy_(part.view(out.shape))
-    outs = [out for at in unscaled for out in found[at].values()]
-    scalings = [adapted[at].factors[k // 2].scaling for at in unscaled for k in found[at]]
-    if outs:
-        torch._foreach_mul_(outs, scalings)
-    return [[out.view(-1) for out in some.values()] for some in found]
+            pulled = _multiply(delta, one, stacks, run)
+        else:
+            pulled = [pull_back(delta[0], one, weights[some[0]], run)]
+        for at, mine in zip(some, pulled, strict=True):
+            found[at] = mine
+    return found
 
 
-def _in_parts(factors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Return each factor as stacked bfloat16 tensors that add up to it: itself, or three."""
-    if all(factor.dtype == torch.bfloat16 for factor in factors):
-        return [factor.unsqueeze(0) for factor in factors]
-    rest = torch.cat([factor.reshape(-1) for factor in factors])
-    sizes = [factor.numel() for factor in factors]
-    memory = rest.new_empty(_PARTS * rest.numel(), dtype=torch.bfloat16)
-    stacks = [
-        some.view(_PARTS, *factor.shape)
-        for some, factor in zip(
-            torch.split(memory, [_PARTS * n for n in sizes]), factors, strict=True
+def _alike(
+    deltas: Sequence[torch.Tensor],
+    adapted: Sequence[Adapted],
+    rows: Sequence[tuple[int, int] | None],
+) -> Iterator[tuple[list[int], torch.Tensor]]:
+    """Yield numbers of weights whose products take one launch, with their Δ as one tensor."""
+    kinds: dict[Hashable, list[int]] = {}
+    for at, (delta, one, held) in enumerate(zip(deltas, adapted, rows, strict=True)):
+        trained = {id(parameter) for parameter in one.trained}
+        factors = tuple(
+            (f.rank, f.scaling, id(f.a) in trained, id(f.b) in trained) for f in one.factors
         )
-    ]
-    for at in range(_PARTS):
-        low = rest.to(torch.bfloat16)
-        torch._foreach_copy_(
-            [stack[at].view(-1) for stack in stacks], list(torch.split(low, sizes))
-        )
-        rest = rest - low
+        apart = -1 if delta.dtype == torch.bfloat16 else at
+        kind = (one.shape, one.transposed, factors, held, apart)
+        kinds.setdefault(kind, []).append(at)
+    for members in kinds.values():
+        for run, stacked in spaced([deltas[at] for at in members]):
+            yield [members[at] for at in run], stacked
+
+
+def _factors(
+    members: Sequence[int], weights: Sequence[Sequence[torch.Tensor]]
+) -> Iterator[tuple[int, list[torch.Tensor]]]:
+    """Yield each factor of weights that are alike, and where `_in_parts` puts its parts."""
+    for which in range(len(weights[members[0]])):
+        yield 1 + which % 2, [weights[at][which] for at in members]
+
+
+def _in_parts(alike: Sequence[tuple[int, Sequence[torch.Tensor]]]) -> list[torch.Tensor]:
+    """Return bfloat16 tensors that add up to each factor: itself, or three.
+
+    alike: factors of one shape, and the dimension of the result that numbers the parts: 1 gives
+    [factors, parts, *shape], and 2 puts the parts behind the first dimension of the shape.
+    """
+    if all(factor.dtype == torch.bfloat16 for _, some in alike for factor in some):
+        return [torch.stack(list(some)).unsqueeze(place) for place, some in alike]
+    rest = torch.cat([factor.reshape(-1) for _, some in alike for factor in some]).float()
+    sizes = [len(some) * some[0].numel() for _, some in alike]
+    stacks, rests = [], []
+    for (place, some), one in zip(alike, torch.split(rest, sizes), strict=True):
+        shape = [len(some), *some[0].shape]
+        rests.append(one.view(shape))
+        shape.insert(place, _PARTS)
+        stacks.append(one.new_empty(shape, dtype=torch.bfloat16))
+    for (place, _), stack, one in zip(alike, stacks, rests, strict=True):
+        *parts, last = stack.unbind(place)
+        for part in parts:
+            part.copy_(one)
+            # Of the last difference only the rounded one is wanted.
+            torch.sub(one, part, out=last if part is parts[-1] else one)
     return stacks
 
 
-def _as_columns(stack: torch.Tensor, *, of_a: bool) -> torch.Tensor:
-    """Return the parts of a factor side by side, as [columns or rows of Δ, parts · rank]."""
-    return stack.flatten(0, 1).mT if of_a else stack.movedim(0, 1).flatten(1)
-
-
-def _room(
-    adapted: Adapted, rows: tuple[int, int] | None, device: torch.device
-) -> dict[int, torch.Tensor]:
-    """Return memory for Δ̃ of each parameter that trains, by its place among all of them."""
-    trained = {id(parameter) for parameter in adapted.trained}
-    make = torch.empty if rows is None else torch.zeros
-    return {
-        at: make(adapted.shapes[at], dtype=torch.float32, device=device)
-        for at, parameter in enumerate(adapted.parameters)
-        if id(parameter) in trained
-    }
-
-
-def _multiply_into(
-    found: dict[int, torch.Tensor],
-    delta: torch.Tensor,
+def _multiply(
+    deltas: torch.Tensor,
     adapted: Adapted,
     stacks: Sequence[torch.Tensor],
     rows: tuple[int, int] | None,
-) -> None:
-    """Write Δ̃/s of every trained factor, of a bfloat16 Δ that is not widened."""
-    matrix = delta.view(-1, adapted.shape[-1])
-    for is_b in (False, True):
-        if not any(at % 2 == is_b for at in found):
-            continue
-        # Δ·Aᵀ belongs to B and Bᵀ·Δ to A; of a transposed weight the sides are exchanged.
-        onto_rows = is_b != adapted.transposed
-        beside = [_as_columns(stack, of_a=is_b) for stack in stacks[not is_b :: 2]]
-        factor = beside[0] if len(beside) == 1 else torch.cat(beside, 1)
-        if rows is not None and not onto_rows:
-            factor = factor[slice(*rows)]
-        left = matrix if onto_rows else matrix.mT
-        product = torch.mm(left, factor, out_dtype=torch.float32)
-        each = torch.split(product, [one.shape[1] for one in beside], 1)
-        for at, (one, parts) in enumerate(zip(adapted.factors, each, strict=True)):
-            if (place := 2 * at + is_b) in found:
-                out = found[place] if is_b else found[place].mT
-                if rows is not None and onto_rows:
-                    out = out[slice(*rows)]
-                count = parts.shape[1] // one.rank
-                torch.sum(parts.view(len(parts), count, one.rank), 1, out=out)
+) -> list[list[torch.Tensor]]:
+    """Return Δ̃ of the trained factors of weights that are alike, of Δ that are not widened.
+
+    deltas: bfloat16, [weights, elements]. stacks: their factors in parts, A and B in turn.
+    """
+    count, trained = len(deltas), {id(parameter) for parameter in adapted.trained}
+    height = math.prod(adapted.shape[:-1]) if rows is None else rows[1] - rows[0]
+    matrices = deltas.view(count, height, adapted.shape[-1])
+    # As [weights, out, in], of which a transposed weight has some of `in` where others have of out.
+    matrices = matrices.mT if adapted.transposed else matrices
+    some, every = slice(None) if rows is None else slice(*rows), slice(None)
+    inputs, outputs = (some, every) if adapted.transposed else (every, some)
+    # The parts of each adapter side by side: [weights, in or out, parts · rank].
+    a = [stack.flatten(1, 2).mT for stack in stacks[::2]]
+    b = [stack.flatten(2) for stack in stacks[1::2]]
+    widths = [one.shape[2] for one in a]
+    onto_b = onto_a = [torch.empty(0)] * len(a)
+    if any(id(one.b) in trained for one in adapted.factors):
+        product = _wide_product(matrices, _joined(a)[:, inputs])
+        onto_b = list(torch.split(product, widths, 2))
+    if any(id(one.a) in trained for one in adapted.factors):
+        product = _wide_product(_joined(b)[:, outputs].mT, matrices)
+        onto_a = list(torch.split(product, widths, 1))
+    found: list[list[torch.Tensor]] = [[] for _ in range(count)]
+    shapes = iter(adapted.shapes)
+    for one, *products in zip(adapted.factors, onto_a, onto_b, strict=True):
+        for place, parameter, part in zip((1, 2), (one.a, one.b), products, strict=True):
+            shape = next(shapes)
+            if id(parameter) not in trained:
+                continue
+            whole = summed = _summed(part, place, one.rank).mul_(one.scaling)
+            if rows is not None:
+                whole = summed.new_zeros(count, *shape)
+                (whole[..., inputs] if place == 1 else whole[:, outputs]).copy_(summed)
+            for at, mine in enumerate(whole.view(count, -1)):
+                found[at].append(mine)
+    return found
+
+
+def _joined(sides: Sequence[torch.Tensor]) -> torch.Tensor:
+    return sides[0] if len(sides) == 1 else torch.cat(list(sides), 2)
+
+
+def _summed(product: torch.Tensor, place: int, rank: int) -> torch.Tensor:
+    """Return the sum over parts of a product, whose dimension `place` is parts · rank."""
+    shape = list(product.shape)
+    shape[place : place + 1] = [shape[place] // rank, rank]
+    return product.view(shape).sum(place)
+
+
+def _wide_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Return the float32 products of bfloat16 matrices, [matrices, rows, columns]."""
+    if len(left) > 1:
+        return torch.bmm(left, right, out_dtype=torch.float32)
+    return torch.mm(left[0], right[0], out_dtype=torch.float32).unsqueeze(0)
 
 
 def along(
@@ -261,9 +307,9 @@ def _products(
 
 def _multiplied(matrix: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     """Return matrix·factor in float32, of a bfloat16 matrix that is not widened."""
-    (stack,) = _in_parts([factor])
-    product = torch.mm(matrix, _as_columns(stack, of_a=False), out_dtype=torch.float32)
-    return product.view(len(product), len(stack), factor.shape[1]).sum(1)
+    (stack,) = _in_parts([(2, [factor])])
+    product = torch.mm(matrix, stack[0].flatten(1), out_dtype=torch.float32)
+    return _summed(product, 1, factor.shape[1])
 
 
 @functools.cache

@@ -120,12 +120,18 @@ def _choose_for(
 ) -> Residency:
     """Choose a residency by the memory that is free, and say so in the log."""
     device, *_ = max(kinds, key=lambda kind: sum(t.numel(p) for t, p in kinds[kind]))
-    itemsize = getattr(torch, str(getattr(delta, "dtype", "float32"))).itemsize
+    itemsize = _dtype_of(delta).itemsize
     there = [some for (where, *_), some in kinds.items() if where == device]
     numel = sum(target.numel(shard) for some in there for target, shard in some)
     residency, why = choose(numel * itemsize, device, trained)
     logger.info("residency %s: %s", residency, why)
     return residency
+
+
+def _dtype_of(delta: DeltaLike) -> torch.dtype:
+    """Return the dtype of a delta's tensors, as far as it says."""
+    dtype: torch.dtype = getattr(torch, str(getattr(delta, "dtype", "float32")))
+    return dtype
 
 
 def in_backward_order(members: Iterable[Member]) -> list[Member]:
@@ -211,6 +217,8 @@ class _Loader:
     def _read(self, places: Sequence[Place]) -> list[Loaded]:
         """Read all runs of elements together, and what is not a run one after the other."""
         delta, quick, slow = self._delta, [], places
+        if hasattr(delta, "dtype"):
+            Beside.lay_out([one for one in places if isinstance(one, Beside)], _dtype_of(delta))
         if isinstance(delta, Delta) and delta.has_runs:
             found = [(place, place.wanted(delta)) for place in places]
             quick = [one for _, some in found if some is not None for one in some]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -108,11 +108,31 @@ class _Exact(ABC):
 class Beside(_Exact):
     """Δ on the gradients' device."""
 
+    _tensor: torch.Tensor | None = None
+
+    @staticmethod
+    def lay_out(places: Sequence[Beside], dtype: torch.dtype) -> None:
+        """Make Δ of adapted weights of one shape the rows of a matrix.
+
+        Their products with factors then take one launch.
+        """
+        alike: dict[Hashable, list[Beside]] = {}
+        for one in places:
+            if one._target.adapted is not None:
+                alike.setdefault((one._target.shape, one._numel), []).append(one)
+        for some in alike.values():
+            shape = len(some), some[0]._numel
+            rows = torch.empty(shape, dtype=dtype, device=some[0]._device)
+            for one, row in zip(some, rows.unbind(), strict=True):
+                one._tensor = row
+
     def _make(self) -> torch.Tensor:
-        self._tensor = torch.empty(self._numel, dtype=self._dtype, device=self._device)
+        if self._tensor is None or self._tensor.dtype != self._dtype:
+            self._tensor = torch.empty(self._numel, dtype=self._dtype, device=self._device)
         return self._tensor
 
     def _held(self) -> torch.Tensor:
+        assert self._tensor is not None
         return self._tensor
 
 
