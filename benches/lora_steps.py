@@ -27,30 +27,23 @@ def time_lora(
 ) -> None:
     """Time one stack; `note` takes each row as soon as it is there.
 
-    Steps without an injection are timed before it is attached and after it is removed, and steps
-    at α = 0, which measure nothing, in turn with injected ones.
+    A host may become slower or faster while it is timed, so each round compares steps with those
+    right before, without an injection and at α = 0, which measures nothing.
     """
     clock.use(options.tokens[0])
-    steps = options.steps
     for _ in range(4):
         clock.stack.step([clock.tokens])
-    base, launching_base = [], []
-
-    def without() -> None:
-        for _ in range(2):
-            base.append(clock.run(None, steps))
-            launching_base.append(clock.launching)
-
-    without()
-    variants = [("drift_fast, adaptive", False)]
-    if clock.stack.stack in (ALONE, "ddp"):
-        variants.append(("drift_fast, adaptive, overlap", True))
-    for label, overlap in variants:
-        row = _row(clock, delta, options, note, label=label, overlap=overlap)
-        without()
-        row |= {"base": list(base), "launching_base": statistics.median(launching_base)}
-        note("steps", row)
-    if clock.stack.stack in (ALONE, "ddp") and not late():
+    compared = clock.stack.stack in (ALONE, "ddp")
+    rows = [_Row("drift_fast, adaptive")]
+    if compared:
+        rows.append(_Row("drift_fast, adaptive, overlap", overlap=True))
+    for _ in range(options.repeats):
+        for row in rows:
+            row.round(clock, delta, options)
+    for row in rows:
+        note("steps", row.found())
+        note("attach", {"label": f"device, all layers{', overlap' * row.overlap}", **row.attaching})
+    if compared and not late():
         note("steps", _rival(clock, options))
     if clock.stack.stack not in (ALONE, "fsdp2"):
         return
@@ -63,44 +56,50 @@ def time_lora(
         note("attach", {"label": f"{residency}, {len(some)} layers", **found})
 
 
-def _row(
-    clock: Clock,
-    delta: Delta,
-    options: Any,
-    note: Callable[[str, dict[str, Any]], None],
-    *,
-    label: str,
-    overlap: bool,
-) -> dict[str, Any]:
-    """Attach to all layers, time steps and remove; `note` takes what attaching took."""
-    layers = range(clock.layers)
-    injection, found = clock.attached(delta, scale="adaptive", layers=layers, overlap=overlap)
-    note("attach", {"label": f"device, all layers{', overlap' if overlap else ''}", **found})
-    # Recordings and the allocator settle.
-    for _ in range(4):
-        with collectives() as sums:
-            clock.stack.step([clock.tokens], injection)
-    still, times, launching = [], [], []
-    for _ in range(options.repeats):
+class _Row:
+    """Rounds of one variant: steps without an injection, then attached at α = 0 and injected."""
+
+    def __init__(self, label: str, *, overlap: bool = False) -> None:
+        self.label, self.overlap = label, overlap
+        self.attaching: dict[str, float] = {}
+        self._base: list[float] = []
+        self._still: list[float] = []
+        self._times: list[float] = []
+        self._launching: list[float] = []
+        self._launching_base: list[float] = []
+        self._sums: list[int] = []
+
+    def round(self, clock: Clock, delta: Delta, options: Any) -> None:
+        clock.stack.step([clock.tokens])
+        self._base.append(clock.run(None, options.steps))
+        self._launching_base.append(clock.launching)
+        how = {"scale": "adaptive", "layers": range(clock.layers), "overlap": self.overlap}
+        injection, found = clock.attached(delta, **how)
+        self.attaching = self.attaching or found
+        # Recordings and the allocator settle.
+        for _ in range(4):
+            with collectives() as self._sums:
+                clock.stack.step([clock.tokens], injection)
+        self._times.append(clock.run(injection, options.steps))
+        self._launching.append(clock.launching)
+        if injection.injected != len(injection.targets):
+            raise AssertionError(f"{injection.injected} of {len(injection.targets)} injected")
         injection.alpha = 0.0
         clock.stack.step([clock.tokens], injection)
-        still.append(clock.run(injection, options.steps))
-        injection.alpha = 1.0
-        clock.stack.step([clock.tokens], injection)
-        times.append(clock.run(injection, options.steps))
-        launching.append(clock.launching)
-    if injection.injected != len(injection.targets):
-        raise AssertionError(f"{injection.injected} of {len(injection.targets)} injected")
-    injection.remove()
-    clock.stack.step([clock.tokens])
-    return {
-        "label": label,
-        "still": still,
-        "times": times,
-        "launching": statistics.median(launching),
-        "sums": sums,
-        "targets": len(injection.targets),
-    }
+        self._still.append(clock.run(injection, options.steps))
+        injection.remove()
+
+    def found(self) -> dict[str, Any]:
+        """Return the rounds."""
+        return {
+            "label": self.label,
+            "base": self._base,
+            "still": self._still,
+            "times": self._times,
+            "launching": statistics.median(self._launching),
+            "launching_base": statistics.median(self._launching_base),
+            "sums": self._sums,
+        }
 
 
 def _rival(clock: Clock, options: Any) -> dict[str, Any]:
@@ -123,6 +122,14 @@ def _rival(clock: Clock, options: Any) -> dict[str, Any]:
     return {**found, "launching": statistics.median(launching)}
 
 
+def _added(row: dict[str, Any], to: str) -> str:
+    """Return what a round's injected steps add to its others: the median, and all rounds."""
+    if to not in row:
+        return ""
+    each = sorted(time / base - 1 for time, base in zip(row["times"], row[to], strict=True))
+    return f"{statistics.median(each):+.1%} ({each[0]:+.1%} to {each[-1]:+.1%})"
+
+
 def render_lora(reports: list[dict[str, Any]], options: Any) -> list[str]:
     """Return the results as lines of Markdown."""
     lines = [
@@ -130,28 +137,28 @@ def render_lora(reports: list[dict[str, Any]], options: Any) -> list[str]:
         "",
         f"{options.size} in bfloat16, LoRA r = {options.rank} on all linear layers, factors in "
         f"float32 (ZeRO: bfloat16 with masters in float32), one sequence of {options.tokens[0]} "
-        "tokens for each process, forward, backward and AdamW. Medians (min to max) of runs of "
-        f"{options.steps} steps. *Without*: before attaching and after removing. *α = 0*: "
-        "attached, in turn with injected steps. *Launched*: until the host had launched a step. "
-        "*Summed*: numbers in the library's own sums over processes in a step, in how many sums.",
+        "tokens for each process, forward, backward and AdamW. Medians (min to max) of "
+        f"{options.repeats} rounds, each of {options.steps} steps without an injection, as many "
+        "injected ones and as many at α = 0, attached. *Added* compares steps of one round. "
+        "*Launched*: until the host had launched a step. *Summed*: numbers in the library's own "
+        "sums over processes in a step, in how many sums.",
         "",
-        "| | processes | layers | variant | step ms | without | added | α = 0 | launched, ms "
+        "| | processes | variant | step ms | without | added | added to α = 0 | launched, ms "
         "| without | summed |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for report in reports:
-        start = f"| {report['stack']} | {report['world']} | {report.get('layers')} "
+        start = f"| {report['stack']} | {report['world']} "
         for row in report.get("steps", []):
             time_, base = statistics.median(row["times"]), statistics.median(row["base"])
             spread = f"{time_:.1f} ({min(row['times']):.1f} to {max(row['times']):.1f})"
             around = f"{base:.1f} ({min(row['base']):.1f} to {max(row['base']):.1f})"
-            still = f"{statistics.median(row['still']):.1f}" if "still" in row else ""
             sums = f"{sum(row['sums'])} in {len(row['sums'])}" if "sums" in row else ""
             launched = f"{row['launching']:.1f} | "
             launched += f"{row['launching_base']:.1f}" if "launching_base" in row else ""
             lines.append(
-                f"{start}| {row['label']} | {spread} | {around} | {time_ / base - 1:+.1%} "
-                f"| {still} | {launched} | {sums} |"
+                f"{start}| {row['label']} | {spread} | {around} | {_added(row, 'base')} "
+                f"| {_added(row, 'still')} | {launched} | {sums} |"
             )
     lines += [
         "",

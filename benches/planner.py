@@ -4,17 +4,19 @@
     python benches/planner.py --device cpu --layers 2 --hidden 64 --directory /dev/shm/planner
 
 Qwen2.5-VL-7B's architecture with random weights trains in full under AdamW (fused), vision tower
-frozen, on samples of text, with Δ of attention and MLP in each residency. Every run is a process of
-its own. Its memory is the most that PyTorch reserved on the device (on a CPU there is no such
-figure), its seconds the median step after three, its disk the weights and the optimizer's states as
-they are saved. The aims are 10 % for memory and 25 % for time.
+frozen, on samples of text, with Δ of attention and MLP in each residency; and with LoRA of rank 64
+in mixed precision. Every run is a process of its own. Its memory is the most that PyTorch reserved
+on the device (on a CPU there is no such figure), its seconds the median step after three, its disk
+what is saved of weights and the optimizer's states. The aims are 10 % for memory and 25 % for time.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -41,7 +43,15 @@ RUNS: Final[dict[str, dict[str, Any]]] = {
         "residency": "device-int8",
         "gradient_checkpointing": True,
     },
+    "LoRA": {"residency": "device", "lora_rank": 64},
+    "LoRA, checkpointing": {
+        "residency": "device",
+        "gradient_checkpointing": True,
+        "lora_rank": 64,
+    },
 }
+# With LoRA factors are in float32 and the rest computes in bfloat16.
+PRECISION: Final = {True: "bf16-mixed", False: "bf16"}
 
 
 @dataclass(frozen=True)
@@ -94,6 +104,21 @@ def built(config: Path, device: torch.device) -> torch.nn.Module:
     return model
 
 
+def with_adapters(model: torch.nn.Module, rank: int) -> torch.nn.Module:
+    """Put adapters on every matrix of the language model's layers; the rest is frozen."""
+    from peft import LoraConfig, get_peft_model
+
+    matrices = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and re.search(r"language_model\.layers\.", name)
+    ]
+    adapters: Any = get_peft_model(model, LoraConfig(r=rank, target_modules=matrices))
+    if model.is_gradient_checkpointing:
+        model.enable_input_require_grads()
+    return adapters
+
+
 def run(options: argparse.Namespace) -> Found:
     """Train for some steps and return what that took."""
     device = torch.device(options.device)
@@ -102,18 +127,26 @@ def run(options: argparse.Namespace) -> Found:
     if settings.get("gradient_checkpointing"):
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
+    # Presets select nothing of the vision tower, which is frozen.
+    delta = RandomDelta(model, Selection.parse(("attn", "mlp"), None))
+    rank = settings.get("lora_rank")
+    if rank:
+        model = with_adapters(model, rank)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     # As the Trainer's default. With foreach a step takes a copy of the weights for a moment.
     optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=True)
     seconds = []
     ids = torch.randint(1000, (1, options.tokens), device=device)
     batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
-    # Presets select nothing of the vision tower, which is frozen.
-    delta = RandomDelta(model, Selection.parse(("attn", "mlp"), None))
+    casts: Any = contextlib.nullcontext()
+    if rank:
+        casts = torch.autocast(device.type, torch.bfloat16)
     with Injection(model, delta, residency=settings["residency"]) as injection:
         for _ in range(options.steps):
             start = time.perf_counter()
-            model(**batch).loss.backward()
+            with casts:
+                loss = model(**batch).loss
+            loss.backward()
             injection.step()
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
@@ -128,7 +161,8 @@ def run(options: argparse.Namespace) -> Found:
         for value in state.values()
         if isinstance(value, torch.Tensor)
     )
-    weights = sum(parameter.nbytes for parameter in model.parameters())
+    saved = trained if rank else model.parameters()
+    weights = sum(parameter.nbytes for parameter in saved)
     return Found(memory, statistics.median(seconds[3:]), weights + states)
 
 
@@ -140,7 +174,7 @@ def foreseen(options: argparse.Namespace, settings: dict[str, Any]) -> Found:
         config,
         steps=options.steps,
         tokens=options.tokens,
-        precision="bf16",
+        precision=PRECISION["lora_rank" in settings],
         rms=1e-3,
         **settings,
     )
@@ -166,6 +200,8 @@ def compare(options: argparse.Namespace) -> list[str]:
         "|---|---|---|---|",
     ]
     for label, settings in RUNS.items():
+        if label not in options.runs:
+            continue
         planned = foreseen(options, settings)
         command = [sys.executable, __file__, "--run", label]
         for option in ("directory", "device", "steps", "tokens"):
@@ -195,6 +231,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=3584)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS))
     parser.add_argument("--out", type=Path)
     parser.add_argument("--run", choices=RUNS, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -213,6 +213,7 @@ class TrainingKeywords(TypedDict, total=False):
     dtype: str
     precision: str
     trained: str
+    lora_rank: int
     gpus: int
     sharding: str
     optimizer: str

@@ -148,6 +148,9 @@ def test_the_plan_chooses_adapters_where_whole_weights_do_not_fit(
     assert "finetuning_type: lora\n" in written(pair, tmp_path / "b", "--gpu-memory", "100kB")
     forced = ("--gpu-memory", "100kB", "--tuning", "full")
     assert "finetuning_type: full\n" in written(pair, tmp_path / "c", *forced)
+    words = ("setup", "llamafactory", pair.reasoning, pair.multimodal, "--gpu-memory", "100kB")
+    assert "LoRA does not fit into 100kB" in succeeds(*words).stderr
+    assert "LoRA does not fit into 100kB" in succeeds(*words, "--tuning", "lora").stderr
 
 
 def test_a_file_that_is_there_stays_unless_it_may_be_replaced(pair: Pair, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from drift_fast.planner import rates
 from drift_fast.planner.counts import VISION, read_model
-from drift_fast.planner.memory import estimate, layer_nbytes_per_token
+from drift_fast.planner.memory import PULLED_NUMEL, estimate, layer_nbytes_per_token
 from drift_fast.planner.training import Training
 from support.planner_models import REASONING, TEXT
 
@@ -17,7 +17,9 @@ def part(memory: Any, name: str) -> float:
     return float(sum(one.nbytes for one in memory.device if one.name == name))
 
 
-def test_activations_are_what_backward_keeps_of_a_real_layer() -> None:
+# LoRA's rank, and whether autocast computes in bfloat16 beside factors in float32.
+@pytest.mark.parametrize(("rank", "mixed"), [(0, False), (16, True), (16, False)])
+def test_activations_are_what_backward_keeps_of_a_real_layer(rank: int, mixed: bool) -> None:
     pytest.importorskip("transformers")
     import torch
     import transformers
@@ -31,7 +33,11 @@ def test_activations_are_what_backward_keeps_of_a_real_layer() -> None:
         configuration = transformers.Qwen2Config(
             **TEXT | sizes | {"num_hidden_layers": layers, "max_position_embeddings": tokens}
         )
-        model = transformers.Qwen2ForCausalLM(configuration).to(torch.bfloat16)
+        model: Any = transformers.Qwen2ForCausalLM(configuration).to(torch.bfloat16)
+        if rank:
+            peft = pytest.importorskip("peft")
+            adapters = peft.LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM")
+            model = peft.get_peft_model(model, adapters, autocast_adapter_dtype=mixed)
         weights = {parameter.data_ptr() for parameter in model.parameters()}
         seen: dict[int, torch.UntypedStorage] = {}
 
@@ -43,9 +49,13 @@ def test_activations_are_what_backward_keeps_of_a_real_layer() -> None:
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             ids = torch.randint(0, 96, (1, tokens))
-            loss = model(input_ids=ids, labels=ids).loss
+            with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+                loss = model(input_ids=ids, labels=ids).loss
         kept[layers] = [sum(storage.nbytes() for storage in seen.values()), float(loss.detach())]
     of_layer = (kept[3][0] - kept[1][0]) / 2 / tokens
+    if mixed:
+        # Autocast's bfloat16 copies of the factors do not grow with tokens.
+        of_layer -= 2 * rank * (7 * 256 + 2 * 64 + 256 + 3 * 704 + 256) / tokens
 
     class Sizes:
         configuration = read_model(REASONING).configuration
@@ -59,9 +69,38 @@ def test_activations_are_what_backward_keeps_of_a_real_layer() -> None:
                 "intermediate size": 704,
             }.get(subject)
 
-    found = layer_nbytes_per_token(Sizes(), 2)  # type: ignore[arg-type]
+    found = layer_nbytes_per_token(Sizes(), 2, rank, mixed=mixed)  # type: ignore[arg-type]
     assert found is not None
-    assert of_layer == pytest.approx(found[0], rel=0.1)
+    assert of_layer == pytest.approx(found[0], rel=0.1 if not rank else 0.01)
+
+
+def test_lora_trains_its_factors_beside_frozen_weights_in_bfloat16(seven: Any) -> None:
+    matrices = [s for n, s in seven.shapes.items() if ".layers." in n and len(s) == 2]
+    assert len(matrices) == 28 * 7
+    factors = sum(64 * (height + width) for height, width in matrices)
+    total = seven.numel() + factors
+    run = Training(steps=1, lora_rank=64)
+    assert seven.trained_numel(run) == factors
+    alone = estimate(run, seven, 10**9, None)
+    assert part(alone, "weights") == 2 * (total - factors) + 4 * factors
+    assert part(alone, "gradients") == 4 * factors
+    assert part(alone, "optimizer states") == 8 * factors
+    assert part(alone, "Δ pulled back") == 24 * PULLED_NUMEL
+    zero3 = estimate(run.changed(sharding="zero3", gpus=8), seven, 10**9, None)
+    assert part(zero3, "weights") == 2 * total / 8
+    fsdp = estimate(run.changed(sharding="fsdp2", gpus=8), seven, 10**9, None)
+    assert part(fsdp, "weights") == part(alone, "weights") / 8
+    whole = estimate(run.changed(lora_rank=0), seven, 10**9, None)
+    assert part(whole, "Δ pulled back") == 0
+    attention = run.changed(modules=("attn",), layers="0-3")
+    assert seven.trained_numel(attention) == 4 * 64 * (4 * 3584 + 2 * (3584 + 512) + 0)
+
+
+def test_delta_is_pulled_back_for_as_many_elements_as_planned() -> None:
+    pytest.importorskip("torch")
+    from drift_fast.inject.lora import group
+
+    assert group._ROOM == PULLED_NUMEL
 
 
 def test_states_of_mixed_precision_take_sixteen_bytes_and_sharding_divides_them(seven: Any) -> None:

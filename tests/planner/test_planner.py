@@ -85,6 +85,28 @@ def test_what_does_not_fit_is_told_with_what_would() -> None:
     assert "with none of the changes" in hopeless.remedies[0]
 
 
+def test_a_run_of_adapters_is_planned_throughout() -> None:
+    options: dict[str, Any] = {"samples": 100, "gpu_memory": "80GB", "rms": 1e-3}
+    whole = drift_fast.plan(REASONING, MULTIMODAL, **options)
+    assert whole.fits is False
+    assert any("with LoRA of rank 64" in remedy for remedy in whole.remedies)
+    found = drift_fast.plan(REASONING, MULTIMODAL, lora_rank=64, **options)
+    assert found.fits
+    factors = 161_480_704
+    assert found["one training checkpoint"].value == 12 * factors
+    assert found["trained model"].value == 4 * factors
+    active = found["operations of a step"].value
+    assert active == pytest.approx((4 * 7.07e9 + 6 * factors) * 2048, rel=1e-3)
+    assert active < whole["operations of a step"].value
+    assert "multi_gpu_lora" in found["injection of a step"].source
+    assert found["λ"].value is None
+    assert "adapters" in found["λ"].source
+    hopeless = drift_fast.plan(
+        REASONING, MULTIMODAL, lora_rank=64, **options | {"gpu_memory": "1GB"}
+    )
+    assert not any("LoRA of rank" in remedy for remedy in hopeless.remedies)
+
+
 def test_progress_is_predicted_from_rms_and_cannot_be_known_without() -> None:
     pytest.importorskip("transformers")
     unknown = drift_fast.plan(REASONING, MULTIMODAL, steps=375)

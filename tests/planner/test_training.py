@@ -128,9 +128,12 @@ def test_a_configuration_is_read_by_any_of_its_names_and_flags_take_precedence(
         ("max_steps: 5\nbatch: true\n", ["run.yaml", "batch", "True"]),
         ("max_steps: 5\nfreeze_vision: 1\n", ["run.yaml", "freeze_vision", "1"]),
         ("max_samples: 5\nnum_train_epochs: 0\n", ["epochs", "0"]),
-        ("max_steps: 5\nfinetuning_type: lora\n", ["finetuning_type", "lora", "all weights"]),
-        ("max_steps: 5\nload_in_4bit: true\n", ["load_in_4bit", "all weights"]),
-        ("max_steps: 5\nfp16: true\n", ["fp16", "all weights"]),
+        ("max_steps: 5\nfinetuning_type: freeze\n", ["finetuning_type", "freeze", "LoRA on every"]),
+        ("max_steps: 5\nadapter: qlora\n", ["adapter", "qlora", "LoRA on every"]),
+        ("max_steps: 5\nadapter: lora\n", ["adapter", "lora_r"]),
+        ("max_steps: 5\nuse_peft: true\nlora_target: q_proj,v_proj\n", ["lora_target", "q_proj"]),
+        ("max_steps: 5\nload_in_4bit: true\n", ["load_in_4bit", "all of them trained"]),
+        ("max_steps: 5\nfp16: true\n", ["fp16", "all of them trained"]),
         ("max_steps: 5\ndrift_fast: {schedule: sideways}\n", ["sideways"]),
         ("max_steps: 5\ndrift_fast: {progress_cap: 0}\n", ["progress_cap", "0"]),
         ("max_steps: 5\ndrift_fast: {modules: [1]}\n", ["modules", "1"]),
@@ -144,6 +147,30 @@ def test_a_configuration_without_meaning_is_refused(
     (tmp_path / "run.yaml").write_text(text)
     with refused(ValueError, *words):
         Training(**Configuration.read(tmp_path / "run.yaml").numbers)
+
+
+@pytest.mark.parametrize(
+    ("text", "rank", "unused"),
+    [
+        ("finetuning_type: full\n", 0, ["finetuning_type"]),
+        ("finetuning_type: full\nlora_rank: 16\n", 0, ["finetuning_type", "lora_rank"]),
+        ("finetuning_type: lora\n", 8, []),
+        ("finetuning_type: lora\nlora_rank: 16\nlora_target: all\n", 16, []),
+        ("use_peft: true\n", 16, []),
+        ("use_peft: true\nlora_r: 32\nlora_target_modules: all-linear\n", 32, []),
+        ("use_peft: false\n", 0, []),
+        ("adapter: lora\nlora_r: 64\n", 64, []),
+        ("lora_rank: 64\n", 64, []),
+        ("lora_rank: 0\n", 0, []),
+    ],
+)
+def test_adapters_are_planned_at_the_rank_that_a_file_states(
+    tmp_path: Path, text: str, rank: int, unused: list[str]
+) -> None:
+    pytest.importorskip("yaml")
+    run, left = read(tmp_path, text)
+    assert run.lora_rank == rank
+    assert left == unused
 
 
 def read(folder: Path, text: str) -> tuple[Training, list[str]]:

@@ -26,11 +26,13 @@ from drift_fast.inject.config import InjectionConfig
 from drift_fast.options import option
 from drift_fast.paths import local_path
 from drift_fast.planner.planning import plan
+from drift_fast.planner.report import TrainingPlan
 from drift_fast.preflight.check import Preflight, check
 from drift_fast.sizes import parse_size
 
 TUNINGS = ("full", "lora")
 # That of the paper; adapters of rank 64 take larger steps than whole weights.
+_RANK = 64
 _LEARNING_RATES = {"full": 1e-6, "lora": 1e-4}
 
 
@@ -305,29 +307,35 @@ def _from_anywhere(source: str) -> str:
 
 def _planned(given: argparse.Namespace, options: SetupOptions) -> tuple[str, str]:
     """Return what is tuned and where Δ lives, as far as the plan decides it."""
-    residency = InjectionConfig().residency
-    if options.gpu_memory is None or options.tuning == "lora":
-        return options.tuning or "full", residency
-    found = plan(
-        given.reasoning,
-        given.multimodal,
-        steps=1,
-        modules=options.modules,
-        layers=None if options.layers is None else str(options.layers),
-        gradient_checkpointing=True,
-        gpu_memory=options.gpu_memory,
-    )
-    if found.fits:
-        place = str(found["residency of Δ"].value)
-        return "full", residency if place == "device" else place
-    remedies = "; ".join(found.remedies)
-    if options.tuning == "full":
-        remark(f"all weights do not fit into {options.gpu_memory} of one GPU; it fits {remedies}")
-        return "full", residency
-    remark(
-        f"LoRA, since all weights do not fit into {options.gpu_memory}; all would fit {remedies}"
-    )
-    return "lora", residency
+    if options.gpu_memory is None:
+        return options.tuning or "full", InjectionConfig().residency
+
+    def planned(lora_rank: int) -> TrainingPlan:
+        return plan(
+            given.reasoning,
+            given.multimodal,
+            steps=1,
+            modules=options.modules,
+            layers=None if options.layers is None else str(options.layers),
+            gradient_checkpointing=True,
+            gpu_memory=options.gpu_memory,
+            lora_rank=lora_rank,
+        )
+
+    tuning = options.tuning or "full"
+    found = planned(_RANK if tuning == "lora" else 0)
+    if not found.fits and options.tuning is None:
+        remedies = "; ".join(text for text in found.remedies if "LoRA" not in text)
+        would = f"; all would fit {remedies}" if remedies else ""
+        remark(f"LoRA, since all weights do not fit into {options.gpu_memory}{would}")
+        tuning, found = "lora", planned(_RANK)
+    if not found.fits:
+        what = "all weights do" if tuning == "full" else "LoRA does"
+        fits = "; ".join(found.remedies)
+        remark(f"{what} not fit into {options.gpu_memory} of one GPU; it fits {fits}")
+        return tuning, InjectionConfig().residency
+    place = str(found["residency of Δ"].value)
+    return tuning, InjectionConfig().residency if place == "device" else place
 
 
 def _write(folder: Path, texts: Mapping[str, str], *, overwrite: bool) -> None:

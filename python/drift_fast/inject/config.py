@@ -192,7 +192,9 @@ class InjectionConfig(TargetOptions, ResidencyOptions, StrengthOptions):
     overlap: bool = option(
         False,
         "inject while backward still runs, where gradients are final; every backward pass then "
-        "counts as the last before `step()`, unless it runs in `accumulating()`",
+        "counts as the last before `step()`, unless it runs in `accumulating()`. Of LoRA, Δ is "
+        "pulled back beside the first backward pass of a step, which takes memory as large as "
+        "the factors in float32",
     )
     missing_gradients: MissingGradients = option(
         "auto",

@@ -132,6 +132,7 @@ class StepScope(Scope):
             changed = "" if target.adapted is None else target.adapted.changed()
             if changed:
                 return missing, DriftError(f"{target.name} cannot be injected into: {changed}")
+        for target in (self._targets[at] for at in sorted(missing)):
             gradients = [p.grad for p in target.trained if p.grad is not None]
             if any(gradient.layout != torch.strided for gradient in gradients):
                 return missing, DriftError(

@@ -7,6 +7,7 @@ reads.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -64,6 +65,9 @@ class DeltaReader:
         return self._delta[name].cpu()
 
 
+_REQUIRES_GRAD = operator.attrgetter("requires_grad")
+
+
 @dataclass(frozen=True)
 class Target:
     """One weight, and the tensors of the delta that are injected into it, whole or in parts.
@@ -88,7 +92,7 @@ class Target:
     @property
     def trains(self) -> bool:
         """Whether nothing of it is frozen."""
-        return all(parameter.requires_grad for parameter in self.trained)
+        return all(map(_REQUIRES_GRAD, self.trained))
 
     @property
     def delta_name(self) -> str:

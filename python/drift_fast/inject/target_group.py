@@ -235,11 +235,11 @@ class TargetGroup:
         """Return where gradients are, with the numbers that a graph repeats."""
         gradients = [gradient for some in held.values() for gradient in some]
         # A transposed gradient is changed through a copy, which has no place of its own.
-        if not all(gradient.is_contiguous() for gradient in gradients):
+        if not all(map(torch.Tensor.is_contiguous, gradients)):
             return None
         return (
             tuple(held),
-            tuple(gradient.data_ptr() for gradient in gradients),
+            tuple(map(torch.Tensor.data_ptr, gradients)),
             tuple(gradient.dtype for gradient in gradients),
             (push.scale, push.loss_scale is None, push.max_push),
         )
@@ -252,12 +252,12 @@ class TargetGroup:
 
     def _look(self, start: int, stop: int) -> dict[int, list[torch.Tensor]]:
         """Return the dense gradients of the targets that train and have all of theirs."""
-        found = {at: self._gradients(at) for at in range(start, stop) if self.targets[at].trains}
-        return {
-            at: gradients
-            for at, gradients in found.items()
-            if gradients and all(one.layout == torch.strided for one in gradients)
-        }
+        found = {}
+        for at in range(start, stop):
+            gradients = self._gradients(at) if self.targets[at].trains else None
+            if gradients and all(map(_is_dense, gradients)):
+                found[at] = gradients
+        return found
 
     def _gradients(self, at: int) -> list[torch.Tensor] | None:
         """Return the gradients of what moves a target, None unless all are there."""
@@ -414,3 +414,7 @@ class TargetGroup:
     def squares(self) -> list[float]:
         """Return ‖Δ‖² of each target."""
         return [norm * norm for norm in self.norms.tolist()]
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    return tensor.layout is torch.strided

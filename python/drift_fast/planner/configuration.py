@@ -33,10 +33,13 @@ _OPTIMIZER_NAMES = {
     "adamw_8bit": "adamw8bit",
     "paged_adamw_8bit": "adamw8bit",
 }
-# Keys that would change the figures, which are for all weights trained in bfloat16 or float32.
+# What turns LoRA on, and the rank without one that is stated: LLaMA-Factory's, TRL's, Axolotl's.
+_LORA = {"finetuning_type": ("lora", 8), "use_peft": (True, 16), "adapter": ("lora", 0)}
+_RANKS = ("lora_rank", "lora_r")
+_ADAPTED = ("lora_target", "lora_target_modules")
+# Keys that would change the figures, which are for weights in bfloat16 or float32.
 _NOT_PLANNED = (
-    *("finetuning_type", "use_peft", "use_lora", "lora_rank", "lora_r", "lora_target"),
-    *("lora_target_modules", "peft_config", "adapter", "adapter_name_or_path"),
+    *("use_lora", "peft_config", "adapter_name_or_path"),
     *("freeze_language_model", "quantization_bit", "quantization_config", "load_in_4bit"),
     *("load_in_8bit", "fp16", "pure_fp16", "fp8"),
     *("use_galore", "use_apollo", "use_badam", "use_adam_mini"),
@@ -117,15 +120,12 @@ class Configuration:
             # YAML reads `no` as false.
             self.numbers[key] = _number(path, key, key, "no" if value is False else value)
         elif key in _NOT_PLANNED:
-            if value not in ("full", False, 0, "", [], {}):
-                raise ValueError(
-                    f"{path}: {key}: {value!r} is not planned for: every figure is for all "
-                    "weights trained in bfloat16 or float32; leave it out to plan that"
-                )
+            if value not in (False, 0, "", [], {}):
+                raise _not_planned(path, key, value)
             self.unused.append(key)
-        elif name in _FIELDS and name not in _OF_SECTION:
+        elif name in _FIELDS and name not in (*_OF_SECTION, *_RANKS):
             self.numbers[name] = _number(path, key, name, value)
-        elif key not in (*_FREEZING, *_WARMUP):
+        elif key not in (*_FREEZING, *_WARMUP, *_LORA, *_RANKS, *_ADAPTED):
             self.unused.append(str(key))
 
     def _take_several(self, path: Path, content: Mapping[str, Any]) -> None:
@@ -144,6 +144,28 @@ class Configuration:
         warmup = steps if steps or share is None else share
         if warmup is not None:
             self.numbers.setdefault("warmup", warmup)
+        self._take_lora(path, content)
+
+    def _take_lora(self, path: Path, content: Mapping[str, Any]) -> None:
+        """Use LoRA's rank, where a key turns LoRA on or none turns it off."""
+        said = {key: content[key] for key in _LORA if content.get(key) is not None}
+        for key, value in said.items():
+            if value not in (_LORA[key][0], "full", False, ""):
+                raise _not_planned(path, key, value)
+        on = [key for key, value in said.items() if value == _LORA[key][0]]
+        if said and not on:
+            self.unused += [key for key in (*said, *_RANKS, *_ADAPTED) if content.get(key)]
+            return
+        for key in _ADAPTED:
+            if content.get(key) not in (None, "", [], "all", "all-linear"):
+                raise _not_planned(path, key, content[key])
+        ranks = [
+            _number(path, key, "lora_rank", content[key]) for key in _RANKS if content.get(key)
+        ]
+        rank = ranks[0] if ranks else max((_LORA[key][1] for key in on), default=0)
+        if on and not rank:
+            raise ValueError(f"{path}: {on[0]}: {content[on[0]]!r} needs lora_r, LoRA's rank")
+        self.numbers |= {"lora_rank": rank} if rank else {}
 
     def _take_section(self, path: Path, section: Mapping[str, Any]) -> None:
         """Use the options of the injection."""
@@ -166,6 +188,14 @@ def _number(path: Path, key: str, name: str, value: Any) -> Any:
         return plain(_FIELDS[name], value, called=key)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def _not_planned(path: Path, key: str, value: Any) -> ValueError:
+    return ValueError(
+        f"{path}: {key}: {value!r} is not planned for: every figure is for weights in bfloat16 or "
+        "float32, all of them trained or LoRA on every matrix that Δ covers; leave it out to plan "
+        "that"
+    )
 
 
 def _truth(path: Path, key: str, value: Any) -> bool:

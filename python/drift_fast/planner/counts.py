@@ -20,6 +20,7 @@ from drift_fast.checkpoints.opened import PathLike, open_checkpoint
 from drift_fast.errors import CheckpointError, DriftError
 from drift_fast.names import is_other_modality, kind_of, layer_of
 from drift_fast.paths import local_path
+from drift_fast.planner.training import Training
 from drift_fast.preflight.fact import Fact
 from drift_fast.preflight.facts import describe
 from drift_fast.preflight.headers import read_headers
@@ -83,6 +84,19 @@ class Model:
         return sum(
             math.prod(self.shapes[name]) for name in (self.shapes if names is None else names)
         )
+
+    def factors_numel(self, names: list[str], rank: int) -> int:
+        """Return the elements of LoRA's factors on every matrix among these tensors."""
+        shapes = [self.shapes[name] for name in names]
+        return sum(rank * math.prod(s[:-2]) * (s[-2] + s[-1]) for s in shapes if len(s) > 1)
+
+    def trained_numel(self, training: Training) -> int:
+        """Return how many elements a run trains."""
+        if training.lora_rank:
+            selection = Selection.parse(training.modules, training.layers)
+            return self.factors_numel(self.selected(selection), training.lora_rank)
+        frozen = self.by_kind()[VISION] if training.trained == "language" else 0
+        return self.numel() - frozen
 
     def nbytes(self, names: list[str] | None = None) -> int:
         """Return the stored bytes of all tensors or of some."""

@@ -82,8 +82,10 @@ def disk(planned: Scenario) -> Iterator[Figure]:
     source = f"{kept:,}: save_total_limit {run.save_total_limit}, {more}"
     yield Figure(section, "training checkpoints", kept * one, "bytes", "estimated", source)
     low = _stored_itemsize(planned)
-    trained = low * planned.multimodal.numel()
-    yield Figure(section, "trained model", trained, "bytes", "estimated", f"{low}·P")
+    trained, formula = low * planned.multimodal.numel(), f"{low}·P"
+    if run.lora_rank:
+        trained, formula = low * planned.trained_numel, f"{low}·T, adapters alone"
+    yield Figure(section, "trained model", trained, "bytes", "estimated", formula)
     whole = multimodal + reasoning + _delta_nbytes(planned) + kept * one + trained
     yield Figure(section, "disk", whole, "bytes", "estimated", "the sum, with Δ")
 
@@ -92,9 +94,13 @@ def _training_checkpoint(planned: Scenario) -> tuple[int, str]:
     """Return the bytes of one training checkpoint, with the formula."""
     run, total, trained = planned.run, planned.multimodal.numel(), planned.trained_numel
     itemsize = 4 if run.precision != "bf16" else 2
+    if run.lora_rank:
+        # Frozen weights are left out.
+        total = trained
     state = {"adamw": 2 * itemsize, "adamw8bit": 2, "sgd": 0}[run.optimizer]
     if not run.sharding.startswith("zero"):
-        return itemsize * total + state * trained, f"{itemsize}·P and {state}·T of states"
+        nbytes, whole = itemsize * total + state * trained, "T" if run.lora_rank else "P"
+        return nbytes, f"{itemsize}·{whole} and {state}·T of states"
     # ZeRO writes its float32 copies with the states. Below stage 3 each process has all weights,
     # which are written a second time in the model's own file.
     low = _stored_itemsize(planned) * (1 if run.sharding == "zero3" else 2)

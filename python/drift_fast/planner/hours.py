@@ -58,6 +58,8 @@ def figures(planned: Scenario, residency: str) -> Iterator[Figure]:
     source = "steps·(compute + optimizer + injection): a lower bound"
     if planned.multimodal.active_numel() < _LARGE:
         source += ", and far too low here: below a billion parameters a GPU waits for launches"
+    elif run.lora_rank:
+        source += "; with adapters a host may launch more slowly than a GPU computes"
     yield Figure(section, "training", total, "seconds", "estimated", source)
 
 
@@ -65,6 +67,8 @@ def _operations(planned: Scenario) -> tuple[int, str]:
     """Return a process's operations in an optimizer step, with the formula."""
     run, model = planned.run, planned.multimodal
     factor = 8 if run.gradient_checkpointing else 6
+    if run.lora_rank:
+        return _operations_of_lora(planned, factor)
     towers = 2 if run.trained == "language" else factor
     active, vision = model.active_numel(), model.by_kind()[VISION]
     patches = _patches_per_token(model) * run.image_tokens * run.batch * run.accumulation
@@ -72,6 +76,18 @@ def _operations(planned: Scenario) -> tuple[int, str]:
     if run.image_tokens:
         formula += f", and {towers}·(vision tower)·patches"
     return factor * active * run.step_tokens + towers * vision * patches, formula
+
+
+def _operations_of_lora(planned: Scenario, factor: int) -> tuple[int, str]:
+    """Return the same where frozen weights take no gradients: 2 operations fewer of each."""
+    run, active = planned.run, planned.multimodal.active_numel()
+    trained, vision = planned.trained_numel, planned.multimodal.by_kind()[VISION]
+    patches = _patches_per_token(planned.multimodal) * run.image_tokens
+    formula = f"({factor - 2}·N + {factor}·T)·tokens, N {active / 1e9:.2f} billion"
+    if run.image_tokens:
+        formula += ", and 2·(vision tower)·patches"
+    done = ((factor - 2) * active + factor * trained) * run.step_tokens
+    return done + 2 * vision * patches * run.batch * run.accumulation, formula
 
 
 def _communication(planned: Scenario) -> tuple[int, str]:
@@ -110,6 +126,8 @@ def _injection(planned: Scenario, residency: str) -> tuple[float, Origin, str]:
     what = "Δ of one process" if run.sharded else "Δ"
     kinds = {run.modules} if isinstance(run.modules, str) else set(run.modules)
     row = rates.injecting(residency, attention_only=kinds == {"attn"})
+    if run.lora_rank and residency == "device":
+        row = rates.LORA
     if row is not None:
         scaled = f"{row.seconds * 1e3:.1f} ms for {row.numel / 1e9:.2f} billion elements"
         source = f"{scaled}, scaled to {what}; {row.source}"

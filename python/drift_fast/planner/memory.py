@@ -1,9 +1,9 @@
 """GPU and host memory of one process, item by item, with the formula of each.
 
 Owns the formulas. All are estimates, which lay 1 to 8 % above four runs of 7B on one GPU
-(benches/results/planner_h200_202611.md). P is the number of all elements, T of those that train, D
-of those of Δ, and n the number of GPUs. Not included: fragmentation beyond the allowance, and what
-a framework keeps that is not named here.
+(benches/results/planner_h200_202611.md). P is the number of all elements, LoRA's factors included,
+T of those that train, D of those of Δ, and n the number of GPUs. Not included: fragmentation beyond
+the allowance, and what a framework keeps that is not named here.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from drift_fast.planner.counts import VISION, Model
+from drift_fast.planner.counts import Model
 from drift_fast.planner.training import Training
 
 # CUDA's context, kernels, NCCL's buffers, and a little fragmentation.
@@ -23,6 +23,9 @@ BUCKET_NUMEL = 500_000_000
 _LIVE_NUMEL = 1_000_000_000
 # bitsandbytes keeps one float32 scale for 256 codes.
 _STATE_8BIT = 1 + 4 / 256
+# Elements of LoRA's factors that Δ is pulled back onto at a time, and bytes beside each.
+PULLED_NUMEL = 1 << 25
+_PULLED_NBYTES = 24
 # 64 int8 codes and one float16 scale.
 _DELTA_INT8 = 66 / 64
 _DELTA_ITEMSIZE = {"float32": 4}
@@ -75,6 +78,10 @@ def estimate(training: Training, model: Model, delta_numel: int, gpu_nbytes: int
         if left is not None and beside > left:
             residency, why = "host", "auto: beside the gradients it would not fit"
     items += _delta(training, residency, delta_numel)
+    if training.lora_rank:
+        pulled = min(PULLED_NUMEL, model.trained_numel(training))
+        formula = f"{_PULLED_NBYTES}·T, or of {PULLED_NUMEL / 1e6:.0f} million elements"
+        items.append(MemoryItem("Δ pulled back", _PULLED_NBYTES * pulled, formula))
     device = [item for item in items if not item.on_host]
     return Memory(device, [item for item in items if item.on_host], residency, why)
 
@@ -86,20 +93,32 @@ class Sizes:
     total: int
     trained: int
     gpus: int
-    # Bytes of an element of weights and gradients, of all states of one, and with bfloat16 compute.
+    # Bytes of an element of weights and gradients, of a frozen weight, and of all states of one.
     itemsize: int
+    frozen: int
     state: float
     mixed: bool
     optimizer: str
 
     @classmethod
     def of(cls, training: Training, model: Model) -> Sizes:
-        total = model.numel()
-        trained = total if training.trained == "all" else total - model.by_kind()[VISION]
+        total, trained = model.numel(), model.trained_numel(training)
         itemsize = 2 if training.precision == "bf16" else 4
         state = {"adamw": 2 * itemsize, "adamw8bit": 2 * _STATE_8BIT, "sgd": 0}[training.optimizer]
-        mixed = training.precision == "bf16-mixed"
-        return cls(total, trained, training.gpus, itemsize, state, mixed, training.optimizer)
+        mixed, frozen = training.precision == "bf16-mixed", itemsize
+        if training.lora_rank:
+            # Trainers load in bfloat16 what only adapters train.
+            total, frozen = total + trained, 4 if training.precision == "fp32" else 2
+        return cls(
+            total, trained, training.gpus, itemsize, frozen, state, mixed, training.optimizer
+        )
+
+    def weights(self, frozen: int) -> tuple[float, str]:
+        """Return the bytes of all weights, of which those that do not train have some each."""
+        nbytes = frozen * (self.total - self.trained) + self.itemsize * self.trained
+        if frozen == self.itemsize:
+            return nbytes, f"{frozen}·P"
+        return nbytes, f"({self.itemsize}·T + {frozen}·(P−T))"
 
     @property
     def step_nbytes(self) -> float:
@@ -137,7 +156,7 @@ def _states(training: Training, model: Model) -> Iterator[MemoryItem]:
 
 def _replicated(sizes: Sizes, *, ddp: bool) -> Iterator[MemoryItem]:
     itemsize, trained = sizes.itemsize, sizes.trained
-    yield MemoryItem("weights", itemsize * sizes.total, f"{itemsize}·P")
+    yield MemoryItem("weights", *sizes.weights(sizes.frozen))
     if sizes.mixed:
         yield MemoryItem("bfloat16 copies", 2 * trained, "2·T, which autocast holds until backward")
     yield MemoryItem("gradients", itemsize * trained, f"{itemsize}·T")
@@ -150,10 +169,8 @@ def _replicated(sizes: Sizes, *, ddp: bool) -> Iterator[MemoryItem]:
 
 def _fsdp2(sizes: Sizes, *, on_host: bool) -> Iterator[MemoryItem]:
     itemsize, n = sizes.itemsize, sizes.gpus
-    of_frozen = 2 if sizes.mixed else itemsize
-    kept = itemsize * sizes.trained + of_frozen * (sizes.total - sizes.trained)
-    formula = f"({itemsize}·T + {of_frozen}·(P−T))/n"
-    yield MemoryItem("weights", kept / n, formula, on_host=on_host)
+    kept, formula = sizes.weights(2 if sizes.mixed else itemsize)
+    yield MemoryItem("weights", kept / n, f"{formula}/n", on_host=on_host)
     yield MemoryItem("gradients", itemsize * sizes.trained / n, f"{itemsize}·T/n", on_host=on_host)
     yield sizes.states(n, "/n", on_host=on_host)
 
@@ -188,7 +205,9 @@ def _zero(sizes: Sizes, stage: int, offload: str) -> Iterator[MemoryItem]:
         yield MemoryItem("gathered weights", low * live, f"{low}·{_LIVE_NUMEL:.0e}, or {low}·P")
 
 
-def layer_nbytes_per_token(model: Model, itemsize: int) -> tuple[float, str] | None:
+def layer_nbytes_per_token(
+    model: Model, itemsize: int, lora_rank: int = 0, *, mixed: bool = False
+) -> tuple[float, str] | None:
     """Return what backward keeps of one decoder layer for one token, if its sizes are known.
 
     For a layer like those of Llama and Qwen: RMSNorm in float32, attention that keeps no scores
@@ -196,6 +215,10 @@ def layer_nbytes_per_token(model: Model, itemsize: int) -> tuple[float, str] | N
     heads times their dimension; i is the intermediate size (of the experts that a token uses); b is
     the bytes of an element. Two norms keep (4 + b)·h each, and their outputs b·h each for the
     projections; attention keeps b·(2a + 2k), the MLP b·4i.
+
+    LoRA of rank r on its seven matrices: between A and B b·7r are kept. Frozen norms keep b·h less
+    each. With mixed precision PEFT widens what comes to an adapter, so each keeps a copy of its
+    own, 3h + a more in all.
     """
     hidden, heads = model.size("hidden size"), model.size("attention heads")
     keys, width = model.size("KV heads"), model.size("head dimension")
@@ -203,7 +226,12 @@ def layer_nbytes_per_token(model: Model, itemsize: int) -> tuple[float, str] | N
     if hidden is None or heads is None or keys is None or width is None or inner is None:
         return None
     nbytes = 2 * (4 + b) * hidden + 2 * b * hidden + b * (2 * heads + 2 * keys) * width
-    return nbytes + 4 * b * inner, f"2·(4+{b})·h + 2·{b}·h + {b}·(2a+2k) + 4·{b}·i"
+    nbytes, formula = nbytes + 4 * b * inner, f"2·(4+{b})·h + 2·{b}·h + {b}·(2a+2k) + 4·{b}·i"
+    if not lora_rank:
+        return nbytes, formula
+    if mixed:
+        return nbytes + b * (hidden + heads * width + 7 * lora_rank), f"{formula} + {b}·(h+a+7r)"
+    return nbytes + b * (7 * lora_rank - 2 * hidden), f"{formula} + {b}·(7r−2h)"
 
 
 def _inner(model: Model) -> int | None:
@@ -221,7 +249,8 @@ def _passes(training: Training, model: Model) -> Iterator[MemoryItem]:
     b = 4 if training.precision == "fp32" else 2
     layers, vocabulary = model.size("layers"), model.size("vocabulary size")
     hidden = model.size("hidden size")
-    found = layer_nbytes_per_token(model, b)
+    mixed = training.precision == "bf16-mixed"
+    found = layer_nbytes_per_token(model, b, training.lora_rank, mixed=mixed)
     if found is not None and layers and hidden:
         of_layer, formula = found
         if training.gradient_checkpointing:

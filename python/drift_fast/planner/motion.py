@@ -175,6 +175,10 @@ def remarks(training: Training, found: list[Figure]) -> Iterator[str]:
 
 
 def _unpredictable(training: Training) -> str:
+    if training.lora_rank:
+        return (
+            "c was measured for whole weights; a run with adapters logs λ from its first steps on"
+        )
     if training.optimizer == "sgd":
         return "c was measured for AdamW; SGD moves in proportion to the gradient"
     if training.scale == "absolute":

@@ -52,7 +52,7 @@ class PlanOptions(Training):
     def speed(self) -> rates.Speed:
         """How fast one GPU computes."""
         if self.utilization is None:
-            return rates.Speed(self.peak, *rates.utilization())
+            return rates.Speed(self.peak, *rates.utilization(lora=self.lora_rank > 0))
         return rates.Speed(self.peak, self.utilization, "given")
 
     @property

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 _DELTA = "benches/results/delta-1.5B_2core_202611.md"
 _INJECTION = "benches/results/injection_h100_202611.md"
 _HOST = "benches/results/injection_h200_202611.md"
+_LORA = "benches/results/multi_gpu_lora_2xh200_202611.md"
 H100 = "one H100 80 GB, torch 2.11"
 H200 = "one H200, torch 2.11"
 TWO_CORES = "two cores, virtual disk"
@@ -113,7 +114,8 @@ BY_RESIDENCY = {
         "drift_fast, adaptive, attention + MLP, host-int8, 1GB ahead", 324.9, 184.9
     ),
 }
-EVERY = (COLD, WARM, READ, ATTENTION, *BY_RESIDENCY.values())
+LORA = Injecting(_LORA, "One process alone", "drift_fast, adaptive", (204.0, 188.7), H200)
+EVERY = (COLD, WARM, READ, ATTENTION, LORA, *BY_RESIDENCY.values())
 
 
 def injecting(residency: str, *, attention_only: bool) -> Injecting | None:
@@ -123,11 +125,13 @@ def injecting(residency: str, *, attention_only: bool) -> Injecting | None:
     return BY_RESIDENCY.get(residency)
 
 
-def utilization() -> tuple[float, str]:
+def utilization(*, lora: bool = False) -> tuple[float, str]:
     """Return the share of an H100's peak that the measured pass without injection reached.
 
-    It counts 6 operations for each of the layers' elements and each token. The pass has no head,
-    vision tower, optimizer or communication, so a real run reaches less.
+    It counts 6 operations for each of the layers' elements and each token, 4 where LoRA leaves them
+    frozen. The pass has no head, vision tower, optimizer or communication, so a real run reaches
+    less.
     """
-    done = 6 * BOTH.numel * _TOKENS / (BOTH.cells[1] / 1e3)
-    return done / H100_FLOPS, f"6·N·tokens in {BOTH.cells[1]} ms, {BOTH.source}"
+    row, each = (LORA, 4) if lora else (BOTH, 6)
+    done = each * row.numel * _TOKENS / (row.cells[1] / 1e3)
+    return done / H100_FLOPS, f"{each}·N·tokens in {row.cells[1]} ms, {row.source}"

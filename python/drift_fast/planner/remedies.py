@@ -19,6 +19,7 @@ _CHANGES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("under ZeRO-2 with the optimizer offloaded", {"sharding": "zero2", "offload": "optimizer"}),
     ("under ZeRO-3, offloaded", {"sharding": "zero3", "offload": "all"}),
     ("with 8-bit AdamW", {"optimizer": "adamw8bit"}),
+    ("with LoRA of rank 64", {"lora_rank": 64}),
 )
 _MOST_GPUS = 64
 
@@ -33,8 +34,8 @@ class Remedies:
     def found(self) -> list[str]:
         """Return the changes that make the run fit, or what else to do."""
         return list(self._fitting()) or [
-            f"with none of the changes tried, up to {_MOST_GPUS} GPUs; train adapters (LoRA), or "
-            "choose a smaller model"
+            f"with none of the changes tried, up to {_MOST_GPUS} GPUs; choose a smaller "
+            "model, or read its weights in 4 bits (QLoRA), which is not planned here"
         ]
 
     def _fitting(self) -> Iterator[str]:
@@ -67,7 +68,10 @@ class Remedies:
 
     def _try(self, label: str, **changes: Any) -> str | None:
         """Return the change with what it needs, or None if it changes nothing or too little."""
-        if all(getattr(self.planned.run, name) == value for name, value in changes.items()):
+        run = self.planned.run
+        if all(getattr(run, name) == value for name, value in changes.items()):
+            return None
+        if run.lora_rank and "lora_rank" in changes:
             return None
         try:
             nbytes = self._nbytes(**changes)

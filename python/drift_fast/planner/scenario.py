@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from drift_fast.planner.counts import VISION, Model
+from drift_fast.planner.counts import Model
 from drift_fast.planner.options import PlanOptions
 from drift_fast.selection import Selection
 
@@ -39,6 +39,5 @@ class Scenario:
 
     @property
     def trained_numel(self) -> int:
-        """Number of the multimodal model's elements that train."""
-        frozen = self.multimodal.by_kind()[VISION] if self.run.trained == "language" else 0
-        return self.multimodal.numel() - frozen
+        """Number of the multimodal model's elements that train, or of LoRA's factors."""
+        return self.multimodal.trained_numel(self.run)

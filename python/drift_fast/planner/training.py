@@ -181,6 +181,12 @@ class Training(Options):
         "what trains; language freezes the vision tower and the projector",
         choices=TRAINED,
     )
+    lora_rank: int = option(
+        0,
+        "rank of LoRA on every matrix that Δ covers, and all else frozen; 0 trains whole weights",
+        check=_count("lora_rank", least=0),
+        metavar="N",
+    )
     gpus: int = option(1, "number of GPUs", check=_count("gpus"), metavar="N")
     sharding: str = option("none", "how the run is distributed over GPUs", choices=SHARDINGS)
     optimizer: str = option("adamw", "optimizer", choices=OPTIMIZERS)

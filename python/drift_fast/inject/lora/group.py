@@ -80,9 +80,9 @@ class FactorGroup(TargetGroup):
 
     def _factors_now(self) -> Hashable:
         """Return what tells that no factor is replaced, written to or scaled otherwise."""
-        beside = [target.adapted for target in self.targets if target.adapted is not None]
-        versions = [p._version for one in beside for p in (*one.parameters, *one.beside)]
-        return self._beside(range(len(self.targets))), tuple(versions)
+        members = range(len(self.targets))
+        versions = tuple(p._version for at in members for p in self._read[at])
+        return self._factors(members), versions
 
     def _pull_back(self, arithmetic: Arithmetic) -> None:
         """Write this process's part of every Δ̃, on the current stream."""
@@ -110,8 +110,21 @@ class FactorGroup(TargetGroup):
         return plain and (self.sharded or all(shard.is_whole for shard in shards))
 
     def _beside(self, members: Sequence[int]) -> Hashable:
-        factors = [one for at in members for one in self._shard(at).adapted.factors]
-        return tuple((one.a.data_ptr(), one.b.data_ptr(), one.scaling) for one in factors)
+        if self._ahead is not None:
+            return tuple(run.generation for run in self._runs)
+        return self._factors(members)
+
+    def _factors(self, members: Sequence[int]) -> Hashable:
+        """Return where the factors are, and what they are scaled by."""
+        places = tuple(p.data_ptr() for at in members for p in self._read[at])
+        factors = (one for at in members for one in self._shard(at).adapted.factors)
+        return places, tuple(one.scaling for one in factors)
+
+    @functools.cached_property
+    def _read(self) -> list[tuple[torch.Tensor, ...]]:
+        """The parameters that Δ̃ of each target takes."""
+        adapted = [self._shard(at).adapted for at in range(len(self.shards))]
+        return [(*one.parameters, *one.beside) for one in adapted]
 
     def _change(self, bucket: Bucket, held: Mapping[int, Sequence[torch.Tensor]]) -> None:
         for some in _ranges(self.targets, bucket.start, bucket.stop):

@@ -129,9 +129,13 @@ class FactorShard:
 
     def gradients(self) -> list[torch.Tensor] | None:
         """Return the local gradients of what trains; None unless all are there."""
-        found = [self._shards[at].gradient() for at in self._trained]
-        gradients = [gradient for gradient in found if gradient is not None]
-        return gradients if len(gradients) == len(found) else None
+        gradients = []
+        for at in self._trained:
+            gradient = self._shards[at].gradient()
+            if gradient is None:
+                return None
+            gradients.append(gradient)
+        return gradients
 
     def write_gradients(self, gradients: Sequence[torch.Tensor]) -> None:
         """Take back what `gradients` returned, after it was changed."""
