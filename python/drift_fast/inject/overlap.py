@@ -85,6 +85,10 @@ class Overlap:
         if self._launcher is not None:
             self._launcher.shutdown(cancel_futures=True)
         self.let_go()
+        for lane in self._lanes:
+            if lane is not None:
+                # What was allocated on a lane is freed for its use while others may still read it.
+                lane.wait_stream(torch.cuda.current_stream(lane.device))
 
     def let_go(self) -> None:
         """Make the current streams wait for what was launched, and release its gradients."""
