@@ -25,7 +25,7 @@ def time_lora(
     note: Callable[[str, dict[str, Any]], None],
     late: Callable[[], bool],
 ) -> None:
-    """Time one stack; `note` takes each row as soon as it is there.
+    """Time one stack; `note` takes what was found.
 
     A host may become slower or faster while it is timed, so each round compares steps with those
     right before, without an injection and at α = 0, which measures nothing.

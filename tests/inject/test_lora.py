@@ -1261,11 +1261,31 @@ def play_wide_products(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]
 
     play("mm")
     play("bmm")
-    monkeypatch.setattr("drift_fast.inject.lora.pull_back._multiplies_parts", lambda device: True)
+    monkeypatch.setattr("drift_fast.inject.lora.pull_back.multiplies_parts", lambda device: True)
     return seen
 
 
-def test_every_weight_is_pulled_back_from_its_own_delta_in_any_order(
+@pytest.mark.parametrize("scale", SCALES)
+def test_factors_that_are_not_small_are_measured_and_changed_each_by_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scale: str
+) -> None:
+    """Factors of several sizes in turn, as the rows of a few matrices."""
+    sizes = {"width": 520, "inner": 600}
+    delta = delta_towards(tmp_path, Backbone(**sizes), modules=("attn", "mlp"), dtype="bfloat16")
+    model = adapted(Backbone(**sizes), r=64, lora_alpha=128)
+    gradients = backward(model)
+    seen = play_wide_products(monkeypatch)
+    stored = delta.save(tmp_path / "delta")
+    with arithmetic("device"), drift_fast.Injection(model, stored, scale=scale) as injection:
+        seen.clear()
+        injection.step()
+    # 14 weights of three shapes, onto both sides.
+    assert len(seen) == 2 * 3
+    expected = expected_gradients(model, gradients, weights_in(delta), scale=scale)
+    assert worst_error(model, expected) < 2e-6
+
+
+def test_every_weight_is_pulled_back_from_its_own_delta_alone_or_together(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Alike weights are multiplied together where all Δ are at hand."""

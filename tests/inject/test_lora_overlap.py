@@ -208,14 +208,23 @@ def test_a_factor_that_changes_before_the_step_is_pulled_back_anew(
     assert any(not torch.equal(one, untouched[0][name]) for name, one in overlapped[0].items())
 
 
-def test_a_step_that_is_given_up_leaves_nothing_behind(delta: drift_fast.Delta) -> None:
+def write_unseen(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name:
+            parameter.data.mul_(1.5)
+
+
+@pytest.mark.parametrize("change", [write, write_unseen, replace])
+def test_a_step_that_is_given_up_leaves_nothing_behind(
+    delta: drift_fast.Delta, change: Callable[[nn.Module], None]
+) -> None:
     found = []
     for overlap in (True, False):
         model = MODELS["LoRA"]()
         with drift_fast.Injection(model, delta, overlap=overlap) as injection:
             backward(model, 1)
             model.zero_grad()
-            write(model)
+            change(model)
             backward(model, 2)
             injection.step()
         found.append([gradients_of(model)])
@@ -274,12 +283,14 @@ def test_what_is_computed_beside_backward_is_replayed(
     found, counts = [], []
     for overlap in (True, False):
         model = MODELS["LoRA"]()
-        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-6)
         with drift_fast.Injection(model, delta, overlap=overlap) as injection:
             (group,) = injection._groups
             group._graphs = CudaGraphs(torch.device("cpu"))
             some = []
-            for step in range(6):
+            for step in range(9):
+                if step == 6:
+                    replace(model)
                 optimizer.zero_grad(set_to_none=False)
                 backward(model, step)
                 injection.step()
@@ -291,6 +302,8 @@ def test_what_is_computed_beside_backward_is_replayed(
     # Beside backward each run takes two graphs, and the step one.
     assert counts[5] > counts[4] > 0
     assert (counts[5] - counts[4]) % 3 == 0
+    # What reads the factors is launched anew where they have moved, and replayed from there.
+    assert counts[6] - counts[5] < counts[5] - counts[4] == counts[8] - counts[7]
 
 
 def test_processes_that_share_nothing_may_overlap(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,11 @@ def test_a_token_goes_through_chosen_experts_only_and_looks_its_embedding_up(
     model = read_model(tmp_path)
     expert = 3 * 32 * 16
     assert model.active_numel() == model.numel() - 96 * 32 - 3 * 2 * expert
+    # Factors of the two experts of four that a token does not use, in each of three layers.
+    whole, used = model.factors_numel(8), model.factors_numel(8, active=True)
+    factors = [s for n, s in model.shapes.items() if ".experts." in n and len(s) > 1]
+    of_experts = sum(8 * math.prod(s[:-2]) * (s[-2] + s[-1]) for s in factors)
+    assert whole - used == of_experts / 2
 
 
 @pytest.mark.parametrize("rate", rates.EVERY, ids=lambda rate: rate.row)

@@ -101,6 +101,10 @@ def test_a_run_of_adapters_is_planned_throughout() -> None:
     assert "multi_gpu_lora" in found["injection of a step"].source
     assert found["λ"].value is None
     assert "adapters" in found["λ"].source
+    with pytest.raises(ValueError, match="nothing that LoRA trains"):
+        drift_fast.plan(REASONING, MULTIMODAL, lora_rank=64, modules="norm", **options)
+    norms = drift_fast.plan(REASONING, MULTIMODAL, modules="norm", **options)
+    assert not any("LoRA of rank" in remedy for remedy in norms.remedies)
     hopeless = drift_fast.plan(
         REASONING, MULTIMODAL, lora_rank=64, **options | {"gpu_memory": "1GB"}
     )

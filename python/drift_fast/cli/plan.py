@@ -58,5 +58,6 @@ def run(given: argparse.Namespace) -> int:
         if found.fits is not False:
             words = ["drift-fast", "setup", "trainer", given.reasoning, given.multimodal]
             words += words_for(found.run, _FOR_SETUP)
+            words += ["--tuning", "lora"] if found.run.lora_rank else []
             next_step(shlex.join([*words, "--out", "run"]))
     return 1 if found.fits is False else 0

@@ -31,8 +31,9 @@ from drift_fast.preflight.check import Preflight, check
 from drift_fast.sizes import parse_size
 
 TUNINGS = ("full", "lora")
-# That of the paper; adapters of rank 64 take larger steps than whole weights.
+# The rank in every template.
 _RANK = 64
+# That of the paper; adapters of rank 64 take larger steps than whole weights.
 _LEARNING_RATES = {"full": 1e-6, "lora": 1e-4}
 
 
@@ -325,7 +326,7 @@ def _planned(given: argparse.Namespace, options: SetupOptions) -> tuple[str, str
     tuning = options.tuning or "full"
     found = planned(_RANK if tuning == "lora" else 0)
     if not found.fits and options.tuning is None:
-        remedies = "; ".join(text for text in found.remedies if "LoRA" not in text)
+        remedies = "; ".join(text for text in found.remedies if not text.startswith("with LoRA"))
         would = f"; all would fit {remedies}" if remedies else ""
         remark(f"LoRA, since all weights do not fit into {options.gpu_memory}{would}")
         tuning, found = "lora", planned(_RANK)

@@ -192,9 +192,9 @@ class InjectionConfig(TargetOptions, ResidencyOptions, StrengthOptions):
     overlap: bool = option(
         False,
         "inject while backward still runs, where gradients are final; every backward pass then "
-        "counts as the last before `step()`, unless it runs in `accumulating()`. Of LoRA, Δ is "
-        "pulled back beside the first backward pass of a step, which takes memory as large as "
-        "the factors in float32",
+        "counts as the last before `step()`, unless it runs in `accumulating()`. With LoRA, Δ is "
+        "pulled back beside the first backward pass of a step instead, which takes memory as large "
+        "as the factors in float32 and 0.13 GB; on a GPU of a bfloat16 Δ only",
     )
     missing_gradients: MissingGradients = option(
         "auto",

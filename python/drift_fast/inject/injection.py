@@ -330,6 +330,7 @@ class Injection(Attachment, Shown):
         Under sharding every process must call this.
         """
         self._require_attached()
+        self._scope.settle()
         found = measure(self._groups, self._control)
         self._hint.see(self.steps, found)
         return found | {

@@ -12,7 +12,7 @@ import functools
 import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import torch
@@ -90,6 +90,10 @@ class Overlap:
                 # What was allocated on a lane is freed for its use while others may still read it.
                 lane.wait_stream(torch.cuda.current_stream(lane.device))
 
+    def settle(self) -> None:
+        """Wait until what backward began is launched; `join` raises what went wrong."""
+        wait(self._launched)
+
     def let_go(self) -> None:
         """Make the current streams wait for what was launched, and release its gradients."""
         for lane in self._lanes:
@@ -143,7 +147,11 @@ class Overlap:
             The error of a launch.
             DriftError: gradients are not those that were injected.
         """
-        self._wait()
+        try:
+            self._wait()
+        except BaseException:
+            self.reset()
+            raise
         if self._latest is not None and self._is_given_up():
             target = self._groups[self._latest[0]].targets[self._latest[1]]
             self.reset()
@@ -157,6 +165,7 @@ class Overlap:
 
     def _wait(self) -> None:
         launched, self._launched = self._launched, []
+        wait(launched)
         for one in launched:
             one.result()
 
@@ -192,8 +201,14 @@ class Overlap:
     def _hook_ahead(self, which: int, group: FactorGroup) -> Callable[[nn.Parameter], None]:
         def hook(parameter: nn.Parameter) -> None:
             # Without a push Δ̃ is not needed.
-            if not self._paused and not self._all_pushes.rest:
-                self._submit(which, functools.partial(self._pull_back, group, which))
+            if self._paused or self._all_pushes.rest or not group.pulls_back_ahead:
+                return
+            if getattr(parameter.grad, _MARK, None) == self._serial:
+                # A later micro-batch of the same step.
+                return
+            setattr(parameter.grad, _MARK, self._serial)
+            now, arithmetic = group.factors_now(), self._arithmetics[which]
+            self._submit(which, functools.partial(group.pull_back_ahead, now, arithmetic))
 
         return hook
 
@@ -241,9 +256,6 @@ class Overlap:
         if self._pushes:
             push, arithmetic = self._pushes[which], self._arithmetics[which]
             self._groups[which].inject_bucket(bucket, push, arithmetic)
-
-    def _pull_back(self, group: FactorGroup, which: int) -> None:
-        group.pull_back_ahead(self._arithmetics[which])
 
 
 @contextlib.contextmanager

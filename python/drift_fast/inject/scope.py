@@ -53,6 +53,9 @@ class Scope(ABC):
         """Mark backward passes whose gradients are not final yet."""
         yield
 
+    def settle(self) -> None:  # noqa: B027
+        """Wait for what reads Δ in the background."""
+
     @abstractmethod
     def restate(self) -> None:
         """React to a change of the stated α."""

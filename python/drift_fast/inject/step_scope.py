@@ -90,6 +90,10 @@ class StepScope(Scope):
         with self.overlap.paused():
             yield
 
+    def settle(self) -> None:
+        if self.overlap is not None:
+            self.overlap.settle()
+
     def restate(self) -> None:
         """Nothing is kept from one step to the next."""
 

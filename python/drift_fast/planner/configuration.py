@@ -33,13 +33,24 @@ _OPTIMIZER_NAMES = {
     "adamw_8bit": "adamw8bit",
     "paged_adamw_8bit": "adamw8bit",
 }
-# What turns LoRA on, and the rank without one that is stated: LLaMA-Factory's, TRL's, Axolotl's.
-_LORA = {"finetuning_type": ("lora", 8), "use_peft": (True, 16), "adapter": ("lora", 0)}
+# What turns LoRA on, and the rank without one that is stated: LLaMA-Factory's, TRL's, Axolotl's and
+# ms-swift's.
+_LORA: dict[str, tuple[Any, int]] = {
+    "finetuning_type": ("lora", 8),
+    "use_peft": (True, 16),
+    "adapter": ("lora", 0),
+    "train_type": ("lora", 8),
+    "tuner_type": ("lora", 8),
+}
 _RANKS = ("lora_rank", "lora_r")
-_ADAPTED = ("lora_target", "lora_target_modules")
+# Which of these adapt some matrices only where nothing says which, and what says it.
+_SOME = ("use_peft", "adapter")
+_ADAPTED = ("lora_target", "lora_target_modules", "lora_target_linear", "target_modules")
+_PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 # Keys that would change the figures, which are for weights in bfloat16 or float32.
 _NOT_PLANNED = (
-    *("use_lora", "peft_config", "adapter_name_or_path"),
+    *("use_lora", "peft_config", "adapter_name_or_path", "use_dora", "peft_use_dora"),
+    *("lora_modules_to_save", "modules_to_save", "additional_target"),
     *("freeze_language_model", "quantization_bit", "quantization_config", "load_in_4bit"),
     *("load_in_8bit", "fp16", "pure_fp16", "fp8"),
     *("use_galore", "use_apollo", "use_badam", "use_adam_mini"),
@@ -156,15 +167,22 @@ class Configuration:
         if said and not on:
             self.unused += [key for key in (*said, *_RANKS, *_ADAPTED) if content.get(key)]
             return
-        for key in _ADAPTED:
-            if content.get(key) not in (None, "", [], "all", "all-linear"):
-                raise _not_planned(path, key, content[key])
-        ranks = [
-            _number(path, key, "lora_rank", content[key]) for key in _RANKS if content.get(key)
-        ]
-        rank = ranks[0] if ranks else max((_LORA[key][1] for key in on), default=0)
+        targets = {key: content[key] for key in _ADAPTED if content.get(key) not in (None, "", [])}
+        for key, value in targets.items():
+            if not _is_every_matrix(value):
+                raise _not_planned(path, key, value)
+        given = {key: content[key] for key in _RANKS if content.get(key) is not None}
+        ranks = {_number(path, key, "lora_rank", value) for key, value in given.items()}
+        if len(ranks) > 1:
+            raise ValueError(f"{path}: lora_rank and lora_r differ: {sorted(ranks)}; leave one out")
+        rank = ranks.pop() if ranks else max((_LORA[key][1] for key in on), default=0)
         if on and not rank:
             raise ValueError(f"{path}: {on[0]}: {content[on[0]]!r} needs lora_r, LoRA's rank")
+        if not targets and any(key in _SOME for key in on):
+            raise ValueError(
+                f"{path}: {on[0]} without lora_target_modules adapts some projections only, which "
+                "is not planned for: give lora_target_modules: all-linear"
+            )
         self.numbers |= {"lora_rank": rank} if rank else {}
 
     def _take_section(self, path: Path, section: Mapping[str, Any]) -> None:
@@ -190,11 +208,20 @@ def _number(path: Path, key: str, name: str, value: Any) -> Any:
         raise ValueError(f"{path}: {error}") from error
 
 
+def _is_every_matrix(value: Any) -> bool:
+    """Whether LoRA's targets are all projections of the layers."""
+    names = value.split(",") if isinstance(value, str) else value
+    if not isinstance(names, list):
+        return value is True
+    stated = {str(name).strip() for name in names}
+    return stated in ({"all"}, {"all-linear"}) or stated >= _PROJECTIONS
+
+
 def _not_planned(path: Path, key: str, value: Any) -> ValueError:
     return ValueError(
         f"{path}: {key}: {value!r} is not planned for: every figure is for weights in bfloat16 or "
-        "float32, all of them trained or LoRA on every matrix that Δ covers; leave it out to plan "
-        "that"
+        "float32, all of them trained or LoRA on every matrix of attention and MLP; leave it out "
+        "to plan that"
     )
 
 

@@ -28,6 +28,8 @@ from drift_fast.selection import Selection
 
 VISION = "vision tower and projector"
 OTHER = "other language parameters"
+# What adapters are planned on, as `lora_target: all` and PEFT's "all-linear" have it.
+ADAPTED = ("attn", "mlp")
 KINDS = ("attn", "mlp", "norm", "embed", "head", OTHER, VISION)
 
 HEADERS = "headers"
@@ -85,16 +87,28 @@ class Model:
             math.prod(self.shapes[name]) for name in (self.shapes if names is None else names)
         )
 
-    def factors_numel(self, names: list[str], rank: int) -> int:
-        """Return the elements of LoRA's factors on every matrix among these tensors."""
-        shapes = [self.shapes[name] for name in names]
-        return sum(rank * math.prod(s[:-2]) * (s[-2] + s[-1]) for s in shapes if len(s) > 1)
+    def factors_numel(self, rank: int, *, active: bool = False) -> int:
+        """Return the elements of LoRA's factors on every matrix of attention and MLP.
+
+        active: count routed experts by the share of them that a token uses.
+        """
+        found = {
+            name: rank * math.prod(shape[:-2]) * (shape[-2] + shape[-1])
+            for name, shape in self.shapes.items()
+            if len(shape) > 1 and self.kind(name) in ADAPTED
+        }
+        routed = sum(numel for name, numel in found.items() if _ROUTED.search(name))
+        return sum(found.values()) - (round(routed * self._idle_share()) if active else 0)
+
+    def _idle_share(self) -> float:
+        """Return the share of the routed experts that a token does not use."""
+        experts, chosen = self.size("experts"), self.size("experts per token")
+        return 1 - chosen / experts if experts and chosen else 0.0
 
     def trained_numel(self, training: Training) -> int:
         """Return how many elements a run trains."""
         if training.lora_rank:
-            selection = Selection.parse(training.modules, training.layers)
-            return self.factors_numel(self.selected(selection), training.lora_rank)
+            return self.factors_numel(training.lora_rank)
         frozen = self.by_kind()[VISION] if training.trained == "language" else 0
         return self.numel() - frozen
 
@@ -118,10 +132,7 @@ class Model:
             for name, shape in self.shapes.items()
             if _ROUTED.search(name) and not is_other_modality(name)
         )
-        experts, chosen = self.size("experts"), self.size("experts per token")
-        if routed and experts and chosen:
-            total -= round(routed * (1 - chosen / experts))
-        return total
+        return total - round(routed * self._idle_share())
 
     def size(self, subject: str) -> int | None:
         """Return a fact that is a single number."""

@@ -104,8 +104,8 @@ def _training_checkpoint(planned: Scenario) -> tuple[int, str]:
     # ZeRO writes its float32 copies with the states. Below stage 3 each process has all weights,
     # which are written a second time in the model's own file.
     low = _stored_itemsize(planned) * (1 if run.sharding == "zero3" else 2)
-    nbytes = low * total + 4 * trained + state * trained
-    return nbytes, f"{low}·P + 4·T and {state}·T of states"
+    nbytes, whole = low * total + 4 * trained + state * trained, "T" if run.lora_rank else "P"
+    return nbytes, f"{low}·{whole} + 4·T and {state}·T of states"
 
 
 def _stored_itemsize(planned: Scenario) -> int:

@@ -81,9 +81,10 @@ def _operations(planned: Scenario) -> tuple[int, str]:
 def _operations_of_lora(planned: Scenario, factor: int) -> tuple[int, str]:
     """Return the same where frozen weights take no gradients: 2 operations fewer of each."""
     run, active = planned.run, planned.multimodal.active_numel()
-    trained, vision = planned.trained_numel, planned.multimodal.by_kind()[VISION]
+    trained = planned.multimodal.factors_numel(run.lora_rank, active=True)
+    vision = planned.multimodal.by_kind()[VISION]
     patches = _patches_per_token(planned.multimodal) * run.image_tokens
-    formula = f"({factor - 2}·N + {factor}·T)·tokens, N {active / 1e9:.2f} billion"
+    formula = f"({factor - 2}·N + {factor}·T)·tokens, N {active / 1e9:.2f} billion, T as N in use"
     if run.image_tokens:
         formula += ", and 2·(vision tower)·patches"
     done = ((factor - 2) * active + factor * trained) * run.step_tokens
@@ -92,6 +93,14 @@ def _operations_of_lora(planned: Scenario, factor: int) -> tuple[int, str]:
 
 def _communication(planned: Scenario) -> tuple[int, str]:
     """Return the bytes a process sends in an optimizer step, by ring algorithms without (n−1)/n."""
+    moved, formula = _of_training(planned)
+    if planned.run.lora_rank and planned.run.sharded:
+        # Whole factors, and Δ pulled back to them, are added up in float32.
+        return moved + 16 * planned.trained_numel, f"{formula}, and 16·T by the injection"
+    return moved, formula
+
+
+def _of_training(planned: Scenario) -> tuple[int, str]:
     run, total, trained = planned.run, planned.multimodal.numel(), planned.trained_numel
     wide = 4 if run.precision == "fp32" else 2
     if run.sharding == "ddp":
@@ -131,7 +140,9 @@ def _injection(planned: Scenario, residency: str) -> tuple[float, Origin, str]:
     if row is not None:
         scaled = f"{row.seconds * 1e3:.1f} ms for {row.numel / 1e9:.2f} billion elements"
         source = f"{scaled}, scaled to {what}; {row.source}"
-        return row.seconds_per_numel * share, "measured", source
+        of_lora = run.lora_rank > 0 and row is not rates.LORA
+        source += ", of whole weights" if of_lora else ""
+        return row.seconds_per_numel * share, "estimated" if of_lora else "measured", source
     nbytes = 2 * share
     source = f"not measured on a GPU; {sized(nbytes)} read at the rate of {rates.READ.source}"
     return nbytes / rates.READ.nbytes_per_second, "estimated", source

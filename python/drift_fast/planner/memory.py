@@ -23,7 +23,8 @@ BUCKET_NUMEL = 500_000_000
 _LIVE_NUMEL = 1_000_000_000
 # bitsandbytes keeps one float32 scale for 256 codes.
 _STATE_8BIT = 1 + 4 / 256
-# Elements of LoRA's factors that Δ is pulled back onto at a time, and bytes beside each.
+# Elements of LoRA's factors that Δ is pulled back onto at a time, and bytes beside each: 4 of the
+# result, 6 of a factor in three parts, and about 14 of products and of gradients beside them.
 PULLED_NUMEL = 1 << 25
 _PULLED_NBYTES = 24
 # 64 int8 codes and one float16 scale.
@@ -69,6 +70,10 @@ def estimate(training: Training, model: Model, delta_numel: int, gpu_nbytes: int
     items.append(
         MemoryItem("CUDA, NCCL, fragmentation", ALLOWANCE_NBYTES, "an allowance", assumed=True)
     )
+    if training.lora_rank:
+        pulled = min(PULLED_NUMEL, model.trained_numel(training))
+        formula = f"{_PULLED_NBYTES}·T, or of {PULLED_NUMEL / 1e6:.0f} million elements"
+        items.append(MemoryItem("Δ pulled back", _PULLED_NBYTES * pulled, formula))
     residency, why = training.residency, "given"
     if residency == "auto":
         residency, why = "device", "auto: beside the gradients"
@@ -78,10 +83,6 @@ def estimate(training: Training, model: Model, delta_numel: int, gpu_nbytes: int
         if left is not None and beside > left:
             residency, why = "host", "auto: beside the gradients it would not fit"
     items += _delta(training, residency, delta_numel)
-    if training.lora_rank:
-        pulled = min(PULLED_NUMEL, model.trained_numel(training))
-        formula = f"{_PULLED_NBYTES}·T, or of {PULLED_NUMEL / 1e6:.0f} million elements"
-        items.append(MemoryItem("Δ pulled back", _PULLED_NBYTES * pulled, formula))
     device = [item for item in items if not item.on_host]
     return Memory(device, [item for item in items if item.on_host], residency, why)
 
@@ -107,7 +108,7 @@ class Sizes:
         state = {"adamw": 2 * itemsize, "adamw8bit": 2 * _STATE_8BIT, "sgd": 0}[training.optimizer]
         mixed, frozen = training.precision == "bf16-mixed", itemsize
         if training.lora_rank:
-            # Trainers load in bfloat16 what only adapters train.
+            # Trainers load frozen weights in bfloat16.
             total, frozen = total + trained, 4 if training.precision == "fp32" else 2
         return cls(
             total, trained, training.gpus, itemsize, frozen, state, mixed, training.optimizer

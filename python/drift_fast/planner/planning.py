@@ -111,7 +111,8 @@ def _remarks(planned: Scenario, memory: Memory) -> Iterator[str]:
             f"{planned.delta_numel:,} of the multimodal model; `drift-fast check` says whether "
             "they fit each other"
         )
-    if run.precision == "bf16" and run.learning_rate < _BF16_HALF * _TYPICAL_WEIGHT:
+    whole = not run.lora_rank
+    if whole and run.precision == "bf16" and run.learning_rate < _BF16_HALF * _TYPICAL_WEIGHT:
         yield (
             f"bfloat16 weights without float32 copies: a step of {run.learning_rate:g} does not "
             f"change weights above {run.learning_rate / _BF16_HALF:.1g} in size, so that most of "

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from drift_fast.planner.counts import ADAPTED
 from drift_fast.planner.memory import estimate
 from drift_fast.planner.report import sized
 from drift_fast.planner.scenario import Scenario
@@ -72,6 +73,9 @@ class Remedies:
         if all(getattr(run, name) == value for name, value in changes.items()):
             return None
         if run.lora_rank and "lora_rank" in changes:
+            return None
+        covered = any(self.planned.multimodal.kind(one) in ADAPTED for one in self.planned.names)
+        if "lora_rank" in changes and not covered:
             return None
         try:
             nbytes = self._nbytes(**changes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from drift_fast.planner.counts import Model
+from drift_fast.planner.counts import ADAPTED, Model
 from drift_fast.planner.options import PlanOptions
 from drift_fast.selection import Selection
 
@@ -30,6 +30,12 @@ class Scenario:
         names = multimodal.selected(selection)
         if not names:
             raise ValueError(f"{multimodal.given}: {selection} selects none of its tensors")
+        adapted = any(multimodal.kind(name) in ADAPTED for name in names)
+        if run.lora_rank and not adapted:
+            raise ValueError(
+                f"{selection} selects nothing that LoRA trains; give modules of attention or MLP, "
+                "or leave lora_rank out"
+            )
         return cls(run, reasoning, multimodal, selection, names)
 
     @property

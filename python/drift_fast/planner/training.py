@@ -183,7 +183,7 @@ class Training(Options):
     )
     lora_rank: int = option(
         0,
-        "rank of LoRA on every matrix that Δ covers, and all else frozen; 0 trains whole weights",
+        "rank of LoRA on all matrices of attention and MLP, all else frozen; 0 trains all weights",
         check=_count("lora_rank", least=0),
         metavar="N",
     )
@@ -237,6 +237,11 @@ class Training(Options):
         if self.steps is None and self.samples is None:
             raise ValueError("give steps, or samples (and epochs), so that the run has a length")
         self._check_sharding()
+        if self.lora_rank and self.trained == "all":
+            raise ValueError(
+                "lora_rank plans adapters in the language model alone: leave out trained='all' "
+                "(in a file freeze_vision, freeze_vision_tower or freeze_multi_modal_projector)"
+            )
 
     def _check_tokens(self) -> None:
         if self.max_tokens is not None and self.max_tokens < self.tokens:

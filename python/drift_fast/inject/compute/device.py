@@ -17,6 +17,7 @@ from drift_fast.inject.compute.shortcuts import (
 )
 from drift_fast.inject.compute.spaced import spaced
 from drift_fast.inject.compute.streams import shared_streams
+from drift_fast.inject.compute.vectors import is_run
 
 # Elements converted to float32 at a time where a dtype has no exact dot product of its own.
 _CHUNK = 1 << 24
@@ -270,7 +271,7 @@ def _by_size(tensors: Sequence[torch.Tensor]) -> tuple[list[int], list[int]]:
 
 def _scatter(vector: torch.Tensor, members: Sequence[int], values: torch.Tensor) -> None:
     """Write values at some places; a list as index would be copied to the device."""
-    if members[-1] - members[0] + 1 == len(members):
+    if is_run(members):
         vector[members[0] : members[-1] + 1].copy_(values)
         return
     slots = [vector[at] for at in members]

@@ -15,9 +15,14 @@ def beside(vector: torch.Tensor, device: torch.device) -> torch.Tensor:
     return vector.to(device, non_blocking=device.type != "cpu")
 
 
+def is_run(members: Sequence[int]) -> bool:
+    """Whether members follow each other without a gap, in their order."""
+    return list(members) == list(range(members[0], members[0] + len(members)))
+
+
 def put(vector: torch.Tensor, members: Sequence[int], values: torch.Tensor) -> None:
     """Write values at some places."""
-    if members[-1] - members[0] + 1 == len(members):
+    if is_run(members):
         vector[members[0] : members[-1] + 1].copy_(values)
         return
     for at, value in zip(members, values.unbind(), strict=True):
@@ -28,7 +33,7 @@ def pick(vector: torch.Tensor, members: Sequence[int]) -> torch.Tensor:
     """Return the entries at some places."""
     if not members:
         return vector[:0]
-    if members[-1] - members[0] + 1 == len(members):
+    if is_run(members):
         return vector[members[0] : members[-1] + 1]
     return torch.stack([vector[at] for at in members])
 

@@ -118,8 +118,9 @@ class Run:
             if not isinstance(deltas, Sequence):
                 return None
             scalings = tuple(factor.scaling for one in adapted for factor in one.factors)
-            places = tuple(one.data_ptr() for one in (flat, wholes[0][0], *deltas))
-            return places, wholes[0][0].dtype, scalings
+            read = [one for some in wholes for one in some]
+            places = tuple(one.data_ptr() for one in (flat, *read, *deltas))
+            return places, tuple(one.dtype for one in read), scalings
 
         launch(("pull back", self.targets.start), addresses, pull)
         self._reduction.sum(flat)

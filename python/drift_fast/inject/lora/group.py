@@ -18,7 +18,7 @@ import torch
 from drift_fast.inject.compute.base import Arithmetic, Sums, flat, flattened
 from drift_fast.inject.compute.vectors import pick, put
 from drift_fast.inject.lora.exchange import Room, Run
-from drift_fast.inject.lora.pull_back import along, pull_back_all
+from drift_fast.inject.lora.pull_back import along, multiplies_parts, pull_back_all
 from drift_fast.inject.lora.shard import FactorShard
 from drift_fast.inject.step_records import Bucket, Push
 from drift_fast.inject.target import Target
@@ -54,19 +54,30 @@ class FactorGroup(TargetGroup):
         super().finish()
         self._ahead = None
 
-    def pull_back_ahead(self, arithmetic: Arithmetic) -> None:
-        """Compute Δ̃, which the next `inject` uses unless a factor changes before it.
+    @functools.cached_property
+    def pulls_back_ahead(self) -> bool:
+        """Whether Δ̃ may be computed beside backward: not where that takes float32 products.
 
-        It takes memory as large as the factors in float32, where nothing is sharded.
+        On a GPU torch's setting of their precision is one for all threads.
         """
-        now = self._factors_now()
-        if self._ahead != now:
-            self._ahead = None
-            self._pull_back(arithmetic)
-            self._ahead = now
+        if self.device.type == "cpu":
+            return True
+        double = any(p.dtype == torch.float64 for some in self._read for p in some)
+        narrow = self._is_plain and self.store.dtype == torch.bfloat16 and not double
+        return narrow and multiplies_parts(self.device)
+
+    def pull_back_ahead(self, now: Hashable, arithmetic: Arithmetic) -> None:
+        """Compute Δ̃, which the next `inject` uses unless a factor is written to or moved before it.
+
+        It takes memory as large as the factors in float32, and a little more. now: what
+        `factors_now` says; writes through `.data`, which torch does not count, are not seen.
+        """
+        self._ahead = None
+        self._pull_back(arithmetic)
+        self._ahead = now
 
     def inject(self, push: Push, *, refused: bool = False) -> None:
-        if self._ahead is not None and self._ahead != self._factors_now():
+        if self._ahead is not None and self._ahead != self.factors_now():
             self._ahead = None
         if refused or self._ahead is None:
             super().inject(push, refused=refused)
@@ -78,7 +89,7 @@ class FactorGroup(TargetGroup):
                 Bucket(run.targets.start, run.targets.stop, pulled, push, self.arithmetic)
             )
 
-    def _factors_now(self) -> Hashable:
+    def factors_now(self) -> Hashable:
         """Return what tells that no factor is replaced, written to or scaled otherwise."""
         members = range(len(self.targets))
         versions = tuple(p._version for at in members for p in self._read[at])
@@ -105,9 +116,13 @@ class FactorGroup(TargetGroup):
 
     def _captures(self) -> bool:
         # What DoRA and experts read beside their factors has no address in `_beside`.
-        shards = [self._shard(at) for at in range(len(self.shards))]
-        plain = all(s.adapted.experts == 1 and not s.adapted.is_dora for s in shards)
-        return plain and (self.sharded or all(shard.is_whole for shard in shards))
+        whole = all(self._shard(at).is_whole for at in range(len(self.shards)))
+        return self._is_plain and (self.sharded or whole)
+
+    @property
+    def _is_plain(self) -> bool:
+        adapted = [self._shard(at).adapted for at in range(len(self.shards))]
+        return all(one.experts == 1 and not one.is_dora for one in adapted)
 
     def _beside(self, members: Sequence[int]) -> Hashable:
         if self._ahead is not None:

@@ -21,7 +21,7 @@ from drift_fast.inject.lora.precision import full_precision
 
 logger = logging.getLogger(__name__)
 
-# Bfloat16 tensors that hold all digits of a float32 factor. Two would save less than 1 % of a step,
+# Bfloat16 tensors that hold all digits of a float32 factor. Two would save a fifth of an injection,
 # and be off by 3e-6 (benches/results/multi_gpu_lora_2xh200_202611.md).
 _PARTS = 3
 # Elements of Δ that are widened at a time: within a CPU's caches, and enough to fill a GPU.
@@ -85,7 +85,8 @@ def pull_back_all(
     every = [weight for some in weights for weight in some]
     plain = all(one.experts == 1 and not one.is_dora for one in adapted)
     double = any(weight.dtype == torch.float64 for weight in every)
-    if not plain or double or not _multiplies_parts(every[0].device):
+    wide = isinstance(deltas, Sequence) and all(one.dtype != torch.bfloat16 for one in deltas)
+    if not plain or double or wide or not multiplies_parts(every[0].device):
         return [pull_back(*one) for one in zip(deltas, adapted, weights, rows, bases, strict=True)]
     batches: list[list[int]] = [[at] for at in range(len(adapted))]
     each: Iterator[torch.Tensor]
@@ -285,7 +286,7 @@ def _products(
     dtype = torch.float64 if double else torch.float32
     height, ranks = rows.shape
     empty = torch.empty(0, ranks, dtype=dtype, device=matrix.device)
-    if matrix.dtype == torch.bfloat16 and not double and _multiplies_parts(matrix.device):
+    if matrix.dtype == torch.bfloat16 and not double and multiplies_parts(matrix.device):
         return (
             _multiplied(matrix, columns) if onto_rows else empty,
             _multiplied(matrix.mT, rows) if onto_columns else empty,
@@ -313,7 +314,7 @@ def _multiplied(matrix: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
 
 
 @functools.cache
-def _multiplies_parts(device: torch.device) -> bool:
+def multiplies_parts(device: torch.device) -> bool:
     """Whether a bfloat16 product leaves this device's units in float32, tried once."""
     if device.type != "cuda":
         return False

@@ -31,6 +31,8 @@ class Store(Protocol):
 
     buckets: list[tuple[int, int]]
     nbytes: int
+    # Of every Δ that it gives.
+    dtype: torch.dtype
 
     def batches(self) -> Iterator[tuple[int, int, list[torch.Tensor]]]:
         """Yield runs of targets [start, stop) with their Δ, which is valid until the next one."""
@@ -42,6 +44,11 @@ class Store(Protocol):
         """Free Δ now."""
 
 
+def _joint_dtype(held: Sequence[Held] | Sequence[torch.Tensor]) -> torch.dtype:
+    """Return a dtype that holds every Δ exactly."""
+    return functools.reduce(torch.promote_types, [one.dtype for one in held])
+
+
 class Resident:
     """All Δ on the gradients' device; `nbytes` is what that takes there."""
 
@@ -49,6 +56,7 @@ class Resident:
         self.deltas = list(deltas)
         self.buckets = buckets
         self.nbytes = sum(delta.nbytes for delta in self.deltas)
+        self.dtype = _joint_dtype(self.deltas)
 
     def batches(self) -> Iterator[tuple[int, int, list[torch.Tensor]]]:
         yield 0, len(self.deltas), self.deltas
@@ -73,11 +81,10 @@ class Ring:
     ) -> None:
         self._held = list(held)
         self._tail = list(tail)
-        # A dtype that holds every Δ exactly.
-        self._dtype = functools.reduce(torch.promote_types, [one.dtype for one in held])
+        self.dtype = _joint_dtype(held)
         padded = [-(-(one.lead + one.numel) // INT8_BLOCK) * INT8_BLOCK for one in held]
         most = max(_SLOTS, min(_MOST_SLOTS, nbytes // _SLOT_NBYTES))
-        slot = max(max(padded), nbytes // self._dtype.itemsize // most)
+        slot = max(max(padded), nbytes // self.dtype.itemsize // most)
         self.buckets = []
         start = size = 0
         for at, numel in enumerate(padded):
@@ -91,7 +98,7 @@ class Ring:
         slots = min(most, self._count)
         # No wider than the widest bucket, which may need far less than was allowed.
         slot = max(sum(padded[start:stop]) for start, stop in self.buckets)
-        self._slots = [torch.empty(slot, dtype=self._dtype, device=device) for _ in range(slots)]
+        self._slots = [torch.empty(slot, dtype=self.dtype, device=device) for _ in range(slots)]
         if tail:
             self.buckets.append((len(held), len(held) + len(tail)))
         self._sources = [self._source(range(*bucket)) for bucket in self.buckets[: self._count]]
