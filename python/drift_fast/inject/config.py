@@ -194,7 +194,8 @@ class InjectionConfig(TargetOptions, ResidencyOptions, StrengthOptions):
         "inject while backward still runs, where gradients are final; every backward pass then "
         "counts as the last before `step()`, unless it runs in `accumulating()`. With LoRA, Δ is "
         "pulled back beside the first backward pass of a step instead, which takes memory as large "
-        "as the factors in float32 and 0.13 GB; on a GPU of a bfloat16 Δ only",
+        "as the factors in float32 and 0.13 GB; factors must not be written through `.data` before "
+        "the step. A GPU does so for a bfloat16 Δ and plain LoRA; all else waits for the step",
     )
     missing_gradients: MissingGradients = option(
         "auto",

@@ -200,7 +200,7 @@ class Overlap:
 
     def _hook_ahead(self, which: int, group: FactorGroup) -> Callable[[nn.Parameter], None]:
         def hook(parameter: nn.Parameter) -> None:
-            # Without a push Δ̃ is not needed.
+            # Δ̃ is not needed without a push.
             if self._paused or self._all_pushes.rest or not group.pulls_back_ahead:
                 return
             if getattr(parameter.grad, _MARK, None) == self._serial:

@@ -141,7 +141,7 @@ def _injection(planned: Scenario, residency: str) -> tuple[float, Origin, str]:
         scaled = f"{row.seconds * 1e3:.1f} ms for {row.numel / 1e9:.2f} billion elements"
         source = f"{scaled}, scaled to {what}; {row.source}"
         of_lora = run.lora_rank > 0 and row is not rates.LORA
-        source += ", of whole weights" if of_lora else ""
+        source += ", of whole weights" if of_lora else ", at rank 64" if run.lora_rank else ""
         return row.seconds_per_numel * share, "estimated" if of_lora else "measured", source
     nbytes = 2 * share
     source = f"not measured on a GPU; {sized(nbytes)} read at the rate of {rates.READ.source}"

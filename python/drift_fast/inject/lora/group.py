@@ -35,7 +35,7 @@ class FactorGroup(TargetGroup):
     `last`, is of the joint vectors: ‖g̃‖, ⟨g̃, Δ̃⟩ and ‖Δ̃‖.
     """
 
-    # Of which factors Δ̃ is at hand before the step asks for it.
+    # The state of the factors whose Δ̃ is at hand before the step asks for it.
     _ahead: Hashable = None
 
     def begin(self) -> None:

@@ -79,8 +79,8 @@ def pull_back_all(
 ) -> list[list[torch.Tensor]]:
     """Return `pull_back` of several weights, in fewer launches where bfloat16 is not widened.
 
-    From an iterator each Δ is used up before the next one is asked for. Of a sequence, those that
-    are alike and lie at equal distances in one memory are multiplied in one launch.
+    Each Δ of an iterator is used up before the next one is asked for. Weights of a sequence that
+    are alike, and whose Δ lie at equal distances in one memory, are multiplied in one launch.
     """
     every = [weight for some in weights for weight in some]
     plain = all(one.experts == 1 and not one.is_dora for one in adapted)
@@ -141,7 +141,7 @@ def _factors(
 def _in_parts(alike: Sequence[tuple[int, Sequence[torch.Tensor]]]) -> list[torch.Tensor]:
     """Return bfloat16 tensors that add up to each factor: itself, or three.
 
-    alike: factors of one shape, and the dimension of the result that numbers the parts: 1 gives
+    alike: factors of one shape, with the dimension of the result that numbers the parts: 1 gives
     [factors, parts, *shape], and 2 puts the parts behind the first dimension of the shape.
     """
     if all(factor.dtype == torch.bfloat16 for _, some in alike for factor in some):
@@ -158,7 +158,7 @@ def _in_parts(alike: Sequence[tuple[int, Sequence[torch.Tensor]]]) -> list[torch
         *parts, last = stack.unbind(place)
         for part in parts:
             part.copy_(one)
-            # Of the last difference only the rounded one is wanted.
+            # The last difference is wanted rounded only.
             torch.sub(one, part, out=last if part is parts[-1] else one)
     return stacks
 

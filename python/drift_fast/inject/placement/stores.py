@@ -31,7 +31,7 @@ class Store(Protocol):
 
     buckets: list[tuple[int, int]]
     nbytes: int
-    # Of every Δ that it gives.
+    # What holds every Δ exactly.
     dtype: torch.dtype
 
     def batches(self) -> Iterator[tuple[int, int, list[torch.Tensor]]]:
