@@ -51,6 +51,8 @@ peft = pytest.importorskip("peft")
 
 ALL = [*ATTENTION, *MLP]
 SCALES = (*reference.SCALES, "project")
+# By this share Δ̃ of a factor that is multiplied as two bfloat16 parts may be off.
+IN_PARTS = 1e-5
 RANK, LORA_ALPHA = 3, 6
 PLAIN = {"default": LORA_ALPHA / RANK}
 
@@ -1235,11 +1237,11 @@ def test_products_of_bfloat16_parts_are_those_of_the_factors(
     seen = play_wide_products(monkeypatch)
     with arithmetic("device"), drift_fast.Injection(model, delta, scale=scale) as injection:
         injection.step()
-    width = RANK if factors == torch.bfloat16 else 3 * RANK
+    width = RANK if factors == torch.bfloat16 else 2 * RANK
     assert len(seen) >= 2
     assert all(width in sides for sides in seen)
     expected = expected_gradients(model, gradients, weights_in(delta), scale=scale)
-    bound = {torch.float32: 2e-6, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+    bound = {torch.float32: IN_PARTS, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
     assert worst_error(model, expected) < bound[factors]
 
 
@@ -1282,7 +1284,7 @@ def test_factors_that_are_not_small_are_measured_and_changed_each_by_its_own(
     # 14 weights of three shapes, onto both sides.
     assert len(seen) == 2 * 3
     expected = expected_gradients(model, gradients, weights_in(delta), scale=scale)
-    assert worst_error(model, expected) < 2e-6
+    assert worst_error(model, expected) < IN_PARTS
 
 
 def test_every_weight_is_pulled_back_from_its_own_delta_alone_or_together(
@@ -1347,9 +1349,9 @@ def test_products_of_parts_are_those_of_any_rows_and_adapters(
         (found,) = pull_back_all([delta], [weight], [weights], [rows], [None])
         moved = along(delta, weight, weights, rows)
     for one, other in zip(found, expected[0], strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+        assert (one - other).norm() <= IN_PARTS * other.norm()
     product, exact = (left @ right for left, right in (moved, expected[1]))
-    torch.testing.assert_close(product, exact, rtol=1e-5, atol=1e-5)
+    assert (product - exact).abs() <= IN_PARTS * moved[0].norm() * moved[1].norm()
 
 
 # --- and a real one ---------------------------------------------------------------------------
@@ -1380,4 +1382,4 @@ def test_a_step_on_a_device_never_waits_and_is_exact_whatever_training_rounds_to
         torch.cuda.set_sync_debug_mode("default")
         torch.backends.cuda.matmul.fp32_precision = before
     expected = expected_gradients(model, gradients, weights_in(delta), scale=scale)
-    assert worst_error(model, expected) < (1e-5 if factors == torch.float32 else 2.0**-8)
+    assert worst_error(model, expected) < (IN_PARTS if factors == torch.float32 else 2.0**-8)

@@ -85,7 +85,7 @@ def test_lora_trains_its_factors_beside_frozen_weights_in_bfloat16(seven: Any) -
     assert part(alone, "weights") == 2 * (total - factors) + 4 * factors
     assert part(alone, "gradients") == 4 * factors
     assert part(alone, "optimizer states") == 8 * factors
-    assert part(alone, "Δ pulled back") == 24 * PULLED_NUMEL
+    assert part(alone, "Δ pulled back") == 22 * PULLED_NUMEL
     zero3 = estimate(run.changed(sharding="zero3", gpus=8), seven, 10**9, None)
     assert part(zero3, "weights") == 2 * total / 8
     fsdp = estimate(run.changed(sharding="fsdp2", gpus=8), seven, 10**9, None)

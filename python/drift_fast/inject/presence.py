@@ -27,7 +27,10 @@ class Present:
         Raises:
             DriftError: the first of them.
         """
-        if all(holder.get(name) is child for holder, name, child in self._links):
+        for holder, name, child in self._links:
+            if holder.get(name) is not child:
+                break
+        else:
             return
         model = self._model()
         if model is None:

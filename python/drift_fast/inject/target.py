@@ -6,6 +6,7 @@ reads.
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from collections.abc import Iterator, Mapping
@@ -84,7 +85,7 @@ class Target:
     adapted: Adapted | None = None
     tied: tuple[str, ...] = ()
 
-    @property
+    @functools.cached_property
     def trained(self) -> tuple[nn.Parameter, ...]:
         """The parameters that the optimizer steps."""
         return (self.parameter,) if self.adapted is None else self.adapted.trained

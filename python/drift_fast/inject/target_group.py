@@ -25,7 +25,10 @@ from drift_fast.inject.target import Target
 
 
 class TargetGroup:
-    """Whole or sharded parameters on one device."""
+    """Whole or sharded parameters on one device.
+
+    start: ⟨θ_0, Δ⟩ of this process's parts, where that was measured on loading.
+    """
 
     def __init__(
         self,
@@ -34,6 +37,7 @@ class TargetGroup:
         store: Store,
         norms: Sequence[float],
         arithmetic: Arithmetic,
+        start: torch.Tensor | None = None,
     ) -> None:
         self.targets = list(targets)
         self.shards = list(shards)
@@ -52,7 +56,7 @@ class TargetGroup:
         captures = self._captures() and self.device.type == "cuda"
         self._graphs = CudaGraphs(self.device) if captures else None
         self._found: dict[int, list[torch.Tensor]] | None = None
-        self._origin = torch.zeros(0)
+        self._start, self._origin = start, torch.zeros(0)
         self._factor = self.vector([1.0] * len(self.targets))
 
     @property
@@ -85,8 +89,11 @@ class TargetGroup:
 
     def start(self, *, rescale: bool) -> None:
         """Note ⟨θ_0, Δ⟩ and, if asked, ‖W‖/‖Δ‖; try out what a step will do."""
-        sums = self._weights(wide=True)
-        self._origin = sums.dot
+        if self._start is None or rescale:
+            sums = self._weights(wide=True)
+        else:
+            sums = self._sum(Sums(torch.zeros_like(self._start), self._start))
+        self._start, self._origin = None, sums.dot
         if rescale:
             self._factor = (sums.norm / self.norms.to(sums.norm.dtype)).to(self.norms.dtype)
         self.begin()

@@ -280,8 +280,11 @@ class Watchdog:
         return [p.grad for p in self._targets[at].trained if p.grad is not None]
 
     def _mark(self, at: int) -> None:
-        for gradient in self._gradients(at):
-            setattr(gradient, _MARK, (self._claim.token, _changes(gradient)))
+        token = self._claim.token
+        for parameter in self._targets[at].trained:
+            gradient = parameter.grad
+            if gradient is not None:
+                setattr(gradient, _MARK, (token, _changes(gradient)))
 
     def _is_marked(self, gradient: torch.Tensor) -> bool:
         return bool(getattr(gradient, _MARK, (None,))[0] == self._claim.token)

@@ -24,9 +24,9 @@ _LIVE_NUMEL = 1_000_000_000
 # bitsandbytes keeps one float32 scale for 256 codes.
 _STATE_8BIT = 1 + 4 / 256
 # Elements of LoRA's factors that Δ is pulled back onto at a time, and bytes beside each: 4 of the
-# result, 6 of a factor in three parts, and about 14 of products and of gradients beside them.
+# result, 4 of a factor in two parts, and about 14 of products and of gradients beside them.
 PULLED_NUMEL = 1 << 25
-_PULLED_NBYTES = 24
+_PULLED_NBYTES = 22
 # 64 int8 codes and one float16 scale.
 _DELTA_INT8 = 66 / 64
 _DELTA_ITEMSIZE = {"float32": 4}

@@ -1,8 +1,10 @@
 """Δ pulled back onto low-rank factors: products of Δ, by far the largest tensor, and thin ones.
 
-A bfloat16 Δ is not widened on a GPU. A float32 factor is the sum of three bfloat16 ones, so its
-product is the sum of theirs, which are exact but for their float32 sums. What takes time is reading
-Δ, so three times the columns take less than twice as long.
+A bfloat16 Δ is not widened on a GPU. A float32 factor is the difference of two bfloat16 ones to 16
+bits, so its product is that of theirs, which are exact but for their float32 sums. What takes time
+is reading Δ, so twice the columns take little longer. Δ̃ is then off by 3e-6, where the rounding of
+Δ itself to bfloat16 is 2e-3; a third part would make an injection a fourth longer
+(benches/results/multi_gpu_lora_2xh200_202611.md).
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import functools
 import logging
 import math
 from collections.abc import Hashable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -21,9 +24,6 @@ from drift_fast.inject.lora.precision import full_precision
 
 logger = logging.getLogger(__name__)
 
-# Bfloat16 tensors that hold all digits of a float32 factor. Two would save a fifth of an injection,
-# and be off by 3e-6 (benches/results/multi_gpu_lora_2xh200_202611.md).
-_PARTS = 3
 # Elements of Δ that are widened at a time: within a CPU's caches, and enough to fill a GPU.
 _BLOCK_ON_CPU, _BLOCK = 1 << 18, 1 << 24
 
@@ -96,7 +96,9 @@ def pull_back_all(
         each = (stacked for _, stacked in found_alike)
     else:
         each = (delta.unsqueeze(0) for delta in deltas)
-    parts = iter(_in_parts([factors for some in batches for factors in _factors(some, weights)]))
+    parts = iter(
+        _in_parts([one for some in batches for one in _factors(some, adapted[some[0]], weights)])
+    )
     found: list[list[torch.Tensor]] = [[] for _ in adapted]
     for some, delta in zip(batches, each, strict=True):
         one, run = adapted[some[0]], rows[some[0]]
@@ -130,36 +132,41 @@ def _alike(
             yield [members[at] for at in run], stacked
 
 
-def _factors(
-    members: Sequence[int], weights: Sequence[Sequence[torch.Tensor]]
-) -> Iterator[tuple[int, list[torch.Tensor]]]:
-    """Yield each factor of weights that are alike, and where `_in_parts` puts its parts."""
-    for which in range(len(weights[members[0]])):
-        yield 1 + which % 2, [weights[at][which] for at in members]
+class _Alike(NamedTuple):
+    """Factors of one shape, what scales them, and the dimension that numbers their parts.
 
-
-def _in_parts(alike: Sequence[tuple[int, Sequence[torch.Tensor]]]) -> list[torch.Tensor]:
-    """Return bfloat16 tensors that add up to each factor: itself, or three.
-
-    alike: factors of one shape, with the dimension of the result that numbers the parts: 1 gives
-    [factors, parts, *shape], and 2 puts the parts behind the first dimension of the shape.
+    1 gives [factors, parts, *shape], and 2 puts the parts behind the first dimension of the shape.
     """
-    if all(factor.dtype == torch.bfloat16 for _, some in alike for factor in some):
-        return [torch.stack(list(some)).unsqueeze(place) for place, some in alike]
-    rest = torch.cat([factor.reshape(-1) for _, some in alike for factor in some]).float()
-    sizes = [len(some) * some[0].numel() for _, some in alike]
-    stacks, rests = [], []
-    for (place, some), one in zip(alike, torch.split(rest, sizes), strict=True):
+
+    factors: Sequence[torch.Tensor]
+    scaling: float
+    place: int
+
+
+def _factors(
+    members: Sequence[int], adapted: Adapted, weights: Sequence[Sequence[torch.Tensor]]
+) -> Iterator[_Alike]:
+    """Yield A and B of each adapter of weights that are alike."""
+    for which in range(len(weights[members[0]])):
+        some = [weights[at][which] for at in members]
+        yield _Alike(some, adapted.factors[which // 2].scaling, 1 + which % 2)
+
+
+def _in_parts(alike: Sequence[_Alike]) -> list[torch.Tensor]:
+    """Return each factor in bfloat16 parts: itself, or two whose difference is s times it."""
+    if all(factor.dtype == torch.bfloat16 for some, *_ in alike for factor in some):
+        return [torch.stack(list(some)).unsqueeze(place) for some, _, place in alike]
+    wide = torch.cat([factor.reshape(-1) for some, *_ in alike for factor in some]).float()
+    sizes = [len(some) * some[0].numel() for some, *_ in alike]
+    stacks = []
+    for (some, scaling, place), one in zip(alike, torch.split(wide, sizes), strict=True):
         shape = [len(some), *some[0].shape]
-        rests.append(one.view(shape))
-        shape.insert(place, _PARTS)
-        stacks.append(one.new_empty(shape, dtype=torch.bfloat16))
-    for (place, _), stack, one in zip(alike, stacks, rests, strict=True):
-        *parts, last = stack.unbind(place)
-        for part in parts:
-            part.copy_(one)
-            # The last difference is wanted rounded only.
-            torch.sub(one, part, out=last if part is parts[-1] else one)
+        one = one.view(shape)
+        shape.insert(place, 2)
+        stack = one.new_empty(shape, dtype=torch.bfloat16)
+        rounded, beyond = stack.unbind(place)
+        torch.sub(torch.mul(one, scaling, out=rounded), one, alpha=scaling, out=beyond)
+        stacks.append(stack)
     return stacks
 
 
@@ -198,10 +205,10 @@ def _multiply(
             shape = next(shapes)
             if id(parameter) not in trained:
                 continue
-            whole = summed = _summed(part, place, one.rank).mul_(one.scaling)
+            whole = joined = _of_parts(part, place, one.rank, one.scaling)
             if rows is not None:
-                whole = summed.new_zeros(count, *shape)
-                (whole[..., inputs] if place == 1 else whole[:, outputs]).copy_(summed)
+                whole = joined.new_zeros(count, *shape)
+                (whole[..., inputs] if place == 1 else whole[:, outputs]).copy_(joined)
             for at, mine in enumerate(whole.view(count, -1)):
                 found[at].append(mine)
     return found
@@ -211,11 +218,15 @@ def _joined(sides: Sequence[torch.Tensor]) -> torch.Tensor:
     return sides[0] if len(sides) == 1 else torch.cat(list(sides), 2)
 
 
-def _summed(product: torch.Tensor, place: int, rank: int) -> torch.Tensor:
-    """Return the sum over parts of a product, whose dimension `place` is parts · rank."""
-    shape = list(product.shape)
-    shape[place : place + 1] = [shape[place] // rank, rank]
-    return product.view(shape).sum(place)
+def _of_parts(product: torch.Tensor, place: int, rank: int, scaling: float) -> torch.Tensor:
+    """Return s times the product of a factor, from that of its parts.
+
+    Dimension `place` of theirs is parts · rank.
+    """
+    if product.shape[place] == rank:
+        return product.mul_(scaling)
+    rounded, beyond = torch.split(product, rank, place)
+    return rounded - beyond
 
 
 def _wide_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -308,9 +319,9 @@ def _products(
 
 def _multiplied(matrix: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     """Return matrix·factor in float32, of a bfloat16 matrix that is not widened."""
-    (stack,) = _in_parts([(2, [factor])])
+    (stack,) = _in_parts([_Alike([factor], 1.0, 2)])
     product = torch.mm(matrix, stack[0].flatten(1), out_dtype=torch.float32)
-    return _summed(product, 1, factor.shape[1])
+    return _of_parts(product, 1, factor.shape[1], 1.0)
 
 
 @functools.cache

@@ -102,7 +102,7 @@ def load_groups(
             store = loader.store(kept, loading.prefetch_nbytes)
             make = FactorGroup if adapted else TargetGroup
             targets, shards, norms = zip(*((k.target, k.shard, k.norm) for k in kept), strict=True)
-            groups.append(make(targets, shards, store, norms, loader.arithmetic))
+            groups.append(make(targets, shards, store, norms, loader.arithmetic, _starts(kept)))
     if not groups:
         raise DriftError(
             "Δ is zero in every target, so an injection would do nothing; was the delta computed "
@@ -242,12 +242,12 @@ class _Loader:
         if self._int8 and not small:
             return Rounded(target, shard, self._delta, self._rounding)
         if small or self._residency == "device":
-            return Beside(target, shard, device)
+            return Beside(target, shard, self.arithmetic)
         if self._residency == "host":
             # Beside gradients in host memory nothing is gained by copying.
             make = Beside if device.type == "cpu" else OnHost
-            return make(target, shard, device)
-        return Unread(target, shard, self._recent)
+            return make(target, shard, self.arithmetic)
+        return Unread(target, shard, self.arithmetic, self._recent)
 
     def _check(self, one: Loaded) -> None:
         """Refuse a Δ that is not finite, or that int8 has no room for."""
@@ -263,6 +263,12 @@ class _Loader:
                 f"the range of int8, as of an int8 delta (docs/format.md); attach with "
                 "residency='device', 'host' or 'disk'"
             )
+
+
+def _starts(kept: Sequence[Loaded]) -> torch.Tensor | None:
+    """Return where all weights start along Δ, if that was measured on loading."""
+    starts = [one.start for one in kept if one.start is not None]
+    return torch.cat(starts) if len(starts) == len(kept) else None
 
 
 def _by_layer(kept: Sequence[Loaded]) -> list[tuple[int, int]]:

@@ -9,6 +9,7 @@ part of the ring that the engine may fill.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -21,12 +22,9 @@ from drift_fast.delta.protocol import Run
 from drift_fast.inject.compute.streams import new_stream
 from drift_fast.inject.placement.page_locked import lock, pages
 from drift_fast.progress_bar import Progress, ProgressCallback
-from drift_fast.sizes import thread_count
 
-# Enough for several copies under way while threads fill the rest; and for each thread where nothing
-# is copied.
-_RING_NBYTES = 1 << 27
-_THREAD_NBYTES = 1 << 21
+# Enough for several copies under way while threads fill the rest.
+_RING_NBYTES, _LEAST_NBYTES = 1 << 27, 1 << 23
 # The engine hands out at most a quarter of the ring at a time.
 _UNDER_WAY = 2
 _REPORT_SECONDS = 0.05
@@ -36,8 +34,7 @@ _REPORT_SECONDS = 0.05
 class Wanted:
     """A run of Δ, and where it goes.
 
-    make: returns the flat tensor that it goes to, when its first element comes, or None where its
-        norm alone is wanted.
+    make: returns the flat tensor that it goes to, when its first element comes.
     done: called when all of it is there, with it on the current stream of the device.
     for_a_while: whether `done` ends the need for the tensor, so that all of them at once would be
         too many.
@@ -45,8 +42,8 @@ class Wanted:
 
     run: Run
     nbytes: int
-    device: torch.device | None
-    make: Callable[[], torch.Tensor | None]
+    device: torch.device
+    make: Callable[[], torch.Tensor]
     done: Callable[[], None] | None = None
     for_a_while: bool = False
     # ‖Δ‖², once it is loaded; NaN where Δ is not finite.
@@ -112,8 +109,7 @@ class _Direct:
         self._calls = 0
 
     def load(self, delta: Delta) -> None:
-        made = [one.make() for one in self._wanted]
-        into = [tensor for tensor in made if tensor is not None]
+        into = [one.make() for one in self._wanted]
         squares = delta.load([one.run for one in self._wanted], into, self._landed)
         for one, square in zip(self._wanted, squares, strict=True):
             one.square = square
@@ -132,28 +128,28 @@ class _Direct:
 
 
 class _Ring:
-    """Runs that pass through a ring of host memory, to a device or no further."""
+    """Runs that pass through a ring of host memory to a device."""
 
     def __init__(self, wanted: Sequence[Wanted], progress: _Reported) -> None:
         self._wanted = wanted
         self._progress = progress
-        self._device = next((one.device for one in wanted if one.device is not None), None)
-        on_gpu = self._device is not None and self._device.type == "cuda"
-        least = 4 * _THREAD_NBYTES
-        for_threads = _THREAD_NBYTES * (1 + thread_count(None, together=True))
-        most = _RING_NBYTES if on_gpu else max(least, for_threads)
-        nbytes = min(least + sum(one.nbytes for one in wanted), most)
+        self._device = wanted[0].device
+        nbytes = min(_LEAST_NBYTES + sum(one.nbytes for one in wanted), _RING_NBYTES)
         self._ring = pages(nbytes, torch.uint8)
         self._lane: torch.cuda.Stream | None = None
-        if on_gpu and self._device is not None:
+        if self._device.type == "cuda":
             self._ring, self._lane = lock(self, self._ring), new_stream(self._device)
-        self._made: dict[int, torch.Tensor | None] = {}
+            self._current = torch.cuda.current_stream(self._device)
+        self._made: dict[int, torch.Tensor] = {}
         self._under_way: deque[torch.cuda.Event | None] = deque()
         self._over = 0
 
     def load(self, delta: Delta) -> None:
+        # Changing streams changes the device.
+        home = contextlib.nullcontext() if self._lane is None else torch.cuda.device(self._device)
         try:
-            squares = delta.load([one.run for one in self._wanted], self._ring, self._landed)
+            with home:
+                squares = delta.load([one.run for one in self._wanted], self._ring, self._landed)
         finally:
             if self._lane is not None:
                 # The ring, and after an error the tensors, are freed when this returns.
@@ -185,23 +181,24 @@ class _Ring:
         if self._lane is None:
             self._copy_on_stream(parts)
             return None
-        current = torch.cuda.current_stream(self._device)
         if any(start == 0 for _, start, _, _ in parts):
             # What was just made may be memory that work on the current stream still reads.
-            self._lane.wait_stream(current)
-        with torch.cuda.stream(self._lane):
+            self._lane.wait_stream(self._current)
+        # A context would take the host longer than the copies.
+        torch.cuda.set_stream(self._lane)
+        try:
             self._copy_on_stream(parts)
-            copied: torch.cuda.Event = self._lane.record_event()
-        current.wait_event(copied)
+        finally:
+            torch.cuda.set_stream(self._current)
+        copied: torch.cuda.Event = self._lane.record_event()
+        self._current.wait_event(copied)
         return copied
 
     def _copy_on_stream(self, parts: _Parts) -> None:
         for number, start, stop, offset in parts:
-            made = self._made[number]
-            if made is not None:
-                out = made[start:stop]
-                source = self._ring[offset : offset + out.nbytes].view(out.dtype)
-                out.copy_(source, non_blocking=self._lane is not None)
+            out = self._made[number][start:stop]
+            source = self._ring[offset : offset + out.nbytes].view(out.dtype)
+            out.copy_(source, non_blocking=self._lane is not None)
 
     def _make(self, number: int) -> None:
         self._made[number] = self._wanted[number].make()

@@ -1,7 +1,8 @@
 """What becomes of the Δ of one target on loading, for each way of keeping it.
 
-Owns the memory that Δ is loaded into and the norm of what will be injected. Every place takes runs
-of elements from `pipeline`, or a tensor that is not a run of the delta's.
+Owns the memory that Δ is loaded into, the norm of what will be injected, and where the weight
+starts along it. Every place takes runs of elements from `pipeline`, or a tensor that is not a run
+of the delta's.
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ class Loaded:
     norm: float
     # ‖Δ‖ before it was rounded to int8 here; the same where it was not.
     exact_norm: float
+    # ⟨W, Δ⟩ of this process's part, a vector of one element, where it was taken on loading.
+    start: torch.Tensor | None = None
 
 
 class Place(Protocol):
@@ -59,11 +62,30 @@ class Place(Protocol):
         """Return what was loaded; it may wait for the device."""
 
 
-class _Exact(ABC):
-    """A Δ that is kept as it is."""
+def _start_along(
+    delta: torch.Tensor, target: Target, shard: Shard, on: Arithmetic
+) -> torch.Tensor | None:
+    """Return ⟨W, Δ⟩ while Δ is at hand; an adapter is not compared with it in this way."""
+    if target.adapted is not None:
+        return None
+    return on.measure([shard.weight().contiguous().view(-1)], [delta], wide=True).dot
 
-    def __init__(self, target: Target, shard: Shard, device: torch.device | None) -> None:
-        self._target, self._shard, self._device = target, shard, device
+
+class _Exact(ABC):
+    """A Δ that is kept as it is.
+
+    on: what computes beside the gradients. device: where Δ is loaded to.
+    """
+
+    # Whether `_done` ends the need for what was loaded.
+    _for_a_while = False
+    _start: torch.Tensor | None = None
+
+    def __init__(
+        self, target: Target, shard: Shard, on: Arithmetic, device: torch.device | None = None
+    ) -> None:
+        self._target, self._shard, self._on = target, shard, on
+        self._device = on.device if device is None else device
         self._run: Wanted | None = None
         self._dtype = torch.float32
         self._norm = 0.0
@@ -74,26 +96,27 @@ class _Exact(ABC):
             return None
         self._dtype = getattr(torch, delta.dtype)
         nbytes = (run.stop - run.start) * self._dtype.itemsize
-        self._run = Wanted(run, nbytes, self._device, self._make, self._done)
+        self._run = Wanted(
+            run, nbytes, self._device, self._make, self._done, for_a_while=self._for_a_while
+        )
         return [self._run]
 
     def take(self, delta: DeltaReader) -> None:
         tensor = self._target.read(delta, self._shard)
         self._dtype, self._norm = tensor.dtype, norm_of(tensor)
-        made = self._make()
-        if made is not None:
-            made.copy_(tensor)
+        self._make().copy_(tensor)
         self._done()
 
     def loaded(self) -> Loaded:
         norm = self._norm if self._run is None else self._run.square**0.5
-        return Loaded(self._target, self._shard, self._held(), norm, norm)
+        return Loaded(self._target, self._shard, self._held(), norm, norm, self._start)
 
     @abstractmethod
-    def _make(self) -> torch.Tensor | None:
-        """Return the tensor that Δ is loaded into, None where its norm alone is wanted."""
+    def _make(self) -> torch.Tensor:
+        """Return the tensor that Δ is loaded into."""
 
-    def _done(self) -> None:  # noqa: B027
+    @abstractmethod
+    def _done(self) -> None:
         """Go on with what was loaded."""
 
     @abstractmethod
@@ -131,6 +154,9 @@ class Beside(_Exact):
             self._tensor = torch.empty(self._numel, dtype=self._dtype, device=self._device)
         return self._tensor
 
+    def _done(self) -> None:
+        self._start = _start_along(self._held(), self._target, self._shard, self._on)
+
     def _held(self) -> torch.Tensor:
         assert self._tensor is not None
         return self._tensor
@@ -139,16 +165,16 @@ class Beside(_Exact):
 class OnHost(_Exact):
     """Δ in page-locked memory, which is locked while the next ones are read."""
 
-    def __init__(self, target: Target, shard: Shard, device: torch.device) -> None:
-        super().__init__(target, shard, torch.device("cpu"))
-        self._gpu = device
+    def __init__(self, target: Target, shard: Shard, on: Arithmetic) -> None:
+        super().__init__(target, shard, on, torch.device("cpu"))
 
     def _make(self) -> torch.Tensor:
         self._tensor = pages(self._numel, self._dtype)
         return self._tensor
 
     def _done(self) -> None:
-        self._locked: Future[InHostMemory] = _lockers(self._gpu).submit(InHostMemory, self._tensor)
+        lockers = _lockers(self._on.device)
+        self._locked: Future[InHostMemory] = lockers.submit(InHostMemory, self._tensor)
 
     def _held(self) -> Held:
         return self._locked.result()
@@ -162,14 +188,21 @@ def _lockers(device: torch.device) -> ThreadPoolExecutor:
 
 
 class Unread(_Exact):
-    """Δ in its files, to be read again whenever it is needed; now only its norm is taken."""
+    """Δ in its files, to be read again whenever it is needed; now it is only measured."""
 
-    def __init__(self, target: Target, shard: Shard, delta: DeltaReader) -> None:
-        super().__init__(target, shard, None)
+    _for_a_while = True
+
+    def __init__(self, target: Target, shard: Shard, on: Arithmetic, delta: DeltaReader) -> None:
+        super().__init__(target, shard, on)
         self._delta = delta
 
-    def _make(self) -> None:
-        return None
+    def _make(self) -> torch.Tensor:
+        self._tensor = torch.empty(self._numel, dtype=self._dtype, device=self._device)
+        return self._tensor
+
+    def _done(self) -> None:
+        self._start = _start_along(self._tensor, self._target, self._shard, self._on)
+        del self._tensor
 
     def _held(self) -> Held:
         return OnDisk(self._numel, self._dtype, self._read)
@@ -211,14 +244,14 @@ class Rounding:
         while len(self._moving) > most:
             self._moving.popleft().result()
 
-    def norm(self, held: Int8, run: slice) -> torch.Tensor:
-        """Return ‖Δ‖ of the elements of a run, a vector of one element on the device."""
+    def values(self, held: Int8, run: slice) -> torch.Tensor:
+        """Return the elements of a run, decoded, until the next call."""
         numel = held.codes.numel()
         if self._scratch.numel() < numel:
             device = self.arithmetic.device
             self._scratch = torch.empty(numel, dtype=held.dtype, device=device)
         held.fill(self._scratch[:numel])
-        return self.arithmetic.measure([self._scratch[run]], None).norm
+        return self._scratch[run]
 
 
 def _move(held: Int8, over: torch.cuda.Event, device: torch.device) -> None:
@@ -277,7 +310,7 @@ class Rounded:
         if self._exact is not None:
             self._exact_norm = self._exact.square**0.5
         exact = norm if self._exact_norm is None else self._exact_norm
-        return Loaded(self._target, self._shard, self._held, norm, exact)
+        return Loaded(self._target, self._shard, self._held, norm, exact, self._start)
 
     def _part(
         self,
@@ -311,5 +344,7 @@ class Rounded:
     def _keep(self, codes: torch.Tensor, scales: torch.Tensor) -> None:
         self._parts = {}
         self._held = Int8(codes, scales, self._blocks.run).to(self._device)
-        self._norm = self._rounding.norm(self._held, self._blocks.run)
+        on, values = self._rounding.arithmetic, self._rounding.values(self._held, self._blocks.run)
+        self._norm = on.measure([values], None).norm
+        self._start = _start_along(values, self._target, self._shard, on)
         self._rounding.settle(self._held)

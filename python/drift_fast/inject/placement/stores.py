@@ -114,6 +114,7 @@ class Ring:
         slow = any(isinstance(one, OnDisk) for one in held)
         self._reader = ThreadPoolExecutor(1, "drift-fast-reader") if slow else None
         self._next = self._head = 0
+        self._fill_ahead()
 
     def batches(self) -> Iterator[tuple[int, int, list[torch.Tensor]]]:
         for at, (start, stop) in enumerate(self.buckets):
@@ -127,9 +128,7 @@ class Ring:
             return
         if self._head % self._count != at:
             self._turn_to(at)
-        while self._next < self._head + len(self._slots):
-            self._fill(self._next)
-            self._next += 1
+        self._fill_ahead()
         slot = self._head % len(self._slots)
         filled = self._filled[slot]
         if isinstance(filled, Future):
@@ -193,6 +192,11 @@ class Ring:
             return [(one, 0, one.numel)]
         ends = list(itertools.accumulate(self._padded[member] for member in members))
         return list(zip(some, [0, *ends[:-1]], ends, strict=True))
+
+    def _fill_ahead(self) -> None:
+        while self._next < self._head + len(self._slots):
+            self._fill(self._next)
+            self._next += 1
 
     def _fill(self, turn: int) -> None:
         at, slot = turn % self._count, turn % len(self._slots)
