@@ -153,6 +153,25 @@ def test_the_plan_chooses_adapters_where_whole_weights_do_not_fit(
     assert "LoRA does not fit into 100kB" in succeeds(*words, "--tuning", "lora").stderr
 
 
+@pytest.mark.parametrize("stack", STACKS)
+def test_every_file_of_adapters_has_the_rank_that_was_given(stack: str) -> None:
+    text = "".join(texts_of(stack, tuning="lora", rank=24).values())
+    assert re.search(r"\b(?:lora_rank|lora_r|r)[=: ]+24\b", text)
+    assert re.search(r"\blora_alpha[=: ]+48\b", text)
+
+
+def test_a_rank_chooses_adapters_and_comes_with_a_plan(pair: Pair, tmp_path: Path) -> None:
+    planned = succeeds("plan", pair.reasoning, pair.multimodal, "--steps", "5", "--lora-rank", "8")
+    (following,) = re.findall(r"drift-fast setup trainer .*", planned.stdout)
+    assert "--lora-rank 8" in following
+    text = written(pair, tmp_path / "a", "--lora-rank", "8")
+    assert "finetuning_type: lora\n" in text
+    assert "lora_rank: 8\n" in text
+    words = ("setup", "llamafactory", pair.reasoning, pair.multimodal)
+    assert "tuning is 'full'" in run(*words, "--lora-rank", "8", "--tuning", "full").stderr
+    assert "at least 1" in run(*words, "--lora-rank", "0").stderr
+
+
 def test_a_file_that_is_there_stays_unless_it_may_be_replaced(pair: Pair, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()

@@ -16,7 +16,7 @@ from drift_fast.planner.options import PlanOptions
 from drift_fast.planner.planning import plan
 
 # What `setup` takes of a plan.
-_FOR_SETUP = ("modules", "layers", "delta", "learning_rate", "gpu_memory")
+_FOR_SETUP = ("modules", "layers", "delta", "lora_rank", "learning_rate", "gpu_memory")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,6 +58,5 @@ def run(given: argparse.Namespace) -> int:
         if found.fits is not False:
             words = ["drift-fast", "setup", "trainer", given.reasoning, given.multimodal]
             words += words_for(found.run, _FOR_SETUP)
-            words += ["--tuning", "lora"] if found.run.lora_rank else []
             next_step(shlex.join([*words, "--out", "run"]))
     return 1 if found.fits is False else 0

@@ -31,9 +31,8 @@ from drift_fast.preflight.check import Preflight, check
 from drift_fast.sizes import parse_size
 
 TUNINGS = ("full", "lora")
-# The rank in every template.
 _RANK = 64
-# That of the paper; adapters of rank 64 take larger steps than whole weights.
+# That of the paper; adapters take larger steps than whole weights.
 _LEARNING_RATES = {"full": 1e-6, "lora": 1e-4}
 
 
@@ -114,6 +113,11 @@ _NAMES = {
 _UNKNOWN = "FILL_IN"
 
 
+def _check_rank(value: int | None) -> None:
+    if value is not None and value < 1:
+        raise ValueError(f"lora_rank must be at least 1, got {value!r}")
+
+
 def _check_rate(value: float | None) -> None:
     if value is not None and not 0 < value < float("inf"):
         raise ValueError(f"learning_rate must be finite and above 0, got {value!r}")
@@ -128,6 +132,12 @@ class SetupOptions(SelectionOptions):
         "train all weights of the language model, or adapters; full by default, and lora where "
         "the plan does not fit into gpu_memory",
         choices=TUNINGS,
+    )
+    lora_rank: int | None = option(
+        None,
+        f"rank of the adapters, which it chooses as tuning; {_RANK} by default",
+        check=_check_rank,
+        metavar="N",
     )
     gpu_memory: int | str | None = option(
         None,
@@ -150,6 +160,13 @@ class SetupOptions(SelectionOptions):
         metavar="DIR",
     )
     overwrite: bool = option(False, "replace files of an earlier setup")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.lora_rank is not None and self.tuning == "full":
+            raise ValueError(
+                "lora_rank is of adapters, and tuning is 'full'; leave one of them out"
+            )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -215,6 +232,7 @@ def values_for(
     tuning: str,
     *,
     adapted: Collection[str] = (),
+    rank: int = _RANK,
     learning_rate: float | None = None,
     compute: str = "drift-fast delta REASONING MULTIMODAL --out delta",
     **more: str,
@@ -225,6 +243,7 @@ def values_for(
         multimodal: the model that trains, a path or a Hub id.
         model_type: that of its config.json.
         adapted: the modules that Δ reaches, which adapters must reach too.
+        rank: that of adapters.
         learning_rate: the largest; by default that of the tuning.
         compute: the command that computes Δ, or nothing where Δ is there.
         more: values in the place of the defaults.
@@ -240,6 +259,8 @@ def values_for(
         "learning_rate": np.format_float_scientific(
             learning_rate or _LEARNING_RATES[tuning], trim="0", exp_digits=1
         ),
+        "rank": str(rank),
+        "lora_alpha": str(2 * rank),
         "adapted": rf".*language_model.*\.({'|'.join(sorted(adapted))})",
         "compute": compute,
         "first": f"First compute Δ: {compute}" if compute else f"Δ: {more['delta']}",
@@ -275,6 +296,7 @@ def _values(
             model_type,
             tuning,
             adapted={module for kinds in report.selected.values() for module in kinds},
+            rank=options.lora_rank or _RANK,
             learning_rate=options.learning_rate,
             compute="" if known else shlex.join(words),
             delta=_from_anywhere(options.delta) if known else options.delta,
@@ -308,8 +330,10 @@ def _from_anywhere(source: str) -> str:
 
 def _planned(given: argparse.Namespace, options: SetupOptions) -> tuple[str, str]:
     """Return what is tuned and where Δ lives, as far as the plan decides it."""
+    rank = options.lora_rank or _RANK
+    tuning = options.tuning or ("full" if options.lora_rank is None else "lora")
     if options.gpu_memory is None:
-        return options.tuning or "full", InjectionConfig().residency
+        return tuning, InjectionConfig().residency
 
     def planned(lora_rank: int) -> TrainingPlan:
         return plan(
@@ -323,13 +347,12 @@ def _planned(given: argparse.Namespace, options: SetupOptions) -> tuple[str, str
             lora_rank=lora_rank,
         )
 
-    tuning = options.tuning or "full"
-    found = planned(_RANK if tuning == "lora" else 0)
-    if not found.fits and options.tuning is None:
+    found = planned(rank if tuning == "lora" else 0)
+    if not found.fits and tuning == "full" and options.tuning is None:
         remedies = "; ".join(text for text in found.remedies if not text.startswith("with LoRA"))
         would = f"; all would fit {remedies}" if remedies else ""
         remark(f"LoRA, since all weights do not fit into {options.gpu_memory}{would}")
-        tuning, found = "lora", planned(_RANK)
+        tuning, found = "lora", planned(rank)
     if not found.fits:
         what = "all weights do" if tuning == "full" else "LoRA does"
         fits = "; ".join(found.remedies)

@@ -9,8 +9,8 @@ DRIFT_FAST_CONFIG=drift.yaml swift sft \
 @full     --torch_dtype float32 \
 @lora     --tuner_type lora \
 @lora     --target_modules all-linear \
-@lora     --lora_rank 64 \
-@lora     --lora_alpha 128 \
+@lora     --lora_rank $rank \
+@lora     --lora_alpha $lora_alpha \
 @lora     --torch_dtype bfloat16 \
     --bf16 true \
     --freeze_vit true \
