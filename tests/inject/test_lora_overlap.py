@@ -107,6 +107,19 @@ def trained(
     return found
 
 
+def test_what_has_one_shape_lies_in_one_matrix(delta: drift_fast.Delta) -> None:
+    """Hundreds of launches otherwise, of which each takes a GPU less time than the host."""
+    model = adapted(plain())
+    with drift_fast.Injection(model, delta, overlap=True) as injection:
+        backward(model, 0)
+        (group,) = injection._groups
+        (run,) = group._runs  # type: ignore[attr-defined]
+        pulled = [part for parts in run.pulled.values() for part in parts]
+    shapes = {p.shape for p in model.parameters() if p.requires_grad}
+    assert len(pulled) > 2 * len(shapes)
+    assert len({part.untyped_storage().data_ptr() for part in pulled}) == len(shapes)
+
+
 def assert_same(
     found: list[dict[str, torch.Tensor]], expected: list[dict[str, torch.Tensor]]
 ) -> None:

@@ -2,7 +2,7 @@
 
 Owns: that the gradient its optimizer uses is the accumulated one, injected and then clipped, under
 its losses, its checkpointing, its `training_step` and batches that it splits. What runs, and in
-which process, is support/unsloth_runs.py's. Its kernels are interpreted, and no GPU is used.
+which process, is support/unsloth_runs.py's. Without a GPU its kernels are interpreted.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import drift_fast
 from installed_stacks import checks
@@ -26,9 +27,11 @@ pytestmark = [
 
 CLIP = 0.01
 # With this budget each micro-batch of two rows is two backward passes.
+SPLIT = {"UNSLOTH_TOKEN_BUDGET": 12}
 BACKENDS = {
-    "cpu": {},
-    "gpu": {"UNSLOTH_ALLOW_CPU": 1, "TRITON_INTERPRET": 1, "UNSLOTH_TOKEN_BUDGET": 12},
+    "cpu": {"CUDA_VISIBLE_DEVICES": ""},
+    "gpu": {"CUDA_VISIBLE_DEVICES": "", "UNSLOTH_ALLOW_CPU": 1, "TRITON_INTERPRET": 1, **SPLIT},
+    "cuda": {"CUDA_VISIBLE_DEVICES": 0, **SPLIT},
 }
 
 
@@ -36,6 +39,8 @@ BACKENDS = {
 def test_unsloth_uses_the_accumulated_gradient_injected_then_clipped(
     tmp_path: Path, backend: str
 ) -> None:
+    if backend == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
     from integrations.test_trl import tokenizer
 
     start = tiny_qwen2()
@@ -48,7 +53,6 @@ def test_unsloth_uses_the_accumulated_gradient_injected_then_clipped(
         HF_HUB_OFFLINE=1,
         UNSLOTH_DISABLE_STATISTICS=1,
         UNSLOTH_SKIP_TORCHVISION_CHECK=1,
-        CUDA_VISIBLE_DEVICES="",
         **BACKENDS[backend],
     )
     script = TESTS / "support" / "unsloth_runs.py"

@@ -37,7 +37,7 @@ class Record:
         for name in sorted(found):
             for tensor in found[name]:
                 # Zeros of either sign are one number.
-                digest.update((tensor + 0.0).contiguous().numpy().tobytes())
+                digest.update((tensor.cpu() + 0.0).contiguous().numpy().tobytes())
         self._steps.append(digest.hexdigest())
 
     def close(self) -> None:

@@ -1,13 +1,13 @@
-"""Short runs of Unsloth's trainer on the CPU, in a process of their own, as it rewrites others.
+"""Short runs of Unsloth's trainer, in a process of their own, as it rewrites others.
 
-    python unsloth_runs.py cpu|gpu FOLDER
+    python unsloth_runs.py cpu|gpu|cuda FOLDER
 
 Owns: runs of two steps on FOLDER/multimodal, whole weights and LoRA, without an injection, with
 α = 0 and with FOLDER/delta. `cpu` is Unsloth's backend for machines without a GPU, from its loader
 on. `gpu` is what it does to trainers elsewhere: UNSLOTH_ALLOW_CPU=1 has it import that, and
 TRITON_INTERPRET=1 runs its kernels; its loader asks for a GPU, so there models are those of
-transformers and PEFT. A batch is split by UNSLOTH_TOKEN_BUDGET. FOLDER/<tuning>-<run>/ gets what
-`installed_stacks/checks.py` reads.
+transformers and PEFT. `cuda` is a GPU, from the loader on. A batch is split by
+UNSLOTH_TOKEN_BUDGET. FOLDER/<tuning>-<run>/ gets what `installed_stacks/checks.py` reads.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 def model_of(backend: str, folder: Path, tuning: str) -> Any:
     source = str(folder / "multimodal")
-    if backend == "cpu":
+    if backend != "gpu":
         model, _ = unsloth.FastLanguageModel.from_pretrained(
             source,
             max_seq_length=32,
@@ -78,14 +78,14 @@ def run(backend: str, folder: Path, tuning: str, name: str) -> None:
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
-            use_cpu=True,
+            use_cpu=backend != "cuda",
             bf16=False,
             fp16=False,
         ),
         train_dataset=test_trl.rows(),
         processing_class=test_trl.tokenizer(),
     )
-    if backend == "gpu":
+    if backend != "cpu":
         from unsloth.utils.token_budget import install_token_budget
 
         install_token_budget(trainer)
@@ -95,7 +95,7 @@ def run(backend: str, folder: Path, tuning: str, name: str) -> None:
     record = Record(trainer.model, folder / f"{tuning}-{name}")
     trainer.train()
     record.close()
-    if backend == "gpu":
+    if backend != "cpu":
         assert trainer._unsloth_token_budget_splits > 0
         assert "unsloth" in Trainer.training_step.__code__.co_name
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import replace
 
@@ -139,9 +140,17 @@ class Run:
         return [cut for shard, some in pairs for cut in shard.cuts(some)]
 
     def _make_room(self, parts: Sequence[Sequence[torch.Tensor]]) -> None:
-        """Allocate `pulled`, to be what is cut from the given tensors."""
+        """Allocate `pulled`, to be what is cut from the given tensors.
+
+        What has one shape is the rows of one matrix, which take one launch together.
+        """
         self.generation += 1
-        self._owned = [cut.new_empty(cut.shape) for cut in self._cuts(parts)]
+        cuts = self._cuts(parts)
+        rows = {
+            shape: iter(cuts[0].new_empty(count, *shape).unbind())
+            for shape, count in Counter(cut.shape for cut in cuts).items()
+        }
+        self._owned = [next(rows[cut.shape]) for cut in cuts]
         flat = iter(self._owned)
         self.pulled = {
             at: [next(flat).view(-1) for _ in shard.shapes]
