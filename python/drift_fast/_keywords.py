@@ -261,6 +261,7 @@ class SetupKeywords(SelectionKeywords, total=False):
     """The keywords of `SetupOptions`."""
 
     tuning: str | None
+    lora_rank: int | None
     gpu_memory: int | str | None
     learning_rate: float | None
     data: str

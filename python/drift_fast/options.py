@@ -176,12 +176,16 @@ def check(each: Field[Any], value: Any) -> None:
     """Refuse a value without meaning.
 
     Raises:
-        ValueError: it is not one of the choices, or the check of the option refuses it.
+        ValueError: it is not true or false, not one of the choices, or the check of the option
+            refuses it.
     """
     about = about_of(each)
     # First, since a check may know of a choice that is gone.
     if about.check is not None:
         about.check(value)
+    if each.type == "bool" and value not in (True, False):
+        # Any text would count as true.
+        raise ValueError(f"{each.name} must be True or False, got {value!r}")
     if about.choices is not None and value not in about.choices and value != each.default:
         raise ValueError(f"{each.name} must be one of {', '.join(about.choices)}, got {value!r}")
 

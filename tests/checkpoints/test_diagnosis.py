@@ -246,6 +246,36 @@ def test_every_verb_says_it(tmp_path: Path, sound: Path) -> None:
             verb()  # type: ignore[no-untyped-call]
 
 
+def test_no_verb_takes_a_delta_for_a_model(tmp_path: Path, sound: Path) -> None:
+    other = write_file(tmp_path / "other.safetensors", {WEIGHT: stored(np.full((4, 4), 3.0))})
+    delta = compute_delta(sound, other, tmp_path / "delta").path
+    for verb in (
+        lambda: compute_delta(delta, other),
+        lambda: compute_delta(sound, delta),
+        lambda: inspect(sound, delta),
+        lambda: check(delta, other),
+        lambda: drift_fast.align(delta, other),
+        lambda: drift_fast.plan(delta, other, steps=1),
+        lambda: merge("linear", sound, delta, tmp_path / "merged", weight=0.5),
+        lambda: merge("task_arithmetic", sound, other, tmp_path / "merged", base=delta),
+    ):
+        with refused(CheckpointError, "a delta, not a checkpoint", str(delta)):
+            verb()  # type: ignore[no-untyped-call]
+
+
+def test_an_object_is_no_path(tmp_path: Path, sound: Path) -> None:
+    other = write_file(tmp_path / "other.safetensors", {WEIGHT: stored(np.full((4, 4), 3.0))})
+    delta = compute_delta(sound, other)
+    combined: Any = drift_fast.combine({delta: 0.5})
+    for verb in (
+        lambda: compute_delta(delta, other),  # type: ignore[arg-type]
+        lambda: check(delta, other),  # type: ignore[arg-type]
+        lambda: merge("task_arithmetic", combined, other, tmp_path / "merged"),
+    ):
+        with refused(TypeError, "expected a path, Hub id or URL", ".save(path)"):
+            verb()  # type: ignore[no-untyped-call]
+
+
 def test_what_is_not_recognized_is_listed(tmp_path: Path, sound: Path) -> None:
     touch("notes.txt", "photos/a.jpg")(tmp_path / "odd")
     with refused(FileNotFoundError, "expected model.safetensors", "notes.txt, photos/"):

@@ -33,9 +33,14 @@ def own_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ('or pass rows="index" if', "or pass --rows index if"),
         ("with strict=False, it", "with --no-strict, it"),
+        ("pass strict=False.", "pass --no-strict."),
+        ("pass rows=None for", "pass --rows none for"),
         ("pass overwrite=True (--overwrite) to", "pass --overwrite to"),
         ("needs max_shard_size=…", "needs --max-shard-size …"),
         ("attach with residency='host'", "attach with residency='host'"),
+        ('call f(…, rows="index") and', 'call f(…, rows="index") and'),
+        ("/data/rows=1/a", "/data/rows=1/a"),
+        ("so it is\nrows=1: 3 tensors", "so it is\nrows=1: 3 tensors"),
         ("θ=10,000 and rows = 3", "θ=10,000 and rows = 3"),
     ],
 )
@@ -44,7 +49,45 @@ def test_options_become_flags(written: str, shown: str) -> None:
 
 
 def test_without_a_command_nothing_changes() -> None:
-    assert as_flags('rows="index"', flags_of(None)) == 'rows="index"'
+    assert as_flags('pass rows="index"', flags_of(None)) == 'pass rows="index"'
+
+
+def test_a_flag_of_another_command_is_said_to_be_its() -> None:
+    flags = flags_of(PARSER, " of drift-fast delta") | {"rows": flags_of(PARSER)["rows"]}
+    said = as_flags('pass strict=False or rows="index"', flags)
+    assert said == "pass --no-strict of drift-fast delta or --rows index"
+
+
+@pytest.mark.parametrize("command", ["check", "align", "setup trl"])
+def test_what_delta_would_refuse_is_told_in_its_flags(
+    pair: Pair, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    assert main([*command.split(), str(pair.multimodal), str(pair.reasoning)]) == 1
+    said = capsys.readouterr().out
+    assert "pass --no-strict of drift-fast delta" in said
+    assert "strict=" not in said
+
+
+def test_a_result_spells_the_flags_of_its_command(
+    pair: Pair, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["plan", str(pair.reasoning), str(pair.multimodal), "--steps", "9", "--rms", "1e-9"]
+    assert main([*words, "--precision", "bf16"]) == 0
+    said = capsys.readouterr().out
+    assert "stop with --progress-cap …" in said
+    assert "from_pretrained(…, dtype=torch.float32)" in said
+
+
+def test_advice_for_one_process_alone_is_a_flag_that_delta_takes(
+    pair: Pair, out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DRIFT_FAST_RANK_TIMEOUT", "0.1")
+    words = ["delta", str(pair.reasoning), str(pair.multimodal), "--out", str(out)]
+    assert main([*words, "--ranks", "0/2"]) == 1
+    said = capsys.readouterr().err
+    advice = said.partition("is to write, pass ")[2].split()
+    assert advice == ["--ranks", "none"]
+    assert main([*words, *advice]) == 0
 
 
 def test_a_size_without_a_unit_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -95,6 +95,51 @@ def test_texts_and_conversations_of_a_text_model(world: Path, tmp_path: Path) ->
     assert processor.tokenizer.decode(seen) == "b<|im_end|>\nd<|im_end|>\n"
 
 
+def test_a_row_without_a_token_to_predict_is_refused_by_its_number(
+    world: Path, tmp_path: Path
+) -> None:
+    _, processor = load(str(world / "multimodal"), "cpu")
+    file = tmp_path / "rows.jsonl"
+    for text, count in (("", "no tokens"), ("a", "1 token of")):
+        file.write_text("\n".join(json.dumps({"text": one}) for one in ("two words", text)))
+        with refused(DriftError, f"{file}, sample 1", count, "tokens: write a longer text"):
+            list(Samples(file, processor))
+    processor.chat_template = "{{ '' }}"
+    file.write_text(json.dumps({"messages": [TURN]}))
+    with refused(DriftError, f"{file}, sample 0", "no tokens"):
+        list(Samples(file, processor))
+
+
+def test_a_model_without_a_tokenizer_is_named(world: Path, tmp_path: Path) -> None:
+    transformers = importlib.import_module("transformers")
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"text": "two words"}')
+    with refused(DriftError, f"{file}, sample 0", f"{tmp_path} makes no tokens", "no tokenizer"):
+        list(Samples(file, tokenizer))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, ["No such file"]),
+        ("", ["no samples"]),
+        ('{"text": "a b"}', ["1 sample for 3 directions", "--directions 1"]),
+        ('{"text": "a b"}\n' * 2, ["2 samples for 3 directions", "--directions 2"]),
+    ],
+)
+def test_a_file_that_does_not_do_is_refused_before_the_model_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str | None, words: list[str]
+) -> None:
+    file = tmp_path / "rows.jsonl"
+    if content is not None:
+        file.write_text(content)
+    assert main(["protect", "no-model", "no-delta", str(file), "-o", str(tmp_path / "out")]) == 1
+    said = capsys.readouterr().err
+    assert all(word in said for word in (str(file), *words)), said
+
+
 TURN = {"role": "assistant", "content": "yes"}
 
 

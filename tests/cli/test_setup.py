@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import shutil
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,22 @@ def test_every_file_is_whole_and_its_settings_exist(stack: str, tuning: str) -> 
             assert Settings.from_mapping(section, origin=name).modules == "attn,mlp"
             sections += 1
     assert sections == 1
+
+
+@pytest.mark.parametrize("stack", [name for name, one in STACKS.items() if "train.py" in one.parts])
+def test_adapters_are_spoken_of_where_there_are_some(stack: str) -> None:
+    for tuning in TUNINGS:
+        (text,) = texts_of(stack, tuning=tuning).values()
+        assert ("adapters" in text.lower()) == (tuning == "lora")
+
+
+@pytest.mark.parametrize("name", ["processor_config.json", "preprocessor_config.json"])
+def test_a_model_without_a_processor_is_remarked_on(pair: Pair, tmp_path: Path, name: str) -> None:
+    folder = shutil.copytree(pair.multimodal, tmp_path / "model")
+    words = ("setup", "trl", pair.reasoning, folder)
+    assert f"{folder} has no processor_config.json or preprocessor" in succeeds(*words).stderr
+    (folder / name).write_text("{}")
+    assert "processor" not in succeeds(*words).stderr
 
 
 def test_a_model_type_that_is_not_known_is_left_to_fill_in() -> None:
@@ -149,7 +166,10 @@ def test_the_plan_chooses_adapters_where_whole_weights_do_not_fit(
     forced = ("--gpu-memory", "100kB", "--tuning", "full")
     assert "finetuning_type: full\n" in written(pair, tmp_path / "c", *forced)
     words = ("setup", "llamafactory", pair.reasoning, pair.multimodal, "--gpu-memory", "100kB")
-    assert "LoRA does not fit into 100kB" in succeeds(*words).stderr
+    said = succeeds(*words).stderr
+    assert "LoRA does not fit into 100kB of one GPU; none of the changes tried makes" in said
+    assert "fits none" not in said
+    assert "would fit" not in said
     assert "LoRA does not fit into 100kB" in succeeds(*words, "--tuning", "lora").stderr
 
 

@@ -98,6 +98,7 @@ def test_a_configuration_survives_a_round_trip_through_plain_values() -> None:
         ({"scope": "microbatch", "overlap": True}, ValueError, 'overlap is for scope="step"'),
         ({"scope": "microbatch", "residency": "disk"}, ValueError, 'residency="device"'),
         ({"total_steps": 0}, ValueError, "steps from 1, got 0"),
+        ({"strict": "no"}, ValueError, "strict must be True or False, got 'no'"),
     ],
 )
 def test_a_wrong_option_is_refused_before_anything_is_read(

@@ -259,6 +259,33 @@ def test_adapters_on_some_projections_are_told_the_modules_that_fit_them(
         assert projections == {"q_proj", "v_proj"}, injection.targets
 
 
+def test_copies_that_train_are_among_the_modules_that_fit(delta: drift_fast.Delta) -> None:
+    plain = Backbone()
+    layers = len(plain.model.layers)
+    model = adapted(plain, target_modules=["q_proj"], modules_to_save=["o_proj"])
+    with pytest.raises(drift_fast.DriftError, match="targets are frozen") as refused:
+        drift_fast.Injection(model, delta)
+    found = re.search(r'modules="([^"]+)"', str(refused.value))
+    assert found is not None
+    both: list[dict[str, Any]] = [{"modules": found[1]}, {"strict": False}]
+    for options in both:
+        with drift_fast.Injection(model, delta, **options) as injection:
+            assert {".q_proj" in name for name in injection.targets} == {True, False}
+            assert sum(".o_proj" in name for name in injection.targets) == layers
+
+
+def test_adapters_on_some_layers_are_not_told_modules_that_do_not_fit(
+    delta: drift_fast.Delta,
+) -> None:
+    model = adapted(Backbone(), target_modules=["q_proj"], layers_to_transform=[1])
+    with pytest.raises(drift_fast.DriftError, match="targets are frozen") as refused:
+        drift_fast.Injection(model, delta)
+    assert "modules=" not in str(refused.value)
+    assert "strict=False" in str(refused.value)
+    with drift_fast.Injection(model, delta, strict=False) as injection:
+        assert len(injection.targets) == 1
+
+
 @pytest.mark.parametrize("frozen", ["lora_A", "lora_B"])
 def test_a_factor_that_is_frozen_takes_no_part(delta: drift_fast.Delta, frozen: str) -> None:
     model = adapted(Backbone())

@@ -205,3 +205,6 @@ def test_a_window_that_holds_no_step_of_this_run_is_refused_at_step_zero() -> No
 def test_what_is_no_schedule_is_refused() -> None:
     with refused(TypeError, "cosine", "int"):
         parse_schedule(3)  # type: ignore[arg-type]
+    with refused(TypeError, "a function of (step, total)"):
+        parse_schedule(lambda step: 0.5)  # type: ignore[arg-type,misc]
+    assert parse_schedule(lambda step, total=None: 0.5)(3, 9) == 0.5

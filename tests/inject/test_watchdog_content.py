@@ -683,7 +683,7 @@ def test_targets_that_were_replaced_stop_the_run(
     replace(model)
     if rebuilt:
         optimizer = sgd(model)
-    with pytest.raises(drift_fast.DriftError, match=r"no longer parameters|have no gradient"):
+    with pytest.raises(drift_fast.DriftError, match="no longer parameters"):
         step(1)
 
 

@@ -143,6 +143,14 @@ def test_a_run_that_moves_away_from_the_expert_is_not_told_to_raise_alpha(
     assert trained(model, tmp_path, delta, {"alpha": -1.0}, max_steps=4)[0] == []
 
 
+def test_a_directory_is_no_csv_file_and_stays(
+    tmp_path: Path, load: Callable[..., torch.nn.Module], delta: drift_fast.Delta
+) -> None:
+    with pytest.raises(ValueError, match="csv names the directory"):
+        trained(load(dtype=torch.float32), tmp_path, delta, {"csv": tmp_path})
+    assert tmp_path.is_dir()
+
+
 def test_a_run_shorter_than_its_logs_warns_and_each_run_has_a_csv_of_its_own(
     tmp_path: Path, load: Callable[..., torch.nn.Module], delta: drift_fast.Delta
 ) -> None:

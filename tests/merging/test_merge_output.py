@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 import warnings
@@ -217,11 +218,12 @@ def test_no_warning_where_there_is_no_code(sources: tuple[Path, Path], out: Path
 
 
 def test_merge_json_says_what_was_done_from_what(sources: tuple[Path, Path], out: Path) -> None:
+    base = shutil.copytree(sources[0], out.with_name("base"))
     merged = merge(
         "dare_ties",
         *sources,
         out,
-        base=sources[0],
+        base=base,
         weight={"attn": 0.5},
         multimodal_weight=0.25,
         density=0.75,
@@ -423,7 +425,8 @@ def test_the_command_merges_as_the_function_does(
     sources: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     paths = [str(path) for path in sources]
-    arguments = ["--weight", "attn=0.7,mlp=1.25", "--base", paths[0], "--multimodal-weight", "0.5"]
+    base = str(shutil.copytree(sources[0], tmp_path / "base"))
+    arguments = ["--weight", "attn=0.7,mlp=1.25", "--base", base, "--multimodal-weight", "0.5"]
     assert main(["merge", "task_arithmetic", *paths, "-o", str(tmp_path / "a"), *arguments]) == 0
     printed = capsys.readouterr().out
     assert "attn=0.7,mlp=1.25" in printed
@@ -433,7 +436,7 @@ def test_the_command_merges_as_the_function_does(
         "task_arithmetic",
         *sources,
         tmp_path / "b",
-        base=sources[0],
+        base=base,
         weight={"attn": 0.7, "mlp": 1.25},
         multimodal_weight=0.5,
     )

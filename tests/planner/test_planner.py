@@ -82,7 +82,40 @@ def test_what_does_not_fit_is_told_with_what_would() -> None:
     assert fitting.fits is True
     assert not fitting.remedies
     hopeless = drift_fast.plan(REASONING, MULTIMODAL, steps=375, gpu_memory="2GB")
-    assert "with none of the changes" in hopeless.remedies[0]
+    assert not hopeless.remedies
+    assert "none of the changes tried makes the run fit, up to 64 GPUs" in hopeless.warnings[-1]
+
+
+def test_models_that_seem_to_be_exchanged_are_warned_of(pair: Pair) -> None:
+    run: dict[str, Any] = {"steps": 3, "gradient_checkpointing": True}
+    (text,) = drift_fast.plan(pair.multimodal, pair.reasoning, **run).warnings
+    assert "24 tensors of another modality, " in text
+    assert "the two seem to be exchanged" in text
+    assert not drift_fast.plan(pair.reasoning, pair.multimodal, **run).warnings
+
+
+def test_steps_win_over_samples_and_epochs_with_a_warning_where_they_differ(pair: Pair) -> None:
+    def planned(**run: Any) -> drift_fast.TrainingPlan:
+        return drift_fast.plan(
+            pair.reasoning, pair.multimodal, epochs=3.0, gradient_checkpointing=True, **run
+        )
+
+    found = planned(steps=10, samples=5000)
+    assert found["optimizer steps"].value == 10
+    (text,) = found.warnings
+    assert "steps=10 wins over samples=5000 and epochs=3, which come to 15,000 steps" in text
+    assert planned(samples=5000)["optimizer steps"].value == 15000
+    assert not planned(steps=15, samples=5).warnings
+
+
+@pytest.mark.parametrize("cap", [0.5, 0.9, {"attn": 2.0, "mlp": 0.5}])
+def test_a_cap_that_is_not_above_the_target_is_refused_as_by_an_injection(
+    pair: Pair, cap: Any
+) -> None:
+    both, target = (pair.reasoning, pair.multimodal), {"progress_target": 0.9}
+    with refused(ValueError, "would stop targets before they reach progress_target=0.9"):
+        drift_fast.plan(*both, steps=3, progress_cap=cap, **target)
+    assert drift_fast.plan(*both, steps=3, progress_cap=1.0, **target).figures
 
 
 def test_a_run_of_adapters_is_planned_throughout() -> None:

@@ -503,6 +503,7 @@ REFUSED: dict[str, tuple[type[Exception], dict[str, Any], list[str]]] = {
     "aside": (DriftError, {"loss": of_the_head}, ["20 tensors have no gradient", "modules="]),
     "zero": (DriftError, {"loss": nothing}, ["every gradient is zero"]),
     "no batches": (DriftError, {"batches": iter(())}, ["0 batches", "used up"]),
+    "one batch": (DriftError, {"batches": BATCHES[:1]}, ["there was 1 batch for 3 directions"]),
     "few batches": (DriftError, {"batches": BATCHES[:2]}, ["2 batches for 3 directions", "fewer"]),
     "no mapping": (DriftError, {"loss": None}, ["tuple", "loss="]),
     "no directions": (ValueError, {"directions": 0}, ["directions", "at least 1", "0"]),

@@ -52,6 +52,8 @@ def resolve(
         TypeError: a mapping of another type.
     """
     names, targets = list(reasoning), set(multimodal)
+    if isinstance(mapping, str):
+        mapping = parse_mapping(mapping)
     if isinstance(mapping, str | os.PathLike):
         mapping = read_map(mapping)
     if isinstance(mapping, Mapping):
@@ -191,9 +193,9 @@ def _refuse_unknown(names: Iterable[str], known: Iterable[str], side: str) -> No
         )
 
 
-def parse_mapping(text: str | None) -> str | list[tuple[str, str]] | None:
+def parse_mapping(text: str) -> str | list[tuple[str, str]]:
     """Return prefix pairs from text such as `a:b,c:d`, or the path of a map file."""
-    if text is None or ":" not in text or local_path(text).exists():
+    if ":" not in text or local_path(text).exists():
         return text
     pairs = [pair.partition(":") for pair in text.split(",")]
     return [(first, second) for first, _, second in pairs]

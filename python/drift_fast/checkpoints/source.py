@@ -105,7 +105,7 @@ def resolve(source: str | os.PathLike[str], index: str = INDEX) -> Source:
         DriftError: a Hub id or URL without the packages that `drift-fast[hub]` installs.
         CheckpointError: a Hub id that cannot be resolved, or a server's answer that is not valid.
     """
-    text = os.fspath(source)
+    path, text = local_path(source), os.fspath(source)
     if not text:
         raise FileNotFoundError("an empty path names no checkpoint")
     if _URL.match(text):
@@ -113,7 +113,6 @@ def resolve(source: str | os.PathLike[str], index: str = INDEX) -> Source:
 
         remote = open_url(text, index=index)
         return Source(remote.directory, remote=remote)
-    path = local_path(text)
     if path.exists():
         return Source(path.absolute())
     if path.is_symlink():

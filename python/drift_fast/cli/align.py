@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--all", action="store_true", help="list every match and leftover")
     add_json(parser)
     add_options(parser, PairOptions, only=("mapping", "check_weights"))
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, advice_for="delta")
 
 
 def run(given: argparse.Namespace) -> int:
@@ -35,7 +35,7 @@ def run(given: argparse.Namespace) -> int:
     if given.json:
         print_json(found.to_dict())
     else:
-        show(found.table(every=given.all))
+        show(found.table(every=given.all), spelled=given.spelled)
     if given.out is not None:
         found.save(given.out)
         remark(f"map written to {given.out}")

@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config(parser)
     add_options(parser, CheckOptions)
     # Status 1 means that the models do not fit.
-    parser.set_defaults(run=run, value_error_status=2)
+    parser.set_defaults(run=run, value_error_status=2, advice_for="delta")
 
 
 def run(given: argparse.Namespace) -> int:
@@ -37,7 +37,7 @@ def run(given: argparse.Namespace) -> int:
     if given.json:
         print_json(report.to_dict())
     else:
-        show(*report.blocks())
+        show(*report.blocks(), spelled=given.spelled)
         if report.ok and (report.lineage is None or report.lineage.subtract):
             next_step(*_next_commands(given, options, report))
         elif any(each.subject == "alignment" and each.message for each in report.findings):

@@ -2,8 +2,8 @@
 
 Results go to standard output, progress and messages to standard error. Exit status: 0 done,
 1 refused or failed, 2 wrong usage, 130 interrupted, 141 if nobody reads on. Torch is imported only
-by `demo` and `protect`, by `plan` for a model without weights, and for pairs whose tensors are laid
-out differently.
+by `demo` and `protect`, by `plan` for a model without weights or a cap beside a target, and for
+pairs whose tensors are laid out differently.
 """
 
 from __future__ import annotations
@@ -47,7 +47,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser, command = _parser(arguments)
     given = parser.parse_args(arguments)
     given.arguments = arguments
-    spelled = partial(as_flags, flags=flags_of(command))
+    flags = flags_of(command)
+    if given.advice_for is not None:
+        other = argparse.ArgumentParser()
+        import_module(f"drift_fast.cli.{given.advice_for}").add_arguments(other)
+        flags = flags_of(other, f" of drift-fast {given.advice_for}") | flags
+    spelled = given.spelled = partial(as_flags, flags=flags)
     warnings.showwarning = partial(_show_warning, spelled)
     for stream in (sys.stdout, sys.stderr):
         # A name or symbol that the terminal cannot show must not make the command fail.
@@ -84,7 +89,8 @@ def _parser(
         description="Stream the reasoning delta between two checkpoints, and inject it.",
     )
     parser.add_argument("--version", action="version", version=f"drift-fast {__version__}")
-    parser.set_defaults(value_error_status=1, parser=parser)
+    # `advice_for`: the command whose flags advice is for where this one has none.
+    parser.set_defaults(value_error_status=1, parser=parser, advice_for=None)
     commands = parser.add_subparsers(required=True, metavar="command")
     named = next((each for each in arguments if not each.startswith("-")), None)
     chosen = None

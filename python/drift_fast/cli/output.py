@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TextIO
 
 from drift_fast.config_files import json_text
@@ -42,9 +42,10 @@ _WIDE = 1 << 16
 _NARROW = 16
 
 
-def show(*blocks: Block, file: TextIO | None = None) -> None:
-    """Print texts and tables, with an empty line between them."""
+def show(*blocks: Block, file: TextIO | None = None, spelled: Callable[[str], str] = str) -> None:
+    """Print texts, as `spelled` returns them, and tables, with an empty line between them."""
     stream = file or sys.stdout
+    blocks = tuple(spelled(block) if isinstance(block, str) else block for block in blocks)
     if not (stream.isatty() or os.environ.get("FORCE_COLOR", "0") not in ("", "0")):
         print("\n\n".join(map(str, blocks)), file=stream)
         return

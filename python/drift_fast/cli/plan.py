@@ -54,7 +54,7 @@ def run(given: argparse.Namespace) -> int:
     if given.json:
         print_json(found.to_dict())
     else:
-        show(*found.blocks())
+        show(*found.blocks(), spelled=given.spelled)
         if found.fits is not False:
             words = ["drift-fast", "setup", "trainer", given.reasoning, given.multimodal]
             words += words_for(found.run, _FOR_SETUP)

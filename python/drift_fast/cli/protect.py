@@ -7,6 +7,7 @@ from pathlib import Path
 
 from drift_fast.cli.options import add_config, add_json, add_options, from_flags
 from drift_fast.cli.output import next_step, print_json, remark, show
+from drift_fast.errors import DriftError
 from drift_fast.protection.options import ProtectOptions
 
 
@@ -35,9 +36,16 @@ def run(given: argparse.Namespace) -> int:
     from drift_fast.protection.protect import protect
     from drift_fast.protection.samples import Samples, load
 
-    model, processor = load(given.model, given.device)
-    samples = Samples(given.samples, processor)
-    remark(f"gradients on {len(samples)} samples in {options.directions} directions")
+    samples = Samples(given.samples)
+    counts = {"sample": len(samples), "direction": options.directions}
+    few, many = (f"{count} {what}{'s' * (count > 1)}" for what, count in counts.items())
+    if len(samples) < options.directions:
+        raise DriftError(
+            f"{given.samples}: {few} for {many}, and each direction is a sum of gradients of "
+            f"other samples; add samples, or pass directions={len(samples)}"
+        )
+    model, samples.processor = load(given.model, given.device)
+    remark(f"gradients on {few} in {many}")
     delta = protect(model, given.delta, samples, given.out, **options.to_dict())
     said = delta.sources["protected"]
     if given.json:

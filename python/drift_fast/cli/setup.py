@@ -26,6 +26,7 @@ from drift_fast.inject.config import InjectionConfig
 from drift_fast.options import option
 from drift_fast.paths import local_path
 from drift_fast.planner.planning import plan
+from drift_fast.planner.remedies import NONE
 from drift_fast.planner.report import TrainingPlan
 from drift_fast.preflight.check import Preflight, check
 from drift_fast.sizes import parse_size
@@ -111,6 +112,8 @@ _NAMES = {
 }
 # Both frameworks refuse this name, and say which they have.
 _UNKNOWN = "FILL_IN"
+# Without one of them transformers makes no processor of images.
+_PROCESSORS = ("processor_config.json", "preprocessor_config.json")
 
 
 def _check_rank(value: int | None) -> None:
@@ -179,7 +182,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_sources(parser)
     parser.add_argument("--out", "-o", type=Path, metavar="DIR", help="directory to write")
     add_options(parser, SetupOptions)
-    parser.set_defaults(run=run, value_error_status=2)
+    parser.set_defaults(run=run, value_error_status=2, advice_for="delta")
 
 
 def run(given: argparse.Namespace) -> int:
@@ -188,11 +191,18 @@ def run(given: argparse.Namespace) -> int:
     chosen = {name: getattr(options, name) for name in SelectionOptions.names()}
     report = check(given.reasoning, given.multimodal, **chosen)
     if not report.ok:
-        show(*report.blocks())
+        show(*report.blocks(), spelled=given.spelled)
         return 1
     notes = sum(finding.severity == "note" for finding in report.findings)
     if notes:
         remark(f"`drift-fast check` has {notes} note{'s' if notes > 1 else ''} on this pair")
+    folder = local_path(given.multimodal)
+    if folder.is_dir() and not any((folder / name).is_file() for name in _PROCESSORS):
+        remark(
+            f"{given.multimodal} has no {' or '.join(_PROCESSORS)}, and a run loads the processor "
+            "from there: copy it, with the tokenizer, from the model that this one comes from "
+            "(AutoProcessor.from_pretrained(…).save_pretrained(…))"
+        )
     stack = STACKS[given.stack]
     values, tuning = _values(given, options, report)
     if options.learning_rate is None and tuning == "full":
@@ -355,8 +365,8 @@ def _planned(given: argparse.Namespace, options: SetupOptions) -> tuple[str, str
         tuning, found = "lora", planned(rank)
     if not found.fits:
         what = "all weights do" if tuning == "full" else "LoRA does"
-        fits = "; ".join(found.remedies)
-        remark(f"{what} not fit into {options.gpu_memory} of one GPU; it fits {fits}")
+        fits = f"it fits {'; '.join(found.remedies)}" if found.remedies else NONE
+        remark(f"{what} not fit into {options.gpu_memory} of one GPU; {fits}")
         return tuning, InjectionConfig().residency
     place = str(found["residency of Δ"].value)
     return tuning, InjectionConfig().residency if place == "device" else place

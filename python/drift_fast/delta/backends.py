@@ -175,7 +175,11 @@ class Streamed:
                     f"{name}: {row['overflow']} differences are beyond the range of {dtype}"
                     + ("; choose dtype='bfloat16' or 'float32'" if narrow else "")
                 )
-        refuse_problems(found, "record them in the statistics instead")
+        refuse_problems(
+            found,
+            "record them in the statistics; to "
+            "train, repair the checkpoint, or leave the tensors out with modules=… or layers=…",
+        )
 
 
 # A few mebibytes; more at a time copies no faster.

@@ -41,7 +41,7 @@ _SHUTDOWN = 10.0
 _GONE = timedelta(seconds=5)
 _MARK = "made by rank 0"
 _CLEARED = "cleared"
-_ALONE = "if one process alone is to write, pass ranks=None (drift-fast delta --ranks none)"
+_ALONE = "if one process alone is to write, pass ranks=None"
 
 
 @dataclass(frozen=True)

@@ -289,9 +289,9 @@ class Statistics(Sequence[Row], Shown):
             (
                 row.name,
                 f"{row.numel:,}",
-                f"{row.delta_norm:.4g}",
-                f"{row.reasoning_norm:.4g}",
-                f"{row.multimodal_norm:.4g}",
+                _number(row.delta_norm, ".4g"),
+                _number(row.reasoning_norm, ".4g"),
+                _number(row.multimodal_norm, ".4g"),
                 _number(row.relative, ".4f"),
                 _number(row.rounding_share, ".1%"),
                 _number(row.cosine, ".6f"),

@@ -55,9 +55,10 @@ class StrengthOptions(Options):
     )
     layer_alpha: LayerAlpha = option(
         None,
-        "a factor on alpha by layer: a mapping of layer (or text such as 0-7) to factor, a "
-        "sequence with one for each layer from 0, or a function of the layer, which is None for "
-        "tensors outside the layers; those have 1 unless a mapping has an entry for None",
+        "a factor on alpha by layer: a mapping of layer (or text such as 0-7) to factor, which "
+        "names every layer of the targets, a sequence with one for each layer from 0, or a "
+        "function of the layer, which is None for tensors outside the layers; those have 1 unless "
+        "a mapping has an entry for None",
     )
     scale: Scale = option(
         "adaptive",

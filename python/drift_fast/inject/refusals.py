@@ -20,7 +20,7 @@ from drift_fast.inject.lora.shard import FactorShard
 from drift_fast.inject.shards.base import Shard, Whole
 from drift_fast.inject.target import Target
 from drift_fast.options import Options
-from drift_fast.selection import pattern_of
+from drift_fast.selection import pattern_of, selects_exactly
 
 # Packages whose parameters hold a weight as codes; one that trains is not among those refused.
 _PACKERS = ("bitsandbytes", "torchao", "quanto", "optimum", "hqq")
@@ -144,10 +144,14 @@ def check_trained(targets: Sequence[Target], model: nn.Module) -> None:
                 f"PEFT's {prompts} trains prompts and none of the model's weights; train with LoRA "
                 "(peft.LoraConfig) instead"
             )
-        elif adapted := [target.delta_name for target in targets if target.adapted is not None]:
+        elif any(target.adapted is not None for target in targets):
+            trained = [target.delta_name for target in targets if target.parameter.requires_grad]
+            still = [target.delta_name for target in targets if not target.parameter.requires_grad]
+            pattern = pattern_of(trained)
+            told = f'modules="{pattern}" or ' if selects_exactly(pattern, trained, still) else ""
             remedy = (
-                f'inject into the adapted ones only, with modules="{pattern_of(adapted)}" or '
-                "strict=False; or add its module to target_modules of the LoraConfig"
+                f"inject into what trains only, with {told}strict=False; or add its module to "
+                "target_modules of the LoraConfig"
             )
         raise DriftError(
             f"{len(frozen)} of {len(targets)} targets are frozen (requires_grad is False), "

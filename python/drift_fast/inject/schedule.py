@@ -11,6 +11,7 @@ where a bound is a step or a share of the run, an int is steps and a float is a 
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 import operator
 import re
@@ -184,11 +185,22 @@ def parse_schedule(schedule: ScheduleLike) -> Schedule:
         factors = tuple(_parse_factor(part, schedule) for part in schedule.split("*"))
         return factors[0] if len(factors) == 1 else Product(factors)
     if callable(schedule):
+        _refuse_other_arguments(schedule)
         return Custom(schedule)
     raise TypeError(
         f"schedule must be text such as 'cosine', one of drift_fast.schedule, or a function of "
         f"(step, total), got {type(schedule).__name__}"
     )
+
+
+def _refuse_other_arguments(function: Callable[..., float]) -> None:
+    try:
+        inspect.signature(function).bind(0, 1)
+    except TypeError as error:
+        raise TypeError(f"a schedule is a function of (step, total): {error}") from None
+    except ValueError:
+        # Some of C's say nothing of their arguments.
+        return
 
 
 _NAMED: dict[str, Callable[..., Schedule]] = {

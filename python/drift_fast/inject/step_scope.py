@@ -132,10 +132,18 @@ class StepScope(Scope):
             first += len(group.targets)
         if refusal is not None:
             return missing, refusal
-        for target in self._targets:
-            changed = "" if target.adapted is None else target.adapted.changed()
-            if changed:
-                return missing, DriftError(f"{target.name} cannot be injected into: {changed}")
+        changed = [
+            f"{target.name} cannot be injected into: {why}"
+            for target in self._targets
+            if target.adapted is not None and (why := target.adapted.changed())
+        ]
+        if missing or changed:
+            try:
+                self.watchdog.check_present()
+            except DriftError as error:
+                return missing, error
+        if changed:
+            return missing, DriftError(changed[0])
         for target in (self._targets[at] for at in sorted(missing)):
             gradients = [p.grad for p in target.trained if p.grad is not None]
             if any(gradient.layout != torch.strided for gradient in gradients):

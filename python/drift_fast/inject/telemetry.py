@@ -11,6 +11,7 @@ import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from drift_fast.inject.strength.control import Control
 from drift_fast.inject.strength.formula import Scale
@@ -182,12 +183,24 @@ class AngleHint:
             )
 
 
+def csv_file(path: str | os.PathLike[str]) -> Path:
+    """Return the path of a CSV file that may be written.
+
+    Raises:
+        ValueError: a directory is there.
+    """
+    path = local_path(path)
+    if path.is_dir():
+        raise ValueError(f"csv names the directory {path}; name a file in it, such as metrics.csv")
+    return path
+
+
 def append_rows(path: str | os.PathLike[str], step: int, metrics: Mapping[str, float]) -> None:
     """Append one row of step, metric and value for each metric to a CSV file.
 
     Its directory is made where there is none.
     """
-    path = local_path(path)
+    path = csv_file(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = not path.exists() or path.stat().st_size == 0
     with path.open("a", newline="") as file:
@@ -202,7 +215,7 @@ def set_aside(path: str | os.PathLike[str]) -> None:
 
     A run that begins does so before its first row; one that is resumed goes on with its file.
     """
-    path = local_path(path)
+    path = csv_file(path)
     if not path.exists() or path.stat().st_size == 0:
         return
     number = 1

@@ -189,6 +189,14 @@ class Watchdog:
         self._use(held)
         return True
 
+    def check_present(self) -> None:
+        """Refuse targets that are no longer in the model.
+
+        Raises:
+            DriftError: the first of them.
+        """
+        self._present.check()
+
     def would_use_plain(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether an optimizer holds a target whose gradient was not injected.
 

@@ -106,9 +106,16 @@ def _attached(
 
         _refuse("a trainer has its own model and scaler;", model=model, scaler=scaler)
         return attach_trainer(owner, delta, config, csv=csv)
+    remedy = "in a loop of one's own, use drift_fast.Injection"
+    if hasattr(owner, "fit"):
+        remedy = (
+            "with Lightning pass callbacks=[DriftCallback(delta, …)] of "
+            "drift_fast.integrations.lightning to its Trainer"
+        )
+    kind = f"{type(owner).__module__}.{type(owner).__qualname__}"
     raise TypeError(
-        "expected a transformers Trainer, a DeepSpeed engine or a torch optimizer, got "
-        f"{type(owner).__name__}; in a loop of one's own, use drift_fast.Injection"
+        f"expected a transformers Trainer, a DeepSpeed engine or a torch optimizer, got {kind}; "
+        f"{remedy}"
     )
 
 

@@ -30,7 +30,7 @@ from drift_fast.inject.injection import Injection
 from drift_fast.inject.refusals import check_adapted, check_trainable, check_trained
 from drift_fast.inject.shards.find import all_processes
 from drift_fast.inject.targets import find_targets
-from drift_fast.inject.telemetry import append_rows, as_logged, set_aside
+from drift_fast.inject.telemetry import append_rows, as_logged, csv_file, set_aside
 from drift_fast.integrations.attached import AttachedInjection
 from drift_fast.integrations.deepspeed_engine import EngineDriver
 from drift_fast.integrations.trainer_run import (
@@ -95,7 +95,7 @@ class TrainerInjection(AttachedInjection):
         csv: str | os.PathLike[str] | None,
     ) -> None:
         self._trainer = trainer
-        self._csv = csv
+        self._csv = None if csv is None else csv_file(csv)
         if _scaler_of(trainer) is not None and config.scope == "microbatch":
             raise DriftError(
                 "scope='microbatch' under float16 would inject into scaled gradients; train in "

@@ -35,7 +35,7 @@ from drift_fast.inject.driver import Driver
 from drift_fast.inject.injection import Injection
 from drift_fast.inject.scope import Scope
 from drift_fast.inject.shards.zero_support import is_engine
-from drift_fast.inject.telemetry import append_rows, as_logged, set_aside
+from drift_fast.inject.telemetry import append_rows, as_logged, csv_file, set_aside
 from drift_fast.integrations.deepspeed_engine import EngineDriver
 from drift_fast.options import takes
 
@@ -101,7 +101,7 @@ class DriftCallback(Callback):
         super().__init__()
         self._config = InjectionConfig.resolve(config, options, function="DriftCallback")
         self._delta = delta
-        self._csv = csv
+        self._csv = None if csv is None else csv_file(csv)
         self._steps = 0
         self._logged = 0
         self._saved: dict[str, Any] | None = None

@@ -177,12 +177,14 @@ def merge(
         )
     if given.base_mapping is not None and given.base is None:
         raise ValueError("base_mapping is about the tensors of the base, so it needs base=…")
-    if (
-        not isinstance(reasoning, Delta)
-        and given.base is None
-        and (is_same_source(reasoning, multimodal))
-    ):
-        raise AlignmentError(SAME)
+    if not isinstance(reasoning, Delta):
+        if given.base is None and is_same_source(reasoning, multimodal):
+            raise AlignmentError(SAME)
+        if given.base is not None and is_same_source(reasoning, given.base):
+            raise AlignmentError(
+                "the base is the reasoning model, so its task vector is zero and the merge would "
+                "be the multimodal model: give the model that both were trained from, or no base"
+            )
     target = local_path(out)
     with reported(given.progress_bar, given.on_progress) as report:
         found = _align(chosen, reasoning if delta is None else delta, multimodal, given)

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from drift_fast.alignment.model_pair import SAME, is_same_source
 from drift_fast.checkpoints.opened import PathLike
+from drift_fast.names import is_other_modality
 from drift_fast.options import takes
 from drift_fast.paths import local_path
 from drift_fast.planner import figures, hours, motion, rates
 from drift_fast.planner.counts import read_model
 from drift_fast.planner.memory import Memory, estimate
 from drift_fast.planner.options import PlanOptions
-from drift_fast.planner.remedies import Remedies
+from drift_fast.planner.remedies import NONE, Remedies
 from drift_fast.planner.report import TrainingPlan, sized
 from drift_fast.planner.scenario import Scenario
 
@@ -55,10 +56,11 @@ def plan(
             invalid.
         DriftError: a config.json from which transformers cannot build the model.
         TypeError: an unknown option.
-        ValueError: an invalid option.
+        ValueError: an invalid option, or a progress_cap that is not above the progress_target.
     """
     run, unused = _read(config, options)
     planned = Scenario.of(run, read_model(reasoning), read_model(multimodal))
+    _refuse_low_cap(planned)
     size = motion.size_of(run.delta, run.rms, planned.selection)
     memory = estimate(run, planned.multimodal, planned.delta_numel, run.gpu_nbytes)
     of_motion = list(motion.figures(run, size))
@@ -77,6 +79,7 @@ def plan(
     if gpu_nbytes is not None and not fits:
         warnings.append(f"each GPU needs {sized(memory.device_nbytes)} and has {sized(gpu_nbytes)}")
         remedies = Remedies(planned, gpu_nbytes).found()
+        warnings += [] if remedies else [NONE]
     return TrainingPlan(found, warnings, fits, remedies, unused, run)
 
 
@@ -100,10 +103,47 @@ def _read(config: PathLike | None, options: Mapping[str, Any]) -> tuple[PlanOpti
     return PlanOptions.from_keywords(merged, function="plan"), given.unused
 
 
+def _refuse_low_cap(planned: Scenario) -> None:
+    """Refuse a cap that a target does not come to, as an injection does.
+
+    Raises:
+        ValueError: as `Control`, of these two.
+    """
+    run, names = planned.run, planned.names
+    if run.progress_cap is None or run.progress_target is None:
+        return
+    # Imported here, since it needs torch.
+    from drift_fast.inject.config import StrengthOptions
+    from drift_fast.inject.strength.control import Control
+
+    stated = StrengthOptions(
+        alpha=run.alpha,
+        progress_cap=run.progress_cap,
+        progress_target=run.progress_target,
+        total_steps=1,
+    )
+    Control(names, stated, squares=[1.0] * len(names))
+
+
 def _remarks(planned: Scenario, memory: Memory) -> Iterator[str]:
     run, selection = planned.run, planned.selection
     if is_same_source(planned.reasoning.given, planned.multimodal.given):
         yield SAME
+    towers = [name for name in planned.reasoning.shapes if is_other_modality(name)]
+    # As `check` has it: a stray buffer is not a tower.
+    if len(towers) > 3 and not any(map(is_other_modality, planned.multimodal.shapes)):
+        yield (
+            f"the reasoning model has {len(towers)} tensors of another modality, {towers[0]} "
+            "first, and the multimodal one has none: the two seem to be exchanged. Exchange them; "
+            "`drift-fast check` says whether they fit each other"
+        )
+    if run.steps is not None and run.samples is not None:
+        follows = run.changed(steps=None).optimizer_steps
+        if follows != run.steps:
+            yield (
+                f"steps={run.steps} wins over samples={run.samples} and epochs={run.epochs:g}, "
+                f"which come to {follows:,} steps: leave steps out to plan those"
+            )
     reasoning = planned.reasoning.numel(planned.reasoning.selected(selection))
     if reasoning != planned.delta_numel:
         yield (

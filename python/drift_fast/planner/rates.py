@@ -114,7 +114,7 @@ BY_RESIDENCY = {
         "drift_fast, adaptive, attention + MLP, host-int8, 1GB ahead", 324.9, 184.9
     ),
 }
-LORA = Injecting(_LORA, "One process alone", "drift_fast, adaptive", (204.0, 188.7), H200)
+LORA = Injecting(_LORA, "One process alone", "drift_fast, adaptive", (197.3, 184.9), H200)
 EVERY = (COLD, WARM, READ, ATTENTION, LORA, *BY_RESIDENCY.values())
 
 

@@ -23,6 +23,10 @@ _CHANGES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("with LoRA of rank 64", {"lora_rank": 64}),
 )
 _MOST_GPUS = 64
+NONE = (
+    f"none of the changes tried makes the run fit, up to {_MOST_GPUS} GPUs; choose a smaller "
+    "model, or read its weights in 4 bits (QLoRA), which is not planned here"
+)
 
 
 @dataclass(frozen=True)
@@ -33,11 +37,8 @@ class Remedies:
     gpu_nbytes: int
 
     def found(self) -> list[str]:
-        """Return the changes that make the run fit, or what else to do."""
-        return list(self._fitting()) or [
-            f"with none of the changes tried, up to {_MOST_GPUS} GPUs; choose a smaller "
-            "model, or read its weights in 4 bits (QLoRA), which is not planned here"
-        ]
+        """Return the changes that make the run fit."""
+        return list(self._fitting())
 
     def _fitting(self) -> Iterator[str]:
         """Yield changes that make the run fit: one alone, or one with gradient checkpointing."""

@@ -243,12 +243,13 @@ def _refuse_taken(path: Path, *, overwrite: bool) -> None:
 def _refuse_few(counts: torch.Tensor) -> None:
     if not bool(counts.all()):
         batches, directions = int(counts.sum()), len(counts)
+        were = "was 1 batch" if batches == 1 else f"were {batches} batches"
         why = (
             "was it a generator that is used up already?"
             if not batches
             else "pass smaller batches, or more of them, or ask for fewer directions"
         )
-        raise DriftError(f"there were {batches} batches for {directions} directions: {why}")
+        raise DriftError(f"there {were} for {directions} directions: {why}")
 
 
 def _refuse_unseen(targets: Sequence[Target]) -> None:

@@ -27,18 +27,17 @@ _FORM = (
 
 
 class Samples:
-    """The rows of a file; each becomes a batch when it is asked for.
+    """The rows of a file; each becomes a batch when it is asked for, with `processor` set by then.
 
     Raises:
         FileNotFoundError: no such file.
-        DriftError: a file or a row that is not of the form, or a row whose answers cannot be told
-            from the rest.
+        DriftError: a file or a row that is not of the form, a row of fewer than two tokens, or one
+            whose answers cannot be told from the rest.
     """
 
-    def __init__(self, path: Path, processor: Any) -> None:
+    def __init__(self, path: Path, processor: Any = None) -> None:
         self._path = path
-        self._processor = processor
-        self._tokenizer = getattr(processor, "tokenizer", processor)
+        self.processor = processor
         self._rows = _read(path)
 
     def __len__(self) -> int:
@@ -49,16 +48,45 @@ class Samples:
             where = f"{self._path}, sample {number}"
             if not isinstance(row, Mapping) or not ("text" in row or "messages" in row):
                 raise DriftError(f"{where}: {_FORM}, found {str(row)[:100]}")
-            yield self._text(row["text"]) if "text" in row else self._answers(row, where)
+            yield self._text(row["text"], where) if "text" in row else self._answers(row, where)
 
-    def _text(self, text: str) -> dict[str, Any]:
+    @property
+    def _tokenizer(self) -> Any:
+        return getattr(self.processor, "tokenizer", self.processor)
+
+    def _text(self, text: str, where: str) -> dict[str, Any]:
         batch = dict(self._tokenizer(text, return_tensors="pt"))
+        self._refuse_short(batch, where)
         return batch | {"labels": batch["input_ids"].clone()}
+
+    def _refuse_short(self, batch: Mapping[str, Any], where: str) -> None:
+        """Refuse a row without a token to predict.
+
+        Raises:
+            DriftError: it has fewer than two tokens; whether the model has a tokenizer is told.
+        """
+        count = batch["input_ids"].shape[1]
+        if count > 1:
+            return
+        tokenizer, known = self._tokenizer, self._tokenizer.get_vocab()
+        source = tokenizer.name_or_path
+        # Without files transformers makes a tokenizer of special tokens alone.
+        why = (
+            f"its tokenizer knows {len(known):,} tokens: write a longer text, or leave the row out"
+            if known.keys() - tokenizer.get_added_vocab().keys()
+            else "it has no tokenizer files: copy tokenizer.json and tokenizer_config.json there "
+            "from the model that it comes from"
+        )
+        raise DriftError(
+            f"{where}: {source} makes {count or 'no'} token{'' if count == 1 else 's'} of it, and "
+            f"the loss needs two or more; {why}"
+        )
 
     def _answers(self, row: Mapping[str, Any], where: str) -> dict[str, Any]:
         """Return a conversation whose labels are the tokens of the assistant's turns."""
         messages = self._messages(row, where)
         batch = self._template(messages)
+        self._refuse_short(batch, where)
         tokens = batch["input_ids"]
         labels = torch.full_like(tokens, _IGNORED)
         for at, message in enumerate(messages):
@@ -81,7 +109,7 @@ class Samples:
 
     def _template(self, messages: Sequence[Any], **options: Any) -> dict[str, Any]:
         return dict(
-            self._processor.apply_chat_template(
+            self.processor.apply_chat_template(
                 messages, tokenize=True, return_dict=True, return_tensors="pt", **options
             )
         )

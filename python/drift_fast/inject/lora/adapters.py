@@ -238,8 +238,8 @@ def _follow(module: Any, base: Any) -> Adapted | str:
     trained = tuple(p for one in factors for p in one.parameters if p.requires_grad)
     if not trained:
         return (
-            "none of its adapters is active and trained; load adapters with is_trainable=True, and "
-            "choose with set_adapter(…)"
+            "none of its adapters is active and trained; load adapters with is_trainable=True, "
+            "choose with set_adapter(…), or leave it out with modules=… or layers=…"
         )
     own = getattr(module, "parameter_name", None)
     beside = (p for name, p in base.named_parameters() if name != "bias" and own in (None, name))

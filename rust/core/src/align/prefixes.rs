@@ -73,11 +73,27 @@ impl Models<'_> {
         let first = layers.find(|&at| self.namesake(other, at).is_some());
         Error::Ambiguous(format!(
             "two alignments fit: {} could be {} or {} ({count} tensors match in the second way); \
-             nothing shows which is meant, so neither is taken. Save the language model that is \
-             meant as a checkpoint of its own and align with that",
+             nothing shows which is meant, so neither is taken. Say which with the mapping {} or {}",
             first.map_or("", |at| &self.reasoning.tensors[at].name),
             example(chosen),
             example(other),
+            self.stated(chosen),
+            self.stated(other),
         ))
+    }
+
+    /// Prefixes as a mapping states them, such as `model:model.language_model`.
+    fn stated(&self, prefixes: &Prefixes) -> String {
+        let pair = self.reasoning.layer_positions().find_map(|at| {
+            let other = self.namesake(prefixes, at)?;
+            Some((&self.reasoning.tensors[at].name, &self.multimodal.tensors[other].name))
+        });
+        let Some((name, other)) = pair else { return String::new() };
+        let alike = name.rsplit('.').zip(other.rsplit('.')).take_while(|(a, b)| a == b).count();
+        let prefix = |name: &str| {
+            let parts: Vec<&str> = name.split('.').collect();
+            parts[..parts.len() - alike].join(".")
+        };
+        format!("{}:{}", prefix(name), prefix(other))
     }
 }
