@@ -169,12 +169,6 @@ def pattern_of(names: Iterable[str]) -> str:
     return rf"re:\.({'|'.join(map(re.escape, modules))})(\.|$)"
 
 
-def selects_exactly(pattern: str, names: Iterable[str], others: Iterable[str]) -> bool:
-    """Whether a pattern of `pattern_of` selects all of these tensors and none of the others."""
-    found = re.compile(pattern.removeprefix("re:")).search
-    return all(map(found, names)) and not any(map(found, others))
-
-
 def _split(item: str) -> list[str]:
     # A comma separates presets on the command line, but may be part of a pattern.
     return [item] if item.startswith("re:") else item.split(",")

@@ -202,6 +202,19 @@ def test_a_file_that_is_no_map_is_refused_by_name(tmp_path: Path, pair: Pair, te
         compute_delta(pair.reasoning, pair.multimodal, mapping=path)
 
 
+@pytest.mark.parametrize("missing", ["a/b:c.json", "C:\\maps\\map", "a:b.json"])
+def test_text_that_looks_like_a_path_is_one(pair: Pair, missing: str) -> None:
+    with refused(FileNotFoundError, missing, "no such map file"):
+        compute_delta(pair.reasoning, pair.multimodal, mapping=missing)
+
+
+def test_prefix_pairs_may_be_text_however_long(pair: Pair) -> None:
+    text = ", ".join(["model:model.language_model"] * 30)
+    assert len(text) > 255
+    found = compute_delta(pair.reasoning, pair.multimodal, mapping=text)
+    assert len(found) == len(compute_delta(pair.reasoning, pair.multimodal))
+
+
 def test_a_map_that_is_not_there_says_how_to_make_one(pair: Pair) -> None:
     with refused(FileNotFoundError, "nowhere.json", "drift-fast align"):
         compute_delta(pair.reasoning, pair.multimodal, mapping="nowhere.json")

@@ -89,7 +89,7 @@ def test_two_alignments_that_fit_are_an_error_of_their_own(tmp_path: Path, text:
     with pytest.raises(AmbiguousAlignmentError, match=r"talker.*thinker") as caught:
         align_checkpoints(*sources, PairOptions())
     # Each of the mappings that it names does.
-    mappings = re.findall(r"\S*:\S+", str(caught.value).partition("the mapping ")[2])
+    mappings = re.findall(r"\S+:\S+", str(caught.value).partition("the mapping ")[2])
     assert len(mappings) == 2
     for mapping, part in zip(mappings, parts, strict=True):
         (found,) = {name.split(".")[0] for name in compute_delta(*sources, mapping=mapping)}

@@ -1348,21 +1348,29 @@ def test_every_weight_is_pulled_back_from_its_own_delta_alone_or_together(
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("ranks", [(3,), (3, 2)])
 @pytest.mark.parametrize("frozen", ["", "a", "b"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_products_of_parts_are_those_of_any_rows_and_adapters(
     monkeypatch: pytest.MonkeyPatch,
     rows: tuple[int, int] | None,
     transposed: bool,
     ranks: tuple[int, ...],
     frozen: str,
+    dtype: torch.dtype,
 ) -> None:
     """A process may hold no row of a weight that has fewer than there are processes."""
     torch.manual_seed(0)
     shape = height, width = 7, 10
     factors = []
     for at, rank in enumerate(ranks):
-        a, b = (torch.nn.Parameter(torch.randn(one)) for one in ((rank, width), (height, rank)))
+        a, b = (
+            torch.nn.Parameter(torch.randn(one, dtype=dtype))
+            for one in ((rank, width), (height, rank))
+        )
         if transposed:
-            a, b = (torch.nn.Parameter(torch.randn(one)) for one in ((rank, height), (width, rank)))
+            a, b = (
+                torch.nn.Parameter(torch.randn(one, dtype=dtype))
+                for one in ((rank, height), (width, rank))
+            )
         factors.append(Factors(a, b, rank, str(at), {str(at): 0.5 + at}))
     weights = [one for some in factors for one in (some.a, some.b)]
     kinds = [(kind, one) for some in factors for kind, one in (("a", some.a), ("b", some.b))]

@@ -21,11 +21,12 @@ from drift_fast import DriftError, Injection, NonFiniteError
 from drift_fast.dtypes import INT8_BLOCK
 from drift_fast.inject.compute.base import SMALL
 from drift_fast.inject.compute.host import HostArithmetic
-from drift_fast.inject.placement import residency
+from drift_fast.inject.placement import load, residency
 from drift_fast.inject.placement.held import OnDisk
 from drift_fast.inject.placement.int8 import Int8
 from drift_fast.inject.placement.residency import choose
 from drift_fast.inject.placement.stores import Ring
+from drift_fast.inject.shards.base import Whole
 from support.injection_models import (
     arithmetic,
     delta_towards,
@@ -72,6 +73,31 @@ def test_disk_gives_the_gradients_of_a_resident_delta_bit_for_bit(
         assert_same(one, other, label=f"step {step}")
     # Overall sums are added up in another order.
     assert metrics == pytest.approx(told, rel=1e-9)
+
+
+@pytest.mark.parametrize("where", ["device", "disk", "device-int8"])
+def test_a_weight_that_is_gathered_is_asked_for_when_delta_is_loaded(
+    delta: drift_fast.Delta, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """Gathering is a collective, and processes may load in other orders, or fail."""
+    with Injection(backbone(), delta, residency=where) as injection:
+        expected = injection._groups[0].origin
+    original = load.load
+
+    def refuse(self: Whole) -> torch.Tensor:
+        raise AssertionError("gathered while Δ is loaded")
+
+    def guarded(*given: Any) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(Whole, "weight", refuse)
+            original(*given)
+
+    monkeypatch.setattr(load, "load", guarded)
+    with pytest.raises(AssertionError, match="gathered"):
+        Injection(backbone(), delta, residency=where)
+    monkeypatch.setattr(Whole, "gathers", True)
+    with Injection(backbone(), delta, residency=where) as injection:
+        assert injection._groups[0].origin == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("scale", ["absolute", "gradnorm", "project"])

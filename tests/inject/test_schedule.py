@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from typing import Any
@@ -208,3 +209,14 @@ def test_what_is_no_schedule_is_refused() -> None:
     with refused(TypeError, "a function of (step, total)"):
         parse_schedule(lambda step: 0.5)  # type: ignore[arg-type,misc]
     assert parse_schedule(lambda step, total=None: 0.5)(3, 9) == 0.5
+
+
+def test_a_function_that_wraps_another_is_asked_for_its_own_arguments() -> None:
+    def left(share: float) -> float:
+        return 1 - share
+
+    @functools.wraps(left)
+    def wrapper(step: int, total: int) -> float:
+        return left(step / total)
+
+    assert parse_schedule(wrapper)(1, 4) == 0.75  # type: ignore[arg-type]

@@ -81,12 +81,11 @@ def test_what_is_not_shifted_has_no_share(tmp_path: Path) -> None:
     assert merged.rounding_share is None
 
 
-def test_a_base_is_not_the_reasoning_model(tmp_path: Path) -> None:
+def test_a_base_that_is_the_reasoning_model_is_noticed(tmp_path: Path) -> None:
     write_pair(tmp_path, 0.01)
     text, vlm = tmp_path / "text", tmp_path / "vlm"
-    with pytest.raises(AlignmentError, match="its task vector is zero"):
+    with pytest.warns(DriftWarning, match="its task vector is zero"):
         merge("task_arithmetic", text, vlm, tmp_path / "out", base=text)
-    assert not (tmp_path / "out").exists()
 
 
 def test_a_model_is_not_merged_with_itself(tmp_path: Path) -> None:

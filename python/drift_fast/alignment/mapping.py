@@ -195,7 +195,8 @@ def _refuse_unknown(names: Iterable[str], known: Iterable[str], side: str) -> No
 
 def parse_mapping(text: str) -> str | list[tuple[str, str]]:
     """Return prefix pairs from text such as `a:b,c:d`, or the path of a map file."""
-    if ":" not in text or local_path(text).exists():
+    # No prefix looks like a path.
+    if ":" not in text or text.endswith(".json") or "/" in text or "\\" in text:
         return text
     pairs = [pair.partition(":") for pair in text.split(",")]
-    return [(first, second) for first, _, second in pairs]
+    return [(first.strip(), second.strip()) for first, _, second in pairs]

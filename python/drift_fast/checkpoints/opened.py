@@ -13,7 +13,7 @@ from pathlib import Path
 from drift_fast._core import Checkpoint
 from drift_fast.checkpoints.config_json import BLOCK, Configuration
 from drift_fast.checkpoints.diagnosis import explain
-from drift_fast.checkpoints.place import INDEX, SINGLE, Place
+from drift_fast.checkpoints.place import Place
 from drift_fast.checkpoints.source import Source, resolve
 from drift_fast.checkpoints.unloaded import find_unloaded
 from drift_fast.config_files import refuse_control_characters
@@ -214,7 +214,7 @@ def open_checkpoint(source: PathLike, reader: str = "auto") -> Opened:
 
 def _open(path: Path, reader: str) -> Checkpoint:
     """Open what is at a path; a directory that does not open, or is a delta, is explained."""
-    if (path / "drift.json").is_file() and not any((path / n).exists() for n in (SINGLE, INDEX)):
+    if all((path / name).is_file() for name in ("drift.json", "delta.safetensors.index.json")):
         raise explain(Place.on_disk(path))
     try:
         checkpoint = Checkpoint(path, reader=reader)

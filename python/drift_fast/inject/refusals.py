@@ -20,7 +20,7 @@ from drift_fast.inject.lora.shard import FactorShard
 from drift_fast.inject.shards.base import Shard, Whole
 from drift_fast.inject.target import Target
 from drift_fast.options import Options
-from drift_fast.selection import pattern_of, selects_exactly
+from drift_fast.selection import Selection, pattern_of
 
 # Packages whose parameters hold a weight as codes; one that trains is not among those refused.
 _PACKERS = ("bitsandbytes", "torchao", "quanto", "optimum", "hqq")
@@ -145,10 +145,11 @@ def check_trained(targets: Sequence[Target], model: nn.Module) -> None:
                 "(peft.LoraConfig) instead"
             )
         elif any(target.adapted is not None for target in targets):
-            trained = [target.delta_name for target in targets if target.parameter.requires_grad]
-            still = [target.delta_name for target in targets if not target.parameter.requires_grad]
-            pattern = pattern_of(trained)
-            told = f'modules="{pattern}" or ' if selects_exactly(pattern, trained, still) else ""
+            trains = {target.delta_name: target.parameter.requires_grad for target in targets}
+            pattern = pattern_of(name for name, does in trains.items() if does)
+            selection = Selection.parse(pattern, None)
+            fits = all((name in selection) == does for name, does in trains.items())
+            told = f'modules="{pattern}" or ' if fits else ""
             remedy = (
                 f"inject into what trains only, with {told}strict=False; or add its module to "
                 "target_modules of the LoraConfig"

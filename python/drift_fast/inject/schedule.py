@@ -195,7 +195,7 @@ def parse_schedule(schedule: ScheduleLike) -> Schedule:
 
 def _refuse_other_arguments(function: Callable[..., float]) -> None:
     try:
-        inspect.signature(function).bind(0, 1)
+        inspect.signature(function, follow_wrapped=False).bind(0, 1)
     except TypeError as error:
         raise TypeError(f"a schedule is a function of (step, total): {error}") from None
     except ValueError:

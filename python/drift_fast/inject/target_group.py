@@ -96,6 +96,7 @@ class TargetGroup:
         self._start, self._origin = None, sums.dot
         if rescale:
             self._factor = (sums.norm / self.norms.to(sums.norm.dtype)).to(self.norms.dtype)
+        self.store.fill_ahead()
         self.begin()
 
     def release(self) -> None:

@@ -7,6 +7,7 @@ all. `methods` says what each method takes, the core computes it; docs/merging.m
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from drift_fast.checkpoints.opened import Opened, PathLike, open_checkpoint
 from drift_fast.config_files import json_text
 from drift_fast.delta.backends import describe_sources
 from drift_fast.delta.delta import Delta
-from drift_fast.errors import AlignmentError
+from drift_fast.errors import AlignmentError, DriftWarning
 from drift_fast.merging.config import MergeConfig
 from drift_fast.merging.exclusions import LEFT_OUT_AS_TIED
 from drift_fast.merging.given_delta import align_delta, given_delta
@@ -181,9 +182,11 @@ def merge(
         if given.base is None and is_same_source(reasoning, multimodal):
             raise AlignmentError(SAME)
         if given.base is not None and is_same_source(reasoning, given.base):
-            raise AlignmentError(
-                "the base is the reasoning model, so its task vector is zero and the merge would "
-                "be the multimodal model: give the model that both were trained from, or no base"
+            warnings.warn(
+                "the base is the reasoning model, so its task vector is zero and nothing of it is "
+                "merged: give the model that both were trained from, or no base",
+                DriftWarning,
+                stacklevel=2,
             )
     target = local_path(out)
     with reported(given.progress_bar, given.on_progress) as report:

@@ -2,8 +2,8 @@
 
 A bfloat16 Δ is not widened on a GPU. A float32 factor is the difference of two bfloat16 ones to 16
 bits, so its product is that of theirs, which are exact but for their float32 sums. What takes time
-is reading Δ, so twice the columns take little longer. Δ̃ is then off by 3e-6, where the rounding of
-Δ itself to bfloat16 is 2e-3; a third part would make an injection a fourth longer
+is reading Δ, so twice the columns take little longer. Δ̃ is then off by some 1e-6, where the
+rounding of Δ itself to bfloat16 is 2e-3; a third part would make an injection a fourth longer
 (benches/results/multi_gpu_lora_2xh200_202611.md).
 """
 
@@ -224,7 +224,7 @@ def _of_parts(product: torch.Tensor, place: int, rank: int, scaling: float) -> t
     Dimension `place` of theirs is parts · rank.
     """
     if product.shape[place] == rank:
-        return product.mul_(scaling)
+        return product.mul_(scaling).contiguous()
     rounded, beyond = torch.split(product, rank, place)
     return rounded - beyond
 

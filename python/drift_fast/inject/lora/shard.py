@@ -57,6 +57,8 @@ class FactorShard:
     whole where the factors are not.
     """
 
+    gathers = False
+
     def __init__(
         self, adapted: Adapted, shards: Sequence[Shard], base: Shard | None = None
     ) -> None:

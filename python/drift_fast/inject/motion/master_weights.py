@@ -36,6 +36,7 @@ class MasterWeights:
         self.span = shard.span
         self.process_groups = shard.process_groups
         self.accumulated = shard.accumulated
+        self.gathers = False
 
     def cut(self, whole: torch.Tensor) -> torch.Tensor:
         return self._shard.cut(whole)

@@ -38,6 +38,8 @@ class Wanted:
     done: called when all of it is there, with it on the current stream of the device.
     for_a_while: whether `done` ends the need for the tensor, so that all of them at once would be
         too many.
+    early: whether `done` reads nothing of a tensor in host memory, so that it need not wait until
+        the engine has let go of all memory.
     """
 
     run: Run
@@ -46,6 +48,7 @@ class Wanted:
     make: Callable[[], torch.Tensor]
     done: Callable[[], None] | None = None
     for_a_while: bool = False
+    early: bool = False
     # ‖Δ‖², once it is loaded; NaN where Δ is not finite.
     square: float = 0.0
 
@@ -114,14 +117,14 @@ class _Direct:
         for one, square in zip(self._wanted, squares, strict=True):
             one.square = square
             # The rest were done when they landed.
-            if one.done is not None and one.run.start == one.run.stop:
+            if one.done is not None and not (one.early and one.run.start < one.run.stop):
                 one.done()
 
     def _landed(self, parts: _Parts) -> int:
         self._progress.see(self._wanted, parts)
         for number, _, stop, _ in parts:
             one = self._wanted[number]
-            if one.done is not None and stop == one.run.stop - one.run.start:
+            if one.early and one.done is not None and stop == one.run.stop - one.run.start:
                 one.done()
         self._calls += 1
         return self._calls

@@ -65,8 +65,12 @@ class Place(Protocol):
 def _start_along(
     delta: torch.Tensor, target: Target, shard: Shard, on: Arithmetic
 ) -> torch.Tensor | None:
-    """Return ⟨W, Δ⟩ while Δ is at hand; an adapter is not compared with it in this way."""
-    if target.adapted is not None:
+    """Return ⟨W, Δ⟩ while Δ is at hand.
+
+    None of an adapter, which is not compared with Δ in this way, and where W has to be gathered:
+    processes need not load in one order.
+    """
+    if target.adapted is not None or shard.gathers:
         return None
     return on.measure([shard.weight().contiguous().view(-1)], [delta], wide=True).dot
 
@@ -77,8 +81,8 @@ class _Exact(ABC):
     on: what computes beside the gradients. device: where Δ is loaded to.
     """
 
-    # Whether `_done` ends the need for what was loaded.
-    _for_a_while = False
+    # As in `Wanted`.
+    _for_a_while = _early = False
     _start: torch.Tensor | None = None
 
     def __init__(
@@ -96,9 +100,8 @@ class _Exact(ABC):
             return None
         self._dtype = getattr(torch, delta.dtype)
         nbytes = (run.stop - run.start) * self._dtype.itemsize
-        self._run = Wanted(
-            run, nbytes, self._device, self._make, self._done, for_a_while=self._for_a_while
-        )
+        self._run = Wanted(run, nbytes, self._device, self._make, self._done)
+        self._run.for_a_while, self._run.early = self._for_a_while, self._early
         return [self._run]
 
     def take(self, delta: DeltaReader) -> None:
@@ -164,6 +167,8 @@ class Beside(_Exact):
 
 class OnHost(_Exact):
     """Δ in page-locked memory, which is locked while the next ones are read."""
+
+    _early = True
 
     def __init__(self, target: Target, shard: Shard, on: Arithmetic) -> None:
         super().__init__(target, shard, on, torch.device("cpu"))

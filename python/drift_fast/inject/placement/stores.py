@@ -40,6 +40,9 @@ class Store(Protocol):
     def bucket(self, at: int) -> contextlib.AbstractContextManager[list[torch.Tensor]]:
         """Give the Δ of one bucket, valid inside the context."""
 
+    def fill_ahead(self) -> None:
+        """Begin to bring the Δ of the first buckets to the device, where they are not there."""
+
     def release(self) -> None:
         """Free Δ now."""
 
@@ -65,6 +68,9 @@ class Resident:
     def bucket(self, at: int) -> Iterator[list[torch.Tensor]]:
         start, stop = self.buckets[at]
         yield self.deltas[start:stop]
+
+    def fill_ahead(self) -> None:
+        """Do nothing: all of Δ is there."""
 
     def release(self) -> None:
         self.deltas.clear()
@@ -114,7 +120,6 @@ class Ring:
         slow = any(isinstance(one, OnDisk) for one in held)
         self._reader = ThreadPoolExecutor(1, "drift-fast-reader") if slow else None
         self._next = self._head = 0
-        self._fill_ahead()
 
     def batches(self) -> Iterator[tuple[int, int, list[torch.Tensor]]]:
         for at, (start, stop) in enumerate(self.buckets):
@@ -128,7 +133,7 @@ class Ring:
             return
         if self._head % self._count != at:
             self._turn_to(at)
-        self._fill_ahead()
+        self.fill_ahead()
         slot = self._head % len(self._slots)
         filled = self._filled[slot]
         if isinstance(filled, Future):
@@ -193,7 +198,7 @@ class Ring:
         ends = list(itertools.accumulate(self._padded[member] for member in members))
         return list(zip(some, [0, *ends[:-1]], ends, strict=True))
 
-    def _fill_ahead(self) -> None:
+    def fill_ahead(self) -> None:
         while self._next < self._head + len(self._slots):
             self._fill(self._next)
             self._next += 1

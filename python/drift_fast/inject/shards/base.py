@@ -38,6 +38,10 @@ class Shard(Cut, Protocol):
         """Process groups over which sums are taken; none where nothing is sharded."""
 
     @property
+    def gathers(self) -> bool:
+        """Whether `weight` is a collective, which all processes call in one order."""
+
+    @property
     def accumulated(self) -> tuple[torch.Tensor, ...]:
         """Tensors into which autograd accumulates; none where a hook there is wrong or costs."""
 
@@ -58,6 +62,7 @@ class Whole:
     """A parameter that this process holds whole."""
 
     sharding = "whole"
+    gathers = False
     span = None
     process_groups: tuple[Any, ...] = ()
 

@@ -19,6 +19,7 @@ class DTensorShard:
     """The local tensor of a DTensor parameter."""
 
     sharding = "a DTensor of FSDP2 or tensor parallelism"
+    gathers = False
     wider = (
         "Shard float32 weights: call model.float() before fully_shard(…, "
         "mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))"

@@ -118,6 +118,7 @@ class _Flattened:
     """A run of one original parameter's elements, at an offset of this rank's flat shard."""
 
     sharding = "FSDP1"
+    gathers = False
     wider = (
         "Shard float32 weights: call model.float() before FullyShardedDataParallel(…, "
         "mixed_precision=MixedPrecision(param_dtype=torch.bfloat16))"

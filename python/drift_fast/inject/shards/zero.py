@@ -184,6 +184,7 @@ def _places(optimizer: Any) -> dict[int, _Place]:
 class _Run:
     """Elements [start, stop) of a parameter, found at `offset` of this rank's partition."""
 
+    gathers = False
     accumulated: tuple[torch.Tensor, ...] = ()
 
     def __init__(self, span: tuple[int, int], offset: int, group: Any) -> None:
@@ -348,6 +349,7 @@ class _Replicated(Whole):
     """
 
     sharding = "DeepSpeed's BF16_Optimizer"
+    gathers = True
 
     def __init__(self, optimizer: Any, parameter: nn.Parameter, place: _Place) -> None:
         super().__init__(parameter)

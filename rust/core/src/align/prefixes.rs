@@ -89,11 +89,13 @@ impl Models<'_> {
             Some((&self.reasoning.tensors[at].name, &self.multimodal.tensors[other].name))
         });
         let Some((name, other)) = pair else { return String::new() };
-        let alike = name.rsplit('.').zip(other.rsplit('.')).take_while(|(a, b)| a == b).count();
-        let prefix = |name: &str| {
-            let parts: Vec<&str> = name.split('.').collect();
-            parts[..parts.len() - alike].join(".")
-        };
-        format!("{}:{}", prefix(name), prefix(other))
+        let (mut first, mut second): (Vec<&str>, Vec<&str>) =
+            (name.split('.').collect(), other.split('.').collect());
+        // A prefix that is empty would be right, and read by nobody.
+        while first.len().min(second.len()) > 1 && first.last() == second.last() {
+            first.pop();
+            second.pop();
+        }
+        format!("{}:{}", first.join("."), second.join("."))
     }
 }
