@@ -523,6 +523,11 @@ def test_overlap_is_refused_where_gradients_accumulate(
         run.fit(Module(network), loader(2))
 
 
+def test_attach_names_the_callback(delta: drift_fast.Delta) -> None:
+    with pytest.raises(TypeError, match="DriftCallback"):
+        drift_fast.attach(pl.Trainer(accelerator="cpu", logger=False), delta)
+
+
 def test_an_option_that_does_not_exist_is_refused_at_once(delta: drift_fast.Delta) -> None:
     with pytest.raises(TypeError, match=r"'alhpa'; did you mean 'alpha'"):
         DriftCallback(delta, alhpa=1.0)

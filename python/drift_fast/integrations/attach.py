@@ -107,7 +107,7 @@ def _attached(
         _refuse("a trainer has its own model and scaler;", model=model, scaler=scaler)
         return attach_trainer(owner, delta, config, csv=csv)
     remedy = "in a loop of one's own, use drift_fast.Injection"
-    if hasattr(owner, "fit"):
+    if type(owner).__module__.split(".")[0] in ("lightning", "pytorch_lightning"):
         remedy = (
             "with Lightning pass callbacks=[DriftCallback(delta, …)] of "
             "drift_fast.integrations.lightning to its Trainer"
