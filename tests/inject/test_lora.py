@@ -52,7 +52,7 @@ peft = pytest.importorskip("peft")
 ALL = [*ATTENTION, *MLP]
 SCALES = (*reference.SCALES, "project")
 # By this share Δ̃ of a factor that is multiplied as two bfloat16 parts may be off.
-IN_PARTS = 1e-5
+IN_PARTS = 2.0**-17
 RANK, LORA_ALPHA = 3, 6
 PLAIN = {"default": LORA_ALPHA / RANK}
 

@@ -177,8 +177,8 @@ class Streamed:
                 )
         refuse_problems(
             found,
-            "record them in the statistics; to "
-            "train, repair the checkpoint, or leave the tensors out with modules=… or layers=…",
+            "record them in the statistics; to train, repair the checkpoint, or leave the tensors "
+            "out with modules=… or layers=…",
         )
 
 
