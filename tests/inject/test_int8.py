@@ -5,6 +5,7 @@ Owns the rounding on loading, the blocks that a shard takes, and the gradients t
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,10 @@ from drift_fast.dtypes import INT8_BLOCK
 from drift_fast.inject.compute.base import SMALL
 from drift_fast.inject.placement.int8 import Apart, Int8, quantize
 from drift_fast.inject.placement.int8_blocks import Int8Blocks
+from drift_fast.inject.placement.load import make_arithmetic
+from drift_fast.inject.placement.pipeline import load
+from drift_fast.inject.placement.places import Starts
+from drift_fast.inject.placement.rounded import Rounded, Rounding
 from drift_fast.inject.shards.base import Whole
 from drift_fast.inject.target import DeltaReader, Target
 from support.injection_models import (
@@ -204,7 +209,7 @@ def test_a_stored_int8_delta_is_injected_without_another_rounding(
 ) -> None:
     expected, told = injected("device", int8_deltas["int8"])
     monkeypatch.setattr(
-        "drift_fast.inject.placement.places.quantize", lambda *a: pytest.fail("rounded")
+        "drift_fast.inject.placement.rounded.quantize", lambda *a: pytest.fail("rounded")
     )
     found, metrics = injected(where, int8_deltas["int8"])
     for one, other in zip(found, expected, strict=True):
@@ -224,10 +229,36 @@ def test_rounding_on_loading_gives_the_gradients_of_the_values_stored_as_int8(
         assert_same(one, other)
 
 
+@pytest.mark.parametrize("where", ["device-int8", "host-int8"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize("kind", ["host", "device"])
+def test_targets_that_are_rounded_together_are_rounded_as_one_by_one(
+    int8_deltas: dict[str, drift_fast.Delta],
+    where: str,
+    dtype: str,
+    kind: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with arithmetic(kind):
+        expected, told = injected(where, int8_deltas[dtype])
+        round_together(monkeypatch, 100_000)
+        found, metrics = injected(where, int8_deltas[dtype])
+    for one, other in zip(found, expected, strict=True):
+        assert_same(one, other)
+    assert metrics == told
+
+
+def round_together(monkeypatch: pytest.MonkeyPatch, numel: int) -> None:
+    """Measure so many elements at a time, as on a GPU."""
+    for module in ("places", "rounded"):
+        monkeypatch.setattr(f"drift_fast.inject.placement.{module}.together", lambda device: numel)
+
+
 class Piece:
     """A shard that is a run of elements."""
 
     process_groups = ("group",)
+    gathers = True
 
     def __init__(self, start: int, stop: int) -> None:
         self.span = (start, stop)
@@ -253,6 +284,34 @@ def test_a_shard_that_begins_inside_a_block_holds_the_values_of_the_whole(
     held = Int8(*(stored or quantize(blocks.values(DeltaReader(delta)))), blocks.run)
     whole = int8_deltas["int8"][name].reshape(-1)
     assert torch.equal(filled(held), whole[slice(*span)])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_shards_that_are_rounded_together_keep_to_their_blocks(
+    int8_deltas: dict[str, drift_fast.Delta], dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    delta, device = int8_deltas[dtype], torch.device("cpu")
+    spans = [(3, 60), (63, 65), (700, 700), (64, 1000), (1001, 5003), (0, 70)]
+    names = [name for name, shape in delta.shapes.items() if math.prod(shape) > SMALL]
+    round_together(monkeypatch, 2000)
+    on = make_arithmetic(device)
+    rounding = Rounding(on, Starts(on), to_host=False)
+    places = []
+    for name, span in zip(names, spans, strict=False):
+        parameter = torch.nn.Parameter(torch.empty(delta.shapes[name]))
+        target = Target(name, (name,), (), parameter, delta.shapes[name])
+        places.append(Rounded(target, Piece(*span), delta, rounding))  # type: ignore[arg-type]
+    wanted = [place.wanted(delta) or [] for place in places]
+    Rounded.lay_out(places)
+    load(delta, [one for some in wanted for one in some], lambda progress: None)
+    for place, some, name, span in zip(places, wanted, names, spans, strict=False):
+        loaded, own = place.loaded(some), slice(*span)
+        assert isinstance(loaded.delta, Int8)
+        values = int8_deltas["int8"][name].reshape(-1)[own]
+        assert torch.equal(filled(loaded.delta), values)
+        assert loaded.norm == pytest.approx(float(values.double().norm()), rel=1e-6)
+        exact = delta[name].reshape(-1)[own].double().norm()
+        assert loaded.exact_norm == pytest.approx(float(exact), rel=1e-6)
 
 
 def joined_target(

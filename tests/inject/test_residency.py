@@ -7,6 +7,7 @@ import gc
 import json
 import logging
 import os
+import shutil
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -216,6 +217,60 @@ def test_no_more_of_delta_is_held_than_the_store_says(
         assert expected <= held <= expected + 16_000 + pages
     del injection, store
     assert tensor_nbytes() <= before + 1_000
+
+
+@pytest.fixture
+def no_collector() -> Iterator[None]:
+    """Nothing is freed by the garbage collector, which in training may not run for hours."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def large_tensors() -> dict[int, torch.Tensor]:
+    """Return what Python can reach of the size of a large Δ, by identity."""
+    tensors = [one for one in gc.get_objects() if type(one) is torch.Tensor]
+    return {id(one): one for one in tensors if one.numel() > SMALL}
+
+
+@pytest.mark.parametrize("where", ["host", "device", *ELSEWHERE])
+@pytest.mark.parametrize("source", ["saved", "streamed"])
+@pytest.mark.usefixtures("no_collector")
+def test_removal_frees_delta_at_once(
+    deltas: dict[str, drift_fast.Delta], where: str, source: str
+) -> None:
+    model = backbone()
+    before = large_tensors()
+    injection = Injection(model, deltas[source], residency=where, prefetch=TIGHT)
+    backward(model, seed=0)
+    injection.step()
+    held = large_tensors().keys() - before.keys()
+    model.zero_grad(set_to_none=True)
+    injection.remove()
+    assert held
+    assert not large_tensors().keys() - before.keys()
+
+
+@pytest.mark.parametrize("where", ["host", "device", *ELSEWHERE])
+@pytest.mark.usefixtures("no_collector")
+def test_an_attachment_that_fails_leaves_no_delta_behind(
+    delta: drift_fast.Delta, where: str, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(delta.path, tmp_path / "delta")
+    damage(next(folder.glob("*.safetensors")))
+    model, damaged = backbone(), drift_fast.Delta.open(folder)
+    before = large_tensors()
+    with pytest.raises(DriftError, match="not those that were written"):
+        Injection(model, damaged, residency=where, prefetch=TIGHT)
+    assert not large_tensors().keys() - before.keys()
+
+
+def damage(shard: Path) -> None:
+    """Change the last byte of a file."""
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
 
 
 def test_no_buffer_is_wider_than_what_goes_into_it(delta: drift_fast.Delta) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from drift_fast.inject.compute.base import Arithmetic, Sums, flattened
+from drift_fast.inject.compute.base import Arithmetic, Sums, flat, flattened
 from drift_fast.inject.compute.cuda_graphs import CudaGraphs, Launch, may_capture
 from drift_fast.inject.compute.vectors import pick, put
 from drift_fast.inject.placement.stores import Resident, Store
@@ -89,10 +89,9 @@ class TargetGroup:
 
     def start(self, *, rescale: bool) -> None:
         """Note ⟨θ_0, Δ⟩ and, if asked, ‖W‖/‖Δ‖; try out what a step will do."""
-        if self._start is None or rescale:
-            sums = self._weights(wide=True)
-        else:
-            sums = self._sum(Sums(torch.zeros_like(self._start), self._start))
+        dot = self._along(wide=True) if self._start is None else self._start
+        norm = self._weight_norms() if rescale else torch.zeros_like(dot)
+        sums = self._sum(Sums(norm, dot))
         self._start, self._origin = None, sums.dot
         if rescale:
             self._factor = (sums.norm / self.norms.to(sums.norm.dtype)).to(self.norms.dtype)
@@ -379,24 +378,32 @@ class TargetGroup:
 
     # Where the weights are.
 
-    def _weights(self, *, wide: bool) -> Sums:
-        dtype = self._widest if wide else self.norms.dtype
-        norm = torch.zeros(len(self.shards), dtype=dtype, device=self.device)
-        dot = torch.zeros_like(norm)
+    def _along(self, *, wide: bool) -> torch.Tensor:
+        """Return ⟨W, Δ⟩ of the part of each target that this process holds."""
+        dots = []
         for start, stop, deltas in self.store.batches():
-            weights = [self.shards[at].weight().contiguous().view(-1) for at in range(start, stop)]
-            sums = self.arithmetic.measure(weights, deltas, wide=wide)
-            norm[start:stop].copy_(sums.norm)
-            dot[start:stop].copy_(sums.dot)
-        return self._sum(Sums(norm, dot))
+            weights = [flat(shard.weight()) for shard in self.shards[start:stop]]
+            dots.append(self._dots(weights, deltas, wide=wide))
+        return torch.cat(dots)
+
+    def _dots(
+        self, left: Sequence[torch.Tensor], right: Sequence[torch.Tensor], *, wide: bool
+    ) -> torch.Tensor:
+        on = self.arithmetic
+        return on.dots(left, right) if wide else on.measure(left, right).dot
+
+    def _weight_norms(self) -> torch.Tensor:
+        """Return ‖W‖ of the part of each target that this process holds."""
+        norms = [self.arithmetic.measure([flat(one.weight())], None).norm for one in self.shards]
+        return torch.cat(norms)
 
     def progress(self, *, wide: bool = True) -> torch.Tensor:
         """Return λ of each target on the device.
 
         Progress is a small difference of two large sums, hence float64 unless a step needs it.
         """
-        dtype = self._widest
-        moved = self._weights(wide=wide).dot.to(dtype) - self._origin.to(dtype)
+        dtype, dot = self._widest, self._along(wide=wide)
+        moved = self._sum(Sums(torch.zeros_like(dot), dot)).dot.to(dtype) - self._origin.to(dtype)
         return moved / self.norms.to(dtype).square()
 
     @property

@@ -41,10 +41,11 @@ class Arithmetic(Protocol):
         self,
         tensors: Sequence[torch.Tensor],
         deltas: Sequence[torch.Tensor] | None,
-        *,
-        wide: bool = False,
     ) -> Sums:
-        """Return the sums of each tensor with its Δ; `wide` asks for float64 where there is."""
+        """Return the sums of each tensor with its Δ."""
+
+    def dots(self, tensors: Sequence[torch.Tensor], deltas: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return ⟨x, Δ⟩ of each tensor, summed in float64 where the device has it."""
 
     def subtract(
         self, tensors: Sequence[torch.Tensor], deltas: Sequence[torch.Tensor], c: torch.Tensor

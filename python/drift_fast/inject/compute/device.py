@@ -21,6 +21,10 @@ from drift_fast.inject.compute.vectors import is_run
 
 # Elements converted to float32 at a time where a dtype has no exact dot product of its own.
 _CHUNK = 1 << 24
+# The same where it is done once, before training has filled the memory.
+_WIDE_CHUNK = 1 << 26
+# Exact products that are summed in float32 before their sums are in float64.
+_RUN = 64
 # A dot product is taken as a product of two matrices with this many rows: measured on an H100 in
 # bfloat16 as fast as torch.dot, whose result has three digits, and twice as fast as one row.
 _ROWS = 64
@@ -66,43 +70,55 @@ class DeviceArithmetic:
         self,
         tensors: Sequence[torch.Tensor],
         deltas: Sequence[torch.Tensor] | None,
-        *,
-        wide: bool = False,
     ) -> Sums:
-        """Return the sums of each tensor with its Δ, in float32.
-
-        `wide` asks for float64 where the device has it, for sums whose small difference is wanted.
-        """
-        dtype = torch.float64 if wide and self.device.type != "mps" else torch.float32
-        norm = torch.zeros(len(tensors), dtype=dtype, device=self.device)
+        """Return the sums of each tensor with its Δ, in float32."""
+        norm = torch.zeros(len(tensors), dtype=self.dtype, device=self.device)
         dot = torch.full_like(norm, math.nan) if deltas is None else torch.zeros_like(norm)
         small, large = _by_size(tensors)
         self._norms_into(norm, tensors)
         if deltas is None:
             return Sums(norm, dot)
-        rows, large = ([], large) if wide else _in_rows(deltas, large)
+        rows, large = _in_rows(deltas, large)
         if rows:
             beside = [torch.empty_like(stacked) for _, stacked in rows]
             each = [row for one in beside for row in one.unbind()]
             torch._foreach_copy_(each, [tensors[at] for some, _ in rows for at in some])
             sums = [one.mul_(delta).sum(1) for one, (_, delta) in zip(beside, rows, strict=True)]
             _scatter(dot, [at for some, _ in rows for at in some], torch.cat(sums))
-        products = self._products(tensors, deltas, large, dtype)
+        products = self._products(tensors, deltas, large)
         dots = dot.unbind()
         for at in self.spread(large):
             if at in products:
                 sides = (tensors[at].view(_ROWS, -1), deltas[at].view(_ROWS, -1).mT)
-                torch.mm(*sides, out_dtype=dtype, out=products[at])
+                torch.mm(*sides, out_dtype=self.dtype, out=products[at])
             else:
                 _dot_into(dots[at], tensors[at], deltas[at])
         if products:
             _scatter(dot, list(products), _traces(products))
         if small:
             pack = self._pack([tensors[at] for at in small])
-            left = pack.gather([tensors[at] for at in small], dtype)
-            right = pack.gather([deltas[at] for at in small], dtype)
+            left = pack.gather([tensors[at] for at in small])
+            right = pack.gather([deltas[at] for at in small])
             _scatter(dot, small, (left * right).sum(1))
         return Sums(norm, dot)
+
+    def dots(self, tensors: Sequence[torch.Tensor], deltas: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return ⟨x, Δ⟩ of each tensor, in float64 where the device has it."""
+        dtype = torch.float32 if self.device.type == "mps" else torch.float64
+        dot = torch.zeros(len(tensors), dtype=dtype, device=self.device)
+        small, large = _by_size(tensors)
+        found: dict[int, list[torch.Tensor]] = {at: [] for at in large}
+        for run in _cut(tensors, deltas, large):
+            left, right = ([one[at][some] for at, some in run] for one in (tensors, deltas))
+            for (at, _), value in zip(run, _wide_dots(left, right, dtype), strict=True):
+                found[at].append(value)
+        if large:
+            _scatter(dot, large, torch.stack([torch.stack(one).sum() for one in found.values()]))
+        if small:
+            pack = self._pack([tensors[at] for at in small])
+            first, second = (pack.gather([one[at] for at in small]) for one in (tensors, deltas))
+            _scatter(dot, small, (first.to(dtype) * second).sum(1))
+        return dot
 
     def subtract(
         self, tensors: Sequence[torch.Tensor], deltas: Sequence[torch.Tensor], c: torch.Tensor
@@ -133,7 +149,7 @@ class DeviceArithmetic:
             return
         some = [tensors[at] for at in full]
         alike = len({tensor.dtype for tensor in some}) == 1
-        if not (alike and norm.dtype == torch.float32 and has_joint_norm(some[0])):
+        if not (alike and has_joint_norm(some[0])):
             each = [torch.linalg.vector_norm(tensor, dtype=norm.dtype) for tensor in some]
             _scatter(norm, full, torch.stack(each))
             return
@@ -148,9 +164,8 @@ class DeviceArithmetic:
     def _products(
         self,
         tensors: Sequence[torch.Tensor],
-        deltas: Sequence[torch.Tensor] | None,
+        deltas: Sequence[torch.Tensor],
         members: Sequence[int],
-        dtype: torch.dtype,
     ) -> dict[int, torch.Tensor]:
         """Return memory for each dot product that is taken as a product of matrices.
 
@@ -158,17 +173,15 @@ class DeviceArithmetic:
         leave it in float32, in half the time that widening both would take. Its trace is the dot
         product.
         """
-        if deltas is None or dtype != torch.float32:
-            return {}
         wide = [
             at
             for at in members
             # Rows of a multiple of 16 bytes keep the product's loads aligned.
-            if tensors[at].dtype == deltas[at].dtype != dtype
+            if tensors[at].dtype == deltas[at].dtype != self.dtype
             and tensors[at].numel() % (_ROWS * 8) == 0
             and has_wide_product(tensors[at])
         ]
-        room = torch.empty(len(wide), _ROWS, _ROWS, dtype=dtype, device=self.device)
+        room = torch.empty(len(wide), _ROWS, _ROWS, dtype=self.dtype, device=self.device)
         return dict(zip(wide, room.unbind(), strict=True))
 
     def spread(self, members: Sequence[int]) -> Iterator[int]:
@@ -220,10 +233,9 @@ class _Pack:
         """Return all elements in a row, as float32."""
         return torch.cat([tensor.view(-1) for tensor in tensors]).float()
 
-    def gather(self, tensors: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    def gather(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         """Return the matrix."""
-        flat = torch.nn.functional.pad(self.flat(tensors), (0, 1))
-        return flat.take(self._places).to(dtype)
+        return torch.nn.functional.pad(self.flat(tensors), (0, 1)).take(self._places)
 
     def spread(self, values: torch.Tensor) -> torch.Tensor:
         """Return one value for each row as one for each element."""
@@ -286,17 +298,51 @@ def _traces(products: dict[int, torch.Tensor]) -> torch.Tensor:
 
 
 def _dot_into(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """Write ⟨left, right⟩, multiplied and summed in `out`'s dtype, to a scalar on the device."""
-    dtype = out.dtype
-    if left.dtype == right.dtype == dtype:
+    """Write ⟨left, right⟩ to a scalar in float32 on the device."""
+    if left.dtype == right.dtype == out.dtype:
         out.copy_(torch.dot(left, right))
         return
-    starts = range(0, left.numel(), _CHUNK)
-    parts = [
-        torch.dot(left[at : at + _CHUNK].to(dtype), right[at : at + _CHUNK].to(dtype))
-        for at in starts
-    ]
+    parts = [torch.dot(left[some].float(), right[some].float()) for some in _chunks(left, _CHUNK)]
     out.copy_(torch.stack(parts).sum())
+
+
+def _cut(
+    tensors: Sequence[torch.Tensor], deltas: Sequence[torch.Tensor], members: Sequence[int]
+) -> Iterator[list[tuple[int, slice]]]:
+    """Yield parts of tensors that are not too large together, of one dtype and in whole rows."""
+    run: list[tuple[int, slice]] = []
+    kind, numel = None, 0
+    for at in members:
+        for some in _chunks(tensors[at], _WIDE_CHUNK):
+            part = min(some.stop, tensors[at].numel()) - some.start
+            now = (tensors[at].dtype, deltas[at].dtype) if part % _RUN == 0 else None
+            if run and (now is None or now != kind or numel + part > _WIDE_CHUNK):
+                yield run
+                run, numel = [], 0
+            run.append((at, some))
+            kind, numel = now, numel + part
+    if run:
+        yield run
+
+
+def _wide_dots(
+    left: Sequence[torch.Tensor], right: Sequence[torch.Tensor], dtype: torch.dtype
+) -> list[torch.Tensor]:
+    """Return ⟨left, right⟩ of each pair, summed in `dtype`."""
+    sizes = [one.numel() for one in left]
+    wide, other = (side[0] if len(side) == 1 else torch.cat(list(side)) for side in (left, right))
+    # The product of two 16-bit numbers is exact in float32. Summed there over a few, it loses less
+    # than a weight's own rounding does; torch would widen every product before it sums them.
+    exact = dtype if torch.float32 in (wide.dtype, other.dtype) else torch.float32
+    product = wide.to(exact) * other
+    if product.dtype != dtype and all(size % _RUN == 0 for size in sizes):
+        product = product.view(-1, _RUN).sum(1).to(dtype)
+        sizes = [size // _RUN for size in sizes]
+    return [torch.sum(part, dtype=dtype) for part in torch.split(product, sizes)]
+
+
+def _chunks(tensor: torch.Tensor, size: int) -> list[slice]:
+    return [slice(at, at + size) for at in range(0, tensor.numel(), size)]
 
 
 def _axpy(tensor: torch.Tensor, delta: torch.Tensor, c: torch.Tensor) -> None:

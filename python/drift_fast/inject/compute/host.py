@@ -36,16 +36,14 @@ class HostArithmetic:
         self,
         tensors: Sequence[torch.Tensor],
         deltas: Sequence[torch.Tensor] | None,
-        *,
-        wide: bool = False,
     ) -> Sums:
         """Return the sums of each tensor with its Δ; NaN where either holds NaN or infinity."""
-        first = [_window(tensor) for tensor in tensors]
-        second = first if deltas is None else [_window(delta) for delta in deltas]
-        sums = measure(first, second, threads=torch.get_num_threads(), float64=wide)
-        table = torch.tensor(sums, dtype=torch.float64).reshape(-1, 3)
-        dot = torch.full_like(table[:, 2], math.nan) if deltas is None else table[:, 2]
-        return Sums(table[:, 0].sqrt(), dot)
+        squares, _, dot = _sums(tensors, tensors if deltas is None else deltas)
+        return Sums(squares.sqrt(), torch.full_like(dot, math.nan) if deltas is None else dot)
+
+    def dots(self, tensors: Sequence[torch.Tensor], deltas: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return ⟨x, Δ⟩ of each tensor in float64; NaN where either holds NaN or infinity."""
+        return _sums(tensors, deltas, float64=True)[2]
 
     def subtract(
         self, tensors: Sequence[torch.Tensor], deltas: Sequence[torch.Tensor], c: torch.Tensor
@@ -65,9 +63,17 @@ class HostArithmetic:
 
 def norm_of(tensor: torch.Tensor) -> float:
     """Return ‖tensor‖ of a CPU tensor to a millionth, NaN where it holds NaN or infinity."""
-    window = _window(tensor)
-    ((square, _, _),) = measure([window], [window], threads=torch.get_num_threads())
-    return float(square**0.5)
+    squares, _, _ = _sums([tensor], [tensor])
+    return float(squares.sqrt())
+
+
+def _sums(
+    first: Sequence[torch.Tensor], second: Sequence[torch.Tensor], *, float64: bool = False
+) -> tuple[torch.Tensor, ...]:
+    """Return ‖x‖², ‖y‖² and ⟨x, y⟩ of each pair, vectors in float64."""
+    left, right = ([_window(tensor) for tensor in side] for side in (first, second))
+    rows = measure(left, right, threads=torch.get_num_threads(), float64=float64)
+    return torch.tensor(rows, dtype=torch.float64).reshape(-1, 3).unbind(1)
 
 
 def _window(tensor: torch.Tensor) -> tuple[Any, str]:

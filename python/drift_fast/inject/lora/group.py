@@ -284,8 +284,8 @@ class FactorGroup(TargetGroup):
         finite = torch.where(nothing, torch.isfinite(sums.norm), finite & torch.isfinite(delta))
         return torch.where(nothing | ~finite, torch.zeros_like(c), c), finite
 
-    def _weights(self, *, wide: bool) -> Sums:
-        """Return Σ s·⟨B·A, Δ⟩, the part of ⟨W, Δ⟩ that changes; ‖W‖ is not known."""
+    def _along(self, *, wide: bool) -> torch.Tensor:
+        """Return Σ s·⟨B·A, Δ⟩, the part of ⟨W, Δ⟩ that changes."""
         dots = []
         for run, deltas in self._each_run():
             wholes = run.factors(self._launch)
@@ -296,9 +296,8 @@ class FactorGroup(TargetGroup):
                 for shard, whole, base, delta in zip(shards, wholes, beside, deltas, strict=True)
             ]
             left, right = zip(*pairs, strict=True)
-            dots.append(self.arithmetic.measure(left, right, wide=wide).dot)
-        dot = torch.cat(dots)
-        return self._sum(Sums(torch.full_like(dot, torch.nan), dot))
+            dots.append(self._dots(left, right, wide=wide))
+        return torch.cat(dots)
 
 
 def _for_each(c: torch.Tensor, each: int) -> torch.Tensor:

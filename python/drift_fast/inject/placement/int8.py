@@ -6,6 +6,7 @@ were read from disk and codes that were made here give the same bfloat16 values 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -16,8 +17,9 @@ from drift_fast.inject.placement.page_locked import lock, pages
 _CODE_MAX = 127.0
 _LARGEST = torch.finfo(torch.float16).max
 _LARGEST_BITS = 0x7BFF
-# Blocks that are rounded at a time: enough for few launches, and on a CPU what fits the caches.
-_ROWS, _ROWS_ON_CPU = 1 << 19, 1 << 13
+# Blocks that are rounded at a time: nearly every tensor in one launch, and on a CPU what fits the
+# caches.
+_ROWS, _ROWS_ON_CPU = 1 << 20, 1 << 13
 
 
 class Int8:
@@ -103,9 +105,9 @@ def quantize(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     The rounding is that of the kernel which writes an int8 delta, bit for bit.
     """
     padded = _in_blocks(tensor.float() if tensor.dtype == torch.float64 else tensor)
-    least, most = torch.aminmax(padded, dim=1, keepdim=True)
-    scales = _least_scale(torch.maximum(most, -least).abs().float())
-    divisors = torch.where(scales == 0, torch.ones_like(scales), scales).float()
+    largest = torch.linalg.vector_norm(padded, math.inf, dim=1, keepdim=True).float()
+    scales = _least_scale(largest)
+    divisors = scales.float().masked_fill_(largest == 0, 1.0)
     codes = torch.empty(padded.shape, dtype=torch.int8, device=tensor.device)
     rows = _ROWS_ON_CPU if tensor.device.type == "cpu" else _ROWS
     for start in range(0, len(padded), rows):

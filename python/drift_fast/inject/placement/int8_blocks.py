@@ -45,9 +45,9 @@ class Int8Blocks:
             span = None if shard.process_groups else (0, numel)
             return cls(target, shard, span, slice(0, numel))
         start, stop = shard.span
-        if start == stop:
-            return cls(target, shard, shard.span, slice(0, 0))
         first = start // INT8_BLOCK * INT8_BLOCK
+        if start == stop:
+            return cls(target, shard, (first, first), slice(0, 0))
         last = min(-(-stop // INT8_BLOCK) * INT8_BLOCK, math.prod(target.shape))
         return cls(target, _Run((first, last)), (first, last), slice(start - first, stop - first))
 

@@ -27,17 +27,17 @@ from drift_fast.inject.compute.host import HostArithmetic
 from drift_fast.inject.compute.shortcuts import prepare
 from drift_fast.inject.config import Residency
 from drift_fast.inject.lora.group import FactorGroup
-from drift_fast.inject.placement.pipeline import load
+from drift_fast.inject.placement.pipeline import Wanted, load
 from drift_fast.inject.placement.places import (
     Beside,
     Loaded,
     OnHost,
     Place,
-    Rounded,
-    Rounding,
+    Starts,
     Unread,
 )
 from drift_fast.inject.placement.residency import choose
+from drift_fast.inject.placement.rounded import Rounded, Rounding
 from drift_fast.inject.placement.stores import Resident, Ring, Store
 from drift_fast.inject.shards.base import Shard
 from drift_fast.inject.shards.reduction import ALONE, Reduction
@@ -165,7 +165,8 @@ class _Loader:
         self._residency = residency
         self._int8 = residency in ("device-int8", "host-int8")
         self._everyone = everyone
-        self._rounding = Rounding(arithmetic, to_host=residency == "host-int8")
+        self._starts = Starts(arithmetic)
+        self._rounding = Rounding(arithmetic, self._starts, to_host=residency == "host-int8")
 
     def load(self, members: Sequence[Member]) -> list[Loaded]:
         """Return the targets whose Δ is not zero, with norms over all processes.
@@ -216,20 +217,23 @@ class _Loader:
 
     def _read(self, places: Sequence[Place]) -> list[Loaded]:
         """Read all runs of elements together, and what is not a run one after the other."""
-        delta, quick, slow = self._delta, [], places
+        delta = self._delta
+        found: list[list[Wanted] | None] = [None] * len(places)
         if hasattr(delta, "dtype"):
             Beside.lay_out([one for one in places if isinstance(one, Beside)], _dtype_of(delta))
         if isinstance(delta, Delta) and delta.has_runs:
-            found = [(place, place.wanted(delta)) for place in places]
-            quick = [one for _, some in found if some is not None for one in some]
-            slow = [place for place, some in found if some is None]
+            found = [place.wanted(delta) for place in places]
+            quick = [one for one, some in zip(places, found, strict=True) if some is not None]
+            Rounded.lay_out([one for one in quick if isinstance(one, Rounded)])
             # Launchers number the processes of a host, which share its terminal.
             bar = None if os.environ.get("LOCAL_RANK", "0") == "0" else False
             with reported(bar, None) as report:
-                load(delta, quick, report)
-        for place in slow:
-            place.take(self._recent)
-        return [place.loaded() for place in places]
+                load(delta, [one for some in found if some is not None for one in some], report)
+        for place, some in zip(places, found, strict=True):
+            if some is None:
+                place.take(self._recent)
+        self._starts.measure()
+        return [place.loaded(some or []) for place, some in zip(places, found, strict=True)]
 
     def _place(self, target: Target, shard: Shard) -> Place:
         device = self.arithmetic.device
@@ -241,13 +245,13 @@ class _Loader:
         small = _is_small(target, shard)
         if self._int8 and not small:
             return Rounded(target, shard, self._delta, self._rounding)
-        if small or self._residency == "device":
-            return Beside(target, shard, self.arithmetic)
+        # Beside gradients in host memory nothing is gained by copying.
+        there = self._residency == "device" or (self._residency, device.type) == ("host", "cpu")
+        if small or there:
+            return Beside(target, shard, device, self._starts)
         if self._residency == "host":
-            # Beside gradients in host memory nothing is gained by copying.
-            make = Beside if device.type == "cpu" else OnHost
-            return make(target, shard, self.arithmetic)
-        return Unread(target, shard, self.arithmetic, self._recent)
+            return OnHost(target, shard, device)
+        return Unread(target, shard, device, self._starts, self._recent)
 
     def _check(self, one: Loaded) -> None:
         """Refuse a Δ that is not finite, or that int8 has no room for."""

@@ -24,9 +24,12 @@ from drift_fast.inject.placement.page_locked import lock, pages
 from drift_fast.progress_bar import Progress, ProgressCallback
 
 # Enough for several copies under way while threads fill the rest.
-_RING_NBYTES, _LEAST_NBYTES = 1 << 27, 1 << 23
+_RING_NBYTES, _LEAST_NBYTES = 1 << 26, 1 << 23
 # The engine hands out at most a quarter of the ring at a time.
 _UNDER_WAY = 2
+# Runs whose memory is there before they come: while what was done with earlier ones is under way on
+# the device, copies go on. Without it a Δ that is measured on loading took a fifth longer.
+_AHEAD = 3
 _REPORT_SECONDS = 0.05
 
 
@@ -144,6 +147,9 @@ class _Ring:
             self._ring, self._lane = lock(self, self._ring), new_stream(self._device)
             self._current = torch.cuda.current_stream(self._device)
         self._made: dict[int, torch.Tensor] = {}
+        # When the memory of a run may be written to: all that used it before is over then.
+        self._writable: dict[int, torch.cuda.Event] = {}
+        self._next = 0
         self._under_way: deque[torch.cuda.Event | None] = deque()
         self._over = 0
 
@@ -157,17 +163,16 @@ class _Ring:
             if self._lane is not None:
                 # The ring, and after an error the tensors, are freed when this returns.
                 self._lane.synchronize()
+        self._make_up_to(len(self._wanted))
         for number, (one, square) in enumerate(zip(self._wanted, squares, strict=True)):
             one.square = square
             if one.run.start == one.run.stop:
-                self._make(number)
                 self._end(number)
 
     def _landed(self, parts: _Parts) -> int:
         self._progress.see(self._wanted, parts)
-        for number, start, _, _ in parts:
-            if start == 0:
-                self._make(number)
+        if parts:
+            self._make_up_to(parts[-1][0] + 1 + _AHEAD)
         self._under_way.append(self._copy(parts))
         for number, _, stop, _ in parts:
             if stop == self._wanted[number].run.stop - self._wanted[number].run.start:
@@ -184,9 +189,9 @@ class _Ring:
         if self._lane is None:
             self._copy_on_stream(parts)
             return None
-        if any(start == 0 for _, start, _, _ in parts):
-            # What was just made may be memory that work on the current stream still reads.
-            self._lane.wait_stream(self._current)
+        for number, start, _, _ in parts:
+            if start == 0:
+                self._lane.wait_event(self._writable.pop(number))
         # A context would take the host longer than the copies.
         torch.cuda.set_stream(self._lane)
         try:
@@ -203,8 +208,13 @@ class _Ring:
             source = self._ring[offset : offset + out.nbytes].view(out.dtype)
             out.copy_(source, non_blocking=self._lane is not None)
 
-    def _make(self, number: int) -> None:
-        self._made[number] = self._wanted[number].make()
+    def _make_up_to(self, stop: int) -> None:
+        """Make the tensors of all runs before number `stop`."""
+        for number in range(self._next, min(stop, len(self._wanted))):
+            self._made[number] = self._wanted[number].make()
+            if self._lane is not None:
+                self._writable[number] = self._current.record_event()
+        self._next = max(self._next, stop)
 
     def _end(self, number: int) -> None:
         del self._made[number]
