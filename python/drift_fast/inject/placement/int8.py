@@ -35,6 +35,14 @@ class Int8:
         self.scales = scales.view(-1, 1)
         self.lead = 0 if run is None else run.start
         self.numel = codes.numel() if run is None else run.stop - run.start
+        # Whose memory this is a part of: pages stay locked as long as it lives.
+        self._whole: Int8 | None = None
+
+    def part(self, blocks: slice, run: slice) -> Int8:
+        """Return a run of elements of some blocks, in the same memory."""
+        part = Int8(self.codes[blocks], self.scales[blocks], run)
+        part._whole = self
+        return part
 
     @classmethod
     def joined(cls, members: Sequence[Int8]) -> Int8:
@@ -44,7 +52,7 @@ class Int8:
         counts = [len(member.codes) for member in members]
         parts = zip(torch.split(one.codes, counts), torch.split(one.scales, counts), strict=True)
         for member, (codes, scales) in zip(members, parts, strict=True):
-            member.codes, member.scales = codes, scales
+            member.codes, member.scales, member._whole = codes, scales, one
         return one
 
     @property

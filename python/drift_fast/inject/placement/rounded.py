@@ -153,11 +153,10 @@ class Rounded:
 
     def loaded(self, wanted: Sequence[Wanted]) -> Loaded:
         self._rounding.wait()
-        norm, exact_norm, held = self._batch.norms[self._at], self._exact_norm, self._batch.held
+        norm, exact_norm = self._batch.norms[self._at], self._exact_norm
         if self._own is not None:
             exact_norm = wanted[self._own].square ** 0.5
-        blocks = self._batch.blocks[self._at]
-        mine = Int8(held.codes[blocks], held.scales[blocks], self._member.run)
+        mine = self._batch.held.part(self._batch.blocks[self._at], self._member.run)
         # What is injected is what was rounded, so its norm counts.
         exact = norm if exact_norm is None else exact_norm
         start = self._batch.starts[self._at].value
