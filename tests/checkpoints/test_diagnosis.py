@@ -246,9 +246,12 @@ def test_every_verb_says_it(tmp_path: Path, sound: Path) -> None:
             verb()  # type: ignore[no-untyped-call]
 
 
-def test_no_verb_takes_a_delta_for_a_model(tmp_path: Path, sound: Path) -> None:
+@pytest.mark.parametrize("file", ["", "delta*.safetensors", "delta.safetensors.index.json"])
+def test_no_verb_takes_a_delta_for_a_model(tmp_path: Path, sound: Path, file: str) -> None:
     other = write_file(tmp_path / "other.safetensors", {WEIGHT: stored(np.full((4, 4), 3.0))})
-    delta = compute_delta(sound, other, tmp_path / "delta").path
+    delta = whole = compute_delta(sound, other, tmp_path / "delta").path
+    if file:
+        (delta,) = whole.glob(file)
     for verb in (
         lambda: compute_delta(delta, other),
         lambda: compute_delta(sound, delta),
@@ -259,7 +262,7 @@ def test_no_verb_takes_a_delta_for_a_model(tmp_path: Path, sound: Path) -> None:
         lambda: merge("linear", sound, delta, tmp_path / "merged", weight=0.5),
         lambda: merge("task_arithmetic", sound, other, tmp_path / "merged", base=delta),
     ):
-        with refused(CheckpointError, "a delta, not a checkpoint", str(delta)):
+        with refused(CheckpointError, "a delta, not a checkpoint", str(whole)):
             verb()  # type: ignore[no-untyped-call]
 
 

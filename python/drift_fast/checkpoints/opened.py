@@ -174,8 +174,10 @@ class Opened:
         return ranges
 
 
-def open_checkpoint(source: PathLike, reader: str = "auto") -> Opened:
+def open_checkpoint(source: PathLike, reader: str = "auto", *, is_delta: bool = False) -> Opened:
     """Find a checkpoint and read its headers; warn where other loaders may read something else.
+
+    is_delta: whether the files of a delta are wanted, which are no model.
 
     Raises:
         FileNotFoundError, CheckpointError: a checkpoint that is not there or not valid.
@@ -183,6 +185,8 @@ def open_checkpoint(source: PathLike, reader: str = "auto") -> Opened:
     found = resolve(source)
     if found.remote is not None:
         found.remote.optional_file("config.json")
+    if not is_delta:
+        _refuse_delta(found.path)
     checkpoint = _open(found.path, reader)
     block = BLOCK
     if checkpoint.scales():
@@ -212,10 +216,15 @@ def open_checkpoint(source: PathLike, reader: str = "auto") -> Opened:
     return opened.without(find_unloaded(tensors, opened.directory))
 
 
+def _refuse_delta(path: Path) -> None:
+    # The files of a delta are named so; a model may lie beside them.
+    directory = path.parent if path.name.startswith("delta") and path.is_file() else path
+    if all((directory / name).is_file() for name in ("drift.json", "delta.safetensors.index.json")):
+        raise explain(Place.on_disk(directory))
+
+
 def _open(path: Path, reader: str) -> Checkpoint:
-    """Open what is at a path; a directory that does not open, or is a delta, is explained."""
-    if all((path / name).is_file() for name in ("drift.json", "delta.safetensors.index.json")):
-        raise explain(Place.on_disk(path))
+    """Open what is at a path; a directory that does not open is explained."""
     try:
         checkpoint = Checkpoint(path, reader=reader)
     except FileNotFoundError as error:

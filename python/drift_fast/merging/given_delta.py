@@ -59,7 +59,7 @@ def align_delta(
     """
     assert delta.path is not None
     delta.check()
-    opened = open_checkpoint(delta.path / INDEX, options.reader)
+    opened = open_checkpoint(delta.path / INDEX, options.reader, is_delta=True)
     if (origin := delta.opened_from) is not None:
         named = replace(opened.source, repo=origin.repo, revision=origin.revision)
         opened = replace(opened, source=named)
