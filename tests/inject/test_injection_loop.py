@@ -6,6 +6,7 @@ in test_trainer.py, progress in test_injection_progress.py.
 
 from __future__ import annotations
 
+import functools
 import math
 from pathlib import Path
 from typing import Any
@@ -219,6 +220,47 @@ def test_a_gradient_scaler_does_not_change_what_is_injected(
         assert relative_difference(found, expected) < 1e-5, name
     scaler.step(optimizer)
     scaler.update()
+
+
+def scaled_loop(
+    injection: drift_fast.Injection,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    model: torch.nn.Module,
+    *,
+    unscale: bool,
+) -> None:
+    for seed in range(3):
+        optimizer.zero_grad()
+        scaler.scale(regression_loss(model, regression_batch(seed=seed))).backward()
+        if unscale:
+            scaler.unscale_(optimizer)
+        injection.step()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+
+
+@pytest.mark.parametrize("scale", reference.SCALES)
+@pytest.mark.parametrize("case", ["scaled", "unscaled", "disabled", "given"])
+def test_a_scaler_that_is_not_given_stops_an_absolute_push_into_scaled_gradients(
+    tmp_path: Path, scale: str, case: str
+) -> None:
+    model = Backbone()
+    delta = delta_towards(tmp_path, model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    scaler = torch.amp.GradScaler("cpu", init_scale=SCALE, enabled=case != "disabled")
+    given: Any = {"optimizer": optimizer, "scaler": scaler} if case == "given" else {}
+    with drift_fast.Injection(model, delta, scale=scale, **given) as injection:
+        loop = functools.partial(
+            scaled_loop, injection, optimizer, scaler, model, unscale=case == "unscaled"
+        )
+        if (scale, case) == ("absolute", "scaled"):
+            with pytest.raises(drift_fast.DriftError, match=r"loss scale.*pass scaler=.*unscale_"):
+                loop()
+        else:
+            loop()
+            assert injection.steps == 3
 
 
 @pytest.mark.parametrize("scale", reference.SCALES)

@@ -8,6 +8,8 @@ subclass in `drift_fast.integrations`.
 from __future__ import annotations
 
 import functools
+import sys
+import weakref
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -50,6 +52,7 @@ class Driver:
     ) -> None:
         self.optimizer = None if optimizer is None else unwrap_optimizer(optimizer)
         self.scaler = scaler
+        self._unknown: _Scaled | None = None
 
     def check(self, config: InjectionConfig) -> None:
         """Refuse options that this way of training does not have.
@@ -77,7 +80,18 @@ class Driver:
         return self.optimizer
 
     def loss_scale(self, device: torch.device) -> torch.Tensor | float | None:
-        """Return the factor that the gradients carry at the moment of a step, None for one."""
+        """Return the factor that the gradients carry at the moment of a step, None for one.
+
+        Raises:
+            DriftError: they carry that of a scaler which is not known here.
+        """
+        if self._unknown is not None and self._unknown.is_scaled():
+            raise DriftError(
+                "the gradients still carry the loss scale of a GradScaler, so that "
+                "scale='absolute' would inject far too little, as it did in the first step: pass "
+                "scaler=… and optimizer=… to the injection, or call scaler.unscale_(optimizer) "
+                "before injection.step()"
+            )
         if self.scaler is None or not self.scaler.is_enabled():
             return None
         if self.optimizer is not None and _is_unscaled(self.scaler, self.optimizer):
@@ -94,7 +108,33 @@ class Driver:
         Raises:
             DriftError: it would use gradients without the injection.
         """
+        if self.scaler is None and self._unknown is None:
+            self._unknown = _Scaled.seen_by(optimizer)
         scope.before_use(optimizer)
+
+
+class _Scaled:
+    """A gradient scaler that was not given, and an optimizer that it steps."""
+
+    def __init__(self, scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> None:
+        self._scaler, self._optimizer = weakref.ref(scaler), weakref.ref(optimizer)
+
+    @classmethod
+    def seen_by(cls, optimizer: torch.optim.Optimizer) -> _Scaled | None:
+        """Look for a scaler inside whose `step` an optimizer steps now."""
+        frame: Any = sys._getframe()
+        # Hooks, and wrappers of the optimizer's step, are between.
+        for _ in range(16):
+            if frame is not None and frame.f_code is torch.amp.GradScaler.step.__code__:
+                scaler = frame.f_locals["self"]
+                return cls(scaler, optimizer) if scaler.is_enabled() else None
+            frame = frame and frame.f_back
+        return None
+
+    def is_scaled(self) -> bool:
+        """Whether the optimizer's gradients carry the scaler's factor."""
+        scaler, optimizer = self._scaler(), self._optimizer()
+        return None not in (scaler, optimizer) and not _is_unscaled(scaler, optimizer)
 
 
 def scale_of(scaler: torch.amp.GradScaler, device: torch.device) -> torch.Tensor:
@@ -116,7 +156,7 @@ def unwrap_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     return optimizer
 
 
-def _is_unscaled(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> bool:
+def _is_unscaled(scaler: Any, optimizer: Any) -> bool:
     """Tell whether `scaler.unscale_(optimizer)` has run since the last update.
 
     torch keeps this in a private table. Without it an absolute push could be wrong by the loss
