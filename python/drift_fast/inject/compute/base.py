@@ -15,6 +15,8 @@ import torch
 
 # Tensors up to this size are packed into one, since launching kernels costs more than they do.
 SMALL = 1 << 15
+# Elements converted to a wider type at a time, where there is no way without.
+CHUNK = 1 << 24
 
 
 class Sums(NamedTuple):
@@ -44,8 +46,17 @@ class Arithmetic(Protocol):
     ) -> Sums:
         """Return the sums of each tensor with its Δ."""
 
-    def dots(self, tensors: Sequence[torch.Tensor], deltas: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Return ⟨x, Δ⟩ of each tensor, summed in float64 where the device has it."""
+    def dots(
+        self,
+        tensors: Sequence[torch.Tensor],
+        deltas: Sequence[torch.Tensor],
+        *,
+        room: int = CHUNK,
+    ) -> torch.Tensor:
+        """Return ⟨x, Δ⟩ of each tensor, summed in float64 where the device has it.
+
+        room: elements that may be widened at a time.
+        """
 
     def subtract(
         self, tensors: Sequence[torch.Tensor], deltas: Sequence[torch.Tensor], c: torch.Tensor

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from drift_fast.inject.compute.base import SMALL, Sums
+from drift_fast.inject.compute.base import CHUNK, SMALL, Sums
 from drift_fast.inject.compute.shortcuts import (
     fused_step,
     has_fused_step,
@@ -19,10 +19,7 @@ from drift_fast.inject.compute.spaced import spaced
 from drift_fast.inject.compute.streams import shared_streams
 from drift_fast.inject.compute.vectors import is_run
 
-# Elements converted to float32 at a time where a dtype has no exact dot product of its own.
-_CHUNK = 1 << 24
-# The same where it is done once, before training has filled the memory.
-_WIDE_CHUNK = 1 << 26
+_NARROW = {torch.bfloat16, torch.float16}
 # Exact products that are summed in float32 before their sums are in float64.
 _RUN = 64
 # A dot product is taken as a product of two matrices with this many rows: measured on an H100 in
@@ -102,13 +99,19 @@ class DeviceArithmetic:
             _scatter(dot, small, (left * right).sum(1))
         return Sums(norm, dot)
 
-    def dots(self, tensors: Sequence[torch.Tensor], deltas: Sequence[torch.Tensor]) -> torch.Tensor:
+    def dots(
+        self,
+        tensors: Sequence[torch.Tensor],
+        deltas: Sequence[torch.Tensor],
+        *,
+        room: int = CHUNK,
+    ) -> torch.Tensor:
         """Return ⟨x, Δ⟩ of each tensor, in float64 where the device has it."""
         dtype = torch.float32 if self.device.type == "mps" else torch.float64
         dot = torch.zeros(len(tensors), dtype=dtype, device=self.device)
         small, large = _by_size(tensors)
         found: dict[int, list[torch.Tensor]] = {at: [] for at in large}
-        for run in _cut(tensors, deltas, large):
+        for run in _cut(tensors, deltas, large, room):
             left, right = ([one[at][some] for at, some in run] for one in (tensors, deltas))
             for (at, _), value in zip(run, _wide_dots(left, right, dtype), strict=True):
                 found[at].append(value)
@@ -153,7 +156,7 @@ class DeviceArithmetic:
             each = [torch.linalg.vector_norm(tensor, dtype=norm.dtype) for tensor in some]
             _scatter(norm, full, torch.stack(each))
             return
-        large = sum(tensor.numel() for tensor in some) > _CHUNK
+        large = sum(tensor.numel() for tensor in some) > CHUNK
         shares = min(len(some), max(1, len(self._streams))) if large else 1
         norms = norm.new_empty(len(some))
         for at in self.spread(range(shares)):
@@ -302,21 +305,24 @@ def _dot_into(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> Non
     if left.dtype == right.dtype == out.dtype:
         out.copy_(torch.dot(left, right))
         return
-    parts = [torch.dot(left[some].float(), right[some].float()) for some in _chunks(left, _CHUNK)]
+    parts = [torch.dot(left[some].float(), right[some].float()) for some in _chunks(left, CHUNK)]
     out.copy_(torch.stack(parts).sum())
 
 
 def _cut(
-    tensors: Sequence[torch.Tensor], deltas: Sequence[torch.Tensor], members: Sequence[int]
+    tensors: Sequence[torch.Tensor],
+    deltas: Sequence[torch.Tensor],
+    members: Sequence[int],
+    room: int,
 ) -> Iterator[list[tuple[int, slice]]]:
-    """Yield parts of tensors that are not too large together, of one dtype and in whole rows."""
+    """Yield parts of tensors with `room` elements at most, of one dtype and in whole rows."""
     run: list[tuple[int, slice]] = []
     kind, numel = None, 0
     for at in members:
-        for some in _chunks(tensors[at], _WIDE_CHUNK):
+        for some in _chunks(tensors[at], room):
             part = min(some.stop, tensors[at].numel()) - some.start
             now = (tensors[at].dtype, deltas[at].dtype) if part % _RUN == 0 else None
-            if run and (now is None or now != kind or numel + part > _WIDE_CHUNK):
+            if run and (now is None or now != kind or numel + part > room):
                 yield run
                 run, numel = [], 0
             run.append((at, some))
@@ -333,7 +339,7 @@ def _wide_dots(
     wide, other = (side[0] if len(side) == 1 else torch.cat(list(side)) for side in (left, right))
     # The product of two 16-bit numbers is exact in float32. Summed there over a few, it loses less
     # than a weight's own rounding does; torch would widen every product before it sums them.
-    exact = dtype if torch.float32 in (wide.dtype, other.dtype) else torch.float32
+    exact = torch.float32 if {wide.dtype, other.dtype} <= _NARROW else dtype
     product = wide.to(exact) * other
     if product.dtype != dtype and all(size % _RUN == 0 for size in sizes):
         product = product.view(-1, _RUN).sum(1).to(dtype)
@@ -352,8 +358,8 @@ def _axpy(tensor: torch.Tensor, delta: torch.Tensor, c: torch.Tensor) -> None:
     if fused and tensor.dtype == delta.dtype:
         fused_step(tensor, delta, c)
         return
-    for at in range(0, tensor.numel(), _CHUNK):
-        part, other = tensor[at : at + _CHUNK], delta[at : at + _CHUNK]
+    for at in range(0, tensor.numel(), CHUNK):
+        part, other = tensor[at : at + CHUNK], delta[at : at + CHUNK]
         if fused:
             fused_step(part, other.to(tensor.dtype), c)
         elif float32:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from drift_fast._core import measure, subtract_scaled
-from drift_fast.inject.compute.base import Sums, flat
+from drift_fast.inject.compute.base import CHUNK, Sums, flat
 
 _KERNEL_DTYPES = {
     torch.bfloat16: "bfloat16",
@@ -41,7 +41,13 @@ class HostArithmetic:
         squares, _, dot = _sums(tensors, tensors if deltas is None else deltas)
         return Sums(squares.sqrt(), torch.full_like(dot, math.nan) if deltas is None else dot)
 
-    def dots(self, tensors: Sequence[torch.Tensor], deltas: Sequence[torch.Tensor]) -> torch.Tensor:
+    def dots(
+        self,
+        tensors: Sequence[torch.Tensor],
+        deltas: Sequence[torch.Tensor],
+        *,
+        room: int = CHUNK,
+    ) -> torch.Tensor:
         """Return ⟨x, Δ⟩ of each tensor in float64; NaN where either holds NaN or infinity."""
         return _sums(tensors, deltas, float64=True)[2]
 

@@ -39,7 +39,7 @@ class Int8:
         self._whole: Int8 | None = None
 
     def part(self, blocks: slice, run: slice) -> Int8:
-        """Return a run of elements of some blocks, in the same memory."""
+        """Return a run of elements of some blocks; it keeps all of this memory."""
         part = Int8(self.codes[blocks], self.scales[blocks], run)
         part._whole = self
         return part

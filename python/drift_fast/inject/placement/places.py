@@ -17,7 +17,7 @@ import torch
 
 from drift_fast.delta.delta import Delta
 from drift_fast.errors import DriftError
-from drift_fast.inject.compute.base import Arithmetic, flat
+from drift_fast.inject.compute.base import CHUNK, Arithmetic, flat
 from drift_fast.inject.compute.host import norm_of
 from drift_fast.inject.placement.held import Held, InHostMemory, OnDisk
 from drift_fast.inject.placement.page_locked import pages
@@ -64,6 +64,8 @@ class Starts:
 
     def __init__(self, on: Arithmetic) -> None:
         self._on = on
+        # Elements of Δ that are measured together.
+        self.room = together(on.device)
         self._waiting: list[tuple[Start, Shard, torch.Tensor]] = []
         self._numel = 0
 
@@ -77,7 +79,7 @@ class Starts:
         if target.adapted is None and not shard.gathers:
             self._waiting.append((start, shard, delta))
             self._numel += delta.numel()
-            if self._numel >= together(self._on.device):
+            if self._numel >= self.room:
                 self.measure()
         return start
 
@@ -86,17 +88,24 @@ class Starts:
         waiting, self._waiting, self._numel = self._waiting, [], 0
         if waiting:
             starts, shards, deltas = zip(*waiting, strict=True)
-            dots = self._on.dots([flat(shard.weight()) for shard in shards], deltas)
+            weights = [flat(shard.weight()) for shard in shards]
+            dots = self._on.dots(weights, deltas, room=max(self.room // 2, CHUNK))
             for start, dot in zip(starts, torch.split(dots, 1), strict=True):
                 start.value = dot
 
 
 def together(device: torch.device) -> int:
-    """Return how many elements are measured at a time.
+    """Return how many elements of Δ are measured at a time.
 
-    A launch takes the host longer than a small tensor takes a GPU; on a CPU nothing is gained.
+    A launch takes the host longer than a small tensor takes a GPU, so many, as long as the dozen
+    bytes that each of them takes meanwhile are a small part of the memory. On a CPU nothing is
+    gained.
     """
-    return 1 if device.type == "cpu" else 1 << 27
+    if device.type != "cuda":
+        return 1
+    free, _ = torch.cuda.mem_get_info(device)
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return min(max((free + cached) // 128, CHUNK), 1 << 27)
 
 
 class _Exact(ABC):

@@ -24,7 +24,7 @@ from drift_fast.inject.compute.streams import new_stream
 from drift_fast.inject.placement.int8 import Int8, quantize
 from drift_fast.inject.placement.int8_blocks import Int8Blocks
 from drift_fast.inject.placement.pipeline import Wanted
-from drift_fast.inject.placement.places import Loaded, Starts, lockers, together
+from drift_fast.inject.placement.places import Loaded, Starts, lockers
 from drift_fast.inject.shards.base import Shard
 from drift_fast.inject.target import DeltaReader, Target
 
@@ -92,28 +92,34 @@ class _Member:
 class Rounded:
     """Δ as int8: the codes of an int8 delta, or values that are rounded here."""
 
+    # And which member of it this is.
+    _batch: _Batch
+    _at: int
+
     def __init__(self, target: Target, shard: Shard, delta: DeltaLike, rounding: Rounding) -> None:
         self._target, self._shard, self._delta, self._rounding = target, shard, delta, rounding
         self._blocks = Int8Blocks.around(target, shard)
         start, stop = self._blocks.span or (0, target.numel(shard))
         self._member = _Member(target, shard, stop - start, self._blocks.run)
-        # Where not all runs have values, the one that has those of this process.
+        # Which of the runs has the values that this process holds; None of codes.
         self._own: int | None = None
         self._exact_norm: float | None = None
-        self._join(_Batch([self._member], rounding), 0)
 
     @classmethod
     def lay_out(cls, places: Sequence[Rounded]) -> None:
         """Let those that are loaded one after the other be rounded and measured together."""
         some: list[Rounded] = []
+        numel = 0
         for place in places:
-            numel = sum(one._member.numel for one in [*some, place])
-            if some and numel > together(place._rounding.device):
+            if not place._member.numel:
+                # It comes after all that has elements.
+                cls._join_all([place])
+                continue
+            if some and numel + place._member.numel > place._rounding.starts.room:
                 cls._join_all(some)
-                some = []
-            # What has no elements comes after all that has.
-            if place._member.numel:
-                some.append(place)
+                some, numel = [], 0
+            some.append(place)
+            numel += place._member.numel
         cls._join_all(some)
 
     @staticmethod
@@ -121,10 +127,7 @@ class Rounded:
         if places:
             batch = _Batch([one._member for one in places], places[0]._rounding)
             for at, one in enumerate(places):
-                one._join(batch, at)
-
-    def _join(self, batch: _Batch, at: int) -> None:
-        self._batch, self._at = batch, at
+                one._batch, one._at = batch, at
 
     def wanted(self, delta: Delta) -> list[Wanted] | None:
         runs = self._blocks.runs(codes=delta.has_codes)
@@ -140,7 +143,7 @@ class Rounded:
             dtype = getattr(torch, delta.dtype)
             found = [self._part(run, "values", dtype, run.start - first) for run in some]
             self._own = some.index(own)
-        found[-1].done = self._batch_landed
+        found[-1].done = lambda: self._batch.landed()
         return found
 
     def take(self, delta: DeltaReader) -> None:
@@ -149,6 +152,7 @@ class Rounded:
             values = self._blocks.values(delta)
             self._exact_norm = norm_of(values[self._member.run])
             stored = quantize(values.to(self._rounding.device))
+        self._join_all([self])
         self._batch.keep(*stored)
 
     def loaded(self, wanted: Sequence[Wanted]) -> Loaded:
@@ -161,9 +165,6 @@ class Rounded:
         exact = norm if exact_norm is None else exact_norm
         start = self._batch.starts[self._at].value
         return Loaded(self._target, self._shard, mine, norm, exact, start)
-
-    def _batch_landed(self) -> None:
-        self._batch.landed()
 
     def _part(self, run: Run, what: str, dtype: torch.dtype, at: int = 0) -> Wanted:
         """Return a run that fills this target's part of a memory of the batch, from `at` on."""
@@ -201,11 +202,14 @@ class _Batch:
         """Go on when all members are there."""
         self._lacking -= 1
         if self._lacking == 0:
-            memory, self._memory = self._memory, {}
-            if "values" in memory:
-                self.keep(*quantize(memory["values"]))
+            values = self._memory.pop("values", None)
+            if values is None:
+                codes, scales = self._memory.pop("codes"), self._memory.pop("scales")
             else:
-                self.keep(memory["codes"], memory["scales"])
+                codes, scales = quantize(values)
+                # What follows needs memory of its own.
+                del values
+            self.keep(codes, scales)
 
     def keep(self, codes: torch.Tensor, scales: torch.Tensor) -> None:
         """Keep all codes, and measure what they stand for."""
