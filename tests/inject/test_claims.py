@@ -246,3 +246,52 @@ def test_a_second_attachment_to_some_parameters_is_refused_while_the_first_is_he
     first.remove()
     second.remove()
     train(model, 1)
+
+
+def test_a_model_is_freed_at_once_after_removal(delta: drift_fast.Delta) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        model = Backbone()
+        injection = Injection(model, delta)
+        step(model, injection)
+        injection.remove()
+        gone = weakref.ref(model)
+        del model, injection
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def replace_weights(model: nn.Module) -> None:
+    model.load_state_dict({n: t.clone() for n, t in model.state_dict().items()}, assign=True)
+
+
+@pytest.mark.parametrize("holds", [True, False], ids=["held", "dropped"])
+def test_who_attaches_anew_as_advised_is_done_with_the_first_attachment(
+    model: Backbone, delta: drift_fast.Delta, holds: bool
+) -> None:
+    injection: Injection | None = Injection(model, delta)
+    step(model, injection)
+    replace_weights(model)
+    with pytest.raises(DriftError, match="attach after the model"):
+        step(model)
+    if not holds:
+        injection = None
+    # In a notebook the variable still has the first one while the second attaches.
+    injection = Injection(model, delta)
+    gc.collect()
+    step(model, injection)
+    assert injection.steps == 1
+    injection.remove()
+    step(model)
+
+
+def test_without_a_second_attachment_replaced_weights_stop_training(
+    model: Backbone, delta: drift_fast.Delta
+) -> None:
+    Injection(model, delta)
+    replace_weights(model)
+    gc.collect()
+    with pytest.raises(DriftError, match="no longer parameters"):
+        step(model)

@@ -7,7 +7,9 @@ own motion; 16-bit weights; resuming; and that a motion which does not happen fa
 from __future__ import annotations
 
 import copy
+import gc
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.optim.optimizer import _global_optimizer_post_hooks
 
 import drift_fast
 from drift_fast.inject.motion.motion import PlannedMotion
@@ -622,6 +625,36 @@ def test_a_second_attachment_is_refused(model: Backbone, delta: drift_fast.Delta
         pytest.raises(drift_fast.DriftError, match="already"),
     ):
         PlannedMotion(model, delta, progress=0.5, steps=3, modules="mlp")
+
+
+def test_a_motion_lives_as_long_as_its_model_until_it_is_finished(
+    model: Backbone, delta: drift_fast.Delta
+) -> None:
+    before, optimizer = weights_of(model), idle(model)
+    gc.collect()
+    hooks = len(_global_optimizer_post_hooks)
+    PlannedMotion(model, delta, progress=0.5, steps=3, optimizer=optimizer)
+    gc.collect()
+    run(model, 2, optimizer=optimizer)
+    with pytest.raises(drift_fast.DriftError, match="has a planned motion attached already"):
+        drift_fast.Injection(model, delta)
+    run(model, 1, optimizer=optimizer)
+    moved = progress_of(model, before, delta)
+    assert moved == pytest.approx(dict.fromkeys(moved, 0.5), rel=1e-4)
+    gc.collect()
+    assert len(_global_optimizer_post_hooks) == hooks
+    with drift_fast.Injection(model, delta):
+        pass
+
+
+def test_a_motion_that_was_dropped_is_freed_with_its_model(tmp_path: Path) -> None:
+    model = Backbone()
+    delta = delta_towards(tmp_path, model)
+    PlannedMotion(model, delta, progress=0.5, steps=3, optimizer=idle(model))
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
 
 
 @pytest.mark.parametrize(

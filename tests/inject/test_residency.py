@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,6 +33,8 @@ from support.injection_models import (
     arithmetic,
     delta_towards,
     gradients_of,
+    regression_batch,
+    regression_loss,
 )
 from support.residency_runs import (
     INNER,
@@ -282,6 +285,58 @@ def test_no_buffer_is_wider_than_what_goes_into_it(delta: drift_fast.Delta) -> N
 
 def _numel(shape: tuple[int, ...]) -> int:
     return torch.Size(shape).numel()
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("again", ["step", "backward"])
+def test_an_injection_that_was_cut_off_is_not_repeated(
+    delta: drift_fast.Delta, monkeypatch: pytest.MonkeyPatch, again: str, overlap: bool
+) -> None:
+    expected, _ = injected("disk", delta, 1)
+    model = backbone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    fill, filled = OnDisk.fill, []
+
+    def cut_off(self: OnDisk, out: torch.Tensor) -> None:
+        filled.append(out)
+        if len(filled) == 6:
+            raise KeyboardInterrupt
+        fill(self, out)
+
+    with Injection(model, delta, residency="disk", prefetch=TIGHT, overlap=overlap) as injection:
+
+        def once() -> None:
+            backward(model, seed=0)
+            injection.step()
+
+        monkeypatch.setattr(OnDisk, "fill", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            once()
+        monkeypatch.undo()
+        if not overlap:
+            if again == "backward":
+                regression_loss(model, regression_batch(width=WIDTH, seed=1)).backward()
+            with pytest.raises(DriftError, match=r"cut off.*call zero_grad\(\)"):
+                injection.step()
+            if again == "step":
+                with pytest.raises(DriftError, match=r"SGD steps.*cut off"):
+                    optimizer.step()
+        once()
+        assert_same(gradients_of(model), expected[0])
+        optimizer.step()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are not forked here")
+def test_what_is_read_in_every_step_is_read_after_a_fork_too(delta: drift_fast.Delta) -> None:
+    with Injection(backbone(), delta, residency="disk", prefetch=TIGHT) as injection:
+        store = injection._groups[0].store
+        list(store.batches())
+        child = os.fork()
+        if child == 0:
+            signal.alarm(30)
+            os._exit(sum(1 for _ in store.batches()))
+        _, status = os.waitpid(child, 0)
+        assert os.waitstatus_to_exitcode(status) == len(store.buckets)
 
 
 def test_removal_ends_the_reader_and_frees_its_buffers(delta: drift_fast.Delta) -> None:

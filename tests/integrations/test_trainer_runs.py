@@ -7,7 +7,9 @@ its state, whoever asks for it. Models are tiny and random; every run is a few s
 from __future__ import annotations
 
 import copy
+import gc
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +90,38 @@ def alphas(trainer: Any) -> list[float]:
 def line(steps: int, of: int | None = None) -> list[float]:
     """Return the factors of the schedule "linear"."""
     return [round(1 - at / (of or steps), 6) for at in range(steps)]
+
+
+# --- notebooks --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verb", [drift_fast.attach, attach_motion])
+def test_a_cell_that_is_run_again_attaches_to_the_new_trainer(
+    tmp_path: Path, delta: drift_fast.Delta, verb: Any
+) -> None:
+    model = tiny_qwen2()
+    options = {} if verb is drift_fast.attach else {"progress": 0.1}
+    for _ in range(2):
+        trainer = make_trainer(model, tmp_path, max_steps=4)
+        verb(trainer, delta, **options)
+        trainer.train()
+    gone = weakref.ref(trainer)
+    del trainer
+    gc.collect()
+    # The model may go on to be used.
+    assert gone() is None
+
+
+def test_a_trainer_that_is_attached_to_twice_says_what_to_remove(
+    tmp_path: Path, delta: drift_fast.Delta
+) -> None:
+    trainer = make_trainer(tiny_qwen2(), tmp_path, max_steps=2)
+    attached = drift_fast.attach(trainer, delta)
+    with pytest.raises(drift_fast.DriftError, match=r"remove\(\) on what attach\(\) returned"):
+        drift_fast.attach(trainer, delta)
+    attached.remove()
+    drift_fast.attach(trainer, delta)
+    trainer.train()
 
 
 # --- lengths ----------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ torch refuses to move a parameter that is (`swap_tensors`, which FSDP2's `model.
 
 from __future__ import annotations
 
+import gc
 import logging
 import secrets
 import weakref
@@ -31,10 +32,23 @@ class Claim:
 
     holder: the attachment, which others may have let go of.
     undo: what removes the attachment; here so that it can be done without the holder.
+    what: what it is, for messages.
     """
 
-    def __init__(self, targets: Sequence[Target], holder: object, undo: ExitStack) -> None:
+    def __init__(
+        self,
+        targets: Sequence[Target],
+        holder: object,
+        undo: ExitStack,
+        *,
+        what: str = "an injection",
+    ) -> None:
         self.token = secrets.token_hex(8)
+        self.what = what
+        # An attachment that is to live as long as the model, for now.
+        self.kept: object = None
+        # Whether a later attachment took the place of this one, whose parameters the model lost.
+        self.superseded = False
         self.parameters = {id(p): p for target in targets for p in target.trained}
         self._holder = weakref.ref(holder)
         self._undo = undo
@@ -42,6 +56,8 @@ class Claim:
 
     def take(self, model: nn.Module) -> Self:
         """Mark the parameters, and the modules of a model that hold them, as this claim's."""
+        for other in list(_live.values()):
+            other.superseded |= other.is_lost_in(model)
         _live[self.token] = self
         for parameter in self.parameters.values():
             parameter.__dict__[_ATTRIBUTE] = self.token
@@ -73,6 +89,18 @@ class Claim:
     def is_held(self) -> bool:
         """Whether anybody can still call `remove()` on the attachment."""
         return self._holder() is not None
+
+    def is_in(self, model: nn.Module) -> bool:
+        """Whether modules of a model have this claim's marks."""
+        return any(self.token in module.__dict__.get(_ATTRIBUTE, ()) for module in model.modules())
+
+    def is_lost_in(self, model: nn.Module) -> bool:
+        """Whether a model has other parameters in place of these, or has frozen them all."""
+        if not self.is_in(model):
+            return False
+        present = {id(parameter) for parameter in model.parameters()}
+        own = self.parameters.values()
+        return not present.issuperset(self.parameters) or not any(p.requires_grad for p in own)
 
     def abandon(self) -> None:
         """Remove the attachment, which nobody else can any more."""
@@ -119,8 +147,10 @@ class _Marks(dict[str, tuple[Claim | None, list[nn.Parameter]]]):
         return str, ()
 
 
-def refuse_second(targets: Sequence[Target]) -> None:
-    """Refuse parameters that another attachment holds; one that nobody refers to is removed.
+def refuse_second(targets: Sequence[Target], model: nn.Module) -> None:
+    """Refuse parameters that another attachment holds.
+
+    One that nobody refers to is removed, also where the model has lost its parameters.
 
     Raises:
         DriftError: the first of them.
@@ -129,10 +159,16 @@ def refuse_second(targets: Sequence[Target]) -> None:
     for claim in list(_live.values()):
         taken = [name for key, name in names.items() if key in claim.parameters]
         if not taken:
+            if not claim.is_held and claim.is_lost_in(model):
+                logger.info("removing an attachment to parameters that the model has lost")
+                claim.abandon()
             continue
         if claim.is_held:
+            # A trainer that was dropped refers to itself.
+            gc.collect()
+        if claim.is_held:
             raise DriftError(
-                f"{taken[0]} has an injection attached already; call remove() on that one "
+                f"{taken[0]} has {claim.what} attached already; call remove() on that one "
                 "first, or both would act on it"
             )
         logger.info("removing an attachment to %s that nothing refers to any more", taken[0])

@@ -201,7 +201,7 @@ class Injection(Attachment, Shown):
         check_adapted(targets, self._config)
         if self._driver.optimizer is not None:
             check_optimized(targets, self._driver.optimizer)
-        refuse_second(targets)
+        refuse_second(targets, model)
         shards = self._driver.shards(model, targets)
         check_doras(targets, shards)
         check_sharding(targets, shards, self._config)

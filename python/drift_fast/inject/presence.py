@@ -57,21 +57,25 @@ class Present:
         """Return every link from the model down to a target."""
         wanted = {id(p) for target in self._targets for p in target.trained}
         links: list[tuple[Any, str, Any]] = []
-        below: dict[int, bool] = {}
-
-        def leads(module: nn.Module) -> bool:
-            if id(module) in below:
-                return below[id(module)]
-            below[id(module)] = False
-            own = [n for n, p in module._parameters.items() if id(p) in wanted]
-            links.extend((module._parameters, name, module._parameters[name]) for name in own)
-            children = [n for n, m in module._modules.items() if m is not None and leads(m)]
-            links.extend((module._modules, name, module._modules[name]) for name in children)
-            below[id(module)] = bool(own or children)
-            return below[id(module)]
-
-        leads(model)
+        _leads(model, wanted, links, {})
         return links
+
+
+def _leads(
+    module: nn.Module, wanted: set[int], links: list[tuple[Any, str, Any]], below: dict[int, bool]
+) -> bool:
+    """Note the links below a module, and return whether there are any."""
+    # No function inside another: one that calls itself would keep the model until it is collected.
+    if id(module) in below:
+        return below[id(module)]
+    below[id(module)] = False
+    own = [n for n, p in module._parameters.items() if id(p) in wanted]
+    links.extend((module._parameters, name, module._parameters[name]) for name in own)
+    inside = [(n, m) for n, m in module._modules.items() if m is not None]
+    children = [n for n, m in inside if _leads(m, wanted, links, below)]
+    links.extend((module._modules, name, module._modules[name]) for name in children)
+    below[id(module)] = bool(own or children)
+    return below[id(module)]
 
 
 def lost_from(model: nn.Module, targets: Sequence[Target]) -> list[str]:

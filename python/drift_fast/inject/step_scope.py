@@ -19,7 +19,7 @@ from drift_fast.inject.refusals import frozen_since
 from drift_fast.inject.scope import Scope
 from drift_fast.inject.step_records import Push
 from drift_fast.inject.target_group import TargetGroup
-from drift_fast.inject.watchdog import Watchdog
+from drift_fast.inject.watchdog import TORN, Watchdog
 
 
 class StepScope(Scope):
@@ -56,7 +56,12 @@ class StepScope(Scope):
                 raise refusal
             pushes = self.pushes.begin() if begun is None else begun
             self.watchdog.begin(len(missing))
-            self._inject(pushes, refused=refusal is not None)
+            try:
+                self._inject(pushes, refused=refusal is not None)
+            except BaseException:
+                if any(group.changed for group in self.groups):
+                    self.watchdog.tear()
+                raise
         finally:
             for group in self.groups:
                 group.finish()
@@ -159,12 +164,15 @@ class StepScope(Scope):
         return missing, self._missing.see(set(range(first)) - missing, missing)
 
     def _refuse_twice(self) -> None:
-        if self.watchdog.holds_unused():
+        unused, added_to = self.watchdog.holds_unused(), self.watchdog.holds_injected_and_plain()
+        if self.watchdog.torn and (unused or added_to):
+            raise DriftError(f"step() was called again, and {TORN}")
+        if unused:
             raise DriftError(
                 "step() was called twice without a backward pass or an optimizer step between: "
                 "call it once, when the gradient is fully accumulated, just before clipping"
             )
-        if self.watchdog.holds_injected_and_plain():
+        if added_to:
             raise DriftError(
                 "step() was called again after a backward pass added to a gradient that is "
                 "injected already, so Δ would be in it twice: call step() once for each optimizer "

@@ -56,6 +56,8 @@ class TargetGroup:
         captures = self._captures() and self.device.type == "cuda"
         self._graphs = CudaGraphs(self.device) if captures else None
         self._found: dict[int, list[torch.Tensor]] | None = None
+        # Whether this step has changed any gradient, or was about to.
+        self.changed = False
         self._start, self._origin = start, torch.zeros(0)
         self._factor = self.vector([1.0] * len(self.targets))
 
@@ -145,7 +147,7 @@ class TargetGroup:
 
     def finish(self) -> None:
         """Let go of this step's gradients, which zero_grad may be about to free."""
-        self._found = None
+        self._found, self.changed = None, False
         if self._graphs is not None:
             self._graphs.drop_pending()
 
@@ -197,6 +199,7 @@ class TargetGroup:
         held = self._held(start, stop)
         if not held:
             return
+        self.changed = True
         deltas = [bucket.delta(at).data_ptr() for at in held]
 
         # Not the gradients themselves: those that zero_grad frees must not live on here.
@@ -294,6 +297,7 @@ class TargetGroup:
         place = self._addresses(held, push) if self.resident else None
         self._launch("measure", lambda: place, lambda: self._measure_shards(held, push))
         self._add_up_measures(refused=refused)
+        self.changed = True
         self._launch("subtract", lambda: place, lambda: self._subtract_shards(held, push))
         for at, gradients in held.items():
             self._write(at, gradients)

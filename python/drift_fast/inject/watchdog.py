@@ -39,6 +39,12 @@ from drift_fast.inject.target import Target
 _MARK = "_drift_fast"
 
 
+TORN = (
+    "the last injection was cut off, so that some gradients hold Δ and some do not: call "
+    "zero_grad() and run backward again"
+)
+
+
 class _Content(enum.Enum):
     """What is in the gradient of a target, if it has one."""
 
@@ -91,6 +97,8 @@ class Watchdog:
         # Whether an optimizer of the model has stepped since the last injection, and what any has
         # ever used.
         self._stepped = False
+        # Whether the last injection was cut off.
+        self.torn = False
         self._ever_used: set[int] = set()
         self._has_warned = False
         # Counts stay where they were computed; adding them up is what waits for a device.
@@ -120,6 +128,7 @@ class Watchdog:
             self.begin(0)
         self._settle()
         self._added.clear()
+        self.torn = False
         for parameter in parameters:
             at = self._place[id(parameter)]
             self._content[at] = _Content.INJECTED
@@ -130,6 +139,11 @@ class Watchdog:
                 self._mark(at)
             else:
                 self._was_heard.add(at)
+
+    def tear(self) -> None:
+        """Note that an injection was cut off, so that Δ may be in any of the gradients."""
+        self.note([target.parameter for target in self._targets])
+        self.torn = True
 
     def leave(self, parameters: Sequence[nn.Parameter]) -> None:
         """Note that the gradients of these were left as they are, on purpose."""
@@ -146,6 +160,7 @@ class Watchdog:
         """Note that the injected gradients were thrown away."""
         self._written.clear()
         self._content = [_Content.PLAIN] * len(self._targets)
+        self.torn = False
         self.begin(0)
 
     def use_all(self) -> None:
@@ -162,7 +177,12 @@ class Watchdog:
         """
         held = self._held_by(optimizer)
         if not held:
-            self._stepped |= self._look_at_foreign(optimizer)
+            try:
+                self._stepped |= self._look_at_foreign(optimizer)
+            except DriftError:
+                # Who attached anew after a remedy may have nothing to remove this one by.
+                if self._claim.is_held or not self._claim.superseded:
+                    raise
             return False
         # torch calls a running backward pass a graph task.
         if torch._C._current_graph_task_id() != -1:
@@ -174,6 +194,8 @@ class Watchdog:
                 "injection.remove() to train without it"
             )
         self._present.check()
+        if self.torn:
+            raise DriftError(f"{type(optimizer).__name__} steps, and {TORN}")
         self._settle()
         plain = [at for at in held if self._is_plain(at)]
         if plain:

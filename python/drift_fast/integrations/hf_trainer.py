@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import warnings
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -67,7 +68,8 @@ class TrainerDriver(Driver):
 
     def __init__(self, trainer: Any) -> None:
         super().__init__()
-        self._trainer = trainer
+        # The model keeps what drives its injection, and a Trainer keeps the model.
+        self._trainer = weakref.ref(trainer)
 
     def processes(self, model: nn.Module) -> tuple[Any, ...]:
         # What DDP is about to wrap does not show it yet.
@@ -75,7 +77,8 @@ class TrainerDriver(Driver):
 
     def loss_scale(self, device: torch.device) -> torch.Tensor | float | None:
         # A search of hyperparameters builds an accelerator, and so a scaler, for each run.
-        scaler = _scaler_of(self._trainer)
+        trainer = self._trainer()
+        scaler = None if trainer is None else _scaler_of(trainer)
         return None if scaler is None else scale_of(scaler, device)
 
 
@@ -125,7 +128,7 @@ class TrainerInjection(AttachedInjection):
             check_trained(targets, trainer.model)
             check_adapted(targets, config)
             check_doras_ahead(trainer, targets)
-            refuse_second(targets)
+            refuse_second(targets, trainer.model)
             self._wait = Wait(trainer, targets)
         else:
             self._start(trainer.model, length or None)
@@ -393,6 +396,7 @@ def attach_trainer(
     wrapped = getattr(trainer.__dict__.get("training_step"), "__self__", None)
     if isinstance(wrapped, TrainerInjection):
         raise DriftError(
-            "this trainer's training_step is wrapped already; remove() the injection there first"
+            "this trainer has an injection attached already: call remove() on what attach() "
+            "returned, or build the Trainer anew"
         )
     return TrainerInjection(trainer, delta, config, csv)

@@ -138,7 +138,7 @@ def _find(
     """
     targets, coverage = find_targets(way.module, delta, given, weights=True)
     # An injection may change gradients inside backward.
-    refuse_second(targets)
+    refuse_second(targets, way.module)
     refuse_packed(targets)
     check_trainable(targets, way.module)
     shards = way.shards(targets)

@@ -205,13 +205,14 @@ class PlannedMotion(Attachment):
         for group in self._groups:
             group.origin = found
         self._steps.restart(done=self.finished)
+        self._keep()
 
     def remove(self) -> None:
         """Detach from the model and free Δ; weights stay where they are. May be called twice."""
         if self._groups and not self.finished:
             logger.info("planned motion removed after %d of %d steps", self._taken, self.steps)
         self._undo.close()
-        self._groups = []
+        self._groups, self._claim.kept = [], None
 
     def __repr__(self) -> str:
         return (
@@ -239,7 +240,7 @@ class PlannedMotion(Attachment):
         names = [target.delta_name for target in targets]
         values, _ = per_target(names, self._schedule.progress, "progress")
         self._planned = dict(zip((target.name for target in targets), values, strict=True))
-        refuse_second(targets)
+        refuse_second(targets, model)
         self._steps, shards = self._follow(model, targets, optimizer)
         return targets, shards
 
@@ -284,10 +285,16 @@ class PlannedMotion(Attachment):
         stepping = getattr(self._steps.given, "optimizer", self._steps.given)
         if isinstance(stepping, torch.optim.Optimizer):
             self._lost_steps.see(stepping)
-        self._undo.callback(self._steps.release)
         self._steps.start()
-        claim = Claim(self._targets, self, contextlib.ExitStack()).take(model)
-        self._undo.callback(claim.release)
+        self._undo.callback(self._steps.release)
+        nothing = contextlib.ExitStack()
+        self._claim = Claim(self._targets, self, nothing, what="a planned motion").take(model)
+        self._undo.callback(self._claim.release)
+        self._keep()
+
+    def _keep(self) -> None:
+        """Live as long as the model until the motion is finished, whoever refers to it."""
+        self._claim.kept = None if self.finished else self
 
     def _follow(
         self, model: nn.Module, targets: Sequence[Target], optimizer: Any
@@ -328,6 +335,7 @@ class PlannedMotion(Attachment):
         for moved in self._groups:
             moved.move(before, after)
         self._steps.moved(done=self.finished)
+        self._keep()
 
     def _check_kept(self) -> None:
         """Warn if the weights have not kept what they were moved by; waits for the device once.

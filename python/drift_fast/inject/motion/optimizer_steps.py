@@ -48,7 +48,6 @@ class OptimizerSteps:
         self._beginning: Any = weakref.WeakKeyDictionary()
         self._begun: Any = weakref.WeakKeyDictionary()
         self._fresh = False
-        self._handles: list[Any] = []
 
     @property
     def fresh(self) -> bool:
@@ -56,11 +55,25 @@ class OptimizerSteps:
         return self._fresh
 
     def start(self) -> None:
-        """Start following steps."""
-        self._handles = [
-            register_optimizer_step_pre_hook(self._before),
-            register_optimizer_step_post_hook(self._after),
+        """Start following steps, as long as this lives: hooks are global, and keep nothing."""
+        found = weakref.ref(self)
+
+        def before(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+            steps = found()
+            if steps is not None:
+                steps._before(optimizer)
+
+        def after(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+            steps = found()
+            if steps is not None:
+                steps._after(optimizer)
+
+        handles = [
+            register_optimizer_step_pre_hook(before),
+            register_optimizer_step_post_hook(after),
         ]
+        self._finalizer = weakref.finalize(self, _remove, handles)
+        self._finalizer.atexit = False
 
     def moved(self, *, done: bool) -> None:
         """Note that the weights were moved, for the last time if `done`."""
@@ -74,12 +87,10 @@ class OptimizerSteps:
         self._begun.clear()
 
     def release(self) -> None:
-        """Stop following steps."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        """Stop following steps. May be called twice."""
+        self._finalizer()
 
-    def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    def _before(self, optimizer: torch.optim.Optimizer) -> None:
         """Fail an optimizer's second step if nothing was moved since its first."""
         if self._done or self._ids.isdisjoint(parameters_of_optimizer(optimizer)):
             return
@@ -98,7 +109,7 @@ class OptimizerSteps:
             f"last step: {remedy}; or call motion.remove() to train without it"
         )
 
-    def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    def _after(self, optimizer: torch.optim.Optimizer) -> None:
         if self._done or self._ids.isdisjoint(parameters_of_optimizer(optimizer)):
             return
         if _was_left_out(optimizer):
@@ -154,6 +165,11 @@ class EngineSteps:
             del self.given.step
         else:
             self.given.step = self._replaced
+
+
+def _remove(handles: Iterable[Any]) -> None:
+    for handle in handles:
+        handle.remove()
 
 
 def _was_left_out(optimizer: torch.optim.Optimizer) -> bool:

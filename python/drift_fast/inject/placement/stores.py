@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
@@ -118,7 +119,9 @@ class Ring:
         self._used: list[Any] = [None] * slots
         # Reading a file blocks, so a thread of its own does it.
         slow = any(isinstance(one, OnDisk) for one in held)
-        self._reader = ThreadPoolExecutor(1, "drift-fast-reader") if slow else None
+        self._reader: ThreadPoolExecutor | None = None
+        if slow:
+            self._start_reader()
         self._next = self._head = 0
 
     def batches(self) -> Iterator[tuple[int, int, list[torch.Tensor]]]:
@@ -131,6 +134,10 @@ class Ring:
         if at == self._count:
             yield self._tail
             return
+        if self._reader is not None and self._reader_of != os.getpid():
+            # A fork of the process has no threads.
+            self._start_reader()
+            self._turn_to(at)
         if self._head % self._count != at:
             self._turn_to(at)
         self.fill_ahead()
@@ -152,6 +159,9 @@ class Ring:
         if len(self._slots) < self._count:
             self._fill(self._next)
             self._next += 1
+
+    def _start_reader(self) -> None:
+        self._reader, self._reader_of = ThreadPoolExecutor(1, "drift-fast-reader"), os.getpid()
 
     def release(self) -> None:
         if self._reader is not None:
