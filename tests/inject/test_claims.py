@@ -295,3 +295,46 @@ def test_without_a_second_attachment_replaced_weights_stop_training(
     gc.collect()
     with pytest.raises(DriftError, match="no longer parameters"):
         step(model)
+
+
+def test_an_attachment_to_other_modules_takes_no_ones_place(
+    model: Backbone, delta: drift_fast.Delta
+) -> None:
+    Injection(model, delta, layers=[0])
+    replace_weights(model)
+    gc.collect()
+    injection = Injection(model, delta, layers=[1])
+    with pytest.raises(DriftError, match="no longer parameters"):
+        step(model, injection)
+
+
+def test_an_attachment_whose_targets_are_frozen_for_now_stays(
+    model: Backbone, delta: drift_fast.Delta
+) -> None:
+    Injection(model, delta, layers=[0])
+    first = [p for n, p in model.named_parameters() if ".layers.0." in n]
+    for parameter in first:
+        parameter.requires_grad_(False)
+    injection = Injection(model, delta, layers=[1])
+    gc.collect()
+    for parameter in first:
+        parameter.requires_grad_(True)
+    with pytest.raises(DriftError, match="nothing was injected before this step"):
+        step(model, injection)
+
+
+def test_adapters_that_were_added_after_attaching_are_attached_to_anew(
+    model: Backbone, delta: drift_fast.Delta
+) -> None:
+    peft = pytest.importorskip("peft")
+    injection = Injection(model, delta)
+    options = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"])
+    adapted = peft.get_peft_model(model, options)
+    with pytest.raises(DriftError, match="attach after the model was wrapped"):
+        step(adapted)
+    injection = Injection(adapted, delta, modules=r"re:(q|down)_proj\.weight$")
+    gc.collect()
+    step(adapted, injection)
+    assert injection.steps == 1
+    injection.remove()
+    step(adapted)

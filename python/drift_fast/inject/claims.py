@@ -47,9 +47,10 @@ class Claim:
         self.what = what
         # An attachment that is to live as long as the model, for now.
         self.kept: object = None
-        # Whether a later attachment took the place of this one, whose parameters the model lost.
+        # Whether a later attachment took the place of this one, whose parameters do not train.
         self.superseded = False
         self.parameters = {id(p): p for target in targets for p in target.trained}
+        self._names = {target.delta_name for target in targets}
         self._holder = weakref.ref(holder)
         self._undo = undo
         self._modules: list[nn.Module] = []
@@ -57,7 +58,8 @@ class Claim:
     def take(self, model: nn.Module) -> Self:
         """Mark the parameters, and the modules of a model that hold them, as this claim's."""
         for other in list(_live.values()):
-            other.superseded |= other.is_lost_in(model)
+            lost = other.is_lost_in(model, self._names)
+            other.superseded |= lost or other.is_adapted_in(model, self._names)
         _live[self.token] = self
         for parameter in self.parameters.values():
             parameter.__dict__[_ATTRIBUTE] = self.token
@@ -94,13 +96,20 @@ class Claim:
         """Whether modules of a model have this claim's marks."""
         return any(self.token in module.__dict__.get(_ATTRIBUTE, ()) for module in model.modules())
 
-    def is_lost_in(self, model: nn.Module) -> bool:
-        """Whether a model has other parameters in place of these, or has frozen them all."""
-        if not self.is_in(model):
+    def is_lost_in(self, model: nn.Module, names: set[str]) -> bool:
+        """Whether a model has lost all these parameters, and has others for the same Δ.
+
+        names: of the tensors of Δ that have parameters now.
+        """
+        if not (self._names <= names and self.is_in(model)):
             return False
-        present = {id(parameter) for parameter in model.parameters()}
-        own = self.parameters.values()
-        return not present.issuperset(self.parameters) or not any(p.requires_grad for p in own)
+        return self.parameters.keys().isdisjoint(id(parameter) for parameter in model.parameters())
+
+    def is_adapted_in(self, model: nn.Module, names: set[str]) -> bool:
+        """Whether a model has frozen all these parameters, and trains others for some of the Δ."""
+        if self._names.isdisjoint(names) or not self.is_in(model):
+            return False
+        return not any(parameter.requires_grad for parameter in self.parameters.values())
 
     def abandon(self) -> None:
         """Remove the attachment, which nobody else can any more."""
@@ -156,10 +165,11 @@ def refuse_second(targets: Sequence[Target], model: nn.Module) -> None:
         DriftError: the first of them.
     """
     names = {id(p): target.name for target in targets for p in target.trained}
+    wanted = {target.delta_name for target in targets}
     for claim in list(_live.values()):
         taken = [name for key, name in names.items() if key in claim.parameters]
         if not taken:
-            if not claim.is_held and claim.is_lost_in(model):
+            if not claim.is_held and claim.is_lost_in(model, wanted):
                 logger.info("removing an attachment to parameters that the model has lost")
                 claim.abandon()
             continue

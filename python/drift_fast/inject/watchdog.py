@@ -176,13 +176,16 @@ class Watchdog:
                 were replaced or frozen after attaching.
         """
         held = self._held_by(optimizer)
-        if not held:
-            try:
+        try:
+            if not held:
                 self._stepped |= self._look_at_foreign(optimizer)
-            except DriftError:
-                # Who attached anew after a remedy may have nothing to remove this one by.
-                if self._claim.is_held or not self._claim.superseded:
-                    raise
+                return False
+            if not any(map(self._gradients, held)):
+                self._refuse_frozen()
+        except DriftError:
+            # Who attached anew after a remedy may have nothing to remove this one by.
+            if self._claim.is_held or not self._claim.superseded:
+                raise
             return False
         # torch calls a running backward pass a graph task.
         if torch._C._current_graph_task_id() != -1:
@@ -398,12 +401,20 @@ class Watchdog:
         trains = self._present.holds_any(optimizer)
         if trains:
             self._present.check()
-            frozen = frozen_since(self._targets)
-            some_train = any(target.trains for target in self._targets)
-            if frozen is not None and not some_train and not self._optimizer_is_given:
-                raise frozen
+            if not self._optimizer_is_given:
+                self._refuse_frozen()
         self._foreign[optimizer] = count, trains
         return trains
+
+    def _refuse_frozen(self) -> None:
+        """Refuse a step while no target trains any more.
+
+        Raises:
+            DriftError: all were frozen after attaching.
+        """
+        frozen = frozen_since(self._targets)
+        if frozen is not None and not any(target.trains for target in self._targets):
+            raise frozen
 
     def _warn_of_unused(self) -> None:
         """Warn once where optimizers have stepped, and none has ever held some of the targets."""
