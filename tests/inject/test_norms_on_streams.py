@@ -27,7 +27,7 @@ def test_each_norm_is_at_the_place_of_its_tensor_however_streams_share_them(
     monkeypatch.setattr(arithmetic, "_streams", [None] * 4)
     monkeypatch.setattr(arithmetic, "spread", spread)
     monkeypatch.setattr(device, "has_joint_norm", lambda tensor: True)
-    monkeypatch.setattr(device, "_CHUNK", 8)
+    monkeypatch.setattr(device, "CHUNK", 8)
     generator = torch.Generator().manual_seed(0)
     tensors = [torch.randn(10 + at, generator=generator) for at in range(count)]
     # What has no elements has no norm, and shifts the others' places.
