@@ -338,3 +338,21 @@ def test_adapters_that_were_added_after_attaching_are_attached_to_anew(
     assert injection.steps == 1
     injection.remove()
     step(adapted)
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["given", "not given"])
+def test_an_optimizer_of_frozen_targets_is_refused_unless_it_was_named(
+    model: Backbone, delta: drift_fast.Delta, given: bool
+) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    Injection(model, delta, optimizer=optimizer if given else None)
+    names = delta.keys()
+    for name, parameter in model.named_parameters():
+        # As a generator is while a discriminator trains; the head goes on.
+        parameter.requires_grad_(name not in names)
+    regression_loss(model, regression_batch()).backward()
+    if given:
+        optimizer.step()
+    else:
+        with pytest.raises(DriftError, match="were frozen after attaching"):
+            optimizer.step()

@@ -45,7 +45,7 @@ class Claim:
     ) -> None:
         self.token = secrets.token_hex(8)
         self.what = what
-        # An attachment that is to live as long as the model, for now.
+        # The attachment itself, while it is to live as long as the model whoever refers to it.
         self.kept: object = None
         # Whether a later attachment took the place of this one, whose parameters do not train.
         self.superseded = False

@@ -180,7 +180,7 @@ class Watchdog:
             if not held:
                 self._stepped |= self._look_at_foreign(optimizer)
                 return False
-            if not any(map(self._gradients, held)):
+            if not self._optimizer_is_given and not any(map(self._gradients, held)):
                 self._refuse_frozen()
         except DriftError:
             # Who attached anew after a remedy may have nothing to remove this one by.

@@ -92,7 +92,7 @@ class _Member:
 class Rounded:
     """Δ as int8: the codes of an int8 delta, or values that are rounded here."""
 
-    # And which member of it this is.
+    # The batch that this is loaded in, and its place there.
     _batch: _Batch
     _at: int
 
