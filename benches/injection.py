@@ -34,6 +34,9 @@ from drift_fast import Injection, _core
 from drift_fast.delta.protocol import DeltaLike
 from drift_fast.selection import Selection
 
+# Steps before those that are timed: as many as use up what was copied ahead while nothing ran.
+_LEAD = 5
+
 
 class RandomDelta(Mapping[str, torch.Tensor]):
     """A delta of seeded random values, a tenth of a typical weight, kept in host memory."""
@@ -160,7 +163,7 @@ class Bench:
         self.device = torch.device(options.device)
         self.cuda = self.device.type == "cuda"
         self.rows: list[Row] = []
-        self.in_a_row = options.in_a_row if self.cuda else 1
+        self.in_a_row = options.in_a_row
         self.launched = math.nan
         torch.manual_seed(0)
         heads = max(1, options.hidden // 128)
@@ -212,15 +215,21 @@ class Bench:
     def timed_run(self, action: Callable[[], None]) -> float:
         """Return the milliseconds of one of several in a row.
 
-        Copies from the host run ahead into the next step, as they do in training, so a step by
-        itself would be charged with those of the next.
+        On a GPU by its own clock and after some that are not timed, as in a long training: copies
+        from the host run ahead into the next step, and whoever waits for the device before and
+        after lets them run ahead twice, or not at all.
         """
-
-        def several() -> None:
-            for _ in range(self.in_a_row):
-                action()
-
-        return self.timed(several) / self.in_a_row
+        if not self.cuda:
+            return self.timed(action)
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        for _ in range(_LEAD):
+            action()
+        start.record()
+        for _ in range(self.in_a_row):
+            action()
+        stop.record()
+        self.wait()
+        return start.elapsed_time(stop) / self.in_a_row
 
     def compare(self, label: str, injected: Callable[[], None], held: float, repeats: int) -> Row:
         """Time a variant in turn with the step that is not injected."""
@@ -237,10 +246,9 @@ class Bench:
                 (row.base, self.plain, launched[0]),
                 (row.times, injected, launched[1]),
             ):
-                if self.in_a_row > 1:
-                    action()
                 times.append(self.timed_run(action))
-                host.append(self.launched / self.in_a_row)
+                self.timed(action)
+                host.append(self.launched)
         row.launched_base, row.launched = map(statistics.median, launched)
         self.rows.append(row)
         print(
@@ -396,14 +404,19 @@ class Bench:
             print(f"{row.label}: {row.added():+.1%}", flush=True)
         del self.plain
 
-    def rival(self, label: str, hooks: Callable[..., list[Any]], repeats: int) -> None:
+    def rival(
+        self,
+        label: str,
+        hooks: Callable[..., list[Any]],
+        repeats: int,
+        clock: Callable[[Callable[[], None]], float],
+    ) -> None:
         before = self.memory()
-        base = [self.timed(self.step) for _ in range(repeats)]
+        base = [clock(self.step) for _ in range(repeats)]
         handles = hooks(self.model, self.everything)
         held = self.memory() - before
         self.step()
-        # So much slower, or without copies that run ahead: one step after the other will do.
-        row = Row(label, [self.timed(self.step) for _ in range(repeats)], base, held)
+        row = Row(label, [clock(self.step) for _ in range(repeats)], base, held)
         for handle in handles:
             handle.remove()
         self.rows.append(row)
@@ -512,24 +525,24 @@ def full(bench: Bench, worst: float) -> None:
         bench.injection(f"drift_fast, adaptive, {both}, host, 1GB ahead", everything, **host)
         int8 = {"residency": "host-int8", "prefetch": "1GB"}
         bench.injection(f"drift_fast, adaptive, {both}, host-int8, 1GB ahead", everything, **int8)
-        for prefetch in ("1GB", "4GB"):
-            bench.injection(
-                f"drift_fast, adaptive, {both}, host, overlapped, {prefetch} ahead",
-                everything,
-                residency="host",
-                overlap=True,
-                prefetch=prefetch,
-            )
-        bench.injection(
-            f"drift_fast, adaptive, {both}, host-int8, overlapped",
-            everything,
-            residency="host-int8",
-            overlap=True,
-        )
+        for residency in ("host", "host-int8"):
+            for prefetch in ("1GB", "4GB", "8GB"):
+                bench.injection(
+                    f"drift_fast, adaptive, {both}, {residency}, overlapped, {prefetch} ahead",
+                    everything,
+                    residency=residency,
+                    overlap=True,
+                    prefetch=prefetch,
+                )
     if options.accumulation:
         bench.accumulated(options.accumulation)
-    bench.rival(f"plain PyTorch hooks, adaptive, {both}, Δ resident", plain_hooks, options.repeats)
-    bench.rival(f"public formula in hooks, adaptive, {both}", public_hooks, options.rival_repeats)
+    plain, public = (
+        f"plain PyTorch hooks, adaptive, {both}, Δ resident",
+        f"public formula in hooks, {both}",
+    )
+    bench.rival(plain, plain_hooks, options.repeats, bench.timed_run)
+    # So much slower that one step will do.
+    bench.rival(public, public_hooks, options.rival_repeats, bench.timed)
     report(bench, worst, limits)
 
 
@@ -547,10 +560,11 @@ def report(bench: Bench, worst: float, limits: list[str]) -> None:
         f"{torch.get_num_threads()} threads. Forward and backward of {options.tokens} tokens "
         f"through {options.layers} layers of width {options.hidden}; attention + MLP are "
         f"{len(everything)} tensors, {numel * 2 / 1e9:.2f} GB of Δ in bfloat16. "
-        f"Medians (min to max) of {options.repeats} runs of {bench.in_a_row} steps in a row, each "
-        "variant in turn with the step that is not injected, after nine steps that are not timed. "
-        "*Launched*: until the host had launched a step. Before timing: injected gradients "
-        f"within {worst:.2f} of the bound of one rounding against float64"
+        f"Medians (min to max) of {options.repeats} runs of "
+        + (f"{bench.in_a_row} steps in a row behind {_LEAD} others" if bench.cuda else "one step")
+        + ", each variant in turn with the step that is not injected, after nine steps that are "
+        "not timed. *Launched*: until the host had launched one step. Before timing: injected "
+        f"gradients within {worst:.2f} of the bound of one rounding against float64"
         + (", no host sync in the step." if bench.cuda else "."),
         "",
         *limits,

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, NotRequired, TypeAlias, TypedDict, final, type_check_only
+from typing import Any, Literal, NotRequired, TypeAlias, TypedDict, final, type_check_only
 
 __all__ = [
     "Aligned",
@@ -170,7 +170,7 @@ def load_differences(
     into: _LoadInto,
     limits: Limits,
     *,
-    sampled: bool = False,
+    detail: Literal["faults", "moments", "rounding"],
     landed: _OnLanded | None = None,
 ) -> list[tuple[float, Moments]]: ...
 

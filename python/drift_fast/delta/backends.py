@@ -94,6 +94,7 @@ class Streamed:
             dtype,
             into,
             {"threads": self._loading_threads, "memory": self._memory},
+            detail="faults",
             landed=landed,
         )
         self._check([(one.name, row) for one, (_, row) in zip(runs, found, strict=True)], dtype)

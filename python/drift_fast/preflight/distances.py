@@ -205,7 +205,7 @@ def _difference(
     checkpoints = side.checkpoint, multimodal.checkpoint
     into = [out.view(np.uint8)], False
     ((_, moments),) = load_differences(
-        *checkpoints, [(source, name, span)], "float64", into, _LIMITS
+        *checkpoints, [(source, name, span)], "float64", into, _LIMITS, detail="moments"
     )
     return out, moments
 

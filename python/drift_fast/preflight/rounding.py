@@ -106,6 +106,6 @@ def _sampled(pair: AlignedPair, one: Pair) -> list[Any]:
         "float32",
         ([bytearray(4 * length) for _ in runs], False),
         {"threads": 1},
-        sampled=True,
+        detail="rounding",
     )
     return [moments for _, moments in found]

@@ -9,7 +9,7 @@ use drift_fast_core::align::compose::{Block, Blocks};
 use drift_fast_core::align::pair::{Pair, Source};
 use drift_fast_core::checkpoint::Checkpoint;
 use drift_fast_core::checkpoint::Operand;
-use drift_fast_core::stream::{Difference, Landed, Memory, Options, load_differences};
+use drift_fast_core::stream::{Detail, Difference, Landed, Memory, Options, load_differences};
 use drift_fast_core::{Dtype, Error, Reader};
 use proptest::prelude::*;
 
@@ -42,7 +42,7 @@ fn difference(pair: Pair<'_>, numel: usize, threads: usize) -> drift_fast_core::
     let wanted = [Difference { pair, elements: 0..numel }];
     let memory = Memory::Each(vec![&mut bytes]);
     let landed: Landed<'_> = &mut |_| ControlFlow::Continue(0);
-    load_differences(&wanted, Dtype::F32, memory, &Options::new(threads), false, landed)?;
+    load_differences(&wanted, Dtype::F32, memory, &Options::new(threads), Detail::Faults, landed)?;
     Ok(bytes.as_chunks::<4>().0.iter().map(|value| f32::from_le_bytes(*value)).collect())
 }
 

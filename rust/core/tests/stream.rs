@@ -13,7 +13,8 @@ use drift_fast_core::checkpoint::Operand;
 use drift_fast_core::kernel::{self, Elements};
 use drift_fast_core::output::{OutputSpec, Slot, Storage};
 use drift_fast_core::stream::{
-    CHUNK, Difference, Memory, Options, Outcome, Part, Sink, load_differences, run,
+    CHUNK, Detail, Difference, Found, Landed, Memory, Options, Outcome, Part, Sink,
+    load_differences, run,
 };
 use drift_fast_core::{Dtype, Error, Moments, Reader, Writer};
 
@@ -244,7 +245,8 @@ fn loaded(
         Some(_) => Memory::Ring(&mut memory),
         None => Memory::Each(found.iter_mut().map(Vec::as_mut_slice).collect()),
     };
-    let sums = load_differences(wanted, Dtype::F32, memory, &options, false, &mut landed).unwrap();
+    let sums = load_differences(wanted, Dtype::F32, memory, &options, Detail::Faults, &mut landed)
+        .unwrap();
     for (part, bytes) in copies {
         found[part.run][part.elements.start * 4..part.elements.end * 4].copy_from_slice(&bytes);
     }
@@ -289,6 +291,52 @@ fn what_is_loaded_is_what_the_files_have_with_its_squares_whatever_the_memory_an
             assert_eq!(part, &whole[one.elements.start * 4..one.elements.end * 4]);
         }
     }
+}
+
+/// Pieces that have nothing to tell are subtracted alone; the others are counted as if all were.
+#[test]
+fn faults_are_found_where_moments_are_not_wanted() {
+    let files = Files::new();
+    for (name, nbytes, value) in [("a", 4 * 100_000, f32::NAN), ("b", 4 * CHUNK, f32::INFINITY)] {
+        let path = files.directory.path().join(format!("{name}.safetensors"));
+        let mut bytes = std::fs::read(&path).unwrap();
+        let place = bytes.len() - nbytes;
+        bytes[place..place + 4].copy_from_slice(&value.to_le_bytes());
+        std::fs::write(path, bytes).unwrap();
+    }
+    let (a, b) = files.open(Reader::Pread);
+    let wanted: Vec<_> = pairs(&a, &b, true)
+        .into_iter()
+        // Whole tensors under other names: the one that the reasoning model has transposed.
+        .chain([Pair { reasoning: Source::Whole(operand(&b, "w")), multimodal: operand(&b, "w") }])
+        .map(|pair| Difference { elements: 0..pair.multimodal.tensor.numel(), pair })
+        .collect();
+    let found = |detail| {
+        let mut bytes: Vec<Vec<u8>> =
+            wanted.iter().map(|one| vec![0; one.elements.len() * 4]).collect();
+        let memory = Memory::Each(bytes.iter_mut().map(Vec::as_mut_slice).collect());
+        let landed: Landed<'_> = &mut |_| ControlFlow::Continue(0);
+        let options = Options::new(2);
+        let found = load_differences(&wanted, Dtype::F32, memory, &options, detail, landed);
+        let counts: Vec<_> = found
+            .unwrap()
+            .iter()
+            .map(|Found { square, moments }| {
+                let faults = (moments.nonfinite_reasoning, moments.nonfinite_multimodal);
+                assert_eq!(square.is_finite(), faults == (0, 0));
+                (faults, moments.delta_sq > 0.0)
+            })
+            .collect();
+        (bytes, counts)
+    };
+    let ((few, faults), (all, moments)) = (found(Detail::Faults), found(Detail::Moments));
+    assert_eq!(few, all);
+    let of = |found: &[((u64, u64), bool)]| found.iter().map(|one| one.0).collect::<Vec<_>>();
+    assert_eq!(of(&faults), of(&moments));
+    let count = wanted.len();
+    assert_eq!(of(&faults)[count - 2..], [(1, 1), (1, 1)]);
+    // What has no fault has no sums, unless they are wanted.
+    assert!(moments[4].1 && !faults[4].1 && faults[count - 2].1);
 }
 
 #[test]

@@ -8,7 +8,7 @@ use std::ops::ControlFlow;
 use drift_fast_core::align::pair::{Pair, Source};
 use drift_fast_core::align::{Named, Ties, align};
 use drift_fast_core::checkpoint::Operand;
-use drift_fast_core::stream::{Difference, Landed, Memory, Options, load_differences};
+use drift_fast_core::stream::{Detail, Difference, Landed, Memory, Options, load_differences};
 use drift_fast_core::{Checkpoint, Dtype};
 use drift_fast_fuzz::{Read, file, official, open};
 
@@ -54,7 +54,7 @@ fn subtract(
     let wanted = [Difference { elements: 0..pair.multimodal.tensor.numel(), pair }];
     let memory = Memory::Each(vec![&mut out]);
     let landed: Landed<'_> = &mut |_| ControlFlow::Continue(0);
-    load_differences(&wanted, Dtype::F32, memory, &Options::new(1), false, landed)
+    load_differences(&wanted, Dtype::F32, memory, &Options::new(1), Detail::Faults, landed)
         .expect("a difference");
     let values = |bytes: &[u8]| -> Vec<f32> {
         bytes.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect()

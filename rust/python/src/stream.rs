@@ -1,7 +1,8 @@
 //! Subtracting two checkpoints, tensor by tensor: into a delta's files, into memory, or nowhere.
 
 use drift_fast_core::Moments;
-use drift_fast_core::stream::{Difference, Sink, load_differences as core_load, run};
+use drift_fast_core::stream::{Detail, Difference, Sink, load_differences as core_load, run};
+use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
 use crate::buffers::{Exported, LoadInto};
@@ -60,11 +61,11 @@ pub(crate) fn stream(
 type Run = (SourceNames, String, Option<(usize, usize)>);
 
 /// Load differences of pairs, or of runs of their elements, into memory in a dtype, and return their
-/// squares there and their moments; `sampled` asks for the part of these that is rounding.
+/// squares there and their moments: those of faults alone, all, or with the part that is rounding.
 /// `landed` is that of `StoredDelta.load`.
 #[pyfunction]
 #[pyo3(signature = (
-    reasoning, multimodal, runs, dtype, into, limits, *, sampled = false, landed = None
+    reasoning, multimodal, runs, dtype, into, limits, *, detail, landed = None
 ))]
 // Python's keywords are what a struct of options would be.
 #[allow(clippy::too_many_arguments)]
@@ -76,10 +77,10 @@ pub(crate) fn load_differences(
     dtype: &str,
     into: LoadInto<'_>,
     limits: Limits,
-    sampled: bool,
+    detail: &str,
     landed: Option<Callback>,
 ) -> PyResult<Vec<(f64, MomentsRow)>> {
-    let (dtype, options) = (parse_dtype(dtype)?, limits.into());
+    let (dtype, detail, options) = (parse_dtype(dtype)?, parse_detail(detail)?, limits.into());
     let (pairs, elements): (Vec<_>, Vec<_>) =
         runs.into_iter().map(|(source, name, elements)| ((source, name), elements)).unzip();
     let pairs = resolve(reasoning, multimodal, &pairs)?.into_iter().zip(elements);
@@ -91,7 +92,18 @@ pub(crate) fn load_differences(
         .collect();
     let mut into = Exported::new(&into)?;
     let found = landing(py, landed, |landed| {
-        core_load(&wanted, dtype, into.memory(), &options, sampled, landed)
+        core_load(&wanted, dtype, into.memory(), &options, detail, landed)
     })?;
     Ok(found.iter().map(|one| (one.square, MomentsRow::from(&one.moments))).collect())
+}
+
+fn parse_detail(name: &str) -> PyResult<Detail> {
+    match name {
+        "faults" => Ok(Detail::Faults),
+        "moments" => Ok(Detail::Moments),
+        "rounding" => Ok(Detail::Rounding),
+        other => Err(PyValueError::new_err(format!(
+            "detail must be 'faults', 'moments' or 'rounding', got {other:?}"
+        ))),
+    }
 }

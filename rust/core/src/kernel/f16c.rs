@@ -55,6 +55,11 @@ pub(super) fn odd<A: Narrow, B: Narrow>(a: &[u8], b: &[u8], difference: &mut [f3
     scalar::odd::<A, B>(a, b, difference);
 }
 
+#[target_feature(enable = "avx2,f16c")]
+pub(super) fn differences<A: Narrow, B: Narrow>(a: &[u8], b: &[u8], difference: &mut [f32]) {
+    scalar::differences::<A, B>(a, b, difference);
+}
+
 /// Round float32 to binary16. The caller has checked that the processor has AVX and F16C.
 pub(super) fn round(values: &[f32], bytes: &mut [u8]) {
     // SAFETY: the caller has detected both instruction sets.

@@ -58,6 +58,35 @@ macro_rules! by_dtypes {
     }};
 }
 
+/// Call a kernel of two types, neither of which is float64, as compiled for what the processor has.
+macro_rules! by_processor {
+    ($a:ident, $b:ident, |$A:ident, $B:ident| $kernel:ident::<$($type:tt),*>($($argument:expr),*)) => {{
+        #[cfg(target_arch = "x86_64")]
+        {
+            use f16c::F16c;
+            if has_f16c() && ($a.dtype == Dtype::F16 || $b.dtype == Dtype::F16) {
+                return by_dtypes!($a, $b, F16c, |$A, $B| {
+                    // SAFETY: the processor has both instruction sets that the function asks for.
+                    #[allow(unsafe_code)]
+                    unsafe {
+                        f16c::$kernel::<$($type),*>($($argument),*)
+                    }
+                });
+            }
+            if std::arch::is_x86_feature_detected!("avx2") {
+                return by_dtypes!($a, $b, F16, |$A, $B| {
+                    // SAFETY: the processor has AVX2, which the function asks for.
+                    #[allow(unsafe_code)]
+                    unsafe {
+                        avx2::$kernel::<$($type),*>($($argument),*)
+                    }
+                });
+            }
+        }
+        by_dtypes!($a, $b, F16, |$A, $B| scalar::$kernel::<$($type),*>($($argument),*))
+    }};
+}
+
 /// Sums over the elements of one pair, from which norms and cosines follow.
 ///
 /// Elements where either side is NaN or infinite are counted and left out of the sums.
@@ -187,6 +216,30 @@ pub fn subtract(
     total
 }
 
+/// Write the difference that [`subtract`] writes, and nothing else.
+///
+/// Returns false, with `out` untouched, where the output can lose of a difference what only moments
+/// tell: where its range is narrower than that of a side, or may be.
+pub fn subtract_plainly(
+    reasoning: Elements<'_>,
+    multimodal: Elements<'_>,
+    (dtype, out): (Dtype, &mut [u8]),
+) -> bool {
+    if dtype == Dtype::F16 || !narrow_is_exact(reasoning.dtype, multimodal.dtype, dtype) {
+        return false;
+    }
+    let _ieee = ieee::DefaultFloat::enter();
+    let mut difference = [0f32; BLOCK];
+    for (number, out) in out.chunks_mut(BLOCK * dtype.nbytes()).enumerate() {
+        let (start, numel) = (number * BLOCK, out.len() / dtype.nbytes());
+        let (a, b) =
+            (reasoning.slice(start, start + numel), multimodal.slice(start, start + numel));
+        differences(a, b, &mut difference[..numel]);
+        store(&difference[..numel], dtype, out);
+    }
+    true
+}
+
 /// ‖x‖², to the bit what [`subtract`] finds of either side; NaN where an element is not finite.
 pub fn square(elements: Elements<'_>) -> f64 {
     let _ieee = ieee::DefaultFloat::enter();
@@ -287,29 +340,12 @@ fn measured<const STORE: bool>(
 
 /// The float64 differences of types no wider than float32, rounded to odd.
 fn odd(a: Elements<'_>, b: Elements<'_>, difference: &mut [f32]) {
-    #[cfg(target_arch = "x86_64")]
-    {
-        use f16c::F16c;
-        if has_f16c() && (a.dtype == Dtype::F16 || b.dtype == Dtype::F16) {
-            return by_dtypes!(a, b, F16c, |A, B| {
-                // SAFETY: the processor has both instruction sets that the function asks for.
-                #[allow(unsafe_code)]
-                unsafe {
-                    f16c::odd::<A, B>(a.bytes, b.bytes, difference)
-                }
-            });
-        }
-        if std::arch::is_x86_feature_detected!("avx2") {
-            return by_dtypes!(a, b, F16, |A, B| {
-                // SAFETY: the processor has AVX2, which the function asks for.
-                #[allow(unsafe_code)]
-                unsafe {
-                    avx2::odd::<A, B>(a.bytes, b.bytes, difference)
-                }
-            });
-        }
-    }
-    by_dtypes!(a, b, F16, |A, B| scalar::odd::<A, B>(a.bytes, b.bytes, difference));
+    by_processor!(a, b, |A, B| odd::<A, B>(a.bytes, b.bytes, difference))
+}
+
+/// The float32 differences of types no wider than that.
+fn differences(a: Elements<'_>, b: Elements<'_>, difference: &mut [f32]) {
+    by_processor!(a, b, |A, B| differences::<A, B>(a.bytes, b.bytes, difference))
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -347,29 +383,7 @@ fn sums<const STORE: bool>(
     b: Elements<'_>,
     difference: &mut [f32],
 ) -> scalar::Sums {
-    #[cfg(target_arch = "x86_64")]
-    {
-        use f16c::F16c;
-        if has_f16c() && (a.dtype == Dtype::F16 || b.dtype == Dtype::F16) {
-            return by_dtypes!(a, b, F16c, |A, B| {
-                // SAFETY: the processor has both instruction sets that the function asks for.
-                #[allow(unsafe_code)]
-                unsafe {
-                    f16c::sums::<A, B, STORE>(a.bytes, b.bytes, difference)
-                }
-            });
-        }
-        if std::arch::is_x86_feature_detected!("avx2") {
-            return by_dtypes!(a, b, F16, |A, B| {
-                // SAFETY: the processor has AVX2, which the function asks for.
-                #[allow(unsafe_code)]
-                unsafe {
-                    avx2::sums::<A, B, STORE>(a.bytes, b.bytes, difference)
-                }
-            });
-        }
-    }
-    by_dtypes!(a, b, F16, |A, B| scalar::sums::<A, B, STORE>(a.bytes, b.bytes, difference))
+    by_processor!(a, b, |A, B| sums::<A, B, STORE>(a.bytes, b.bytes, difference))
 }
 
 /// Returns the sum of the squares of a block of float32 or a narrower type.
@@ -431,6 +445,11 @@ mod avx2 {
     #[target_feature(enable = "avx2")]
     pub(super) fn odd<A: Narrow, B: Narrow>(a: &[u8], b: &[u8], difference: &mut [f32]) {
         scalar::odd::<A, B>(a, b, difference);
+    }
+
+    #[target_feature(enable = "avx2")]
+    pub(super) fn differences<A: Narrow, B: Narrow>(a: &[u8], b: &[u8], difference: &mut [f32]) {
+        scalar::differences::<A, B>(a, b, difference);
     }
 
     #[target_feature(enable = "avx2")]

@@ -174,17 +174,34 @@ fn fold(lanes: &[f32; LANES]) -> f64 {
 /// 22 bits rounds them once.
 #[inline(always)]
 pub(super) fn odd<A: Narrow, B: Narrow>(a: &[u8], b: &[u8], difference: &mut [f32]) {
+    each::<A, B>(a, b, difference, |x, y| f64_to_f32_odd(f64::from(x) - f64::from(y)));
+}
+
+/// Write the float32 differences.
+#[inline(always)]
+pub(super) fn differences<A: Narrow, B: Narrow>(a: &[u8], b: &[u8], difference: &mut [f32]) {
+    each::<A, B>(a, b, difference, |x, y| x - y);
+}
+
+/// Write what `subtract` makes of each pair of elements.
+#[inline(always)]
+fn each<A: Narrow, B: Narrow>(
+    a: &[u8],
+    b: &[u8],
+    difference: &mut [f32],
+    subtract: impl Fn(f32, f32) -> f32,
+) {
     let (a_lanes, b_lanes) = (a.chunks_exact(A::NBYTES * LANES), b.chunks_exact(B::NBYTES * LANES));
     let (a_rest, b_rest) = (a_lanes.remainder(), b_lanes.remainder());
     let (whole, rest) = difference.as_chunks_mut::<LANES>();
     for ((x, y), out) in a_lanes.zip(b_lanes).zip(whole) {
         let (x, y) = (A::lanes::<LANES>(x), B::lanes::<LANES>(y));
         for i in 0..LANES {
-            out[i] = f64_to_f32_odd(f64::from(x[i]) - f64::from(y[i]));
+            out[i] = subtract(x[i], y[i]);
         }
     }
     for (i, out) in rest.iter_mut().enumerate() {
-        *out = f64_to_f32_odd(f64::from(A::load(a_rest, i)) - f64::from(B::load(b_rest, i)));
+        *out = subtract(A::load(a_rest, i), B::load(b_rest, i));
     }
 }
 

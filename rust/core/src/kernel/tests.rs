@@ -48,6 +48,7 @@ fn check(a: Dtype, b: Dtype, out: Dtype, left: &[u8], right: &[u8]) {
         Elements { dtype: b, bytes: right },
         Some((out, &mut bytes)),
     );
+    check_plain(a, b, out, (left, right), &bytes, &moments);
     let mut expected = Moments::default();
     for i in 0..numel {
         let x = value(a, &left[i * a.nbytes()..][..a.nbytes()]);
@@ -88,6 +89,31 @@ fn check(a: Dtype, b: Dtype, out: Dtype, left: &[u8], right: &[u8]) {
         // Squares of values near float64's own limit overflow it on either side.
         let beyond = (!got.is_finite() && !want.is_finite()) || scale.is_nan();
         assert!(beyond || (got - want).abs() <= 1e-6 * scale, "{got} is not {want}");
+    }
+}
+
+/// The difference alone has the same bits, and where its square is finite there was nothing to count.
+fn check_plain(
+    a: Dtype,
+    b: Dtype,
+    out: Dtype,
+    (left, right): (&[u8], &[u8]),
+    expected: &[u8],
+    moments: &Moments,
+) {
+    let mut bytes = vec![0xa5; expected.len()];
+    let sides = (Elements { dtype: a, bytes: left }, Elements { dtype: b, bytes: right });
+    if !subtract_plainly(sides.0, sides.1, (out, &mut bytes)) {
+        assert!(bytes.iter().all(|byte| *byte == 0xa5));
+        assert!(out == Dtype::F16 || [a, b].contains(&Dtype::F64) || a != b || a != out);
+        return;
+    }
+    assert_eq!(bytes, expected);
+    assert_eq!(moments.written_sq.to_bits(), moments.delta_sq.to_bits());
+    if square(Elements { dtype: out, bytes: &bytes }).is_finite() {
+        let counts = (moments.nonfinite_reasoning, moments.nonfinite_multimodal, moments.overflow);
+        assert_eq!(counts, (0, 0, 0));
+        assert!((moments.reasoning_sq + moments.multimodal_sq).is_finite());
     }
 }
 

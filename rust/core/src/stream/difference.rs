@@ -16,7 +16,19 @@ use crate::align::compose::{Blocks, RUN};
 use crate::align::pair::{Pair, Source};
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
-use crate::kernel::{Moments, subtract};
+use crate::kernel::{Elements, Moments, subtract, subtract_plainly};
+
+/// What is found of differences, besides their squares in memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Detail {
+    /// Moments of the pieces where something is not finite or may be lost to a narrower range; those
+    /// of all other pieces are zero.
+    Faults,
+    /// All moments.
+    Moments,
+    /// All moments, and the share of them that is rounding.
+    Rounding,
+}
 
 /// Elements of a pair that are wanted: all of a tensor, or a run of them.
 pub struct Difference<'a> {
@@ -26,7 +38,7 @@ pub struct Difference<'a> {
     pub elements: Range<usize>,
 }
 
-/// Subtract into memory, in elements of `dtype`; `sampled` asks for the share of rounding too.
+/// Subtract into memory, in elements of `dtype`.
 ///
 /// # Errors
 /// Those of [`super::run`], elements that a pair does not have, or memory of another size.
@@ -35,7 +47,7 @@ pub fn load_differences(
     dtype: Dtype,
     memory: Memory<'_>,
     options: &Options,
-    sampled: bool,
+    detail: Detail,
     landed: Landed<'_>,
 ) -> Result<Vec<Found>> {
     let mut demand = Demand::default();
@@ -57,7 +69,7 @@ pub fn load_differences(
     let runs = wanted.iter().map(|one| one.run(dtype)).collect();
     let needed = |workers| demand.nbytes().saturating_mul(workers);
     let workers = workers_within(options, usize::MAX, largest.1, needed)?;
-    let differences = Differences { wanted, runs, dtype, sampled, demand };
+    let differences = Differences { wanted, runs, dtype, detail, demand };
     let (found, _) = load(&differences, memory, workers, landed)?;
     check_unchanged(wanted.iter().flat_map(|one| one.pair.operands()))?;
     Ok(found)
@@ -91,7 +103,7 @@ struct Differences<'a> {
     wanted: &'a [Difference<'a>],
     runs: Vec<Run>,
     dtype: Dtype,
-    sampled: bool,
+    detail: Detail,
     demand: Demand,
 }
 
@@ -125,6 +137,24 @@ impl Origin for Differences<'_> {
         out: &mut [u8],
         scratch: &mut Scratch,
     ) -> Result<Piece> {
+        let found = self.read_piece(run, elements.clone(), out, scratch, self.detail)?;
+        // What is not finite on either side is not in their difference, nor is its square.
+        if self.detail == Detail::Faults && found.squares.iter().any(|square| !square.is_finite()) {
+            return self.read_piece(run, elements, out, scratch, Detail::Moments);
+        }
+        Ok(found)
+    }
+}
+
+impl Differences<'_> {
+    fn read_piece(
+        &self,
+        run: usize,
+        elements: Range<usize>,
+        out: &mut [u8],
+        scratch: &mut Scratch,
+        detail: Detail,
+    ) -> Result<Piece> {
         let Difference { pair, elements: all } = &self.wanted[run];
         let numbers = elements.clone();
         let elements = all.start + elements.start..all.start + elements.end;
@@ -134,9 +164,9 @@ impl Origin for Differences<'_> {
                 let (reasoning, first) = scratch.reasoning.read_operand(operand, &elements)?;
                 let (multimodal, second) =
                     scratch.multimodal.read_operand(&pair.multimodal, &elements)?;
-                found.moments = subtract(reasoning, multimodal, Some((self.dtype, &mut *out)));
+                found.moments = self.subtract(reasoning, multimodal, out, detail);
                 found.nbytes = first + second;
-                if self.sampled {
+                if detail == Detail::Rounding {
                     found.rounding = sample(pair, all, &numbers, reasoning, multimodal)?;
                 }
                 pair.reasoning.release(&elements);
@@ -144,22 +174,34 @@ impl Origin for Differences<'_> {
             }
             Source::Blocks(blocks) => {
                 (found.moments, found.nbytes) =
-                    self.read_blocks(pair, blocks, &elements, out, scratch)?;
+                    self.read_blocks((pair, blocks), &elements, out, scratch, detail)?;
             }
         }
         found.measure(self.dtype, out);
         Ok(found)
     }
-}
 
-impl Differences<'_> {
+    fn subtract(
+        &self,
+        reasoning: Elements<'_>,
+        multimodal: Elements<'_>,
+        out: &mut [u8],
+        detail: Detail,
+    ) -> Moments {
+        let into = (self.dtype, &mut *out);
+        if detail == Detail::Faults && subtract_plainly(reasoning, multimodal, into) {
+            return Moments::default();
+        }
+        subtract(reasoning, multimodal, Some((self.dtype, out)))
+    }
+
     fn read_blocks(
         &self,
-        pair: &Pair<'_>,
-        blocks: &Blocks<'_>,
+        (pair, blocks): (&Pair<'_>, &Blocks<'_>),
         elements: &Range<usize>,
         out: &mut [u8],
         scratch: &mut Scratch,
+        detail: Detail,
     ) -> Result<(Moments, u64)> {
         let (mut moments, mut nbytes) = (Moments::default(), 0);
         let columns = blocks.columns();
@@ -173,7 +215,7 @@ impl Differences<'_> {
             let (multimodal, second) = scratch.multimodal.read_operand(&pair.multimodal, &part)?;
             let place = (part.start - elements.start) * self.dtype.nbytes();
             let out = &mut out[place..place + part.len() * self.dtype.nbytes()];
-            moments.add(&subtract(reasoning, multimodal, Some((self.dtype, out))));
+            moments.add(&self.subtract(reasoning, multimodal, out, detail));
             pair.multimodal.release(&part);
             nbytes += first + second;
         }

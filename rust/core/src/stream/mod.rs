@@ -20,7 +20,7 @@ pub mod stored;
 pub(crate) use account::Account;
 pub(crate) use budget::workers_within;
 pub use chunk::CHUNK;
-pub use difference::{Difference, load_differences};
+pub use difference::{Detail, Difference, load_differences};
 pub use engine::Tick;
 pub(crate) use engine::{Work, check_unchanged, run as run_workers};
 pub use load::{Found, Landed, Memory, Part};
