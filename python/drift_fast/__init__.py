@@ -16,7 +16,7 @@ from drift_fast._core import __version__
 
 # What the compiled module takes and returns, and what it means. Raise it with every change, here
 # and in rust/python/src/lib.rs: a module of another number would misread what it is given.
-_INTERFACE = 2
+_INTERFACE = 3
 if (_found := getattr(_core, "interface", None)) != _INTERFACE:
     raise ImportError(
         f"{_core.__file__} has interface {_found}, but {__file__} needs interface {_INTERFACE}: "

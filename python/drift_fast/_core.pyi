@@ -20,6 +20,7 @@ __all__ = [
     "align",
     "correlate_samples",
     "debug_build",
+    "dots",
     "interface",
     "is_side_file",
     "json_memory",
@@ -214,8 +215,9 @@ def merge(
 # in_memory.rs
 
 def measure(
-    first: list[_Tensor], second: list[_Tensor], *, threads: int, float64: bool = False
+    first: list[_Tensor], second: list[_Tensor], *, threads: int
 ) -> list[tuple[float, float, float]]: ...
+def dots(first: list[_Tensor], second: list[_Tensor], *, threads: int) -> list[float]: ...
 def subtract_scaled(
     tensors: list[_Tensor], deltas: list[_Tensor], coefficients: list[float], *, threads: int
 ) -> None: ...

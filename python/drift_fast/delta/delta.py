@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeAlias, Unpack
 
 from drift_fast._core import __version__
@@ -251,7 +252,7 @@ class Delta(Mapping[str, "torch.Tensor"], Shown):
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Shape of each tensor."""
-        return dict(self._backend.shapes)
+        return MappingProxyType(self._backend.shapes)
 
     @property
     def stats(self) -> Statistics:

@@ -14,7 +14,7 @@ use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use drift_fast_core::Dtype;
 use drift_fast_core::dtype::Fp8;
 use drift_fast_core::kernel::{
-    Elements, INT8_BLOCK, decode_int8, dequantize, moments_in_float64, subtract, subtract_int8,
+    Elements, INT8_BLOCK, decode_int8, dequantize, dot, subtract, subtract_int8,
 };
 
 /// Elements of a side: with an output, half a mebibyte in bfloat16; and 128 MiB.
@@ -41,7 +41,10 @@ fn weights(dtype: Dtype, numel: usize, seed: u64) -> Vec<u8> {
 }
 
 fn check(name: &str, found: f64, a: Elements<'_>, b: Elements<'_>) {
-    let exact = moments_in_float64(a, b).delta_sq;
+    let mut difference = vec![0; a.numel() * 8];
+    subtract(a, b, Some((Dtype::F64, &mut difference)));
+    let difference = Elements { dtype: Dtype::F64, bytes: &difference };
+    let exact = dot(difference, difference);
     assert!((found - exact).abs() <= 1e-6 * exact, "{name}: ‖Δ‖² is {found}, expected {exact}");
 }
 

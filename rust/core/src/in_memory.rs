@@ -9,30 +9,40 @@ use std::thread;
 
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
-use crate::kernel::{Elements, Moments, moments_in_float64, subtract, subtract_scaled};
+use crate::kernel::{Elements, Moments, dot, subtract, subtract_scaled};
 use crate::stream::CHUNK;
 
 /// Below this many elements a second thread costs more than it saves.
 const WORTH_A_THREAD: usize = 1 << 16;
 
-/// How the sums of [`measure`] are taken.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Precision {
-    /// As in the stream: accurate to a millionth, at the speed of memory.
-    Fast,
-    /// In float64 throughout, for sums that are compared with earlier ones.
-    Float64,
-}
+/// Two tensors with as many elements.
+type Sides<'a> = (Elements<'a>, Elements<'a>);
 
-/// The moments of each pair, on up to `threads` threads, whose number does not change them.
+/// The moments of each pair, accurate to a millionth and at the speed of memory, on up to `threads`
+/// threads, whose number does not change them.
 ///
 /// # Errors
 /// A pair of tensors with different numbers of elements.
-pub fn measure(
-    pairs: &[(Elements<'_>, Elements<'_>)],
-    precision: Precision,
+pub fn measure(pairs: &[Sides<'_>], threads: usize) -> Result<Vec<Moments>> {
+    sums(pairs, threads, |(first, second)| subtract(first, second, None), Moments::add)
+}
+
+/// Σ of the products of each pair in float64, for sums that are compared with earlier ones; not finite
+/// where an element is not. The number of threads does not change them.
+///
+/// # Errors
+/// A pair of tensors with different numbers of elements.
+pub fn dots(pairs: &[Sides<'_>], threads: usize) -> Result<Vec<f64>> {
+    sums(pairs, threads, |(first, second)| dot(first, second), |sum, later| *sum += later)
+}
+
+/// What is found in the chunks of each pair, added up in element order.
+fn sums<T: Clone + Default + Send + Sync>(
+    pairs: &[Sides<'_>],
     threads: usize,
-) -> Result<Vec<Moments>> {
+    find: impl Fn(Sides<'_>) -> T + Sync,
+    add: impl Fn(&mut T, &T),
+) -> Result<Vec<T>> {
     let mut chunks = Vec::new();
     for (pair, (first, second)) in pairs.iter().enumerate() {
         if first.numel() != second.numel() {
@@ -46,29 +56,24 @@ pub fn measure(
         chunks
             .extend((0..numel).step_by(CHUNK).map(|start| (pair, start, numel.min(start + CHUNK))));
     }
-    let results: Vec<OnceLock<Moments>> = chunks.iter().map(|_| OnceLock::new()).collect();
+    let results: Vec<OnceLock<T>> = chunks.iter().map(|_| OnceLock::new()).collect();
     let next = AtomicUsize::new(0);
     let work = || {
         loop {
             let index = next.fetch_add(1, Ordering::Relaxed);
             let Some(&(pair, start, end)) = chunks.get(index) else { return };
             let (first, second) = &pairs[pair];
-            let (first, second) = (first.slice(start, end), second.slice(start, end));
-            let moments = match precision {
-                Precision::Fast => subtract(first, second, None),
-                Precision::Float64 => moments_in_float64(first, second),
-            };
             // Each index is handed out once, so the cell is still empty.
-            let _ = results[index].set(moments);
+            let _ = results[index].set(find((first.slice(start, end), second.slice(start, end))));
         }
     };
     let numel: usize = chunks.iter().map(|(_, start, end)| end - start).sum();
     on_threads(threads.min(chunks.len()), numel, work);
-    let mut moments = vec![Moments::default(); pairs.len()];
+    let mut found = vec![T::default(); pairs.len()];
     for ((pair, _, _), result) in chunks.iter().zip(results) {
-        moments[*pair].add(&result.into_inner().unwrap_or_default());
+        add(&mut found[*pair], &result.into_inner().unwrap_or_default());
     }
-    Ok(moments)
+    Ok(found)
 }
 
 /// A tensor to change in place, and what to subtract.
@@ -189,11 +194,19 @@ mod tests {
             (0..3 * CHUNK).map(|i| ((i * 7) % 101) as f32 / 50.0 - 1.0).collect();
         let bytes = bytes(&values);
         let elements = Elements::new(Dtype::F32, &bytes).unwrap();
-        let one = measure(&[(elements, elements)], Precision::Fast, 1).unwrap();
-        assert_eq!(one, measure(&[(elements, elements)], Precision::Fast, 5).unwrap());
-        let exact: f64 = values.iter().map(|&v| f64::from(v) * f64::from(v)).sum();
-        assert!((one[0].dot - exact).abs() < 1e-6 * exact);
-        let wide = measure(&[(elements, elements)], Precision::Float64, 2).unwrap();
-        assert!((wide[0].dot - exact).abs() < 1e-12 * exact);
+        let pairs = [(elements, elements), (elements.slice(3, 1005), elements.slice(0, 1002))];
+        let one = measure(&pairs, 1).unwrap();
+        assert_eq!(one, measure(&pairs, 5).unwrap());
+        let wide = dots(&pairs, 1).unwrap();
+        assert_eq!(wide, dots(&pairs, 5).unwrap());
+        for (found, start, numel) in [(0, 0, 3 * CHUNK), (1, 3, 1002)] {
+            let product = |i| f64::from(values[start + i]) * f64::from(values[i]);
+            let products: Vec<f64> = (0..numel).map(product).collect();
+            // A sum of a million terms one after the other loses more than the kernel does.
+            let exact: f64 = products.chunks(1000).map(|some| some.iter().sum::<f64>()).sum();
+            let size: f64 = products.iter().map(|product| product.abs()).sum();
+            assert!((one[found].dot - exact).abs() < 1e-6 * size);
+            assert!((wide[found] - exact).abs() < 1e-12 * size);
+        }
     }
 }

@@ -1,6 +1,6 @@
 //! Tensors in host memory: sums over them, and subtracting a multiple of Δ in place.
 
-use drift_fast_core::in_memory::{Precision, Step, measure as measure_core, subtract_all};
+use drift_fast_core::in_memory::{Step, dots as dots_core, measure as measure_core, subtract_all};
 use drift_fast_core::kernel::Elements;
 use drift_fast_core::{Dtype, Moments, Result};
 use pyo3::exceptions::PyValueError;
@@ -15,28 +15,48 @@ use crate::detach::detached;
 /// Each tensor is a contiguous buffer of bytes and its dtype. If either contains NaN or infinity, all
 /// three numbers are NaN, so that no caller takes a partial sum for a complete one.
 #[pyfunction]
-#[pyo3(signature = (first, second, *, threads, float64 = false))]
+#[pyo3(signature = (first, second, *, threads))]
 pub(crate) fn measure(
     py: Python<'_>,
     first: Vec<Tensor<'_>>,
     second: Vec<Tensor<'_>>,
     threads: usize,
-    float64: bool,
 ) -> PyResult<Vec<(f64, f64, f64)>> {
+    let moments = of_pairs(py, &first, &second, |pairs| measure_core(pairs, threads))?;
+    Ok(moments.iter().map(sums).collect())
+}
+
+/// first · second of pairs of tensors in memory, in float64; NaN where either is not finite.
+#[pyfunction]
+#[pyo3(signature = (first, second, *, threads))]
+pub(crate) fn dots(
+    py: Python<'_>,
+    first: Vec<Tensor<'_>>,
+    second: Vec<Tensor<'_>>,
+    threads: usize,
+) -> PyResult<Vec<f64>> {
+    let found = of_pairs(py, &first, &second, |pairs| dots_core(pairs, threads))?;
+    Ok(found.into_iter().map(|dot| if dot.is_finite() { dot } else { f64::NAN }).collect())
+}
+
+fn of_pairs<T: Send>(
+    py: Python<'_>,
+    first: &[Tensor<'_>],
+    second: &[Tensor<'_>],
+    find: impl Fn(&[(Elements<'_>, Elements<'_>)]) -> Result<Vec<T>> + Sync,
+) -> PyResult<Vec<T>> {
     if first.len() != second.len() {
         return Err(PyValueError::new_err("both sides need the same number of tensors"));
     }
-    let (first, second) = (readable(&first)?, readable(&second)?);
-    let precision = if float64 { Precision::Float64 } else { Precision::Fast };
-    let moments = detached(py, || {
+    let (first, second) = (readable(first)?, readable(second)?);
+    detached(py, || {
         let pairs = first
             .iter()
             .zip(&second)
             .map(|(first, second)| Ok((elements(first)?, elements(second)?)))
             .collect::<Result<Vec<_>>>()?;
-        measure_core(&pairs, precision, threads)
-    })?;
-    Ok(moments.iter().map(sums).collect())
+        find(&pairs)
+    })
 }
 
 fn sums(moments: &Moments) -> (f64, f64, f64) {

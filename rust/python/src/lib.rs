@@ -19,7 +19,7 @@ use pyo3::prelude::*;
 
 /// The version of what this module takes and returns, and what it means. Raise it with every change,
 /// here and in `python/drift_fast/__init__.py`, which refuses to be imported beside another number.
-const INTERFACE: u32 = 2;
+const INTERFACE: u32 = 3;
 
 /// The compiled half of drift_fast.
 #[pymodule(gil_used = false)]
@@ -36,7 +36,7 @@ mod _core {
         NonFiniteError,
     };
     #[pymodule_export]
-    use super::in_memory::{measure, subtract_scaled};
+    use super::in_memory::{dots, measure, subtract_scaled};
     #[pymodule_export]
     use super::json::json_memory;
     #[pymodule_export]

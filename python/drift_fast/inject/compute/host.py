@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from drift_fast._core import measure, subtract_scaled
+from drift_fast._core import dots, measure, subtract_scaled
 from drift_fast.inject.compute.base import CHUNK, Sums, flat
 
 _KERNEL_DTYPES = {
@@ -49,7 +49,8 @@ class HostArithmetic:
         room: int = CHUNK,
     ) -> torch.Tensor:
         """Return ⟨x, Δ⟩ of each tensor in float64; NaN where either holds NaN or infinity."""
-        return _sums(tensors, deltas, float64=True)[2]
+        sides = ([_window(tensor) for tensor in side] for side in (tensors, deltas))
+        return torch.tensor(dots(*sides, threads=torch.get_num_threads()), dtype=torch.float64)
 
     def subtract(
         self, tensors: Sequence[torch.Tensor], deltas: Sequence[torch.Tensor], c: torch.Tensor
@@ -74,11 +75,11 @@ def norm_of(tensor: torch.Tensor) -> float:
 
 
 def _sums(
-    first: Sequence[torch.Tensor], second: Sequence[torch.Tensor], *, float64: bool = False
+    first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]
 ) -> tuple[torch.Tensor, ...]:
     """Return ‖x‖², ‖y‖² and ⟨x, y⟩ of each pair, vectors in float64."""
-    left, right = ([_window(tensor) for tensor in side] for side in (first, second))
-    rows = measure(left, right, threads=torch.get_num_threads(), float64=float64)
+    sides = ([_window(tensor) for tensor in side] for side in (first, second))
+    rows = measure(*sides, threads=torch.get_num_threads())
     return torch.tensor(rows, dtype=torch.float64).reshape(-1, 3).unbind(1)
 
 

@@ -268,10 +268,18 @@ fn narrow_is_exact(a: Dtype, b: Dtype, out: Dtype) -> bool {
     a != Dtype::F64 && b != Dtype::F64 && (out == Dtype::F32 || (a == b && b == out))
 }
 
-/// Accumulate moments in float64 throughout, for sums that differ little from one another.
-pub fn moments_in_float64(left: Elements<'_>, right: Elements<'_>) -> Moments {
+/// Σ of the products in float64, for sums that differ little from one another; not finite where an
+/// element is not.
+pub fn dot(left: Elements<'_>, right: Elements<'_>) -> f64 {
     let _ieee = ieee::DefaultFloat::enter();
-    wide::moments(left, right)
+    if left.dtype == Dtype::F64 || right.dtype == Dtype::F64 {
+        return (0..left.numel()).map(|i| left.value(i) * right.value(i)).sum();
+    }
+    narrow_dot(left, right)
+}
+
+fn narrow_dot(left: Elements<'_>, right: Elements<'_>) -> f64 {
+    by_processor!(left, right, |A, B| dot::<A, B>(left.bytes, right.bytes))
 }
 
 fn block(
@@ -445,6 +453,11 @@ mod avx2 {
     #[target_feature(enable = "avx2")]
     pub(super) fn odd<A: Narrow, B: Narrow>(a: &[u8], b: &[u8], difference: &mut [f32]) {
         scalar::odd::<A, B>(a, b, difference);
+    }
+
+    #[target_feature(enable = "avx2")]
+    pub(super) fn dot<A: Narrow, B: Narrow>(a: &[u8], b: &[u8]) -> f64 {
+        scalar::dot::<A, B>(a, b)
     }
 
     #[target_feature(enable = "avx2")]

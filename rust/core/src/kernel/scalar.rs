@@ -144,6 +144,24 @@ pub(super) fn squares<A: Narrow>(elements: &[u8]) -> f64 {
     fold(&sums)
 }
 
+/// Σ of the products in float64, where those of float32 and narrower types are exact.
+#[inline(always)]
+pub(super) fn dot<A: Narrow, B: Narrow>(a: &[u8], b: &[u8]) -> f64 {
+    let mut sums = [0f64; LANES];
+    let (a_lanes, b_lanes) = (a.chunks_exact(A::NBYTES * LANES), b.chunks_exact(B::NBYTES * LANES));
+    let (a_rest, b_rest) = (a_lanes.remainder(), b_lanes.remainder());
+    for (x, y) in a_lanes.zip(b_lanes) {
+        let (x, y) = (A::lanes::<LANES>(x), B::lanes::<LANES>(y));
+        for i in 0..LANES {
+            sums[i] += f64::from(x[i]) * f64::from(y[i]);
+        }
+    }
+    for (i, sum) in sums.iter_mut().enumerate().take(a_rest.len() / A::NBYTES) {
+        *sum += f64::from(A::load(a_rest, i)) * f64::from(B::load(b_rest, i));
+    }
+    sums.iter().sum()
+}
+
 /// Count elements of one sign by their bits, since a product of tiny ones can underflow.
 #[inline(always)]
 fn agreeing<A: Narrow, B: Narrow>(a: &[u8], b: &[u8]) -> u64 {

@@ -49,6 +49,7 @@ fn check(a: Dtype, b: Dtype, out: Dtype, left: &[u8], right: &[u8]) {
         Some((out, &mut bytes)),
     );
     check_plain(a, b, out, (left, right), &bytes, &moments);
+    let dot = dot(Elements { dtype: a, bytes: left }, Elements { dtype: b, bytes: right });
     let mut expected = Moments::default();
     for i in 0..numel {
         let x = value(a, &left[i * a.nbytes()..][..a.nbytes()]);
@@ -80,6 +81,10 @@ fn check(a: Dtype, b: Dtype, out: Dtype, left: &[u8], right: &[u8]) {
     let largest = (moments.max_abs - expected.max_abs).abs() <= 6e-8 * expected.max_abs;
     assert!(largest || expected.max_abs.is_infinite(), "{}", moments.max_abs);
     let scale = (expected.reasoning_sq * expected.multimodal_sq).sqrt();
+    let faults = expected.nonfinite_reasoning + expected.nonfinite_multimodal;
+    let beyond = !expected.dot.is_finite() || !scale.is_finite();
+    assert!(beyond || faults == 0 || !dot.is_finite(), "{dot} of what is not finite");
+    assert!(beyond || faults > 0 || (dot - expected.dot).abs() <= 1e-12 * scale, "{dot}");
     for (got, want, scale) in [
         (moments.delta_sq, expected.delta_sq, expected.delta_sq),
         (moments.reasoning_sq, expected.reasoning_sq, expected.reasoning_sq),
