@@ -153,6 +153,31 @@ def read_to_host(files: Sequence[Path], threads: int) -> Owner:
     return Owner(list(outs.values()))
 
 
+def read_and_bring_back(
+    files: Sequence[Path], nbytes: int, device: torch.device, threads: int
+) -> list[Owner]:
+    """Read all bytes of files to a device while so many others come to new page-locked memory."""
+    there = torch.empty(BUFFER, dtype=torch.uint8, device=device)
+    outs = [pages(1 << 27, torch.uint8) for _ in range(0, nbytes, 1 << 27)]
+    owners: list[Owner] = []
+
+    def bring(mine: list[torch.Tensor]) -> None:
+        stream = torch.cuda.Stream(device)
+        for out in mine:
+            # The system brings the pages in when they are written to.
+            owners.append(Owner([out.zero_()]))
+            with torch.cuda.stream(stream):
+                for part in out.split(BUFFER):
+                    part.copy_(there, non_blocking=True)
+        stream.synchronize()
+
+    with ThreadPoolExecutor(1) as pool:
+        brought = pool.submit(on_threads, bring, outs, 4)
+        read_and_copy(files, device, threads)
+        brought.result()
+    return owners
+
+
 def _firsts(items: Sequence[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
     return [item for item in items if item[1] == 0]
 
@@ -289,6 +314,11 @@ def measure(options: argparse.Namespace) -> list[str]:
         there = limit(lambda: read_and_copy(files["bfloat16"], device, threads))
         codes = limit(lambda: read_and_copy(files["int8"], device, threads))
         copied = limit(copy(nbytes, device))
+    # As int8, Δ goes to the device to be rounded, and its codes come back.
+    back = there
+    if on_gpu and options.all:
+        codes_nbytes = sum(path.stat().st_size for path in files["int8"])
+        back = limit(lambda: read_and_bring_back(files["bfloat16"], codes_nbytes, device, threads))
     rows: list[tuple[str, float, float | None]] = []
 
     def attach(label: str, delta: Delta, residency: str, at_best: float) -> float:
@@ -302,7 +332,7 @@ def measure(options: argparse.Namespace) -> list[str]:
     if on_gpu or options.all:
         attach("device-int8, from a delta", stored["bfloat16"], "device-int8", there)
     if options.all:
-        attach("host-int8, from a delta", stored["bfloat16"], "host-int8", there)
+        attach("host-int8, from a delta", stored["bfloat16"], "host-int8", back)
     attach("device-int8, from an int8 delta", stored["int8"], "device-int8", codes)
     attach("disk, from a delta", stored["bfloat16"], "disk", there if on_gpu else alone)
     attach("device, streamed", streamed, "device", max(both, copied, there if not on_gpu else 0))

@@ -87,10 +87,7 @@ class Summed:
                 window = _bytes(piece)
                 # In float64 and in one order, whatever torch's threads do.
                 (sums,) = measure(
-                    [(_bytes(total), "float64")],
-                    [(window, self._combined.dtype)],
-                    threads=1,
-                    float64=True,
+                    [(_bytes(total), "float64")], [(window, self._combined.dtype)], threads=1
                 )
                 squares.append(sums[:2])
                 if writer is not None:

@@ -2,7 +2,7 @@
 
 use drift_fast_core::in_memory::{Step, dots as dots_core, measure as measure_core, subtract_all};
 use drift_fast_core::kernel::Elements;
-use drift_fast_core::{Dtype, Moments, Result};
+use drift_fast_core::{Dtype, Result};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
@@ -13,7 +13,7 @@ use crate::detach::detached;
 /// Sums over pairs of tensors in memory: (‖first‖², ‖second‖², first · second).
 ///
 /// Each tensor is a contiguous buffer of bytes and its dtype. If either contains NaN or infinity, all
-/// three numbers are NaN, so that no caller takes a partial sum for a complete one.
+/// three numbers are NaN.
 #[pyfunction]
 #[pyo3(signature = (first, second, *, threads))]
 pub(crate) fn measure(
@@ -22,8 +22,11 @@ pub(crate) fn measure(
     second: Vec<Tensor<'_>>,
     threads: usize,
 ) -> PyResult<Vec<(f64, f64, f64)>> {
-    let moments = of_pairs(py, &first, &second, |pairs| measure_core(pairs, threads))?;
-    Ok(moments.iter().map(sums).collect())
+    let found = of_pairs(py, &first, &second, |pairs| measure_core(pairs, threads))?;
+    // So that no caller takes a partial sum for a complete one.
+    let complete =
+        |sums: [f64; 3]| if sums.iter().any(|sum| sum.is_nan()) { [f64::NAN; 3] } else { sums };
+    Ok(found.into_iter().map(|sums| complete(sums).into()).collect())
 }
 
 /// first · second of pairs of tensors in memory, in float64; NaN where either is not finite.
@@ -57,14 +60,6 @@ fn of_pairs<T: Send>(
             .collect::<Result<Vec<_>>>()?;
         find(&pairs)
     })
-}
-
-fn sums(moments: &Moments) -> (f64, f64, f64) {
-    if moments.nonfinite_reasoning + moments.nonfinite_multimodal > 0 {
-        (f64::NAN, f64::NAN, f64::NAN)
-    } else {
-        (moments.reasoning_sq, moments.multimodal_sq, moments.dot)
-    }
 }
 
 /// Subtract c·Δ from every tensor in place: tensors and deltas as (bytes, dtype), one c each.

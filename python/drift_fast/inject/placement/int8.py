@@ -104,7 +104,14 @@ def _decode(codes: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> Non
     In float32, and rounded once to bfloat16, as an int8 delta is decoded; float16 would round a
     first time.
     """
-    torch.mul(codes, scales.float(), out=out.view(codes.shape))
+    values = out.view(codes.shape)
+    if codes.device.type != "cpu":
+        torch.mul(codes, scales.float(), out=values)
+        return
+    # A CPU multiplies two types, and writes a third, in ten times the time of three of one type.
+    for start in range(0, len(codes), _ROWS_ON_CPU):
+        some = slice(start, start + _ROWS_ON_CPU)
+        values[some].copy_(codes[some].float().mul_(scales[some].float()))
 
 
 def quantize(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -113,7 +120,7 @@ def quantize(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     The rounding is that of the kernel which writes an int8 delta, bit for bit.
     """
     padded = _in_blocks(tensor.float() if tensor.dtype == torch.float64 else tensor)
-    largest = torch.linalg.vector_norm(padded, math.inf, dim=1, keepdim=True).float()
+    largest = _largest(padded)
     scales = _least_scale(largest)
     divisors = scales.float().masked_fill_(largest == 0, 1.0)
     codes = torch.empty(padded.shape, dtype=torch.int8, device=tensor.device)
@@ -132,6 +139,15 @@ def _in_blocks(tensor: torch.Tensor) -> torch.Tensor:
     # Padding with nothing would copy.
     padded = torch.nn.functional.pad(flat, (0, missing)) if missing else flat
     return padded.view(-1, INT8_BLOCK)
+
+
+def _largest(blocks: torch.Tensor) -> torch.Tensor:
+    """Return the largest |Δ| of each block, as float32."""
+    if blocks.device.type == "cpu":
+        # In a fifth of the time that a norm takes there.
+        parts = torch.split(blocks, _ROWS_ON_CPU)
+        return torch.cat([part.float().abs().amax(1, keepdim=True) for part in parts])
+    return torch.linalg.vector_norm(blocks, math.inf, dim=1, keepdim=True).float()
 
 
 def _least_scale(largest: torch.Tensor) -> torch.Tensor:

@@ -56,6 +56,11 @@ pub(super) fn odd<A: Narrow, B: Narrow>(a: &[u8], b: &[u8], difference: &mut [f3
 }
 
 #[target_feature(enable = "avx2,f16c")]
+pub(super) fn products<A: Narrow, B: Narrow>(a: &[u8], b: &[u8]) -> [f64; 3] {
+    scalar::products::<A, B>(a, b)
+}
+
+#[target_feature(enable = "avx2,f16c")]
 pub(super) fn dot<A: Narrow, B: Narrow>(a: &[u8], b: &[u8]) -> f64 {
     scalar::dot::<A, B>(a, b)
 }

@@ -268,6 +268,28 @@ fn narrow_is_exact(a: Dtype, b: Dtype, out: Dtype) -> bool {
     a != Dtype::F64 && b != Dtype::F64 && (out == Dtype::F32 || (a == b && b == out))
 }
 
+/// Σx², Σy² and Σxy, to the bit what [`subtract`] finds of them; NaN where an element is not finite.
+pub fn products(left: Elements<'_>, right: Elements<'_>) -> [f64; 3] {
+    let _ieee = ieee::DefaultFloat::enter();
+    let numel = left.numel();
+    let mut total = [0.0; 3];
+    for start in (0..numel).step_by(BLOCK) {
+        let end = numel.min(start + BLOCK);
+        let (x, y) = (left.slice(start, end), right.slice(start, end));
+        let wide = x.dtype == Dtype::F64 || y.dtype == Dtype::F64;
+        let mut sums = if wide { [f64::NAN; 3] } else { narrow_products(x, y) };
+        if !(faithful(sums[0] as f32) && faithful(sums[1] as f32) && sums[2].is_finite()) {
+            sums = wide::products(&x, &y);
+        }
+        total.iter_mut().zip(sums).for_each(|(total, sum)| *total += sum);
+    }
+    total
+}
+
+fn narrow_products(left: Elements<'_>, right: Elements<'_>) -> [f64; 3] {
+    by_processor!(left, right, |A, B| products::<A, B>(left.bytes, right.bytes))
+}
+
 /// Σ of the products in float64, for sums that differ little from one another; not finite where an
 /// element is not.
 pub fn dot(left: Elements<'_>, right: Elements<'_>) -> f64 {
@@ -453,6 +475,11 @@ mod avx2 {
     #[target_feature(enable = "avx2")]
     pub(super) fn odd<A: Narrow, B: Narrow>(a: &[u8], b: &[u8], difference: &mut [f32]) {
         scalar::odd::<A, B>(a, b, difference);
+    }
+
+    #[target_feature(enable = "avx2")]
+    pub(super) fn products<A: Narrow, B: Narrow>(a: &[u8], b: &[u8]) -> [f64; 3] {
+        scalar::products::<A, B>(a, b)
     }
 
     #[target_feature(enable = "avx2")]

@@ -144,6 +144,29 @@ pub(super) fn squares<A: Narrow>(elements: &[u8]) -> f64 {
     fold(&sums)
 }
 
+/// Σx², Σy² and Σxy of at most `BLOCK` elements, added up as [`sums`] does.
+#[inline(always)]
+pub(super) fn products<A: Narrow, B: Narrow>(a: &[u8], b: &[u8]) -> [f64; 3] {
+    let mut sums = [[0f32; LANES]; 3];
+    let (a_lanes, b_lanes) = (a.chunks_exact(A::NBYTES * LANES), b.chunks_exact(B::NBYTES * LANES));
+    let (a_rest, b_rest) = (a_lanes.remainder(), b_lanes.remainder());
+    for (x, y) in a_lanes.zip(b_lanes) {
+        let (x, y) = (A::lanes::<LANES>(x), B::lanes::<LANES>(y));
+        for i in 0..LANES {
+            sums[0][i] += x[i] * x[i];
+            sums[1][i] += y[i] * y[i];
+            sums[2][i] += x[i] * y[i];
+        }
+    }
+    for i in 0..a_rest.len() / A::NBYTES {
+        let (x, y) = (A::load(a_rest, i), B::load(b_rest, i));
+        sums[0][i] += x * x;
+        sums[1][i] += y * y;
+        sums[2][i] += x * y;
+    }
+    sums.map(|lanes| fold(&lanes))
+}
+
 /// Σ of the products in float64, where those of float32 and narrower types are exact.
 #[inline(always)]
 pub(super) fn dot<A: Narrow, B: Narrow>(a: &[u8], b: &[u8]) -> f64 {

@@ -49,7 +49,9 @@ fn check(a: Dtype, b: Dtype, out: Dtype, left: &[u8], right: &[u8]) {
         Some((out, &mut bytes)),
     );
     check_plain(a, b, out, (left, right), &bytes, &moments);
-    let dot = dot(Elements { dtype: a, bytes: left }, Elements { dtype: b, bytes: right });
+    let sides = (Elements { dtype: a, bytes: left }, Elements { dtype: b, bytes: right });
+    let dot = dot(sides.0, sides.1);
+    let products = products(sides.0, sides.1);
     let mut expected = Moments::default();
     for i in 0..numel {
         let x = value(a, &left[i * a.nbytes()..][..a.nbytes()]);
@@ -85,7 +87,14 @@ fn check(a: Dtype, b: Dtype, out: Dtype, left: &[u8], right: &[u8]) {
     let beyond = !expected.dot.is_finite() || !scale.is_finite();
     assert!(beyond || faults == 0 || !dot.is_finite(), "{dot} of what is not finite");
     assert!(beyond || faults > 0 || (dot - expected.dot).abs() <= 1e-12 * scale, "{dot}");
+    // Sums without moments leave nothing out.
+    assert!(faults == 0 || products.iter().all(|sum| sum.is_nan()), "{products:?}");
+    let sums = [moments.reasoning_sq, moments.multimodal_sq, moments.dot];
+    let [left_sq, right_sq, product] = if faults == 0 { products } else { sums };
     for (got, want, scale) in [
+        (left_sq, expected.reasoning_sq, expected.reasoning_sq),
+        (right_sq, expected.multimodal_sq, expected.multimodal_sq),
+        (product, expected.dot, scale),
         (moments.delta_sq, expected.delta_sq, expected.delta_sq),
         (moments.reasoning_sq, expected.reasoning_sq, expected.reasoning_sq),
         (moments.multimodal_sq, expected.multimodal_sq, expected.multimodal_sq),

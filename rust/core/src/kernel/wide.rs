@@ -38,6 +38,18 @@ pub(super) fn moments(a: Elements<'_>, b: Elements<'_>) -> Moments {
     moments
 }
 
+/// Σx², Σy² and Σxy in order; NaN where an element is not finite.
+pub(super) fn products(left: &Elements<'_>, right: &Elements<'_>) -> [f64; 3] {
+    let mut sums = [0.0; 3];
+    for (x, y) in (0..left.numel()).map(|i| (load(left, i), load(right, i))) {
+        if !(x.is_finite() && y.is_finite()) {
+            return [f64::NAN; 3];
+        }
+        sums = [sums[0] + x * x, sums[1] + y * y, sums[2] + x * y];
+    }
+    sums
+}
+
 /// Σ of the squares in order; NaN where an element is not finite.
 pub(super) fn finite_square(elements: Elements<'_>) -> f64 {
     let values = (0..elements.numel()).map(|i| load(&elements, i));
