@@ -56,8 +56,8 @@ pub(super) fn odd<A: Narrow, B: Narrow>(a: &[u8], b: &[u8], difference: &mut [f3
 }
 
 #[target_feature(enable = "avx2,f16c")]
-pub(super) fn products<A: Narrow, B: Narrow>(a: &[u8], b: &[u8]) -> [f64; 3] {
-    scalar::products::<A, B>(a, b)
+pub(super) fn agreeing<A: Narrow, B: Narrow>(a: &[u8], b: &[u8]) -> u64 {
+    scalar::agreeing::<A, B>(a, b)
 }
 
 #[target_feature(enable = "avx2,f16c")]

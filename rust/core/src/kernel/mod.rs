@@ -259,6 +259,13 @@ fn faithful(sum: f32) -> bool {
     sum.is_finite() && sum > 1e-20
 }
 
+impl scalar::Sums {
+    /// Whether the sums over each side lost nothing.
+    fn are_faithful(&self) -> bool {
+        faithful(self.reasoning_sq) && faithful(self.multimodal_sq) && self.dot.is_finite()
+    }
+}
+
 /// Whether a float32 subtraction followed by one rounding equals the float64 one rounded once.
 ///
 /// Float32 has more than twice the bits of either half type plus two, which makes the second
@@ -277,17 +284,21 @@ pub fn products(left: Elements<'_>, right: Elements<'_>) -> [f64; 3] {
         let end = numel.min(start + BLOCK);
         let (x, y) = (left.slice(start, end), right.slice(start, end));
         let wide = x.dtype == Dtype::F64 || y.dtype == Dtype::F64;
-        let mut sums = if wide { [f64::NAN; 3] } else { narrow_products(x, y) };
-        if !(faithful(sums[0] as f32) && faithful(sums[1] as f32) && sums[2].is_finite()) {
-            sums = wide::products(&x, &y);
-        }
+        let narrow = if wide { None } else { Some(sums::<false>(x, y, &mut [])) };
+        let sums = match narrow {
+            Some(sums) if sums.are_faithful() => {
+                [sums.folded.reasoning_sq, sums.folded.multimodal_sq, sums.folded.dot]
+            }
+            _ => wide::products(&x, &y),
+        };
         total.iter_mut().zip(sums).for_each(|(total, sum)| *total += sum);
     }
     total
 }
 
-fn narrow_products(left: Elements<'_>, right: Elements<'_>) -> [f64; 3] {
-    by_processor!(left, right, |A, B| products::<A, B>(left.bytes, right.bytes))
+/// Count elements of one sign.
+fn agreeing(a: Elements<'_>, b: Elements<'_>) -> u64 {
+    by_processor!(a, b, |A, B| agreeing::<A, B>(a.bytes, b.bytes))
 }
 
 /// Σ of the products in float64, for sums that differ little from one another; not finite where an
@@ -354,12 +365,9 @@ fn measured<const STORE: bool>(
     } else {
         let sums = sums::<STORE>(a, b, difference);
         // A block without any difference (a frozen layer, for example) needs no second look.
-        if (faithful(sums.delta_sq) || sums.unchanged)
-            && faithful(sums.reasoning_sq)
-            && faithful(sums.multimodal_sq)
-            && sums.dot.is_finite()
-        {
-            sums.folded
+        if (faithful(sums.delta_sq) || sums.unchanged) && sums.are_faithful() {
+            let counted = if sums.undecided { agreeing(a, b) } else { sums.folded.agreeing };
+            Moments { agreeing: counted, ..sums.folded }
         } else {
             wide::moments(a, b)
         }
@@ -478,8 +486,8 @@ mod avx2 {
     }
 
     #[target_feature(enable = "avx2")]
-    pub(super) fn products<A: Narrow, B: Narrow>(a: &[u8], b: &[u8]) -> [f64; 3] {
-        scalar::products::<A, B>(a, b)
+    pub(super) fn agreeing<A: Narrow, B: Narrow>(a: &[u8], b: &[u8]) -> u64 {
+        scalar::agreeing::<A, B>(a, b)
     }
 
     #[target_feature(enable = "avx2")]

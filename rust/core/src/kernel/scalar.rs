@@ -13,6 +13,8 @@ pub(super) struct Sums {
     pub(super) multimodal_sq: f32,
     pub(super) dot: f32,
     pub(super) unchanged: bool,
+    /// Whether products leave open how many elements agree.
+    pub(super) undecided: bool,
     pub(super) folded: Moments,
 }
 
@@ -101,8 +103,6 @@ pub(super) fn sums<A: Narrow, B: Narrow, const STORE: bool>(
         }
     }
     let total = |counts: &[u32; HALF]| counts.iter().map(|&count| u64::from(count)).sum::<u64>();
-    let agreeing =
-        if total(&lanes.undecided) == 0 { total(&lanes.agreeing) } else { agreeing::<A, B>(a, b) };
     let folded = Moments {
         delta_sq: fold(&lanes.delta_sq),
         reasoning_sq: fold(&lanes.reasoning_sq),
@@ -112,7 +112,7 @@ pub(super) fn sums<A: Narrow, B: Narrow, const STORE: bool>(
         // with either are summed in float64.
         max_abs: f64::from(lanes.max_sq.iter().fold(0f32, |most, &sq| most.max(sq)).sqrt()),
         zeros: total(&lanes.zeros) - padding,
-        agreeing,
+        agreeing: total(&lanes.agreeing),
         ..Moments::default()
     };
     Sums {
@@ -121,6 +121,7 @@ pub(super) fn sums<A: Narrow, B: Narrow, const STORE: bool>(
         multimodal_sq: folded.multimodal_sq as f32,
         dot: folded.dot as f32,
         unchanged: folded.zeros == numel as u64,
+        undecided: total(&lanes.undecided) > 0,
         folded,
     }
 }
@@ -144,29 +145,6 @@ pub(super) fn squares<A: Narrow>(elements: &[u8]) -> f64 {
     fold(&sums)
 }
 
-/// Σx², Σy² and Σxy of at most `BLOCK` elements, added up as [`sums`] does.
-#[inline(always)]
-pub(super) fn products<A: Narrow, B: Narrow>(a: &[u8], b: &[u8]) -> [f64; 3] {
-    let mut sums = [[0f32; LANES]; 3];
-    let (a_lanes, b_lanes) = (a.chunks_exact(A::NBYTES * LANES), b.chunks_exact(B::NBYTES * LANES));
-    let (a_rest, b_rest) = (a_lanes.remainder(), b_lanes.remainder());
-    for (x, y) in a_lanes.zip(b_lanes) {
-        let (x, y) = (A::lanes::<LANES>(x), B::lanes::<LANES>(y));
-        for i in 0..LANES {
-            sums[0][i] += x[i] * x[i];
-            sums[1][i] += y[i] * y[i];
-            sums[2][i] += x[i] * y[i];
-        }
-    }
-    for i in 0..a_rest.len() / A::NBYTES {
-        let (x, y) = (A::load(a_rest, i), B::load(b_rest, i));
-        sums[0][i] += x * x;
-        sums[1][i] += y * y;
-        sums[2][i] += x * y;
-    }
-    sums.map(|lanes| fold(&lanes))
-}
-
 /// Σ of the products in float64, where those of float32 and narrower types are exact.
 #[inline(always)]
 pub(super) fn dot<A: Narrow, B: Narrow>(a: &[u8], b: &[u8]) -> f64 {
@@ -187,7 +165,7 @@ pub(super) fn dot<A: Narrow, B: Narrow>(a: &[u8], b: &[u8]) -> f64 {
 
 /// Count elements of one sign by their bits, since a product of tiny ones can underflow.
 #[inline(always)]
-fn agreeing<A: Narrow, B: Narrow>(a: &[u8], b: &[u8]) -> u64 {
+pub(super) fn agreeing<A: Narrow, B: Narrow>(a: &[u8], b: &[u8]) -> u64 {
     let one = |x: f32, y: f32| {
         u32::from(((x.to_bits() ^ y.to_bits()) >> 31 == 0) & (x != 0.0) & (y != 0.0))
     };
