@@ -215,9 +215,9 @@ class Bench:
     def timed_run(self, action: Callable[[], None]) -> float:
         """Return the milliseconds of one of several in a row.
 
-        On a GPU by its own clock and after some that are not timed, as in a long training: copies
-        from the host run ahead into the next step, and whoever waits for the device before and
-        after lets them run ahead twice, or not at all.
+        On a GPU by its own clock and after some that are not timed, as in a long training. Copies
+        from the host run ahead into the next step: a clock that waits for the device before and
+        after would count their pause at first, and at last those for a step that does not come.
         """
         if not self.cuda:
             return self.timed(action)

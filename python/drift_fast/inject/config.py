@@ -139,8 +139,8 @@ class ResidencyOptions(Options):
     )
     prefetch: int | str = option(
         "1GB",
-        "bytes on the device for Δ that lives elsewhere; with overlap, 4GB let copies go on during "
-        "the forward pass of a model of 7 billion parameters",
+        "bytes on the device for Δ that lives elsewhere; with overlap, 4GB keeps copies going "
+        "during the forward pass of a 7B model",
         check=parse_size,
         metavar="SIZE",
     )

@@ -108,7 +108,7 @@ def _decode(codes: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> Non
     if codes.device.type != "cpu":
         torch.mul(codes, scales.float(), out=values)
         return
-    # A CPU multiplies two types, and writes a third, in ten times the time of three of one type.
+    # On a CPU a product of two types, written as a third, takes ten times as long.
     for start in range(0, len(codes), _ROWS_ON_CPU):
         some = slice(start, start + _ROWS_ON_CPU)
         values[some].copy_(codes[some].float().mul_(scales[some].float()))
@@ -144,7 +144,7 @@ def _in_blocks(tensor: torch.Tensor) -> torch.Tensor:
 def _largest(blocks: torch.Tensor) -> torch.Tensor:
     """Return the largest |Δ| of each block, as float32."""
     if blocks.device.type == "cpu":
-        # In a fifth of the time that a norm takes there.
+        # A norm takes five times as long there.
         parts = torch.split(blocks, _ROWS_ON_CPU)
         return torch.cat([part.float().abs().amax(1, keepdim=True) for part in parts])
     return torch.linalg.vector_norm(blocks, math.inf, dim=1, keepdim=True).float()

@@ -218,8 +218,8 @@ pub fn subtract(
 
 /// Write the difference that [`subtract`] writes, and nothing else.
 ///
-/// Returns false, with `out` untouched, where the output can lose of a difference what only moments
-/// tell: where its range is narrower than that of a side, or may be.
+/// Returns false, with `out` untouched, where a finite output does not say that all is well: it may have
+/// lost differences to a narrower range, of which only moments tell.
 pub fn subtract_plainly(
     reasoning: Elements<'_>,
     multimodal: Elements<'_>,
@@ -275,7 +275,7 @@ fn narrow_is_exact(a: Dtype, b: Dtype, out: Dtype) -> bool {
     a != Dtype::F64 && b != Dtype::F64 && (out == Dtype::F32 || (a == b && b == out))
 }
 
-/// Σx², Σy² and Σxy, to the bit what [`subtract`] finds of them; NaN where an element is not finite.
+/// Σx², Σy² and Σxy, summed as [`subtract`] sums them; NaN where an element is not finite.
 pub fn products(left: Elements<'_>, right: Elements<'_>) -> [f64; 3] {
     let _ieee = ieee::DefaultFloat::enter();
     let numel = left.numel();

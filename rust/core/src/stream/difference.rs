@@ -138,7 +138,7 @@ impl Origin for Differences<'_> {
         scratch: &mut Scratch,
     ) -> Result<Piece> {
         let found = self.read_piece(run, elements.clone(), out, scratch, self.detail)?;
-        // What is not finite on either side is not in their difference, nor is its square.
+        // Where a side is not finite, neither is the difference, nor its square.
         if self.detail == Detail::Faults && found.squares.iter().any(|square| !square.is_finite()) {
             return self.read_piece(run, elements, out, scratch, Detail::Moments);
         }

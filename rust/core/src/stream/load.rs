@@ -40,7 +40,7 @@ pub struct Found {
     /// ‖x‖² of what memory has, over chunks of [`CHUNK`] elements from the first one on; NaN where one
     /// is not finite.
     pub square: f64,
-    /// The moments of the difference, if it is one.
+    /// The moments of the difference, if it is one and as far as they are wanted.
     pub moments: Moments,
 }
 
