@@ -43,8 +43,8 @@ def choose(
     host = free_host_memory()
     if host is None or nbytes < host * 0.6:
         return "host", (
-            f"{short}: kept in pinned host memory (residency='device-int8' halves it instead, "
-            "rounding Δ)"
+            f"{short}: kept in pinned host memory (overlap=True with prefetch='4GB' hides most of "
+            "its copies; residency='device-int8' takes half of the room instead, rounding Δ)"
         )
     return "disk", f"{short}, and host memory has {host / 1e9:.1f} GB free: read in every step"
 
