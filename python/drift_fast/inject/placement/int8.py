@@ -147,7 +147,8 @@ def _largest(blocks: torch.Tensor) -> torch.Tensor:
         # A norm takes five times as long there.
         parts = torch.split(blocks, _ROWS_ON_CPU)
         return torch.cat([part.float().abs().amax(1, keepdim=True) for part in parts])
-    return torch.linalg.vector_norm(blocks, math.inf, dim=1, keepdim=True).float()
+    norms: torch.Tensor = torch.linalg.vector_norm(blocks, math.inf, dim=1, keepdim=True)
+    return norms.float()
 
 
 def _least_scale(largest: torch.Tensor) -> torch.Tensor:
