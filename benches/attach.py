@@ -158,7 +158,8 @@ def read_and_bring_back(
 ) -> list[Owner]:
     """Read all bytes of files to a device while so many others come to new page-locked memory."""
     there = torch.empty(BUFFER, dtype=torch.uint8, device=device)
-    outs = [pages(1 << 27, torch.uint8) for _ in range(0, nbytes, 1 << 27)]
+    each = 1 << 27
+    outs = [pages(min(each, nbytes - at), torch.uint8) for at in range(0, nbytes, each)]
     owners: list[Owner] = []
 
     def bring(mine: list[torch.Tensor]) -> None:
@@ -168,7 +169,7 @@ def read_and_bring_back(
             owners.append(Owner([out.zero_()]))
             with torch.cuda.stream(stream):
                 for part in out.split(BUFFER):
-                    part.copy_(there, non_blocking=True)
+                    part.copy_(there[: len(part)], non_blocking=True)
         stream.synchronize()
 
     with ThreadPoolExecutor(1) as pool:

@@ -247,7 +247,8 @@ class Bench:
                 (row.times, injected, launched[1]),
             ):
                 times.append(self.timed_run(action))
-                self.timed(action)
+                if self.cuda:
+                    self.timed(action)
                 host.append(self.launched)
         row.launched_base, row.launched = map(statistics.median, launched)
         self.rows.append(row)
@@ -563,7 +564,8 @@ def report(bench: Bench, worst: float, limits: list[str]) -> None:
         f"Medians (min to max) of {options.repeats} runs of "
         + (f"{bench.in_a_row} steps in a row behind {_LEAD} others" if bench.cuda else "one step")
         + ", each variant in turn with the step that is not injected, after nine steps that are "
-        "not timed. *Launched*: until the host had launched one step. Before timing: injected "
+        "not timed; rivals after their base, and accumulation and the public formula by single "
+        "steps. *Launched*: until the host had launched one step. Before timing: injected "
         f"gradients within {worst:.2f} of the bound of one rounding against float64"
         + (", no host sync in the step." if bench.cuda else "."),
         "",

@@ -251,7 +251,7 @@ class Delta(Mapping[str, "torch.Tensor"], Shown):
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Shape of each tensor."""
+        """Shape of each tensor: a view, of which `dict(delta.shapes)` is a copy."""
         return MappingProxyType(self._backend.shapes)
 
     @property

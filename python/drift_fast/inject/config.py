@@ -140,7 +140,7 @@ class ResidencyOptions(Options):
     prefetch: int | str = option(
         "1GB",
         "bytes on the device for Δ that lives elsewhere; with overlap, 4GB keeps copies going "
-        "during the forward pass of a 7B model",
+        "during most of the forward pass of a 7B model",
         check=parse_size,
         metavar="SIZE",
     )

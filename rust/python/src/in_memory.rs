@@ -29,7 +29,8 @@ pub(crate) fn measure(
     Ok(found.into_iter().map(|sums| complete(sums).into()).collect())
 }
 
-/// first · second of pairs of tensors in memory, in float64; NaN where either is not finite.
+/// first · second of pairs of tensors in memory, in float64; NaN where it is not finite, as where either
+/// side is not.
 #[pyfunction]
 #[pyo3(signature = (first, second, *, threads))]
 pub(crate) fn dots(

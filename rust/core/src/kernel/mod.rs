@@ -218,24 +218,32 @@ pub fn subtract(
 
 /// Write the difference that [`subtract`] writes, and nothing else.
 ///
-/// Returns false, with `out` untouched, where a finite output does not say that all is well: it may have
-/// lost differences to a narrower range, of which only moments tell.
+/// Returns false, with `out` untouched, where a finite output does not say that all is well: binary16 may
+/// have lost differences to its narrower range, of which only moments tell, and so may what is made of
+/// float64. Both runs and the output hold the same number of elements; otherwise this panics.
 pub fn subtract_plainly(
     reasoning: Elements<'_>,
     multimodal: Elements<'_>,
     (dtype, out): (Dtype, &mut [u8]),
 ) -> bool {
-    if dtype == Dtype::F16 || !narrow_is_exact(reasoning.dtype, multimodal.dtype, dtype) {
+    let numel = reasoning.numel();
+    assert_eq!(numel, multimodal.numel(), "both sides hold the same number of elements");
+    assert_eq!(numel * dtype.nbytes(), out.len(), "the output holds as many elements");
+    if dtype == Dtype::F16 || [reasoning.dtype, multimodal.dtype, dtype].contains(&Dtype::F64) {
         return false;
     }
     let _ieee = ieee::DefaultFloat::enter();
     let mut difference = [0f32; BLOCK];
     for (number, out) in out.chunks_mut(BLOCK * dtype.nbytes()).enumerate() {
-        let (start, numel) = (number * BLOCK, out.len() / dtype.nbytes());
-        let (a, b) =
-            (reasoning.slice(start, start + numel), multimodal.slice(start, start + numel));
-        differences(a, b, &mut difference[..numel]);
-        store(&difference[..numel], dtype, out);
+        let (start, end) = (number * BLOCK, numel.min((number + 1) * BLOCK));
+        let (a, b) = (reasoning.slice(start, end), multimodal.slice(start, end));
+        let difference = &mut difference[..end - start];
+        if narrow_is_exact(a.dtype, b.dtype, dtype) {
+            differences(a, b, difference);
+        } else {
+            odd(a, b, difference);
+        }
+        store(difference, dtype, out);
     }
     true
 }
@@ -275,10 +283,12 @@ fn narrow_is_exact(a: Dtype, b: Dtype, out: Dtype) -> bool {
     a != Dtype::F64 && b != Dtype::F64 && (out == Dtype::F32 || (a == b && b == out))
 }
 
-/// Σx², Σy² and Σxy, summed as [`subtract`] sums them; NaN where an element is not finite.
+/// Σx², Σy² and Σxy, summed as [`subtract`] sums them; NaN where an element is not finite. Both runs hold
+/// the same number of elements; otherwise this panics.
 pub fn products(left: Elements<'_>, right: Elements<'_>) -> [f64; 3] {
     let _ieee = ieee::DefaultFloat::enter();
     let numel = left.numel();
+    assert_eq!(numel, right.numel(), "both sides hold the same number of elements");
     let mut total = [0.0; 3];
     for start in (0..numel).step_by(BLOCK) {
         let end = numel.min(start + BLOCK);
@@ -302,9 +312,10 @@ fn agreeing(a: Elements<'_>, b: Elements<'_>) -> u64 {
 }
 
 /// Σ of the products in float64, for sums that differ little from one another; not finite where an
-/// element is not.
+/// element is not. Both runs hold the same number of elements; otherwise this panics.
 pub fn dot(left: Elements<'_>, right: Elements<'_>) -> f64 {
     let _ieee = ieee::DefaultFloat::enter();
+    assert_eq!(left.numel(), right.numel(), "both sides hold the same number of elements");
     if left.dtype == Dtype::F64 || right.dtype == Dtype::F64 {
         return (0..left.numel()).map(|i| left.value(i) * right.value(i)).sum();
     }

@@ -21,8 +21,8 @@ use crate::kernel::{Elements, Moments, subtract, subtract_plainly};
 /// What is found of differences, besides their squares in memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Detail {
-    /// Moments of the pieces where something is not finite or may be lost to a narrower range; those
-    /// of all other pieces are zero.
+    /// Moments of the pieces where something is not finite or may be lost to a narrower range. Those of
+    /// other pieces are zero.
     Faults,
     /// All moments.
     Moments,
@@ -137,16 +137,17 @@ impl Origin for Differences<'_> {
         out: &mut [u8],
         scratch: &mut Scratch,
     ) -> Result<Piece> {
-        let found = self.read_piece(run, elements.clone(), out, scratch, self.detail)?;
+        let (found, plainly) = self.read_piece(run, elements.clone(), out, scratch, self.detail)?;
         // Where a side is not finite, neither is the difference, nor its square.
-        if self.detail == Detail::Faults && found.squares.iter().any(|square| !square.is_finite()) {
-            return self.read_piece(run, elements, out, scratch, Detail::Moments);
+        if plainly && found.squares.iter().any(|square| !square.is_finite()) {
+            return Ok(self.read_piece(run, elements, out, scratch, Detail::Moments)?.0);
         }
         Ok(found)
     }
 }
 
 impl Differences<'_> {
+    /// Read a piece, and say whether some of it has no moments.
     fn read_piece(
         &self,
         run: usize,
@@ -154,17 +155,20 @@ impl Differences<'_> {
         out: &mut [u8],
         scratch: &mut Scratch,
         detail: Detail,
-    ) -> Result<Piece> {
+    ) -> Result<(Piece, bool)> {
         let Difference { pair, elements: all } = &self.wanted[run];
         let numbers = elements.clone();
         let elements = all.start + elements.start..all.start + elements.end;
         let mut found = Piece::default();
+        let plainly;
         match &pair.reasoning {
             Source::Whole(operand) => {
                 let (reasoning, first) = scratch.reasoning.read_operand(operand, &elements)?;
                 let (multimodal, second) =
                     scratch.multimodal.read_operand(&pair.multimodal, &elements)?;
-                found.moments = self.subtract(reasoning, multimodal, out, detail);
+                let moments = self.subtract(reasoning, multimodal, out, detail);
+                plainly = moments.is_none();
+                found.moments = moments.unwrap_or_default();
                 found.nbytes = first + second;
                 if detail == Detail::Rounding {
                     found.rounding = sample(pair, all, &numbers, reasoning, multimodal)?;
@@ -173,26 +177,27 @@ impl Differences<'_> {
                 pair.multimodal.release(&elements);
             }
             Source::Blocks(blocks) => {
-                (found.moments, found.nbytes) =
+                (found.moments, found.nbytes, plainly) =
                     self.read_blocks((pair, blocks), &elements, out, scratch, detail)?;
             }
         }
         found.measure(self.dtype, out);
-        Ok(found)
+        Ok((found, plainly))
     }
 
+    /// Subtract into `out`; None if no moments were taken.
     fn subtract(
         &self,
         reasoning: Elements<'_>,
         multimodal: Elements<'_>,
         out: &mut [u8],
         detail: Detail,
-    ) -> Moments {
+    ) -> Option<Moments> {
         let into = (self.dtype, &mut *out);
         if detail == Detail::Faults && subtract_plainly(reasoning, multimodal, into) {
-            return Moments::default();
+            return None;
         }
-        subtract(reasoning, multimodal, Some((self.dtype, out)))
+        Some(subtract(reasoning, multimodal, Some((self.dtype, out))))
     }
 
     fn read_blocks(
@@ -202,8 +207,8 @@ impl Differences<'_> {
         out: &mut [u8],
         scratch: &mut Scratch,
         detail: Detail,
-    ) -> Result<(Moments, u64)> {
-        let (mut moments, mut nbytes) = (Moments::default(), 0);
+    ) -> Result<(Moments, u64, bool)> {
+        let (mut moments, mut nbytes, mut plainly) = (Moments::default(), 0, false);
         let columns = blocks.columns();
         let rows = elements.start / columns * columns..elements.end.div_ceil(columns) * columns;
         // Rows that the reasoning model does not store: Δ is zero there.
@@ -215,10 +220,13 @@ impl Differences<'_> {
             let (multimodal, second) = scratch.multimodal.read_operand(&pair.multimodal, &part)?;
             let place = (part.start - elements.start) * self.dtype.nbytes();
             let out = &mut out[place..place + part.len() * self.dtype.nbytes()];
-            moments.add(&self.subtract(reasoning, multimodal, out, detail));
+            match self.subtract(reasoning, multimodal, out, detail) {
+                Some(part) => moments.add(&part),
+                None => plainly = true,
+            }
             pair.multimodal.release(&part);
             nbytes += first + second;
         }
-        Ok((moments, nbytes))
+        Ok((moments, nbytes, plainly))
     }
 }
