@@ -36,38 +36,11 @@ impl Narrow for F16c {
     }
 }
 
-#[target_feature(enable = "avx2,f16c")]
-pub(super) fn sums<A: Narrow, B: Narrow, const STORE: bool>(
-    a: &[u8],
-    b: &[u8],
-    difference: &mut [f32],
-) -> scalar::Sums {
-    scalar::sums::<A, B, STORE>(a, b, difference)
-}
+compiled_for!("avx2,f16c");
 
 #[target_feature(enable = "avx2,f16c")]
 pub(super) fn squares(elements: &[u8]) -> f64 {
     scalar::squares::<F16c>(elements)
-}
-
-#[target_feature(enable = "avx2,f16c")]
-pub(super) fn odd<A: Narrow, B: Narrow>(a: &[u8], b: &[u8], difference: &mut [f32]) {
-    scalar::odd::<A, B>(a, b, difference);
-}
-
-#[target_feature(enable = "avx2,f16c")]
-pub(super) fn agreeing<A: Narrow, B: Narrow>(a: &[u8], b: &[u8]) -> u64 {
-    scalar::agreeing::<A, B>(a, b)
-}
-
-#[target_feature(enable = "avx2,f16c")]
-pub(super) fn dot<A: Narrow, B: Narrow>(a: &[u8], b: &[u8]) -> f64 {
-    scalar::dot::<A, B>(a, b)
-}
-
-#[target_feature(enable = "avx2,f16c")]
-pub(super) fn differences<A: Narrow, B: Narrow>(a: &[u8], b: &[u8], difference: &mut [f32]) {
-    scalar::differences::<A, B>(a, b, difference);
 }
 
 /// Round float32 to binary16. The caller has checked that the processor has AVX and F16C.

@@ -9,6 +9,11 @@
 //! [`LANES`] sums, then folded into float64. A block whose sums overflow or underflow float32, or
 //! that holds NaN or infinity, is summed again in float64.
 
+#[macro_use]
+mod by_type;
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
 pub(crate) mod blend;
 #[cfg(target_arch = "x86_64")]
 mod f16c;
@@ -33,59 +38,6 @@ pub const BLOCK: usize = 2048;
 
 /// Independent float32 sums per moment.
 pub(crate) const LANES: usize = 16;
-
-/// Name the types of two dtypes, neither of which is float64.
-macro_rules! by_dtypes {
-    ($a:ident, $b:ident, $half:ty, |$A:ident, $B:ident| $call:expr) => {{
-        macro_rules! with {
-            ($Left:ty, $Right:ty) => {{
-                type $A = $Left;
-                type $B = $Right;
-                $call
-            }};
-        }
-        match ($a.dtype, $b.dtype) {
-            (Dtype::BF16, Dtype::BF16) => with!(Bf16, Bf16),
-            (Dtype::BF16, Dtype::F16) => with!(Bf16, $half),
-            (Dtype::BF16, _) => with!(Bf16, F32),
-            (Dtype::F16, Dtype::BF16) => with!($half, Bf16),
-            (Dtype::F16, Dtype::F16) => with!($half, $half),
-            (Dtype::F16, _) => with!($half, F32),
-            (_, Dtype::BF16) => with!(F32, Bf16),
-            (_, Dtype::F16) => with!(F32, $half),
-            _ => with!(F32, F32),
-        }
-    }};
-}
-
-/// Call a kernel of two types, neither of which is float64, as compiled for what the processor has.
-macro_rules! by_processor {
-    ($a:ident, $b:ident, |$A:ident, $B:ident| $kernel:ident::<$($type:tt),*>($($argument:expr),*)) => {{
-        #[cfg(target_arch = "x86_64")]
-        {
-            use f16c::F16c;
-            if has_f16c() && ($a.dtype == Dtype::F16 || $b.dtype == Dtype::F16) {
-                return by_dtypes!($a, $b, F16c, |$A, $B| {
-                    // SAFETY: the processor has both instruction sets that the function asks for.
-                    #[allow(unsafe_code)]
-                    unsafe {
-                        f16c::$kernel::<$($type),*>($($argument),*)
-                    }
-                });
-            }
-            if std::arch::is_x86_feature_detected!("avx2") {
-                return by_dtypes!($a, $b, F16, |$A, $B| {
-                    // SAFETY: the processor has AVX2, which the function asks for.
-                    #[allow(unsafe_code)]
-                    unsafe {
-                        avx2::$kernel::<$($type),*>($($argument),*)
-                    }
-                });
-            }
-        }
-        by_dtypes!($a, $b, F16, |$A, $B| scalar::$kernel::<$($type),*>($($argument),*))
-    }};
-}
 
 /// Sums over the elements of one pair, from which norms and cosines follow.
 ///
@@ -462,58 +414,6 @@ fn squares(block: Elements<'_>) -> f64 {
         Dtype::BF16 => scalar::squares::<Bf16>(block.bytes),
         Dtype::F16 => scalar::squares::<F16>(block.bytes),
         _ => scalar::squares::<F32>(block.bytes),
-    }
-}
-
-/// The scalar source compiled for AVX2, which gives the bits of [`scalar`].
-#[cfg(target_arch = "x86_64")]
-mod avx2 {
-    use super::{Dtype, scalar};
-    use crate::dtype::Narrow;
-
-    #[target_feature(enable = "avx2")]
-    pub(super) fn sums<A: Narrow, B: Narrow, const STORE: bool>(
-        a: &[u8],
-        b: &[u8],
-        difference: &mut [f32],
-    ) -> scalar::Sums {
-        scalar::sums::<A, B, STORE>(a, b, difference)
-    }
-
-    #[target_feature(enable = "avx2")]
-    pub(super) fn squares<A: Narrow>(elements: &[u8]) -> f64 {
-        scalar::squares::<A>(elements)
-    }
-
-    #[target_feature(enable = "avx2")]
-    pub(super) fn square_of_halves(halves: &[u8], room: &mut [f32]) -> f64 {
-        scalar::widen(halves, room);
-        scalar::square(room)
-    }
-
-    #[target_feature(enable = "avx2")]
-    pub(super) fn odd<A: Narrow, B: Narrow>(a: &[u8], b: &[u8], difference: &mut [f32]) {
-        scalar::odd::<A, B>(a, b, difference);
-    }
-
-    #[target_feature(enable = "avx2")]
-    pub(super) fn agreeing<A: Narrow, B: Narrow>(a: &[u8], b: &[u8]) -> u64 {
-        scalar::agreeing::<A, B>(a, b)
-    }
-
-    #[target_feature(enable = "avx2")]
-    pub(super) fn dot<A: Narrow, B: Narrow>(a: &[u8], b: &[u8]) -> f64 {
-        scalar::dot::<A, B>(a, b)
-    }
-
-    #[target_feature(enable = "avx2")]
-    pub(super) fn differences<A: Narrow, B: Narrow>(a: &[u8], b: &[u8], difference: &mut [f32]) {
-        scalar::differences::<A, B>(a, b, difference);
-    }
-
-    #[target_feature(enable = "avx2")]
-    pub(super) fn store(difference: &[f32], out: Dtype, bytes: &mut [u8]) {
-        scalar::store(difference, out, bytes);
     }
 }
 
